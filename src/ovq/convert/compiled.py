@@ -34,9 +34,6 @@ class Memory(Protocol):
     def own_(self) -> None:
         """Copy what autograd has saved, so that tensors can be written into."""
 
-    def num_open(self, num_merged: int) -> int:
-        """Slots in use once so many tokens are merged."""
-
 
 def tensors_of(memory: Memory) -> dict[str, Tensor]:
     """The tensors that kernels read and write of a memory."""
@@ -96,7 +93,7 @@ def advance_compiled(
             num_merges = max(0, memory.filled[row] + new - budget.num_exact + budget.chunk_size)
             num_merges //= budget.chunk_size
             merged = [memory.num_merged[row] + i * budget.chunk_size for i in range(num_merges + 1)]
-            schedule.append([memory.num_open(n) for n in merged])
+            schedule.append([budget.num_open(n) for n in merged])
         groups.append(
             HeadGroup.of(
                 tensors_of(memory),

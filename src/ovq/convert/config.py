@@ -12,6 +12,7 @@ from typing import Any
 from ovq.convert.narrow import STATE_DTYPES
 from ovq.convert.reach import Reach
 from ovq.ops.options import CURRENT_MERGES, Options, check_value_weight, current_merge, default_growth
+from ovq.ops.schedule import grown_slots
 
 #: The field of a model's config in which a `MemoryConfig` is saved.
 CONFIG_KEY = "ovq_memory"
@@ -252,6 +253,13 @@ class Budget:
     def num_exact(self) -> int:
         """Rows for sinks and window."""
         return self.num_sinks + self.window
+
+    def num_open(self, num_merged: int) -> int:
+        """Slots in use once so many tokens are merged."""
+        if not self.num_slots or not num_merged:
+            return 0
+        sizes = {"num_slots": self.num_slots, "chunk_size": num_merged}
+        return grown_slots(0, num_merged, **sizes, growth=self.options.growth)
 
     @functools.cached_property
     def options(self) -> Options:

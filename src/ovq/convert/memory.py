@@ -16,19 +16,12 @@ from torch import Tensor
 
 from ovq.convert.compiled import advance_compiled, is_compiled
 from ovq.convert.config import Budget
+from ovq.convert.homes import homes_of
 from ovq.convert.narrow import narrowed, widened
 from ovq.convert.reach import Reach
 from ovq.convert.reading import Exact, Observer, Slots, read
 from ovq.convert.use import token_weights, use_from
-from ovq.ops.backends.alignment import AlignedRows
-from ovq.ops.backends.cpu import KNOWN
-from ovq.ops.backends.cpu.kernels import is_available
-from ovq.ops.backends.cpu.kernels import learn_and_say as compiled_learn
 from ovq.ops.backends.dictionary import Dictionary
-from ovq.ops.backends.plan import Plan
-from ovq.ops.backends.torch.learn import learn
-from ovq.ops.call import Rows
-from ovq.ops.schedule import grown_slots
 from ovq.ops.sums import divisor, state_dtype
 
 # Each time that a slot is brought nearer, it counts for one token in so many less; small ones for as many.
@@ -113,14 +106,13 @@ class HeadMemory:
 
     def _put_sums(self, name: str, sums: Tensor, index: Tensor | None = None) -> None:
         """Replace sums, of rows `index` alone if it is given, by others in a wide format."""
-        if self.budget.state_dtype == "float32":
-            numbers, steps = sums, None
-        else:
-            numbers, steps = narrowed(sums, self.budget.state_dtype)
+        numbers, steps = narrowed(sums, self.budget.state_dtype)
         for own, rows in ((name, numbers), (name.replace("sum", "step"), steps)):
-            if rows is not None and index is None:
+            if rows is None:
+                continue
+            if index is None:
                 setattr(self, own, rows)
-            elif rows is not None and index is not None:
+            else:
                 _put_rows(self, own, index, rows)
 
     @property
@@ -367,27 +359,13 @@ class HeadMemory:
 
     def _read(self, q: Tensor, temperature: Tensor | None, bias: Tensor | None) -> Tensor:
         """Outputs `[B, h * G, n, V]` for queries whose first is the token after `filled` exact ones."""
-        num_open = max(map(self.num_open, self.num_merged))
+        num_open = max(map(self.budget.num_open, self.num_merged))
         slots = None
         if num_open:
             slots = Slots(*(x[:, :, :num_open] for x in (self.slot_keys, self.slot_values, self.count)))
         exact = Exact(self.recent_keys, self.recent_values, self.filled)
         wide, observer = self.wide, self.observer
         return read(q, exact, slots, dtype=wide, temperature=temperature, bias=bias, observer=observer)
-
-    def num_open(self, num_merged: int) -> int:
-        """Slots in use once so many tokens are merged."""
-        budget = self.budget
-        if not budget.num_slots or not num_merged:
-            return 0
-        options = budget.options
-        return grown_slots(
-            0,
-            num_merged,
-            num_slots=options.num_slots,
-            chunk_size=num_merged,
-            growth=options.growth,
-        )
 
     def _merge(self, rows: list[int]) -> None:
         """Merge the oldest tokens of rows whose places are full, and move the others up.
@@ -431,7 +409,15 @@ class HeadMemory:
             for x in (self.sums("key_sum"), self.sums("value_sum"), self.count)
         )
         with torch.no_grad():
-            homes = self._homes(rows, index, keys, values, of_tokens)
+            # Copies, because learning happens in place.
+            held = Dictionary(
+                self.sums("key_sum")[index],
+                self.sums("value_sum")[index],
+                self.count[index],
+                None if of_tokens is None else self.weight[index],
+            )
+            merged = [self.num_merged[b] for b in rows]
+            homes = homes_of(self.budget, merged, held, keys, values, of_tokens)
             if self.observer is not None:
                 self.observer.has_merged(homes)
             streams = torch.arange(homes[..., 0].numel(), device=homes.device).view(*homes.shape[:2], 1)
@@ -466,40 +452,6 @@ class HeadMemory:
         found = torch.exp2(length.clamp(min=torch.finfo(wide).tiny).log2().round())
         unit = self.key_unit[index]
         _put_rows(self, "key_unit", index, torch.where(unit == 0, found, unit))
-
-    def _homes(
-        self, rows: list[int], index: Tensor, keys: Tensor, values: Tensor, of_tokens: Tensor | None
-    ) -> Tensor:
-        """The slot `[R, h, N + C]` that each slot's content and each token `[R, h, C, D]` go to."""
-        wide, options, size = self.wide, self.budget.options, self.budget.chunk_size
-        # Copies, because learning happens in place.
-        weight = None if of_tokens is None else self.weight[index]
-        key_sum, value_sum = self.sums("key_sum")[index], self.sums("value_sum")[index]
-        sums = Dictionary(key_sum, value_sum, self.count[index], weight)
-        weights = [] if of_tokens is None else [of_tokens.transpose(1, 2)[..., None]]
-        merged = [self.num_merged[b] for b in rows]
-        one_chunk_each = Rows(tuple(range(0, len(rows) * size, size)), (size,) * len(rows))
-        plan = Plan(
-            aligned=AlignedRows(
-                one_chunk_each, pending=[0] * len(rows), chunk_size=size, num_tokens=len(rows) * size
-            ),
-            slots=[[self.num_open(n), self.num_open(n + size)] for n in merged],
-            num_merged=merged,
-            num_kv_heads=keys.shape[1],
-            group_size=1,
-            options=options,
-        )
-        is_compiled = keys.device.type == "cpu" and wide == torch.float32
-        is_compiled = is_compiled and options.merge in KNOWN.merge and is_available()
-        learned = (compiled_learn if is_compiled else learn)(
-            keys.transpose(1, 2), values.transpose(1, 2), sums, plan, *weights
-        )
-        if learned.moved is None:
-            num = self.count.shape[2]
-            moved = torch.arange(num, device=keys.device).expand(len(rows), keys.shape[1], num)
-        else:
-            moved = learned.moved.long()
-        return torch.cat([moved, learned.slots.long().transpose(1, 2)], 2)
 
 
 def _put_rows(memory: HeadMemory, name: str, index: Tensor, rows: Tensor) -> None:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: Formats of sums, as `MemoryConfig.state_dtype` names them; float32 is float64 in float64 models.
-STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+#: Formats of sums, as `MemoryConfig.state_dtype` names them.
+STATE_DTYPES = ("float32", "bfloat16", "int8")
 
 # The largest int8 number that has a negative.
 _MOST = 127
@@ -34,8 +34,11 @@ def narrowed(sums: Tensor, state_dtype: str) -> tuple[Tensor, Tensor | None]:
         tensor([[127,   1],
                 [  0,   0]], dtype=torch.int8)
     """
-    if state_dtype != "int8":
-        return sums.to(STATE_DTYPES[state_dtype]), None
+    if state_dtype == "float32":
+        # Those of float64 models stay float64.
+        return sums, None
+    if state_dtype == "bfloat16":
+        return sums.bfloat16(), None
     steps = steps_of(sums)
     each = steps.to(sums.dtype)[..., None]
     # What is not finite makes its row NaN, by the step.
