@@ -166,3 +166,22 @@ def test_what_autograd_has_saved_does_not_change():
         grads.append([p.grad.clone() for p in model.parameters()])
     for alone, found in zip(*grads, strict=True):
         assert torch.equal(found, alone)
+
+
+@torch.no_grad()
+def test_what_a_kernel_has_read_is_taken_out_again():
+    """Heads 0 and 3 have one budget, so that groups of heads are not in the order of the heads."""
+    q, k, v = inputs(50, rows=1)
+    layer, other = layer_of(), layer_of()
+    read(layer, q, k, v, [30])
+    layer.activate_past_recording()
+    before = layer.copies_before(10)
+    assert before
+    # As a kernel reads, without a record.
+    layer.record_past = False
+    layer.attend(*(x[:, :, 30:40] for x in (q, k, v)), None)
+    layer.record_past = True
+    layer.record_read(before, 10)
+    layer.crop(-4)
+    read(other, q, k, v, [30, 6])
+    check(layer, other, torch.float32)

@@ -1,9 +1,12 @@
 """Drafts with converted models: what `crop` takes out was never merged, and answers are the greedy ones."""
 
+import dataclasses
+
 import pytest
 import torch
 
 import ovq.convert.cache
+from ovq.convert import attach
 from ovq.hf.cache import CACHE_KEY
 from tests.convert.common import IDS, converted, original, tokens
 
@@ -95,9 +98,16 @@ def test_the_kernel_writes_what_is_taken_out_again(steps):
     assert steps == [2 * 16, 0]
 
 
+EXPONENTS = [[[(i + h + n) % 5 - 2 for i in range(8)] for h in range(2)] for n in range(2)]
+
+
 @pytest.mark.parametrize("fields", [{}, {"weight_dtype": "int8", "state_dtype": "int8"}], ids=str)
-def test_drafts_are_the_tokens_one_by_one_bit_by_bit(fields, steps):
+@pytest.mark.parametrize("exponents", [None, EXPONENTS], ids=["as they are", "scaled"])
+def test_drafts_are_the_tokens_one_by_one_bit_by_bit(fields, exponents, steps):
     model = converted(max_distance=48, **fields)
+    # Keys that are multiplied before they are compared, which what is taken out again must not be twice.
+    config = dataclasses.replace(model.memory_config, key_exponents=exponents)
+    model = attach(original(), config=config, weight_dtype=fields.get("weight_dtype"))
     drafted, plain = model.make_cache(), model.make_cache()
     with torch.no_grad():
         for cache in (drafted, plain):

@@ -5,23 +5,6 @@ import json
 import httpx
 import pytest
 
-from tests.serve.common import reading_service, running, text_service
-
-
-@pytest.fixture(scope="module")
-def ids():
-    """A server of a model that reads token ids."""
-    with running(reading_service()) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def text():
-    """A server of a model that reads text."""
-    with running(text_service()) as server:
-        yield server
-
-
 BAD = [
     ({"model": "other"}, 404, "model: expected 'ids'"),
     ({"prompt": None}, 400, "prompt: expected text, a list of token ids, or a list of either, found"),

@@ -23,26 +23,11 @@ from tests.serve.common import (
     reading_service,
     running,
     sampled,
-    text_service,
     until,
 )
 
 PROMPTS = [random_ids(1, n, seed=n)[0].tolist() for n in (1, 5, 9, 23)]
 DOCUMENT = random_ids(1, 61, seed=3)[0].tolist()
-
-
-@pytest.fixture(scope="module")
-def ids():
-    """A server of a model that reads token ids."""
-    with running(reading_service()) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def text():
-    """A server of a model that reads text."""
-    with running(text_service()) as server:
-        yield server
 
 
 CLIENTS = []
