@@ -374,7 +374,6 @@ class AttentionMixer(Mixer):
         """What one new token of each row reads, as a kernel takes it; None where only `attend` knows."""
         return None
 
-    @abstractmethod
     def attend(
         self,
         q: Tensor,
@@ -384,9 +383,10 @@ class AttentionMixer(Mixer):
         layout: SequenceLayout,
         cache: LayerCache | None,
     ) -> Tensor:
-        """Mix the tokens of a call with each other and with the cached ones.
+        """Mix the tokens of a call with each other and with the cached ones; what a subclass has to write.
 
-        A subclass with `forward_options` also takes those options that the caller gave.
+        A subclass with `forward_options` also takes those options that the caller gave. One that reads the
+        input of the layer, too, writes `mix` in the place of this.
 
         Args:
             q: `[B, T, H, K]`, L2-normalised (and rotated) and times the factors of log-n scaling, in float32
@@ -400,6 +400,7 @@ class AttentionMixer(Mixer):
         Returns:
             `[B, T, H, V]` in the dtype of `v`. Padding columns may hold any finite value.
         """
+        raise NotImplementedError(f"expected attend or mix of {type(self).__name__}, found neither")
 
     def mix(
         self,
@@ -409,13 +410,17 @@ class AttentionMixer(Mixer):
         cache: LayerCache | None,
         **options: Any,
     ) -> Tensor:
-        """See `Mixer.mix`: `attend` with normalised (and rotated) queries and keys."""
+        """See `Mixer.mix`: `attend` with what `heads` returns."""
+        return self.attend(*self.heads(channels, layout), layout, cache, **options).flatten(2)
+
+    def heads(self, channels: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The first four arguments of `attend`: normalised (and rotated) queries and keys, values, scale."""
         tables = self.rotary_tables(layout, channels)
         q, k, v, scale = self.qk_norm(channels, self.num_kv_heads, tables)
         if self.logn_length is not None:
             factors = logn_factors(layout, self.logn_length, like=q)
             q = q if factors is None else q * factors[..., None, None]
-        return self.attend(q, k, v, scale, layout, cache, **options).flatten(2)
+        return q, k, v, scale
 
     def rotary_tables(self, layout: SequenceLayout, channels: Tensor) -> tuple[Tensor, Tensor] | None:
         """The tables of a call, made once for all its layers; None without rotary embedding.

@@ -192,12 +192,37 @@ class OVQAttention(AttentionMixer):
         cache: LayerCache | None,
         **options: Any,
     ) -> Tensor:
-        """See `Mixer.mix`."""
+        """See `Mixer.mix`; the option `generator` seeds `init="random"`."""
+        q, k, v, scale = self.heads(channels, layout)
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        state = None if cache is None else cache.state
+        if state is not None and state.num_slots != self.num_slots:
+            state = state.resize(self.num_slots, value_weight=self.value_weight)
+        options = {
+            "initial_state": state,
+            "attention_mask": layout.bounds,
+            "generator": options.get("generator"),
+            **self._sizes,
+            **self.learning,
+        }
         if self.merge_gate is not None:
             options["token_weights"] = self.merge_gate(hidden_states)
         if self.forget_gate is not None:
             options["log_forget"] = self.forget_gate(hidden_states)
-        return super().mix(channels, hidden_states, layout, cache, **options)
+        if self._record is not None:
+            self._record.append(RecordedCall(q=q, k=k, v=v, scale=scale, options=options))
+        o, state = ovq_attention(
+            q,
+            k,
+            v,
+            scale=scale,
+            output_final_state=cache is not None,
+            **options,
+            backend=self.backend,
+        )
+        if cache is not None:
+            cache.set_state(state, layout.num_new)
+        return o.flatten(2)
 
     def token_memory(self, layout: SequenceLayout, cache: LayerCache) -> TokenMemory | None:
         """See `AttentionMixer.token_memory`: for a step of decoding like the one before."""
@@ -227,50 +252,6 @@ class OVQAttention(AttentionMixer):
             gate=None if gate is None else gate.weight,
             forget_gate=None if forget_gate is None else (forget_gate.weight, forget_gate.bias),
         )
-
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: Tensor,
-        layout: SequenceLayout,
-        cache: LayerCache | None,
-        generator: torch.Generator | None = None,
-        token_weights: Tensor | None = None,
-        log_forget: Tensor | None = None,
-    ) -> Tensor:
-        """See `AttentionMixer.attend`; `generator` seeds `init="random"`; `token_weights` and `log_forget`
-        `[B, T, Hkv]` are those of the gates."""
-        state = None if cache is None else cache.state
-        if state is not None and state.num_slots != self.num_slots:
-            state = state.resize(self.num_slots, value_weight=self.value_weight)
-        q, k = q.to(v.dtype), k.to(v.dtype)
-        options: dict[str, Any] = {
-            "initial_state": state,
-            "attention_mask": layout.bounds,
-            "generator": generator,
-            **self._sizes,
-            **self.learning,
-        }
-        if token_weights is not None:
-            options["token_weights"] = token_weights
-        if log_forget is not None:
-            options["log_forget"] = log_forget
-        if self._record is not None:
-            self._record.append(RecordedCall(q=q, k=k, v=v, scale=scale, options=options))
-        o, state = ovq_attention(
-            q,
-            k,
-            v,
-            scale=scale,
-            output_final_state=cache is not None,
-            **options,
-            backend=self.backend,
-        )
-        if cache is not None:
-            cache.set_state(state, layout.num_new)
-        return o
 
     @contextmanager
     def recording(self) -> Iterator[list[RecordedCall]]:
