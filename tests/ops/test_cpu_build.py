@@ -13,27 +13,19 @@ import stat
 import threading
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import filelock
 import pytest
 import torch
 
 from ovq.ops import cpu_kernels
-from ovq.ops.backends.cpu import MissingKernelsWarning, build, kernels
+from ovq.ops.backends.cpu import MissingKernelsWarning, build
 from tests.disks import full_disk
 from tests.ops.common import assert_same_state, attend, inputs
 from tests.ops.compiling import restart
 
 needs_compiler = pytest.mark.skipif("compiled" not in cpu_kernels(), reason=cpu_kernels())
-
-
-@pytest.fixture
-def runs(monkeypatch):
-    """Names of the kernels that have run."""
-    names = []
-    run = kernels._Arguments.run
-    monkeypatch.setattr(kernels._Arguments, "run", lambda call, name: (names.append(name), run(call, name)))
-    return names
 
 
 def result():
@@ -403,18 +395,13 @@ def test_where_torch_has_no_openmp_one_thread_does_it(usual, fresh, compiler, tm
 
 
 def test_the_threads_of_torch_are_handed_over(monkeypatch):
-    class Kernels:
-        given = ()
-
-        def ovq_use_threads(self, *functions):
-            self.given = functions
-
-    kernels, load = Kernels(), ctypes.CDLL
+    kernels, load = mock.Mock(), ctypes.CDLL
     monkeypatch.setattr(build, "check_mirrors", lambda library: None)
     monkeypatch.setattr(ctypes, "CDLL", lambda path: kernels if path == "made" else load(path))
     assert build._loaded(Path("made"), "so")[1] == "so"
-    assert len(kernels.given) == 4
-    assert all(function.value for function in kernels.given)
+    given = kernels.ovq_use_threads.call_args.args
+    assert len(given) == 4
+    assert all(function.value for function in given)
 
 
 @needs_compiler

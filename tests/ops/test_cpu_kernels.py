@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ovq.ops import OVQState, backend_used, cpu_kernels, ovq_attention
-from ovq.ops.backends.cpu import kernels
+from ovq.ops.backends.cpu import build
 from tests.ops.common import KERNEL_MERGES, assert_same_state, attend, either_rule, inputs
 from tests.ops.test_identities import causal
 from tests.ops.test_parity import SHAPES, gradients
@@ -17,13 +17,13 @@ needs_compiler = pytest.mark.skipif("compiled" not in cpu_kernels(), reason=cpu_
 WIDE = [(1, 400, 3, 1, 70, 33, 150, 140), (1, 170, 2, 2, 64, 64, 40, 32)]
 
 
-@pytest.fixture
-def runs(monkeypatch):
-    """Names of the kernels that have run."""
-    names = []
-    run = kernels._Arguments.run
-    monkeypatch.setattr(kernels._Arguments, "run", lambda call, name: (names.append(name), run(call, name)))
-    return names
+@needs_compiler
+def test_a_kernel_without_memory_for_its_scratch_is_an_error():
+    for name in build._WITH_SCRATCH:
+        kernel = getattr(build.load(), name)
+        assert kernel.errcheck(0, kernel, ()) is None
+        with pytest.raises(MemoryError, match=f"{name}: no memory for the kernel's scratch"):
+            kernel.errcheck(1, kernel, ())
 
 
 COMBINED = itertools.product([*SHAPES, *WIDE], ("plateau", "immediate"), KERNEL_MERGES)

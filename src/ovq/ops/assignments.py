@@ -17,9 +17,8 @@ from torch import Tensor
 from ovq.ops.ablation import Ablation, with_earlier_names
 from ovq.ops.backends import chosen, cpu
 from ovq.ops.backends import torch as torch_backend
-from ovq.ops.backends.chunks import planned, state_after
+from ovq.ops.backends.chunks import Chunks
 from ovq.ops.backends.dictionary import Dictionary
-from ovq.ops.backends.frames import Frames
 from ovq.ops.backends.learned import Learned
 from ovq.ops.backends.plan import Plan
 from ovq.ops.call import Call, RowBounds
@@ -204,22 +203,14 @@ def slot_assignments(
 @torch.no_grad()
 def _slot_assignments(given: dict[str, Any], backend: str) -> SlotAssignments:
     """`slot_assignments` of arguments of `checked_call`."""
-    k, v = given["k"], given["v"]
+    k = given["k"]
     call = checked_call(**given, scale=checked_scale(None, k), wants_state=True)
     learn = _LEARN[chosen(backend, call, tuple(_LEARN))]
-    before, plan = planned(call, group_size=1)
-    chunks_k = plan.aligned.align(k, before.pending_keys)
-    chunks_v = plan.aligned.align(v, before.pending_values)
+    chunks = Chunks(call)
+    before, plan = chunks.before, chunks.plan
     sums = Dictionary(before.key_sum, before.value_sum, before.count, before.weight).clone()
-    chunks_w = fading = None
-    if call.log_forget is not None:
-        frames = Frames.of(call, before, plan)
-        before, chunks_w, fading = frames.before, frames.weights, frames.fading
-    elif call.token_weights is not None:
-        assert before.pending_weights is not None
-        chunks_w = plan.aligned.align(call.token_weights[..., None], before.pending_weights[..., None])
     with full_precision(k.device):
-        learned = learn(chunks_k, chunks_v, sums, plan, chunks_w, fading)
+        learned = learn(chunks.k, chunks.v, sums, plan, chunks.weights, chunks.fading)
     history = _History(learned, plan, k.shape[0], k.shape[1], before.count.shape[2])
     final, origin, pending = history.carried(None)
     inverse = plan.aligned.inverse()
@@ -231,7 +222,7 @@ def _slot_assignments(given: dict[str, Any], backend: str) -> SlotAssignments:
         earlier_pending=pending[inverse],
         position=position,
         row=row,
-        state=state_after(before, sums, chunks_k, chunks_v, plan, chunks_w),
+        state=chunks.state_after(sums),
         _history=history,
     )
 

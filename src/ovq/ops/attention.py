@@ -14,7 +14,8 @@ from ovq.ops.call import RowBounds
 from ovq.ops.checks import check_qkv, checked_call, checked_scale
 from ovq.ops.options import VALUE_WEIGHT, options_of
 from ovq.ops.random_init import seed_of
-from ovq.ops.state import OVQState
+from ovq.ops.row_bounds import bounds_of
+from ovq.ops.state import OVQState, advanced
 from ovq.ops.uncompiled import uncompiled
 
 
@@ -126,11 +127,12 @@ def ovq_attention(
     is_dense = attention_mask is None and cu_seqlens is None and log_forget is None
     if is_dense and output_final_state and isinstance(initial_state, OVQState):
         step = initial_state._step
-        if step is not None and backend in ("auto", step.backend):
-            done = step.repeated(q, k, v, scale, initial_state, token_weights, options)
-            if done is not None:
-                dispatch.note_backend(step.backend)
-                return done
+        is_asked_for = step is not None and backend in ("auto", step.backend)
+        if is_asked_for and step.fits(q, k, v, token_weights, initial_state, options):
+            scale = checked_scale(scale, q)
+            dispatch.note_backend(step.backend)
+            after = advanced(initial_state)
+            return step.run(q, k, v, scale, token_weights, initial_state.num_seen, after)
     check_qkv(q, k, v)
     given: dict[str, Any] = {
         "q": q,
@@ -147,7 +149,9 @@ def ovq_attention(
     }
     if torch.compiler.is_compiling():
         return _in_graph(given, backend)
-    return dispatch.run(checked_call(**given), backend)
+    call = checked_call(**given)
+    o, state = dispatch.run_of(call, backend)(call)
+    return o, state if output_final_state else None
 
 
 def _in_graph(given: dict[str, Any], backend: str) -> tuple[Tensor, OVQState | None]:
@@ -156,17 +160,24 @@ def _in_graph(given: dict[str, Any], backend: str) -> tuple[Tensor, OVQState | N
     if options.init == "random":
         # A graph would hold the seed that it was made with.
         return _uncompiled(given, backend)
-    is_kept = any(given[name] is not None for name in ("initial_state", "token_weights", "log_forget"))
+    has_more = any(given[name] is not None for name in ("initial_state", "token_weights", "log_forget"))
     wants_triton = backend == "triton" or (backend == "auto" and q.is_cuda)
-    if is_kept or given["wants_state"] or not wants_triton or backends.refusal("triton", q, v, options):
+    if has_more or given["wants_state"] or not wants_triton or backends.refusal("triton", q, v, options):
         return operator.attention(**given, backend=backend)
-    from ovq.ops.backends.triton.traced import attention
+    # Its operator keeps what the forward found for its backward; the other runs the call again.
+    from ovq.ops.backends.triton.library import attention
 
     dispatch.note_backend("triton")
-    rows = given["attention_mask"], given["cu_seqlens"]
-    return attention(q, given["k"], v, given["scale"], *rows, options), None
+    tensors = q, given["k"], v, given["scale"]
+    # Dynamo guards both, so that a graph made for one is not used for the other.
+    is_kept = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    bounds = bounds_of(q, given["attention_mask"], given["cu_seqlens"])
+    fields = options.num_slots, options.chunk_size, options.growth, options.merge, options.value_weight
+    return attention(*tensors, bounds, *fields, is_kept)[0], None
 
 
 @uncompiled
 def _uncompiled(given: dict[str, Any], backend: str) -> tuple[Tensor, OVQState | None]:
-    return dispatch.run(checked_call(**given), backend)
+    call = checked_call(**given)
+    o, state = dispatch.run_of(call, backend)(call)
+    return o, state if call.wants_state else None

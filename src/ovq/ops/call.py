@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -76,16 +77,6 @@ class Call:
         return self.q.shape[0] * self.q.shape[1]
 
     @property
-    def num_kv_heads(self) -> int:
-        """Hkv."""
-        return self.k.shape[2]
-
-    @property
-    def group_size(self) -> int:
-        """Query heads per key/value head, G."""
-        return self.q.shape[2] // self.k.shape[2]
-
-    @property
     def gates(self) -> list[str]:
         """The arguments with a number for each token that the call has."""
         return [name for name in ("token_weights", "log_forget") if getattr(self, name) is not None]
@@ -112,3 +103,7 @@ class Call:
         forgetting = (state.pending_forget, self.log_forget)
         tensors = (self.q, self.k, self.v, self.scale, *memory, *more, *forgetting)
         return any(x is not None and x.requires_grad for x in tensors)
+
+
+#: Runs a call: `run` of a `Backend`, or what goes through a call in its place.
+Run = Callable[[Call], tuple[Tensor, OVQState | None]]

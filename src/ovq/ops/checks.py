@@ -227,31 +227,19 @@ def check_state(state: OVQState, num_rows: int, k: Tensor, v: Tensor, options: O
         if not isinstance(x, Tensor) or x.dim() != dims:
             what = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"initial_state: {name}: expected a tensor of {dims} dimensions, found {what}")
-    found = {
-        "rows": state.batch_size,
-        "num_slots": state.num_slots,
-        "chunk_size": state.chunk_size,
-        "key/value heads": state.count.shape[1],
-        "key dimension": state.key_sum.shape[3],
-        "value dimension": state.value_sum.shape[3],
-        "dtype of sums": state.key_sum.dtype,
-        "dtype of pending tokens": state.pending_keys.dtype,
-        "device": state.key_sum.device,
-    }
-    expected = {
-        "rows": num_rows,
-        "num_slots": options.num_slots,
-        "chunk_size": options.chunk_size,
-        "key/value heads": k.shape[2],
-        "key dimension": k.shape[3],
-        "value dimension": v.shape[3],
-        "dtype of sums": state_dtype(k.dtype),
-        "dtype of pending tokens": k.dtype,
-        "device": k.device,
-    }
-    for what, value in expected.items():
-        if found[what] != value:
-            raise ValueError(f"initial_state: {what}: expected {value}, found {found[what]}")
+    for what, expected, found in (
+        ("rows", num_rows, state.batch_size),
+        ("num_slots", options.num_slots, state.num_slots),
+        ("chunk_size", options.chunk_size, state.chunk_size),
+        ("key/value heads", k.shape[2], state.count.shape[1]),
+        ("key dimension", k.shape[3], state.key_sum.shape[3]),
+        ("value dimension", v.shape[3], state.value_sum.shape[3]),
+        ("dtype of sums", state_dtype(k.dtype), state.key_sum.dtype),
+        ("dtype of pending tokens", k.dtype, state.pending_keys.dtype),
+        ("device", k.device, state.key_sum.device),
+    ):
+        if found != expected:
+            raise ValueError(f"initial_state: {what}: expected {expected}, found {found}")
     _check_parts(state, k.dtype)
 
 

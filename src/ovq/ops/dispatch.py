@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 
 from torch import Tensor
 
 from ovq.ops import backends
-from ovq.ops.call import Call
+from ovq.ops.call import Call, Run
 from ovq.ops.forget import forgetful_attention
-from ovq.ops.precision import full_precision
 from ovq.ops.state import OVQState
 
 _used: str | None = None
@@ -37,17 +36,20 @@ def note_backend(name: str) -> None:
     _used = name
 
 
-def run(call: Call, backend: str) -> tuple[Tensor, OVQState | None]:
-    """What `ovq_attention` returns, by the backend that is asked for, or by the fastest that can."""
+def run_of(call: Call, backend: str) -> Run:
+    """What runs a call: the backend that is asked for, or the fastest that can; `backend_used` names it."""
     name = backends.chosen(backend, call)
     note_backend(name)
-    by_backend = backends.BACKENDS[name].run
-    # The compiled kernels use no product of PyTorch.
-    with contextlib.nullcontext() if name == "cpu" else full_precision(call.q.device):
-        if call.log_forget is None:
-            o, state = by_backend(call)
-        else:
-            # Only the compiled kernels fade dictionaries themselves, and they have no gradients of it.
-            is_one_call = name == "cpu" and not call.wants_gradients
-            o, state = forgetful_attention(call, by_backend, is_one_call=is_one_call)
-    return o, state if call.wants_state else None
+    run = backends.BACKENDS[name].run
+    if not any(call.rows.lengths):
+        return _nothing_read
+    if call.log_forget is None:
+        return run
+    # Only the compiled kernels fade dictionaries themselves, and they have no gradients of it.
+    is_one_call = name == "cpu" and not call.wants_gradients
+    return functools.partial(forgetful_attention, run=run, is_one_call=is_one_call)
+
+
+def _nothing_read(call: Call) -> tuple[Tensor, OVQState]:
+    """What becomes of a call without a token, by any backend."""
+    return call.q.new_zeros(*call.q.shape[:3], call.v.shape[3]), call.state

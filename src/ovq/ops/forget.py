@@ -4,18 +4,14 @@ how."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ovq.ops.backends.alignment import AlignedRows
-from ovq.ops.call import Call, Rows
+from ovq.ops.call import Call, Rows, Run
 from ovq.ops.fading import begun, ended
 from ovq.ops.state import OVQState
-
-#: Runs a call of pieces of chunks, and returns outputs and the state after them.
-Run = Callable[[Call], tuple[Tensor, OVQState | None]]
 
 
 def forgetful_attention(call: Call, run: Run, *, is_one_call: bool) -> tuple[Tensor, OVQState]:
@@ -30,8 +26,6 @@ def forgetful_attention(call: Call, run: Run, *, is_one_call: bool) -> tuple[Ten
     state, weights, log_forget, options = call.state, call.token_weights, call.log_forget, call.options
     assert weights is not None
     assert log_forget is not None
-    if not sum(call.rows.lengths):
-        return call.q.new_zeros(*call.q.shape[:3], call.v.shape[3]), state
     if call.is_one_token:
         return _piece(call, run)
     if is_one_call:

@@ -16,7 +16,7 @@ from ovq.ops.call import Call
 from ovq.ops.known import Known
 from ovq.ops.naive_pairs import cheapest_clusters, lowest, nearest_clusters, points
 from ovq.ops.options import NO_COSINE, NO_WEIGHT, TIE, TINY, Options
-from ovq.ops.precision import rounded
+from ovq.ops.precision import full_precision, rounded
 from ovq.ops.random_init import random_priority
 from ovq.ops.schedule import grown_slots
 from ovq.ops.state import OVQState
@@ -106,7 +106,8 @@ def run(call: Call) -> tuple[Tensor, OVQState | None]:
         part = slice(start, start + length)
         before = call.state.select([r])
         tokens = flat_q[part], flat_k[part], flat_v[part], weights[part]
-        o, after = naive_row(*tokens, call.scale, before, call.options)
+        with full_precision(call.q.device):
+            o, after = naive_row(*tokens, call.scale, before, call.options)
         pieces += [o.new_zeros(max(0, start - end), *o.shape[1:]), o]
         end = max(end, start + length)
         states.append(after)

@@ -20,7 +20,7 @@ from ovq.ops.ablation import Ablation
 from ovq.ops.call import RowBounds
 from ovq.ops.checks import check_state, checked_call
 from ovq.ops.options import Options
-from ovq.ops.row_bounds import row_bounds
+from ovq.ops.row_bounds import bounds_of
 from ovq.ops.state import OVQState, with_capacity
 from ovq.ops.sums import state_dtype
 
@@ -71,7 +71,8 @@ def attention(
 
     The state that it returns has room for N slots.
     """
-    bounds = _bounds_of(q, attention_mask, cu_seqlens)
+    is_dense = attention_mask is None and cu_seqlens is None
+    bounds = None if is_dense else bounds_of(q, attention_mask, cu_seqlens)
     state = initial_state
     if state is not None:
         check_state(state, q.shape[0] if bounds is None else bounds.shape[1], k, v, options)
@@ -104,17 +105,6 @@ def attention(
     if not forgets:
         del pieces["pending_forget"]
     return o, OVQState(num_slots=options.num_slots, chunk_size=options.chunk_size, **pieces)
-
-
-def _bounds_of(
-    q: Tensor, attention_mask: Tensor | RowBounds | None, cu_seqlens: Tensor | None
-) -> Tensor | None:
-    """`RowBounds.bounds` of a call; None where every column is a token of its own row."""
-    if isinstance(attention_mask, RowBounds):
-        return attention_mask.bounds
-    if attention_mask is None and cu_seqlens is None:
-        return None
-    return row_bounds(attention_mask, cu_seqlens, q.shape[0], 0, q.shape[1])
 
 
 def _pieces(state: OVQState) -> list[Tensor | None]:
@@ -169,8 +159,10 @@ class _Inputs:
             token_weights=token_weights,
             log_forget=log_forget,
         )
-        o, state = dispatch.run(call, self.backend)
-        return [o] if state is None else [o, *_pieces(with_capacity(state, self.options.num_slots))]
+        o, state = dispatch.run_of(call, self.backend)(call)
+        if state is None or not self.wants_state:
+            return [o]
+        return [o, *_pieces(with_capacity(state, self.options.num_slots))]
 
 
 def _own(x: Tensor | None, arguments: Sequence[Any], like: Tensor) -> Tensor:

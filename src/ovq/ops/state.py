@@ -74,7 +74,7 @@ class OVQState:
     pending_forget: Tensor | None = None
     # The buffers in which decode steps keep the pending tokens, if there were such steps (`advanced`).
     _buffers: PendingBuffers | None = dataclasses.field(default=None, repr=False)
-    # The decode step that led here, if it is one that a backend can repeat (`repeated` of `backends/cpu`).
+    # The decode step that led here, if a backend can repeat it (`PreparedStep` of `backends/cpu`).
     _step: Any = dataclasses.field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -38,7 +38,10 @@ class Backend(Protocol):
         nothing."""
 
     def run(self, call: Call) -> tuple[Tensor, OVQState | None]:
-        """Outputs `[B, T, H, V]` in the dtype of q, and the state afterwards, or None if not wanted."""
+        """Outputs `[B, T, H, V]` in the dtype of q, and the state afterwards, perhaps None if not wanted.
+
+        A call has at least one token. Its products are exact (`full_precision`), whatever PyTorch is set to.
+        """
 
 
 BACKENDS: dict[str, Backend] = {"naive": naive, "torch": torch, "cpu": cpu, "triton": triton}

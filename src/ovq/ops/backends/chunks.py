@@ -1,9 +1,8 @@
-"""What the fast backends share: lay a call out in chunks, run the backend's recurrence, restore the order."""
+"""What the fast backends share: `Chunks`, a call laid out in chunks, and what becomes of it afterwards."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,113 +10,78 @@ from torch import Tensor
 
 from ovq.ops.backends.alignment import AlignedRows
 from ovq.ops.backends.dictionary import Dictionary
-from ovq.ops.backends.frames import Frames
+from ovq.ops.backends.frames import with_frames
 from ovq.ops.backends.plan import Plan
 from ovq.ops.call import Call
 from ovq.ops.state import OVQState, with_capacity
 
-# Of rows in chunks: the plan, q, k, v, scale, key_sum, value_sum, count; where tokens have weights, their own
-# and those of slots; where they forget too, `Frames.fading`. Returns outputs, sums and counts at the end, and
-# the weights of slots, or None.
-Recurrence = Callable[..., tuple[Any, ...]]
 
+class Chunks:
+    """A call of at least one token, laid out in chunks: rows sorted by length, each from a chunk on.
 
-def in_chunks(call: Call, recurrence: Recurrence) -> tuple[Tensor, OVQState | None]:
-    """Outputs and state of a call.
-
-    Args:
+    Attributes:
         call: the call.
-        recurrence: processes the rows in chunks, sorted by length (`torch/chunk.py` says what its arguments
-            are); the `apply` of an autograd function.
+        plan: what is done, chunk by chunk.
+        before: the state that the call starts from, rows in sorted order and with room for all slots.
+        k: `[num_chunks, W, Hkv, K]` all keys, pending ones among them. v: likewise.
+        weights: `[num_chunks, W, Hkv, 1]` of all tokens; None where tokens have no weights.
+        fading: `[num_chunks, Hkv]` by how much dictionaries fade (`frames.py`); None where nothing is
+            forgotten.
     """
-    q, k, v, state = call.q, call.k, call.v, call.state
-    if not sum(call.rows.lengths):
-        return q.new_zeros(*q.shape[:3], v.shape[3]), state
-    before, plan = planned(call, group_size=call.group_size)
-    aligned = plan.aligned
-    chunks_k = aligned.align(k, before.pending_keys)
-    chunks_v = aligned.align(v, before.pending_values)
-    chunks_w: Tensor | None = None
-    gates: tuple[Tensor | None, ...] = ()
-    if call.log_forget is not None:
-        frames = Frames.of(call, before, plan)
-        before, chunks_w = frames.before, frames.weights
-        gates = chunks_w, before.weight, frames.fading
-    elif call.token_weights is not None:
-        assert before.weight is not None
-        assert before.pending_weights is not None
-        chunks_w = aligned.align(call.token_weights[..., None], before.pending_weights[..., None])
-        gates = chunks_w, before.weight
-    o, *sums = recurrence(
-        plan,
-        aligned.align(q, None),
-        chunks_k,
-        chunks_v,
-        call.scale,
-        before.key_sum,
-        before.value_sum,
-        before.count,
-        *gates,
-    )
-    o = aligned.unalign(o, q.shape[0], q.shape[1])
-    if not call.wants_state:
-        return o, None
-    return o, state_after(before, Dictionary(*sums), chunks_k, chunks_v, plan, chunks_w)
 
+    def __init__(self, call: Call) -> None:
+        aligned = AlignedRows(
+            call.rows,
+            pending=call.state.num_pending.tolist(),
+            chunk_size=call.options.chunk_size,
+            num_tokens=call.num_tokens,
+        )
+        before = call.state if aligned.is_sorted else call.state.select(aligned.order)
+        self.call = call
+        self.plan = Plan.make(
+            aligned,
+            opened=before.num_open.tolist(),
+            num_merged=(before.num_seen - before.num_pending).tolist(),
+            num_kv_heads=call.k.shape[2],
+            group_size=call.q.shape[2] // call.k.shape[2],
+            options=call.options,
+        )
+        self.before = before = with_capacity(before, self.plan.capacity)
+        self.k = aligned.align(call.k, before.pending_keys)
+        self.v = aligned.align(call.v, before.pending_values)
+        self.weights: Tensor | None = None
+        self.fading: Tensor | None = None
+        if call.log_forget is not None:
+            self.before, self.weights, self.fading = with_frames(call, before, self.plan)
+        elif call.token_weights is not None:
+            assert before.pending_weights is not None
+            self.weights = aligned.align(call.token_weights[..., None], before.pending_weights[..., None])
 
-def planned(call: Call, *, group_size: int) -> tuple[OVQState, Plan]:
-    """The state that a call starts from, rows in sorted order and with room for all slots, and the plan.
+    def inputs(self) -> tuple[Any, ...]:
+        """The arguments of `ChunkAttention` (`torch/chunk.py`), and `fading` where there is some."""
+        before = self.before
+        given = [self.plan, self.plan.aligned.align(self.call.q, None), self.k, self.v, self.call.scale]
+        given += [before.key_sum, before.value_sum, before.count]
+        if self.weights is not None:
+            given += [self.weights, before.weight]
+        return (*given, *([] if self.fading is None else [self.fading]))
 
-    Args:
-        call: the call.
-        group_size: query heads per key/value head.
-    """
-    aligned = AlignedRows(
-        call.rows,
-        pending=call.state.num_pending.tolist(),
-        chunk_size=call.options.chunk_size,
-        num_tokens=call.num_tokens,
-    )
-    before = call.state if aligned.is_sorted else call.state.select(aligned.order)
-    plan = Plan.make(
-        aligned,
-        opened=before.num_open.tolist(),
-        num_merged=(before.num_seen - before.num_pending).tolist(),
-        num_kv_heads=call.num_kv_heads,
-        group_size=group_size,
-        options=call.options,
-    )
-    return with_capacity(before, plan.capacity), plan
+    def results(self, o: Tensor, *sums: Tensor) -> tuple[Tensor, OVQState | None]:
+        """Outputs and state of the call, from what `ChunkAttention` returns."""
+        q = self.call.q
+        o = self.plan.aligned.unalign(o, q.shape[0], q.shape[1])
+        return o, self.state_after(Dictionary(*sums)) if self.call.wants_state else None
 
-
-def state_after(
-    before: OVQState,
-    sums: Dictionary,
-    chunks_k: Tensor,
-    chunks_v: Tensor,
-    plan: Plan,
-    chunks_w: Tensor | None = None,
-) -> OVQState:
-    """The state after a call, rows in the order of the call.
-
-    Args:
-        before: the state before it, rows in sorted order.
-        sums: the dictionaries at the end.
-        chunks_k: all keys, chunk-aligned. chunks_v: likewise.
-        plan: the plan of the call.
-        chunks_w: all weights, `[..., 1]`, chunk-aligned; None without.
-    """
-    aligned = plan.aligned
-    seen = [m + n for m, n in zip(plan.num_merged, aligned.lengths, strict=True)]
-    after = dataclasses.replace(
-        before,
-        key_sum=sums.key_sum,
-        value_sum=sums.value_sum,
-        count=sums.count,
-        pending_keys=aligned.tail(chunks_k),
-        pending_values=aligned.tail(chunks_v),
-        num_seen=torch.tensor(seen, dtype=torch.int64),
-        weight=sums.weight,
-        pending_weights=None if chunks_w is None else aligned.tail(chunks_w).squeeze(-1),
-    )
-    return after if aligned.is_sorted else after.select(aligned.inverse())
+    def state_after(self, sums: Dictionary) -> OVQState:
+        """The state after the call, rows in the order of the call, from the dictionaries at its end."""
+        aligned = self.plan.aligned
+        seen = [m + n for m, n in zip(self.plan.num_merged, aligned.lengths, strict=True)]
+        after = dataclasses.replace(
+            self.before,
+            **vars(sums),
+            pending_keys=aligned.tail(self.k),
+            pending_values=aligned.tail(self.v),
+            num_seen=torch.tensor(seen, dtype=torch.int64),
+            pending_weights=None if self.weights is None else aligned.tail(self.weights).squeeze(-1),
+        )
+        return after if aligned.is_sorted else after.select(aligned.inverse())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 from torch import Tensor
 
@@ -20,8 +19,3 @@ class Learned:
 
     slots: Tensor
     moved: Tensor | None
-
-
-# From keys `[num_chunks, W, Hkv, K]`, values, dictionaries `[R, Hkv, M, ...]` that are updated in place, and
-# the plan of the call, with one query head per key/value head. Weights `[num_chunks, W, Hkv, 1]` come last.
-Learn = Callable[..., Learned]

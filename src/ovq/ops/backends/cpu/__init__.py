@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ovq.ops.backends.chunks import in_chunks
+from ovq.ops.backends.chunks import Chunks
 from ovq.ops.backends.cpu.build import MissingKernelsWarning
 from ovq.ops.backends.cpu.convolution import CompiledConvolution, can_convolve, convolution_step
-from ovq.ops.backends.cpu.decode import decode_step
+from ovq.ops.backends.cpu.decode import PreparedStep
 from ovq.ops.backends.cpu.kernels import (
     DTYPES,
     CompiledAttention,
@@ -46,7 +46,7 @@ from ovq.ops.backends.cpu.window import CompiledWindow
 from ovq.ops.call import Call
 from ovq.ops.known import Known
 from ovq.ops.options import Options
-from ovq.ops.state import OVQState
+from ovq.ops.state import OVQState, advanced
 
 __all__ = [
     "FEW_TOKENS",
@@ -107,5 +107,8 @@ def run(call: Call) -> tuple[Tensor, OVQState | None]:
     """Run all chunks of all rows in one call of the kernels; decode steps read the state in place."""
     if call.is_decoding:
         # The other kernel would copy the whole dictionary for a single read.
-        return decode_step(call)
-    return in_chunks(call, CompiledAttention.apply)
+        q, k, v, state, after = call.q, call.k, call.v, call.state, advanced(call.state)
+        step = PreparedStep(call.options, (q.shape, k.shape, v.shape), q.dtype, after)
+        return step.run(q, k, v, call.scale, call.token_weights, state.num_seen, after)
+    chunks = Chunks(call)
+    return chunks.results(*CompiledAttention.apply(*chunks.inputs()))

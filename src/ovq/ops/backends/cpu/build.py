@@ -20,7 +20,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from filelock import FileLock, Timeout
@@ -37,6 +37,8 @@ _PREBUILT = compiler.FOLDER / "prebuilt"
 _SWITCH = "OVQ_CPU_KERNELS"
 # What `ovq_use_threads` of workers.h is given, in its order.
 _OPENMP = ("GOMP_parallel", "omp_get_num_threads", "omp_get_thread_num", "GOMP_barrier")
+# The kernels that ask for scratch, and return another number than 0 where there is none.
+_WITH_SCRATCH = ("ovq_forward", "ovq_backward", "ovq_window_forward", "ovq_window_backward", "ovq_memory")
 # An upper bound on the bytes that the compiler writes while it works.
 _ROOM = 2**22
 
@@ -167,6 +169,8 @@ def _loaded(path: Path, how: str) -> Kernels:
     if not hasattr(library, "ovq_use_threads"):
         raise OSError(f"{path}: expected a library of kernels, found one without them")
     check_mirrors(library)
+    for name in _WITH_SCRATCH:
+        getattr(library, name).errcheck = _check_scratch
     try:
         of_torch = ctypes.CDLL(torch._C.__file__)
         functions = [ctypes.cast(getattr(of_torch, name), ctypes.c_void_p) for name in _OPENMP]
@@ -175,6 +179,12 @@ def _loaded(path: Path, how: str) -> Kernels:
         return Kernels(library, f"{how}, for one thread (torch has loaded no OpenMP library)")
     library.ovq_use_threads(*functions)
     return Kernels(library, how)
+
+
+def _check_scratch(outcome: int, function: Any, arguments: tuple) -> None:
+    """Raise MemoryError where a kernel found no memory: ctypes calls this after each."""
+    if outcome:
+        raise MemoryError(f"{function.__name__}: no memory for the kernel's scratch")
 
 
 def _found_or_built(flags: tuple[str, ...], how: str) -> Kernels:

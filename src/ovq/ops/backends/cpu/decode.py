@@ -16,17 +16,9 @@ from ovq.ops.backends.cpu.mirrors import mirror_of
 from ovq.ops.backends.dictionary import Dictionary
 from ovq.ops.backends.plan import Plan
 from ovq.ops.backends.torch.decode import merged_state
-from ovq.ops.call import Call, Rows
-from ovq.ops.checks import checked_scale
+from ovq.ops.call import Rows
 from ovq.ops.options import Options
-from ovq.ops.state import OVQState, advanced
-
-
-def decode_step(call: Call) -> tuple[Tensor, OVQState]:
-    """Outputs `[B, 1, H, V]` for one new token per row, and the state after it, which can repeat the step."""
-    after = advanced(call.state)
-    step = PreparedStep(call.options, (call.q.shape, call.k.shape, call.v.shape), call.q.dtype, after)
-    return step.run(call.q, call.k, call.v, call.scale, call.state, call.token_weights, after)
+from ovq.ops.state import OVQState
 
 
 class PreparedStep:
@@ -96,25 +88,22 @@ class PreparedStep:
         is_same = state.key_sum is key_sum and state.value_sum is value_sum and state.count is count
         return is_same and state.weight is weight
 
-    def repeated(
+    def fits(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        scale: float | Tensor | None,
-        state: OVQState,
         token_weights: Tensor | None,
+        state: OVQState,
         options: Options,
-    ) -> tuple[Tensor, OVQState] | None:
-        """What `ovq_attention` returns, if these arguments of it are those of such a step; None otherwise."""
+    ) -> bool:
+        """Whether these arguments of `ovq_attention` are those of such a step, and so need no other check."""
         if not self.continues(state, options):
-            return None
+            return False
         for x, shape in zip((q, k, v), self.shapes, strict=True):
             if not isinstance(x, Tensor) or x.shape != shape or x.dtype != self.dtype or not x.is_cpu:
-                return None
-        if not self._fits_weights(token_weights):
-            return None
-        return self.run(q, k, v, checked_scale(scale, q), state, token_weights, advanced(state))
+                return False
+        return self._fits_weights(token_weights)
 
     def _fits_weights(self, token_weights: Tensor | None) -> bool:
         """Whether there are weights as there were, and such as may be."""
@@ -132,17 +121,17 @@ class PreparedStep:
         k: Tensor,
         v: Tensor,
         scale: Tensor,
-        state: OVQState,
         token_weights: Tensor | None,
+        num_seen: Tensor,
         after: OVQState,
     ) -> tuple[Tensor, OVQState]:
-        """Outputs `[B, 1, H, V]` of checked tensors, and the state after them.
+        """Outputs `[B, 1, H, V]` of checked tensors, and the state after them, which can repeat the step.
 
-        The kernel puts the new token into the pending buffers of `after`, which is `advanced(state)`, and
-        reads these and the sums where they lie.
+        The kernel puts the new token into the pending buffers of `after`, the `advanced` state of one with
+        `num_seen` tokens, and reads these and the sums where they lie.
         """
         o = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype)
-        call, _kept = self.call_of(after, state.num_seen)
+        call, _kept = self.call_of(after, num_seen)
         if not (q.is_contiguous() and k.is_contiguous() and v.is_contiguous()):
             q, k, v = dense(q), dense(k), dense(v)
             call.q_row, call.k_row, call.v_row = (x.stride(0) for x in (q, k, v))

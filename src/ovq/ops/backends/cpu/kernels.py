@@ -57,7 +57,7 @@ def is_available() -> bool:
 class CompiledAttention(torch.autograd.Function):
     """`ChunkAttention` run by the kernels; arguments, results and the rewinding backward are the same.
 
-    With `fading` `[num_chunks, Hkv]` (`Frames`) there are no gradients.
+    With `fading` `[num_chunks, Hkv]` (`frames.py`) there are no gradients.
     """
 
     @staticmethod
@@ -81,14 +81,13 @@ class CompiledAttention(torch.autograd.Function):
         o = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype)
         # The log-sum-exp of each query, and the slot of each token of a complete chunk.
         lse, slots = torch.empty(q.shape[:3]), torch.zeros(k.shape[:3], dtype=torch.int32)
-        call = _call(q, k, v, o, lse, scale, sums, slots, plan, token_weights)
-        call.fade(fading)
+        call = _call(q, k, v, o, lse, scale, sums, slots, plan, token_weights, fading)
         noted: list[Tensor] = []
         assert fading is None or not any(ctx.needs_input_grad)
         if any(ctx.needs_input_grad) and (plan.options.merges_pairs or weight is not None):
             noted = _noted(k, v, plan, has_weights=weight is not None)
             call.note(noted)
-        call.run("ovq_forward")
+        build.load().ovq_forward(ctypes.byref(call))
         of_sums = (sums.key_sum, sums.value_sum, sums.count, sums.weight)
         ctx.save_for_backward(q, k, v, scale, token_weights, o, *of_sums, lse, slots, *noted)
         ctx.plan = plan
@@ -125,7 +124,7 @@ class CompiledAttention(torch.autograd.Function):
             call.note(noted)
         call.point(key_deposit=key_deposit, value_deposit=value_deposit, grad_scale=grad_scale)
         call.point(weight_deposit=weight_deposit, grad_weights=grad_weights)
-        call.run("ovq_backward")
+        build.load().ovq_backward(ctypes.byref(call))
         of_inputs = (*grads, grad_scale.sum(0).to(scale.dtype))
         return None, *of_inputs, key_deposit, value_deposit, None, grad_weights, weight_deposit
 
@@ -147,7 +146,7 @@ def learn(
         sums: `[R, Hkv, M, ...]`, contiguous.
         plan: the plan of these rows, with `group_size` 0.
         token_weights: `[num_chunks, C, Hkv, 1]` where tokens have weights.
-        fading: `[num_chunks, Hkv]` where tokens forget (`Frames`).
+        fading: `[num_chunks, Hkv]` where tokens forget (`frames.py`).
         noted: tensors for the slots that chunks changed, from `_noted`, if wanted.
 
     Returns:
@@ -156,11 +155,10 @@ def learn(
     k, v = dense(k), dense(v)
     nothing = torch.empty(0)
     slots = torch.zeros(k.shape[:3], dtype=torch.int32)
-    call = _call(k, k, v, v, nothing, nothing, sums, slots, plan, token_weights)
-    call.fade(fading)
+    call = _call(k, k, v, v, nothing, nothing, sums, slots, plan, token_weights, fading)
     if noted:
         call.note(noted)
-    call.run("ovq_forward")
+    build.load().ovq_forward(ctypes.byref(call))
     return slots
 
 
@@ -172,7 +170,7 @@ def learn_and_say(
     token_weights: Tensor | None = None,
     fading: Tensor | None = None,
 ) -> Learned:
-    """Merge all complete chunks, in place; see `ovq.ops.backends.learned.Learn`."""
+    """Merge all complete chunks, in place; see `learn` of the `torch` backend."""
     plan = dataclasses.replace(plan, group_size=0)
     if not plan.options.merges_pairs:
         return Learned(learn(k, v, sums, plan, token_weights, fading), None)
@@ -258,15 +256,6 @@ class _Arguments(ctypes.Structure):
         self.num_noted = noted[0].shape[2]
         self.point(**dict(zip(_NOTED, noted, strict=False)))
 
-    def fade(self, fading: Tensor | None) -> None:
-        """Let dictionaries fade by `[num_chunks, Hkv]` where there is forgetting."""
-        self.least_weight = LEAST_WEIGHT
-        self.point(fading=None if fading is None else fading.contiguous())
-
-    def run(self, name: str) -> None:
-        if getattr(build.load(), name)(ctypes.byref(self)):
-            raise MemoryError(f"{name}: no memory for the kernel's scratch")
-
     def _keep(self, x: Tensor) -> int:
         if not hasattr(self, "kept"):
             self.kept = []
@@ -285,6 +274,7 @@ def _call(
     slots: Tensor,
     plan: Plan,
     token_weights: Tensor | None,
+    fading: Tensor | None = None,
 ) -> _Arguments:
     options, aligned = plan.options, plan.aligned
     call = _Arguments(
@@ -302,6 +292,7 @@ def _call(
         value_weight=options.value_weight,
         num_parts=NUM_PARTS,
         mass_power=options.mass_power,
+        least_weight=LEAST_WEIGHT,
     )
     starts = [0, *itertools.accumulate(len(sizes) for sizes in plan.slots)]
     call.set_tokens(q=q, k=k, v=v, o=o)
@@ -313,6 +304,7 @@ def _call(
         count=sums.count,
         token_weights=None if token_weights is None else token_weights.contiguous(),
         weight=sums.weight,
+        fading=None if fading is None else fading.contiguous(),
         slots=slots,
         first_chunk=torch.tensor(aligned.first_chunk, dtype=torch.int64),
         length=torch.tensor(aligned.lengths, dtype=torch.int64),

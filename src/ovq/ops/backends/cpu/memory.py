@@ -22,8 +22,7 @@ _STATE_DTYPES = (*DTYPES, torch.int8)
 def advance_memory(groups: Sequence[HeadGroup]) -> None:
     """Let groups of heads read their new tokens; `HeadGroup` says what changes in place."""
     array = (HeadGroup * len(groups))(*groups)
-    if build.load().ovq_memory(array, ctypes.c_int64(len(groups)), ctypes.c_int64(torch.get_num_threads())):
-        raise MemoryError("ovq_memory: no memory for the kernel's scratch")
+    build.load().ovq_memory(array, ctypes.c_int64(len(groups)), ctypes.c_int64(torch.get_num_threads()))
 
 
 @mirror_of("Strides")

@@ -31,7 +31,7 @@ class CompiledWindow(torch.autograd.Function):
         lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1])
         scale = scale.contiguous()
         call = _Window.of(q, k, v, scale, first, window, o, lse)
-        call.run("ovq_window_forward")
+        build.load().ovq_window_forward(ctypes.byref(call))
         ctx.save_for_backward(q, k, v, scale, first, o, lse)
         ctx.window = window
         return o
@@ -52,7 +52,7 @@ class CompiledWindow(torch.autograd.Function):
         call.grad_o, call.grad_q = _Strided.of(grad_o), _Strided.of(grad_q)
         call.grad_k, call.grad_v = grad_k.data_ptr(), grad_v.data_ptr()
         call.grad_scale = grad_scale.data_ptr()
-        call.run("ovq_window_backward")
+        build.load().ovq_window_backward(ctypes.byref(call))
         grad_k, grad_v = grad_k[..., : k.shape[3]].transpose(1, 2), grad_v[..., : v.shape[3]].transpose(1, 2)
         return grad_q, grad_k, grad_v, grad_scale.sum(0).to(scale.dtype), None, None
 
@@ -110,7 +110,3 @@ class _Window(ctypes.Structure):
             *(_Strided.of(x) for x in (q, k, v, o)),
             lse.data_ptr(),
         )
-
-    def run(self, name: str) -> None:
-        if getattr(build.load(), name)(ctypes.byref(self)):
-            raise MemoryError(f"{name}: no memory for the kernel's scratch")

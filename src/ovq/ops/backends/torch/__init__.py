@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ovq.ops.backends.chunks import in_chunks
+from ovq.ops.backends.chunks import Chunks
 from ovq.ops.backends.torch.chunk import ChunkAttention
 from ovq.ops.backends.torch.constant_rate import constant_rate_attention
 from ovq.ops.backends.torch.decode import decode_step
@@ -16,6 +16,7 @@ from ovq.ops.backends.torch.learn import learn
 from ovq.ops.call import Call
 from ovq.ops.known import Known
 from ovq.ops.options import Options
+from ovq.ops.precision import full_precision
 from ovq.ops.state import OVQState
 from ovq.ops.sums import DTYPES
 
@@ -39,7 +40,10 @@ def missing(q: Tensor, v: Tensor, options: Options) -> str | None:
 
 def run(call: Call) -> tuple[Tensor, OVQState | None]:
     """One token per row without gradients is decoded; everything else goes chunk by chunk."""
-    if call.is_decoding:
-        return decode_step(call)
-    is_rewound = call.options.ablation.rate == "count"
-    return in_chunks(call, ChunkAttention.apply if is_rewound else constant_rate_attention)
+    with full_precision(call.q.device):
+        if call.is_decoding:
+            return decode_step(call)
+        chunks = Chunks(call)
+        is_rewound = call.options.ablation.rate == "count"
+        attention = ChunkAttention.apply if is_rewound else constant_rate_attention
+        return chunks.results(*attention(*chunks.inputs()))

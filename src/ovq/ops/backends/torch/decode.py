@@ -28,20 +28,15 @@ from ovq.ops.sums import divisor, log_mass, log_token_weights, slot_means
 Learn = Callable[[OVQState, list[int], list[int], Options], Dictionary]
 
 
-def decode_step(call: Call, learn: Learn | None = None) -> tuple[Tensor, OVQState]:
-    """Outputs `[B, 1, H, V]` for one new token per row, and the state after it.
-
-    Args:
-        call: the call.
-        learn: the function that merges chunks, `learn_chunk` or another implementation of it.
-    """
+def decode_step(call: Call) -> tuple[Tensor, OVQState]:
+    """Outputs `[B, 1, H, V]` for one new token per row, and the state after it."""
     state, options = call.state, call.options
     pending = state.num_pending.tolist()
     after = advanced(state)
     _write(after, call, pending)
     o = _read(call, after, pending)
     complete = [r for r, p in enumerate(pending) if p + 1 == options.chunk_size]
-    return o, merged_state(after, complete, options, learn or learn_chunk) if complete else after
+    return o, merged_state(after, complete, options, learn_chunk) if complete else after
 
 
 def _write(state: OVQState, call: Call, pending: list[int]) -> None:

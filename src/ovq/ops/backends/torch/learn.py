@@ -25,10 +25,15 @@ def learn(
     token_weights: Tensor | None = None,
     fading: Tensor | None = None,
 ) -> Learned:
-    """Merge all complete chunks, in place; see `Learn`.
+    """Merge all complete chunks into dictionaries, and say where their tokens went.
 
-    With `fading` `[num_chunks, Hkv]` (`Frames`), what slots hold is multiplied by that when a chunk is
-    complete.
+    Args:
+        k: `[num_chunks, W, Hkv, K]`. v: likewise.
+        sums: `[R, Hkv, M, ...]`, updated in place.
+        plan: the plan of the call, with one query head per key/value head.
+        token_weights: `[num_chunks, W, Hkv, 1]` where tokens have weights.
+        fading: `[num_chunks, Hkv]` where tokens forget (`frames.py`): what slots hold is multiplied by that
+            when a chunk is complete.
     """
     slots = torch.zeros(*k.shape[:3], 1, dtype=torch.int32, device=k.device)
     by_chunk = None

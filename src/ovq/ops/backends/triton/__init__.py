@@ -12,10 +12,11 @@ import os
 import torch
 from torch import Tensor
 
-from ovq.ops.backends.chunks import in_chunks
+from ovq.ops.backends.chunks import Chunks
 from ovq.ops.call import Call
 from ovq.ops.known import Known
 from ovq.ops.options import Options
+from ovq.ops.precision import full_precision
 from ovq.ops.state import OVQState
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -39,7 +40,11 @@ def run(call: Call) -> tuple[Tensor, OVQState | None]:
     from ovq.ops.backends.triton.chunk import ChunkAttention
     from ovq.ops.backends.triton.decode import decode_step
 
-    return decode_step(call) if call.is_decoding else in_chunks(call, ChunkAttention.apply)
+    with full_precision(call.q.device):
+        if call.is_decoding:
+            return decode_step(call)
+        chunks = Chunks(call)
+        return chunks.results(*ChunkAttention.apply(*chunks.inputs()))
 
 
 def missing(q: Tensor, v: Tensor, options: Options) -> str | None:

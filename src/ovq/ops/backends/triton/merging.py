@@ -186,7 +186,7 @@ class PairRecurrence:
         )
         is_mover = movers(before, merged, size, into.device)
         at_once = max(1, PRODUCT_BYTES // (4 * 2 * size * columns))
-        # A compiled graph calls this without what `dispatch.py` sees to.
+        # A compiled graph calls this without what `run` of the backend sees to.
         with full_precision(into.device):
             for start in range(0, streams, at_once):
                 own = slice(start, start + at_once)
