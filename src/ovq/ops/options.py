@@ -54,7 +54,7 @@ CURRENT_MERGES = ("existing", "updated", "nearest")
 BEST_MERGE = "nearest"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Options:
     """The settings that, together with its tensors, define the layer: no backend may change them.
 
@@ -121,41 +121,21 @@ def options_of(
 
     Of equal fields these are the same object, which is checked once, and recognized in no time.
     """
-    fields = (num_slots, chunk_size, growth, init, merge, ablation, value_weight, seed)
+    growth = default_growth(merge) if growth is None else growth
+    # In the order of `Options`.
+    fields = (num_slots, chunk_size, growth, init, merge, seed, ablation, value_weight)
     # In a graph that is being made nothing can be looked up.
     if torch.compiler.is_compiling():
-        return _options_of(*fields)
+        return Options(*fields)
     try:
-        return _known_options_of(*fields)
+        return _known_options(*fields)
     except TypeError:
         # What is no value of any option cannot be looked up either: it is refused.
-        return _options_of(*fields)
-
-
-def _options_of(
-    num_slots: int,
-    chunk_size: int,
-    growth: str | None,
-    init: str,
-    merge: str,
-    ablation: Ablation,
-    value_weight: float,
-    seed: int,
-) -> Options:
-    return Options(
-        num_slots=num_slots,
-        chunk_size=chunk_size,
-        growth=default_growth(merge) if growth is None else growth,
-        init=init,
-        merge=merge,
-        ablation=ablation,
-        value_weight=value_weight,
-        seed=seed,
-    )
+        return Options(*fields)
 
 
 # By type, because 1 is equal to True, which is no size.
-_known_options_of = functools.lru_cache(maxsize=256, typed=True)(_options_of)
+_known_options = functools.lru_cache(maxsize=256, typed=True)(Options)
 
 
 @functools.lru_cache(maxsize=256)
