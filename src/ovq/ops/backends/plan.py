@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 from ovq.ops.backends.alignment import AlignedRows
+from ovq.ops.call import Rows
 from ovq.ops.options import Options
 from ovq.ops.schedule import slots_by_chunk
+from ovq.ops.state import OVQState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +56,26 @@ class Plan:
             for n, merged, length in zip(opened, num_merged, aligned.lengths, strict=True)
         ]
         return cls(aligned, slots, num_merged, num_kv_heads, group_size, options)
+
+    @classmethod
+    def of_pending(cls, rows: OVQState, before: list[int], after: list[int], options: Options) -> Plan:
+        """The plan of rows that merge their pending tokens, a complete chunk each, and read nothing.
+
+        Args:
+            rows: their states.
+            before: slots in use in each row. after: slots that each row is to have.
+            options: the layer's settings.
+        """
+        size, num = options.chunk_size, len(before)
+        one_chunk_each = Rows(tuple(range(0, num * size, size)), (size,) * num)
+        return cls(
+            aligned=AlignedRows(one_chunk_each, pending=[0] * num, chunk_size=size, num_tokens=num * size),
+            slots=[list(sizes) for sizes in zip(before, after, strict=True)],
+            num_merged=[t - size for t in rows.num_seen.tolist()],
+            num_kv_heads=rows.count.shape[1],
+            group_size=0,
+            options=options,
+        )
 
     @property
     def capacity(self) -> int:

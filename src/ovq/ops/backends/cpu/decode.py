@@ -9,14 +9,12 @@ import operator
 import torch
 from torch import Tensor
 
-from ovq.ops.backends.alignment import AlignedRows
 from ovq.ops.backends.cpu import build
 from ovq.ops.backends.cpu.kernels import DTYPES, dense, learn
 from ovq.ops.backends.cpu.mirrors import mirror_of
 from ovq.ops.backends.dictionary import Dictionary
 from ovq.ops.backends.plan import Plan
 from ovq.ops.backends.torch.decode import merged_state
-from ovq.ops.call import Rows
 from ovq.ops.options import Options
 from ovq.ops.state import OVQState
 
@@ -203,17 +201,7 @@ class Decode(ctypes.Structure):
 
 def learn_chunk(rows: OVQState, before: list[int], after: list[int], options: Options) -> Dictionary:
     """The compiled version of the `torch` backend's `learn_chunk`, which may also work in place."""
-    size, num = options.chunk_size, len(before)
-    one_chunk_each = Rows(tuple(range(0, num * size, size)), (size,) * num)
-    aligned = AlignedRows(one_chunk_each, pending=[0] * num, chunk_size=size, num_tokens=num * size)
-    plan = Plan(
-        aligned=aligned,
-        slots=[list(sizes) for sizes in zip(before, after, strict=True)],
-        num_merged=[t - size for t in rows.num_seen.tolist()],
-        num_kv_heads=rows.count.shape[1],
-        group_size=0,
-        options=options,
-    )
+    plan = Plan.of_pending(rows, before, after, options)
     sums = Dictionary(rows.key_sum, rows.value_sum, rows.count, rows.weight).map(Tensor.contiguous)
     weights = rows.pending_weights
     weights = None if weights is None else weights.transpose(1, 2).contiguous()

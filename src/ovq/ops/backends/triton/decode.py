@@ -12,17 +12,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ovq.ops.backends.alignment import AlignedRows
-from ovq.ops.backends.dictionary import Dictionary, replaced
+from ovq.ops.backends.dictionary import Dictionary
 from ovq.ops.backends.plan import Plan
+from ovq.ops.backends.torch.decode import merged_state
 from ovq.ops.backends.triton import common
 from ovq.ops.backends.triton.common import LOG2E, divisors, put_rows, rows
 from ovq.ops.backends.triton.launch import recurrence_of
 from ovq.ops.backends.triton.weights import Weights
 from ovq.ops.backends.triton.work import Work
-from ovq.ops.call import Call, Rows
+from ovq.ops.call import Call
 from ovq.ops.options import LEAST_READ, Options
-from ovq.ops.state import OVQState, advanced, with_capacity
+from ovq.ops.state import OVQState, advanced
 
 # Programs per multiprocessor: enough loads in flight to use the full memory bandwidth.
 _PROGRAMS_EACH = 4
@@ -156,7 +156,7 @@ def decode_step(call: Call) -> tuple[Tensor, OVQState]:
             q, call.k, call.v, call.scale, *sums, *buffers, places, pending[0], call.token_weights,
             after.pending_weights, options.weighs_chunk,
         )  # fmt: skip
-        return o, _merged(after, complete, options) if complete else after
+        return o, merged_state(after, complete, options, learn_chunk) if complete else after
 
 
 @torch.library.custom_op("ovq::decode", mutates_args=("pending_keys", "pending_values", "pending_weights"))
@@ -245,34 +245,16 @@ def _arrived(device: torch.device, cuda_stream: int, num: int) -> Tensor:
     return counters
 
 
-def _merged(state: OVQState, complete: list[int], options: Options) -> OVQState:
-    """`state` with the full chunks of the rows `complete` merged into copies of their dictionaries."""
-    part = state.select(complete)
-    num, chunk_size = len(complete), options.chunk_size
-    starts = tuple(range(0, num * chunk_size, chunk_size))
-    plan = Plan.make(
-        AlignedRows(
-            Rows(starts, (chunk_size,) * num),
-            pending=[0] * num,
-            chunk_size=chunk_size,
-            num_tokens=num * chunk_size,
-        ),
-        opened=part.num_open.tolist(),
-        num_merged=(part.num_seen - chunk_size).tolist(),
-        num_kv_heads=part.count.shape[1],
-        group_size=1,
-        options=options,
-    )
-    state = with_capacity(state, plan.capacity)
-    part = with_capacity(part, state.count.shape[2])
-    into = Dictionary(part.key_sum, part.value_sum, part.count, part.weight)
+def learn_chunk(rows: OVQState, before: list[int], after: list[int], options: Options) -> Dictionary:
+    """The version of the kernels of the `torch` backend's `learn_chunk`, which works in place."""
+    sums = Dictionary(rows.key_sum, rows.value_sum, rows.count, rows.weight)
     weights = None
-    if part.pending_weights is not None:
-        weights = Weights(part.pending_weights.transpose(1, 2).contiguous())
-    k, v = (x.transpose(1, 2).contiguous() for x in (part.pending_keys, part.pending_values))
-    slots = torch.zeros(*part.pending_keys.shape[:3], dtype=torch.int32, device=k.device)
-    work = Work(plan, part.count.shape[2], k.device)
-    recurrence = recurrence_of(k, v, slots, into, work, weights=weights)
+    if rows.pending_weights is not None:
+        weights = Weights(rows.pending_weights.transpose(1, 2).contiguous())
+    k, v = (x.transpose(1, 2).contiguous() for x in (rows.pending_keys, rows.pending_values))
+    slots = torch.zeros(*rows.pending_keys.shape[:3], dtype=torch.int32, device=k.device)
+    work = Work(Plan.of_pending(rows, before, after, options), rows.count.shape[2], k.device)
+    recurrence = recurrence_of(k, v, slots, sums, work, weights=weights)
     recurrence.step(0)
     recurrence.step(1)
-    return replaced(state, complete, into)
+    return sums
