@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from ovq.layers import SequenceLayout, ShortConvolution
 from ovq.layers.common import QKNorm, apply_rotary, l2_normalize, rotary_tables
-from ovq.ops.backends.cpu import can_convolve, cpu_kernels
+from ovq.ops.backends.cpu import can_run, cpu_kernels
 
 
 def conv_layout(mask=None, *, num_new, cu_seqlens=None):
@@ -153,7 +153,7 @@ def test_the_compiled_convolution_equals_that_of_products(
         sources = [copies[0], layer.weight, *copies[2:]]
         return [y, state, *torch.autograd.grad(y, sources, grad.to(dtype))]
 
-    assert can_convolve(x, conv.weight) == cpu_kernels().startswith("compiled")
+    assert can_run(x, conv.weight) == cpu_kernels().startswith("compiled")
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:

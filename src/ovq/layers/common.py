@@ -16,7 +16,6 @@ from ovq.ops.backends.cpu import (
     CompiledRMSNorm,
     CompiledSwiGLU,
     applied,
-    can_convolve,
     can_run,
     convolution_step,
 )
@@ -291,7 +290,7 @@ class ShortConvolution(OwnWeights):
         past = None if state is None else state.transpose(1, 2).to(x.dtype)
         # Parameters may be float32 under autocast; the product would then silently widen the activations.
         weight = self.weight.to(x.dtype)
-        if can_convolve(x, weight):
+        if can_run(x, weight):
             y = applied(CompiledConvolution, x, past, weight, offset)
         else:
             y = _convolve(x, past, weight, offset)

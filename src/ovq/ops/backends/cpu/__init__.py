@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ovq.ops.backends.chunks import Chunks
 from ovq.ops.backends.cpu.build import MissingKernelsWarning
-from ovq.ops.backends.cpu.convolution import CompiledConvolution, can_convolve, convolution_step
+from ovq.ops.backends.cpu.convolution import CompiledConvolution, convolution_step
 from ovq.ops.backends.cpu.decode import PreparedStep
 from ovq.ops.backends.cpu.kernels import (
     DTYPES,
@@ -67,7 +67,6 @@ __all__ = [
     "TokenMemory",
     "advance_memory",
     "applied",
-    "can_convolve",
     "can_run",
     "convolution_step",
     "cpu_kernels",

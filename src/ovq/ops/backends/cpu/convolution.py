@@ -10,15 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ovq.ops.backends.cpu import build
-from ovq.ops.backends.cpu.kernels import is_available
 from ovq.ops.backends.cpu.mirrors import mirror_of
 from ovq.ops.backends.cpu.tokens import call_kernel
-
-
-def can_convolve(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernel can run: float32 tensors on a CPU, compiled kernels, and no tracing."""
-    is_plain = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-    return is_plain and not torch.compiler.is_compiling() and is_available()
 
 
 class CompiledConvolution(torch.autograd.Function):
