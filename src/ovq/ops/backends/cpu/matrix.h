@@ -62,8 +62,8 @@ template <int most, class Tile> INLINE void some_dots(const Tile &tile, int64_t 
 /* Products of num tokens with the rows first..end-1 of a matrix, plus `added` if there is any, into y [num, ldy].
    `tile_of` gives a tile from a row on; they are read from front to back, which memory does fastest. */
 template <typename TileOf>
-static void multiply_tiles(const Matrix *matrix, int64_t first, int64_t end, int64_t num, const float *added, float *y,
-                           int64_t ldy, TileOf tile_of) {
+static void multiply_row_tiles(const Matrix *matrix, int64_t first, int64_t end, int64_t num, const float *added,
+                               float *y, int64_t ldy, TileOf tile_of) {
     constexpr int rows = decltype(tile_of(first))::rows;
     for (int64_t r0 = first; r0 < end; r0 += rows) {
         const auto tile = tile_of(r0);
@@ -91,21 +91,21 @@ static void multiply_whole(const Matrix *matrix, int64_t first, int64_t end, int
     int32_t sums[num * groups * 2];
     const WholeInputs in = {groups, quads, steps, sums};
     round_inputs(&in, num, dim, x);
-    multiply_tiles(matrix, first, end, num, added, y, ldy, [&](int64_t r) {
-        const int64_t at = r / TILE * groups;
+    multiply_row_tiles(matrix, first, end, num, added, y, ldy, [&](int64_t r) {
+        const int64_t at = r / ABREAST * groups;
         return Tile{(const uint8_t *)matrix->weight + at * Tile::num_bytes,
                     (const Factor *)matrix->factors + at * Tile::num_factors, &in};
     });
 }
 
-/* From a row on that is a multiple of TILE. */
+/* From a row on that is a multiple of ABREAST. */
 static void multiply_part(const Matrix *matrix, int64_t first, int64_t end, int64_t num, int64_t dim, const float *x,
                           const float *added, float *y, int64_t ldy) {
     if (matrix->format == INT8) return multiply_whole<float>(matrix, first, end, num, dim, x, added, y, ldy);
     if (matrix->format == UINT4) return multiply_whole<Float16>(matrix, first, end, num, dim, x, added, y, ldy);
     with_type(matrix->format, matrix->weight, 0, [=](auto *weight) {
         typedef std::remove_const_t<std::remove_reference_t<decltype(*weight)>> T;
-        multiply_tiles(matrix, first, end, num, added, y, ldy,
-                       [=](int64_t r) { return NumberRow<T>{weight + r * dim, x, dim}; });
+        multiply_row_tiles(matrix, first, end, num, added, y, ldy,
+                           [=](int64_t r) { return NumberRow<T>{weight + r * dim, x, dim}; });
     });
 }

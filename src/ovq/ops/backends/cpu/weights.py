@@ -15,7 +15,7 @@ from ovq.ops.backends.cpu.tokens import call_kernel
 #: Formats of weights: those of numbers, and whole numbers with factors, `INT8` and `UINT4` of matrix.h.
 FORMATS = (*(str(dtype).removeprefix("torch.") for dtype in DTYPES), "int8", "int4")
 # Whole numbers lie in tiles of so many rows and groups of so many columns, four columns of all rows after the
-# other; `TILE` and `GROUP` of whole.h. Matrices are filled up to them.
+# other; `ABREAST` and `GROUP` of whole.h. Matrices are filled up to them.
 _TILE, _GROUP = 16, 64
 # Rows that are rounded at a time: all of an output matrix at once would take several times its bytes.
 _ROWS = 1024

@@ -1,14 +1,14 @@
 /* Weights that are whole numbers, and their products with a few tokens, whose inputs are made whole numbers too.
 
-   TILE rows lie side by side: four columns of the first row, the same of the second, and so on, then the next four
-   columns. So a lane adds up one row, and what becomes of a sum is done for all rows at once. Sums of whole numbers are
-   exact; all processors have the same ones. */
+   Rows lie side by side, ABREAST of them: four columns of the first row, the same of the second, and so on, then the next
+   four columns. So a lane adds up one row, and what becomes of a sum is done for all rows at once. Sums of whole numbers
+   are exact; all processors have the same ones. */
 #pragma once
 
 #include "numbers.h"
 
-/* Mirrored in weights.py: rows of a tile, and columns that have one step; rows are filled up to whole groups. */
-#define TILE 16
+/* Mirrored in weights.py: rows of a tile, and columns that have one step; matrices are filled up to both. */
+#define ABREAST 16
 #define GROUP 64
 #define QUADS (GROUP / 4)
 
@@ -112,19 +112,19 @@ static void round_inputs(const WholeInputs *in, int64_t num, int64_t dim, const 
         }
 }
 
-/* TILE rows of a matrix. INT8: of each group 4 bytes of each row 16 times, unsigned, of which 128 is zero, and a float32
-   step per row. UINT4: the low bits of 4 bytes 8 times are the first half of a group, the high ones the second; both
-   halves have float16 steps, and what is added to their products, per row. */
+/* A tile of a matrix. INT8: of each group 4 bytes of each row 16 times, unsigned, of which 128 is zero, and a float32 step
+   per row. UINT4: the low bits of 4 bytes 8 times are the first half of a group, the high ones the second; both halves
+   have float16 steps, and what is added to their products, per row. */
 template <typename Factor> struct WholeTile {
     const uint8_t *weights;
     const Factor *factors;
     const WholeInputs *in;
 
-    static constexpr int rows = TILE, halves = std::is_same_v<Factor, Float16> ? 2 : 1, parts = TILE / VL;
+    static constexpr int rows = ABREAST, halves = std::is_same_v<Factor, Float16> ? 2 : 1, parts = ABREAST / VL;
     /* Of a group. */
-    static constexpr int num_bytes = GROUP * TILE / halves, num_factors = halves * halves * TILE;
+    static constexpr int num_bytes = GROUP * ABREAST / halves, num_factors = halves * halves * ABREAST;
 
-    /* The products of `num` tokens from t0 on, y [num, TILE]. */
+    /* The products of `num` tokens from t0 on, y [num, ABREAST]. */
     template <int num> INLINE_MEMBER void dots(int64_t t0, float *y) const {
         Vector sums[num][parts] = {};
         for (int64_t g = 0; g < in->groups; g++) {
@@ -136,7 +136,7 @@ template <typename Factor> struct WholeTile {
             for (int q = 0; q < QUADS / halves; q++)
                 for (int part = 0; part < parts; part++) {
                     IntVector all;
-                    memcpy(&all, from + (q * TILE + part * VL) * 4, sizeof(all));
+                    memcpy(&all, from + (q * ABREAST + part * VL) * 4, sizeof(all));
                     for (int half = 0; half < halves; half++) {
                         const IntVector some = halves == 1 ? all : all >> 4 * half & 0x0f0f0f0f;
                         for (int t = 0; t < num; t++) own[t][half][part].add(some, x[t] + half * (QUADS / 2) + q);
@@ -149,14 +149,15 @@ template <typename Factor> struct WholeTile {
                 const int32_t *sum = in->sums + 2 * at;
                 for (int half = 0; half < halves; half++)
                     for (int part = 0; part < parts; part++) {
-                        const Factor *steps = factor + half * 2 * TILE + part * VL;
-                        const IntVector numbers = own[t][half][part].all() - (halves == 1 ? 128 * (sum[0] + sum[1]) : 0);
+                        const Factor *steps = factor + half * 2 * ABREAST + part * VL;
+                        const int32_t zeros = halves == 1 ? 128 * (sum[0] + sum[1]) : 0;
+                        const IntVector numbers = own[t][half][part].all() - zeros;
                         sums[t][part] += __builtin_convertvector(numbers, Vector) * (load_numbers(steps) * step);
-                        if (halves == 2) sums[t][part] += load_numbers(steps + TILE) * (sum[half] * step);
+                        if (halves == 2) sums[t][part] += load_numbers(steps + ABREAST) * (sum[half] * step);
                     }
             }
         }
         for (int t = 0; t < num; t++)
-            for (int part = 0; part < parts; part++) store(y + t * TILE + part * VL, sums[t][part]);
+            for (int part = 0; part < parts; part++) store(y + t * ABREAST + part * VL, sums[t][part]);
     }
 };
