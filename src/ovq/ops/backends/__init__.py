@@ -40,7 +40,7 @@ class Backend(Protocol):
     def run(self, call: Call) -> tuple[Tensor, OVQState | None]:
         """Outputs `[B, T, H, V]` in the dtype of q, and the state afterwards, perhaps None if not wanted.
 
-        A call has at least one token. Its products are exact (`full_precision`), whatever PyTorch is set to.
+        A call has at least one token. Products are made in `full_precision`, whatever PyTorch is set to.
         """
 
 
