@@ -63,7 +63,7 @@ def test_kernels_merge_as_torch_does_in_larger_dictionaries(kind, backend):
 
 @pytest.mark.parametrize("backend", CPU)
 def test_numbers_that_are_whole_already_are_multiplied_exactly(backend):
-    """Where products are made in bytes, these have no error, and all numbers of a sign, of which bytes lose most."""
+    """Where products are made in bytes, these have no error; the numbers of a vector have one sign."""
     generator = torch.Generator().manual_seed(0)
     k, v = (torch.randint(100, 127, (1, 400, 2, 32), generator=generator).float() for _ in range(2))
     k[..., 0] = v[..., 0] = 127
