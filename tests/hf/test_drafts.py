@@ -106,3 +106,32 @@ def test_only_what_was_recorded_can_be_cropped(model):
     cache.batch_repeat_interleave(2)
     with pytest.raises(ValueError, match=r"n from 0 to 0, found crop\(-1\)"):
         cache.crop(-1)
+
+
+CHANGES = {
+    "select": lambda cache: cache.batch_select_indices(torch.tensor([1, 0])),
+    "reorder": lambda cache: cache.reorder_cache(torch.tensor([1, 0])),
+    "repeat": lambda cache: cache.batch_repeat_interleave(2),
+    "shorten": lambda cache: cache.shorten([6, 6]),
+    "join": lambda cache: cache.concatenate([cache, cache.selected([0])]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_was_recorded_is_of_the_rows_that_there_were(model, change):
+    """Going back by it would undo the change as well, if there are as many rows as before."""
+    cache, ids = model.make_cache(), random_ids(2, 6)
+    with torch.no_grad():
+        cache.activate_past_recording()
+        model(ids, **{CACHE_KEY: cache})
+        made = CHANGES[change](cache)
+        cache = made if change == "join" else cache
+        with pytest.raises(ValueError, match=r"n from 0 to 0, found crop\(-1\)"):
+            cache.crop(-1)
+        rows, more = cache.num_rows, random_ids(4, 3, seed=1)
+        model(more[:rows], **{CACHE_KEY: cache})
+        before = cache.snapshot()
+        model(more[:rows], **{CACHE_KEY: cache})
+        cache.crop(-3)
+        found, expected = (model(more[:rows, :1], **{CACHE_KEY: x}).logits for x in (cache, before))
+    torch.testing.assert_close(found, expected)

@@ -312,6 +312,34 @@ class OVQCache(StateCache):
         )
         self._recorded: _Recorded | None = None
 
+    # What is recorded is of the rows and columns that there were.
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only these rows, in their order: transformers' name."""
+        self._recorded = None
+        super().batch_select_indices(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row: transformers' name."""
+        self._recorded = None
+        super().batch_repeat_interleave(repeats)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """The rows of these beams: transformers' name."""
+        self._recorded = None
+        super().reorder_cache(beam_idx)
+
+    def shorten(self, lengths: Sequence[int]) -> int:
+        """See `StateCache.shorten`."""
+        self._recorded = None
+        return super().shorten(lengths)
+
+    @classmethod
+    def concatenate(cls, caches: Sequence[Self], config: Any = None) -> Self:
+        """See `StateCache.concatenate`."""
+        joined = super().concatenate(caches, config)
+        joined._recorded = None
+        return joined
+
     @property
     def is_recording(self) -> bool:
         """Whether `record` must be called before tokens are read."""
@@ -340,15 +368,13 @@ class OVQCache(StateCache):
         that stay.
 
         Raises:
-            ValueError: more tokens than were recorded, or a number above 0.
+            ValueError: more tokens than were recorded since rows were selected, repeated or joined; a number
+                above 0.
         """
         recorded, self._recorded = self._recorded, None
         if tokens_to_remove == 0:
             return
-        num_recorded = 0
-        # Rows that were selected since, or columns that were dropped, are others.
-        if recorded is not None and len(recorded.inputs) == self.num_rows:
-            num_recorded = min(recorded.inputs.shape[1], self.num_columns - recorded.layers[0].num_columns)
+        num_recorded = 0 if recorded is None else recorded.inputs.shape[1]
         if recorded is None or not -num_recorded <= tokens_to_remove < 0:
             self._recorded = recorded
             raise not_croppable(tokens_to_remove, num_recorded)
