@@ -52,11 +52,11 @@ def check_engine(vllm_config: VllmConfig) -> None:
     if wrong := refusals(vllm_config):
         raise ValueError("; ".join(wrong))
     cache = vllm_config.cache_config
-    if cache.enable_prefix_caching:
+    if cache.enable_prefix_caching and cache.mamba_cache_mode != "align":
         cache.enable_prefix_caching = False
         logger.info(
-            "Prefix caching is off for OVQ models: vLLM would copy whole states, MiB per layer, at ends "
-            "of its blocks of tokens."
+            "Prefix caching is off for OVQ models, as each block that is kept has a whole state, MiB per "
+            "layer: --mamba-cache-mode align turns it on."
         )
 
 
@@ -101,6 +101,11 @@ def refusals(vllm_config: VllmConfig) -> list[str]:
         wrong.append("quantization: expected none, found some: the layers are those of the library")
     if vllm_config.lora_config is not None:
         wrong.append("lora_config: expected none, found one: the layers are those of the library")
+    if cache.enable_prefix_caching and cache.prefix_match_unit is not None:
+        wrong.append(
+            f"prefix_match_unit: expected none, found {cache.prefix_match_unit}: states are kept at ends of "
+            "blocks alone"
+        )
     if cache.cache_dtype not in ("auto", "float16", "bfloat16", "float32"):
         wrong.append(
             f"kv_cache_dtype: expected 'auto', found {cache.cache_dtype!r}: narrower keys are untested, and "
