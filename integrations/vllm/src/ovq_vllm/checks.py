@@ -16,13 +16,16 @@ logger = init_logger("vllm.ovq")
 #: The mixers that run. Others keep states for which there is no code here.
 MIXERS = ("ovq", "sliding_attention", "full_attention")
 
+#: Tokens after which prefix caching keeps a state of a converted model, unless `--block-size` says otherwise.
+BLOCK_SIZE = 128
+
 
 class StartChecks(VerifyAndUpdateConfig):
     """vLLM's hook for a model: it runs in the process that starts the engine, before any worker."""
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
-        """Raise ValueError for what cannot run; switch off prefix caching."""
+        """Raise ValueError for what cannot run; prefix caching is off unless asked for."""
         check_model(vllm_config.model_config.hf_config)
         check_engine(vllm_config)
 
@@ -32,9 +35,13 @@ class ConvertedStartChecks(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
-        """Raise ValueError for what cannot run; switch off prefix caching."""
+        """Raise ValueError for what cannot run; prefix caching is off unless asked for."""
         memory_config_of(vllm_config.model_config.hf_config)
         check_engine(vllm_config)
+        cache = vllm_config.cache_config
+        if cache.enable_prefix_caching and not cache.user_specified_block_size:
+            # vLLM's 16 are meant for keys: a state each would be MiB for few tokens.
+            cache.block_size = BLOCK_SIZE
         MambaModelConfig.verify_and_update_config(vllm_config)
 
 
@@ -48,7 +55,7 @@ def memory_config_of(config: PreTrainedConfig) -> MemoryConfig:
 
 
 def check_engine(vllm_config: VllmConfig) -> None:
-    """Raise ValueError for settings with which no model of this library runs; switch off prefix caching."""
+    """Raise ValueError for settings with which no model runs; prefix caching is off unless asked for."""
     if wrong := refusals(vllm_config):
         raise ValueError("; ".join(wrong))
     cache = vllm_config.cache_config
