@@ -5,9 +5,12 @@
 
 import importlib
 import json
+import os
 import re
 import runpy
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -138,6 +141,27 @@ def test_the_first_results_can_be_followed():
                 command.make_context(command.name, rest)
     script = program["script_of"](["serve &", "ask"])
     assert script.index("serve &") < script.index(program["READY"]) < script.index("$ ask")
+
+
+@pytest.mark.slow
+def test_a_first_model_has_the_losses_that_the_page_names(tmp_path):
+    """Rounding decides the digits; on any processor they lie between those that the page names."""
+    program = runpy.run_path(str(ROOT / "benchmarks" / "first_results.py"))
+    page = (DOCS / "use" / "first_results.md").read_text()
+    files, _ = program["parts_of"](page)["The layer in a model of your own"]
+    (tmp_path / "own_model.py").write_text(files["own_model.py"])
+    # Threads that wait for each other on a busy machine would take minutes.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "own_model.py"]
+    printed = subprocess.run(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True, check=True
+    ).stdout
+    [named] = re.findall(r"\nOther processors and numbers of threads give (.*?) \(", page)
+    bounds = [text.split(" to ") for text in re.split(", | and ", named)]
+    for text in (page, printed):
+        losses = re.findall(r"\n1,024 letters, \d+ slots, kept by \w+: loss ([\d.]+)", text)
+        for loss, bound in zip(losses, bounds, strict=True):
+            assert float(bound[0]) <= float(loss) <= float(bound[-1])
 
 
 def test_the_tour_runs():

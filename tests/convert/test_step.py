@@ -185,8 +185,9 @@ def test_4_bits_keep_blocks_that_were_dequantised():
     weight = (numbers * steps + lows).flatten(1)
     matrix = packed(weight, None, "int4")
     assert torch.equal(matrix.dequantised(), weight)
-    assert (matrix.weight.shape, matrix.factors.shape) == ((5, 64), (5, 2, 4))
-    assert matrix.weight.nbytes + matrix.factors.nbytes == 5 * 128 * 5 / 8
+    # A tile of 16 rows, of which 11 are filled up.
+    assert (matrix.weight.shape, matrix.factors.shape) == ((1, 2, 8, 16, 4), (1, 2, 2, 2, 16))
+    assert matrix.weight.nbytes + matrix.factors.nbytes == 16 * 128 * 5 / 8
     # Equal weights, and those that fill up a row, which have no range of their own.
     weight = torch.tensor([[0.5] * 40, [-3.0] * 32 + [1.5] * 8])
     assert torch.equal(packed(weight, None, "int4").dequantised(), weight)
@@ -195,15 +196,15 @@ def test_4_bits_keep_blocks_that_were_dequantised():
 def test_int8_rounds_to_steps_of_the_largest_of_64():
     weight = torch.tensor([[127.0, -50.4, 0.5], [0.0, 0.0, 0.0], [-2.54, 0.019, 1.0]])
     matrix = packed(weight, torch.ones(3), "int8")
-    assert matrix.weight[:, :3].tolist() == [[127, -50, 0], [0, 0, 0], [-127, 1, 50]]
-    torch.testing.assert_close(matrix.factors[::2, 0], torch.tensor([1.0, 0.02]))
-    assert packed(torch.ones(2, 65), None, "int8").factors.shape == (2, 2)
+    assert (matrix.weight[0, 0, 0, :3, :3] - 128.0).tolist() == [[127, -50, 0], [0, 0, 0], [-127, 1, 50]]
+    torch.testing.assert_close(matrix.factors[0, 0, [0, 2]], torch.tensor([1.0, 0.02]))
+    torch.testing.assert_close(matrix.dequantised()[::2], torch.tensor([[127, -50, 0], [-2.54, 0.02, 1]]))
+    assert packed(torch.ones(17, 65), None, "int8").factors.shape == (2, 2, 16)
     assert packed(weight, None, None).weight.data_ptr() == weight.data_ptr()
     # Rows are rounded some at a time, each as if it were alone.
     many = torch.arange(2500.0)[:, None].sin() * torch.arange(70.0).cos()
-    matrix, last = packed(many, None, "int8"), packed(many[2400:], None, "int8")
-    assert torch.equal(matrix.weight[2400:], last.weight)
-    assert torch.equal(matrix.factors[2400:], last.factors)
+    found, last = (packed(x, None, "int8").dequantised() for x in (many, many[2400:]))
+    assert torch.equal(found[2400:], last)
 
 
 def test_rows_of_different_lengths_that_join_and_leave(steps, by_modules):

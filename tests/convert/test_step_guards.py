@@ -75,6 +75,12 @@ def test_gradients_and_training(steps):
     assert steps == [0, 3]
 
 
+def test_weights_that_do_not_count_their_changes(steps):
+    with torch.inference_mode():
+        model = converted()
+    assert not is_step(model, steps)
+
+
 def test_many_rows(steps):
     model, cache = converted(), converted().make_cache()
     ids = IDS[:1].expand(MOST_ROWS + 1, -1)
@@ -105,6 +111,11 @@ def overridden(model):
     norm.forward = norm.forward
 
 
+def of_another_class(model):
+    norm = model.model.norm
+    norm.__class__ = type("Norm", (type(norm),), {})
+
+
 def activated(model):
     model.model.layers[0].mlp.act_fn = nn.GELU()
 
@@ -130,7 +141,7 @@ def windowed(model):
     model.model.layers[0].self_attn.sliding_window = 4
 
 
-CHANGES = [hooked, pre_hooked, replaced, overridden, activated, strided]
+CHANGES = [hooked, pre_hooked, replaced, overridden, of_another_class, activated, strided]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda x: x.__name__)

@@ -61,6 +61,17 @@ def test_kernels_merge_as_torch_does_in_larger_dictionaries(kind, backend):
     assert_same_state(states[1], states[0], tolerance=0)
 
 
+@pytest.mark.parametrize("backend", CPU)
+def test_numbers_that_are_whole_already_are_multiplied_exactly(backend):
+    """Where products are made in bytes, these have no error; the numbers of a vector have one sign."""
+    generator = torch.Generator().manual_seed(0)
+    k, v = (torch.randint(100, 127, (1, 400, 2, 32), generator=generator).float() for _ in range(2))
+    k[..., 0] = v[..., 0] = 127
+    options = {**NEAREST, "num_slots": 60, "chunk_size": 50}
+    states = [attend(k / 127, k / 127, v / 127, **options, backend=b)[1] for b in ("torch", backend)]
+    assert_same_state(*states)
+
+
 def tight(length, spread, dtype=torch.float32):
     """Keys so near to each other that a float32 product tells few of them apart, and values likewise."""
     q, k, v = inputs(1, length, 2, 2, 16, 16, dtype=dtype)

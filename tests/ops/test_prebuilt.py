@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ovq.ops import cpu_kernels, slot_assignments
-from ovq.ops.backends.cpu import build, compiler
+from ovq.ops.backends.cpu import build, compiler, output_step, packed
 from tests.ops.common import KERNEL_MERGES, attend, inputs
 from tests.ops.compiling import restart
 
@@ -95,6 +95,27 @@ def test_prebuilt_kernels_compute_the_same_bits(compiled, merge, dtype, monkeypa
     # Vectors of another width add in another order, but no token may go to another slot.
     assert all(torch.equal(found[1], slots) for found in seen.values())
     assert all(same_bits(x, y) for x, y in zip(seen[ABLE[0].name][0], native, strict=True))
+
+
+@needs_compiler
+@needs_level
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_whole_numbers_give_the_same_bits_on_all_processors(compiled, format, monkeypatch, tmp_path):
+    monkeypatch.setattr(build, "_PREBUILT", tmp_path)
+    torch.manual_seed(0)
+    matrix, norm = packed(torch.randn(40, 200), None, format), torch.randn(200).exp()
+    # Of a length that is the same in whatever order its squares are added.
+    x = torch.randn(7, 1, 200).sign()
+    seen = {}
+    for name, binary in {"native": None, **compiled}.items():
+        if binary is not None:
+            put(binary, *(level for level in ABLE if level.name == name))
+        monkeypatch.setenv("OVQ_CPU_KERNELS", name)
+        restart(monkeypatch)
+        seen[name] = output_step(x, norm, 1e-5, matrix)
+    build._attempt.cache_clear()
+    native = seen.pop("native")
+    assert all(same_bits(found, native) for found in seen.values())
 
 
 @needs_compiler

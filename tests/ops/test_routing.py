@@ -1,5 +1,10 @@
 """Routing is what float64 decides, whatever the float32 product says; the schedule; the random choice."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn.functional import normalize
@@ -10,6 +15,7 @@ from ovq.ops.options import Options
 from ovq.ops.random_init import random_priority
 from tests.ops.common import CPU, attend, inputs
 
+ROOT = Path(__file__).parents[2]
 OPTIONS = Options(num_slots=64, chunk_size=128, growth="plateau", init="novelty", merge="existing", seed=0)
 
 
@@ -39,6 +45,21 @@ def test_near_ties_are_decided_as_in_float64():
     assert torch.equal(route(keys, means, 45), exact.argmax(-1))
     # The control: float32 alone gets some of these wrong, so the test above tests something.
     assert not torch.equal((keys @ means.transpose(1, 2)).argmax(-1), exact.argmax(-1))
+
+
+def test_near_ties_are_decided_alike_on_another_processor(tmp_path):
+    """As far as this one can imitate it: without wide vectors, and with products in another order of sums."""
+    keys, means = near_ties()
+    torch.save((keys, means), tmp_path / "ties.pt")
+    program = """
+import sys, torch
+from tests.ops.test_routing import route
+torch.save(route(*torch.load(sys.argv[1]), 45), sys.argv[2])
+"""
+    paths = [str(tmp_path / "ties.pt"), str(tmp_path / "slots.pt")]
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE"}
+    subprocess.run([sys.executable, "-c", program, *paths], cwd=ROOT, env=environment, check=True)
+    assert torch.equal(torch.load(paths[1]), route(keys, means, 45))
 
 
 def novelty_ties():

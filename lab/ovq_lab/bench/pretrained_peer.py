@@ -27,12 +27,13 @@ class Peer(NamedTuple):
 
     Attributes:
         version: of the package that runs it.
-        read: reads tokens, and returns the most likely next one.
+        measure: seconds that it takes to read a text, which begins with the one that it was given before, and
+            for each of a number of tokens that it then writes.
         imported_bytes: of the process, before the model was loaded.
     """
 
     version: str
-    read: Callable[[list[int]], int]
+    measure: Callable[[list[int], int], tuple[float, list[float]]]
     imported_bytes: int
 
 
@@ -54,7 +55,7 @@ def llama_cpp(model: str, *, most_tokens: int, threads: int) -> Peer:
         engine.eval(tokens)
         return engine.sample(temp=0.0)
 
-    return Peer(llama_cpp.__version__, read, imported)
+    return Peer(llama_cpp.__version__, _by_pieces(read), imported)
 
 
 def transformers(model: str, *, most_tokens: int, threads: int, dtype: str) -> Peer:
@@ -67,7 +68,9 @@ def transformers(model: str, *, most_tokens: int, threads: int, dtype: str) -> P
     loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
     # Its name for the cache has changed.
     named = "cache" if "cache" in inspect.signature(loaded.forward).parameters else "past_key_values"
-    return Peer(transformers.__version__, _reader(loaded, named, transformers.DynamicCache()), imported)
+    return Peer(
+        transformers.__version__, _by_pieces(_reader(loaded, named, transformers.DynamicCache())), imported
+    )
 
 
 def ovq(model: str, *, most_tokens: int, threads: int, dtype: str, weight_dtype: str) -> Peer:
@@ -81,7 +84,62 @@ def ovq(model: str, *, most_tokens: int, threads: int, dtype: str, weight_dtype:
     torch.set_num_threads(threads)
     imported = resident()
     loaded: Any = load(model, weight_dtype=weight_dtype, dtype=getattr(torch, dtype)).eval()
-    return Peer(ovq.__version__, _reader(loaded, CACHE_KEY, loaded.make_cache()), imported)
+    return Peer(ovq.__version__, _by_pieces(_reader(loaded, CACHE_KEY, loaded.make_cache())), imported)
+
+
+def openvino(model: str, *, most_tokens: int, threads: int, rows: int) -> Peer:
+    """A folder of `optimum-cli export openvino`, by OpenVINO GenAI; its cache keeps `rows` tokens, 0 for all.
+
+    It has no state that goes on: each length is read from its first token on.
+    """
+    import numpy
+    import openvino
+    import openvino_genai as genai
+
+    imported = resident()
+    scheduler = genai.SchedulerConfig()
+    # In GB.
+    scheduler.cache_size = 1
+    scheduler.max_num_batched_tokens, scheduler.enable_prefix_caching = PIECE, False
+    if rows:
+        scheduler.use_cache_eviction = True
+        # First tokens, last ones, and in all: what is most attended to between them stays as well.
+        first, last, score = 32, max(32, min(128, rows // 4)), genai.AggregationMode.NORM_SUM
+        scheduler.cache_eviction_config = genai.CacheEvictionConfig(first, last, rows, score)
+    engine = genai.LLMPipeline(model, "CPU", scheduler_config=scheduler, INFERENCE_NUM_THREADS=threads)
+
+    def measure(tokens: list[int], num_written: int) -> tuple[float, list[float]]:
+        ids = openvino.Tensor(numpy.array([tokens], dtype=numpy.int64))
+        given = genai.TokenizedInputs(ids, openvino.Tensor(numpy.ones((1, len(tokens)), dtype=numpy.int64)))
+        # The first token comes with reading. Times are in microseconds.
+        answer = engine.generate(given, max_new_tokens=num_written + 1, ignore_eos=True, do_sample=False)
+        found = answer.perf_metrics.raw_metrics
+        seconds, *written = (
+            float(x) / 1e6 for x in (found.m_times_to_first_token[0], *found.m_durations[-num_written:])
+        )
+        return seconds, written
+
+    return Peer(genai.__version__.split("-")[0], measure, imported)
+
+
+def _by_pieces(read: Callable[[list[int]], int]) -> Callable[[list[int], int], tuple[float, list[float]]]:
+    """What measures a model that goes on from where it is: `read` reads tokens, and returns what follows."""
+    num_read, seconds = 0, 0.0
+
+    def measure(tokens: list[int], num_written: int) -> tuple[float, list[float]]:
+        nonlocal num_read, seconds
+        begin = time.perf_counter()
+        for start in range(num_read, len(tokens), PIECE):
+            token = read(tokens[start : start + PIECE])
+        seconds += time.perf_counter() - begin
+        num_read, written = len(tokens), []
+        for _ in range(num_written):
+            begin = time.perf_counter()
+            token = read([token])
+            written.append(time.perf_counter() - begin)
+        return seconds, written
+
+    return measure
 
 
 def _reader(model: Any, named: str, cache: Any) -> Callable[[list[int]], int]:
@@ -107,17 +165,8 @@ def main(kind: str, model: str, tokens: str, lengths: list[int], num_written: in
     """Read a text up to each length, and write some tokens there."""
     text = json.loads(Path(tokens).read_text(encoding="utf-8"))
     peer = KINDS[kind](model, most_tokens=max(lengths) + num_written * (len(lengths) + 1), **options)
-    num_read, seconds = 0, 0.0
     for length in lengths:
-        begin = time.perf_counter()
-        for start in range(num_read, length, PIECE):
-            token = peer.read(text[start : min(start + PIECE, length)])
-        seconds += time.perf_counter() - begin
-        num_read, written = length, []
-        for _ in range(num_written):
-            begin = time.perf_counter()
-            token = peer.read([token])
-            written.append(time.perf_counter() - begin)
+        seconds, written = peer.measure(text[:length], num_written)
         row = {
             "length": length,
             "read_seconds": seconds / length,
@@ -130,7 +179,10 @@ def main(kind: str, model: str, tokens: str, lengths: list[int], num_written: in
         print(json.dumps(row), flush=True)
 
 
-KINDS: dict[str, Callable[..., Peer]] = {"llama_cpp": llama_cpp, "transformers": transformers, "ovq": ovq}
+KINDS: dict[str, Callable[..., Peer]] = {
+    **{"llama_cpp": llama_cpp, "openvino": openvino},
+    **{"transformers": transformers, "ovq": ovq},
+}
 
 if __name__ == "__main__":
     main(**json.loads(sys.argv[1]))

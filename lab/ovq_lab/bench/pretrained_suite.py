@@ -13,12 +13,15 @@ from typing import Any
 
 import torch
 
+from ovq.convert.saving import memory_config_in
 from ovq.ops import cpu_kernels
 from ovq_lab.bench import pretrained_peer
 from ovq_lab.runtime.environment import environment
 
 # Written after each length; the first is not counted.
 NUM_WRITTEN = 17
+# OpenVINO keeps so many tokens together, and at least four times as many.
+BLOCK = 32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +36,8 @@ class PretrainedSuite:
             `ovq.convert.attach`).
         gguf: the same model for llama.cpp; None to leave that out.
         llama_cpp: interpreter of an environment that has llama-cpp-python.
+        openvino: the same model for OpenVINO, a folder; None to leave that out.
+        genai: interpreter of an environment that has openvino-genai.
     """
 
     model: Path
@@ -44,6 +49,8 @@ class PretrainedSuite:
     )
     gguf: Path | None = None
     llama_cpp: str = sys.executable
+    openvino: Path | None = None
+    genai: str = sys.executable
 
     def __post_init__(self) -> None:
         if not self.lengths or min(self.lengths) < 1:
@@ -62,6 +69,15 @@ class PretrainedSuite:
         if self.gguf is not None:
             arguments = {"kind": "llama_cpp", "model": str(self.gguf)}
             yield f"llama.cpp, {self.gguf.stem}, f16 cache", self.llama_cpp, arguments
+        if self.openvino is not None:
+            # As many rows as the converted model has, and as many bytes: its numbers have one byte, not four.
+            memory = memory_config_in(self.model)
+            assert memory is not None, "checked"
+            rows = max(round(memory.rows_per_head) // BLOCK, 4) * BLOCK
+            for num in (0, rows, 4 * rows):
+                kept = f"{num:,} rows" if num else "full cache"
+                theirs = {"kind": "openvino", "model": str(self.openvino), "rows": num}
+                yield f"OpenVINO, {self.openvino.name}, {kept}", self.genai, theirs
         full = {"kind": "transformers", "model": str(self.model), "dtype": "float32"}
         yield "transformers, float32, full cache", sys.executable, full
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -79,6 +78,19 @@ def bench(
             show_default=False,
         ),
     ] = None,
+    openvino: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --what converted: the same model for OpenVINO, by optimum-cli.", show_default=False
+        ),
+    ] = None,
+    genai: Annotated[
+        str | None,
+        typer.Option(
+            help="Python of an environment that has openvino-genai; this one if not given.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the report as JSON instead of tables.")
     ] = False,
@@ -101,7 +113,8 @@ def bench(
     The share is then that of the products with weights alone.
 
     With --what converted, a model of ovq convert reads a text and writes tokens after each length, beside
-    transformers with its full cache and, where --gguf is given, llama.cpp. Each runs in a process of its own.
+    transformers with its full cache and, where --gguf and --openvino are given, llama.cpp and OpenVINO GenAI,
+    the latter with all of its cache, as many rows and as many bytes. Each runs in a process of its own.
 
     Example: [bold]ovq bench --what forward --lengths 4096,16384 --num-slots 1024[/bold]
     """
@@ -116,7 +129,8 @@ def bench(
     if device not in ("cpu", "cuda"):
         raise ValueError(f"--device: expected cpu or cuda, found {device!r}")
     if is_converted:
-        suite_of_peers = _pretrained_suite(model, text, gguf, llama_cpp, at_lengths)
+        peers = {"gguf": gguf, "llama_cpp": llama_cpp, "openvino": openvino, "genai": genai}
+        suite_of_peers = _pretrained_suite(model, text, peers, at_lengths)
         from ovq_lab.bench.pretrained_suite import run_pretrained
 
         _measure(
@@ -126,7 +140,8 @@ def bench(
             as_json=as_json,
         )
         return
-    for flag, found in (("--model", model), ("--text", text), ("--gguf", gguf), ("--llama-cpp", llama_cpp)):
+    own = {"--model": model, "--text": text, "--gguf": gguf, "--llama-cpp": llama_cpp}
+    for flag, found in (own | {"--openvino": openvino, "--genai": genai}).items():
         if found is not None:
             raise ValueError(f"{flag}: expected none without --what converted, found {found}")
     from ovq_lab.bench.model_suite import ModelSuite, run_models
@@ -160,9 +175,9 @@ def bench(
 
 
 def _pretrained_suite(
-    model: Path | None, text: Path | None, gguf: Path | None, llama_cpp: str | None, lengths: list[int]
+    model: Path | None, text: Path | None, peers: dict[str, Any], lengths: list[int]
 ) -> PretrainedSuite:
-    """What `--what converted` measures.
+    """What `--what converted` measures; `peers` are the files and interpreters of others, or None.
 
     Raises:
         ValueError: A model or a text that is missing, or is none; too short a text.
@@ -171,21 +186,23 @@ def _pretrained_suite(
         raise ValueError("--what converted: expected --model and --text, found one of them or none")
     if not has_memory(model):
         raise ValueError(f"--model: expected a folder that ovq convert has written, found {model}")
-    if gguf is not None and not gguf.is_file():
-        raise ValueError(f"--gguf: expected a file, found none at {gguf}")
-    if llama_cpp is not None and shutil.which(llama_cpp) is None:
-        raise ValueError(f"--llama-cpp: expected an interpreter of Python, found none at {llama_cpp}")
-    if llama_cpp is not None and gguf is None:
-        raise ValueError("--llama-cpp: expected --gguf beside it, found none")
+    for name, is_there, kind in (("gguf", Path.is_file, "a file"), ("openvino", Path.is_dir, "a folder")):
+        if (path := peers[name]) is not None and not is_there(path):
+            raise ValueError(f"--{name}: expected {kind}, found none at {path}")
+    for name, beside in (("llama_cpp", "gguf"), ("genai", "openvino")):
+        flag, python = "--" + name.replace("_", "-"), peers[name]
+        if python is not None and shutil.which(python) is None:
+            raise ValueError(f"{flag}: expected an interpreter of Python, found none at {python}")
+        if python is not None and peers[beside] is None:
+            raise ValueError(f"{flag}: expected --{beside} beside it, found none")
     tokenizer = load_tokenizer(model)
     if tokenizer is None:
         raise ValueError(f"--model: expected a tokenizer in {model}, found none")
     from ovq_lab.bench.pretrained_suite import PretrainedSuite
 
     ids = encode(read_text(str(text), flag="--text"), tokenizer, vocab_size=len(tokenizer), flag="--text")
-    return PretrainedSuite(
-        model=model, tokens=ids, lengths=lengths, gguf=gguf, llama_cpp=llama_cpp or sys.executable
-    )
+    given = {name: value for name, value in peers.items() if value is not None}
+    return PretrainedSuite(model=model, tokens=ids, lengths=lengths, **given)
 
 
 def _measure(

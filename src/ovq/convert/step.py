@@ -24,8 +24,8 @@ from ovq.convert.cache import MemoryCache, MemoryLayer, key_factors
 from ovq.convert.compiled import is_compiled, tensors_of
 from ovq.convert.config import LayerConfig
 from ovq.convert.memory import HeadMemory
+from ovq.convert.unchanged import Part, Unchanged
 from ovq.hf.cache import CACHE_KEY
-from ovq.layers.products import is_plain
 from ovq.ops.backends.cpu import HeadGroup, HeadsLayer, HeadsStep, Matrix, is_available, output_step, packed
 from ovq.ops.backends.cpu.kernels import DTYPES
 
@@ -168,15 +168,6 @@ def _step_of(model: Any, own_class: type) -> _Step | None:
     return step
 
 
-class _Part(NamedTuple):
-    """A module whose work the step does, of which class it must be, and where in the model it is."""
-
-    siblings: dict[str, nn.Module | None]
-    name: str
-    module: nn.Module
-    kind: type[nn.Module]
-
-
 def _made_step(model: Any, own_class: type) -> _Step | None:
     """The step of a model; None if it is of another kind, or not plain."""
     kind = next((x for x in _KINDS if own_class.__module__ == f"transformers.models.{x}.modeling_{x}"), None)
@@ -195,13 +186,13 @@ def _made_step(model: Any, own_class: type) -> _Step | None:
     return step
 
 
-def _parts(model: nn.Module, class_of: Callable[[str], type[nn.Module]]) -> list[_Part]:
+def _parts(model: nn.Module, class_of: Callable[[str], type[nn.Module]]) -> list[Part]:
     """The modules whose work the step does. `class_of` gives the model's class of a kind of modules."""
 
-    def part(owner: nn.Module, name: str, kind: type[nn.Module] | str) -> _Part:
+    def part(owner: nn.Module, name: str, kind: type[nn.Module] | str) -> Part:
         module = owner._modules[name]
         assert module is not None
-        return _Part(owner._modules, name, module, class_of(kind) if isinstance(kind, str) else kind)
+        return Part(owner._modules, name, module, class_of(kind) if isinstance(kind, str) else kind)
 
     base = model._modules["model"]
     assert base is not None
@@ -230,18 +221,11 @@ class _Step:
         parts: modules whose work the step does.
     """
 
-    def __init__(self, model: Any, parts: list[_Part]) -> None:
+    def __init__(self, model: Any, parts: list[Part]) -> None:
         # What keeps a step must not keep its model.
         self._model: Callable[[], Any] = weakref.ref(model)
-        self._parts = parts
         self._base = model.model
-        # Tensors of inference mode do not count their versions, and cannot be told from changed ones.
-        self._parameters = [
-            (part.module._parameters, name, x, x.data_ptr(), None if x.is_inference() else x._version)
-            for part in parts
-            for name, x in part.module._parameters.items()
-            if x is not None
-        ]
+        self._unchanged = Unchanged(parts)
         self._weight_dtype = model.weight_dtype
         self._caches: weakref.WeakKeyDictionary[MemoryCache, _CacheStep] = weakref.WeakKeyDictionary()
 
@@ -249,7 +233,7 @@ class _Step:
         """Whether the step does what the model's modules do, as far as sizes and formats go."""
         model = self._model()
         dtype, blocks = model.lm_head.weight.dtype, model.model.layers
-        for _, _, x, _, _ in self._parameters:
+        for x in self._unchanged.weights:
             if type(x) is not nn.Parameter or not (x.is_cpu and x.is_contiguous()):
                 return False
             if x.dtype != dtype or x.dtype not in DTYPES:
@@ -275,15 +259,7 @@ class _Step:
         base = model.model
         if base is not self._base or len(base._forward_pre_hooks) != 1 or base._forward_hooks:
             return False
-        if "forward" in vars(base):
-            return False
-        for siblings, name, module, kind in self._parts:
-            if siblings.get(name) is not module or module.training or not is_plain(module, kind):
-                return False
-        for own, name, x, place, version in self._parameters:
-            if own.get(name) is not x or x.data_ptr() != place or version is None or x._version != version:
-                return False
-        return True
+        return "forward" not in vars(base) and bool(self._unchanged)
 
     def pack_(self) -> None:
         """Make the copies of the weights that the step reads, where it does not read those of the model."""
@@ -355,7 +331,7 @@ class _Step:
         first, dim = self._layers[0], self._layers[0].head_dim
         num_heads, dtype = layer.config.num_kv_heads, self._model().lm_head.weight.dtype
         like = torch.empty(num_rows, num_heads, 1, dim, dtype=dtype)
-        return num_heads * dim == len(first.k.weight) and all(
+        return num_heads * dim == first.k.shape[0] and all(
             memory.recent_keys.shape == (num_rows, len(memory.budget.heads), memory.budget.num_exact, dim)
             and memory.recent_values.shape == memory.recent_keys.shape
             and is_compiled([memory], like, like)
@@ -444,7 +420,7 @@ def _schedule(memory: HeadMemory) -> list[int]:
 def _groups(layer: MemoryLayer, of: HeadsLayer) -> list[HeadGroup]:
     """The heads of a layer as kernels take them."""
     config, dim = layer.config, of.head_dim
-    num_heads = len(of.q.weight) // dim
+    num_heads = of.q.shape[0] // dim
     groups = []
     for memory in layer.state:
         num_rows, budget = len(memory.filled), memory.budget

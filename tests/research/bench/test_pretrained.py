@@ -1,6 +1,7 @@
 """`ovq bench --what converted`: every way runs in a process of its own, and the report can be shown."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -59,6 +60,42 @@ def test_a_way_reads_up_to_each_length_and_writes_there(kind, folder, tmp_path, 
         assert row["peak_bytes"] >= row["bytes"]
 
 
+class Settings:
+    """Takes any settings."""
+
+    def __init__(self, *args, **options):
+        self.args = args
+        vars(self).update(options)
+
+
+def test_openvino_keeps_as_many_rows_as_it_is_told(monkeypatch):
+    engines = []
+
+    class Pipeline(Settings):
+        def generate(self, given, **options):
+            # The first token comes with reading.
+            found = Settings(
+                m_times_to_first_token=[5e6], m_durations=[9e6, *[2e6] * (options["max_new_tokens"] - 1)]
+            )
+            engines.append((self, given.args[0].args[0].tolist()))
+            return Settings(perf_metrics=Settings(raw_metrics=found))
+
+    genai = dict.fromkeys(("SchedulerConfig", "CacheEvictionConfig", "TokenizedInputs"), Settings)
+    fake = Settings(
+        **genai, AggregationMode=Settings(NORM_SUM="sum"), LLMPipeline=Pipeline, __version__="1.2-3"
+    )
+    monkeypatch.setitem(sys.modules, "openvino", Settings(Tensor=Settings))
+    monkeypatch.setitem(sys.modules, "openvino_genai", fake)
+    peer = pretrained_peer.openvino("folder", most_tokens=9, threads=2, rows=256)
+    assert (peer.version, peer.measure([3, 4, 5], 2)) == ("1.2", (5.0, [2.0, 2.0]))
+    [(engine, read)] = engines
+    assert read == [[3, 4, 5]]
+    assert engine.scheduler_config.cache_eviction_config.args == (32, 64, 256, "sum")
+    everything = pretrained_peer.openvino("folder", most_tokens=9, threads=2, rows=0)
+    everything.measure([3], 1)
+    assert not hasattr(engines[-1][0].scheduler_config, "cache_eviction_config")
+
+
 def test_every_way_is_measured_at_every_length(folder, tmp_path, monkeypatch):
     (tmp_path / "model.gguf").write_text("")
     peer = script(tmp_path / "python", FAKE)
@@ -69,6 +106,8 @@ def test_every_way_is_measured_at_every_length(folder, tmp_path, monkeypatch):
         lengths=[16, 8],
         gguf=tmp_path / "model.gguf",
         llama_cpp=peer,
+        openvino=tmp_path,
+        genai=peer,
     )
     seen = []
     report = json.loads(json.dumps(run_pretrained(suite, lambda done, note: seen.append(done))))
@@ -79,14 +118,19 @@ def test_every_way_is_measured_at_every_length(folder, tmp_path, monkeypatch):
         ("ovq, bfloat16, writes with int8", "ovq"),
         ("ovq, bfloat16, writes with int4", "ovq"),
         ("llama.cpp, model, f16 cache", "llama_cpp"),
+        # As many rows as the model has by its blocks, and as many bytes.
+        *(
+            (f"OpenVINO, {tmp_path.name}, {kept}", "openvino")
+            for kept in ("full cache", "128 rows", "512 rows")
+        ),
         ("transformers, float32, full cache", "transformers"),
     ]
-    assert seen[-1] == suite.total == 12
+    assert seen[-1] == suite.total == 18
     for what, found in (("read", [1.0, 6.0]), ("write", [2.0, 7.0]), ("memory", [4, 9])):
         of = [row for row in rows if row["what"] == f"converted_{what}"]
-        assert [row.get("seconds", row.get("peak_bytes")) for row in of] == found * 6
-        assert [row["length"] for row in of] == [8, 16] * 6
-    assert [len(table.rows) for table in tables(report)] == [6, 6, 6]
+        assert [row.get("seconds", row.get("peak_bytes")) for row in of] == found * 9
+        assert [row["length"] for row in of] == [8, 16] * 9
+    assert [len(table.rows) for table in tables(report)] == [9, 9, 9]
     assert save_figures(report, tmp_path)[0].is_file()
     assert report["environment"]["threads"] == torch.get_num_threads()
 
@@ -116,6 +160,11 @@ def test_a_way_that_fails_says_why(folder, tmp_path):
         ("--what converted --model {model} --text {tmp}/t --gguf {tmp}/no", "--gguf: expected a file"),
         ("--what converted --model {model} --text {tmp}/t --llama-cpp sh", "--llama-cpp: expected --gguf"),
         ("--what converted --model {model} --text {tmp}/t --llama-cpp no-such", "--llama-cpp: expected an"),
+        (
+            "--what converted --model {model} --text {tmp}/t --openvino {tmp}/t",
+            "--openvino: expected a folder",
+        ),
+        ("--what converted --model {model} --text {tmp}/t --genai sh", "--genai: expected --openvino"),
         ("--what converted --model {model} --text {tmp}/t", "--model: expected a tokenizer"),
         ("--what forward --model {model}", "--model: expected none without --what converted"),
     ],

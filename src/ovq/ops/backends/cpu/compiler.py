@@ -59,16 +59,17 @@ class Level(NamedTuple):
 _X86 = ("x86_64",)
 _AVX2 = frozenset({"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"})
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
-_BF16 = _AVX512 | {"avx512_bf16"}
+# Processors that have the first have the second as well.
+_BF16 = _AVX512 | {"avx512_bf16", "avx512_vnni"}
 # The fastest first.
 LEVELS = (
     Level(
         "amx",
         _X86,
         _BF16 | {"amx_tile", "amx_bf16"},
-        ("-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+        ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni", "-mamx-tile", "-mamx-bf16"),
     ),
-    Level("avx512bf16", _X86, _BF16, ("-march=x86-64-v4", "-mavx512bf16")),
+    Level("avx512bf16", _X86, _BF16, ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni")),
     Level("avx512", _X86, _AVX512, ("-march=x86-64-v4",)),
     Level("avx2", _X86, _AVX2, ("-march=x86-64-v3",)),
     # Every one of them has the same vectors; it is what compilers assume unasked.

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "call.h"
-#include "shorts.h"
+#include "bytes.h"
 
 /* Rows that queries attend to: the slots of a dictionary, or the tokens of a chunk. */
 struct Rows {
@@ -15,7 +15,8 @@ struct Rows {
                              zero stands for values that were not. */
     float *weights;       /* [M]: of a chunk's tokens, what each counts for; NULL for 1. */
     uint32_t *words;      /* Keys, and values to merge, as columns, rounded, [M / NR, row_words, NR], or NULL. */
-    float *steps, *value_steps; /* [M]: how long the steps of `words` are, where these are whole numbers, else NULL. */
+    uint32_t *bytes;      /* The same in bytes, where items are searched for by these, [M / NR, item_bytes, NR]; or NULL. */
+    Steps of_keys, of_values; /* The steps of `words` or `bytes`, where these are whole numbers; else NULL. */
     uint32_t *value_pairs; /* Values, rounded, in pairs of rows, [M / 2, value_ld], where these are read; else NULL. */
     uint32_t *value_words; /* Values as columns, [M / NR, value_words, NR], and keys in pairs of rows: the backward's */
     uint32_t *key_pairs;   /* of bfloat16, else NULL. */
@@ -41,7 +42,19 @@ INLINE int64_t key_ld(const Call *call) { return padded(call->k.dim, VL); }
 INLINE int64_t value_ld(const Call *call) { return padded(call->v.dim, VL); }
 INLINE int64_t key_words(const Call *call) { return num_words(call->k.dim); }
 INLINE int64_t value_words(const Call *call) { return num_words(call->v.dim); }
-INLINE int64_t row_words(const Call *call) { return key_words(call) + (call->merges_pairs ? value_words(call) : 0); }
+INLINE int64_t row_words(const Call *call) {
+    return key_words(call) + (call->merges_pairs && !HAS_BYTES ? value_words(call) : 0);
+}
+#if HAS_BYTES
+INLINE int64_t item_bytes(const Call *call) { return byte_words(call->k.dim) + byte_words(call->v.dim); }
+#else
+INLINE int64_t item_bytes(const Call *) { return 0; }
+#endif
+
+static Steps take_steps(Arena *arena, int64_t num, int is_in_bytes) {
+    return {TAKE(arena, float, num), is_in_bytes ? TAKE(arena, float, num) : nullptr,
+            is_in_bytes ? TAKE(arena, int32_t, num) : nullptr};
+}
 
 static Rows take_rows(Arena *arena, const Call *call, int64_t num, int is_backward, int is_routed) {
     const int is_in_pairs = HAS_PAIRS && call->dtype == BFLOAT16, merges_pairs = call->merges_pairs && !is_backward;
@@ -55,11 +68,12 @@ static Rows take_rows(Arena *arena, const Call *call, int64_t num, int is_backwa
     rows.bias = TAKE(arena, float, num);
     rows.is_finite = TAKE(arena, int32_t, 1);
     rows.weights = nullptr;
-    const int is_in_steps = HAS_SHORTS && is_routed;
-    const int has_words = is_in_pairs || (HAS_PAIRS && is_routed) || is_in_steps;
+    const int has_bytes = HAS_BYTES && merges_pairs, is_in_steps = HAS_SHORTS && is_routed && !has_bytes;
+    const int has_words = is_in_pairs || (HAS_PAIRS && is_routed && !has_bytes) || is_in_steps;
     rows.words = has_words ? TAKE(arena, uint32_t, num * row_words(call)) : nullptr;
-    rows.steps = is_in_steps ? TAKE(arena, float, num) : nullptr;
-    rows.value_steps = is_in_steps && merges_pairs ? TAKE(arena, float, num) : nullptr;
+    rows.bytes = has_bytes ? TAKE(arena, uint32_t, num * item_bytes(call)) : nullptr;
+    rows.of_keys = has_bytes || is_in_steps ? take_steps(arena, num, has_bytes) : Steps{};
+    rows.of_values = has_bytes || (is_in_steps && merges_pairs) ? take_steps(arena, num, has_bytes) : Steps{};
     rows.value_pairs = is_in_pairs && !is_backward ? TAKE(arena, uint32_t, num / 2 * value_ld(call)) : nullptr;
     rows.value_words = is_in_pairs && is_backward ? TAKE(arena, uint32_t, num * value_words(call)) : nullptr;
     rows.key_pairs = is_in_pairs && is_backward ? TAKE(arena, uint32_t, num / 2 * key_ld(call)) : nullptr;
@@ -68,6 +82,10 @@ static Rows take_rows(Arena *arena, const Call *call, int64_t num, int is_backwa
 
 /* `x` moved on, unless it is NULL. */
 template <typename T> INLINE T *from_row(T *x, int64_t n) { return x ? x + n : nullptr; }
+
+INLINE Steps steps_from(const Steps &steps, int64_t i) {
+    return {from_row(steps.size, i), from_row(steps.error, i), from_row(steps.begin, i)};
+}
 
 /* The rows from i on, i a multiple of NR. */
 INLINE Rows rows_from(const Rows *rows, const Call *call, int64_t i) {
@@ -79,8 +97,9 @@ INLINE Rows rows_from(const Rows *rows, const Call *call, int64_t i) {
             rows->is_finite,
             from_row(rows->weights, i),
             from_row(rows->words, i * row_words(call)),
-            from_row(rows->steps, i),
-            from_row(rows->value_steps, i),
+            from_row(rows->bytes, i * item_bytes(call)),
+            steps_from(rows->of_keys, i),
+            steps_from(rows->of_values, i),
             from_row(rows->value_pairs, i / 2 * value_ld(call)),
             from_row(rows->value_words, i * value_words(call)),
             from_row(rows->key_pairs, i / 2 * key_ld(call))};
@@ -122,11 +141,22 @@ static void set_row(Rows *rows, const Call *call, int64_t i, float bias) {
     if (rows->value_panels) put_column(rows->value_panels, call->v.dim, i, rows->values + i * value_ld(call));
     if (rows->words) {
         uint32_t words[row_words(call)];
-        round_key(call, rows->keys + i * key_ld(call), words, from_row(rows->steps, i));
-        if (call->merges_pairs)
-            round_value(call, rows->values + i * value_ld(call), words + key_words(call), from_row(rows->value_steps, i));
+        /* Steps are those of bytes where there are any. */
+        float *of_key = rows->bytes ? nullptr : from_row(rows->of_keys.size, i);
+        round_key(call, rows->keys + i * key_ld(call), words, of_key);
+        if (row_words(call) > key_words(call))
+            round_value(call, rows->values + i * value_ld(call), words + key_words(call), from_row(rows->of_values.size, i));
         put_words(rows->words, row_words(call), i, words);
     }
+#if HAS_BYTES
+    if (rows->bytes) {
+        uint32_t bytes[item_bytes(call)];
+        round_to_bytes(rows->keys + i * key_ld(call), key_ld(call), bytes, rows->of_keys, i);
+        round_to_bytes(rows->values + i * value_ld(call), value_ld(call), bytes + byte_words(call->k.dim),
+                       rows->of_values, i);
+        put_words(rows->bytes, item_bytes(call), i, bytes);
+    }
+#endif
     if (rows->key_pairs) {
         uint32_t words[value_words(call)];
         round_row(rows->values + i * value_ld(call), value_ld(call), words);

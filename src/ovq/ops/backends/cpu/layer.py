@@ -193,7 +193,8 @@ def layer_to_run(
     sizes = {"width": width, "inner": inner, "num_tokens": 1}
     call = _Layer(**sizes, mixer_eps=eps[0], mlp_eps=eps[1], memory=memory.decode)
     qkv, gate_up, o, down = (
-        Matrix(x, "float32", x.shape[1]) for x in (weights.qkv, weights.gate_up, weights.o, weights.down)
+        Matrix(x, "float32", (x.shape[0], x.shape[1]))
+        for x in (weights.qkv, weights.gate_up, weights.o, weights.down)
     )
     num_queries = weights.o.shape[1]
     places = 0, num_queries, (num_queries + len(weights.qkv)) // 2
@@ -285,7 +286,7 @@ class HeadsStep:
         for call, layer, own, factors in zip(self._calls, layers, groups, key_factors, strict=True):
             array = (HeadGroup * len(own))(*own)
             self._kept += [own, array]
-            call.width, call.inner = len(layer.down.weight), layer.down.dim
+            call.width, call.inner = layer.down.shape
             call.mixer_eps, call.mlp_eps, call.head_eps = layer.eps
             for name in ("q", "k", "v", "o", "gate", "up", "down"):
                 setattr(call, name, getattr(layer, name).call())
@@ -293,8 +294,8 @@ class HeadsStep:
                 if (x := getattr(layer, name)) is not None:
                     setattr(call, name, x.data_ptr())
             call.cos, call.sin, call.angle_row = self.cos.data_ptr(), self.sin.data_ptr(), dim
-            num_kv_heads = len(layer.k.weight) // dim
-            group_size = len(layer.q.weight) // len(layer.k.weight)
+            num_kv_heads = layer.k.shape[0] // dim
+            group_size = layer.q.shape[0] // layer.k.shape[0]
             call.memory = Decode(
                 num_rows=num_rows,
                 num_kv_heads=num_kv_heads,

@@ -73,7 +73,7 @@ static void score_keys(const Call *call, const Dictionary *dictionary, const flo
         round_key(call, keys + t * ld, reader->words + t * size, from_row(reader->steps, t));
 #if HAS_SHORTS
     shorts_product(num, n, size, reader->words, size, reader->steps, dictionary->rows.words, size * NR,
-                   dictionary->rows.steps, dictionary->is_open, 0, reader->scores, n);
+                   dictionary->rows.of_keys.size, dictionary->is_open, 0, reader->scores, n);
 #elif HAS_PAIRS
     pairs_product(num, n, size, reader->words, size, 1, dictionary->rows.words, row_words(call) * NR, NR, nullptr,
                   Finish{dictionary->is_open, 1}, reader->scores, n);

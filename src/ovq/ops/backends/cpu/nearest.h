@@ -95,7 +95,7 @@ static void end_column(const Joining &all, int64_t m) {
     for (int64_t j = 0; j < v; j++) value[j] = (float)mean[k + j];
     set_row(&nearest->joined, call, place, 0);
     nearest->square[m] = exact_square(mean, k) + nearest->value_factor * exact_square(mean + k, v);
-    set_column(nearest, m);
+    set_column(all, m);
 }
 
 /* Join what the edges that are taken lead to the same item. */

@@ -28,6 +28,7 @@ struct Nearest {
     /* [columns] */
     double *mass, *square; /* Count or weight; squared length. */
     float *start, *length; /* -|x|^2 / 2, or -inf where no other may go; |x|, or 0 there. */
+    float *error;         /* How far an item in bytes is off, a length. */
     int32_t *index, *into, *home; /* As those of `Clusters`. */
     int32_t *target;      /* Where an item's edge leads, or -1 where it has none. */
     double *priority;     /* Edges of lowest priority are taken first; inf where there is none. */
@@ -60,6 +61,7 @@ static Nearest take_nearest(Arena *arena, const Call *call) {
     nearest.square = TAKE(arena, double, n);
     nearest.start = TAKE(arena, float, n);
     nearest.length = TAKE(arena, float, n);
+    nearest.error = TAKE(arena, float, n);
     nearest.index = TAKE(arena, int32_t, n);
     nearest.into = TAKE(arena, int32_t, n);
     nearest.home = TAKE(arena, int32_t, n);
@@ -126,9 +128,16 @@ INLINE int is_point(const Nearest *nearest, int64_t i) {
 }
 
 /* What others need to know of a column once its mass and square are known. */
-INLINE void set_column(Nearest *nearest, int64_t i) {
+INLINE void set_column(const Joining &all, int64_t i) {
+    Nearest *nearest = all.nearest;
     nearest->start[i] = is_point(nearest, i) ? (float)(nearest->square[i] / -2) : -INFINITY;
     nearest->length[i] = is_point(nearest, i) ? sqrtf((float)nearest->square[i]) * (1 + FLT_EPSILON) : 0;
+    nearest->error[i] = 0;
+    if (HAS_BYTES) {
+        const Rows *rows = all.rows(i);
+        const float of_key = rows->of_keys.error[all.place(i)], of_value = rows->of_values.error[all.place(i)];
+        nearest->error[i] = sqrtf(of_key * of_key + (float)nearest->value_factor * of_value * of_value);
+    }
     nearest->into[i] = nearest->root[i] = (int32_t)i;
     nearest->target[i] = -1;
 }
@@ -136,7 +145,7 @@ INLINE void set_column(Nearest *nearest, int64_t i) {
 /* A column that is not there, or no longer. */
 INLINE void clear_column(Nearest *nearest, int64_t i, int64_t into) {
     nearest->start[i] = -INFINITY;
-    nearest->length[i] = 0;
+    nearest->length[i] = nearest->error[i] = 0;
     nearest->into[i] = (int32_t)into;
     nearest->target[i] = -1;
 }
@@ -240,7 +249,7 @@ static void prepare_nearest(const Joining &all, int64_t due, int64_t num_merged)
         nearest->mass[i] = is_slot ? mass_of(all.sums, i) : token_mass(all.tokens, t);
         nearest->square[i] = key + factor * value;
         nearest->index[i] = (int32_t)i;
-        set_column(nearest, i);
+        set_column(all, i);
         nearest->is_wide |= is_extreme_square(key) || is_extreme_square(value) || is_extreme_square(factor * value);
         const int weighs = has_mass(nearest, i);
         nearest->needs_order |= !weighs;
@@ -297,12 +306,23 @@ static void search_all(const Joining &all, int64_t i) {
     else set_first(all, i);
 }
 
-/* By how much a score, x.y - |y|^2 / 2, is off at most, over |y|. */
-INLINE float score_error(const Joining &all, int64_t i, int is_rough) {
+/* By how much a score, x.y - |y|^2 / 2, is off at most: so many times |y|, and so many times the error of y. */
+struct Slack {
+    float of_length, of_error;
+
+    INLINE_MEMBER Vector at(const Nearest *nearest, int64_t j) const {
+        const Vector slack = load(nearest->length + j) * of_length;
+        return HAS_BYTES ? slack + load(nearest->error + j) * of_error : slack;
+    }
+};
+
+INLINE Slack slack_of(const Joining &all, int64_t i, int is_rough) {
     const Call *call = all.call;
-    const float rough = is_rough ? roughness_of(call) * 1.001f : 0;
-    const float of_sums = (float)(call->k.dim + call->v.dim + 32) * FLT_EPSILON;
-    return rough * all.nearest->length[i] + of_sums * all.nearest->longest;
+    const float length = all.nearest->length[i], error = all.nearest->error[i];
+    const float of_sums = (float)(call->k.dim + call->v.dim + 32) * FLT_EPSILON * all.nearest->longest;
+    if (!is_rough) return {of_sums, 0};
+    if (HAS_BYTES) return {error * 1.001f + of_sums, (length + error) * 1.001f};
+    return {roughness_of(call) * 1.001f * length + of_sums, 0};
 }
 
 /* What is known of the scores of an item with all columns. */
@@ -314,7 +334,7 @@ struct Peaks {
 /* Scores of `num` items with the columns of `rows`, a block at a time while it lies in the first-level cache. Returns the
    number of blocks so far. */
 static int64_t score_blocks(const Joining &all, const Rows *rows, int64_t first, int64_t width, const int32_t *items,
-                            int64_t num, const Left &left, const float *error, Peaks *peaks, int64_t block,
+                            int64_t num, const Left &left, const Slack *slack, Peaks *peaks, int64_t block,
                             float *scores) {
     const Nearest *nearest = all.nearest;
     const int64_t n = nearest->num_columns;
@@ -328,9 +348,9 @@ static int64_t score_blocks(const Joining &all, const Rows *rows, int64_t first,
             Vector low = peaks[i].least, high = splat(-INFINITY);
             for (int64_t j = begin; j < begin + columns; j += VL) {
                 const Vector score = load(row + j) + load(nearest->start + j);
-                const Vector slack = load(nearest->length + j) * error[i];
-                low = higher_of(score - slack, low);
-                high = higher_of(score + slack, high);
+                const Vector off = slack[i].at(nearest, j);
+                low = higher_of(score - off, low);
+                high = higher_of(score + off, high);
             }
             peaks[i].least = low;
             peaks[i].blocks[block] = high;
@@ -340,7 +360,7 @@ static int64_t score_blocks(const Joining &all, const Rows *rows, int64_t first,
 }
 
 /* The columns that may be nearest to an item, `near`; their number. */
-static int64_t candidates_of(const Joining &all, const float *row, float error, const Peaks &peaks, int32_t *near) {
+static int64_t candidates_of(const Joining &all, const float *row, Slack slack, const Peaks &peaks, int32_t *near) {
     const Nearest *nearest = all.nearest;
     const float best = highest(peaks.least);
     if (best == -INFINITY) return 0;
@@ -353,7 +373,7 @@ static int64_t candidates_of(const Joining &all, const float *row, float error, 
             if (!lanes_at_least(peaks.blocks[block], floor)) continue;
             for (int64_t j = begin; j < least(begin + BLOCK, parts[part + 1]); j += VL) {
                 const Vector score = load(row + j) + load(nearest->start + j);
-                uint32_t lanes = lanes_at_least(score + load(nearest->length + j) * error, floor);
+                uint32_t lanes = lanes_at_least(score + slack.at(nearest, j), floor);
                 for (; lanes; lanes &= lanes - 1) near[num++] = (int32_t)(j + __builtin_ctz(lanes));
             }
         }
@@ -363,11 +383,11 @@ static int64_t candidates_of(const Joining &all, const float *row, float error, 
 /* How many columns might be nearest to an item by rough products, about. */
 static int32_t count_near(const Joining &all, int64_t i, const float *row, float best) {
     const Nearest *nearest = all.nearest;
-    const float error = score_error(all, i, 1);
-    const Vector floor = splat(best - error * nearest->longest);
+    const Slack slack = slack_of(all, i, 1);
+    const Vector floor = splat(best - slack.of_length * nearest->longest - slack.of_error * nearest->error[i]);
     int64_t num = 0;
     for (int64_t j = 0; j < nearest->first_joined; j += VL) {
-        const Vector score = load(row + j) + load(nearest->start + j) + load(nearest->length + j) * error;
+        const Vector score = load(row + j) + load(nearest->start + j) + slack.at(nearest, j);
         num += __builtin_popcount(lanes_at_least(score, floor));
     }
     return (int32_t)num;
@@ -383,29 +403,30 @@ static void search_tile(const Joining &all, int64_t first, int64_t num, float *s
         return;
     }
     const int64_t k = key_ld(call), v = value_ld(call), n = nearest->num_columns;
-    float keys[num * k], values[num * v], error[num];
+    float keys[num * k], values[num * v];
+    Slack slack[num];
     Peaks peaks[num];
     Vector blocks[num * (n / BLOCK + 3)];
     for (int64_t i = 0; i < num; i++) {
         memcpy(keys + i * k, all.key(items[i]), sizeof(float) * k);
         for (int64_t j = 0; j < v; j++) values[i * v + j] = (float)nearest->value_factor * all.value(items[i])[j];
-        error[i] = score_error(all, items[i], nearest->is_rough);
+        slack[i] = slack_of(all, items[i], nearest->is_rough);
         peaks[i] = {splat(-INFINITY), blocks + i * (n / BLOCK + 3)};
     }
-    uint32_t words[HAS_ROUGH ? num * row_words(call) : 1];
-    float steps[HAS_SHORTS ? 2 * num : 1];
-    if (nearest->is_rough) round_rows(call, num, keys, values, words, HAS_SHORTS ? steps : nullptr);
+    uint32_t words[HAS_ROUGH ? num * left_words(call) : 1];
+    float steps[2 * num];
+    if (nearest->is_rough) round_rows(call, num, keys, values, words, HAS_BYTES || HAS_SHORTS ? steps : nullptr);
     const Left left = {keys, values, nearest->is_rough ? words : nullptr, steps, steps + num};
     const int64_t width = nearest->first_joined - nearest->first_token;
-    int64_t block = score_blocks(all, &all.dictionary->rows, 0, nearest->first_token, items, num, left, error, peaks, 0,
+    int64_t block = score_blocks(all, &all.dictionary->rows, 0, nearest->first_token, items, num, left, slack, peaks, 0,
                                  scores);
-    block = score_blocks(all, all.tokens, nearest->first_token, width, items, num, left, error, peaks, block, scores);
-    score_blocks(all, &nearest->joined, nearest->first_joined, padded(nearest->num_joined, NR), items, num, left, error,
+    block = score_blocks(all, all.tokens, nearest->first_token, width, items, num, left, slack, peaks, block, scores);
+    score_blocks(all, &nearest->joined, nearest->first_joined, padded(nearest->num_joined, NR), items, num, left, slack,
                  peaks, block, scores);
     nearest->num_near[first / QUERIES] = count_near(all, items[0], scores, highest(peaks[0].least));
     int32_t near[n];
     for (int64_t i = 0; i < num; i++) {
-        const int64_t candidates = candidates_of(all, scores + i * n, error[i], peaks[i], near);
+        const int64_t candidates = candidates_of(all, scores + i * n, slack[i], peaks[i], near);
         if (candidates) settle(all, items[i], near, candidates);
         else set_first(all, items[i]);
     }

@@ -7,7 +7,7 @@
 /* Columns of a block of products. */
 #define BLOCK 128
 /* Whether there are products that take half the time and are rough. */
-#define HAS_ROUGH (HAS_PAIRS || HAS_SHORTS)
+#define HAS_ROUGH (HAS_BYTES || HAS_PAIRS || HAS_SHORTS)
 
 INLINE double token_mass(const Rows *tokens, int64_t t) { return tokens->weights ? tokens->weights[t] : 1; }
 
@@ -39,7 +39,7 @@ INLINE double exact_square(const double *x, int64_t n) {
 }
 
 /* How far rough products of two points are off at most, over half the sum of their squared lengths, and over the product
-   of these lengths. */
+   of these lengths. Of bytes it is known of each point instead. */
 INLINE float roughness_of(const Call *call) {
     if (HAS_PAIRS) return ROUGHNESS;
     return (float)fmax(short_roughness(call->k.dim), short_roughness(call->v.dim));
@@ -52,60 +52,53 @@ struct Left {
     const float *key_steps, *value_steps; /* As those of `Rows`. */
 };
 
+/* Words of a point on the left. */
+INLINE int64_t left_words(const Call *call) { return HAS_BYTES ? item_bytes(call) : row_words(call); }
+
 /* Words of `num` points; `steps` [2, num], or NULL, says how long the steps of their keys and of their values are. */
 static void round_rows(const Call *call, int64_t num, const float *keys, const float *values, uint32_t *words,
                        float *steps) {
-    for (int64_t i = 0; i < num; i++, words += row_words(call)) {
-        round_key(call, keys + i * key_ld(call), words, from_row(steps, i));
-        round_value(call, values + i * value_ld(call), words + key_words(call), from_row(steps, num + i));
+    for (int64_t i = 0; i < num; i++, words += left_words(call)) {
+        const float *key = keys + i * key_ld(call), *value = values + i * value_ld(call);
+#if HAS_BYTES
+        float error;
+        int32_t begin;
+        round_to_bytes(key, key_ld(call), words, {steps + i, &error, &begin}, 0);
+        round_to_bytes(value, value_ld(call), words + byte_words(call->k.dim), {steps + num + i, &error, &begin}, 0);
+        for (int64_t j = 0; j < item_bytes(call); j++) words[j] ^= 0x80808080;
+#else
+        round_key(call, key, words, from_row(steps, i));
+        round_value(call, value, words + key_words(call), from_row(steps, num + i));
+#endif
     }
 }
 
-/* Products of words of keys or of values, or of both, on top of what is there or not. */
+/* Products of the words of `count` points with those of `num` columns. */
 static void multiply_words(const Call *call, const Rows *columns, int64_t num, int64_t count, const Left &left,
-                           int has_keys, int has_values, int is_more, float *out, int64_t ld) {
-    const int64_t own = row_words(call), of_keys = key_words(call);
-    const float *from = is_more ? out : nullptr;
-#if HAS_PAIRS
-    const int64_t first = has_keys ? 0 : of_keys, size = (has_keys ? of_keys : 0) + (has_values ? value_words(call) : 0);
-    pairs_product(count, num, size, left.words + first, own, 1, columns->words + first * NR, own * NR, NR, from,
-                  Finish{}, out, ld);
+                           float *out, int64_t ld) {
+    const int64_t own = left_words(call);
+#if HAS_BYTES
+    const int64_t of_keys = byte_words(call->k.dim), of_values = own - of_keys;
+    bytes_product(count, num, of_values, left.words + of_keys, own, left.value_steps, columns->bytes + of_keys * NR,
+                  own * NR, columns->of_values, nullptr, out, ld);
+    bytes_product(count, num, of_keys, left.words, own, left.key_steps, columns->bytes, own * NR, columns->of_keys, out,
+                  out, ld);
+#elif HAS_PAIRS
+    pairs_product(count, num, own, left.words, own, 1, columns->words, own * NR, NR, nullptr, Finish{}, out, ld);
 #elif HAS_SHORTS
-    if (has_values)
-        shorts_product(count, num, value_words(call), left.words + of_keys, own, left.value_steps,
-                       columns->words + of_keys * NR, own * NR, columns->value_steps, from, ld, out, ld);
-    if (has_keys)
-        shorts_product(count, num, of_keys, left.words, own, left.key_steps, columns->words, own * NR, columns->steps,
-                       has_values ? out : from, ld, out, ld);
+    const int64_t of_keys = key_words(call);
+    shorts_product(count, num, own - of_keys, left.words + of_keys, own, left.value_steps, columns->words + of_keys * NR,
+                   own * NR, columns->of_values.size, nullptr, ld, out, ld);
+    shorts_product(count, num, of_keys, left.words, own, left.key_steps, columns->words, own * NR, columns->of_keys.size,
+                   out, ld, out, ld);
 #endif
-}
-
-/* What values add to products of `count` points with `num` columns. */
-static void multiply_values(const Call *call, const Rows *columns, int64_t num, int64_t count, const Left &left,
-                            float *out, int64_t ld) {
-    if (left.words)
-        multiply_words(call, columns, num, count, left, 0, 1, 0, out, ld);
-    else
-        product(count, num, call->v.dim, left.values, value_ld(call), 1, columns->value_panels, call->v.dim * NR, NR,
-                nullptr, 0, out, ld);
-}
-
-/* What keys add to those of values. */
-static void add_products_of_keys(const Call *call, const Rows *columns, int64_t num, int64_t count, const Left &left,
-                                 float *out, int64_t ld) {
-    if (left.words)
-        multiply_words(call, columns, num, count, left, 1, 0, 1, out, ld);
-    else
-        product(count, num, call->k.dim, left.keys, key_ld(call), 1, columns->key_panels, call->k.dim * NR, NR, out,
-                ld, out, ld);
 }
 
 static void multiply(const Call *call, const Rows *columns, int64_t num, int64_t count, const Left &left, float *out,
                      int64_t ld) {
-    if (left.words) {
-        multiply_words(call, columns, num, count, left, 1, 1, 0, out, ld);
-        return;
-    }
-    multiply_values(call, columns, num, count, left, out, ld);
-    add_products_of_keys(call, columns, num, count, left, out, ld);
+    if (left.words) return multiply_words(call, columns, num, count, left, out, ld);
+    product(count, num, call->v.dim, left.values, value_ld(call), 1, columns->value_panels, call->v.dim * NR, NR, nullptr,
+            0, out, ld);
+    product(count, num, call->k.dim, left.keys, key_ld(call), 1, columns->key_panels, call->k.dim * NR, NR, out, ld, out,
+            ld);
 }

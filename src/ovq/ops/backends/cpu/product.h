@@ -9,6 +9,8 @@ template <int mr, int nv, class Kind>
 INLINE void product_tile(const Kind &kind, int64_t i0, int64_t j0, int64_t k, const typename Kind::Number *a, int64_t row,
                          int64_t col, const typename Kind::Number *b, int64_t ldb) {
     typename Kind::Sum sum[mr][nv];
+    /* Unrolled, sums never leave their registers. */
+#pragma GCC unroll 8
     for (int i = 0; i < mr; i++)
         for (int j = 0; j < nv; j++) sum[i][j] = kind.begin(i0 + i, j0 + j * VL);
     for (int64_t p = 0; p < k; p++) {
@@ -19,6 +21,7 @@ INLINE void product_tile(const Kind &kind, int64_t i0, int64_t j0, int64_t k, co
             for (int j = 0; j < nv; j++) sum[i][j] = Kind::add(sum[i][j], left, right[j]);
         }
     }
+#pragma GCC unroll 8
     for (int i = 0; i < mr; i++)
         for (int j = 0; j < nv; j++) kind.end(i0 + i, j0 + j * VL, sum[i][j]);
 }

@@ -23,6 +23,28 @@ INLINE double short_roughness(int64_t dim) {
     return 2 * of_one + of_one * of_one + 4 * FLT_EPSILON;
 }
 
+/* Sums of products in steps. */
+struct InSteps {
+    typedef uint32_t Number;
+    typedef Words Factor, Sum;
+    const float *left_steps, *right_steps; /* How long the steps of a row on the left are, and of a column on the right. */
+    const float *from;
+    int64_t ldf;
+    float *c;
+    int64_t ldc;
+    static INLINE_MEMBER Words several(const uint32_t *x) {
+        Words y;
+        memcpy(&y, x, sizeof(y));
+        return y;
+    }
+    static INLINE_MEMBER Words one(uint32_t x) { return x - Words{}; }
+    INLINE_MEMBER void end(int64_t i, int64_t j, Words sum) const {
+        const Vector steps = load(right_steps + j) * left_steps[i];
+        const Vector more = from ? load(from + i * ldf + j) : Vector{};
+        store(c + i * ldc + j, __builtin_convertvector((IntVector)sum, Vector) * steps + more);
+    }
+};
+
 #if HAS_SHORTS
 /* Round n numbers to words of whole steps, n a multiple of VL; how long a step is. What is not finite becomes anything. */
 static float round_to_steps(const float *x, int64_t n, float most, uint32_t *words) {
@@ -40,21 +62,8 @@ static float round_to_steps(const float *x, int64_t n, float most, uint32_t *wor
     return per_number > 0 ? largest / most : 0;
 }
 
-struct Shorts {
-    typedef uint32_t Number;
-    typedef Words Factor, Sum;
-    const float *left_steps, *right_steps; /* How long the steps of a row on the left are, and of a column on the right. */
-    const float *from;
-    int64_t ldf;
-    float *c;
-    int64_t ldc;
+struct Shorts : InSteps {
     INLINE_MEMBER Words begin(int64_t, int64_t) const { return Words{}; }
-    static INLINE_MEMBER Words several(const uint32_t *x) {
-        Words y;
-        memcpy(&y, x, sizeof(y));
-        return y;
-    }
-    static INLINE_MEMBER Words one(uint32_t x) { return x - Words{}; }
     static INLINE_MEMBER Words add(Words sum, Words left, Words right) {
 #if defined(__AVX512VNNI__)
         return (Words)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)left, (__m512i)right);
@@ -64,11 +73,6 @@ struct Shorts {
         return sum + (Words)_mm256_madd_epi16((__m256i)left, (__m256i)right);
 #endif
     }
-    INLINE_MEMBER void end(int64_t i, int64_t j, Words sum) const {
-        const Vector steps = load(right_steps + j) * left_steps[i];
-        const Vector more = from ? load(from + i * ldf + j) : Vector{};
-        store(c + i * ldc + j, __builtin_convertvector((IntVector)sum, Vector) * steps + more);
-    }
 };
 
 /* c [m, n] = from + steps of rows and columns, times a [m, k words] b [k words, n] in steps. Rows of a are `row` words apart;
@@ -76,6 +80,6 @@ struct Shorts {
 static void shorts_product(int64_t m, int64_t n, int64_t k, const uint32_t *a, int64_t row, const float *left_steps,
                            const uint32_t *b, int64_t panel, const float *right_steps, const float *from, int64_t ldf,
                            float *c, int64_t ldc) {
-    multiply(Shorts{left_steps, right_steps, from, ldf, c, ldc}, m, n, k, a, row, 1, b, panel, NR);
+    multiply(Shorts{{left_steps, right_steps, from, ldf, c, ldc}}, m, n, k, a, row, 1, b, panel, NR);
 }
 #endif

@@ -8,11 +8,11 @@
 #include "tokens.h"
 
 /* y [num, ldy] = x [num, dim] times the transpose of a matrix [num_out, dim], plus `added` if there is any. The workers
-   share the rows of the matrix, and do not wait for each other. */
+   share the rows of the matrix, ABREAST at a time, and do not wait for each other. */
 static void multiply(Worker worker, int64_t num, int64_t dim, int64_t num_out, const float *x, const Matrix *matrix,
                      const float *added, float *y, int64_t ldy) {
-    worker.part(num_out, [=](int64_t first, int64_t end) {
-        multiply_part(matrix, first, end, num, dim, x, added, y, ldy);
+    worker.part((num_out + ABREAST - 1) / ABREAST, [=](int64_t begin, int64_t end) {
+        multiply_part(matrix, begin * ABREAST, least(num_out, end * ABREAST), num, dim, x, added, y, ldy);
     });
 }
 
@@ -26,8 +26,8 @@ static void normalise(Worker worker, int64_t num, int64_t dim, float eps, const 
    `halves` has num 2 inner floats. */
 static void multiply_gated(Worker worker, int64_t num, int64_t dim, int64_t inner, const float *x, const Matrix *gate,
                            const Matrix *up, float *halves, float *y) {
-    worker.part((inner + VL - 1) / VL, [=](int64_t begin, int64_t end) {
-        const int64_t first = begin * VL, last = least(inner, end * VL);
+    worker.part((inner + ABREAST - 1) / ABREAST, [=](int64_t begin, int64_t end) {
+        const int64_t first = begin * ABREAST, last = least(inner, end * ABREAST);
         multiply_part(gate, first, last, num, dim, x, nullptr, halves, 2 * inner);
         multiply_part(up, first, last, num, dim, x, nullptr, halves + inner, 2 * inner);
         for (int64_t t = 0; t < num; t++) {

@@ -14,30 +14,35 @@ from ovq.ops.backends.cpu.tokens import call_kernel
 
 #: Formats of weights: those of numbers, and whole numbers with factors, `INT8` and `UINT4` of matrix.h.
 FORMATS = (*(str(dtype).removeprefix("torch.") for dtype in DTYPES), "int8", "int4")
-# Rows of whole numbers are filled up to a multiple of this, `GROUP` of matrix.h.
-_GROUP = 64
+# Whole numbers lie in tiles of so many rows and groups of so many columns, four columns of all rows after the
+# other; `ABREAST` and `GROUP` of whole.h. Matrices are filled up to them.
+_TILE, _GROUP = 16, 64
 # Rows that are rounded at a time: all of an output matrix at once would take several times its bytes.
 _ROWS = 1024
 # The largest int8 number that has a negative, and the largest of 4 bits.
 _MOST = {"int8": 127, "int4": 15}
+# The byte that stands for 0 in int8: kernels multiply numbers without a sign.
+_ZERO = 128
 
 
 class Matrix(NamedTuple):
-    """A dense weight matrix on the CPU as kernels read it.
+    """A weight matrix on the CPU as kernels read it.
 
     Attributes:
-        weight: `[N, D]` numbers. For whole numbers, D is filled up to G groups of 64: int8 `[N, 64 G]`, or
-            uint8 `[N, 32 G]`, whose low 4 bits are the first half of a group and whose high ones the second.
+        weight: dense `[N, D]` numbers; or whole numbers, uint8 `[tiles, groups, quads, 16, 4]`: in int8 a
+            byte is 128 more than its number, and in 4 bits it has one of the first half of a group of columns
+            in its low bits and one of the second in its high ones.
         format: one of `FORMATS`.
-        dim: D.
-        factors: of int8 `[N, G]` float32, by which groups are multiplied; of 4 bits `[N, 2, 2 G]` float16, by
-            which half groups are multiplied and what is added then; None for other formats.
+        shape: N and D.
+        factors: of int8 `[tiles, groups, 16]` float32, by which numbers are multiplied; of 4 bits
+            `[tiles, groups, 2, 2, 16]` float16, by which those of half a group are multiplied and what is
+            added then; None for other formats.
         bias: `[N]` float32, or None.
     """
 
     weight: Tensor
     format: str
-    dim: int
+    shape: tuple[int, int]
     factors: Tensor | None = None
     bias: Tensor | None = None
 
@@ -50,17 +55,23 @@ class Matrix(NamedTuple):
         """
         if self.factors is None:
             return self.weight.float()
+        # Rows, then groups, the halves of 4 bits, and columns.
+        numbers = self.weight.permute(0, 3, 1, 2, 4).flatten(3).flatten(0, 1)
         if self.format == "int8":
-            numbers, steps, lows = self.weight, self.factors, torch.zeros(())
+            numbers = (numbers.float() - _ZERO)[:, :, None]
+            steps, lows = self.factors.mT.flatten(0, 1)[:, :, None, None], torch.zeros(())
         else:
-            numbers = self.weight.view(len(self.weight), -1, _GROUP // 2)
-            numbers = torch.cat([numbers & 15, numbers >> 4], 2)
-            steps, lows = self.factors.float().unbind(1)
-        numbers = numbers.view(*steps.shape, -1)
-        return (numbers * steps[..., None] + lows[..., None]).flatten(1)[:, : self.dim]
+            numbers = torch.stack([numbers & 15, numbers >> 4], 2)
+            factors = self.factors.float().permute(0, 4, 1, 2, 3).flatten(0, 1)
+            steps, lows = factors[..., None].unbind(3)
+        return (numbers * steps + lows).flatten(1)[: self.shape[0], : self.shape[1]]
 
     def call(self, first: int = 0) -> _Matrix:
-        """The matrix from row `first` on as kernels take it; its tensors must be kept alive."""
+        """The matrix from row `first` on as kernels take it; its tensors must be kept alive.
+
+        Whole numbers have no rows to begin at.
+        """
+        assert not first or self.factors is None
         call = _Matrix(format=FORMATS.index(self.format))
         for name in ("weight", "factors", "bias"):
             if (x := getattr(self, name)) is not None:
@@ -98,43 +109,49 @@ def packed(weight: Tensor, bias: Tensor | None, format: str | None) -> Matrix:
     weight, (num, dim) = weight.detach(), weight.shape
     if format not in _MOST:
         numbers = weight if format is None else weight.to(DTYPES[FORMATS.index(format)])
-        return Matrix(numbers, FORMATS[DTYPES.index(numbers.dtype)], dim, None, own_bias)
+        return Matrix(numbers, FORMATS[DTYPES.index(numbers.dtype)], (num, dim), None, own_bias)
     parts = []
     for first in range(0, num, _ROWS):
         rows = weight[first : first + _ROWS].float()
         # Filled up with numbers that do not widen the range of their neighbours.
-        filled = torch.cat([rows, rows[:, -1:].expand(-1, -dim % _GROUP)], 1)
-        parts.append((_rounded_to_int8 if format == "int8" else _rounded_to_int4)(filled))
-    numbers = torch.cat([part for part, _ in parts])
-    # Kernels read them by whole vectors, beyond the last.
-    factors = torch.cat([*(part.flatten() for _, part in parts), parts[0][1].new_zeros(_GROUP)])[:-_GROUP]
-    return Matrix(numbers, format, dim, factors.view(num, *parts[0][1].shape[1:]), own_bias)
+        rows = torch.cat([rows, rows[:, -1:].expand(-1, -dim % _GROUP)], 1)
+        rows = torch.cat([rows, rows.new_zeros(-len(rows) % _TILE, rows.shape[1])])
+        parts.append((_rounded_to_int8 if format == "int8" else _rounded_to_int4)(rows))
+    numbers, factors = (torch.cat(x) for x in zip(*parts, strict=True))
+    return Matrix(numbers, format, (num, dim), factors, own_bias)
 
 
 def _rounded_to_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows `[N, 64 G]` as whole numbers, and their factors `[N, G]`."""
+    """Rows `[16 tiles, 64 groups]` as whole numbers and their factors, as in `Matrix`."""
     groups = rows.unflatten(1, (-1, _GROUP))
     # Zeros have any factor.
     factors = (groups.abs().amax(2) / _MOST["int8"]).clamp(min=torch.finfo(torch.float32).tiny)
-    return (groups / factors[..., None]).round().to(torch.int8).flatten(1), factors
+    numbers = (groups / factors[..., None]).round() + _ZERO
+    return _tiled(numbers), factors.unflatten(0, (-1, _TILE)).mT.contiguous()
 
 
 def _rounded_to_int4(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows `[N, 64 G]` as bytes `[N, 32 G]`, and their steps and lowest weights `[N, 2, 2 G]`."""
-    groups = rows.unflatten(1, (-1, _GROUP // 2))
-    low, high = groups.aminmax(dim=2)
-    factors = torch.stack([(high - low) / _MOST["int4"], low], 1).half()
-    steps, low = factors.float()[..., None].unbind(1)
+    """Rows `[16 tiles, 64 groups]` as numbers of 4 bits and their factors, as in `Matrix`."""
+    halves = rows.unflatten(1, (-1, 2, _GROUP // 2))
+    low, high = halves.aminmax(dim=3)
+    factors = torch.stack([(high - low) / _MOST["int4"], low], 3).half()
+    steps, low = factors.float()[..., None].unbind(3)
     # Equal ones have any step.
-    numbers = (groups - low) / steps.masked_fill(steps == 0, 1)
-    numbers = numbers.round().clamp(0, _MOST["int4"]).to(torch.uint8).view(len(rows), -1, 2, _GROUP // 2)
-    return (numbers[:, :, 0] | numbers[:, :, 1] << 4).flatten(1), factors
+    numbers = ((halves - low) / steps.masked_fill(steps == 0, 1)).round().clamp(0, _MOST["int4"])
+    tiles = factors.unflatten(0, (-1, _TILE)).permute(0, 2, 3, 4, 1)
+    return _tiled(numbers[:, :, 0] + 16 * numbers[:, :, 1]), tiles.contiguous()
+
+
+def _tiled(numbers: Tensor) -> Tensor:
+    """Whole numbers `[16 tiles, groups, columns]` from 0 to 255 as bytes `[tiles, groups, quads, 16, 4]`."""
+    tiles = numbers.to(torch.uint8).unflatten(0, (-1, _TILE)).unflatten(3, (-1, 4))
+    return tiles.permute(0, 2, 3, 1, 4).contiguous()
 
 
 def output_step(x: Tensor, norm: Tensor, eps: float, weight: Matrix) -> Tensor:
     """`weight norm(x)` `[B, 1, N]` of tokens x `[B, 1, D]` float32; norm `[D]` is that of an RMS norm."""
     x = x.contiguous()
-    num_out, dim = len(weight.weight), weight.dim
+    num_out, dim = weight.shape
     num, call = x.numel() // dim, weight.call()
     scratch, y = torch.empty_like(x), x.new_empty(*x.shape[:-1], num_out)
     call_kernel(

@@ -1,0 +1,73 @@
+"""Whether the modules and weights that a kernel stands in for are still those that it was made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import repeat
+from operator import attrgetter, contains, getitem, is_
+from typing import NamedTuple
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ovq.layers.products import is_plain
+
+_version = attrgetter("_version")
+
+
+class Part(NamedTuple):
+    """A module, of which class it must be, and where in its model it is."""
+
+    siblings: dict[str, nn.Module | None]
+    name: str
+    module: nn.Module
+    kind: type[nn.Module]
+
+
+class Unchanged:
+    """Modules of a model and their weights as they are when this is made, to be compared with later.
+
+    They are compared for every token, and after the weights of a model there is nothing else in a processor's
+    caches. So loops are those of `map`, which run in C, and over what is kept side by side.
+
+    Args:
+        parts: the modules.
+    """
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self._siblings, self._names, self._modules, self._kinds = (list(x) for x in zip(*parts, strict=True))
+        self._attributes = [vars(module) for module in self._modules]
+        # No hook has been registered since, anywhere, if this is the number of the next one.
+        self._next_hook = -1
+        found = [
+            (module._parameters, name, x)
+            for module in self._modules
+            for name, x in module._parameters.items()
+            if x is not None
+        ]
+        self._owners = [owner for owner, _, _ in found]
+        self._own_names = [name for _, name, _ in found]
+        self.weights: list[Tensor] = [x for _, _, x in found]
+        """All parameters of the modules."""
+        self._places = list(map(Tensor.data_ptr, self.weights))
+        # Tensors of inference mode do not count their versions, and cannot be told from changed ones.
+        self._are_counted = not any(map(Tensor.is_inference, self.weights))
+        self._versions = list(map(_version, self.weights)) if self._are_counted else []
+
+    def __bool__(self) -> bool:
+        """Whether all are as they were, and the modules plain and not in training."""
+        next_hook = RemovableHandle.next_id
+        if next_hook != self._next_hook:
+            if not all(map(is_plain, self._modules, self._kinds)):
+                return False
+            self._next_hook = next_hook
+        return (
+            self._are_counted
+            and all(map(is_, map(dict.get, self._siblings, self._names), self._modules))
+            and all(map(is_, map(type, self._modules), self._kinds))
+            and not any(map(contains, self._attributes, repeat("forward")))
+            and not any(map(getitem, self._attributes, repeat("training")))
+            and all(map(is_, map(dict.get, self._owners, self._own_names), self.weights))
+            and list(map(Tensor.data_ptr, self.weights)) == self._places
+            and list(map(_version, self.weights)) == self._versions
+        )

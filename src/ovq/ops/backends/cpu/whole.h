@@ -1,0 +1,163 @@
+/* Weights that are whole numbers, and their products with a few tokens, whose inputs are made whole numbers too.
+
+   Rows lie side by side, ABREAST of them: four columns of the first row, the same of the second, and so on, then the next
+   four columns. So a lane adds up one row, and what becomes of a sum is done for all rows at once. Sums of whole numbers
+   are exact; all processors have the same ones. */
+#pragma once
+
+#include "numbers.h"
+
+/* Mirrored in weights.py: rows of a tile, and columns that have one step; matrices are filled up to both. */
+#define ABREAST 16
+#define GROUP 64
+#define QUADS (GROUP / 4)
+
+/* a x b of whole numbers of 16 bits, two neighbours in one lane, added to a sum. Those of a are not negative. */
+INLINE IntVector add_pairs(IntVector sum, IntVector a, IntVector b) {
+#if defined(__AVX512BW__)
+    return sum + (IntVector)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+    return sum + (IntVector)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+    return sum + (a & 0xffff) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
+#endif
+}
+
+/* All lanes with the four bytes of x. */
+INLINE IntVector four_bytes(const void *x) {
+    int32_t bytes;
+    memcpy(&bytes, x, sizeof(bytes));
+    return bytes - IntVector{};
+}
+
+/* The inputs of four columns, whole numbers of 16 bits, as processors multiply them best, and sums of products with
+   weights, four bytes in each lane. */
+#if defined(__AVX512VNNI__)
+struct Quad {
+    int8_t high[4], low[4];
+
+    void put(int i, int16_t x) {
+        low[i] = (int8_t)x;
+        high[i] = (int8_t)((x - low[i]) >> 8);
+    }
+};
+
+struct WholeSums {
+    IntVector high, low;
+
+    INLINE_MEMBER void add(IntVector weights, const Quad *x) {
+        high = (IntVector)_mm512_dpbusd_epi32((__m512i)high, (__m512i)weights, (__m512i)four_bytes(x->high));
+        low = (IntVector)_mm512_dpbusd_epi32((__m512i)low, (__m512i)weights, (__m512i)four_bytes(x->low));
+    }
+    INLINE_MEMBER IntVector all() const { return (high << 8) + low; }
+};
+#else
+struct Quad {
+    int16_t even[2], odd[2];
+
+    void put(int i, int16_t x) { (i % 2 ? odd : even)[i / 2] = x; }
+};
+
+struct WholeSums {
+    IntVector sum;
+
+    INLINE_MEMBER void add(IntVector weights, const Quad *x) {
+        sum = add_pairs(sum, weights & 0xff00ff, four_bytes(x->even));
+        sum = add_pairs(sum, weights >> 8 & 0xff00ff, four_bytes(x->odd));
+    }
+    INLINE_MEMBER IntVector all() const { return sum; }
+};
+#endif
+
+/* Inputs [num, groups], the length of their steps, and the sums [num, 2 groups] of the numbers of half a group each. */
+struct WholeInputs {
+    int64_t groups;
+    Quad (*quads)[QUADS];
+    float *steps;
+    int32_t *sums;
+};
+
+static void round_inputs(const WholeInputs *in, int64_t num, int64_t dim, const float *x) {
+    /* Adding 1.5 * 2^23 rounds to an integer, in the lowest bits. */
+    const float shift = 12582912.0f;
+    /* The largest number with a high byte once its low one is signed. */
+    const float most = 32639;
+    for (int64_t t = 0; t < num; t++)
+        for (int64_t g = 0; g < in->groups; g++) {
+            const int64_t at = t * in->groups + g;
+            float own[GROUP] = {};
+            memcpy(own, x + t * dim + g * GROUP, sizeof(float) * least(GROUP, dim - g * GROUP));
+            Vector high = {}, spoilt = {};
+            for (int i = 0; i < GROUP; i += VL) {
+                const Vector one = load(own + i);
+                high = higher_of(one, higher_of(-one, high));
+                /* NaN if a number is not finite. */
+                spoilt += one - one;
+            }
+            const float largest = highest(high), unit = total(spoilt);
+            const float per_number = largest > 0 && std::isfinite(most / largest) ? most / largest : 0;
+            in->steps[at] = (per_number > 0 ? largest / most : 0) + unit;
+            int16_t numbers[GROUP];
+            for (int i = 0; i < GROUP; i += VL) {
+                const IntVector bits = (IntVector)(load(own + i) * per_number + shift);
+                const ShortVector one = __builtin_convertvector(bits, ShortVector);
+                memcpy(numbers + i, &one, sizeof(one));
+            }
+            for (int half = 0; half < 2; half++) {
+                int32_t sum = 0;
+                for (int i = 0; i < GROUP / 2; i++) sum += numbers[half * GROUP / 2 + i];
+                in->sums[2 * at + half] = sum;
+            }
+            for (int i = 0; i < GROUP; i++) in->quads[at][i / 4].put(i % 4, numbers[i]);
+        }
+}
+
+/* A tile of a matrix. INT8: of each group 4 bytes of each row 16 times, unsigned, of which 128 is zero, and a float32 step
+   per row. UINT4: the low bits of 4 bytes 8 times are the first half of a group, the high ones the second; both halves
+   have float16 steps, and what is added to their products, per row. */
+template <typename Factor> struct WholeTile {
+    const uint8_t *weights;
+    const Factor *factors;
+    const WholeInputs *in;
+
+    static constexpr int rows = ABREAST, halves = std::is_same_v<Factor, Float16> ? 2 : 1, parts = ABREAST / VL;
+    /* Of a group. */
+    static constexpr int num_bytes = GROUP * ABREAST / halves, num_factors = halves * halves * ABREAST;
+
+    /* The products of `num` tokens from t0 on, y [num, ABREAST]. */
+    template <int num> INLINE_MEMBER void dots(int64_t t0, float *y) const {
+        Vector sums[num][parts] = {};
+        for (int64_t g = 0; g < in->groups; g++) {
+            WholeSums own[num][halves][parts] = {};
+            const uint8_t *from = weights + g * num_bytes;
+            const Quad *x[num];
+            for (int t = 0; t < num; t++) x[t] = in->quads[(t0 + t) * in->groups + g];
+#pragma GCC unroll 4
+            for (int q = 0; q < QUADS / halves; q++)
+                for (int part = 0; part < parts; part++) {
+                    IntVector all;
+                    memcpy(&all, from + (q * ABREAST + part * VL) * 4, sizeof(all));
+                    for (int half = 0; half < halves; half++) {
+                        const IntVector some = halves == 1 ? all : all >> 4 * half & 0x0f0f0f0f;
+                        for (int t = 0; t < num; t++) own[t][half][part].add(some, x[t] + half * (QUADS / 2) + q);
+                    }
+                }
+            const Factor *factor = factors + g * num_factors;
+            for (int t = 0; t < num; t++) {
+                const int64_t at = (t0 + t) * in->groups + g;
+                const float step = in->steps[at];
+                const int32_t *sum = in->sums + 2 * at;
+                for (int half = 0; half < halves; half++)
+                    for (int part = 0; part < parts; part++) {
+                        const Factor *steps = factor + half * 2 * ABREAST + part * VL;
+                        const int32_t zeros = halves == 1 ? 128 * (sum[0] + sum[1]) : 0;
+                        const IntVector numbers = own[t][half][part].all() - zeros;
+                        sums[t][part] += __builtin_convertvector(numbers, Vector) * (load_numbers(steps) * step);
+                        if (halves == 2) sums[t][part] += load_numbers(steps + ABREAST) * (sum[half] * step);
+                    }
+            }
+        }
+        for (int t = 0; t < num; t++)
+            for (int part = 0; part < parts; part++) store(y + t * ABREAST + part * VL, sums[t][part]);
+    }
+};
