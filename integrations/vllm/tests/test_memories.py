@@ -52,6 +52,34 @@ def test_requests_that_come_wait_and_go(saved):
     assert num_joined > 20
 
 
+@torch.no_grad()
+def test_a_complete_block_that_another_request_gets(saved):
+    torch.manual_seed(0)
+    model = saved(family="llama").model
+    like = model.make_cache()
+    model(torch.tensor([[1]]), **{CACHE_KEY: like})
+    memories = Memories(model.make_cache, Block(like))
+    blocks = torch.zeros(2, memories.block.num_bytes, dtype=torch.uint8)
+    prompts = torch.randint(0, model.config.vocab_size, (2, 50))
+
+    def read(row, block, num_seen):
+        """The logits of the next 25 tokens of a prompt."""
+        tokens = prompts[row, num_seen : num_seen + 25]
+        group = group_of([block], [num_seen], [25], block_size=25)
+        calls = memories.calls([group], blocks)
+        (logits,) = [
+            model(tokens[rows], position_ids=num_seen + rows, **{CACHE_KEY: cache}).logits
+            for rows, cache in calls
+        ]
+        return logits
+
+    read(1, 1, 0)
+    read(0, 0, 0)
+    # Now block 0 has what vLLM has copied for the other prompt.
+    blocks[0] = blocks[1]
+    torch.testing.assert_close(read(1, 0, 25), model(prompts[1:]).logits[:, 25:], atol=1e-4, rtol=1e-4)
+
+
 def test_a_block_is_as_large_as_what_a_row_keeps(saved):
     # Budgets that differ take no room for the largest of them.
     model = saved(family="llama").model

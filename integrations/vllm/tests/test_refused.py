@@ -19,6 +19,20 @@ KINDS = [{}, {"family": "llama"}]
 
 
 @pytest.mark.parametrize("fields", KINDS, ids=str)
+def test_prefixes_are_kept_for_whoever_asks(fields, saved):
+    options = {"enable_prefix_caching": True, "mamba_cache_mode": "align"}
+    config = engine_config(saved(**fields).folder, **options)
+    assert config.cache_config.enable_prefix_caching is True
+    assert config.cache_config.mamba_cache_mode == "align"
+    if fields:
+        assert config.cache_config.block_size == config.cache_config.mamba_block_size == 128
+        own = engine_config(saved(**fields).folder, block_size=48, **options)
+        assert own.cache_config.block_size == own.cache_config.mamba_block_size == 48
+    with pytest.raises(ValueError, match="prefix_match_unit: expected none, found 16"):
+        engine_config(saved(**fields).folder, prefix_match_unit=16, **options)
+
+
+@pytest.mark.parametrize("fields", KINDS, ids=str)
 def test_prefixes_are_not_kept(fields, saved):
     config = engine_config(saved(**fields).folder, enable_prefix_caching=True)
     assert config.cache_config.enable_prefix_caching is False

@@ -18,12 +18,13 @@ GATES = [{}, {"merge_gate": True}, {"forget_gate": True}, {"merge": "nearest", "
 NUM_BLOCKS = 6
 
 
-def group_of(blocks, num_seen, lengths):
+def group_of(blocks, num_seen, lengths, block_size=1_000_000):
     return Group(
         blocks=torch.tensor(blocks),
         block_ids=tuple(blocks),
         num_seen=tuple(num_seen),
         lengths=tuple(lengths),
+        block_size=block_size,
         tokens=torch.arange(sum(lengths)),
         is_packed=max(lengths) > 1,
     )
@@ -69,6 +70,39 @@ def test_requests_that_come_and_go(gates):
 def _holder(cache):
     """A cache of a single layer, at the place of the mixer."""
     return type("Holder", (), {"layers": [None, cache], "get_seq_length": cache.get_seq_length})()
+
+
+@pytest.mark.parametrize("by", ["its prompt", "a copy"])
+@torch.no_grad()
+def test_a_block_gets_the_state_of_another_request_that_has_read_as_much(by):
+    torch.manual_seed(0)
+    config = OVQConfig(**SIZES | {"num_slots": 20, "chunk_size": 5, "conv_size": 0})
+    mixer = build_mixer(config, 1).eval()
+    spec = block_spec(config, torch.float32)
+    views = {name: torch.zeros(2, *shape, dtype=kind) for name, (shape, kind) in spec.items()}
+    blocks = StateBlocks(mixer, views)
+
+    def read(block, num_seen, length):
+        """The state after some more tokens of a request."""
+        group, cache = group_of([block], [num_seen], [length], block_size=7), LayerCache(mixer.memory)
+        cache.state = blocks.read(group)
+        x = group.take(torch.randn(length, config.hidden_size))
+        mixer.mix(mixer.qkv_proj(x), x, group.layout(not group.is_packed), cache)
+        blocks.write(group, cache.state)
+        return cache.state.key_sum
+
+    if by == "a copy":
+        expected = read(1, 0, 7)
+    read(0, 0, 6)
+    first = read(0, 6, 1)
+    if by == "a copy":
+        # As vLLM does where prompts begin alike.
+        for view in views.values():
+            view[0] = view[1]
+    else:
+        expected = read(0, 0, 7)
+    assert not torch.equal(first, expected)
+    torch.testing.assert_close(blocks.read(group_of([0], [7], [1])).key_sum, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

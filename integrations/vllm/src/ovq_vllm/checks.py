@@ -16,13 +16,16 @@ logger = init_logger("vllm.ovq")
 #: The mixers that run. Others keep states for which there is no code here.
 MIXERS = ("ovq", "sliding_attention", "full_attention")
 
+#: Tokens after which prefix caching keeps a state of a converted model, unless `--block-size` says otherwise.
+BLOCK_SIZE = 128
+
 
 class StartChecks(VerifyAndUpdateConfig):
     """vLLM's hook for a model: it runs in the process that starts the engine, before any worker."""
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
-        """Raise ValueError for what cannot run; switch off prefix caching."""
+        """Raise ValueError for what cannot run; prefix caching is off unless asked for."""
         check_model(vllm_config.model_config.hf_config)
         check_engine(vllm_config)
 
@@ -32,9 +35,13 @@ class ConvertedStartChecks(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
-        """Raise ValueError for what cannot run; switch off prefix caching."""
+        """Raise ValueError for what cannot run; prefix caching is off unless asked for."""
         memory_config_of(vllm_config.model_config.hf_config)
         check_engine(vllm_config)
+        cache = vllm_config.cache_config
+        if cache.enable_prefix_caching and not cache.user_specified_block_size:
+            # vLLM's 16 are meant for keys: a state each would be MiB for few tokens.
+            cache.block_size = BLOCK_SIZE
         MambaModelConfig.verify_and_update_config(vllm_config)
 
 
@@ -48,15 +55,15 @@ def memory_config_of(config: PreTrainedConfig) -> MemoryConfig:
 
 
 def check_engine(vllm_config: VllmConfig) -> None:
-    """Raise ValueError for settings with which no model of this library runs; switch off prefix caching."""
+    """Raise ValueError for settings with which no model runs; prefix caching is off unless asked for."""
     if wrong := refusals(vllm_config):
         raise ValueError("; ".join(wrong))
     cache = vllm_config.cache_config
-    if cache.enable_prefix_caching:
+    if cache.enable_prefix_caching and cache.mamba_cache_mode != "align":
         cache.enable_prefix_caching = False
         logger.info(
-            "Prefix caching is off for OVQ models: vLLM would copy whole states, MiB per layer, at ends "
-            "of its blocks of tokens."
+            "Prefix caching is off for OVQ models, as each block that is kept has a whole state, MiB per "
+            "layer: --mamba-cache-mode align turns it on."
         )
 
 
@@ -101,6 +108,11 @@ def refusals(vllm_config: VllmConfig) -> list[str]:
         wrong.append("quantization: expected none, found some: the layers are those of the library")
     if vllm_config.lora_config is not None:
         wrong.append("lora_config: expected none, found one: the layers are those of the library")
+    if cache.enable_prefix_caching and cache.prefix_match_unit is not None:
+        wrong.append(
+            f"prefix_match_unit: expected none, found {cache.prefix_match_unit}: states are kept at ends of "
+            "blocks alone"
+        )
     if cache.cache_dtype not in ("auto", "float16", "bfloat16", "float32"):
         wrong.append(
             f"kv_cache_dtype: expected 'auto', found {cache.cache_dtype!r}: narrower keys are untested, and "

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.mamba.abstract import MambaBase
-from vllm.model_executor.models.interfaces import HasInnerState, IsAttentionFree
+from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFunc, get_temporal_copy_spec
+from vllm.model_executor.models.interfaces import HasInnerState, IsAttentionFree, SupportsMambaPrefixCaching
 from vllm.sequence import IntermediateTensors
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
@@ -61,7 +62,7 @@ class MemoryBlocks(MambaBase):
         return None if metadata is None else metadata[self._prefix]
 
 
-class OVQConvertedForCausalLM(nn.Module, HasInnerState, IsAttentionFree):
+class OVQConvertedForCausalLM(nn.Module, HasInnerState, IsAttentionFree, SupportsMambaPrefixCaching):
     """A pretrained model with the memory that the config in its folder says.
 
     Args:
@@ -84,6 +85,11 @@ class OVQConvertedForCausalLM(nn.Module, HasInnerState, IsAttentionFree):
         self._memories = Memories(self.lm.make_cache, Block(cache))
         # vLLM reads the number of a layer from its name.
         self._blocks = MemoryBlocks(self._memories.block, vllm_config, f"{prefix}.memories.0".lstrip("."))
+
+    @classmethod
+    def get_mamba_state_copy_func(cls) -> tuple[MambaStateCopyFunc, ...]:
+        """How vLLM copies a block for a request that goes on from it: whole."""
+        return (get_temporal_copy_spec,)
 
     @torch.no_grad()
     def _checked_cache(self) -> MemoryCache:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import compress
 from typing import NamedTuple
 
 import torch
@@ -70,9 +71,13 @@ class Place(NamedTuple):
 
 
 class Running(NamedTuple):
-    """Requests whose next tokens were read together, one row each."""
+    """Requests whose next tokens were read together, one row each.
 
-    places: list[Place]
+    A place is None if its block is complete: the request goes on from a copy that vLLM makes, in a block that
+    it has by then, and the block of another request may have this number.
+    """
+
+    places: Sequence[Place | None]
     cache: MemoryCache
 
 
@@ -80,7 +85,8 @@ class Memories:
     """Finds the caches of the requests of each step.
 
     What a request has read stays in a cache from step to step, and goes into its block when a step comes
-    without it. A request that has ended, or was preempted, leaves a block that the next one does not read.
+    without it, or when the block is complete. A request that has ended, or was preempted, leaves its block to
+    others.
 
     Args:
         make_cache: makes an empty one.
@@ -99,11 +105,13 @@ class Memories:
             groups: the requests.
             blocks: `[blocks, num_bytes]` uint8.
         """
+        block_size = groups[0].block_size
         asked = [request for group in groups for request in _requests(group)]
         going_on = {place for place, _ in asked}
+        taken = {place.block for place in going_on}
         for places, cache in self._running:
             for row, place in enumerate(places):
-                if place not in going_on:
+                if place is not None and place not in going_on and place.block not in taken:
                     self.block.write(cache, row, blocks[place.block])
         before, self._running = self._running, []
         together = {place: tokens for place, tokens in asked if len(tokens) == 1 and place.num_read}
@@ -114,7 +122,11 @@ class Memories:
             rows = torch.stack([batch[place] for place in found.places])
             yield rows, found.cache
             places = [Place(place.block, place.num_read + rows.shape[1]) for place in found.places]
-            self._running.append(Running(places, found.cache))
+            is_complete = [place.num_read % block_size == 0 for place in places]
+            for row in compress(range(len(places)), is_complete):
+                self.block.write(found.cache, row, blocks[places[row].block])
+            going = [None if done else place for place, done in zip(places, is_complete, strict=True)]
+            self._running.append(Running(going, found.cache))
 
     def _found(self, wanted: set[Place], before: Sequence[Running], blocks: Tensor) -> Running:
         """One cache for these requests. Their order is that in which they were, so that few rows move."""

@@ -7,9 +7,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFuncsByType, get_temporal_copy_spec
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
-from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid
+from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid, SupportsMambaPrefixCaching
 from vllm.sequence import IntermediateTensors
+from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
 from ovq.hf import OVQConfig, OVQModel
 from ovq.layers.products import Linear
@@ -19,7 +21,7 @@ from ovq_vllm.state import block_spec
 from ovq_vllm.step import RequestLayout
 
 
-class OVQForCausalLM(nn.Module, HasInnerState, IsHybrid):
+class OVQForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsMambaPrefixCaching):
     """The language model.
 
     Args:
@@ -31,6 +33,7 @@ class OVQForCausalLM(nn.Module, HasInnerState, IsHybrid):
         super().__init__()
         self.config: OVQConfig = vllm_config.model_config.hf_config
         check_model(self.config)
+        self._num_tensors = len(_spec_of(vllm_config))
         self.model = OVQModel(self.config)
         self.lm_head = Linear(self.config.hidden_size, self.config.vocab_size)
         if self.config.tie_word_embeddings:
@@ -61,6 +64,12 @@ class OVQForCausalLM(nn.Module, HasInnerState, IsHybrid):
     def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
         """The dtypes of what a block of an OVQ layer holds."""
         return tuple(dtype for _, dtype in _spec_of(vllm_config).values())
+
+    def get_mamba_state_copy_funcs(
+        self, mamba_types: set[MambaAttentionBackendEnum]
+    ) -> MambaStateCopyFuncsByType:
+        """How vLLM copies a block for a request that goes on from it: each tensor as it is."""
+        return dict.fromkeys(mamba_types, (get_temporal_copy_spec,) * self._num_tensors)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """Embeddings `[T, hidden_size]` of tokens `[T]`."""

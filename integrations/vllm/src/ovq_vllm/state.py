@@ -69,6 +69,8 @@ class StateBlocks:
         self._names = [name for name in (*_SUMS, *_PENDING, "pending_forget") if name in tensors]
         # What the last decode step led to. As long as the same requests go on, nothing is read from blocks,
         # and the library repeats its step without looking at the arguments anew. Blocks are kept up to date.
+        # Only their numbers are compared, so none may have got another state since: of another request that
+        # has read as many tokens.
         self._last: tuple[tuple[int, ...], tuple[int, ...], OVQState] | None = None
 
     def read(self, group: Group) -> OVQState:
@@ -91,8 +93,10 @@ class StateBlocks:
         """Keep the states of a group after its new tokens."""
         if group.is_packed:
             self._write_rows(group.blocks, state, list(range(len(group.block_ids))), self._names)
+            if self._last and not set(self._last[0]).isdisjoint(group.block_ids):
+                self._last = None
             return
-        self._last = group.block_ids, group.num_after, state
+        self._last = None if group.is_at_end else (group.block_ids, group.num_after, state)
         size = state.chunk_size
         # Of a chunk that is not complete, one token is new.
         rows = torch.arange(len(group.block_ids), device=group.blocks.device)

@@ -52,6 +52,8 @@ class Group:
         block_ids: the same numbers.
         num_seen: tokens that each has read before this step.
         lengths: new tokens of each.
+        block_size: where a state has read so many tokens, or a multiple, its block is kept as it is for other
+            requests that begin alike; vLLM copies it to another one before the request goes on.
         tokens: `[T]` int64, where they are among all new tokens of the step.
         is_packed: whether the tokens are packed into one row `[1, T]`, and not rows `[R, 1]`.
     """
@@ -60,6 +62,7 @@ class Group:
     block_ids: tuple[int, ...]
     num_seen: tuple[int, ...]
     lengths: tuple[int, ...]
+    block_size: int
     tokens: Tensor
     is_packed: bool
     _layouts: dict[bool, RequestLayout] = field(default_factory=dict)
@@ -68,6 +71,11 @@ class Group:
     def num_after(self) -> tuple[int, ...]:
         """Tokens that each request has read after this step."""
         return tuple(seen + length for seen, length in zip(self.num_seen, self.lengths, strict=True))
+
+    @property
+    def is_at_end(self) -> bool:
+        """Whether the block of a request is complete after this step."""
+        return any(after % self.block_size == 0 for after in self.num_after)
 
     @property
     def fresh(self) -> list[int]:
@@ -144,6 +152,7 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._block_size = kv_cache_spec.block_size
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -155,8 +164,10 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
         total = given.seq_lens_cpu_upper_bound
         totals = (given.seq_lens.cpu() if total is None else total)[:num].tolist()
         bounds = list(pairwise(given.query_start_loc_cpu[: num + 1].tolist()))
-        # A state lies in the first block of its request.
-        all_blocks = given.block_table_tensor[:num, 0].tolist()
+        # A state lies in the block of its last token; without prefix caching, a block holds any text.
+        columns = torch.tensor([[max(after - 1, 0) // self._block_size] for after in totals])
+        table = given.block_table_tensor[:num]
+        all_blocks = table.gather(1, columns.to(table.device))[:, 0].tolist()
         groups = []
         for is_packed in (False, True):
             rows = [r for r, (a, b) in enumerate(bounds) if (b - a > 1 if is_packed else b - a == 1)]
@@ -170,6 +181,7 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
                     block_ids=ids,
                     num_seen=tuple(totals[r] - n for r, n in zip(rows, lengths, strict=True)),
                     lengths=lengths,
+                    block_size=self._block_size,
                     tokens=torch.cat([torch.arange(*bounds[r]) for r in rows]).to(self.device),
                     is_packed=is_packed,
                 )
