@@ -32,7 +32,8 @@ from ovq.ops.backends.cpu.kernels import DTYPES
 #: Formats of the weights that decode, as `attach` takes them.
 WEIGHT_DTYPES = ("float32", "bfloat16", "int8", "int4")
 
-#: More tokens of all rows than this take the modules. At so many, the kernel takes 0.9 times as long in float32.
+#: More tokens of all rows than this take the modules. At so many, the kernel takes 0.9 times as long in
+#: float32, and a third in 8 bits.
 MOST_ROWS = 32
 
 _KINDS = ("llama", "qwen2", "qwen3", "mistral")
