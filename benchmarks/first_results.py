@@ -97,7 +97,7 @@ def main() -> None:
                 replaced = str(Path(options.model).resolve())
                 files = {name: text.replace(HUB_MODEL, replaced) for name, text in files.items()}
                 commands = [command.replace(HUB_MODEL, replaced) for command in commands]
-            is_fine &= follow(title, files, commands, options.out / str(number))
+            is_fine &= follow(title, files, commands, options.out.resolve() / str(number))
     sys.exit(not is_fine)
 
 

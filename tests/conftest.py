@@ -6,6 +6,8 @@ import hypothesis
 import pytest
 import torch
 
+from ovq.ops.backends.cpu import build
+
 # One thread a worker: two pytest workers on two cores would otherwise wait for each other's threads.
 torch.set_num_threads(1)
 
@@ -40,3 +42,20 @@ def drawn(monkeypatch):
 
     monkeypatch.setattr(Figure, "savefig", keep)
     return figures
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Names of the kernels over whole calls that have run."""
+    names, load = [], build.load
+
+    class Library:
+        def __init__(self):
+            self.loaded = load()
+
+        def __getattr__(self, name):
+            names.extend([name] if name in ("ovq_forward", "ovq_backward") else [])
+            return getattr(self.loaded, name)
+
+    monkeypatch.setattr(build, "load", Library)
+    return names

@@ -10,7 +10,6 @@ from typer.testing import CliRunner
 from ovq.convert.cache import MemoryLayer
 from ovq.hf.cache import StateCache
 from ovq.ops import OVQState, ovq_attention
-from ovq.ops.backends.cpu import kernels
 from tests.fuzz import op
 from tests.fuzz import run as run_module
 from tests.fuzz.__main__ import app
@@ -34,16 +33,11 @@ def test_random_programs(kind, backend):
 
 
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
-def test_kernels_run_where_they_should(backend, monkeypatch):
+def test_kernels_run_where_they_should(backend, runs):
     if reason := BACKENDS[backend].missing():
         pytest.skip(reason)
-    names = []
-    run_kernel = kernels._Arguments.run
-    monkeypatch.setattr(
-        kernels._Arguments, "run", lambda call, name: (names.append(name), run_kernel(call, name))
-    )
     run("op", backend, calls=60, seed=0)
-    assert set(names) == ({"ovq_forward", "ovq_backward"} if backend == "cpu" else set())
+    assert set(runs) == ({"ovq_forward", "ovq_backward"} if backend == "cpu" else set())
 
 
 def without_mask(*tensors, attention_mask=None, backend="auto", **options):

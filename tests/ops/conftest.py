@@ -34,20 +34,3 @@ def fresh(tmp_path):
 def made():
     """The bytes of kernels made before."""
     return Path(build.load()._name).read_bytes()
-
-
-@pytest.fixture
-def runs(monkeypatch):
-    """Names of the kernels over whole calls that have run."""
-    names, load = [], build.load
-
-    class Library:
-        def __init__(self):
-            self.loaded = load()
-
-        def __getattr__(self, name):
-            names.extend([name] if name in ("ovq_forward", "ovq_backward") else [])
-            return getattr(self.loaded, name)
-
-    monkeypatch.setattr(build, "load", Library)
-    return names
