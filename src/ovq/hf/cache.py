@@ -323,7 +323,7 @@ class OVQCache(StateCache):
         self._recorded = None
         super().batch_repeat_interleave(repeats)
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """The rows of these beams: transformers' name."""
         self._recorded = None
         super().reorder_cache(beam_idx)
