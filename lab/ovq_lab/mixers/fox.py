@@ -53,8 +53,6 @@ class ForgettingAttention(FullAttention):
         """See `Mixer.mix`."""
         q, k, v, scale = self.heads(channels, layout)
         log_forget = self.forget_gate(hidden_states)
-        if layout.new_mask is not None:
-            log_forget = log_forget.masked_fill(~layout.new_mask[..., None], 0)
         q = (q * scale[:, None]).transpose(1, 2)
         known = {"keys": k.to(v.dtype), "values": v, "log_forget": log_forget[..., None]}
         known = {name: x.transpose(1, 2) for name, x in known.items()}
