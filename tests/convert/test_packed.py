@@ -43,11 +43,15 @@ def logits(model, ids, cache=None, **options):
         return model(ids, past_key_values=model.make_cache() if cache is None else cache, **options).logits
 
 
+def exactly(patch):
+    """Let prompts, too, have inputs of 16 bits: no rounding then tips over, and tokens are merged alike."""
+    call = Matrix.call
+    patch.setattr(Matrix, "call", lambda self, first=0, *, is_rough=False: call(self, first))
+
+
 @pytest.fixture
 def exact(monkeypatch):
-    """Prompts with inputs of 16 bits, so that tokens are merged as by modules."""
-    call = Matrix.call
-    monkeypatch.setattr(Matrix, "call", lambda self, first=0, *, is_rough=False: call(self, first))
+    exactly(monkeypatch)
 
 
 @both
@@ -58,7 +62,14 @@ def test_products_are_those_of_the_rounded_weights(num, bias, format):
     x = torch.randn(2, num, 150)
     own = PackedLinear(layer, format)
     expected = x @ own.matrix.dequantised().T + (layer.bias if bias else 0)
-    torch.testing.assert_close(own(x), expected, rtol=1e-4, atol=1e-3)
+    # Two rows.
+    tolerance = 1e-3 if num <= 16 else 0.03
+    torch.testing.assert_close(own(x), expected, rtol=tolerance, atol=tolerance)
+    if num > 16:
+        assert (own(x) - expected).abs().max() > 2e-3
+    output = PackedLinear(layer, format, is_output=True)
+    expected = x @ output.matrix.dequantised().T + (layer.bias if bias else 0)
+    torch.testing.assert_close(output(x), expected, rtol=1e-3, atol=1e-3)
     assert own(x.bfloat16()).dtype == torch.bfloat16
     assert own(x[:, :0]).shape == (2, 0, 37)
 
@@ -110,12 +121,17 @@ def test_prompts_of_models_with_all_that_is_learned(exact, steps, by_modules):
 
 
 @both
-def test_inputs_of_8_bits_are_nearly_as_good(format, steps, by_modules):
+def test_inputs_of_8_bits_are_nearly_as_good(format, steps, by_modules, monkeypatch):
     model = packed_model(steps, weight_dtype=format, num_slots=0, window=96)
-    found, expected = logits(model, IDS[:, :90]), by_modules(lambda: logits(model, IDS[:, :90]))
-    error = float((found - expected).square().mean().sqrt() / expected.square().mean().sqrt())
-    assert 0.01 < error < 0.05
+    found, of_modules = logits(model, IDS[:, :90]), by_modules(lambda: logits(model, IDS[:, :90]))
     assert steps == [1, 0]
+    with monkeypatch.context() as patch:
+        exactly(patch)
+        expected = logits(model, IDS[:, :90])
+    size = expected.square().mean().sqrt()
+    # An input that tips over in one of them changes a little of what follows.
+    assert (found - of_modules).square().mean().sqrt() < 0.01 * size
+    assert 0.01 * size < (found - expected).square().mean().sqrt() < 0.05 * size
 
 
 @both

@@ -151,7 +151,9 @@ def _tiled(numbers: Tensor) -> Tensor:
     return tiles.permute(0, 2, 3, 1, 4).contiguous()
 
 
-def matrix_product(x: Tensor, weight: Matrix, norm: Tensor | None = None, eps: float = 0.0) -> Tensor:
+def matrix_product(
+    x: Tensor, weight: Matrix, norm: Tensor | None = None, eps: float = 0.0, *, is_rough: bool = False
+) -> Tensor:
     """`weight norm(x) + bias` `[..., N]` of tokens x `[..., D]` float32.
 
     Args:
@@ -159,10 +161,11 @@ def matrix_product(x: Tensor, weight: Matrix, norm: Tensor | None = None, eps: f
         weight: the matrix, with its bias.
         norm: `[D]` of an RMS norm, or None.
         eps: of the norm.
+        is_rough: see `Matrix.call`.
     """
     x = x.contiguous()
     num_out, dim = weight.shape
-    num, call = x.numel() // dim, weight.call()
+    num, call = x.numel() // dim, weight.call(is_rough=is_rough)
     scratch, y = torch.empty_like(x), x.new_empty(*x.shape[:-1], num_out)
     call_kernel(
         *("ovq_matrix_product", torch.get_num_threads(), num, dim, num_out, float(eps)),

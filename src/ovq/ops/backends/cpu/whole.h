@@ -83,8 +83,8 @@ struct Exact {
     }
 };
 
+/* Inputs of 8 bits, of prompts: in half the time, where processors multiply bytes. */
 #if defined(__AVX512VNNI__)
-/* Inputs of bytes, in half the time: of prompts. */
 struct Rough {
     typedef int8_t Quad[4];
     struct Sums {
@@ -104,7 +104,9 @@ struct Rough {
     }
 };
 #else
-typedef Exact Rough;
+struct Rough : Exact {
+    static constexpr float most = 127;
+};
 #endif
 
 /* Inputs [num, groups], the length of their steps, and the sums [num, 2 groups] of the numbers of half a group each. */
