@@ -58,11 +58,10 @@ RECURRENT = {
             "raven",
             "kda",
             "mesanet",
-            "fox",
             "sliding_attention",
         ),
     ],
-    "num_hidden_layers": 10,
+    "num_hidden_layers": 9,
     "kvm_chunk_size": 4,
     # Ranks would draw another noise than one process does.
     "raven_noise": False,
