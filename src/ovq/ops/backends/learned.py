@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
 from torch import Tensor
 
 
@@ -19,3 +20,33 @@ class Learned:
 
     slots: Tensor
     moved: Tensor | None
+
+    @classmethod
+    def of_moves(cls, slots: Tensor, source: Tensor, target: Tensor, num_slots: int) -> Learned:
+        """The report of kernels that list what they move.
+
+        Args:
+            slots: see above.
+            source: `[num_chunks, Hkv, P]` slots that each chunk moved, -1 after the last one.
+            target: `[num_chunks, Hkv, P]` the slots that they went into.
+            num_slots: M.
+
+        Example:
+            >>> source, target = torch.tensor([[[2, -1]]]), torch.tensor([[[0, 7]]])
+            >>> Learned.of_moves(torch.zeros(1, 4, 1), source, target, 3).moved.tolist()
+            [[[0, 1, 0]]]
+        """
+        moved = torch.arange(num_slots, dtype=torch.int32, device=source.device)
+        moved = moved.repeat(*source.shape[:2], 1)
+        # What follows the first -1 has no meaning.
+        chunk, head, place = (source.ge(0).cumprod(-1) > 0).nonzero(as_tuple=True)
+        moved[chunk, head, source[chunk, head, place].long()] = target[chunk, head, place].int()
+        return cls(slots, moved)
+
+    def homes(self, num_slots: int) -> Tensor:
+        """`[num_chunks, Hkv, M + W]` int64: where what each of M slots held went, and each token."""
+        num_chunks, _, heads = self.slots.shape
+        moved = self.moved
+        if moved is None:
+            moved = torch.arange(num_slots, device=self.slots.device).expand(num_chunks, heads, num_slots)
+        return torch.cat([moved.long(), self.slots.long().transpose(1, 2)], 2)

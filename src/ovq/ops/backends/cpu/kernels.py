@@ -129,7 +129,7 @@ class CompiledAttention(torch.autograd.Function):
         return None, *of_inputs, key_deposit, value_deposit, None, grad_weights, weight_deposit
 
 
-def learn(
+def merge(
     k: Tensor,
     v: Tensor,
     sums: Dictionary,
@@ -139,14 +139,9 @@ def learn(
     *,
     noted: Sequence[Tensor] = (),
 ) -> Tensor:
-    """Merge complete chunks into dictionaries, in place, without reading: a plan without query heads.
+    """Merge complete chunks into dictionaries, in place; arguments as for `learn` of `backends`.
 
     Args:
-        k: `[num_chunks, C, Hkv, K]`. v: `[num_chunks, C, Hkv, V]`.
-        sums: `[R, Hkv, M, ...]`, contiguous.
-        plan: the plan of these rows, with `group_size` 0.
-        token_weights: `[num_chunks, C, Hkv, 1]` where tokens have weights.
-        fading: `[num_chunks, Hkv]` where tokens forget (`frames.py`).
         noted: tensors for the slots that chunks changed, from `_noted`, if wanted.
 
     Returns:
@@ -155,6 +150,8 @@ def learn(
     k, v = dense(k), dense(v)
     nothing = torch.empty(0)
     slots = torch.zeros(k.shape[:3], dtype=torch.int32)
+    # Without query heads nothing is read.
+    plan = dataclasses.replace(plan, group_size=0)
     call = _call(k, k, v, v, nothing, nothing, sums, slots, plan, token_weights, fading)
     if noted:
         call.note(noted)
@@ -162,7 +159,7 @@ def learn(
     return slots
 
 
-def learn_and_say(
+def learn(
     k: Tensor,
     v: Tensor,
     sums: Dictionary,
@@ -170,19 +167,15 @@ def learn_and_say(
     token_weights: Tensor | None = None,
     fading: Tensor | None = None,
 ) -> Learned:
-    """Merge all complete chunks, in place; see `learn` of the `torch` backend."""
-    plan = dataclasses.replace(plan, group_size=0)
+    """Merge complete chunks, and say where their tokens went; see `learn` of `backends`."""
     if not plan.options.merges_pairs:
-        return Learned(learn(k, v, sums, plan, token_weights, fading), None)
+        return Learned(merge(k, v, sums, plan, token_weights, fading), None)
     noted = _noted(k, v, plan, has_weights=token_weights is not None)
     source, target = noted[:2]
     # Chunks write no more than what they changed, and -1 after it.
     source.fill_(-1)
-    slots = learn(k, v, sums, plan, token_weights, fading, noted=noted)
-    chunk, head, place = (source.ge(0).cumprod(-1) > 0).nonzero(as_tuple=True)
-    moved = torch.arange(sums.count.shape[2], dtype=torch.int32).repeat(*source.shape[:2], 1)
-    moved[chunk, head, source[chunk, head, place].long()] = target[chunk, head, place]
-    return Learned(slots, moved)
+    slots = merge(k, v, sums, plan, token_weights, fading, noted=noted)
+    return Learned.of_moves(slots, source, target, sums.count.shape[2])
 
 
 def dense(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Merging a whole call into dictionaries without reading them, to learn which token goes to which slot."""
+"""Merging chunks into dictionaries without reading them, and saying which token went to which slot."""
 
 from __future__ import annotations
 
@@ -25,16 +25,7 @@ def learn(
     token_weights: Tensor | None = None,
     fading: Tensor | None = None,
 ) -> Learned:
-    """Merge all complete chunks into dictionaries, and say where their tokens went.
-
-    Args:
-        k: `[num_chunks, W, Hkv, K]`. v: likewise.
-        sums: `[R, Hkv, M, ...]`, updated in place.
-        plan: the plan of the call, with one query head per key/value head.
-        token_weights: `[num_chunks, W, Hkv, 1]` where tokens have weights.
-        fading: `[num_chunks, Hkv]` where tokens forget (`frames.py`): what slots hold is multiplied by that
-            when a chunk is complete.
-    """
+    """Merge complete chunks, and say where their tokens went; see `learn` of `backends`."""
     slots = torch.zeros(*k.shape[:3], 1, dtype=torch.int32, device=k.device)
     by_chunk = None
     if plan.options.merges_pairs:

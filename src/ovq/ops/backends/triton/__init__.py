@@ -6,6 +6,7 @@ Start reading at `launch.py`; `docs/method/triton.md` says how the work is divid
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 
@@ -13,6 +14,9 @@ import torch
 from torch import Tensor
 
 from ovq.ops.backends.chunks import Chunks
+from ovq.ops.backends.dictionary import Dictionary
+from ovq.ops.backends.learned import Learned
+from ovq.ops.backends.plan import Plan
 from ovq.ops.call import Call
 from ovq.ops.known import Known
 from ovq.ops.options import Options
@@ -32,6 +36,8 @@ KNOWN = Known(
     merge=("existing", "nearest"),
     gates=("token_weights", "log_forget"),
 )
+# What tokens forget, `forget.py` hands over chunk by chunk as weights.
+LEARNS = dataclasses.replace(KNOWN, gates=("token_weights",))
 
 
 def run(call: Call) -> tuple[Tensor, OVQState | None]:
@@ -45,6 +51,21 @@ def run(call: Call) -> tuple[Tensor, OVQState | None]:
             return decode_step(call)
         chunks = Chunks(call)
         return chunks.results(*ChunkAttention.apply(*chunks.inputs()))
+
+
+def learn(
+    k: Tensor,
+    v: Tensor,
+    sums: Dictionary,
+    plan: Plan,
+    token_weights: Tensor | None = None,
+    fading: Tensor | None = None,
+) -> Learned:
+    """Merge complete chunks without reading; see `learn` of `backends`."""
+    from ovq.ops.backends.triton.learning import learn
+
+    assert fading is None, "not among `LEARNS`"
+    return learn(k, v, sums, plan, token_weights)
 
 
 def missing(q: Tensor, v: Tensor, options: Options) -> str | None:
