@@ -22,6 +22,7 @@ from ovq.convert.reading import Exact, Observer, Slots, read
 from ovq.convert.use import token_weights, use_from
 from ovq.ops.backends import learn
 from ovq.ops.backends.dictionary import Dictionary
+from ovq.ops.backends.learned import Merging
 from ovq.ops.backends.plan import Plan
 from ovq.ops.sums import divisor, state_dtype
 
@@ -453,8 +454,8 @@ class HeadMemory:
             options=budget.options,
         )
         of_tokens = None if weights is None else weights.transpose(1, 2)[..., None]
-        learned = learn(keys.transpose(1, 2), values.transpose(1, 2), sums, plan, of_tokens)
-        return learned.homes(budget.num_slots)
+        chunks = Merging(keys.transpose(1, 2), values.transpose(1, 2), sums, plan, of_tokens)
+        return learn(chunks).homes(budget.num_slots)
 
     @torch.no_grad()
     def _find_units(self, index: Tensor, keys: Tensor) -> None:

@@ -18,7 +18,7 @@ from ovq.ops.ablation import Ablation, with_earlier_names
 from ovq.ops.backends import LEARNING, chosen_to_learn, learn
 from ovq.ops.backends.chunks import Chunks
 from ovq.ops.backends.dictionary import Dictionary
-from ovq.ops.backends.learned import Learned
+from ovq.ops.backends.learned import Learned, Merging
 from ovq.ops.backends.plan import Plan
 from ovq.ops.call import Call, RowBounds
 from ovq.ops.checks import check_kv, checked_call, checked_scale
@@ -204,7 +204,8 @@ def _slot_assignments(given: dict[str, Any], backend: str) -> SlotAssignments:
     chunks = Chunks(call)
     before, plan = chunks.before, chunks.plan
     sums = Dictionary(before.key_sum, before.value_sum, before.count, before.weight).clone()
-    learned = learn(chunks.k, chunks.v, sums, plan, chunks.weights, chunks.fading, backend=backend)
+    merging = Merging(chunks.k, chunks.v, sums, plan, chunks.weights, chunks.fading)
+    learned = learn(merging, backend=backend)
     history = _History(learned, plan, k.shape[0], k.shape[1], before.count.shape[2])
     final, origin, pending = history.carried(None)
     inverse = plan.aligned.inverse()

@@ -18,9 +18,7 @@ from torch import Tensor
 
 from ovq.ops import naive
 from ovq.ops.backends import cpu, torch, triton
-from ovq.ops.backends.dictionary import Dictionary
-from ovq.ops.backends.learned import Learned
-from ovq.ops.backends.plan import Plan
+from ovq.ops.backends.learned import Learned, Merging
 from ovq.ops.call import Call
 from ovq.ops.known import Known
 from ovq.ops.options import Options
@@ -57,16 +55,8 @@ class Learning(Backend, Protocol):
 
     LEARNS: Known
 
-    def learn(
-        self,
-        k: Tensor,
-        v: Tensor,
-        sums: Dictionary,
-        plan: Plan,
-        token_weights: Tensor | None = None,
-        fading: Tensor | None = None,
-    ) -> Learned:
-        """See `learn` below."""
+    def learn(self, chunks: Merging) -> Learned:
+        """Merge chunks, and say where their tokens went."""
 
 
 LEARNING: dict[str, Learning] = {"cpu": cpu, "torch": torch, "triton": triton}
@@ -108,32 +98,16 @@ def chosen_to_learn(name: str, k: Tensor, v: Tensor, options: Options, gates: It
     return _first(name, _fastest(k), reason_against)
 
 
-def learn(
-    k: Tensor,
-    v: Tensor,
-    sums: Dictionary,
-    plan: Plan,
-    token_weights: Tensor | None = None,
-    fading: Tensor | None = None,
-    *,
-    backend: str = "auto",
-) -> Learned:
+def learn(chunks: Merging, *, backend: str = "auto") -> Learned:
     """Merge complete chunks into dictionaries without reading, and say where their tokens went.
 
     Args:
-        k: `[num_chunks, W, Hkv, K]`. v: likewise.
-        sums: `[R, Hkv, M, ...]`, updated in place.
-        plan: the plan of the call, with one query head per key/value head.
-        token_weights: `[num_chunks, W, Hkv, 1]` where tokens have weights.
-        fading: `[num_chunks, Hkv]` where tokens forget (`frames.py`): what slots hold is multiplied by that
-            when a chunk is complete.
+        chunks: see there.
         backend: as for `chosen_to_learn`, which raises the same errors.
     """
-    given = {"token_weights": token_weights, "log_forget": fading}
-    gates = [name for name, x in given.items() if x is not None]
-    name = chosen_to_learn(backend, k, v, plan.options, gates)
-    with full_precision(k.device):
-        return LEARNING[name].learn(k, v, sums, plan, token_weights, fading)
+    name = chosen_to_learn(backend, chunks.k, chunks.v, chunks.plan.options, chunks.gates)
+    with full_precision(chunks.k.device):
+        return LEARNING[name].learn(chunks)
 
 
 def _fastest(x: Tensor) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""`Learned`: where the tokens of a call went, chunk by chunk, as a backend reports it."""
+"""`Merging`: chunks that are merged without being read; `Learned`: where a backend says their tokens went."""
 
 from __future__ import annotations
 
@@ -6,6 +6,36 @@ import dataclasses
 
 import torch
 from torch import Tensor
+
+from ovq.ops.backends.dictionary import Dictionary
+from ovq.ops.backends.plan import Plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Merging:
+    """Complete chunks, among others, that are to be merged into dictionaries without being read.
+
+    Attributes:
+        k: `[num_chunks, W, Hkv, K]`. v: likewise.
+        sums: `[R, Hkv, M, ...]`, contiguous; updated in place.
+        plan: what is done, with one query head per key/value head.
+        token_weights: `[num_chunks, W, Hkv, 1]` where tokens have weights.
+        fading: `[num_chunks, Hkv]` where tokens forget (`frames.py`): what slots hold is multiplied by that
+            when a chunk is complete.
+    """
+
+    k: Tensor
+    v: Tensor
+    sums: Dictionary
+    plan: Plan
+    token_weights: Tensor | None = None
+    fading: Tensor | None = None
+
+    @property
+    def gates(self) -> list[str]:
+        """The arguments of a call with a number for each token that there are."""
+        given = {"token_weights": self.token_weights, "log_forget": self.fading}
+        return [name for name, x in given.items() if x is not None]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from ovq.ops.backends.cpu import build
 from ovq.ops.backends.cpu.mirrors import mirror_of
 from ovq.ops.backends.dictionary import Dictionary, dense_copy
-from ovq.ops.backends.learned import Learned
+from ovq.ops.backends.learned import Learned, Merging
 from ovq.ops.backends.plan import Plan
 from ovq.ops.fading import LEAST_WEIGHT
 from ovq.ops.options import NUM_PARTS, TIE
@@ -129,53 +129,38 @@ class CompiledAttention(torch.autograd.Function):
         return None, *of_inputs, key_deposit, value_deposit, None, grad_weights, weight_deposit
 
 
-def merge(
-    k: Tensor,
-    v: Tensor,
-    sums: Dictionary,
-    plan: Plan,
-    token_weights: Tensor | None = None,
-    fading: Tensor | None = None,
-    *,
-    noted: Sequence[Tensor] = (),
-) -> Tensor:
-    """Merge complete chunks into dictionaries, in place; arguments as for `learn` of `backends`.
+def merge(chunks: Merging, noted: Sequence[Tensor] = ()) -> Tensor:
+    """Merge complete chunks, in place.
 
     Args:
+        chunks: see there.
         noted: tensors for the slots that chunks changed, from `_noted`, if wanted.
 
     Returns:
-        The slot of each token, `[num_chunks, C, Hkv]`.
+        The slot of each token, `[num_chunks, W, Hkv]`.
     """
-    k, v = dense(k), dense(v)
+    k, v = dense(chunks.k), dense(chunks.v)
     nothing = torch.empty(0)
     slots = torch.zeros(k.shape[:3], dtype=torch.int32)
     # Without query heads nothing is read.
-    plan = dataclasses.replace(plan, group_size=0)
-    call = _call(k, k, v, v, nothing, nothing, sums, slots, plan, token_weights, fading)
+    plan = dataclasses.replace(chunks.plan, group_size=0)
+    given = (chunks.sums, slots, plan, chunks.token_weights, chunks.fading)
+    call = _call(k, k, v, v, nothing, nothing, *given)
     if noted:
         call.note(noted)
     build.load().ovq_forward(ctypes.byref(call))
     return slots
 
 
-def learn(
-    k: Tensor,
-    v: Tensor,
-    sums: Dictionary,
-    plan: Plan,
-    token_weights: Tensor | None = None,
-    fading: Tensor | None = None,
-) -> Learned:
-    """Merge complete chunks, and say where their tokens went; see `learn` of `backends`."""
-    if not plan.options.merges_pairs:
-        return Learned(merge(k, v, sums, plan, token_weights, fading), None)
-    noted = _noted(k, v, plan, has_weights=token_weights is not None)
+def learn(chunks: Merging) -> Learned:
+    """Merge complete chunks, and say where their tokens went."""
+    if not chunks.plan.options.merges_pairs:
+        return Learned(merge(chunks), None)
+    noted = _noted(chunks.k, chunks.v, chunks.plan, has_weights=chunks.token_weights is not None)
     source, target = noted[:2]
     # Chunks write no more than what they changed, and -1 after it.
     source.fill_(-1)
-    slots = merge(k, v, sums, plan, token_weights, fading, noted=noted)
-    return Learned.of_moves(slots, source, target, sums.count.shape[2])
+    return Learned.of_moves(merge(chunks, noted), source, target, chunks.sums.count.shape[2])
 
 
 def dense(x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ovq.ops.backends.dictionary import Dictionary, dense_copy, replaced
+from ovq.ops.backends.learned import Merging
 from ovq.ops.backends.plan import Plan
 from ovq.ops.backends.torch.learn import learn
 from ovq.ops.call import Call
@@ -21,9 +22,6 @@ from ovq.ops.options import Options
 from ovq.ops.schedule import grown_slots
 from ovq.ops.state import OVQState, advanced, with_capacity
 from ovq.ops.sums import divisor, log_mass, log_token_weights
-
-# Merges keys and values, with their weights, into dictionaries in place, as `learn` does.
-Merge = Callable[[Tensor, Tensor, Dictionary, Plan, Tensor | None], object]
 
 
 def decode_step(call: Call) -> tuple[Tensor, OVQState]:
@@ -100,7 +98,9 @@ def _read(call: Call, state: OVQState, pending: list[int]) -> Tensor:
     return o.view(batch, 1, num_heads, -1).to(q.dtype)
 
 
-def merged_state(state: OVQState, complete: list[int], options: Options, merge: Merge) -> OVQState:
+def merged_state(
+    state: OVQState, complete: list[int], options: Options, merge: Callable[[Merging], object]
+) -> OVQState:
     """`state` with the full chunks of the rows `complete` merged into copies of their dictionaries."""
     # Rows mostly complete their chunks together, and then need not be taken apart.
     is_all = len(complete) == state.batch_size
@@ -125,10 +125,19 @@ def merged_state(state: OVQState, complete: list[int], options: Options, merge: 
         key_sum, value_sum, count = (own(x) for x in (state.key_sum, state.value_sum, state.count))
         weight = None if state.weight is None else own(state.weight)
         rows = dataclasses.replace(state, key_sum=key_sum, value_sum=value_sum, count=count, weight=weight)
-    merged_before = [n - options.chunk_size for n in rows.num_seen.tolist()]
-    plan = Plan.of_chunks(merged_before, before, after, num_kv_heads=rows.count.shape[1], options=options)
-    sums = Dictionary(rows.key_sum, rows.value_sum, rows.count, rows.weight).map(Tensor.contiguous)
-    k, v = rows.pending_keys.transpose(1, 2), rows.pending_values.transpose(1, 2)
-    weights = rows.pending_weights
-    merge(k, v, sums, plan, None if weights is None else weights.transpose(1, 2)[..., None])
-    return replaced(state, complete, sums)
+    size, weights = options.chunk_size, rows.pending_weights
+    chunks = Merging(
+        rows.pending_keys.transpose(1, 2),
+        rows.pending_values.transpose(1, 2),
+        Dictionary(rows.key_sum, rows.value_sum, rows.count, rows.weight).map(Tensor.contiguous),
+        Plan.of_chunks(
+            [n - size for n in rows.num_seen.tolist()],
+            before,
+            after,
+            num_kv_heads=rows.count.shape[1],
+            options=options,
+        ),
+        None if weights is None else weights.transpose(1, 2)[..., None],
+    )
+    merge(chunks)
+    return replaced(state, complete, chunks.sums)

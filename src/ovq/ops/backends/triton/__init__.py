@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 from ovq.ops.backends.chunks import Chunks
-from ovq.ops.backends.dictionary import Dictionary
-from ovq.ops.backends.learned import Learned
-from ovq.ops.backends.plan import Plan
+from ovq.ops.backends.learned import Learned, Merging
 from ovq.ops.call import Call
 from ovq.ops.known import Known
 from ovq.ops.options import Options
@@ -53,19 +51,12 @@ def run(call: Call) -> tuple[Tensor, OVQState | None]:
         return chunks.results(*ChunkAttention.apply(*chunks.inputs()))
 
 
-def learn(
-    k: Tensor,
-    v: Tensor,
-    sums: Dictionary,
-    plan: Plan,
-    token_weights: Tensor | None = None,
-    fading: Tensor | None = None,
-) -> Learned:
-    """Merge complete chunks without reading; see `learn` of `backends`."""
-    from ovq.ops.backends.triton.learning import learn
+def learn(chunks: Merging) -> Learned:
+    """Merge complete chunks, and say where their tokens went."""
+    from ovq.ops.backends.triton import learning
 
-    assert fading is None, "not among `LEARNS`"
-    return learn(k, v, sums, plan, token_weights)
+    assert chunks.fading is None, "not among `LEARNS`"
+    return learning.learn(chunks)
 
 
 def missing(q: Tensor, v: Tensor, options: Options) -> str | None:
