@@ -11,7 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
 from ovq.convert.cache import MemoryLayer, layer_of
-from ovq.convert.packing import ROW_LENGTHS
+from ovq.convert.row_packing import ROW_LENGTHS
 
 #: The name under which the functions are registered.
 IMPLEMENTATION = "ovq_memory"

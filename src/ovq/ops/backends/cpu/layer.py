@@ -264,6 +264,7 @@ class HeadsStep:
         key_factors: `[Hkv, K]` of each layer, by which keys are multiplied and queries divided, or None.
         num_rows: rows B.
         most: the most tokens of all rows in a call.
+        is_rough: whether whole numbers are multiplied with inputs of 8 bits, see `Matrix.call`.
 
     Attributes:
         cos: `[most, K]` cosines of the next tokens' angles, of which the kernel reads the first half; to be
@@ -277,6 +278,8 @@ class HeadsStep:
         key_factors: Sequence[Tensor | None],
         num_rows: int,
         most: int,
+        *,
+        is_rough: bool = False,
     ) -> None:
         dim = layers[0].head_dim
         self.cos, self.sin = torch.empty(2, most, dim)
@@ -289,7 +292,7 @@ class HeadsStep:
             call.width, call.inner = layer.down.shape
             call.mixer_eps, call.mlp_eps, call.head_eps = layer.eps
             for name in ("q", "k", "v", "o", "gate", "up", "down"):
-                setattr(call, name, getattr(layer, name).call())
+                setattr(call, name, getattr(layer, name).call(is_rough=is_rough))
             for name in ("mixer_norm", "mlp_norm", "q_norm", "k_norm"):
                 if (x := getattr(layer, name)) is not None:
                     setattr(call, name, x.data_ptr())
