@@ -24,7 +24,7 @@ from ovq.ops.backends import learn
 from ovq.ops.backends.dictionary import Dictionary
 from ovq.ops.backends.learned import Merging
 from ovq.ops.backends.plan import Plan
-from ovq.ops.sums import divisor, state_dtype
+from ovq.ops.sums import added_up, divisor, state_dtype
 
 # Each time that a slot is brought nearer, it counts for one token in so many less; small ones for as many.
 _FORGOTTEN = 8
@@ -417,7 +417,7 @@ class HeadMemory:
             start = torch.tensor(first, device=homes.device)[:, None, None]
             new = (start + torch.arange(keys.shape[2], device=homes.device)).expand(-1, keys.shape[1], -1)
             positions = torch.cat([self.position_sum[index], new], 2)
-            _put_rows(self, "position_sum", index, _added_up(positions, homes, after.count.shape[2]))
+            _put_rows(self, "position_sum", index, added_up(positions, homes, after.count.shape[2]))
             _put_rows(self, "count", index, after.count)
             if after.weight is not None:
                 _put_rows(self, "weight", index, after.weight)
@@ -425,7 +425,7 @@ class HeadMemory:
             sums = getattr(after, name)
             if has_graph:
                 tokens = tokens if weights is None else tokens * weights[..., None]
-                sums = _added_up(torch.cat([getattr(held, name), tokens], 2), homes, sums.shape[2])
+                sums = added_up(torch.cat([getattr(held, name), tokens], 2), homes, sums.shape[2])
             self._put_sums(name, sums, index)
 
     def _learn(
@@ -458,12 +458,6 @@ class HeadMemory:
         found = torch.exp2(length.clamp(min=torch.finfo(wide).tiny).log2().round())
         unit = self.key_unit[index]
         _put_rows(self, "key_unit", index, torch.where(unit == 0, found, unit))
-
-
-def _added_up(items: Tensor, homes: Tensor, num_slots: int) -> Tensor:
-    """`[R, h, N, *]` the sums of the `items` `[R, h, N + C, *]` that go to each of N slots by `homes`."""
-    index = homes if items.dim() == 3 else homes[..., None].expand_as(items)
-    return items.new_zeros(*homes.shape[:2], num_slots, *items.shape[3:]).scatter_add(2, index, items)
 
 
 def _put_rows(memory: HeadMemory, name: str, index: Tensor, rows: Tensor) -> None:
