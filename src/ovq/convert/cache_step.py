@@ -101,28 +101,38 @@ def read_pieces(
     for layer, of in zip(cache.layers, layers, strict=True):
         own = like.expand(rows, layer.config.num_kv_heads, 1, of.head_dim)
         layer.begin(own, own)
-    parts = []
-    for part in _pieces(cache, rows, num):
-        size = part.stop - part.start
-        groups = [_groups(layer, of, size) for layer, of in zip(cache.layers, layers, strict=True)]
-        step = HeadsStep(layers, groups, factors, rows, rows * size, is_rough=is_rough)
-        _put_angles(step, cos[:, part], sin[:, part], rows, size)
-        parts.append(step.run(x[:, part]))
+    parts: list[Tensor] = []
+    for pieces in _pieces(cache, rows, num):
+        steps, lengths = [], []
+        for part in pieces:
+            lengths = [part.stop - part.start] * rows
+            groups = [_groups(layer, of, lengths[0]) for layer, of in zip(cache.layers, layers, strict=True)]
+            step = HeadsStep(layers, groups, factors, rows, rows * lengths[0], is_rough=is_rough)
+            _put_angles(step, cos[:, part], sin[:, part], rows, lengths[0])
+            steps.append(step)
+            for layer in cache.layers:
+                layer.num_columns += lengths[0]
+                for memory in layer.state:
+                    count_tokens(memory, lengths)
+        given = [x[:, part] for part in pieces]
+        parts += steps[0].run_before(steps[1], *given) if len(steps) == 2 else [steps[0].run(*given)]
         for layer in cache.layers:
-            for memory in layer.state:
-                count_tokens(memory, [size] * rows)
-            layer.num_columns += size
-            layer.bring_nearer([size] * rows)
+            layer.bring_nearer(lengths)
     return torch.cat(parts, 1)
 
 
-def _pieces(cache: MemoryCache, num_rows: int, num: int) -> Iterator[slice]:
-    """Tokens to be read one after the other: after a piece, at the latest, something is brought nearer."""
-    done, most = 0, max(1, _PIECE // num_rows)
+def _pieces(cache: MemoryCache, num_rows: int, num: int) -> Iterator[list[slice]]:
+    """Tokens to be read one after the other, two pieces side by side, if they are many.
+
+    After them, at the latest, something is brought nearer.
+    """
+    done, most = 0, 2 * max(1, _PIECE // num_rows)
     while done < num:
         # All layers turn at the same places.
         end = done + int(min(num - done, most, cache.layers[0].until_turn()))
-        yield slice(done, end)
+        middle = (done + end) // 2
+        is_many = (middle - done) * num_rows > MOST_ROWS
+        yield [slice(done, middle), slice(middle, end)] if is_many else [slice(done, end)]
         done = end
 
 

@@ -85,6 +85,9 @@ def pack_(model: Any, format: str) -> None:
             if is_plain(module, nn.Linear) and type(module.weight) is nn.Parameter:
                 own = PackedLinear(module, format, is_output=module is output)
                 setattr(owner, name, own.train(module.training))
+    for x in model.parameters():
+        # Or the whole file of weights would stay mapped for the sake of a few.
+        x.data = x.data.clone()
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
         # glibc keeps what the weights have taken, between what the packed ones take.
         trim(0)

@@ -143,7 +143,7 @@ static Made take_made(Arena *arena, const Layer *layer) {
     return made;
 }
 
-/* Bytes of scratch that layers take, one after the other. */
+/* Bytes of scratch that layers take, one after the other, in each of the lanes. */
 extern "C" int ovq_layers_scratch(int64_t num_layers, const Layer *layers) {
     size_t most = 0;
     for (int64_t i = 0; i < num_layers; i++) {
@@ -294,63 +294,100 @@ static void finish_layer(Worker worker, const Layer *layer, const Made &made, in
 
 /* Who of the workers is to do what next of a layer: numbers that are common to all, zero before. */
 struct Next {
-    int64_t before, stream, after;
+    int64_t channels, stream, rest;
 };
 
-/* A worker's share of a layer, x [R tokens, width] in place. Of many tokens each worker takes some, with all weights; of
-   few it takes some of the weights. */
-static void step_layer(Worker worker, const Layer *layer, char *scratch, float *x, Next *next, int *outcome) {
-    Arena arena = {scratch, 0};
-    const Made made = take_made(&arena, layer);
-    Decode memory = layer->memory;
-    const int64_t rows = memory.num_rows * layer->num_tokens, dim = memory.key_dim;
-    const int64_t num_kv = memory.num_kv_heads, num_heads = num_kv * memory.group_size;
-    const int64_t blocks = rows > FEW_ROWS ? (rows + BLOCK - 1) / BLOCK : 0;
-    memory.q = made.channels;
-    memory.k = made.channels + num_heads * dim;
-    memory.v = made.channels + (num_heads + num_kv) * dim;
-    memory.q_row = memory.k_row = memory.v_row = (num_heads + 2 * num_kv) * dim;
-    memory.q_head = memory.k_head = memory.v_head = dim;
-    memory.o = made.read;
-    memory.scale = made.scale;
-    memory.token_weights = layer->merge_gate || layer->forget_gate ? made.weights : nullptr;
-    for (int64_t h = 0; worker.rank == 0 && layer->beta && h < num_heads; h++)
-        made.scale[h] = layer->beta[h] * (float)sqrt((double)dim);
-    if (!blocks) make_channels(worker, layer, made, 0, rows, x);
-    worker.take(blocks, &next->before, [&](int64_t i) {
-        make_channels(Worker{0, 1}, layer, made, i * BLOCK, least(BLOCK, rows - i * BLOCK), x);
-    });
-    worker.wait();
-    if (layer->num_groups) {
-        /* Heads differ in what they cost. */
-        worker.take(memory.num_rows * num_kv, &next->stream, [&](int64_t stream) {
-            int64_t place = stream % num_kv;
-            const HeadGroup *group = layer->groups;
-            for (; place >= group->num_kv_heads; group++) place -= group->num_kv_heads;
-            if (read_group(layer, group, stream / num_kv, place, made))
-                __atomic_store_n(outcome, OUT_OF_MEMORY, __ATOMIC_RELAXED);
+/* A layer that workers run, for tokens x [R tokens, width] in place. Of many tokens each worker takes some, with all
+   weights; of few it takes some of the weights. */
+struct Run {
+    const Layer *layer;
+    Made made;
+    float *x;
+    Next *next;
+    int *outcome;
+
+    int64_t num_tokens() const { return layer->memory.num_rows * layer->num_tokens; }
+    bool is_many() const { return num_tokens() > FEW_ROWS; }
+
+    /* half(worker, first token, number of tokens) of all. */
+    template <typename Half> void halve(Worker worker, int64_t *next_block, const Half &half) const {
+        const int64_t num = num_tokens();
+        if (!is_many()) return half(worker, 0, num);
+        worker.take((num + BLOCK - 1) / BLOCK, next_block,
+                    [&](int64_t i) { half(Worker{0, 1}, i * BLOCK, least(BLOCK, num - i * BLOCK)); });
+    }
+
+    void make(Worker worker) const {
+        const int64_t num_heads = layer->memory.num_kv_heads * layer->memory.group_size;
+        for (int64_t h = 0; worker.rank == 0 && layer->beta && h < num_heads; h++)
+            made.scale[h] = layer->beta[h] * (float)sqrt((double)layer->memory.key_dim);
+        halve(worker, &next->channels, [&](Worker who, int64_t first, int64_t num) {
+            make_channels(who, layer, made, first, num, x);
         });
-    } else {
-        worker.share(rows * num_kv, [&](int64_t stream) {
+    }
+
+    void read(Worker worker) const {
+        Decode memory = layer->memory;
+        const int64_t dim = memory.key_dim, num_kv = memory.num_kv_heads, num_heads = num_kv * memory.group_size;
+        if (layer->num_groups) {
+            /* Heads differ in what they cost. */
+            return worker.take(memory.num_rows * num_kv, &next->stream, [&](int64_t stream) {
+                int64_t place = stream % num_kv;
+                const HeadGroup *group = layer->groups;
+                for (; place >= group->num_kv_heads; group++) place -= group->num_kv_heads;
+                if (read_group(layer, group, stream / num_kv, place, made))
+                    __atomic_store_n(outcome, OUT_OF_MEMORY, __ATOMIC_RELAXED);
+            });
+        }
+        memory.q = made.channels;
+        memory.k = made.channels + num_heads * dim;
+        memory.v = made.channels + (num_heads + num_kv) * dim;
+        memory.q_row = memory.k_row = memory.v_row = (num_heads + 2 * num_kv) * dim;
+        memory.q_head = memory.k_head = memory.v_head = dim;
+        memory.o = made.read;
+        memory.scale = made.scale;
+        memory.token_weights = layer->merge_gate || layer->forget_gate ? made.weights : nullptr;
+        worker.share(num_tokens() * num_kv, [&](int64_t stream) {
             read_stream(layer, &memory, stream / num_kv, stream % num_kv, made, outcome);
         });
     }
-    worker.wait();
-    if (!blocks) return finish_layer(worker, layer, made, 0, rows, x);
-    worker.take(blocks, &next->after, [&](int64_t i) {
-        finish_layer(Worker{0, 1}, layer, made, i * BLOCK, least(BLOCK, rows - i * BLOCK), x);
-    });
-    worker.wait();
-}
 
-/* The tokens of each row through layers of one width, x [R tokens, width] in place. Returns DONE; or SPOILT if the weight of a
-   token is none that a memory can hold, in which case nothing of the result is of use; or OUT_OF_MEMORY. */
-extern "C" int ovq_layers_step(int64_t num_threads, int64_t num_layers, const Layer *layers, char *scratch, float *x) {
+    void finish(Worker worker) const {
+        halve(worker, &next->rest, [&](Worker who, int64_t first, int64_t num) {
+            finish_layer(who, layer, made, first, num, x);
+        });
+    }
+};
+
+/* The tokens of each row through layers of one width, x [R tokens, width] in place. Where there are two lanes, the layers
+   once more and the tokens that follow, [2, layers] and [2, R tokens, width]; they are a layer behind, so that workers
+   whose number does not divide that of heads have as much to do. Returns DONE; or SPOILT if the weight of a token is none
+   that a memory can hold, in which case nothing of the result is of use; or OUT_OF_MEMORY. */
+extern "C" int ovq_layers_step(int64_t num_threads, int64_t num_layers, int64_t num_lanes, const Layer *layers,
+                               char *scratch, float *x) {
     int outcome = DONE;
-    Next next[num_layers];
+    Next next[num_lanes * num_layers];
     memset(next, 0, sizeof(next));
+    const int64_t size = ovq_layers_scratch(num_lanes * num_layers, layers);
     parallel(threads_for(num_threads, layers->inner * layers->width), [&](Worker worker) {
-        for (int64_t i = 0; i < num_layers; i++) step_layer(worker, layers + i, scratch, x, next + i, &outcome);
+        for (int64_t i = 0; i < num_layers + num_lanes - 1; i++) {
+            Run runs[2];
+            int num = 0;
+            for (int64_t lane = 0; lane < num_lanes; lane++) {
+                if (i < lane || i - lane >= num_layers) continue;
+                const int64_t at = lane * num_layers + i - lane;
+                Arena arena = {scratch + lane * size, 0};
+                float *own = x + lane * layers->memory.num_rows * layers->num_tokens * layers->width;
+                runs[num++] = {layers + at, take_made(&arena, layers + at), own, next + at, &outcome};
+            }
+            for (int j = 0; j < num; j++) runs[j].make(worker);
+            worker.wait();
+            for (int j = 0; j < num; j++) runs[j].read(worker);
+            worker.wait();
+            for (int j = 0; j < num; j++) runs[j].finish(worker);
+            /* After few, all have waited for all. */
+            if (runs[0].is_many()) worker.wait();
+        }
     });
     return outcome;
 }
