@@ -23,6 +23,7 @@ from ovq.convert import attach
 from ovq.convert.attach import _difference
 from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.hf.cache import CACHE_KEY
+from ovq.parallel import ContextParallel
 from tests.convert.common import KINDS, MEMORY, SIZES, converted, original, tokens
 
 TINY = {"atol": 2e-5, "rtol": 0}
@@ -251,9 +252,11 @@ def test_what_a_memory_cannot_do_is_refused():
         with pytest.raises(ValueError, match="expected 1 rows of at least the 10 new tokens"):
             model(ids, attention_mask=other)
     with pytest.raises(ValueError, match="causal mask"):
-        model(ids, position_ids=torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4]]), use_cache=False)
+        model(ids, position_ids=torch.tensor([[0, 1, 2, 3, 4, 9, 10, 11, 12, 13]]), use_cache=False)
     with pytest.raises(ValueError, match="cache_implementation"):
         model.generate(ids, cache_implementation="static", **GREEDY)
+    with pytest.raises(ValueError, match="found LlamaForCausalLM: no other, nor a converted one"):
+        ContextParallel(model)
 
 
 @pytest.mark.parametrize(

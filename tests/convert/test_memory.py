@@ -54,6 +54,19 @@ def test_slots_are_those_of_the_op(merge, dtype, monkeypatch):
     torch.testing.assert_close(memory.slot_values[:, :, :used], state.values, **tiny)
 
 
+def test_autocast_does_not_reach_what_is_merged(monkeypatch):
+    for module in ("convert.compiled", "ops.backends.cpu"):
+        monkeypatch.setattr(f"ovq.{module}.is_available", lambda: False)
+    memories = []
+    for is_narrow in (False, True):
+        memory, _, k, v = memory_and_tokens(dtype=torch.float32)
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_narrow):
+            # So close that products in bfloat16 tell little.
+            memory.learn(k[:, :, :1] + 0.02 * k, v[:, :, :1] + 0.02 * v)
+        memories.append(memory.tensors())
+    assert all(torch.equal(memories[1][name], x) for name, x in memories[0].items())
+
+
 @pytest.mark.parametrize("num_tokens", [2, 10, 40, 90])
 def test_the_read_is_one_softmax_over_all_that_is_kept(num_tokens):
     memory, q, k, v = memory_and_tokens()

@@ -25,8 +25,8 @@ def heads(num=20, length=150, num_queries=40):
 @pytest.mark.parametrize("is_compiled", [True, False], ids=["compiled", "torch"])
 def test_options_lose_together_what_they_lose_alone(merge, is_compiled, monkeypatch):
     if not is_compiled:
-        for module in ("compiled", "homes"):
-            monkeypatch.setattr(f"ovq.convert.{module}.is_available", lambda: False)
+        for module in ("convert.compiled", "ops.backends.cpu"):
+            monkeypatch.setattr(f"ovq.{module}.is_available", lambda: False)
     captured, num_learned = heads(), []
     given = {"chunk_size": 8, "merge": merge, "value_weight": [[0.5] * 7 + [1.0] * 13]}
     given["key_exponents"] = [[[1, 0, -1, 0]] * 20]

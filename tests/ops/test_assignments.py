@@ -214,7 +214,10 @@ def test_a_state_is_not_changed_and_nothing_has_a_gradient():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"backend": "naive"}, r"backend: expected one of \('auto', 'cpu', 'torch'\), found 'naive'"),
+        (
+            {"backend": "naive"},
+            r"backend: expected one of \('auto', 'cpu', 'torch', 'triton'\), found 'naive'",
+        ),
         ({"k": torch.zeros(1, 4, 2)}, r"k: expected 4 dimensions \[B, T, heads, dim\], found \(1, 4, 2\)"),
         ({"v": torch.zeros(1, 5, 1, 3)}, r"k, v: expected \[B, T, Hkv, K\], .* found \(1, 4, 1, 3\), \(1, 5"),
         (

@@ -7,7 +7,7 @@ import torch
 
 from ovq.convert import MemoryConfig
 from ovq.ops import ablation, options, ovq_attention, slot_assignments
-from ovq.ops.backends import BACKENDS, NAMES
+from ovq.ops.backends import BACKENDS, LEARNING, NAMES
 from tests.ops.common import inputs
 
 OPTIONS = {"num_slots": 8, "chunk_size": 4}
@@ -43,7 +43,7 @@ def test_a_value_that_is_new_elsewhere_is_refused_by_every_backend(name, option,
     by = "'naive', the last that 'auto' tries" if name == "auto" else repr(name)
     with pytest.raises(ValueError, match=f"^backend: {by}: {expected}"):
         ovq_attention(q, k, v, backend=name, **OPTIONS, **given)
-    if name in ("auto", "torch", "cpu"):
+    if name in ("auto", *LEARNING):
         by = "'torch', the last that 'auto' tries" if name == "auto" else repr(name)
         with pytest.raises(ValueError, match=f"^backend: {by}: {expected}"):
             slot_assignments(k, v, backend=name, **OPTIONS, **given)

@@ -18,6 +18,7 @@ from ovq.convert.config import CONFIG_KEY, MemoryConfig, as_table
 from ovq.convert.context import KIND
 from ovq.convert.packed import PACKED, can_pack, pack_
 from ovq.convert.rotary import with_reach
+from ovq.convert.row_packing import packed_arguments
 from ovq.convert.step import checked_weight_dtype, token_output
 from ovq.hf.cache import CACHE_KEY, add_generation_cache, unread_inputs
 from ovq.hf.fingerprint import digest, weights_of
@@ -303,6 +304,8 @@ def _with_cache(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple
     """Before a forward pass of the base model: make the cache that it would make, or check the one given."""
     names = list(inspect.signature(module.forward).parameters)
     given = {**dict(zip(names, args, strict=False)), **kwargs}
+    if (packed := packed_arguments(given)) is not None:
+        return (), packed
     found = given.get("cache")
     found = given.get("past_key_values") if found is None else found
     if found is not None:

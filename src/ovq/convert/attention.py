@@ -11,6 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
 from ovq.convert.cache import MemoryLayer, layer_of
+from ovq.convert.row_packing import ROW_LENGTHS
 
 #: The name under which the functions are registered.
 IMPLEMENTATION = "ovq_memory"
@@ -41,7 +42,7 @@ def memory_attention(
         scaling: factor of the scores; None for `K ** -0.5`.
         dropout: must be 0. sliding_window, softcap, s_aux: must be None: windows, soft caps and sinks of
             models are not supported.
-        kwargs: what models pass besides; not used.
+        kwargs: what models pass besides; of these, `ROW_LENGTHS` says how many tokens packed rows have.
 
     Returns:
         `[B, T, H, V]`, and None in the place of attention weights.
@@ -68,14 +69,16 @@ def memory_attention(
             "than a MemoryCache (model.make_cache()) has joined them with earlier ones"
         )
     layer = layer_of(key)
-    is_kept = layer is not None
-    if layer is None:
-        layer = MemoryLayer(getattr(module, LAYER_CONFIG))
-    scale = query.shape[3] ** -0.5 if scaling is None else scaling
-    o = layer.attend(query * scale, key, value, attention_mask)
-    if is_kept and torch.is_grad_enabled():
-        layer.detach_()
-    return o.transpose(1, 2), None
+    query = query * (query.shape[3] ** -0.5 if scaling is None else scaling)
+    if layer is not None:
+        o = layer.attend(query, key, value, attention_mask)
+        if torch.is_grad_enabled():
+            layer.detach_()
+        return o.transpose(1, 2), None
+    lengths = kwargs.get(ROW_LENGTHS, [query.shape[2]])
+    config, rows = getattr(module, LAYER_CONFIG), (x.split(lengths, 2) for x in (query, key, value))
+    parts = [MemoryLayer(config).attend(q, k, v, attention_mask) for q, k, v in zip(*rows, strict=True)]
+    return torch.cat(parts, 2).transpose(1, 2), None
 
 
 def memory_mask(
@@ -89,13 +92,13 @@ def memory_mask(
     """Which of the new tokens are real, `[B, T]`, or None for all, in the signature that transformers calls.
 
     Raises:
-        ValueError: a mask other than causal with padding, as for packed sequences or a window; or one with
+        ValueError: a mask other than causal with padding, as for a window or positions with gaps; or one with
             other rows or too few columns.
     """
     if mask_function is not causal_mask_function:
         raise ValueError(
-            "expected a causal mask in a converted model, found another (packed sequences, a sliding window "
-            "or an overlay), which it does not support"
+            "expected a causal mask in a converted model, found another (a sliding window, an overlay, or "
+            "positions with gaps), which it does not support"
         )
     if attention_mask is None:
         return None

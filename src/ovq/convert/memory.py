@@ -16,13 +16,15 @@ from torch import Tensor
 
 from ovq.convert.compiled import advance_compiled, is_compiled
 from ovq.convert.config import Budget
-from ovq.convert.homes import homes_of
 from ovq.convert.narrow import narrowed, widened
 from ovq.convert.reach import Reach
 from ovq.convert.reading import Exact, Observer, Slots, read
 from ovq.convert.use import token_weights, use_from
+from ovq.ops.backends import learn
 from ovq.ops.backends.dictionary import Dictionary
-from ovq.ops.sums import divisor, state_dtype
+from ovq.ops.backends.learned import Merging
+from ovq.ops.backends.plan import Plan
+from ovq.ops.sums import added_up, divisor, state_dtype
 
 # Each time that a slot is brought nearer, it counts for one token in so many less; small ones for as many.
 _FORGOTTEN = 8
@@ -391,49 +393,61 @@ class HeadMemory:
         Gradients of the sums reach the tokens and what was in the slots. They do not reach the decision which
         pairs are merged.
         """
-        wide = self.wide
         self._find_units(index, keys)
         keys = keys[:, :, : self.budget.chunk_size]
-        of_tokens = None if self.use is None else token_weights(keys, values, self.use[index]).to(wide)
-        keys, values = keys.to(wide) / self.key_unit[index][..., None, None], values.to(wide)
-        old_keys, old_values, old_count = (
-            x if len(rows) == len(self.filled) else x[index]
-            for x in (self.sums("key_sum"), self.sums("value_sum"), self.count)
+        weights = None if self.use is None else token_weights(keys, values, self.use[index]).to(self.wide)
+        keys = keys.to(self.wide) / self.key_unit[index][..., None, None]
+        values = values.to(self.wide)
+        # Copies, because learning happens in place.
+        held = Dictionary(
+            self.sums("key_sum")[index],
+            self.sums("value_sum")[index],
+            self.count[index],
+            None if weights is None else self.weight[index],
+        )
+        has_graph = torch.is_grad_enabled() and any(
+            x.requires_grad for x in (keys, values, held.key_sum, held.value_sum)
         )
         with torch.no_grad():
-            # Copies, because learning happens in place.
-            held = Dictionary(
-                self.sums("key_sum")[index],
-                self.sums("value_sum")[index],
-                self.count[index],
-                None if of_tokens is None else self.weight[index],
-            )
-            merged = [self.num_merged[b] for b in rows]
-            homes = homes_of(self.budget, merged, held, keys, values, of_tokens)
+            after = held.clone() if has_graph else held
+            homes = self._learn(rows, after, keys, values, weights)
             if self.observer is not None:
                 self.observer.has_merged(homes)
-            streams = torch.arange(homes[..., 0].numel(), device=homes.device).view(*homes.shape[:2], 1)
-            flat = (homes + streams * old_count.shape[2]).flatten()
-            weights = torch.cat([old_count, torch.ones_like(homes[:, :, old_count.shape[2] :])], 2)
-            count = torch.zeros_like(old_count).scatter_add_(2, homes, weights)
-            start = self.budget.num_sinks + torch.tensor(
-                [self.num_merged[b] for b in rows], device=homes.device
-            )
-            new = start[:, None] + torch.arange(keys.shape[2], device=homes.device)
-            places = torch.cat([self.position_sum[index], new[:, None].expand(-1, keys.shape[1], -1)], 2)
-            positions = torch.zeros_like(old_count).scatter_add_(2, homes, places)
-            if of_tokens is not None:
-                total = torch.cat([self.weight[index], of_tokens], 2)
-                weight = torch.zeros_like(self.weight[index]).scatter_add_(2, homes, total)
-                _put_rows(self, "weight", index, weight)
-        if of_tokens is not None:
-            keys, values = keys * of_tokens[..., None], values * of_tokens[..., None]
-        for name, old, new in (("key_sum", old_keys, keys), ("value_sum", old_values, values)):
-            items = torch.cat([old, new], 2)
-            sums = items.new_zeros(count.numel(), items.shape[3]).index_add(0, flat, items.flatten(0, 2))
-            self._put_sums(name, sums.view_as(old), index)
-        _put_rows(self, "count", index, count)
-        _put_rows(self, "position_sum", index, positions)
+            first = [self.budget.num_sinks + self.num_merged[b] for b in rows]
+            start = torch.tensor(first, device=homes.device)[:, None, None]
+            new = (start + torch.arange(keys.shape[2], device=homes.device)).expand(-1, keys.shape[1], -1)
+            positions = torch.cat([self.position_sum[index], new], 2)
+            _put_rows(self, "position_sum", index, added_up(positions, homes, after.count.shape[2]))
+            _put_rows(self, "count", index, after.count)
+            if after.weight is not None:
+                _put_rows(self, "weight", index, after.weight)
+        for name, tokens in (("key_sum", keys), ("value_sum", values)):
+            sums = getattr(after, name)
+            if has_graph:
+                tokens = tokens if weights is None else tokens * weights[..., None]
+                sums = added_up(torch.cat([getattr(held, name), tokens], 2), homes, sums.shape[2])
+            self._put_sums(name, sums, index)
+
+    def _learn(
+        self, rows: list[int], sums: Dictionary, keys: Tensor, values: Tensor, weights: Tensor | None
+    ) -> Tensor:
+        """Merge tokens of `rows` into sums, in place, as any chunk is merged (`ovq.ops.backends`).
+
+        Returns:
+            The slots `[R, h, N + C]` that what was in N slots, and C tokens, went to.
+        """
+        budget = self.budget
+        merged = [self.num_merged[b] for b in rows]
+        plan = Plan.of_chunks(
+            merged,
+            [budget.num_open(n) for n in merged],
+            [budget.num_open(n + budget.chunk_size) for n in merged],
+            num_kv_heads=keys.shape[1],
+            options=budget.options,
+        )
+        of_tokens = None if weights is None else weights.transpose(1, 2)[..., None]
+        chunks = Merging(keys.transpose(1, 2), values.transpose(1, 2), sums, plan, of_tokens)
+        return learn(chunks).homes(budget.num_slots)
 
     @torch.no_grad()
     def _find_units(self, index: Tensor, keys: Tensor) -> None:

@@ -15,22 +15,17 @@ import torch
 from torch import Tensor
 
 from ovq.ops.ablation import Ablation, with_earlier_names
-from ovq.ops.backends import chosen, cpu
-from ovq.ops.backends import torch as torch_backend
+from ovq.ops.backends import LEARNING, chosen_to_learn, learn
 from ovq.ops.backends.chunks import Chunks
 from ovq.ops.backends.dictionary import Dictionary
-from ovq.ops.backends.learned import Learned
+from ovq.ops.backends.learned import Learned, Merging
 from ovq.ops.backends.plan import Plan
 from ovq.ops.call import Call, RowBounds
 from ovq.ops.checks import check_kv, checked_call, checked_scale
 from ovq.ops.options import VALUE_WEIGHT, options_of
-from ovq.ops.precision import full_precision
 from ovq.ops.random_init import seed_of
 from ovq.ops.state import OVQState
 from ovq.ops.uncompiled import uncompiled
-
-# The backends that say where tokens go, the fastest first.
-_LEARN = {"cpu": cpu.learn_and_say, "torch": torch_backend.learn}
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -163,8 +158,8 @@ def slot_assignments(
         token_weights, log_forget, ablation, earlier_names: as in `ovq_attention`.
         initial_state: the state that the call continues from. It is not changed.
         attention_mask, cu_seqlens: as in `ovq_attention`.
-        backend: `"torch"`, `"cpu"` (compiled for this processor) or `"auto"`, the fastest that can. The
-            assignments of all backends of `ovq_attention` are equal.
+        backend: `"torch"`, `"cpu"` (compiled for this processor), `"triton"` (not with `log_forget`) or
+            `"auto"`, the fastest that can. The assignments of all backends of `ovq_attention` are equal.
 
     Raises:
         ValueError: if an argument does not fit; the message says what was expected and what was found.
@@ -186,8 +181,8 @@ def slot_assignments(
         value_weight=value_weight,
         seed=seed_of(init, generator),
     )
-    if backend not in ("auto", *_LEARN):
-        raise ValueError(f"backend: expected one of {('auto', *_LEARN)}, found {backend!r}")
+    if backend not in ("auto", *LEARNING):
+        raise ValueError(f"backend: expected one of {('auto', *LEARNING)}, found {backend!r}")
     given: dict[str, Any] = {
         "initial_state": initial_state,
         "attention_mask": attention_mask,
@@ -205,12 +200,12 @@ def _slot_assignments(given: dict[str, Any], backend: str) -> SlotAssignments:
     """`slot_assignments` of arguments of `checked_call`."""
     k = given["k"]
     call = checked_call(**given, scale=checked_scale(None, k), wants_state=True)
-    learn = _LEARN[chosen(backend, call, tuple(_LEARN))]
+    backend = chosen_to_learn(backend, k, call.v, call.options, call.gates)
     chunks = Chunks(call)
     before, plan = chunks.before, chunks.plan
     sums = Dictionary(before.key_sum, before.value_sum, before.count, before.weight).clone()
-    with full_precision(k.device):
-        learned = learn(chunks.k, chunks.v, sums, plan, chunks.weights, chunks.fading)
+    merging = Merging(chunks.k, chunks.v, sums, plan, chunks.weights, chunks.fading)
+    learned = learn(merging, backend=backend)
     history = _History(learned, plan, k.shape[0], k.shape[1], before.count.shape[2])
     final, origin, pending = history.carried(None)
     inverse = plan.aligned.inverse()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ovq.ops.nearest import Items, nearest_roots
 from ovq.ops.options import check_sizes, check_value_weight
-from ovq.ops.sums import slot_means
+from ovq.ops.sums import added_up, slot_means
 
 # One in so many slots is merged before all look for their nearest again. Where all that is due is merged at
 # once, slots that have become means of many attract still more (docs/results/memory.md).
@@ -42,10 +42,5 @@ def _merged(
     is_kept = (roots == torch.arange(count.shape[1], device=count.device)) & (count > 0)
     # Spare slots hold zeros, so they can be added to the last slot that is kept.
     place = (is_kept.cumsum(-1) - 1).clamp(min=0).gather(1, roots)
-
-    def merged(parts: Tensor) -> Tensor:
-        index = place.view(*place.shape, *[1] * (parts.dim() - 2)).expand_as(parts)
-        total = parts.new_zeros(len(parts), capacity, *parts.shape[2:])
-        return total.scatter_add(1, index, parts).unflatten(0, (rows, heads))
-
-    return {name: merged(parts) for name, parts in streams.items()}
+    totals = {name: added_up(parts, place, capacity) for name, parts in streams.items()}
+    return {name: total.unflatten(0, (rows, heads)) for name, total in totals.items()}

@@ -55,3 +55,24 @@ def log_mass(mass: Tensor, dtype: torch.dtype) -> Tensor:
 def log_token_weights(weights: Tensor) -> Tensor:
     """What is added to the scores of tokens of the own chunk where these are read with their weights."""
     return weights.clamp(min=LEAST_READ).log()
+
+
+def added_up(items: Tensor, slots: Tensor, num_slots: int) -> Tensor:
+    """What items have in each slot together.
+
+    Args:
+        items: `[..., M]` or `[..., M, D]`.
+        slots: `[..., M]` that each item goes to.
+        num_slots: N.
+
+    Returns:
+        `[..., N]` or `[..., N, D]`.
+
+    Example:
+        >>> added_up(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 2, 0]), 3)
+        tensor([4., 0., 2.])
+    """
+    dim = slots.dim() - 1
+    index = slots if items.dim() == slots.dim() else slots[..., None].expand_as(items)
+    total = items.new_zeros(*items.shape[:dim], num_slots, *items.shape[dim + 1 :])
+    return total.scatter_add(dim, index, items)

@@ -61,7 +61,10 @@ class ContextParallel:
         max_in_flight: int | None = None,
     ) -> None:
         if not isinstance(model, OVQForCausalLM):
-            raise ValueError(f"model: expected an OVQForCausalLM itself, found {type(model).__name__}")
+            raise ValueError(
+                f"model: expected an OVQForCausalLM itself, found {type(model).__name__}: no other, nor a "
+                "converted one, carries gradients from a part of a document to the part before"
+            )
         for name, mixer in zip(model.config.mixer_types, model.mixers(), strict=True):
             if (reason := _reason_against(mixer)) is not None:
                 raise ValueError(

@@ -194,7 +194,7 @@ def test_auto_takes_the_kernels_on_a_gpu_with_weights_too(monkeypatch):
     options = Options(num_slots=4, chunk_size=3, growth="plateau", init="novelty", merge="nearest", seed=0)
     made = checked_call(q=q, k=k, v=v, scale=torch.ones(1), options=options, token_weights=weights)
     assert backends.refusal("triton", made.q, made.v, made.options, made.gates) is None
-    monkeypatch.setattr(backends, "_preferred", lambda call: ["triton", "torch"])
+    monkeypatch.setattr(backends, "_fastest", lambda x: ("triton", "torch"))
     ovq_attention(q, k, v, token_weights=weights, num_slots=4, chunk_size=3)
     assert backend_used() == "triton"
 

@@ -8,7 +8,6 @@ from ovq.ops.backends.alignment import AlignedRows
 from ovq.ops.call import Rows
 from ovq.ops.options import Options
 from ovq.ops.schedule import slots_by_chunk
-from ovq.ops.state import OVQState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +57,21 @@ class Plan:
         return cls(aligned, slots, num_merged, num_kv_heads, group_size, options)
 
     @classmethod
-    def of_pending(cls, rows: OVQState, before: list[int], after: list[int], options: Options) -> Plan:
-        """The plan of rows that merge their pending tokens, a complete chunk each, and read nothing.
+    def of_chunks(
+        cls,
+        num_merged: list[int],
+        before: list[int],
+        after: list[int],
+        *,
+        num_kv_heads: int,
+        options: Options,
+    ) -> Plan:
+        """The plan of rows that merge a complete chunk each, and read nothing.
 
         Args:
-            rows: their states.
+            num_merged: tokens that each row has merged before it.
             before: slots in use in each row. after: slots that each row is to have.
+            num_kv_heads: Hkv.
             options: the layer's settings.
         """
         size, num = options.chunk_size, len(before)
@@ -71,9 +79,9 @@ class Plan:
         return cls(
             aligned=AlignedRows(one_chunk_each, pending=[0] * num, chunk_size=size, num_tokens=num * size),
             slots=[list(sizes) for sizes in zip(before, after, strict=True)],
-            num_merged=[t - size for t in rows.num_seen.tolist()],
-            num_kv_heads=rows.count.shape[1],
-            group_size=0,
+            num_merged=num_merged,
+            num_kv_heads=num_kv_heads,
+            group_size=1,
             options=options,
         )
 

@@ -18,7 +18,7 @@ from ovq.ops.backends.cpu.kernels import (
     CompiledAttention,
     cpu_kernels,
     is_available,
-    learn_and_say,
+    learn,
 )
 from ovq.ops.backends.cpu.layer import (
     HeadsLayer,
@@ -51,6 +51,7 @@ from ovq.ops.state import OVQState, advanced
 __all__ = [
     "FEW_TOKENS",
     "KNOWN",
+    "LEARNS",
     "CompiledConvolution",
     "CompiledHeads",
     "CompiledRMSNorm",
@@ -73,7 +74,7 @@ __all__ = [
     "few_products",
     "has_faster_products",
     "layer_to_run",
-    "learn_and_say",
+    "learn",
     "linear_in_graph",
     "matrix_product",
     "memory_of_slots",
@@ -93,6 +94,7 @@ KNOWN = Known(
     merge=("existing", "nearest"),
     gates=("token_weights", "log_forget"),
 )
+LEARNS = KNOWN
 
 
 def missing(q: Tensor, v: Tensor, options: Options) -> str | None:

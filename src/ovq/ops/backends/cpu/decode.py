@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from ovq.ops.backends.cpu import build
-from ovq.ops.backends.cpu.kernels import DTYPES, dense, learn
+from ovq.ops.backends.cpu.kernels import DTYPES, dense, merge
 from ovq.ops.backends.cpu.mirrors import mirror_of
-from ovq.ops.backends.dictionary import Dictionary
-from ovq.ops.backends.plan import Plan
 from ovq.ops.backends.torch.decode import merged_state
 from ovq.ops.options import Options
 from ovq.ops.state import OVQState
@@ -180,7 +178,7 @@ def completed(after: OVQState) -> list[int]:
 
 def with_merged_chunks(after: OVQState, rows: list[int], options: Options) -> OVQState:
     """The state with the complete chunks of `rows` merged."""
-    return merged_state(after, rows, options, learn_chunk) if rows else after
+    return merged_state(after, rows, options, merge) if rows else after
 
 
 @mirror_of("Decode")
@@ -197,13 +195,3 @@ class Decode(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("token_weights", "weight", "pending_weights")),
         ("weighs_chunk", ctypes.c_int64),
     ]
-
-
-def learn_chunk(rows: OVQState, before: list[int], after: list[int], options: Options) -> Dictionary:
-    """The compiled version of the `torch` backend's `learn_chunk`, which may also work in place."""
-    plan = Plan.of_pending(rows, before, after, options)
-    sums = Dictionary(rows.key_sum, rows.value_sum, rows.count, rows.weight).map(Tensor.contiguous)
-    weights = rows.pending_weights
-    weights = None if weights is None else weights.transpose(1, 2).contiguous()
-    learn(rows.pending_keys.transpose(1, 2), rows.pending_values.transpose(1, 2), sums, plan, weights)
-    return sums.map(lambda x: x.flatten(0, 1))

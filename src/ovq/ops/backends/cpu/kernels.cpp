@@ -4,6 +4,7 @@
    are streams enough, so that its dictionary stays in that core's cache. Compiled by compiler.py. */
 
 #include "backward.h"
+#include "chunk.h"
 #include "convolution.h"
 #include "decode.h"
 #include "linear.h"
@@ -69,81 +70,18 @@ static Own take_own(Arena *arena, const Call *call, int is_backward) {
     return own;
 }
 
-INLINE int64_t num_tiles(int64_t num) { return (num + QUERIES - 1) / QUERIES; }
-
-/* The searches of a chunk's items, each tile by one of a team. */
-static void search_together(const Joining &all, const Team *team, float *scores) {
-    const int64_t num = all.nearest->num_searching;
-    for (int64_t tile = team->rank; tile < num_tiles(num); tile += team->size)
-        search_tile(all, tile * QUERIES, least(QUERIES, num - tile * QUERIES), scores);
-}
-
-/* Join items by their edges, part by part, once those of finite chunks have searched. */
-static void join_together(const Joining &all, Dictionary *dictionary, Rows *tokens, const Chunk *chunk, int64_t head,
-                          int64_t due, int64_t num_merged, const Team *team, Learner *learner, float *scores) {
-    if (team->rank == 0 && !*tokens->is_finite) {
-        reload(all, tokens, chunk, head);
-        if (due) prepare_nearest(all, due, num_merged);
-        if (due) search_in_tiles(all, scores);
-    }
-    for (int64_t part = 1, is_over = !due; !is_over; part++) {
-        if (team->rank == 0) take_part(all, part);
-        sync(team);
-        /* The first of the team goes on to the next chunk only when all have seen this. */
-        is_over = !all.nearest->num_due;
-        if (!is_over) search_together(all, team, scores);
-        sync(team);
-    }
-    if (team->rank == 0) learn_by_edges(all, dictionary, chunk, head, due > 0, learner);
-}
-
 static void forward_stream(const Call *call, int64_t row, int64_t head, const Team *team, Shared *shared, Own *own) {
     Dictionary *dictionary = &shared->dictionary;
-    Rows *tokens = &shared->tokens;
     const Sums sums = sums_of(call, row, head);
     if (team->rank == 0) load_dictionary(dictionary, call, &sums);
     Nearest *nearest = shared->nearest;
     if (team->rank == 0 && nearest) *nearest = shared->layout;
+    const Joining all = {call, dictionary, &shared->tokens, &sums, nearest};
     for (int64_t i = 0; i < num_chunks(call, row); i++) {
         const Chunk chunk = chunk_of(call, row, i);
-        dictionary->num = chunk.before;
-        const Joining all = {call, dictionary, tokens, &sums, nearest};
         const float *fading = call->fading ? call->fading + chunk.index * call->num_kv_heads + head : nullptr;
-        if (team->rank == 0 && fading && chunk.is_complete) {
-            fade_slots(dictionary, call, &sums, *fading);
-            if (nearest) nearest->has_squares = 0;
-        }
-        const int64_t due = call->merges_pairs && chunk.is_complete ? chunk.before + chunk.num - chunk.after : 0;
-        const int64_t num_merged = call->num_merged[row] + i * call->chunk_size;
-        if (team->rank == 0) {
-            load_chunk(tokens, call, chunk.index, head, chunk.num);
-            if (due && *tokens->is_finite) prepare_nearest(all, due, num_merged);
-        }
-        sync(team);
-        const int64_t blocks = num_tiles(chunk.num), reads = blocks * call->group_size;
-        const int64_t routes = !nearest && chunk.is_complete && chunk.before ? blocks : 0;
-        const int64_t searches = due && *tokens->is_finite ? nearest->num_searching : 0;
-        const Lengths lengths = routes ? lengths_of(dictionary) : Lengths{};
-        for (int64_t tile = team->rank; tile < reads + routes + num_tiles(searches); tile += team->size) {
-            const int64_t first = tile % blocks * QUERIES, num = least(QUERIES, chunk.num - first);
-            const int64_t search = (tile - reads) * QUERIES;
-            if (tile < reads)
-                read_tile(call, dictionary, tokens, &chunk, head * call->group_size + tile / blocks, first, num,
-                          &own->reader);
-            else if (nearest)
-                search_tile(all, search, least(QUERIES, searches - search), own->reader.scores);
-            else
-                route_tile(call, dictionary, tokens, first, num, chunk.after > chunk.before, &lengths,
-                           &shared->learner, &own->reader);
-        }
-        sync(team);
-        if (chunk.is_complete && nearest)
-            join_together(all, dictionary, tokens, &chunk, head, due, num_merged, team, &shared->learner,
-                          own->reader.scores);
-        else if (team->rank == 0 && chunk.is_complete)
-            learn(call, dictionary, tokens, &sums, &chunk, head, &shared->learner, &own->reader);
-        if (team->rank == 0 && fading && chunk.is_complete)
-            for (int64_t slot = 0; slot < dictionary->num; slot++) bound_slot(dictionary, call, &sums, slot);
+        run_chunk(all, dictionary, &shared->tokens, &chunk, head, call->num_merged[row] + i * call->chunk_size, fading,
+                  team, &shared->learner, &own->reader);
     }
 }
 

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from ovq.ops.backends.cpu import build
 from ovq.ops.backends.cpu.mirrors import mirror_of
 from ovq.ops.backends.dictionary import Dictionary, dense_copy
-from ovq.ops.backends.learned import Learned
+from ovq.ops.backends.learned import Learned, Merging
 from ovq.ops.backends.plan import Plan
 from ovq.ops.fading import LEAST_WEIGHT
 from ovq.ops.options import NUM_PARTS, TIE
@@ -129,60 +129,38 @@ class CompiledAttention(torch.autograd.Function):
         return None, *of_inputs, key_deposit, value_deposit, None, grad_weights, weight_deposit
 
 
-def learn(
-    k: Tensor,
-    v: Tensor,
-    sums: Dictionary,
-    plan: Plan,
-    token_weights: Tensor | None = None,
-    fading: Tensor | None = None,
-    *,
-    noted: Sequence[Tensor] = (),
-) -> Tensor:
-    """Merge complete chunks into dictionaries, in place, without reading: a plan without query heads.
+def merge(chunks: Merging, noted: Sequence[Tensor] = ()) -> Tensor:
+    """Merge complete chunks, in place.
 
     Args:
-        k: `[num_chunks, C, Hkv, K]`. v: `[num_chunks, C, Hkv, V]`.
-        sums: `[R, Hkv, M, ...]`, contiguous.
-        plan: the plan of these rows, with `group_size` 0.
-        token_weights: `[num_chunks, C, Hkv, 1]` where tokens have weights.
-        fading: `[num_chunks, Hkv]` where tokens forget (`frames.py`).
+        chunks: see there.
         noted: tensors for the slots that chunks changed, from `_noted`, if wanted.
 
     Returns:
-        The slot of each token, `[num_chunks, C, Hkv]`.
+        The slot of each token, `[num_chunks, W, Hkv]`.
     """
-    k, v = dense(k), dense(v)
+    k, v = dense(chunks.k), dense(chunks.v)
     nothing = torch.empty(0)
     slots = torch.zeros(k.shape[:3], dtype=torch.int32)
-    call = _call(k, k, v, v, nothing, nothing, sums, slots, plan, token_weights, fading)
+    # Without query heads nothing is read.
+    plan = dataclasses.replace(chunks.plan, group_size=0)
+    given = (chunks.sums, slots, plan, chunks.token_weights, chunks.fading)
+    call = _call(k, k, v, v, nothing, nothing, *given)
     if noted:
         call.note(noted)
     build.load().ovq_forward(ctypes.byref(call))
     return slots
 
 
-def learn_and_say(
-    k: Tensor,
-    v: Tensor,
-    sums: Dictionary,
-    plan: Plan,
-    token_weights: Tensor | None = None,
-    fading: Tensor | None = None,
-) -> Learned:
-    """Merge all complete chunks, in place; see `learn` of the `torch` backend."""
-    plan = dataclasses.replace(plan, group_size=0)
-    if not plan.options.merges_pairs:
-        return Learned(learn(k, v, sums, plan, token_weights, fading), None)
-    noted = _noted(k, v, plan, has_weights=token_weights is not None)
+def learn(chunks: Merging) -> Learned:
+    """Merge complete chunks, and say where their tokens went."""
+    if not chunks.plan.options.merges_pairs:
+        return Learned(merge(chunks), None)
+    noted = _noted(chunks.k, chunks.v, chunks.plan, has_weights=chunks.token_weights is not None)
     source, target = noted[:2]
     # Chunks write no more than what they changed, and -1 after it.
     source.fill_(-1)
-    slots = learn(k, v, sums, plan, token_weights, fading, noted=noted)
-    chunk, head, place = (source.ge(0).cumprod(-1) > 0).nonzero(as_tuple=True)
-    moved = torch.arange(sums.count.shape[2], dtype=torch.int32).repeat(*source.shape[:2], 1)
-    moved[chunk, head, source[chunk, head, place].long()] = target[chunk, head, place]
-    return Learned(slots, moved)
+    return Learned.of_moves(merge(chunks, noted), source, target, chunks.sums.count.shape[2])
 
 
 def dense(x: Tensor) -> Tensor:

@@ -6,8 +6,8 @@
    rules of merging know of their slots, lasts for the whole call. */
 #pragma once
 
+#include "chunk.h"
 #include "decode.h"
-#include "nearest.h"
 
 /* No more new tokens than this are read one by one, where nothing else is said. */
 #define FEW_TOKENS 4
@@ -296,21 +296,12 @@ static void merge_oldest(HeadStream *s) {
             own->weights[t] = expected_use(s, own->keys + t * g->key_dim, *unit, own->values + t * g->value_dim);
     }
     const Chunk chunk = {0, size, s->schedule[s->num_merges], s->schedule[s->num_merges + 1], 1};
-    Dictionary *dictionary = &own->dictionary;
     const int64_t num_merged = g->num_merged[s->row] + (s->earlier_merges + s->num_merges) * size;
+    const Joining all = {call, &own->dictionary, &own->tokens, &s->sums, call->merges_pairs ? &own->nearest : nullptr};
+    const Team alone = {0, 1, nullptr};
     lay_out_slots(s);
-    dictionary->num = chunk.before;
-    load_chunk(&own->tokens, call, 0, 0, size);
-    if (call->merges_pairs) {
-        const Joining all = {call, dictionary, &own->tokens, &s->sums, &own->nearest};
-        join_alone(all, dictionary, &own->tokens, &chunk, 0, num_merged, &own->learner, own->reader.scores);
-    } else {
-        const Lengths lengths = lengths_of(dictionary);
-        for (int64_t t = 0; chunk.before && t < size; t += QUERIES)
-            route_tile(call, dictionary, &own->tokens, t, least(QUERIES, size - t), chunk.after > chunk.before,
-                       &lengths, &own->learner, &own->reader);
-        learn(call, dictionary, &own->tokens, &s->sums, &chunk, 0, &own->learner, &own->reader);
-    }
+    run_chunk(all, &own->dictionary, &own->tokens, &chunk, 0, num_merged, nullptr, &alone, &own->learner,
+              &own->reader);
     for (int64_t t = 0; t < size; t++) s->sums.position[own->slots[t]] += g->num_sinks + num_merged + t;
     take_counts(s);
 }

@@ -196,11 +196,6 @@ static void take_part(const Joining &all, int64_t part) {
     nearest->num_searching = num;
 }
 
-static void search_in_tiles(const Joining &all, float *scores) {
-    for (int64_t i = 0; i < all.nearest->num_searching; i += QUERIES)
-        search_tile(all, i, least(QUERIES, all.nearest->num_searching - i), scores);
-}
-
 /* Merge what was joined, and say where each token went. */
 static void learn_by_edges(const Joining &all, Dictionary *dictionary, const Chunk *chunk, int64_t head, int is_due,
                            Learner *learner) {
@@ -219,17 +214,4 @@ static void learn_by_edges(const Joining &all, Dictionary *dictionary, const Chu
 static void reload(const Joining &all, Rows *tokens, const Chunk *chunk, int64_t head) {
     load_values(tokens, all.call, chunk->index, head, chunk->num);
     clear_weightless(tokens, all.call, chunk->num);
-}
-
-/* Join items by their edges, part by part, by one thread alone. */
-static void join_alone(const Joining &all, Dictionary *dictionary, Rows *tokens, const Chunk *chunk, int64_t head,
-                       int64_t num_merged, Learner *learner, float *scores) {
-    const int64_t due = chunk->before + chunk->num - chunk->after;
-    if (!*tokens->is_finite) reload(all, tokens, chunk, head);
-    if (due) prepare_nearest(all, due, num_merged);
-    for (int64_t part = 1, left = due; left; left = all.nearest->num_due, part++) {
-        search_in_tiles(all, scores);
-        take_part(all, part);
-    }
-    learn_by_edges(all, dictionary, chunk, head, due > 0, learner);
 }

@@ -20,7 +20,7 @@ from ovq.ops.precision import full_precision
 from ovq.ops.state import OVQState
 from ovq.ops.sums import DTYPES
 
-__all__ = ["KNOWN", "learn", "missing", "run"]
+__all__ = ["KNOWN", "LEARNS", "learn", "missing", "run"]
 
 KNOWN = Known(
     dtypes=DTYPES,
@@ -31,6 +31,7 @@ KNOWN = Known(
     rate=("count", "number"),
     gates=("token_weights", "log_forget"),
 )
+LEARNS = KNOWN
 
 
 def missing(q: Tensor, v: Tensor, options: Options) -> str | None:

@@ -14,18 +14,14 @@ import torch
 from torch import Tensor
 
 from ovq.ops.backends.dictionary import Dictionary, dense_copy, replaced
-from ovq.ops.backends.torch.constant_rate import moved
-from ovq.ops.backends.torch.merge import CompleteChunk, merge_chunk
-from ovq.ops.backends.torch.route import Router
+from ovq.ops.backends.learned import Merging
+from ovq.ops.backends.plan import Plan
+from ovq.ops.backends.torch.learn import learn
 from ovq.ops.call import Call
 from ovq.ops.options import Options
 from ovq.ops.schedule import grown_slots
-from ovq.ops.selection import padded_to_blocks
 from ovq.ops.state import OVQState, advanced, with_capacity
-from ovq.ops.sums import divisor, log_mass, log_token_weights, slot_means
-
-# From states, their numbers of slots before and after, and the options: dictionaries with the chunks merged.
-Learn = Callable[[OVQState, list[int], list[int], Options], Dictionary]
+from ovq.ops.sums import divisor, log_mass, log_token_weights
 
 
 def decode_step(call: Call) -> tuple[Tensor, OVQState]:
@@ -36,7 +32,7 @@ def decode_step(call: Call) -> tuple[Tensor, OVQState]:
     _write(after, call, pending)
     o = _read(call, after, pending)
     complete = [r for r, p in enumerate(pending) if p + 1 == options.chunk_size]
-    return o, merged_state(after, complete, options, learn_chunk) if complete else after
+    return o, merged_state(after, complete, options, learn) if complete else after
 
 
 def _write(state: OVQState, call: Call, pending: list[int]) -> None:
@@ -102,7 +98,9 @@ def _read(call: Call, state: OVQState, pending: list[int]) -> Tensor:
     return o.view(batch, 1, num_heads, -1).to(q.dtype)
 
 
-def merged_state(state: OVQState, complete: list[int], options: Options, learn: Learn) -> OVQState:
+def merged_state(
+    state: OVQState, complete: list[int], options: Options, merge: Callable[[Merging], object]
+) -> OVQState:
     """`state` with the full chunks of the rows `complete` merged into copies of their dictionaries."""
     # Rows mostly complete their chunks together, and then need not be taken apart.
     is_all = len(complete) == state.batch_size
@@ -127,36 +125,19 @@ def merged_state(state: OVQState, complete: list[int], options: Options, learn: 
         key_sum, value_sum, count = (own(x) for x in (state.key_sum, state.value_sum, state.count))
         weight = None if state.weight is None else own(state.weight)
         rows = dataclasses.replace(state, key_sum=key_sum, value_sum=value_sum, count=count, weight=weight)
-    return replaced(state, complete, learn(rows, before, after, options))
-
-
-def learn_chunk(rows: OVQState, before: list[int], after: list[int], options: Options) -> Dictionary:
-    """The dictionaries `[R * Hkv, M, ...]` of rows after merging their pending tokens, a complete chunk each.
-
-    Args:
-        rows: states with room for the slots `after`.
-        before: slots in use in each row. after: slots that each row is to have.
-        options: the layer's settings.
-    """
-    wide, num_kv_heads, capacity = rows.key_sum.dtype, rows.count.shape[1], rows.count.shape[2]
-    streams = len(before) * num_kv_heads
-    weights = rows.pending_weights
-    chunk = CompleteChunk(
-        keys=rows.pending_keys.to(wide).flatten(0, 1),
-        values=rows.pending_values.to(wide).flatten(0, 1),
-        weights=None if weights is None else weights.flatten(0, 1),
-        before=[n for n in before for _ in range(num_kv_heads)],
-        after=[n for n in after for _ in range(num_kv_heads)],
-        heads=list(range(num_kv_heads)) * len(before),
-        num_seen=[t for t in rows.num_seen.tolist() for _ in range(num_kv_heads)],
+    size, weights = options.chunk_size, rows.pending_weights
+    chunks = Merging(
+        rows.pending_keys.transpose(1, 2),
+        rows.pending_values.transpose(1, 2),
+        Dictionary(rows.key_sum, rows.value_sum, rows.count, rows.weight).map(Tensor.contiguous),
+        Plan.of_chunks(
+            [n - size for n in rows.num_seen.tolist()],
+            before,
+            after,
+            num_kv_heads=rows.count.shape[1],
+            options=options,
+        ),
+        None if weights is None else weights.transpose(1, 2)[..., None],
     )
-    sums = Dictionary(rows.key_sum, rows.value_sum, rows.count, rows.weight)
-    sums = sums.map(lambda x: x.flatten(0, 1))
-    missing = padded_to_blocks(capacity) - capacity
-    means = torch.nn.functional.pad(slot_means(sums.key_sum, sums.mass), (0, 0, 0, missing))
-    router = Router(num_streams=streams, max_slots=capacity, options=options, like=means)
-    if isinstance(options.ablation.rate, str):
-        merge_chunk(sums, chunk, options, router, means)
-        return sums
-    slots = router(chunk.keys, means, chunk.before, chunk.after, heads=chunk.heads, num_seen=chunk.num_seen)
-    return moved(sums, slots, router.is_opener, chunk.keys, chunk.values, options.ablation.rate)
+    merge(chunks)
+    return replaced(state, complete, chunks.sums)

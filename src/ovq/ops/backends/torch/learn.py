@@ -1,4 +1,4 @@
-"""Merging a whole call into dictionaries without reading them, to learn which token goes to which slot."""
+"""Merging chunks into dictionaries without reading them, and saying which token went to which slot."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from ovq.ops.backends.dictionary import Dictionary
-from ovq.ops.backends.learned import Learned
-from ovq.ops.backends.plan import Plan
+from ovq.ops.backends.learned import Learned, Merging
 from ovq.ops.backends.torch.constant_rate import moved
 from ovq.ops.backends.torch.merge import CompleteChunk, MergedSlots, Snapshot, merge_chunk
 from ovq.ops.backends.torch.route import Router
@@ -17,50 +16,29 @@ from ovq.ops.selection import padded_to_blocks
 from ovq.ops.sums import slot_means
 
 
-def learn(
-    k: Tensor,
-    v: Tensor,
-    sums: Dictionary,
-    plan: Plan,
-    token_weights: Tensor | None = None,
-    fading: Tensor | None = None,
-) -> Learned:
-    """Merge all complete chunks into dictionaries, and say where their tokens went.
-
-    Args:
-        k: `[num_chunks, W, Hkv, K]`. v: likewise.
-        sums: `[R, Hkv, M, ...]`, updated in place.
-        plan: the plan of the call, with one query head per key/value head.
-        token_weights: `[num_chunks, W, Hkv, 1]` where tokens have weights.
-        fading: `[num_chunks, Hkv]` where tokens forget (`frames.py`): what slots hold is multiplied by that
-            when a chunk is complete.
-    """
+def learn(chunks: Merging) -> Learned:
+    """Merge complete chunks, and say where their tokens went."""
+    k, plan, sums = chunks.k, chunks.plan, chunks.sums
     slots = torch.zeros(*k.shape[:3], 1, dtype=torch.int32, device=k.device)
     by_chunk = None
     if plan.options.merges_pairs:
         stay = torch.arange(sums.count.shape[2], dtype=torch.int32, device=k.device)
         by_chunk = stay.repeat(k.shape[0], 1, k.shape[2], 1)
     for group in groups_of(plan, k.device):
-        _learn_group(group, (k, v, token_weights), group.dictionary(sums), slots, by_chunk, fading)
+        _learn_group(group, chunks, slots, by_chunk)
     return Learned(slots[..., 0], None if by_chunk is None else by_chunk[:, 0])
 
 
-def _learn_group(
-    group: Group,
-    tensors: tuple[Tensor, Tensor, Tensor | None],
-    sums: Dictionary,
-    slots: Tensor,
-    by_chunk: Tensor | None,
-    fading: Tensor | None,
-) -> None:
+def _learn_group(group: Group, chunks: Merging, slots: Tensor, by_chunk: Tensor | None) -> None:
     """Merge the chunks of a group, in order; fills `slots` and, where pairs are merged, `by_chunk`."""
+    sums, fading = group.dictionary(chunks.sums), chunks.fading
     options, capacity = group.plan.options, group.plan.capacity
     router = Router(num_streams=group.num_streams, max_slots=capacity, options=options, like=sums.key_sum)
     for step in group.steps():
         s = step.num_complete
         if not s:
             continue
-        chunk = CompleteChunk.of(step, *tensors, sums.key_sum.dtype)
+        chunk = CompleteChunk.of(step, chunks.k, chunks.v, chunks.token_weights, sums.key_sum.dtype)
         if fading is not None:
             _multiply(sums, step.take(fading[:, None, :, None])[:s, :, 0])
         missing = padded_to_blocks(capacity) - capacity

@@ -6,6 +6,7 @@ Start reading at `launch.py`; `docs/method/triton.md` says how the work is divid
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ovq.ops.backends.chunks import Chunks
+from ovq.ops.backends.learned import Learned, Merging
 from ovq.ops.call import Call
 from ovq.ops.known import Known
 from ovq.ops.options import Options
@@ -32,6 +34,8 @@ KNOWN = Known(
     merge=("existing", "nearest"),
     gates=("token_weights", "log_forget"),
 )
+# What tokens forget, `forget.py` hands over chunk by chunk as weights.
+LEARNS = dataclasses.replace(KNOWN, gates=("token_weights",))
 
 
 def run(call: Call) -> tuple[Tensor, OVQState | None]:
@@ -45,6 +49,14 @@ def run(call: Call) -> tuple[Tensor, OVQState | None]:
             return decode_step(call)
         chunks = Chunks(call)
         return chunks.results(*ChunkAttention.apply(*chunks.inputs()))
+
+
+def learn(chunks: Merging) -> Learned:
+    """Merge complete chunks, and say where their tokens went."""
+    from ovq.ops.backends.triton import learning
+
+    assert chunks.fading is None, "not among `LEARNS`"
+    return learning.learn(chunks)
 
 
 def missing(q: Tensor, v: Tensor, options: Options) -> str | None:

@@ -12,16 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ovq.ops.backends.dictionary import Dictionary
-from ovq.ops.backends.plan import Plan
 from ovq.ops.backends.torch.decode import merged_state
 from ovq.ops.backends.triton import common
 from ovq.ops.backends.triton.common import LOG2E, divisors, put_rows, rows
-from ovq.ops.backends.triton.launch import recurrence_of
-from ovq.ops.backends.triton.weights import Weights
-from ovq.ops.backends.triton.work import Work
+from ovq.ops.backends.triton.learning import merge
 from ovq.ops.call import Call
-from ovq.ops.options import LEAST_READ, Options
+from ovq.ops.options import LEAST_READ
 from ovq.ops.state import OVQState, advanced
 
 # Programs per multiprocessor: enough loads in flight to use the full memory bandwidth.
@@ -156,7 +152,7 @@ def decode_step(call: Call) -> tuple[Tensor, OVQState]:
             q, call.k, call.v, call.scale, *sums, *buffers, places, pending[0], call.token_weights,
             after.pending_weights, options.weighs_chunk,
         )  # fmt: skip
-        return o, merged_state(after, complete, options, learn_chunk) if complete else after
+        return o, merged_state(after, complete, options, merge) if complete else after
 
 
 @torch.library.custom_op("ovq::decode", mutates_args=("pending_keys", "pending_values", "pending_weights"))
@@ -243,18 +239,3 @@ def _arrived(device: torch.device, cuda_stream: int, num: int) -> Tensor:
         counters = torch.zeros(triton.next_power_of_2(num), dtype=torch.int32, device=device)
         _counters[device, cuda_stream] = counters
     return counters
-
-
-def learn_chunk(rows: OVQState, before: list[int], after: list[int], options: Options) -> Dictionary:
-    """The version of the kernels of the `torch` backend's `learn_chunk`, which works in place."""
-    sums = Dictionary(rows.key_sum, rows.value_sum, rows.count, rows.weight)
-    weights = None
-    if rows.pending_weights is not None:
-        weights = Weights(rows.pending_weights.transpose(1, 2).contiguous())
-    k, v = (x.transpose(1, 2).contiguous() for x in (rows.pending_keys, rows.pending_values))
-    slots = torch.zeros(*rows.pending_keys.shape[:3], dtype=torch.int32, device=k.device)
-    work = Work(Plan.of_pending(rows, before, after, options), rows.count.shape[2], k.device)
-    recurrence = recurrence_of(k, v, slots, sums, work, weights=weights)
-    recurrence.step(0)
-    recurrence.step(1)
-    return sums
