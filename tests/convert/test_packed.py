@@ -159,6 +159,18 @@ def test_arguments_of_prompts(steps):
     assert steps == [5, 0]
 
 
+def test_packed_rows_are_read_as_each_alone_and_not_into_a_cache(steps):
+    model = packed_model(steps)
+    places = torch.cat([torch.arange(40), torch.arange(50)])[None]
+    with torch.no_grad():
+        found = model(IDS[:1, :90], position_ids=places).logits
+        with pytest.raises(ValueError, match="expected None in a call with packed rows"):
+            logits(model, IDS[:1, :90], position_ids=places)
+    assert steps == [0, 1]
+    for part in (slice(40), slice(40, 90)):
+        check_equal(found[:, part], logits(model, IDS[:1, part]), tolerance=0.05)
+
+
 def test_what_modules_must_do_they_do_with_packed_weights(steps):
     model = converted(weight_dtype="int8")
     ids, expected = IDS[:2, :40], logits(model, IDS[:2, :40])

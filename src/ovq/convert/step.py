@@ -136,6 +136,9 @@ def _call_of(model: Any, args: tuple, kwargs: dict[str, Any]) -> _Call | None:
         return None
     if positions is not None and getattr(positions, "shape", None) not in ((1, num), (rows, num)):
         return None
+    if positions is not None and num > 1 and not bool((positions.diff() > 0).all()):
+        # Packed rows, or what modules refuse.
+        return None
     if mask is not None and not _is_all_real(mask, rows, num):
         return None
     return _Call(tokens, positions, cache, num_logits, is_prompt)
