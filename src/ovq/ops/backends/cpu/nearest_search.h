@@ -322,7 +322,7 @@ INLINE Slack slack_of(const Joining &all, int64_t i, int is_rough) {
     const float of_sums = (float)(call->k.dim + call->v.dim + 32) * FLT_EPSILON * all.nearest->longest;
     if (!is_rough) return {of_sums, 0};
     if (HAS_BYTES) return {error * 1.001f + of_sums, (length + error) * 1.001f};
-    return {roughness_of(call) * 1.001f * length + of_sums, 0};
+    return {ROUGHNESS * 1.001f * length + of_sums, 0};
 }
 
 /* What is known of the scores of an item with all columns. */
@@ -393,6 +393,32 @@ static int32_t count_near(const Joining &all, int64_t i, const float *row, float
     return (int32_t)num;
 }
 
+/* Items to the left of a product. */
+static void set_left(const Joining &all, const int32_t *items, int64_t num, const Left &left) {
+    const Call *call = all.call;
+    const float factor = (float)all.nearest->value_factor;
+    const int64_t k = key_ld(call), v = value_ld(call), size = left_words(call);
+    for (int64_t i = 0; i < num; i++) {
+        uint32_t *words = left.words ? left.words + i * size : nullptr;
+#if HAS_BYTES
+        if (words) {
+            const Rows *rows = all.rows(items[i]);
+            const int64_t place = all.place(items[i]);
+            take_left(rows->bytes, size, place, words);
+            left.key_steps[i] = rows->of_keys.size[place];
+            left.value_steps[i] = factor * rows->of_values.size[place];
+            continue;
+        }
+#endif
+        float *key = left.keys + i * k, *value = left.values + i * v;
+        memcpy(key, all.key(items[i]), sizeof(float) * k);
+        for (int64_t j = 0; j < v; j++) value[j] = factor * all.value(items[i])[j];
+        if (!words) continue;
+        round_row(key, k, words);
+        round_row(value, v, words + key_words(call));
+    }
+}
+
 /* The searches first..first+num-1 of those that are due, at most QUERIES; `scores` holds as many rows of columns. */
 static void search_tile(const Joining &all, int64_t first, int64_t num, float *scores) {
     Nearest *nearest = all.nearest;
@@ -402,21 +428,18 @@ static void search_tile(const Joining &all, int64_t first, int64_t num, float *s
         for (int64_t i = 0; i < num; i++) search_all(all, items[i]);
         return;
     }
-    const int64_t k = key_ld(call), v = value_ld(call), n = nearest->num_columns;
-    float keys[num * k], values[num * v];
+    const int64_t n = nearest->num_columns;
+    float keys[num * key_ld(call)], values[num * value_ld(call)], steps[2 * num];
+    uint32_t words[HAS_ROUGH ? num * left_words(call) : 1];
     Slack slack[num];
     Peaks peaks[num];
     Vector blocks[num * (n / BLOCK + 3)];
     for (int64_t i = 0; i < num; i++) {
-        memcpy(keys + i * k, all.key(items[i]), sizeof(float) * k);
-        for (int64_t j = 0; j < v; j++) values[i * v + j] = (float)nearest->value_factor * all.value(items[i])[j];
         slack[i] = slack_of(all, items[i], nearest->is_rough);
         peaks[i] = {splat(-INFINITY), blocks + i * (n / BLOCK + 3)};
     }
-    uint32_t words[HAS_ROUGH ? num * left_words(call) : 1];
-    float steps[2 * num];
-    if (nearest->is_rough) round_rows(call, num, keys, values, words, HAS_BYTES || HAS_SHORTS ? steps : nullptr);
     const Left left = {keys, values, nearest->is_rough ? words : nullptr, steps, steps + num};
+    set_left(all, items, num, left);
     const int64_t width = nearest->first_joined - nearest->first_token;
     int64_t block = score_blocks(all, &all.dictionary->rows, 0, nearest->first_token, items, num, left, slack, peaks, 0,
                                  scores);
