@@ -62,6 +62,22 @@ def test_kernels_merge_as_torch_does_in_larger_dictionaries(kind, backend):
 
 
 @pytest.mark.parametrize("backend", CPU)
+@pytest.mark.parametrize("kind", ["still", "moving", "growing"])
+def test_slots_that_look_again_find_what_torch_finds(kind, backend):
+    """In two dimensions it often matters what a slot has found before: as keys move, and as all values grow."""
+    for seed in range(6):
+        generator = torch.Generator().manual_seed(seed)
+        k, v = (torch.randn(1, 400, 2, 2, generator=generator) for _ in range(2))
+        if kind == "moving":
+            k = (0.3 * k).cumsum(1)
+        elif kind == "growing":
+            v = v * (torch.arange(400) / 32).exp()[:, None, None]
+        options = {**NEAREST, "num_slots": 40, "chunk_size": 8, "value_weight": 1.0}
+        states = [attend(k, k, v, **options, backend=b)[1] for b in ("torch", backend)]
+        assert_same_state(states[1], states[0], tolerance=0)
+
+
+@pytest.mark.parametrize("backend", CPU)
 def test_numbers_that_are_whole_already_are_multiplied_exactly(backend):
     """Where products are made in bytes, these have no error; the numbers of a vector have one sign."""
     generator = torch.Generator().manual_seed(0)
@@ -117,6 +133,20 @@ def of_one_head(keys, **options):
     return state.count.flatten().tolist(), state.value_sum.flatten().tolist()
 
 
+@pytest.mark.parametrize("most", [127, 63])
+def test_rounding_to_bytes_may_add_up(most):
+    """In bytes the numbers of a vector are whole, up to `most`. Here all are lowered by half of one, and the
+    product with the nearest item is off by as much as it can be, to the side of its opposite."""
+    pattern = [[(-1.0) ** (i & j).bit_count() for j in range(64)] for i in range(7)]
+    far = [[50 * x for x in row] for row in pattern[1:]]
+    near, opposite = [20.0] * 64, [-20.0] * 64
+    token = [most, -most, *[-0.51] * 30, *[0.49] * 32]
+    # Slots of the first chunk search in the third one, in which those of `far` come again.
+    keys = [*far[:4], near, opposite, *far[4:], token, far[0], far[1], far[0]]
+    counts, _ = of_one_head(keys, num_slots=8, chunk_size=4)
+    assert counts == [3, 2, 1, 1, 2, 1, 1, 1]
+
+
 def test_the_shortest_edges_are_taken_and_chains_end_in_one_slot():
     """Each of 0, 1, 2.1 is nearest to the one before; 10 and 20 stay alone."""
     found = of_one_head([[0.0], [1.0], [2.1], [10.0], [20.0]], num_slots=3, chunk_size=5)
@@ -158,6 +188,31 @@ def test_slots_are_looked_at_in_turn():
     # After six it is theirs.
     found = of_one_head([*keys, [2000.0], [2001.0]], **options)
     assert found == ([2, 2, 2, 2], [1 + 2, 5 + 6, 3 + 4, 7 + 8])
+
+
+FAR = [100.0, 100.0]
+TWICE = {
+    # The slot at 0 finds that at 1 in the third chunk and again in the fifth, a token at -3 is further away.
+    "what has not changed": [[0.0, 0.0], FAR, [1.0, 0.0], [0.0, 90.0], FAR, FAR, FAR, FAR, [-3.0, 0.0], FAR],
+    # The slot at (5, 2) comes nearer once a token has joined it, after that at 0 has found the one at -5.2.
+    "what has come nearer": [
+        [0.0, 0.0],
+        FAR,
+        [-5.2, 0.0],
+        [5.0, 2.0],
+        [5.0, -2.0],
+        FAR,
+        FAR,
+        FAR,
+        FAR,
+        [300.0, 300.0],
+    ],
+}
+
+
+@pytest.mark.parametrize("keys", TWICE.values(), ids=TWICE)
+def test_a_slot_that_looks_again_finds(keys):
+    of_one_head(keys, num_slots=4, chunk_size=2)
 
 
 def weighted(keys, weights, **options):

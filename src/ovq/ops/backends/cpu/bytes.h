@@ -29,6 +29,11 @@ struct Steps {
     int32_t *begin;
 };
 
+INLINE void copy_step(const Steps &from, int64_t i, const Steps &to, int64_t j) {
+    to.size[j] = from.size[i];
+    to.begin[j] = from.begin[i];
+}
+
 #if HAS_BYTES
 INLINE int64_t byte_words(int64_t n) { return padded(n, VL) / 4; }
 
@@ -53,8 +58,9 @@ static void round_to_bytes(const float *x, int64_t n, uint32_t *words, const Ste
 
 /* The n words of column j of a matrix cut into panels, as those on the left. */
 INLINE void take_left(const uint32_t *panels, int64_t n, int64_t j, uint32_t *words) {
-    const uint32_t *from = panels + j / NR * n * NR + j % NR, each = 0x01010101;
-    for (int64_t i = 0; i < n; i++) words[i] = (from[i * NR] & each * (2 * BYTE_ZERO - 1)) ^ each * BYTE_ZERO;
+    const uint32_t each = 0x01010101;
+    take_words(panels, n, j, words);
+    for (int64_t i = 0; i < n; i++) words[i] = (words[i] & each * (2 * BYTE_ZERO - 1)) ^ each * BYTE_ZERO;
 }
 
 /* Sums of products of BYTE_WORDS words, those on the left of numbers without a sign. */

@@ -89,11 +89,11 @@ INLINE Steps steps_from(const Steps &steps, int64_t i) {
 
 /* The rows from i on, i a multiple of NR. */
 INLINE Rows rows_from(const Rows *rows, const Call *call, int64_t i) {
-    return {rows->keys + i * key_ld(call),
-            rows->values + i * value_ld(call),
+    return {from_row(rows->keys, i * key_ld(call)),
+            from_row(rows->values, i * value_ld(call)),
             from_row(rows->key_panels, i * call->k.dim),
             from_row(rows->value_panels, i * call->v.dim),
-            rows->bias + i,
+            from_row(rows->bias, i),
             rows->is_finite,
             from_row(rows->weights, i),
             from_row(rows->words, i * row_words(call)),
