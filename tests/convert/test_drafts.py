@@ -131,8 +131,8 @@ def test_drafts_are_the_tokens_one_by_one_bit_by_bit(fields, exponents, steps):
 
 
 def test_pieces_of_a_prompt_are_no_drafts(steps):
-    """Prompts are read with the model's own weights, whatever writes."""
-    model = converted(weight_dtype="int8")
+    """Unpacked, prompts are read by the modules."""
+    model = converted(weight_dtype="bfloat16")
     cache = model.make_cache()
     with torch.no_grad():
         for part in IDS[:1, :20].split(4, 1):

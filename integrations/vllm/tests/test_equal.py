@@ -1,5 +1,7 @@
 """The engine gives the tokens that transformers' `generate()` gives, however requests are batched."""
 
+import random
+
 import pytest
 import torch
 from vllm import SamplingParams
@@ -75,6 +77,17 @@ def test_long_prompts_alone_and_together(fields, most, saved, engine):
     llm = engine(made.folder, max_num_batched_tokens=most, max_model_len=8300)
     alone = [tokens_of(run(llm, [prompt], 60))[0] for prompt in prompts[1::2]]
     made.assert_greedy([*prompts[1::2], *prompts], alone + tokens_of(run(llm, prompts, 60)))
+
+
+@pytest.mark.parametrize("fields", [{}, {"family": "llama", "max_position_embeddings": 16384}], ids=str)
+def test_a_hundred_prompts_to_8k_tokens_alone_and_in_batches_of_32(fields, saved, engine):
+    made = saved(**fields)
+    # Evenly by their logs.
+    prompts = prompts_of([round(8192 ** ((i + 1) / 100)) for i in range(100)], seed=12)
+    random.Random(0).shuffle(prompts)
+    llm = engine(made.folder, max_num_batched_tokens=2048, max_num_seqs=32, max_model_len=8300)
+    alone = [tokens_of(run(llm, [prompt], 24))[0] for prompt in prompts]
+    made.assert_greedy(prompts + prompts, alone + tokens_of(run(llm, prompts, 24)), most_ties=4)
 
 
 def test_requests_that_are_preempted(saved, engine):

@@ -74,7 +74,7 @@ def transformers(model: str, *, most_tokens: int, threads: int, dtype: str) -> P
 
 
 def ovq(model: str, *, most_tokens: int, threads: int, dtype: str, weight_dtype: str) -> Peer:
-    """A folder that `ovq convert` has written; tokens are written with weights in `weight_dtype`."""
+    """A folder that `ovq convert` has written, with weights in `weight_dtype`."""
     import torch
 
     import ovq

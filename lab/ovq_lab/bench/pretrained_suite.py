@@ -64,7 +64,7 @@ class PretrainedSuite:
         """Name, interpreter and arguments of each way."""
         ours = {"kind": "ovq", "model": str(self.model)}
         for dtype, weight_dtype in self.dtypes:
-            label = f"ovq, {dtype}" if weight_dtype == dtype else f"ovq, {dtype}, writes with {weight_dtype}"
+            label = f"ovq, {dtype}" if weight_dtype == dtype else f"ovq, {dtype}, weights in {weight_dtype}"
             yield label, sys.executable, {"dtype": dtype, "weight_dtype": weight_dtype, **ours}
         if self.gguf is not None:
             arguments = {"kind": "llama_cpp", "model": str(self.gguf)}

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 WeightDtype = Annotated[
     str | None,
     typer.Option(
-        help="Format of the weights that a converted model writes tokens with: float32, bfloat16, int8 or "
-        "int4; that of the model if not given.",
+        help="Format of a converted model's weights on a CPU: float32, bfloat16, int8 or int4; that of the "
+        "file if not given.",
         show_default=False,
     ),
 ]
@@ -237,7 +237,7 @@ def load_generating_model(
         num_slots: As for `load_model`.
         merge: Likewise.
         logn_length: Likewise.
-        weight_dtype: The format of the weights that a converted model decodes with, see `ovq.convert.attach`.
+        weight_dtype: The format of a converted model's weights on a CPU, see `ovq.convert.attach`.
 
     Raises:
         OSError: If there are no weights.
@@ -257,9 +257,9 @@ def load_generating_model(
 
     from ovq.convert import load
 
-    with _naming(folder, "a converted model"), _quiet():
-        model = load(folder, weight_dtype=weight_dtype, local_files_only=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    with _naming(folder, "a converted model"), _quiet():
+        model = load(folder, weight_dtype=weight_dtype if device == "cpu" else None, local_files_only=True)
     # transformers wraps `to` in a way that leaves mypy without its `self`.
     return model.to(device).eval()  # type: ignore[arg-type]
 

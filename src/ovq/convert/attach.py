@@ -16,9 +16,11 @@ from ovq.convert.attention import IMPLEMENTATION, LAYER_CONFIG
 from ovq.convert.cache import MemoryCache
 from ovq.convert.config import CONFIG_KEY, MemoryConfig, as_table
 from ovq.convert.context import KIND
+from ovq.convert.packed import PACKED, can_pack, pack_
 from ovq.convert.rotary import with_reach
 from ovq.convert.step import checked_weight_dtype, token_output
 from ovq.hf.cache import CACHE_KEY, add_generation_cache, unread_inputs
+from ovq.hf.fingerprint import digest, weights_of
 
 # The model is compared before and after on so many tokens. Logits may differ by so much: the root of the mean
 # square of the differences, relative to that of logits. A single logit of bfloat16 may differ by far more.
@@ -32,12 +34,14 @@ class ConvertedMixin:
 
     Attributes:
         memory_config: the sizes and settings of its memory.
-        weight_dtype: the format of the weights that decode, see `attach`.
+        weight_dtype: the format of the weights, see `attach`.
+        weights_digest: SHA-256 of the base model's weights before they were packed; None if they are not.
     """
 
     context_kind = KIND
     memory_config: MemoryConfig
     weight_dtype: str | None = None
+    weights_digest: str | None = None
     device: torch.device
 
     def make_cache(self) -> MemoryCache:
@@ -52,6 +56,20 @@ class ConvertedMixin:
         """Arguments of `forward` for `num_new` tokens of rows that have read `lengths` tokens each."""
         first = torch.tensor(lengths, device=self.device)[:, None]
         return {"position_ids": first + torch.arange(num_new, device=self.device)}
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Save the model, as transformers does.
+
+        Raises:
+            ValueError: weights that are packed.
+        """
+        if self.weights_digest is not None:
+            raise ValueError(
+                f"save_pretrained: expected a model with its own weights, found them rounded to "
+                f"{self.weight_dtype}: load it without weight_dtype"
+            )
+        own: Any = super()
+        own.save_pretrained(*args, **kwargs)
 
     # `inputs_embeds` is a named parameter because `generate` looks for it in the signature.
     def prepare_inputs_for_generation(
@@ -127,10 +145,10 @@ def attach(
         state_dtype: the format of the slots: `"float32"` (the default, needed for gradients), `"bfloat16"`
             or `"int8"`, a half and 28 % of its bytes. A slot is rounded each time tokens are merged into it.
         config: all of these in one object instead, such as `ovq.convert.load` and `probe` use.
-        weight_dtype: the format of the weights that write tokens one by one on a CPU: `"float32"`,
-            `"bfloat16"`, `"int8"` or `"int4"` (the output layer then in int8), of which a copy is made; None
-            or `"auto"` for the model's own, without a copy. It is not saved. Prompts are read with the
-            model's own weights, and other devices decode with them.
+        weight_dtype: the format of weights on a CPU where kernels are compiled. `"int8"` or `"int4"` (the
+            output layer then in int8) take the place of the model's own, which are gone then: the model can
+            be neither saved nor trained. `"float32"` or `"bfloat16"` are a copy with which tokens are written
+            one by one. None or `"auto"` for the model's own. It is not saved.
 
     Returns:
         The model, whose class is now a subclass of its own with `make_cache` and `memory_config`.
@@ -190,6 +208,10 @@ def attach(
         raise
     converted: Any = model
     converted.weight_dtype = weight_dtype
+    if weight_dtype in PACKED and can_pack(model):
+        # Contexts are of the model, whatever its weights are rounded to.
+        converted.weights_digest = digest(weights_of(model.base_model))
+        pack_(model, weight_dtype)
     return model
 
 

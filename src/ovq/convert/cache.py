@@ -269,7 +269,8 @@ class MemoryLayer(OVQCacheLayer):
             ValueError: as `attend`.
         """
         self._check_fits(k, v)
-        memories = self._begin(k, v)
+        memories = self.begin(k, v)
+        self.num_columns += k.shape[2]
         if self.config.key_exponents is not None:
             k = k * key_factors(self.config.key_exponents, k)
         lengths = [k.shape[2]] * len(k)
@@ -278,7 +279,7 @@ class MemoryLayer(OVQCacheLayer):
             for memory in memories:
                 heads = list(memory.budget.heads)
                 memory.learn(k[:, heads, part], v[:, heads, part])
-            self._bring_nearer(now)
+            self.bring_nearer(now)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Outputs `[B, H, T, V]` of new tokens, which the layer then remembers.
@@ -300,7 +301,8 @@ class MemoryLayer(OVQCacheLayer):
             last = self.attend(q[:, :, cut:], k[:, :, cut:], v[:, :, cut:], masks[1])
             return torch.cat([first, last], 2)
         self._check_fits(k, v, q)
-        self._begin(k, v)
+        self.begin(k, v)
+        self.num_columns += k.shape[2]
         lengths = [q.shape[2]] * len(q) if mask is None else mask.sum(-1).tolist()
         order = None
         if mask is not None:
@@ -336,14 +338,13 @@ class MemoryLayer(OVQCacheLayer):
                     found = self._attend_part(own_q, own_k, own_v, now, **factors)
                     for row, (start, num) in enumerate(zip(done, now, strict=True)):
                         o[row, :, start : start + num] = found[row, :, :num]
-                self._bring_nearer(now)
+                self.bring_nearer(now)
         return o if order is None else _take(o, order.argsort(-1))
 
-    def _begin(self, k: Tensor, v: Tensor) -> list[HeadMemory]:
-        """The memories, into which these columns of keys and values are read next."""
+    def begin(self, k: Tensor, v: Tensor) -> list[HeadMemory]:
+        """The memories, into which keys and values like these are read next."""
         if self.state is None:
             self.set_state(self.memory.empty(k, v), 0)
-        self.num_columns += k.shape[2]
         return self.own_()
 
     def _check_fits(self, k: Tensor, v: Tensor, q: Tensor | None = None) -> None:
@@ -392,7 +393,7 @@ class MemoryLayer(OVQCacheLayer):
             yield done, now
             done = [d + n for d, n in zip(done, now, strict=True)]
 
-    def _bring_nearer(self, now: Sequence[int]) -> None:
+    def bring_nearer(self, now: Sequence[int]) -> None:
         """Bring nearer what has come to lie too far away in rows that have just read `now` tokens each."""
         reach, memories = self.config.reach, self.memories
         if reach is None or memories is None:

@@ -59,6 +59,31 @@ def is_compiled(memories: Sequence[Memory], k: Tensor, v: Tensor, *tensors: Tens
     )
 
 
+def schedule_of(memory: Memory, lengths: Sequence[int]) -> list[list[int]]:
+    """Slots in use of each row, and after each merge while it reads so many tokens."""
+    budget = memory.budget
+    return [
+        [
+            budget.num_open(num_merged + i * budget.chunk_size)
+            for i in range(_num_merges(memory, row, num_new) + 1)
+        ]
+        for row, (num_merged, num_new) in enumerate(zip(memory.num_merged, lengths, strict=True))
+    ]
+
+
+def count_tokens(memory: Memory, lengths: Sequence[int]) -> None:
+    """Count tokens of each row that a kernel has read, and what it has merged."""
+    for row, num_new in enumerate(lengths):
+        num_merged = _num_merges(memory, row, num_new) * memory.budget.chunk_size
+        memory.filled[row] += num_new - num_merged
+        memory.num_merged[row] += num_merged
+
+
+def _num_merges(memory: Memory, row: int, num_new: int) -> int:
+    budget = memory.budget
+    return max(0, memory.filled[row] + num_new - budget.num_exact + budget.chunk_size) // budget.chunk_size
+
+
 def advance_compiled(
     parts: Sequence[tuple[Memory, Sequence[int]]],
     k: Tensor,
@@ -88,12 +113,7 @@ def advance_compiled(
     groups = []
     for memory, heads in parts:
         memory.own_()
-        budget, schedule = memory.budget, []
-        for row, new in enumerate(lengths):
-            num_merges = max(0, memory.filled[row] + new - budget.num_exact + budget.chunk_size)
-            num_merges //= budget.chunk_size
-            merged = [memory.num_merged[row] + i * budget.chunk_size for i in range(num_merges + 1)]
-            schedule.append([budget.num_open(n) for n in merged])
+        budget = memory.budget
         groups.append(
             HeadGroup.of(
                 tensors_of(memory),
@@ -104,7 +124,7 @@ def advance_compiled(
                 filled=memory.filled,
                 num_merged=memory.num_merged,
                 lengths=lengths,
-                schedule=schedule,
+                schedule=schedule_of(memory, lengths),
                 k=k,
                 v=v,
                 q=q,
@@ -112,8 +132,5 @@ def advance_compiled(
                 **learned,
             )
         )
-        for row, (new, sizes) in enumerate(zip(lengths, schedule, strict=True)):
-            num = (len(sizes) - 1) * budget.chunk_size
-            memory.filled[row] += new - num
-            memory.num_merged[row] += num
+        count_tokens(memory, lengths)
     advance_memory(groups)

@@ -204,14 +204,6 @@ class HeadMemory:
         """Tokens that a row has read."""
         return self.filled[row] + self.num_merged[row]
 
-    def count_tokens(self, num: int) -> None:
-        """Count at most a chunk of tokens of each row that a kernel has read, and what it has merged."""
-        budget = self.budget
-        for row, filled in enumerate(self.filled):
-            is_full = filled + num >= budget.num_exact
-            self.filled[row] = filled + num - budget.chunk_size * is_full
-            self.num_merged[row] += budget.chunk_size * is_full
-
     def bring_nearer_(self, rows: list[int], reach: Reach, ratio: Tensor | None = None) -> None:
         """Turn the sinks and slots of rows that are further than `reach.limit` from the last token.
 

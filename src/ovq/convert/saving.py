@@ -22,7 +22,7 @@ def load(folder: str | os.PathLike, *, weight_dtype: str | None = None, **option
 
     Args:
         folder: where `save_pretrained` of a converted model, or `ovq convert`, has written.
-        weight_dtype: the format of the weights that decode, see `attach`.
+        weight_dtype: the format of the weights, see `attach`.
         options: those of `AutoModelForCausalLM.from_pretrained`, such as `dtype` and `device_map`.
 
     Raises:

@@ -1,16 +1,17 @@
-"""One token of each row, or a few drafts, through a converted model in one call of a kernel, where it can.
+"""Tokens through all layers of a converted model in one call of a kernel, where it can.
 
 Modules of PyTorch take longer to be called than the processor takes to read the weights. A kernel reads them
 once per call, in a narrower format if that is asked for (`weight_dtype`). Everything that is not plainly
-tokens that a plain model writes takes the modules: prompts, gradients, hooks, adapters, padding and what
-looks inside. Several tokens of a row are drafts where the cache records what it reads, to take it out again.
+tokens of a plain model takes the modules: gradients, hooks, adapters, padding and what looks inside; also
+prompts, unless weights are whole numbers and the processor multiplies bytes. Several tokens of a row are
+drafts where the cache records what it reads, to take it out again.
 """
 
 from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -20,21 +21,17 @@ from transformers.activations import ACT2FN
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ovq.convert.attention import IMPLEMENTATION
-from ovq.convert.cache import MemoryCache, MemoryLayer, key_factors
+from ovq.convert.cache import MemoryCache, MemoryLayer
+from ovq.convert.cache_step import MOST_ROWS, CacheStep, read_pieces
 from ovq.convert.compiled import is_compiled, tensors_of
-from ovq.convert.config import LayerConfig
-from ovq.convert.memory import HeadMemory
+from ovq.convert.packed import PACKED, PackedLinear
 from ovq.convert.unchanged import Part, Unchanged
 from ovq.hf.cache import CACHE_KEY
-from ovq.ops.backends.cpu import HeadGroup, HeadsLayer, HeadsStep, Matrix, is_available, output_step, packed
+from ovq.ops.backends.cpu import HeadsLayer, Matrix, is_available, matrix_product, packed
 from ovq.ops.backends.cpu.kernels import DTYPES
 
 #: Formats of the weights that decode, as `attach` takes them.
 WEIGHT_DTYPES = ("float32", "bfloat16", "int8", "int4")
-
-#: More tokens of all rows than this take the modules. At so many, the kernel takes 0.9 times as long in
-#: float32, and a third in 8 bits.
-MOST_ROWS = 32
 
 _KINDS = ("llama", "qwen2", "qwen3", "mistral")
 # Arguments of `forward` beside the token, the cache and where it stands: values at which they ask nothing.
@@ -68,7 +65,7 @@ def checked_weight_dtype(weight_dtype: str | None) -> str | None:
 
 
 def token_output(model: Any, own_class: type, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """What `forward` of a converted model returns for written tokens; None where modules must do it.
+    """What `forward` of a converted model returns for tokens; None where modules must do it.
 
     Args:
         model: the converted model.
@@ -82,12 +79,12 @@ def token_output(model: Any, own_class: type, args: tuple, kwargs: dict[str, Any
     if stream is None:
         return None
     kept: dict[str, Any] = {CACHE_KEY: call.cache}
-    logits = step.logits(stream)[:, -call.num_logits :]
+    logits = step.logits(stream[:, -call.num_logits :])
     return CausalLMOutputWithPast(logits=logits, **kept)  # type: ignore[arg-type]  # a float tensor
 
 
 def token_stream(model: Any, own_class: type, **inputs: Any) -> Tensor | None:
-    """What the last norm of a converted model gets, `[B, T, D]`, for a few tokens of each row.
+    """What the last norm of a converted model gets, `[B, T, D]`.
 
     For engines that compute logits themselves.
 
@@ -111,10 +108,11 @@ class _Call(NamedTuple):
     positions: Tensor | None
     cache: MemoryCache
     num_logits: int
+    is_prompt: bool
 
 
 def _call_of(model: Any, args: tuple, kwargs: dict[str, Any]) -> _Call | None:
-    """The call, if it is for one token of each of a few rows, or drafts, and asks for nothing but logits."""
+    """The call, if it asks for nothing but the logits of real tokens."""
     if torch.is_grad_enabled() or model.training or torch.compiler.is_compiling() or len(args) > 1:
         return None
     others = dict(kwargs)
@@ -131,13 +129,16 @@ def _call_of(model: Any, args: tuple, kwargs: dict[str, Any]) -> _Call | None:
     if not isinstance(tokens, Tensor) or tokens.dim() != 2 or not tokens.is_cpu:
         return None
     rows, num = tokens.shape
-    if not 0 < rows * num <= MOST_ROWS or rows != cache.num_rows or not (num == 1 or _are_drafts(cache, num)):
+    is_prompt = rows * num > MOST_ROWS or not (num == 1 or _are_drafts(cache, num))
+    if not rows * num or cache.num_rows not in ((rows, 0) if is_prompt else (rows,)):
+        return None
+    if is_prompt and model.weight_dtype not in PACKED:
         return None
     if positions is not None and getattr(positions, "shape", None) not in ((1, num), (rows, num)):
         return None
     if mask is not None and not _is_all_real(mask, rows, num):
         return None
-    return _Call(tokens, positions, cache, num_logits)
+    return _Call(tokens, positions, cache, num_logits, is_prompt)
 
 
 def _are_drafts(cache: MemoryCache, num: int) -> bool:
@@ -195,11 +196,15 @@ def _parts(model: nn.Module, class_of: Callable[[str], type[nn.Module]]) -> list
         assert module is not None
         return Part(owner._modules, name, module, class_of(kind) if isinstance(kind, str) else kind)
 
+    def linear(owner: nn.Module, name: str) -> Part:
+        is_packed = type(owner._modules[name]) is PackedLinear
+        return part(owner, name, PackedLinear if is_packed else nn.Linear)
+
     base = model._modules["model"]
     assert base is not None
     layers = part(base, "layers", nn.ModuleList)
     found = [layers, part(base, "norm", "RMSNorm"), part(base, "rotary_emb", "RotaryEmbedding")]
-    found.append(part(model, "lm_head", nn.Linear))
+    found.append(linear(model, "lm_head"))
     for index in layers.module._modules:
         block = part(layers.module, index, "DecoderLayer")
         attention, mlp = part(block.module, "self_attn", "Attention"), part(block.module, "mlp", "MLP")
@@ -207,10 +212,8 @@ def _parts(model: nn.Module, class_of: Callable[[str], type[nn.Module]]) -> list
         norms = [(block, "input_layernorm"), (block, "post_attention_layernorm")]
         norms += [(attention, x) for x in ("q_norm", "k_norm") if x in attention.module._modules]
         found += [part(owner.module, name, "RMSNorm") for owner, name in norms]
-        linear = [(attention, f"{x}_proj") for x in "qkvo"] + [
-            (mlp, f"{x}_proj") for x in ("gate", "up", "down")
-        ]
-        found += [part(owner.module, name, nn.Linear) for owner, name in linear]
+        found += [linear(attention.module, f"{x}_proj") for x in "qkvo"]
+        found += [linear(mlp.module, f"{x}_proj") for x in ("gate", "up", "down")]
     return found
 
 
@@ -227,13 +230,13 @@ class _Step:
         self._model: Callable[[], Any] = weakref.ref(model)
         self._base = model.model
         self._unchanged = Unchanged(parts)
-        self._weight_dtype = model.weight_dtype
-        self._caches: weakref.WeakKeyDictionary[MemoryCache, _CacheStep] = weakref.WeakKeyDictionary()
+        self._weight_dtype, self._dtype = model.weight_dtype, model.model.norm.weight.dtype
+        self._caches: weakref.WeakKeyDictionary[MemoryCache, CacheStep] = weakref.WeakKeyDictionary()
 
     def fits(self) -> bool:
         """Whether the step does what the model's modules do, as far as sizes and formats go."""
         model = self._model()
-        dtype, blocks = model.lm_head.weight.dtype, model.model.layers
+        dtype, blocks = self._dtype, model.model.layers
         for x in self._unchanged.weights:
             if type(x) is not nn.Parameter or not (x.is_cpu and x.is_contiguous()):
                 return False
@@ -244,7 +247,7 @@ class _Step:
             len(blocks) == model.config.num_hidden_layers
             and [x.layer_idx for x in attentions] == list(range(len(blocks)))
             and all(getattr(x, "sliding_window", None) is None for x in attentions)
-            and len({(x.head_dim, len(x.q_proj.weight), len(x.k_proj.weight)) for x in attentions}) == 1
+            and len({(x.head_dim, x.q_proj.out_features, x.k_proj.out_features) for x in attentions}) == 1
         )
 
     def is_current(self) -> bool:
@@ -266,7 +269,9 @@ class _Step:
         """Make the copies of the weights that the step reads, where it does not read those of the model."""
         model, format = self._model(), checked_weight_dtype(self._weight_dtype)
 
-        def matrix(linear: nn.Linear) -> Matrix:
+        def matrix(linear: nn.Linear | PackedLinear, format: str | None = format) -> Matrix:
+            if isinstance(linear, PackedLinear):
+                return linear.matrix
             return packed(linear.weight, linear.bias, format)
 
         def norm(module: Any) -> Tensor:
@@ -294,44 +299,59 @@ class _Step:
         final = model.model.norm
         self._norm, self._eps = norm(final), final.variance_epsilon
         # GGUF files, too, keep more bits of the output layer than of the others.
-        output = model.lm_head
-        self._output = packed(output.weight, output.bias, "int8" if format == "int4" else format)
+        self._output = matrix(model.lm_head, "int8" if format == "int4" else format)
 
     def stream(self, call: _Call) -> Tensor | None:
         """`[B, T, D]`, after which the cache has read the tokens; None if the step cannot read that cache."""
         model, cache, num = self._model(), call.cache, call.tokens.shape[1]
-        # Raises if layers have read different numbers.
-        num_columns = cache.num_columns
-        if len(cache.layers) != len(self._layers) or not all(_is_ready(layer) for layer in cache.layers):
+        if len(cache.layers) != len(self._layers):
             return None
         # All layers turn at the same places.
-        if cache.layers[0].until_turn() <= num or not all(layer.can_record(num) for layer in cache.layers):
+        in_pieces = call.is_prompt or cache.layers[0].until_turn() <= num
+        if not (self._fits_pieces(call) if in_pieces else self._fits_tokens(call)):
             return None
-        for layer in cache.layers:
-            layer.own_()
-        own = self._caches.get(cache)
-        if own is None or not own.is_current(cache):
-            if not all(self._can_read(layer, len(call.tokens)) for layer in cache.layers):
-                return None
-            self._caches[cache] = own = _CacheStep(cache, self._layers)
-        positions = call.positions
+        # Raises if layers have read different numbers.
+        num_columns, positions = cache.num_columns, call.positions
         if positions is None:
             positions = torch.arange(num_columns, num_columns + num)[None]
         x = model.model.embed_tokens(call.tokens)
         cos, sin = model.model.rotary_emb(x, position_ids=positions)
         if cos.shape[-1] != self._layers[0].head_dim:
             return None
-        return own.run(x.float(), cos, sin)
+        if in_pieces:
+            return read_pieces(cache, self._layers, x.float(), cos, sin, x.dtype)
+        return self._caches[cache].run(x.float(), cos, sin)
+
+    def _fits_pieces(self, call: _Call) -> bool:
+        """Whether kernels can read the tokens into a cache, however many they are."""
+        layers = call.cache.layers
+        return not any(layer.record_past or layer.has_staged for layer in layers) and all(
+            layer.state is None or self._can_read(layer, len(call.tokens)) for layer in layers
+        )
+
+    def _fits_tokens(self, call: _Call) -> bool:
+        """Whether they can read a few, before something is brought nearer; `self._caches` has how, then."""
+        cache, num = call.cache, call.tokens.shape[1]
+        if not all(_is_ready(layer) and layer.can_record(num) for layer in cache.layers):
+            return False
+        for layer in cache.layers:
+            layer.own_()
+        own = self._caches.get(cache)
+        if own is None or not own.is_current(cache):
+            if not all(self._can_read(layer, len(call.tokens)) for layer in cache.layers):
+                return False
+            self._caches[cache] = CacheStep(cache, self._layers)
+        return True
 
     def logits(self, stream: Tensor) -> Tensor:
         """`[B, T, V]`."""
-        return output_step(stream, self._norm, self._eps, self._output).to(self._model().lm_head.weight.dtype)
+        return matrix_product(stream, self._output, self._norm, self._eps).to(self._dtype)
 
     def _can_read(self, layer: MemoryLayer, num_rows: int) -> bool:
         """Whether a layer's memory is one of this model, and kernels can change it."""
         first, dim = self._layers[0], self._layers[0].head_dim
-        num_heads, dtype = layer.config.num_kv_heads, self._model().lm_head.weight.dtype
-        like = torch.empty(num_rows, num_heads, 1, dim, dtype=dtype)
+        num_heads = layer.config.num_kv_heads
+        like = torch.empty(num_rows, num_heads, 1, dim, dtype=self._dtype)
         return num_heads * dim == first.k.shape[0] and all(
             memory.recent_keys.shape == (num_rows, len(memory.budget.heads), memory.budget.num_exact, dim)
             and memory.recent_values.shape == memory.recent_keys.shape
@@ -344,111 +364,3 @@ class _Step:
 def _is_ready(layer: MemoryLayer) -> bool:
     """Whether a layer has read something, and no call has stopped half-way."""
     return layer.state is not None and not layer.has_staged
-
-
-class _CacheStep:
-    """The memories of a cache as kernels take them, from one token to the next.
-
-    Args:
-        cache: what the rows have read.
-        layers: those of the model.
-    """
-
-    def __init__(self, cache: MemoryCache, layers: Sequence[HeadsLayer]) -> None:
-        self._memories = [memory for layer in cache.layers for memory in layer.own_()]
-        self._layers = cache.layers
-        self._configs = [layer.config for layer in cache.layers]
-        self._tensors = [tensors_of(memory) for memory in self._memories]
-        groups = [_groups(layer, of) for layer, of in zip(cache.layers, layers, strict=True)]
-        self._groups = [group for own in groups for group in own]
-        self._merged: list[list[int]] = [[] for _ in self._groups]
-        factors = [
-            None if x.key_exponents is None else key_factors(x.key_exponents, torch.empty(1, 1, 1, dim))[:, 0]
-            for x, dim in ((config, layers[0].head_dim) for config in self._configs)
-        ]
-        self._step = HeadsStep(layers, groups, factors, cache.num_rows, MOST_ROWS)
-        self._num_tokens = 1
-
-    def is_current(self, cache: MemoryCache) -> bool:
-        """Whether the cache still has these memories, and they their tensors."""
-        memories = [memory for layer in cache.layers for memory in layer.state]
-        if len(memories) != len(self._memories):
-            return False
-        for layer, config in zip(cache.layers, self._configs, strict=True):
-            if layer.config is not config:
-                return False
-        for memory, own, tensors in zip(memories, self._memories, self._tensors, strict=True):
-            memory.own_()
-            if memory is not own:
-                return False
-            fields = vars(memory)
-            for name, x in tensors.items():
-                if fields[name] is not x:
-                    return False
-        return True
-
-    def run(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """`[B, T, D]` through the layers, with angles `[B or 1, T, K]`; the memories have read the tokens."""
-        rows, num, _ = x.shape
-        before = [layer.copies_before(num) for layer in self._layers]
-        if num != self._num_tokens:
-            self._num_tokens = num
-            for group in self._groups:
-                group.put("length", [num] * rows)
-        for i, (memory, group) in enumerate(zip(self._memories, self._groups, strict=True)):
-            group.put("filled", memory.filled)
-            if memory.num_merged != self._merged[i]:
-                self._merged[i] = list(memory.num_merged)
-                group.put("num_merged", memory.num_merged)
-                group.put("schedule", _schedule(memory))
-        for own, angles in ((self._step.cos, cos), (self._step.sin, sin)):
-            own[: rows * num].view(rows, num, -1).copy_(angles)
-        y = self._step.run(x)
-        for memory in self._memories:
-            memory.count_tokens(num)
-        for layer, copies in zip(self._layers, before, strict=True):
-            layer.num_columns += num
-            layer.record_read(copies, num)
-        return y
-
-
-def _schedule(memory: HeadMemory) -> list[int]:
-    """Slots in use now and after the next merge, of each row, one row after the other."""
-    budget, size = memory.budget, memory.budget.chunk_size
-    return [budget.num_open(num + more) for num in memory.num_merged for more in (0, size)]
-
-
-def _groups(layer: MemoryLayer, of: HeadsLayer) -> list[HeadGroup]:
-    """The heads of a layer as kernels take them."""
-    config, dim = layer.config, of.head_dim
-    num_heads = of.q.shape[0] // dim
-    groups = []
-    for memory in layer.state:
-        num_rows, budget = len(memory.filled), memory.budget
-        # The kernel puts in its own queries, keys and values.
-        k = torch.empty(num_rows, config.num_kv_heads, 1, dim, dtype=memory.recent_keys.dtype)
-        schedule = _schedule(memory)
-        groups.append(
-            HeadGroup.of(
-                tensors_of(memory),
-                heads=budget.heads,
-                num_sinks=budget.num_sinks,
-                chunk_size=budget.chunk_size,
-                options=budget.options if budget.num_slots else None,
-                filled=memory.filled,
-                num_merged=memory.num_merged,
-                lengths=[1] * num_rows,
-                schedule=[schedule[i : i + 2] for i in range(0, len(schedule), 2)],
-                k=k,
-                v=k,
-                q=torch.empty(num_rows, num_heads, 1, dim),
-                temperature=_numbers(config, "slot_temperature"),
-                bias=_numbers(config, "slot_bias"),
-            )
-        )
-    return groups
-
-
-def _numbers(config: LayerConfig, name: str) -> Tensor | None:
-    found: Iterable[float] | None = getattr(config, name)
-    return None if found is None else torch.tensor(tuple(found), dtype=torch.float32)

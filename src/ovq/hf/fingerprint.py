@@ -28,7 +28,7 @@ def fingerprint(model: ContextModel) -> dict[str, str]:
     return {
         "config": json.dumps(model.memory_fields(), sort_keys=True),
         "dtype": str(model.dtype),
-        "weights": digest(weights_of(model.base_model)),
+        "weights": getattr(model, "weights_digest", None) or digest(weights_of(model.base_model)),
     }
 
 

@@ -114,9 +114,9 @@ def test_every_way_is_measured_at_every_length(folder, tmp_path, monkeypatch):
     rows = report["rows"]
     assert list(dict.fromkeys((row["label"], row["mixer"]) for row in rows)) == [
         ("ovq, float32", "ovq"),
-        ("ovq, float32, writes with int8", "ovq"),
-        ("ovq, bfloat16, writes with int8", "ovq"),
-        ("ovq, bfloat16, writes with int4", "ovq"),
+        ("ovq, float32, weights in int8", "ovq"),
+        ("ovq, bfloat16, weights in int8", "ovq"),
+        ("ovq, bfloat16, weights in int4", "ovq"),
         ("llama.cpp, model, f16 cache", "llama_cpp"),
         # As many rows as the model has by its blocks, and as many bytes.
         *(

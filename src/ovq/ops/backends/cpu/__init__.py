@@ -41,7 +41,7 @@ from ovq.ops.backends.cpu.linear import (
 )
 from ovq.ops.backends.cpu.memory import HeadGroup, advance_memory
 from ovq.ops.backends.cpu.tokens import CompiledHeads, CompiledRMSNorm, CompiledSwiGLU, applied, can_run
-from ovq.ops.backends.cpu.weights import Matrix, output_step, packed
+from ovq.ops.backends.cpu.weights import Matrix, matrix_product, packed
 from ovq.ops.backends.cpu.window import CompiledWindow
 from ovq.ops.call import Call
 from ovq.ops.known import Known
@@ -75,10 +75,10 @@ __all__ = [
     "layer_to_run",
     "learn_and_say",
     "linear_in_graph",
+    "matrix_product",
     "memory_of_slots",
     "memory_of_window",
     "missing",
-    "output_step",
     "packed",
     "product",
     "run",

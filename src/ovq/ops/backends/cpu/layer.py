@@ -264,6 +264,7 @@ class HeadsStep:
         key_factors: `[Hkv, K]` of each layer, by which keys are multiplied and queries divided, or None.
         num_rows: rows B.
         most: the most tokens of all rows in a call.
+        is_rough: whether whole numbers are multiplied with inputs of 8 bits, see `Matrix.call`.
 
     Attributes:
         cos: `[most, K]` cosines of the next tokens' angles, of which the kernel reads the first half; to be
@@ -277,6 +278,8 @@ class HeadsStep:
         key_factors: Sequence[Tensor | None],
         num_rows: int,
         most: int,
+        *,
+        is_rough: bool = False,
     ) -> None:
         dim = layers[0].head_dim
         self.cos, self.sin = torch.empty(2, most, dim)
@@ -289,7 +292,7 @@ class HeadsStep:
             call.width, call.inner = layer.down.shape
             call.mixer_eps, call.mlp_eps, call.head_eps = layer.eps
             for name in ("q", "k", "v", "o", "gate", "up", "down"):
-                setattr(call, name, getattr(layer, name).call())
+                setattr(call, name, getattr(layer, name).call(is_rough=is_rough))
             for name in ("mixer_norm", "mlp_norm", "q_norm", "k_norm"):
                 if (x := getattr(layer, name)) is not None:
                     setattr(call, name, x.data_ptr())
@@ -314,13 +317,32 @@ class HeadsStep:
         Raises:
             MemoryError: no memory for the kernel's scratch.
         """
-        if x.shape[1] != self._num_tokens:
-            self._num_tokens = x.shape[1]
-            for call in self._calls:
-                call.num_tokens = x.shape[1]
+        self._set_length(x.shape[1])
         done = _run(x, self._calls)
         assert done is not None, "no gates"
         return done
+
+    def run_before(self, after: HeadsStep, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """`run(x)` and `after.run(y)`, where y are the tokens after x: side by side, y a layer behind.
+
+        In the groups of `after`, tokens are counted as they are after x. Both are many (`FEW_ROWS`), or
+        neither.
+        """
+        calls: list[_Layer] = []
+        for step, tokens in ((self, x), (after, y)):
+            step._set_length(tokens.shape[1])
+            calls += step._calls
+        done = _run(torch.cat([x.flatten(0, 1), y.flatten(0, 1)]), (_Layer * len(calls))(*calls), num_lanes=2)
+        assert done is not None, "no gates"
+        first, second = done.split([x.shape[0] * x.shape[1], y.shape[0] * y.shape[1]])
+        return first.view_as(x), second.view_as(y)
+
+    def _set_length(self, num_tokens: int) -> None:
+        """How many tokens of each row the layers read."""
+        if num_tokens != self._num_tokens:
+            self._num_tokens = num_tokens
+            for call in self._calls:
+                call.num_tokens = num_tokens
 
 
 def run_layers(x: Tensor, layers: Sequence[LayerStep]) -> Tensor | None:
@@ -340,11 +362,14 @@ def run_layers(x: Tensor, layers: Sequence[LayerStep]) -> Tensor | None:
 _SPOILT, _OUT_OF_MEMORY = 1, 2
 
 
-def _run(x: Tensor, calls: ctypes.Array[_Layer]) -> Tensor | None:
+def _run(x: Tensor, calls: ctypes.Array[_Layer], num_lanes: int = 1) -> Tensor | None:
     y = x.clone(memory_format=torch.contiguous_format)
     num, place = len(calls), ctypes.addressof(calls)
-    scratch = torch.empty(call_kernel("ovq_layers_scratch", num, place), dtype=torch.uint8)
-    outcome = call_kernel("ovq_layers_step", torch.get_num_threads(), num, place, scratch, y)
+    size = num_lanes * call_kernel("ovq_layers_scratch", num, place)
+    scratch = torch.empty(size, dtype=torch.uint8)
+    outcome = call_kernel(
+        "ovq_layers_step", torch.get_num_threads(), num // num_lanes, num_lanes, place, scratch, y
+    )
     if outcome == _OUT_OF_MEMORY:
         raise MemoryError("ovq_layers_step: no memory for the kernel's scratch")
     return None if outcome == _SPOILT else y

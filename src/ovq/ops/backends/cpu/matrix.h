@@ -5,11 +5,9 @@
 #include "numbers.h"
 #include "whole.h"
 
-/* Vectors that a row of weights is multiplied with while it lies in registers. */
-#define TOKENS (VL == 16 ? 4 : 2)
-
-/* The format of weights that those of numbers.h lack. Mirrored by `FORMATS` in weights.py. */
-enum { UINT4 = INT8 + 1 };
+/* Formats of weights that those of numbers.h lack, and whole numbers once more, for products with inputs of bytes.
+   Mirrored by `FORMATS` in weights.py. */
+enum { UINT4 = INT8 + 1, ROUGH_INT8, ROUGH_UINT4 };
 
 /* Mirrored by `_Matrix` in weights.py: rows of numbers, or whole numbers as whole.h has them. */
 struct Matrix {
@@ -26,7 +24,8 @@ template <typename T> struct NumberRow {
     const float *x;
     int64_t dim;
 
-    static constexpr int rows = 1;
+    /* Vectors that a row is multiplied with while it lies in registers. */
+    static constexpr int rows = 1, tokens = VL == 16 ? 4 : 2;
 
     /* The products of `num` tokens from t on, by sums that do not wait for each other. */
     template <int num> INLINE_MEMBER void dots(int64_t t0, float *y) const {
@@ -64,13 +63,14 @@ template <int most, class Tile> INLINE void some_dots(const Tile &tile, int64_t 
 template <typename TileOf>
 static void multiply_row_tiles(const Matrix *matrix, int64_t first, int64_t end, int64_t num, const float *added,
                                float *y, int64_t ldy, TileOf tile_of) {
-    constexpr int rows = decltype(tile_of(first))::rows;
+    typedef decltype(tile_of(first)) Tile;
+    constexpr int rows = Tile::rows, tokens = Tile::tokens;
     for (int64_t r0 = first; r0 < end; r0 += rows) {
-        const auto tile = tile_of(r0);
-        for (int64_t start = 0; start < num; start += TOKENS) {
-            const int64_t last = least(num, start + TOKENS);
-            float sums[TOKENS * rows];
-            some_dots<TOKENS>(tile, last - start, start, sums);
+        const Tile tile = tile_of(r0);
+        for (int64_t start = 0; start < num; start += tokens) {
+            const int64_t last = least(num, start + tokens);
+            float sums[tokens * rows];
+            some_dots<tokens>(tile, last - start, start, sums);
             for (int64_t t = start; t < last; t++)
                 for (int64_t r = r0; r < least(end, r0 + rows); r++) {
                     const float bias = matrix->bias ? matrix->bias[r] : 0;
@@ -81,15 +81,15 @@ static void multiply_row_tiles(const Matrix *matrix, int64_t first, int64_t end,
     }
 }
 
-template <typename Factor>
+template <typename Factor, class Format>
 static void multiply_whole(const Matrix *matrix, int64_t first, int64_t end, int64_t num, int64_t dim, const float *x,
                            const float *added, float *y, int64_t ldy) {
-    typedef WholeTile<Factor> Tile;
+    typedef WholeTile<Factor, Format> Tile;
     const int64_t groups = (dim + GROUP - 1) / GROUP;
-    Quad quads[num * groups][QUADS];
+    typename Format::Quad quads[num * groups][QUADS];
     float steps[num * groups];
     int32_t sums[num * groups * 2];
-    const WholeInputs in = {groups, quads, steps, sums};
+    const WholeInputs<Format> in = {groups, quads, steps, sums};
     round_inputs(&in, num, dim, x);
     multiply_row_tiles(matrix, first, end, num, added, y, ldy, [&](int64_t r) {
         const int64_t at = r / ABREAST * groups;
@@ -101,8 +101,11 @@ static void multiply_whole(const Matrix *matrix, int64_t first, int64_t end, int
 /* From a row on that is a multiple of ABREAST. */
 static void multiply_part(const Matrix *matrix, int64_t first, int64_t end, int64_t num, int64_t dim, const float *x,
                           const float *added, float *y, int64_t ldy) {
-    if (matrix->format == INT8) return multiply_whole<float>(matrix, first, end, num, dim, x, added, y, ldy);
-    if (matrix->format == UINT4) return multiply_whole<Float16>(matrix, first, end, num, dim, x, added, y, ldy);
+    auto whole = [=](auto *multiply) { multiply(matrix, first, end, num, dim, x, added, y, ldy); };
+    if (matrix->format == INT8) return whole(multiply_whole<float, Exact>);
+    if (matrix->format == UINT4) return whole(multiply_whole<Float16, Exact>);
+    if (matrix->format == ROUGH_INT8) return whole(multiply_whole<float, Rough>);
+    if (matrix->format == ROUGH_UINT4) return whole(multiply_whole<Float16, Rough>);
     with_type(matrix->format, matrix->weight, 0, [=](auto *weight) {
         typedef std::remove_const_t<std::remove_reference_t<decltype(*weight)>> T;
         multiply_row_tiles(matrix, first, end, num, added, y, ldy,

@@ -7,6 +7,10 @@
 #include "memory.h"
 #include "tokens.h"
 
+/* No more tokens of all rows than this are few; many are multiplied so many at a time. */
+#define FEW_ROWS 32
+#define BLOCK 64
+
 /* y [num, ldy] = x [num, dim] times the transpose of a matrix [num_out, dim], plus `added` if there is any. The workers
    share the rows of the matrix, ABREAST at a time, and do not wait for each other. */
 static void multiply(Worker worker, int64_t num, int64_t dim, int64_t num_out, const float *x, const Matrix *matrix,
@@ -45,13 +49,19 @@ extern "C" void ovq_linear(int64_t num_threads, int64_t num, int64_t dim, int64_
              [=, &matrix](Worker worker) { multiply(worker, num, dim, num_out, x, &matrix, nullptr, y, num_out); });
 }
 
-/* y [num, num_out] = matrix norm(x) for a few tokens x [num, dim]: what follows the last layer. `scratch` has num dim
-   floats. */
-extern "C" void ovq_output_step(int64_t num_threads, int64_t num, int64_t dim, int64_t num_out, float eps,
-                                const float *x, const float *norm, const Matrix *matrix, float *scratch, float *y) {
+/* y [num, num_out] = matrix norm(x) of tokens x [num, dim]; `norm` is NULL for x itself, or the weight of an RMS norm,
+   and `scratch` has num dim floats then. Of many tokens each worker takes some, of few some rows of the matrix. */
+extern "C" void ovq_matrix_product(int64_t num_threads, int64_t num, int64_t dim, int64_t num_out, float eps,
+                                   const float *x, const float *norm, const Matrix *matrix, float *scratch, float *y) {
     parallel(threads_for(num_threads, num_out * dim), [=](Worker worker) {
-        normalise(worker, num, dim, eps, x, norm, scratch);
-        multiply(worker, num, dim, num_out, scratch, matrix, nullptr, y, num_out);
+        if (norm) normalise(worker, num, dim, eps, x, norm, scratch);
+        const float *from = norm ? scratch : x;
+        if (num <= FEW_ROWS) return multiply(worker, num, dim, num_out, from, matrix, nullptr, y, num_out);
+        worker.share((num + BLOCK - 1) / BLOCK, [=](int64_t i) {
+            const int64_t t = i * BLOCK;
+            multiply(Worker{0, 1}, least(BLOCK, num - t), dim, num_out, from + t * dim, matrix, nullptr,
+                     y + t * num_out, num_out);
+        });
     });
 }
 
@@ -133,7 +143,7 @@ static Made take_made(Arena *arena, const Layer *layer) {
     return made;
 }
 
-/* Bytes of scratch that layers take, one after the other. */
+/* Bytes of scratch that layers take, one after the other, in each of the lanes. */
 extern "C" int ovq_layers_scratch(int64_t num_layers, const Layer *layers) {
     size_t most = 0;
     for (int64_t i = 0; i < num_layers; i++) {
@@ -245,8 +255,8 @@ static int read_group(const Layer *layer, const HeadGroup *group, int64_t row, i
         own.k = made.narrow, own.v = made.narrow + num_kv * dim;
         own.k_at = own.v_at = {num_tokens * num_narrow, dim, num_narrow};
     }
-    /* One by one, so that a token reads the same, bit by bit, however many come with it. */
-    return read_stream(&own, row, place, num_tokens);
+    /* Few one by one, so that a token reads the same, bit by bit, however many come with it. */
+    return read_stream(&own, row, place, FEW_ROWS);
 }
 
 /* y = x + down(silu(gate z) up z), z = norm(x), for a few tokens x [num, width]: the second half of a layer. `scratch` has
@@ -260,56 +270,124 @@ static void add_mlp(Worker worker, const Layer *layer, int64_t num, const float 
     worker.wait();
 }
 
-/* A worker's share of a layer, x [R tokens, width] in place. `next` is zero, and common to all. */
-static void step_layer(Worker worker, const Layer *layer, char *scratch, float *x, int64_t *next, int *outcome) {
-    Arena arena = {scratch, 0};
-    const Made made = take_made(&arena, layer);
-    Decode memory = layer->memory;
-    const int64_t rows = memory.num_rows * layer->num_tokens, width = layer->width, dim = memory.key_dim;
-    const int64_t num_kv = memory.num_kv_heads, num_heads = num_kv * memory.group_size;
-    const int64_t num_channels = (num_heads + 2 * num_kv) * dim;
-    float *q = made.channels, *k = q + num_heads * dim, *v = k + num_kv * dim;
-    memory.q = q, memory.k = k, memory.v = v;
-    memory.q_row = memory.k_row = memory.v_row = num_channels;
-    memory.q_head = memory.k_head = memory.v_head = dim;
-    memory.o = made.read;
-    memory.scale = made.scale;
-    memory.token_weights = layer->merge_gate || layer->forget_gate ? made.weights : nullptr;
-    normalise(worker, rows, width, layer->mixer_eps, x, layer->mixer_norm, made.normed);
-    for (int64_t h = 0; worker.rank == 0 && layer->beta && h < num_heads; h++)
-        made.scale[h] = layer->beta[h] * (float)sqrt((double)dim);
-    multiply(worker, rows, width, num_heads * dim, made.normed, &layer->q, nullptr, q, num_channels);
-    multiply(worker, rows, width, num_kv * dim, made.normed, &layer->k, nullptr, k, num_channels);
-    multiply(worker, rows, width, num_kv * dim, made.normed, &layer->v, nullptr, v, num_channels);
+/* Queries, keys and values of the tokens from `first` on, `num` of them: the first half of a layer up to its memory. */
+static void make_channels(Worker worker, const Layer *layer, const Made &made, int64_t first, int64_t num, const float *x) {
+    const Decode *memory = &layer->memory;
+    const int64_t width = layer->width, num_kv = memory->num_kv_heads * memory->key_dim;
+    const int64_t num_q = num_kv * memory->group_size, num_channels = num_q + 2 * num_kv;
+    float *normed = made.normed + first * width, *channels = made.channels + first * num_channels;
+    normalise(worker, num, width, layer->mixer_eps, x + first * width, layer->mixer_norm, normed);
+    multiply(worker, num, width, num_q, normed, &layer->q, nullptr, channels, num_channels);
+    multiply(worker, num, width, num_kv, normed, &layer->k, nullptr, channels + num_q, num_channels);
+    multiply(worker, num, width, num_kv, normed, &layer->v, nullptr, channels + num_q + num_kv, num_channels);
+}
+
+/* What follows it, x in place. */
+static void finish_layer(Worker worker, const Layer *layer, const Made &made, int64_t first, int64_t num, float *x) {
+    const int64_t width = layer->width, num_read = layer->memory.num_kv_heads * layer->memory.group_size *
+                                                   layer->memory.value_dim;
+    float *own = x + first * width, *mixed = made.mixed + first * width;
+    multiply(worker, num, num_read, width, made.read + first * num_read, &layer->o, own, mixed, width);
     worker.wait();
-    if (layer->num_groups) {
-        /* Heads differ in what they cost. */
-        worker.take(memory.num_rows * num_kv, next, [&](int64_t stream) {
-            int64_t place = stream % num_kv;
-            const HeadGroup *group = layer->groups;
-            for (; place >= group->num_kv_heads; group++) place -= group->num_kv_heads;
-            if (read_group(layer, group, stream / num_kv, place, made))
-                __atomic_store_n(outcome, OUT_OF_MEMORY, __ATOMIC_RELAXED);
+    add_mlp(worker, layer, num, mixed, made.of_mlp + first * (width + 3 * layer->inner), own);
+}
+
+/* Who of the workers is to do what next of a layer: numbers that are common to all, zero before. */
+struct Next {
+    int64_t channels, stream, rest;
+};
+
+/* A layer that workers run, for tokens x [R tokens, width] in place. Of many tokens each worker takes some, with all
+   weights; of few it takes some of the weights. */
+struct Run {
+    const Layer *layer;
+    Made made;
+    float *x;
+    Next *next;
+    int *outcome;
+
+    int64_t num_tokens() const { return layer->memory.num_rows * layer->num_tokens; }
+    bool is_many() const { return num_tokens() > FEW_ROWS; }
+
+    /* half(worker, first token, number of tokens) of all. */
+    template <typename Half> void halve(Worker worker, int64_t *next_block, const Half &half) const {
+        const int64_t num = num_tokens();
+        if (!is_many()) return half(worker, 0, num);
+        worker.take((num + BLOCK - 1) / BLOCK, next_block,
+                    [&](int64_t i) { half(Worker{0, 1}, i * BLOCK, least(BLOCK, num - i * BLOCK)); });
+    }
+
+    void make(Worker worker) const {
+        const int64_t num_heads = layer->memory.num_kv_heads * layer->memory.group_size;
+        for (int64_t h = 0; worker.rank == 0 && layer->beta && h < num_heads; h++)
+            made.scale[h] = layer->beta[h] * (float)sqrt((double)layer->memory.key_dim);
+        halve(worker, &next->channels, [&](Worker who, int64_t first, int64_t num) {
+            make_channels(who, layer, made, first, num, x);
         });
-    } else {
-        worker.share(rows * num_kv, [&](int64_t stream) {
+    }
+
+    void read(Worker worker) const {
+        Decode memory = layer->memory;
+        const int64_t dim = memory.key_dim, num_kv = memory.num_kv_heads, num_heads = num_kv * memory.group_size;
+        if (layer->num_groups) {
+            /* Heads differ in what they cost. */
+            return worker.take(memory.num_rows * num_kv, &next->stream, [&](int64_t stream) {
+                int64_t place = stream % num_kv;
+                const HeadGroup *group = layer->groups;
+                for (; place >= group->num_kv_heads; group++) place -= group->num_kv_heads;
+                if (read_group(layer, group, stream / num_kv, place, made))
+                    __atomic_store_n(outcome, OUT_OF_MEMORY, __ATOMIC_RELAXED);
+            });
+        }
+        memory.q = made.channels;
+        memory.k = made.channels + num_heads * dim;
+        memory.v = made.channels + (num_heads + num_kv) * dim;
+        memory.q_row = memory.k_row = memory.v_row = (num_heads + 2 * num_kv) * dim;
+        memory.q_head = memory.k_head = memory.v_head = dim;
+        memory.o = made.read;
+        memory.scale = made.scale;
+        memory.token_weights = layer->merge_gate || layer->forget_gate ? made.weights : nullptr;
+        worker.share(num_tokens() * num_kv, [&](int64_t stream) {
             read_stream(layer, &memory, stream / num_kv, stream % num_kv, made, outcome);
         });
     }
-    worker.wait();
-    multiply(worker, rows, num_heads * memory.value_dim, width, made.read, &layer->o, x, made.mixed, width);
-    worker.wait();
-    add_mlp(worker, layer, rows, made.mixed, made.of_mlp, x);
-}
 
-/* The tokens of each row through layers of one width, x [R tokens, width] in place. Returns DONE; or SPOILT if the weight of a
-   token is none that a memory can hold, in which case nothing of the result is of use; or OUT_OF_MEMORY. */
-extern "C" int ovq_layers_step(int64_t num_threads, int64_t num_layers, const Layer *layers, char *scratch, float *x) {
+    void finish(Worker worker) const {
+        halve(worker, &next->rest, [&](Worker who, int64_t first, int64_t num) {
+            finish_layer(who, layer, made, first, num, x);
+        });
+    }
+};
+
+/* The tokens of each row through layers of one width, x [R tokens, width] in place. Where there are two lanes, the layers
+   once more and the tokens that follow, [2, layers] and [2, R tokens, width]; they are a layer behind, so that workers
+   whose number does not divide that of heads have as much to do. Returns DONE; or SPOILT if the weight of a token is none
+   that a memory can hold, in which case nothing of the result is of use; or OUT_OF_MEMORY. */
+extern "C" int ovq_layers_step(int64_t num_threads, int64_t num_layers, int64_t num_lanes, const Layer *layers,
+                               char *scratch, float *x) {
     int outcome = DONE;
-    int64_t next[num_layers];
+    Next next[num_lanes * num_layers];
     memset(next, 0, sizeof(next));
+    const int64_t size = ovq_layers_scratch(num_lanes * num_layers, layers);
     parallel(threads_for(num_threads, layers->inner * layers->width), [&](Worker worker) {
-        for (int64_t i = 0; i < num_layers; i++) step_layer(worker, layers + i, scratch, x, next + i, &outcome);
+        for (int64_t i = 0; i < num_layers + num_lanes - 1; i++) {
+            Run runs[2];
+            int num = 0;
+            for (int64_t lane = 0; lane < num_lanes; lane++) {
+                if (i < lane || i - lane >= num_layers) continue;
+                const int64_t at = lane * num_layers + i - lane;
+                Arena arena = {scratch + lane * size, 0};
+                float *own = x + lane * layers->memory.num_rows * layers->num_tokens * layers->width;
+                runs[num++] = {layers + at, take_made(&arena, layers + at), own, next + at, &outcome};
+            }
+            for (int j = 0; j < num; j++) runs[j].make(worker);
+            worker.wait();
+            for (int j = 0; j < num; j++) runs[j].read(worker);
+            worker.wait();
+            for (int j = 0; j < num; j++) runs[j].finish(worker);
+            /* After few, all have waited for all. */
+            if (runs[0].is_many()) worker.wait();
+        }
     });
     return outcome;
 }

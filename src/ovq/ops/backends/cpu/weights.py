@@ -66,13 +66,16 @@ class Matrix(NamedTuple):
             steps, lows = factors[..., None].unbind(3)
         return (numbers * steps + lows).flatten(1)[: self.shape[0], : self.shape[1]]
 
-    def call(self, first: int = 0) -> _Matrix:
-        """The matrix from row `first` on as kernels take it; its tensors must be kept alive.
+    def call(self, first: int = 0, *, is_rough: bool = False) -> _Matrix:
+        """The matrix as kernels take it; its tensors must be kept alive.
 
-        Whole numbers have no rows to begin at.
+        Args:
+            first: the row to begin at, of numbers.
+            is_rough: whether to multiply whole numbers with inputs of 8 bits in place of 16.
         """
         assert not first or self.factors is None
-        call = _Matrix(format=FORMATS.index(self.format))
+        # The same formats once more.
+        call = _Matrix(format=FORMATS.index(self.format) + is_rough * len(_MOST))
         for name in ("weight", "factors", "bias"):
             if (x := getattr(self, name)) is not None:
                 setattr(call, name, x.data_ptr() + first * x.stride(0) * x.element_size())
@@ -148,14 +151,24 @@ def _tiled(numbers: Tensor) -> Tensor:
     return tiles.permute(0, 2, 3, 1, 4).contiguous()
 
 
-def output_step(x: Tensor, norm: Tensor, eps: float, weight: Matrix) -> Tensor:
-    """`weight norm(x)` `[B, 1, N]` of tokens x `[B, 1, D]` float32; norm `[D]` is that of an RMS norm."""
+def matrix_product(
+    x: Tensor, weight: Matrix, norm: Tensor | None = None, eps: float = 0.0, *, is_rough: bool = False
+) -> Tensor:
+    """`weight norm(x) + bias` `[..., N]` of tokens x `[..., D]` float32.
+
+    Args:
+        x: the tokens.
+        weight: the matrix, with its bias.
+        norm: `[D]` of an RMS norm, or None.
+        eps: of the norm.
+        is_rough: see `Matrix.call`.
+    """
     x = x.contiguous()
     num_out, dim = weight.shape
-    num, call = x.numel() // dim, weight.call()
+    num, call = x.numel() // dim, weight.call(is_rough=is_rough)
     scratch, y = torch.empty_like(x), x.new_empty(*x.shape[:-1], num_out)
     call_kernel(
-        *("ovq_output_step", torch.get_num_threads(), num, dim, num_out, float(eps)),
-        *(x, norm, ctypes.addressof(call), scratch, y),
+        *("ovq_matrix_product", torch.get_num_threads(), num, dim, num_out, float(eps)),
+        *(x, 0 if norm is None else norm, ctypes.addressof(call), scratch, y),
     )
     return y

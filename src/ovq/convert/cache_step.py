@@ -1,0 +1,187 @@
+"""The memories of a cache as kernels take them that do whole layers (`HeadsStep`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ovq.convert.cache import MemoryCache, MemoryLayer, key_factors
+from ovq.convert.compiled import count_tokens, schedule_of, tensors_of
+from ovq.convert.config import LayerConfig
+from ovq.convert.memory import HeadMemory
+from ovq.ops.backends.cpu import HeadGroup, HeadsLayer, HeadsStep
+
+#: More tokens of all rows than this are not written ones. Mirrored by `FEW_ROWS` of step.h.
+MOST_ROWS = 32
+
+# Tokens of a prompt, of all rows, in a call: what is made of them fits into the caches beside the weights.
+_PIECE = 512
+
+
+class CacheStep:
+    """The memories of a cache as kernels take them, from one token to the next.
+
+    Args:
+        cache: what the rows have read.
+        layers: those of the model.
+    """
+
+    def __init__(self, cache: MemoryCache, layers: Sequence[HeadsLayer]) -> None:
+        self._memories = [memory for layer in cache.layers for memory in layer.own_()]
+        self._layers = cache.layers
+        self._configs = [layer.config for layer in cache.layers]
+        self._tensors = [tensors_of(memory) for memory in self._memories]
+        groups = [_groups(layer, of, 1) for layer, of in zip(cache.layers, layers, strict=True)]
+        self._groups = [group for own in groups for group in own]
+        self._merged: list[list[int]] = [[] for _ in self._groups]
+        factors = _factors(self._configs, layers[0].head_dim)
+        self._step = HeadsStep(layers, groups, factors, cache.num_rows, MOST_ROWS)
+        self._num_tokens = 1
+
+    def is_current(self, cache: MemoryCache) -> bool:
+        """Whether the cache still has these memories, and they their tensors."""
+        memories = [memory for layer in cache.layers for memory in layer.state]
+        if len(memories) != len(self._memories):
+            return False
+        for layer, config in zip(cache.layers, self._configs, strict=True):
+            if layer.config is not config:
+                return False
+        for memory, own, tensors in zip(memories, self._memories, self._tensors, strict=True):
+            memory.own_()
+            if memory is not own:
+                return False
+            fields = vars(memory)
+            for name, x in tensors.items():
+                if fields[name] is not x:
+                    return False
+        return True
+
+    def run(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """`[B, T, D]` through the layers, with angles `[B or 1, T, K]`; the memories have read the tokens."""
+        rows, num, _ = x.shape
+        before = [layer.copies_before(num) for layer in self._layers]
+        if num != self._num_tokens:
+            self._num_tokens = num
+            for group in self._groups:
+                group.put("length", [num] * rows)
+        for i, (memory, group) in enumerate(zip(self._memories, self._groups, strict=True)):
+            group.put("filled", memory.filled)
+            if memory.num_merged != self._merged[i]:
+                self._merged[i] = list(memory.num_merged)
+                group.put("num_merged", memory.num_merged)
+                group.put("schedule", [num for sizes in _now_and_next(memory) for num in sizes])
+        _put_angles(self._step, cos, sin, rows, num)
+        y = self._step.run(x)
+        for memory in self._memories:
+            count_tokens(memory, [num] * rows)
+        for layer, copies in zip(self._layers, before, strict=True):
+            layer.num_columns += num
+            layer.record_read(copies, num)
+        return y
+
+
+def read_pieces(
+    cache: MemoryCache, layers: Sequence[HeadsLayer], x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """`[B, T, D]` of any number of tokens through the layers, as `CacheStep.run`, piece by piece.
+
+    Args:
+        cache: what the rows have read; nothing yet, or as much in all layers.
+        layers: those of the model.
+        x: `[B, T, D]` float32.
+        cos: `[B or 1, T, K]`. sin: likewise.
+        dtype: that of the keys that are kept.
+    """
+    rows, num, _ = x.shape
+    is_rough = rows * num > MOST_ROWS and layers[0].q.factors is not None
+    factors = _factors([layer.config for layer in cache.layers], layers[0].head_dim)
+    like = torch.empty((), dtype=dtype)
+    for layer, of in zip(cache.layers, layers, strict=True):
+        own = like.expand(rows, layer.config.num_kv_heads, 1, of.head_dim)
+        layer.begin(own, own)
+    parts: list[Tensor] = []
+    for pieces in _pieces(cache, rows, num):
+        steps, lengths = [], []
+        for part in pieces:
+            lengths = [part.stop - part.start] * rows
+            groups = [_groups(layer, of, lengths[0]) for layer, of in zip(cache.layers, layers, strict=True)]
+            step = HeadsStep(layers, groups, factors, rows, rows * lengths[0], is_rough=is_rough)
+            _put_angles(step, cos[:, part], sin[:, part], rows, lengths[0])
+            steps.append(step)
+            for layer in cache.layers:
+                layer.num_columns += lengths[0]
+                for memory in layer.state:
+                    count_tokens(memory, lengths)
+        given = [x[:, part] for part in pieces]
+        parts += steps[0].run_before(steps[1], *given) if len(steps) == 2 else [steps[0].run(*given)]
+        for layer in cache.layers:
+            layer.bring_nearer(lengths)
+    return torch.cat(parts, 1)
+
+
+def _pieces(cache: MemoryCache, num_rows: int, num: int) -> Iterator[list[slice]]:
+    """Tokens to be read one after the other, two pieces side by side, if they are many.
+
+    After them, at the latest, something is brought nearer.
+    """
+    done, most = 0, 2 * max(1, _PIECE // num_rows)
+    while done < num:
+        # All layers turn at the same places.
+        end = done + int(min(num - done, most, cache.layers[0].until_turn()))
+        middle = (done + end) // 2
+        is_many = (middle - done) * num_rows > MOST_ROWS
+        yield [slice(done, middle), slice(middle, end)] if is_many else [slice(done, end)]
+        done = end
+
+
+def _put_angles(step: HeadsStep, cos: Tensor, sin: Tensor, num_rows: int, num: int) -> None:
+    for own, angles in ((step.cos, cos), (step.sin, sin)):
+        own[: num_rows * num].view(num_rows, num, -1).copy_(angles)
+
+
+def _now_and_next(memory: HeadMemory) -> list[list[int]]:
+    """Slots in use of each row now, and after the next merge."""
+    budget = memory.budget
+    return [[budget.num_open(num + more) for more in (0, budget.chunk_size)] for num in memory.num_merged]
+
+
+def _groups(layer: MemoryLayer, of: HeadsLayer, num: int) -> list[HeadGroup]:
+    """The heads of a layer as kernels take them, to read `num` tokens of each row."""
+    config, dim = layer.config, of.head_dim
+    groups = []
+    for memory in layer.state:
+        num_rows, budget = len(memory.filled), memory.budget
+        # The kernel puts in its own queries, keys and values.
+        k = torch.empty(num_rows, config.num_kv_heads, 1, dim, dtype=memory.recent_keys.dtype)
+        groups.append(
+            HeadGroup.of(
+                tensors_of(memory),
+                heads=budget.heads,
+                num_sinks=budget.num_sinks,
+                chunk_size=budget.chunk_size,
+                options=budget.options if budget.num_slots else None,
+                filled=memory.filled,
+                num_merged=memory.num_merged,
+                lengths=[num] * num_rows,
+                schedule=_now_and_next(memory) if num == 1 else schedule_of(memory, [num] * num_rows),
+                k=k,
+                v=k,
+                q=torch.empty(num_rows, of.q.shape[0] // dim, 1, dim),
+                temperature=_numbers(config, "slot_temperature"),
+                bias=_numbers(config, "slot_bias"),
+            )
+        )
+    return groups
+
+
+def _factors(configs: Sequence[LayerConfig], dim: int) -> list[Tensor | None]:
+    """`[Hkv, K]` of each layer, by which keys are multiplied, or None."""
+    like = torch.empty(1, 1, 1, dim)
+    return [None if x.key_exponents is None else key_factors(x.key_exponents, like)[:, 0] for x in configs]
+
+
+def _numbers(config: LayerConfig, name: str) -> Tensor | None:
+    found: Iterable[float] | None = getattr(config, name)
+    return None if found is None else torch.tensor(tuple(found), dtype=torch.float32)

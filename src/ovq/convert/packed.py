@@ -1,0 +1,98 @@
+"""Linear layers whose weights are whole numbers of 8 or 4 bits, in place of those of a model."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ovq.convert.cache_step import MOST_ROWS
+from ovq.layers.products import is_plain
+from ovq.ops.backends.cpu import Matrix, is_available, matrix_product, packed
+
+#: The formats of such weights.
+PACKED = ("int8", "int4")
+
+
+class PackedLinear(nn.Module):
+    """`nn.Linear` with weights of 8 or 4 bits, for a CPU. Gradients reach the inputs alone.
+
+    Inputs are rounded, too: of up to 32 tokens, and of an output layer, to 16 bits, else to 8.
+
+    Args:
+        linear: the layer whose weights are rounded.
+        format: `"int8"` or `"int4"`. An output layer has int8, as more bits than the others in GGUF files.
+        is_output: whether it is an output layer.
+
+    Shapes:
+        `[..., D]` to `[..., N]`, in the dtype of the input.
+
+    Example:
+        >>> linear = nn.Linear(64, 32)
+        >>> x = torch.randn(5, 64)
+        >>> bool((PackedLinear(linear, "int8")(x) - linear(x)).abs().max() < 0.02)
+        True
+    """
+
+    def __init__(self, linear: nn.Linear, format: str, *, is_output: bool = False) -> None:
+        super().__init__()
+        self.out_features, self.in_features = linear.weight.shape
+        self.format, self.is_output = "int8" if is_output else format, is_output
+        matrix = packed(linear.weight, linear.bias, self.format)
+        # As bytes, which `to(dtype)` leaves as they are.
+        for name, x in (("numbers", matrix.weight), ("factors", matrix.factors), ("bias", matrix.bias)):
+            self.register_buffer(name, None if x is None else x.view(torch.uint8))
+        self._dtype = None if matrix.factors is None else matrix.factors.dtype
+
+    numbers: Tensor
+    factors: Tensor
+    bias: Tensor | None
+
+    @property
+    def matrix(self) -> Matrix:
+        """The weights and the bias, as kernels take them."""
+        bias = None if self.bias is None else self.bias.view(torch.float32)
+        assert self._dtype is not None
+        shape = self.out_features, self.in_features
+        return Matrix(self.numbers, self.format, shape, self.factors.view(self._dtype), bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., N]`."""
+        matrix = self.matrix
+        if x.is_cpu and x.numel() and is_available() and not (torch.is_grad_enabled() and x.requires_grad):
+            is_rough = x.numel() > MOST_ROWS * self.in_features and not self.is_output
+            return matrix_product(x.float(), matrix, is_rough=is_rough).to(x.dtype)
+        bias = None if matrix.bias is None else matrix.bias.to(x.dtype)
+        return F.linear(x, matrix.dequantised().to(x.dtype), bias)
+
+    def extra_repr(self) -> str:
+        """What `repr` says."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, format={self.format}"
+        )
+
+
+def pack_(model: Any, format: str) -> None:
+    """Put `PackedLinear`s in place of a model's linear layers. Those that hooks look into stay."""
+    output = model.get_output_embeddings()
+    for owner in list(model.modules()):
+        for name, module in owner.named_children():
+            if is_plain(module, nn.Linear) and type(module.weight) is nn.Parameter:
+                own = PackedLinear(module, format, is_output=module is output)
+                setattr(owner, name, own.train(module.training))
+    for x in model.parameters():
+        # Or the whole file of weights would stay mapped for the sake of a few.
+        x.data = x.data.clone()
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        # glibc keeps what the weights have taken, between what the packed ones take.
+        trim(0)
+
+
+def can_pack(model: Any) -> bool:
+    """Whether kernels are there to multiply packed weights, and a model's weights where they reach them."""
+    return is_available() and all(x.is_cpu for x in model.parameters())
