@@ -32,10 +32,13 @@ QUESTIONS = (
 )
 
 
-def measure(model: Path, document: str, turns: int, *, prefix_cache: int) -> list[dict]:
+def measure(
+    model: Path, document: str, turns: int, *, prefix_cache: int, weight_dtype: str | None
+) -> list[dict]:
     """Ask one question after the other; returns the numbers of each turn."""
     command = [sys.executable, "-m", "ovq", "serve", "--model", str(model), "--name", "m", "--port", "0"]
     command += ["--prefix-cache", str(prefix_cache), "--timeout", "3600"]
+    command += [] if weight_dtype is None else ["--weight-dtype", weight_dtype]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         line = process.stderr.readline()
@@ -89,6 +92,7 @@ def main() -> None:
     parser.add_argument(
         "--turns-before", type=int, default=2, help="turns that are measured without prefixes"
     )
+    parser.add_argument("--weight-dtype", help="see ovq serve")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
@@ -98,7 +102,13 @@ def main() -> None:
     rows = [
         {"prefix_cache": size, **row}
         for size, turns in ((512, arguments.turns), (0, arguments.turns_before))
-        for row in measure(arguments.model, document, turns, prefix_cache=size)
+        for row in measure(
+            arguments.model,
+            document,
+            turns,
+            prefix_cache=size,
+            weight_dtype=arguments.weight_dtype,
+        )
     ]
     # Where files lie here is of no use elsewhere.
     command = [Path(word).name for word in sys.argv]

@@ -3,8 +3,8 @@
     python benchmarks/written_tokens.py --model FOLDER --texts hamlet.txt,lear.txt --out tokens.json
 
 The folder is that of a model of transformers. Times are medians, the ways in turns in one process: by the
-modules of PyTorch, and in one compiled call with weights of each format. Losses are of texts read with
-weights rounded as the kernel has them, less those with the weights as they are. Weights that were once
+modules of PyTorch, and in one compiled call with weights of each format. Losses are of texts read as prompts
+with such weights, less those with the weights as they are. Weights that were once
 dequantised lie on the grid that they are rounded to, so losses are also those of an equal model whose weights
 do not.
 """
@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ovq.convert import attach
+from ovq.convert.packed import PACKED, pack_
 from ovq.hf.cache import CACHE_KEY
-from ovq.ops.backends.cpu import packed
 from ovq.runtime.files import write_atomic
 from ovq_lab.runtime.environment import environment
 
@@ -81,15 +81,12 @@ def losses(model: nn.Module, texts: dict[str, Tensor], *, is_moved: bool) -> lis
     """
     if is_moved:
         move_off_grid_(model)
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    weights = {name: module.weight.clone() for name, module in linear.items()}
+    models = {kind: _with_weights(model, kind) for kind in WAYS[1:]}
     rows: list[dict] = []
     for text, ids in texts.items():
         before: Tensor | None = None
-        for kind in WAYS[1:]:
-            for name, module in linear.items():
-                module.weight.copy_(_rounded(weights[name], kind, is_output=name == "lm_head"))
-            found = _loss(model, ids)
+        for kind, own in models.items():
+            found = _loss(own, ids)
             before = found if before is None else before
             change = found - before
             rows.append(
@@ -103,13 +100,20 @@ def losses(model: nn.Module, texts: dict[str, Tensor], *, is_moved: bool) -> lis
                 }
             )
             print(rows[-1], file=sys.stderr)
-        for name, module in linear.items():
-            module.weight.copy_(weights[name])
     return rows
 
 
-def _rounded(weight: Tensor, kind: str, *, is_output: bool) -> Tensor:
-    return packed(weight, None, "int8" if is_output and kind == "int4" else kind).dequantised()
+def _with_weights(model: Any, kind: str) -> Any:
+    """A copy of a model with weights of a kind, which read prompts."""
+    own = copy.deepcopy(model)
+    if kind in PACKED:
+        pack_(own, kind)
+        own.weight_dtype = kind
+        return own
+    for module in own.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.copy_(module.weight.to(getattr(torch, kind)))
+    return own
 
 
 def move_off_grid_(model: Any) -> None:

@@ -19,6 +19,7 @@ import itertools
 import json
 import os
 import random
+import shlex
 import signal
 import socket
 import statistics
@@ -54,12 +55,14 @@ def servers(arguments: argparse.Namespace) -> dict[str, tuple[list[str], Path]]:
     """The command of each server, but for the folder and the port, and its folder."""
     longest = max(arguments.prompt_tokens) + arguments.new_tokens
     vllm = [*VLLM, f"--max-model-len={longest}"]
-    return {
+    every = {
         "ovq serve": (OVQ_SERVE, arguments.model),
+        "ovq serve, int8": ([*OVQ_SERVE, "--weight-dtype=int8"], arguments.model),
         # Its layers are not compiled, whatever one asks for.
         "vLLM": ([*vllm, "--enforce-eager"], arguments.model),
         "vLLM, unconverted": (vllm, arguments.original),
     }
+    return {name: every[name] for name in arguments.servers or every}
 
 
 def variables(folder: Path, arguments: argparse.Namespace) -> dict[str, str]:
@@ -243,6 +246,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", type=Path, required=True, help="folder of a converted model")
     parser.add_argument("--original", type=Path, required=True, help="what it was converted from")
+    parser.add_argument("--servers", nargs="+", help="their names; all if not given")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[1000, 8000])
     parser.add_argument("--requests", type=int, default=1, help="by each client, one after the other")
@@ -253,7 +257,7 @@ def main() -> None:
     # So that the server ends too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     # Folders of this machine say nothing elsewhere.
-    given = [Path(part).name for part in sys.argv[1:]]
+    given = [shlex.quote(Path(part).name) for part in sys.argv[1:]]
     begin = time.perf_counter()
     rows = measure(arguments)
     found = {

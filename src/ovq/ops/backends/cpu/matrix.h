@@ -87,8 +87,8 @@ static void multiply_whole(const Matrix *matrix, int64_t first, int64_t end, int
     typedef WholeTile<Factor, Format> Tile;
     const int64_t groups = (dim + GROUP - 1) / GROUP;
     typename Format::Quad quads[num * groups][QUADS];
-    float steps[num * groups];
-    int32_t sums[num * groups * 2];
+    float steps[num * groups][2];
+    int32_t sums[num * groups][2];
     const WholeInputs<Format> in = {groups, quads, steps, sums};
     round_inputs(&in, num, dim, x);
     multiply_row_tiles(matrix, first, end, num, added, y, ldy, [&](int64_t r) {

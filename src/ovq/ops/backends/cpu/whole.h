@@ -109,44 +109,43 @@ struct Rough : Exact {
 };
 #endif
 
-/* Inputs [num, groups], the length of their steps, and the sums [num, 2 groups] of the numbers of half a group each. */
+/* Inputs [num, groups], and of half a group each the length of their steps and the sum of the numbers. */
 template <class Format> struct WholeInputs {
     int64_t groups;
     typename Format::Quad (*quads)[QUADS];
-    float *steps;
-    int32_t *sums;
+    float (*steps)[2];
+    int32_t (*sums)[2];
 };
 
 template <class Format>
 static void round_inputs(const WholeInputs<Format> *in, int64_t num, int64_t dim, const float *x) {
     /* Adding 1.5 * 2^23 rounds to an integer, in the lowest bits. */
     const Vector shift = splat(12582912.0f);
-    for (int64_t t = 0; t < num; t++)
-        for (int64_t g = 0; g < in->groups; g++) {
-            const int64_t at = t * in->groups + g;
-            float own[GROUP] = {};
-            memcpy(own, x + t * dim + g * GROUP, sizeof(float) * least(GROUP, dim - g * GROUP));
-            Vector high = {}, spoilt = {};
-            for (int i = 0; i < GROUP; i += VL) {
+    const float most = Format::most;
+    for (int64_t at = 0; at < num * in->groups; at++) {
+        const int64_t t = at / in->groups, first = at % in->groups * GROUP;
+        float own[GROUP] = {};
+        memcpy(own, x + t * dim + first, sizeof(float) * least(GROUP, dim - first));
+        for (int half = 0; half < 2; half++) {
+            const int begin = half * GROUP / 2, end = begin + GROUP / 2;
+            Vector high = {}, spoilt = {}, sum = {};
+            for (int i = begin; i < end; i += VL) {
                 const Vector one = load(own + i);
                 high = higher_of(one, higher_of(-one, high));
                 /* NaN if a number is not finite. */
                 spoilt += one - one;
             }
-            const float largest = highest(high), unit = total(spoilt), most = Format::most;
+            const float largest = highest(high);
             const float per_number = largest > 0 && std::isfinite(most / largest) ? most / largest : 0;
-            in->steps[at] = (per_number > 0 ? largest / most : 0) + unit;
-            for (int half = 0; half < 2; half++) {
-                Vector sum = {};
-                for (int j = 0; j < GROUP / 2; j += VL) {
-                    const int i = half * GROUP / 2 + j;
-                    const Vector shifted = load(own + i) * per_number + shift;
-                    sum += shifted - shift;
-                    Format::put(in->quads[at], i, (IntVector)shifted - (IntVector)shift);
-                }
-                in->sums[2 * at + half] = (int32_t)total(sum);
+            for (int i = begin; i < end; i += VL) {
+                const Vector shifted = load(own + i) * per_number + shift;
+                sum += shifted - shift;
+                Format::put(in->quads[at], i, (IntVector)shifted - (IntVector)shift);
             }
+            in->steps[at][half] = (per_number > 0 ? largest / most : 0) + total(spoilt);
+            in->sums[at][half] = (int32_t)total(sum);
         }
+    }
 }
 
 /* A tile of a matrix. INT8: of each group 4 bytes of each row 16 times, unsigned, of which 128 is zero, and a float32 step
@@ -157,41 +156,51 @@ template <typename Factor, class Format> struct WholeTile {
     const Factor *factors;
     const WholeInputs<Format> *in;
 
-    static constexpr int rows = ABREAST, tokens = Format::tokens, halves = std::is_same_v<Factor, Float16> ? 2 : 1, parts = ABREAST / VL;
+    static constexpr bool is_int8 = std::is_same_v<Factor, float>;
+    static constexpr int rows = ABREAST, tokens = Format::tokens, parts = ABREAST / VL;
     /* Of a group. */
-    static constexpr int num_bytes = GROUP * ABREAST / halves, num_factors = halves * halves * ABREAST;
+    static constexpr int num_bytes = GROUP * ABREAST / (is_int8 ? 1 : 2), num_factors = ABREAST * (is_int8 ? 1 : 4);
+
+    /* Four bytes of quad q of each half, and rows from `part` on. */
+    INLINE_MEMBER void take(const uint8_t *from, int q, int part, IntVector *halves) const {
+        for (int half = 0; half < (is_int8 ? 2 : 1); half++)
+            memcpy(halves + half, from + ((half * QUADS / 2 + q) * ABREAST + part * VL) * 4, sizeof(IntVector));
+        if (is_int8) return;
+        halves[1] = halves[0] >> 4 & 0x0f0f0f0f;
+        halves[0] &= 0x0f0f0f0f;
+    }
 
     /* The products of `num` tokens from t0 on, y [num, ABREAST]. */
     template <int num> INLINE_MEMBER void dots(int64_t t0, float *y) const {
         Vector sums[num][parts] = {};
         for (int64_t g = 0; g < in->groups; g++) {
-            typename Format::Sums own[num][halves][parts] = {};
+            typename Format::Sums own[num][2][parts] = {};
             const uint8_t *from = weights + g * num_bytes;
             const typename Format::Quad *x[num];
             for (int t = 0; t < num; t++) x[t] = in->quads[(t0 + t) * in->groups + g];
 #pragma GCC unroll 4
-            for (int q = 0; q < QUADS / halves; q++)
+            for (int q = 0; q < QUADS / 2; q++)
                 for (int part = 0; part < parts; part++) {
-                    IntVector all;
-                    memcpy(&all, from + (q * ABREAST + part * VL) * 4, sizeof(all));
-                    for (int half = 0; half < halves; half++) {
-                        const IntVector some = halves == 1 ? all : all >> 4 * half & 0x0f0f0f0f;
-                        for (int t = 0; t < num; t++) own[t][half][part].add(some, x[t] + half * (QUADS / 2) + q);
-                    }
+                    IntVector some[2];
+                    take(from, q, part, some);
+                    for (int half = 0; half < 2; half++)
+                        for (int t = 0; t < num; t++) own[t][half][part].add(some[half], x[t] + half * (QUADS / 2) + q);
                 }
             const Factor *factor = factors + g * num_factors;
             for (int t = 0; t < num; t++) {
                 const int64_t at = (t0 + t) * in->groups + g;
-                const float step = in->steps[at];
-                const int32_t *sum = in->sums + 2 * at;
-                for (int half = 0; half < halves; half++)
-                    for (int part = 0; part < parts; part++) {
+                for (int part = 0; part < parts; part++) {
+                    Vector all = {};
+                    for (int half = 0; half < 2; half++) {
+                        const float step = in->steps[at][half];
+                        const int32_t sum = in->sums[at][half], zeros = is_int8 ? 128 * sum : 0;
+                        const Vector product = __builtin_convertvector(own[t][half][part].all() - zeros, Vector) * step;
                         const Factor *steps = factor + half * 2 * ABREAST + part * VL;
-                        const int32_t zeros = halves == 1 ? 128 * (sum[0] + sum[1]) : 0;
-                        const IntVector numbers = own[t][half][part].all() - zeros;
-                        sums[t][part] += __builtin_convertvector(numbers, Vector) * (load_numbers(steps) * step);
-                        if (halves == 2) sums[t][part] += load_numbers(steps + ABREAST) * (sum[half] * step);
+                        if (is_int8) all += product;
+                        else all += product * load_numbers(steps) + load_numbers(steps + ABREAST) * (sum * step);
                     }
+                    sums[t][part] += is_int8 ? all * load_numbers(factor + part * VL) : all;
+                }
             }
         }
         for (int t = 0; t < num; t++)
