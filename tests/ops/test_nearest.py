@@ -229,6 +229,12 @@ def test_what_weighs_nothing_is_freed_first_and_attracts_nothing():
     assert state.count.flatten().tolist() == [3, 1, 1, 1, 1, 1]
 
 
+def test_nothing_that_weighs_anything_need_be_joined():
+    """All that looks for another weighs nothing, and two parts are taken."""
+    state = weighted([[1.0], [2.0], [3.0], [4.0]], [0.0] * 4, num_slots=2, chunk_size=2)
+    assert state.count.sum() == 4
+
+
 def test_what_weighs_less_costs_less():
     """30 and 31 are nearer to each other than 0 and 1.05 (squared 1.1); (m n / (m + n))^(1/3) decides."""
     keys, options = [[0.0], [1.05], [30.0], [31.0]], {"num_slots": 3, "chunk_size": 4}

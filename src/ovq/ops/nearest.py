@@ -221,7 +221,8 @@ class _Clusters:
 
     def _found_distances(self, s: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """The same to items b that have just searched, from products of their search where these will do."""
-        if self._x.dtype == torch.float64:
+        # None did if nothing that has joined weighs anything, but then nothing has followed it either.
+        if self._x.dtype == torch.float64 or not len(s):
             return self._distances(s, a, b)
         order, scores, squares = self._search
         row = torch.zeros_like(self._place)
