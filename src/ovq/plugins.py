@@ -34,6 +34,7 @@ LABORATORY = {
         "kvm": "ovq_lab.mixers:KVMAttention",
         "raven": "ovq_lab.mixers:RavenAttention",
         "linear_attention": "ovq_lab.mixers:LinearAttention",
+        "fox": "ovq_lab.mixers:ForgettingAttention",
         "kda": "ovq_lab.mixers:KimiDeltaAttention",
         "mesanet": "ovq_lab.mixers:MesaNet",
     },

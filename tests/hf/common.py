@@ -25,9 +25,9 @@ SIZES = {
 BASELINES = {
     "mixer_types": [
         *("sink_attention", "vq", "linear_attention", "gated_deltanet", "mamba2", "kvm", "raven", "kda"),
-        "mesanet",
+        *("mesanet", "fox"),
     ],
-    "num_hidden_layers": 9,
+    "num_hidden_layers": 10,
     "num_sinks": 2,
     "sink_window": 4,
     "kvm_chunk_size": 2,

@@ -18,6 +18,7 @@ from ovq.layers import (
 from ovq.layers.memory import of_rows
 from ovq_lab.mixers import (
     MIXERS,
+    ForgettingAttention,
     KimiDeltaAttention,
     KVMAttention,
     LinearAttention,
@@ -43,6 +44,8 @@ MAKERS = {
     ),
     "full": lambda **kw: FullAttention(HIDDEN, 4, 2, 6, conv_size=3, **kw),
     "full-rope": lambda **kw: FullAttention(HIDDEN, 4, 1, 6, conv_size=0, use_rope=True, **kw),
+    "fox": lambda **kw: ForgettingAttention(HIDDEN, 4, 2, 6, conv_size=3, **kw),
+    "fox-rope": lambda **kw: ForgettingAttention(HIDDEN, 4, 1, 6, conv_size=0, use_rope=True, **kw),
     "sliding": lambda **kw: SlidingWindowAttention(HIDDEN, 4, 2, 6, sliding_window=5, conv_size=3, **kw),
     "sliding-nope": lambda **kw: SlidingWindowAttention(
         HIDDEN, 4, 4, 6, sliding_window=2, conv_size=0, use_rope=False, **kw
@@ -183,7 +186,7 @@ def test_a_cache_holds_what_is_specified(mixer, x, num_tokens, dtype):
 
 @pytest.mark.parametrize("name", MIXERS)
 def test_only_the_state_of_full_attention_grows_without_a_bound(name):
-    assert MIXERS[name](HIDDEN, 4).has_bounded_state == (name != "full_attention")
+    assert MIXERS[name](HIDDEN, 4).has_bounded_state == (name not in ("full_attention", "fox"))
 
 
 def test_state_bytes_before_the_first_token(mixer):
@@ -397,6 +400,7 @@ def test_the_names_of_weights_are_those_of_saved_models(name):
         | {f"{norm}_norm.{tensor}" for norm in ("q", "k", "state") for tensor in ("weight", "bias")},
         "raven": {"router_proj.weight", "rates.A_log", "rates.dt_bias"}
         | {f"{norm}_norm.weight" for norm in ("q", "k", "out")},
+        "fox": {"qk_norm.beta", "forget_gate.weight", "forget_gate.bias"},
         "vq": {"qk_norm.beta"} | {f"dictionary.{tensor}" for tensor in slots},
     }.get(name, {"qk_norm.beta"})
     expected = {"qkv_proj.weight", "qkv_conv.weight", "o_proj.weight"} | own

@@ -139,6 +139,6 @@ def test_the_registry_names_what_there_is():
     assert mixer_class("ovq") is OVQAttention
     with pytest.raises(ValueError, match=r"full_attention.*ovq.*sliding_attention.*found 'mamba3'"):
         mixer_class("mamba3")
-    softmax = {"full_attention", "sliding_attention", "sink_attention"}
+    softmax = {"full_attention", "fox", "sliding_attention", "sink_attention"}
     recurrent = {"linear_attention", "gated_deltanet", "kda", "mesanet", "mamba2"}
     assert set(MIXERS) == {"ovq", "vq", "kvm", "raven"} | recurrent | softmax

@@ -1,4 +1,4 @@
-"""The seven sets of mixers that the neighbours' suites run on."""
+"""The eight sets of mixers that the neighbours' suites run on."""
 
 from ovq.hf import OVQForCausalLM
 from tests.hf.common import make_model, of_mixers
@@ -12,6 +12,7 @@ SETS = {
     "kvm_raven": ["raven", "kvm"],
     "deltanet_linear": ["gated_deltanet", "linear_attention"],
     "kda_mesanet": ["kda", "mesanet"],
+    "fox_ovq": ["fox", "ovq"],
 }
 
 

@@ -137,6 +137,7 @@ NAMES = {
     "raven": {"Raven"},
     "linear_attention": {"linear attention"},
     "gated_deltanet": {"Gated DeltaNet", "delta rule", "Gated DeltaNet, fla"},
+    "fox": {"FoX"},
     "kda": {"KDA"},
     "mesanet": {"MesaNet"},
     "mamba2": {"Mamba2", "Mamba2, fla"},

@@ -20,8 +20,8 @@ def train(
         str | None,
         typer.Argument(
             help="A file of your own (.yaml, .json), or TASK-MIXER: recall, positional, regression, mqar, lm "
-            "or lm-70m, lm-120m, lm-150m, lm-350m, lm-480m for GPUs; ovq, full, sliding, sinks, vq, kvm, "
-            "raven, linear, gdn, kda, mesanet or mamba2.",
+            "or lm-70m, lm-120m, lm-150m, lm-350m, lm-480m for GPUs; ovq, full, fox, sliding, sinks, vq, "
+            "kvm, raven, linear, gdn, kda, mesanet or mamba2.",
             show_default=False,
         ),
     ] = None,

@@ -14,6 +14,7 @@ MIXER_NAMES = {
     "raven": "Raven",
     "linear_attention": "linear attention",
     "gated_deltanet": "Gated DeltaNet",
+    "fox": "FoX",
     "kda": "KDA",
     "mesanet": "MesaNet",
     "mamba2": "Mamba2",

@@ -104,12 +104,18 @@ def partners(preset: Preset) -> Figure:
     slots, near = preset.configs["lm"].model.num_slots, MIXER_NAMES[_PARTNER]
     alone = f"{near} alone"
     models = [
-        _Model(f"{near} and full attention", beside(_PARTNER, preset.config("lm", "full_attention"))),
-        _Model(
-            f"{near} and OVQ, forget gate, nearest, {slots} slots",
-            beside(_PARTNER, preset.config("lm", forget_gate=True)),
-            slots,
-            _RULE,
+        *(
+            _Model(f"{near} and {MIXER_NAMES[mixer]}", beside(_PARTNER, preset.config("lm", mixer)))
+            for mixer in ("full_attention", "fox")
+        ),
+        *(
+            _Model(
+                f"{near} and OVQ, {gates}, nearest, {slots} slots",
+                beside(_PARTNER, preset.config("lm", forget_gate=True, merge_gate=gates == "both gates")),
+                slots,
+                _RULE,
+            )
+            for gates in ("forget gate", "both gates")
         ),
         _Model(alone, beside(_PARTNER, preset.config("lm", _PARTNER))),
     ]

@@ -2,6 +2,7 @@
 
 from ovq.layers.registry import MIXERS, mixer_class
 from ovq.plugins import LABORATORY
+from ovq_lab.mixers.fox import ForgettingAttention
 from ovq_lab.mixers.kda import KimiDeltaAttention
 from ovq_lab.mixers.kvm import KVMAttention
 from ovq_lab.mixers.linear import LinearAttention
@@ -15,6 +16,7 @@ for _name in LABORATORY["mixer"]:
 
 __all__ = [
     "MIXERS",
+    "ForgettingAttention",
     "KVMAttention",
     "KimiDeltaAttention",
     "LinearAttention",

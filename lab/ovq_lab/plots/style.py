@@ -1,10 +1,10 @@
 """How lines look: one colour and one marker per mixer, the same in every figure of the project.
 
 The hues are Okabe and Ito's, which colour-blind readers can tell apart too, with a grey and a brown for the
-two windows, a magenta for KVM, an olive for Raven, a plum for KDA and a moss green for MesaNet. Lines of one
-mixer keep its hue and differ in shade, marker and dashes. OVQ has a second blue, with filled markers, for
-dictionaries whose cheapest pairs are merged. Where all lines have the same mixer, as in an ablation, they
-have colours that belong to no mixer.
+two windows, a magenta for KVM, an olive for Raven, a plum for KDA, a moss green for MesaNet and a crimson
+for FoX. Lines of one mixer keep its hue and differ in shade, marker and dashes. OVQ has a second blue, with
+filled markers, for dictionaries whose cheapest pairs are merged. Where all lines have the same mixer, as in
+an ablation, they have colours that belong to no mixer.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ _SHADES = {
     "ovq": ("#6DB6E3", "#0072B2", "#08306B"),
     PAIRS: ("#9FA0FF", "#4B3CF0", "#35108F"),
     "full_attention": ("#F3C35C", "#E69F00", "#8F6300"),
+    "fox": ("#EE7A90", "#D00030", "#6E0019"),
     "sliding_attention": ("#A8A8A8", "#5F5F5F", "#3A3A3A"),
     "sink_attention": ("#B57A52", "#6E2C00", "#3B1800"),
     "vq": ("#6CCBAF", "#009E73", "#005C43"),
@@ -76,6 +77,7 @@ _MARKERS = {
     "ovq": "o",
     PAIRS: "*",
     "full_attention": "s",
+    "fox": "h",
     "sliding_attention": "^",
     "sink_attention": "<",
     "vq": "v",

@@ -262,6 +262,7 @@ _BUILDERS: dict[str, Callable[[str], RunConfig]] = {
 _MIXERS = {
     "ovq": "ovq",
     "full": "full_attention",
+    "fox": "fox",
     "sliding": "sliding_attention",
     "sinks": "sink_attention",
     "vq": "vq",
