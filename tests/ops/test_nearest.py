@@ -62,6 +62,22 @@ def test_kernels_merge_as_torch_does_in_larger_dictionaries(kind, backend):
 
 
 @pytest.mark.parametrize("backend", CPU)
+@pytest.mark.parametrize("kind", ["still", "moving", "growing"])
+def test_slots_that_look_again_find_what_torch_finds(kind, backend):
+    """In two dimensions it often matters what a slot found before, also as keys move or values grow."""
+    for seed in range(6):
+        generator = torch.Generator().manual_seed(seed)
+        k, v = (torch.randn(1, 400, 2, 2, generator=generator) for _ in range(2))
+        if kind == "moving":
+            k = (0.3 * k).cumsum(1)
+        elif kind == "growing":
+            v = v * (torch.arange(400) / 32).exp()[:, None, None]
+        options = {**NEAREST, "num_slots": 37, "chunk_size": 8, "value_weight": 1.0}
+        states = [attend(k, k, v, **options, backend=b)[1] for b in ("torch", backend)]
+        assert_same_state(states[1], states[0], tolerance=0)
+
+
+@pytest.mark.parametrize("backend", CPU)
 def test_numbers_that_are_whole_already_are_multiplied_exactly(backend):
     """Where products are made in bytes, these have no error; the numbers of a vector have one sign."""
     generator = torch.Generator().manual_seed(0)
@@ -117,6 +133,20 @@ def of_one_head(keys, **options):
     return state.count.flatten().tolist(), state.value_sum.flatten().tolist()
 
 
+@pytest.mark.parametrize("most", [127, 63])
+def test_rounding_to_bytes_may_add_up(most):
+    """In bytes the numbers of a vector are whole, up to `most`. Here all are lowered by half of one, and the
+    product with the nearest item is off by as much as it can be, to the side of its opposite."""
+    pattern = [[(-1.0) ** (i & j).bit_count() for j in range(64)] for i in range(7)]
+    far = [[50 * x for x in row] for row in pattern[1:]]
+    near, opposite = [20.0] * 64, [-20.0] * 64
+    token = [most, -most, *[-0.51] * 30, *[0.49] * 32]
+    # Slots of the first chunk search in the third one, in which those of `far` come again.
+    keys = [*far[:4], near, opposite, *far[4:], token, far[0], far[1], far[0]]
+    counts, _ = of_one_head(keys, num_slots=8, chunk_size=4)
+    assert counts == [3, 2, 1, 1, 2, 1, 1, 1]
+
+
 def test_the_shortest_edges_are_taken_and_chains_end_in_one_slot():
     """Each of 0, 1, 2.1 is nearest to the one before; 10 and 20 stay alone."""
     found = of_one_head([[0.0], [1.0], [2.1], [10.0], [20.0]], num_slots=3, chunk_size=5)
@@ -160,6 +190,27 @@ def test_slots_are_looked_at_in_turn():
     assert found == ([2, 2, 2, 2], [1 + 2, 5 + 6, 3 + 4, 7 + 8])
 
 
+FAR = [100.0, 100.0]
+TWICE = {
+    # The slot at 0 finds that at 1 in the third chunk and again in the fifth, a token at -3 is further away.
+    "what has not changed": [[0.0, 0.0], FAR, [1.0, 0.0], [0.0, 90.0], *[FAR] * 4, [-3.0, 0.0], FAR],
+    # The slot at (5, 2) comes nearer as a token joins it, after that at 0 has found the one at -5.2.
+    "what has come nearer": [
+        *([0.0, 0.0], FAR, [-5.2, 0.0], [5.0, 2.0], [5.0, -2.0], *[FAR] * 4, [300.0, 300.0]),
+    ],
+    # The slot at 0 finds that at 1, then a token at -0.95, which joins the slot at -1.2, then that at 1.
+    "what it left for another": [
+        *([0.0, 0.0], FAR, [1.0, 0.0], [0.0, -1.2], *[FAR] * 4),
+        *([0.0, -0.95], *[FAR] * 4, [300.0, 300.0]),
+    ],
+}
+
+
+@pytest.mark.parametrize("keys", TWICE.values(), ids=TWICE)
+def test_a_slot_that_looks_again_finds(keys):
+    of_one_head(keys, num_slots=4, chunk_size=2)
+
+
 def weighted(keys, weights, **options):
     """The state after tokens of one head and of these weights, by all backends."""
     options |= {"token_weights": torch.tensor(weights)[None, :, None], "value_weight": 0}
@@ -176,6 +227,12 @@ def test_what_weighs_nothing_is_freed_first_and_attracts_nothing():
     state = weighted(keys, [0.0, 0, 1, 1, 1, 1, 1, 1], num_slots=6, chunk_size=2)
     assert state.value_sum.flatten().tolist() == [3, 7, 8, 4, 5, 6]
     assert state.count.flatten().tolist() == [3, 1, 1, 1, 1, 1]
+
+
+def test_nothing_that_weighs_anything_need_be_joined():
+    """All that looks for another weighs nothing, and two parts are taken."""
+    state = weighted([[1.0], [2.0], [3.0], [4.0]], [0.0] * 4, num_slots=2, chunk_size=2)
+    assert state.count.sum() == 4
 
 
 def test_what_weighs_less_costs_less():

@@ -116,10 +116,10 @@ def nearest_roots(items: Items, is_mover: Tensor, due: list[int]) -> Tensor:
     clusters = _Clusters(items)
     edges = clusters.edges(is_mover)
     for num_parts in itertools.count(1):
-        edges.priority.masked_fill_(_is_lowest_of_circle(edges.target), torch.inf)
+        is_none = (edges.target == index) | _is_lowest_of_circle(edges.target)
         part = (left + 1) // 2 if num_parts < NUM_PARTS else left
-        num = torch.minimum(part, edges.priority.isfinite().sum(-1))
-        trees = _lowest_of_tree(torch.where(clusters.shortest(edges, num), edges.target, index))
+        num = torch.minimum(part, (~is_none).sum(-1))
+        trees = _lowest_of_tree(torch.where(clusters.shortest(edges, is_none, num), edges.target, index))
         roots, left = trees.gather(1, roots), left - num
         if not bool((left > 0).any()):
             break
@@ -138,15 +138,11 @@ class _Edges:
         target: `[S, M]` the nearest item; an item itself where it has no edge.
         distance: `[S, M]` float64 squared distance, relative to `_Clusters.size`.
         error: `[S, M]` the most by which distances are wrong.
-        weight: `[S, M]` what they are multiplied by.
-        priority: `[S, M]` the edges of the lowest are taken first; inf where there is none.
     """
 
     target: Tensor
     distance: Tensor
     error: Tensor
-    weight: Tensor
-    priority: Tensor
 
 
 class _Clusters:
@@ -165,6 +161,8 @@ class _Clusters:
         dim = items.keys.shape[-1] + items.values.shape[-1]
         self._means = items.keys.new_empty(0, dim, dtype=torch.float64)
         self._place = torch.full_like(items.count, -1)
+        # The last search: its items, their scores with all, and their squared lengths.
+        self._search: tuple[Tensor, Tensor, Tensor]
         self._lay_out(items.keys.dtype)
         size = self._squares.amax(-1)
         if items.keys.dtype == torch.float32:
@@ -221,12 +219,17 @@ class _Clusters:
         distance = (self._point(s, a) - self._point(s, b)).square_().sum(-1) / self.size[s]
         return distance.masked_fill_(~distance.isfinite(), NO_DISTANCE)
 
-    def _rough_distances(self, s: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, float]:
-        """The same from the rows that are multiplied, and the most by which they are wrong."""
-        first, second = self._x[s, a], self._x[s, b]
-        are_points = (first[:, -1] > -torch.inf) & (second[:, -1] > -torch.inf)
-        distance = (first - second)[:, :-1].square_().sum(-1).double() / self.size[s]
-        return torch.where(are_points, distance, NO_DISTANCE), self._error
+    def _found_distances(self, s: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """The same to items b that have just searched, from products of their search where these will do."""
+        # None did if nothing that has joined weighs anything, but then nothing has followed it either.
+        if self._x.dtype == torch.float64 or not len(s):
+            return self._distances(s, a, b)
+        order, scores, squares = self._search
+        row = torch.zeros_like(self._place)
+        row.scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand(order.shape))
+        row = row[s, b]
+        distance = (squares[s, row] - 2 * scores[s, row, a]).double() / self.size[s]
+        return distance.masked_fill_(~distance.isfinite(), NO_DISTANCE)
 
     @property
     def _error(self) -> float:
@@ -278,7 +281,7 @@ class _Clusters:
                 of_items.scatter_(1, order, torch.where(is_found, found, of_items.gather(1, order)))
         has_edge = is_target.sum(-1, keepdim=True) > is_target.long()
         has_edge &= is_mover | (self.is_there & ~has_mass)
-        return self._weighed(torch.where(has_edge, target, index), distance, error)
+        return _Edges(target=torch.where(has_edge, target, index), distance=distance, error=error)
 
     def followed(self, edges: _Edges, trees: Tensor, has_joined: Tensor) -> _Edges:
         """Edges after `join_(trees)`: what has joined looks again, others keep to where their targets are."""
@@ -287,31 +290,30 @@ class _Clusters:
         distance, error = edges.distance.clone(), edges.error.clone()
         is_moved = (target != index) & self._has_mass & has_joined.gather(1, target)
         s, a = is_moved.nonzero(as_tuple=True)
-        distance[s, a], error[s, a] = self._rough_distances(s, a, target[s, a])
-        return self._weighed(
-            torch.where(has_joined, again.target, target),
-            torch.where(has_joined, again.distance, distance),
-            torch.where(has_joined, again.error, error),
+        distance[s, a], error[s, a] = self._found_distances(s, a, target[s, a]), self._error
+        return _Edges(
+            target=torch.where(has_joined, again.target, target),
+            distance=torch.where(has_joined, again.distance, distance),
+            error=torch.where(has_joined, again.error, error),
         )
 
-    def _weighed(self, target: Tensor, distance: Tensor, error: Tensor) -> _Edges:
-        """Edges from items to others, each weighed by the masses of both."""
-        index = torch.arange(target.shape[1], device=target.device)
-        mass, other = self.mass, self.mass.gather(1, target)
-        weight = (mass * (other / divisor(mass + other, mass.dtype))) ** self._items.mass_power
-        priority = (distance * weight).masked_fill(target == index, torch.inf)
-        return _Edges(target=target, distance=distance, error=error, weight=weight, priority=priority)
+    def shortest(self, edges: _Edges, is_none: Tensor, num: Tensor) -> Tensor:
+        """Mask `[S, M]` of the `num` `[S]` edges of lowest priority: distances weighed by the masses of both.
 
-    def shortest(self, edges: _Edges, num: Tensor) -> Tensor:
-        """Mask `[S, M]` of the `num` `[S]` edges of lowest priority."""
-        most, last, error = int(num.max()), (num - 1).clamp(min=0)[:, None], edges.error * edges.weight
+        Args:
+            edges: the edges. is_none: `[S, M]` those that are not to be taken. num: `[S]`.
+        """
+        mass, other = self.mass, self.mass.gather(1, edges.target)
+        weight = (mass * (other / divisor(mass + other, mass.dtype))) ** self._items.mass_power
+        priority, error = (edges.distance * weight).masked_fill_(is_none, torch.inf), edges.error * weight
+        most, last = int(num.max()), (num - 1).clamp(min=0)[:, None]
         # What is certain to come before or after the last one that is taken need not be exact.
-        low, high = edges.priority - error, edges.priority + error
+        low, high = priority - error, priority + error
         first, end = (x.topk(most, largest=False).values.gather(1, last) for x in (low, high))
-        is_near = (error > 0) & (high >= first) & (low <= end) & edges.priority.isfinite()
+        is_near = (error > 0) & (high >= first) & (low <= end) & ~is_none
         s, a = is_near.nonzero(as_tuple=True)
-        exact = self._distances(s, a, edges.target[s, a]) * edges.weight[s, a]
-        return lowest(edges.priority.index_put((s, a), exact), num, most)
+        priority[s, a] = self._distances(s, a, edges.target[s, a]) * weight[s, a]
+        return lowest(priority, num, most)
 
     def _nearest(self, order: Tensor) -> _Near:
         """What is nearest to the items `order` `[S, A]`, by a product in float32 where that can tell."""
@@ -321,6 +323,7 @@ class _Clusters:
         squares = rows[..., -1] * -2
         rows[..., -1] = 1
         scores = torch.bmm(rows, self._x.transpose(1, 2)).scatter_(2, order[..., None], -torch.inf)
+        self._search = order, scores, squares
         if self._x.dtype == torch.float64:
             best = scores.amax(-1)
             place = (scores >= (best - TIE / 2 * size)[..., None]).byte().argmax(-1)

@@ -1,18 +1,26 @@
-/* Products of vectors rounded to whole numbers of a byte, summed exactly in int32, on processors that multiply four pairs
-   of those at once: twice as fast as pairs of bfloat16. They are rougher; how far each vector is off is measured as it is
-   rounded, which leaves few doubts about what is nearest.
+/* Products of vectors rounded to whole numbers of a byte, summed exactly in int32, on processors that multiply many of those
+   at once. They are rougher than pairs of bfloat16; how far each vector is off is measured as it is rounded, which leaves
+   few doubts about what is nearest.
 
-   A word has four neighbours. Processors want numbers without a sign on one side: those on the left have 128 added, which
-   sums on the right begin without. */
+   A word has four neighbours. Processors want numbers without a sign on one side: those on the left have BYTE_ZERO added,
+   which sums on the right begin without. */
 #pragma once
 
 #include "shorts.h"
 
-#if defined(__AVX512VNNI__) && !HAS_TILES
+#if (defined(__AVX512BW__) || (defined(__AVX2__) && !defined(__AVX512F__))) && !HAS_TILES
 #define HAS_BYTES 1
 #else
 #define HAS_BYTES 0
 #endif
+
+/* The largest number. Without VNNI, sums of four products have 16 bits. */
+#if defined(__AVX512VNNI__)
+#define LARGEST_BYTE 127
+#else
+#define LARGEST_BYTE 63
+#endif
+#define BYTE_ZERO (LARGEST_BYTE + 1)
 
 /* Of vectors rounded to whole steps, [M]: how long a step is; in bytes, also the length of what rounding left over, and the
    sum that products begin with. */
@@ -21,50 +29,90 @@ struct Steps {
     int32_t *begin;
 };
 
+INLINE void copy_step(const Steps &from, int64_t i, const Steps &to, int64_t j) {
+    to.size[j] = from.size[i];
+    to.begin[j] = from.begin[i];
+}
+
 #if HAS_BYTES
 INLINE int64_t byte_words(int64_t n) { return padded(n, VL) / 4; }
 
 /* Round n numbers to words of four, n a multiple of VL, as vector i of those with `steps`. What is not finite becomes
    anything. */
 static void round_to_bytes(const float *x, int64_t n, uint32_t *words, const Steps &steps, int64_t i) {
-    const float most = 127;
-    Vector high = {}, total_number = {}, total_error = {};
-    for (int64_t j = 0; j < n; j += VL) high = higher_of(load(x + j), higher_of(-load(x + j), high));
-    const float largest = highest(high), per_number = largest > 0 && std::isfinite(most / largest) ? most / largest : 0;
-    const float size = per_number > 0 ? largest / most : 0;
-    /* Adding 1.5 * 2^23 rounds to an integer, in the lowest bits. */
-    const Vector shift = splat(12582912.0f);
+    const Rounding rounding = rounding_of(x, n, LARGEST_BYTE);
+    Vector total_number = {}, total_error = {};
     for (int64_t j = 0; j < n; j += VL) {
-        const Vector shifted = load(x + j) * per_number + shift, number = shifted - shift;
-        const Vector error = load(x + j) - number * size;
+        const IntVector bits = rounding.bits_of(load(x + j));
+        const Vector number = (Vector)bits - splat(ROUNDS), error = load(x + j) - number * rounding.size;
         total_number += number;
         total_error += error * error;
-        const ByteVector bytes = __builtin_convertvector((IntVector)shifted, ByteVector);
+        const ByteVector bytes = __builtin_convertvector(bits, ByteVector);
         memcpy(words + j / 4, &bytes, sizeof(bytes));
     }
-    steps.size[i] = size;
+    steps.size[i] = rounding.size;
     /* A thousandth for the roundings of float32 in it. */
     steps.error[i] = sqrtf(total(total_error)) * 1.001f;
-    steps.begin[i] = -128 * (int32_t)total(total_number);
+    steps.begin[i] = -BYTE_ZERO * (int32_t)total(total_number);
 }
 
+/* The n words of column j of a matrix cut into panels, as those on the left. */
+INLINE void take_left(const uint32_t *panels, int64_t n, int64_t j, uint32_t *words) {
+    const uint32_t each = 0x01010101;
+    take_words(panels, n, j, words);
+    for (int64_t i = 0; i < n; i++) words[i] = (words[i] & each * (2 * BYTE_ZERO - 1)) ^ each * BYTE_ZERO;
+}
+
+/* Sums of products of BYTE_WORDS words, those on the left of numbers without a sign. */
+#if defined(__AVX512VNNI__)
+#define BYTE_WORDS 1
+#define BYTE_ROWS MR
+INLINE Words add_bytes(Words sum, const Words *left, const Words *right) {
+    return (Words)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)*left, (__m512i)*right);
+}
+#else
+#define BYTE_WORDS 2
+#define BYTE_ROWS 4
+INLINE Words add_bytes(Words sum, const Words *left, const Words *right) {
+#if defined(__AVX512F__)
+    const __m512i both = _mm512_add_epi16(_mm512_maddubs_epi16((__m512i)left[0], (__m512i)right[0]),
+                                          _mm512_maddubs_epi16((__m512i)left[1], (__m512i)right[1]));
+#else
+    const __m256i both = _mm256_add_epi16(_mm256_maddubs_epi16((__m256i)left[0], (__m256i)right[0]),
+                                          _mm256_maddubs_epi16((__m256i)left[1], (__m256i)right[1]));
+#endif
+    return add_shorts(sum, (Words)both, 0x00010001 - Words{});
+}
+#endif
+
 struct Bytes : InSteps {
+    struct Factor {
+        Words words[BYTE_WORDS];
+    };
     const int32_t *first;
-    INLINE_MEMBER Words begin(int64_t, int64_t j) const {
-        Words y;
-        memcpy(&y, first + j, sizeof(y));
+
+    INLINE_MEMBER Words begin(int64_t, int64_t j) const { return InSteps::several((const uint32_t *)first + j); }
+    static INLINE_MEMBER Factor several(const uint32_t *x) {
+        Factor y;
+        for (int i = 0; i < BYTE_WORDS; i++) y.words[i] = InSteps::several(x + i * NR);
         return y;
     }
-    static INLINE_MEMBER Words add(Words sum, Words left, Words right) {
-        return (Words)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)left, (__m512i)right);
+    static INLINE_MEMBER Factor one(const uint32_t *x) {
+        Factor y;
+        for (int i = 0; i < BYTE_WORDS; i++) y.words[i] = InSteps::one(x + i);
+        return y;
+    }
+    static INLINE_MEMBER Words add(Words sum, const Factor &left, const Factor &right) {
+        return add_bytes(sum, left.words, right.words);
     }
 };
 
 /* c [m, n] = from + steps of rows and columns, times a [m, k words] b [k words, n] in steps. Rows of a, whose numbers have
-   128 added, are `row` words apart; b is in panels, `panel` words apart; `from` is c or NULL. */
+   BYTE_ZERO added, are `row` words apart; b is in panels, `panel` words apart; `from` is c or NULL. */
 static void bytes_product(int64_t m, int64_t n, int64_t k, const uint32_t *a, int64_t row, const float *left_size,
                           const uint32_t *b, int64_t panel, const Steps &right, const float *from, float *c,
                           int64_t ldc) {
-    multiply(Bytes{{left_size, right.size, from, ldc, c, ldc}, right.begin}, m, n, k, a, row, 1, b, panel, NR);
+    multiply<BYTE_ROWS>(Bytes{{left_size, right.size, from, ldc, c, ldc}, right.begin}, m, n, k / BYTE_WORDS, a, row, BYTE_WORDS, b,
+             panel, BYTE_WORDS * NR);
 }
 #endif

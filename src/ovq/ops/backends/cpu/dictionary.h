@@ -16,7 +16,7 @@ struct Rows {
     float *weights;       /* [M]: of a chunk's tokens, what each counts for; NULL for 1. */
     uint32_t *words;      /* Keys, and values to merge, as columns, rounded, [M / NR, row_words, NR], or NULL. */
     uint32_t *bytes;      /* The same in bytes, where items are searched for by these, [M / NR, item_bytes, NR]; or NULL. */
-    Steps of_keys, of_values; /* The steps of `words` or `bytes`, where these are whole numbers; else NULL. */
+    Steps of_keys, of_values; /* The steps of `bytes`, or of keys as `words`, where these are whole numbers; else NULL. */
     uint32_t *value_pairs; /* Values, rounded, in pairs of rows, [M / 2, value_ld], where these are read; else NULL. */
     uint32_t *value_words; /* Values as columns, [M / NR, value_words, NR], and keys in pairs of rows: the backward's */
     uint32_t *key_pairs;   /* of bfloat16, else NULL. */
@@ -73,7 +73,7 @@ static Rows take_rows(Arena *arena, const Call *call, int64_t num, int is_backwa
     rows.words = has_words ? TAKE(arena, uint32_t, num * row_words(call)) : nullptr;
     rows.bytes = has_bytes ? TAKE(arena, uint32_t, num * item_bytes(call)) : nullptr;
     rows.of_keys = has_bytes || is_in_steps ? take_steps(arena, num, has_bytes) : Steps{};
-    rows.of_values = has_bytes || (is_in_steps && merges_pairs) ? take_steps(arena, num, has_bytes) : Steps{};
+    rows.of_values = has_bytes ? take_steps(arena, num, has_bytes) : Steps{};
     rows.value_pairs = is_in_pairs && !is_backward ? TAKE(arena, uint32_t, num / 2 * value_ld(call)) : nullptr;
     rows.value_words = is_in_pairs && is_backward ? TAKE(arena, uint32_t, num * value_words(call)) : nullptr;
     rows.key_pairs = is_in_pairs && is_backward ? TAKE(arena, uint32_t, num / 2 * key_ld(call)) : nullptr;
@@ -89,11 +89,11 @@ INLINE Steps steps_from(const Steps &steps, int64_t i) {
 
 /* The rows from i on, i a multiple of NR. */
 INLINE Rows rows_from(const Rows *rows, const Call *call, int64_t i) {
-    return {rows->keys + i * key_ld(call),
-            rows->values + i * value_ld(call),
+    return {from_row(rows->keys, i * key_ld(call)),
+            from_row(rows->values, i * value_ld(call)),
             from_row(rows->key_panels, i * call->k.dim),
             from_row(rows->value_panels, i * call->v.dim),
-            rows->bias + i,
+            from_row(rows->bias, i),
             rows->is_finite,
             from_row(rows->weights, i),
             from_row(rows->words, i * row_words(call)),
@@ -115,24 +115,15 @@ static Dictionary take_dictionary(Arena *arena, const Call *call, int is_backwar
     return dictionary;
 }
 
-/* Round a vector of `dim` numbers, zero up to a multiple of VL, to words: to whole steps where there is a place for how
-   long these are. */
-INLINE void round_vector(const float *x, int64_t dim, uint32_t *words, float *step) {
+/* Round a key to words: to whole steps where there is a place for how long these are. */
+INLINE void round_key(const Call *call, const float *key, uint32_t *words, float *step) {
 #if HAS_SHORTS
     if (step) {
-        *step = round_to_steps(x, padded(dim, VL), largest_short(dim), words);
+        *step = round_to_steps(key, key_ld(call), largest_short(call->k.dim), words);
         return;
     }
 #endif
-    round_row(x, padded(dim, VL), words);
-}
-
-INLINE void round_key(const Call *call, const float *key, uint32_t *words, float *step) {
-    round_vector(key, call->k.dim, words, step);
-}
-
-INLINE void round_value(const Call *call, const float *value, uint32_t *words, float *step) {
-    round_vector(value, call->v.dim, words, step);
+    round_row(key, key_ld(call), words);
 }
 
 /* Row i from its key and value, which it may already hold. */
@@ -145,7 +136,7 @@ static void set_row(Rows *rows, const Call *call, int64_t i, float bias) {
         float *of_key = rows->bytes ? nullptr : from_row(rows->of_keys.size, i);
         round_key(call, rows->keys + i * key_ld(call), words, of_key);
         if (row_words(call) > key_words(call))
-            round_value(call, rows->values + i * value_ld(call), words + key_words(call), from_row(rows->of_values.size, i));
+            round_row(rows->values + i * value_ld(call), value_ld(call), words + key_words(call));
         put_words(rows->words, row_words(call), i, words);
     }
 #if HAS_BYTES

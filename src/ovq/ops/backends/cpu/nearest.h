@@ -175,7 +175,7 @@ static void take_part(const Joining &all, int64_t part) {
     open_circles(nearest);
     nearest->num_due -= take_edges(all, is_last ? due : (due + 1) / 2);
     join_all(all);
-    nearest->num_searching = 0;
+    nearest->num_searching = nearest->num_again = 0;
     if (!nearest->num_due) return;
     if (nearest->needs_order || is_last) set_order(all);
     if (is_last) {
@@ -206,8 +206,12 @@ static void learn_by_edges(const Joining &all, Dictionary *dictionary, const Chu
     if (is_due) num_moved = find_moves(clusters_of(nearest), num, size, learner);
     for (int64_t t = 0; !is_due && t < size; t++) learner->slot[t] = (int32_t)(num + t);
     move_all(call, dictionary, all.tokens, all.sums, nearest->moved, chunk, head, num_moved, learner);
-    for (int64_t t = 0; t < size; t++) set_squares(all, learner->slot[t]);
-    for (int64_t i = 0; i < num_moved; i++) set_squares(all, learner->near[i]);
+    for (int64_t t = 0; t < size; t++) note_change(all, learner->slot[t]);
+    for (int64_t i = 0; i < num_moved; i++) note_change(all, learner->near[i]);
+    for (int64_t j = 0; HAS_BYTES && is_due && !nearest->needs_order && j < nearest->num_edges; j++) {
+        const int32_t i = nearest->edges[j];
+        if (i < num && nearest->into[i] == i) note_search(nearest, i);
+    }
 }
 
 /* Chunks that are not finite are laid out anew: the sums get all values, and so do distances. */

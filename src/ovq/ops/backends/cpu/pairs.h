@@ -57,10 +57,15 @@ static void round_row(const float *x, int64_t n, uint32_t *words) {
     }
 }
 
-/* Put words [n] into column j of a matrix cut into panels of NR columns. */
+/* Put words [n] into column j of a matrix cut into panels of NR columns, and take them from there. */
 INLINE void put_words(uint32_t *panels, int64_t n, int64_t j, const uint32_t *words) {
     uint32_t *out = panels + j / NR * n * NR + j % NR;
     for (int64_t i = 0; i < n; i++) out[i * NR] = words[i];
+}
+
+INLINE void take_words(const uint32_t *panels, int64_t n, int64_t j, uint32_t *words) {
+    const uint32_t *from = panels + j / NR * n * NR + j % NR;
+    for (int64_t i = 0; i < n; i++) words[i] = from[i * NR];
 }
 
 /* Round row i of a matrix [n] to bfloat16 in pairs of rows, which share words. */
@@ -102,7 +107,7 @@ struct Pairs {
     int64_t ldc;
     INLINE_MEMBER Sum begin(int64_t i, int64_t j) const { return from ? (Sum)load(from + i * ldc + j) : Sum{}; }
     static INLINE_MEMBER Factor several(const uint32_t *x) { return (Factor)_mm512_loadu_si512(x); }
-    static INLINE_MEMBER Factor one(uint32_t x) { return (Factor)_mm512_set1_epi32((int)x); }
+    static INLINE_MEMBER Factor one(const uint32_t *x) { return (Factor)_mm512_set1_epi32((int)*x); }
     static INLINE_MEMBER Sum add(Sum sum, Factor left, Factor right) { return _mm512_dpbf16_ps(sum, left, right); }
     INLINE_MEMBER void end(int64_t i, int64_t j, Sum sum) const {
         store(c + i * ldc + j, finish.bias ? (Vector)sum * finish.factor + load(finish.bias + j) : (Vector)sum);

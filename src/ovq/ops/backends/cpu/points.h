@@ -7,7 +7,7 @@
 /* Columns of a block of products. */
 #define BLOCK 128
 /* Whether there are products that take half the time and are rough. */
-#define HAS_ROUGH (HAS_BYTES || HAS_PAIRS || HAS_SHORTS)
+#define HAS_ROUGH (HAS_BYTES || HAS_PAIRS)
 
 INLINE double token_mass(const Rows *tokens, int64_t t) { return tokens->weights ? tokens->weights[t] : 1; }
 
@@ -38,40 +38,15 @@ INLINE double exact_square(const double *x, int64_t n) {
     return sum;
 }
 
-/* How far rough products of two points are off at most, over half the sum of their squared lengths, and over the product
-   of these lengths. Of bytes it is known of each point instead. */
-INLINE float roughness_of(const Call *call) {
-    if (HAS_PAIRS) return ROUGHNESS;
-    return (float)fmax(short_roughness(call->k.dim), short_roughness(call->v.dim));
-}
-
 /* Points to the left of a product, their values scaled by the square of the factor; with `words`, the product is rough. */
 struct Left {
-    const float *keys, *values;
-    const uint32_t *words;
-    const float *key_steps, *value_steps; /* As those of `Rows`. */
+    float *keys, *values;
+    uint32_t *words;
+    float *key_steps, *value_steps; /* How long the steps of their bytes are. */
 };
 
 /* Words of a point on the left. */
 INLINE int64_t left_words(const Call *call) { return HAS_BYTES ? item_bytes(call) : row_words(call); }
-
-/* Words of `num` points; `steps` [2, num], or NULL, says how long the steps of their keys and of their values are. */
-static void round_rows(const Call *call, int64_t num, const float *keys, const float *values, uint32_t *words,
-                       float *steps) {
-    for (int64_t i = 0; i < num; i++, words += left_words(call)) {
-        const float *key = keys + i * key_ld(call), *value = values + i * value_ld(call);
-#if HAS_BYTES
-        float error;
-        int32_t begin;
-        round_to_bytes(key, key_ld(call), words, {steps + i, &error, &begin}, 0);
-        round_to_bytes(value, value_ld(call), words + byte_words(call->k.dim), {steps + num + i, &error, &begin}, 0);
-        for (int64_t j = 0; j < item_bytes(call); j++) words[j] ^= 0x80808080;
-#else
-        round_key(call, key, words, from_row(steps, i));
-        round_value(call, value, words + key_words(call), from_row(steps, num + i));
-#endif
-    }
-}
 
 /* Products of the words of `count` points with those of `num` columns. */
 static void multiply_words(const Call *call, const Rows *columns, int64_t num, int64_t count, const Left &left,
@@ -85,12 +60,6 @@ static void multiply_words(const Call *call, const Rows *columns, int64_t num, i
                   out, ld);
 #elif HAS_PAIRS
     pairs_product(count, num, own, left.words, own, 1, columns->words, own * NR, NR, nullptr, Finish{}, out, ld);
-#elif HAS_SHORTS
-    const int64_t of_keys = key_words(call);
-    shorts_product(count, num, own - of_keys, left.words + of_keys, own, left.value_steps, columns->words + of_keys * NR,
-                   own * NR, columns->of_values.size, nullptr, ld, out, ld);
-    shorts_product(count, num, of_keys, left.words, own, left.key_steps, columns->words, own * NR, columns->of_keys.size,
-                   out, ld, out, ld);
 #endif
 }
 

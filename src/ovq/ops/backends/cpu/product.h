@@ -17,7 +17,7 @@ INLINE void product_tile(const Kind &kind, int64_t i0, int64_t j0, int64_t k, co
         typename Kind::Factor right[nv];
         for (int j = 0; j < nv; j++) right[j] = Kind::several(b + p * ldb + j * VL);
         for (int i = 0; i < mr; i++) {
-            const auto left = Kind::one(a[i * row + p * col]);
+            const auto left = Kind::one(a + i * row + p * col);
             for (int j = 0; j < nv; j++) sum[i][j] = Kind::add(sum[i][j], left, right[j]);
         }
     }
@@ -35,15 +35,15 @@ INLINE void product_rows(int64_t num, const Kind &kind, Rest... rest) {
 
 /* a [m, k] b [k, n], n a multiple of VL. a has strides `row` and `col`. b is cut into panels of NR columns, `panel` numbers
    apart, each with rows `ldb` numbers apart: a matrix stored by rows has panel = NR. */
-template <class Kind>
+template <int rows = MR, class Kind>
 INLINE void multiply(const Kind &kind, int64_t m, int64_t n, int64_t k, const typename Kind::Number *a, int64_t row,
                      int64_t col, const typename Kind::Number *b, int64_t panel, int64_t ldb) {
     for (int64_t j = 0; j < n; j += NR, b += panel) {
-        for (int64_t i = 0; i < m; i += MR) {
+        for (int64_t i = 0; i < m; i += rows) {
             const typename Kind::Number *left = a + i * row;
-            const int64_t num = least(MR, m - i);
-            if (n - j >= NR) product_rows<MR, NV>(num, kind, i, j, k, left, row, col, b, ldb);
-            else product_rows<MR, 1>(num, kind, i, j, k, left, row, col, b, ldb);
+            const int64_t num = least(rows, m - i);
+            if (n - j >= NR) product_rows<rows, NV>(num, kind, i, j, k, left, row, col, b, ldb);
+            else product_rows<rows, 1>(num, kind, i, j, k, left, row, col, b, ldb);
         }
     }
 }
@@ -57,7 +57,7 @@ struct Floats {
     int64_t ldc;
     INLINE_MEMBER Vector begin(int64_t i, int64_t j) const { return from ? load(from + i * ldf + j) : Vector{}; }
     static INLINE_MEMBER Vector several(const float *x) { return load(x); }
-    static INLINE_MEMBER float one(float x) { return x; }
+    static INLINE_MEMBER float one(const float *x) { return *x; }
     static INLINE_MEMBER Vector add(Vector sum, float left, Vector right) { return sum + right * left; }
     INLINE_MEMBER void end(int64_t i, int64_t j, Vector sum) const { store(c + i * ldc + j, sum); }
 };

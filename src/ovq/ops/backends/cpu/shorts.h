@@ -37,7 +37,7 @@ struct InSteps {
         memcpy(&y, x, sizeof(y));
         return y;
     }
-    static INLINE_MEMBER Words one(uint32_t x) { return x - Words{}; }
+    static INLINE_MEMBER Words one(const uint32_t *x) { return *x - Words{}; }
     INLINE_MEMBER void end(int64_t i, int64_t j, Words sum) const {
         const Vector steps = load(right_steps + j) * left_steps[i];
         const Vector more = from ? load(from + i * ldf + j) : Vector{};
@@ -45,34 +45,58 @@ struct InSteps {
     }
 };
 
-#if HAS_SHORTS
-/* Round n numbers to words of whole steps, n a multiple of VL; how long a step is. What is not finite becomes anything. */
-static float round_to_steps(const float *x, int64_t n, float most, uint32_t *words) {
+/* Adding 1.5 * 2^23 rounds to a whole number, in the lowest bits. */
+#define ROUNDS 12582912.0f
+
+/* How vectors are rounded to whole steps. What is not finite becomes anything. */
+struct Rounding {
+    float per_number, size; /* Steps per number; how long a step is. */
+
+    /* A number of steps in the lowest bits, beside those of ROUNDS. */
+    INLINE_MEMBER IntVector bits_of(Vector x) const { return (IntVector)(x * per_number + ROUNDS); }
+};
+
+/* Of n numbers to at most `most` steps, n a multiple of VL. */
+INLINE Rounding rounding_of(const float *x, int64_t n, float most) {
     Vector high = {};
     for (int64_t i = 0; i < n; i += VL) high = higher_of(load(x + i), higher_of(-load(x + i), high));
     const float largest = highest(high), per_number = largest > 0 && std::isfinite(most / largest) ? most / largest : 0;
-    /* Adding 1.5 * 2^23 rounds to an integer, in the lowest bits. */
-    const Vector shift = splat(12582912.0f);
+    return {per_number, per_number > 0 ? largest / most : 0};
+}
+
+#if HAS_SHORTS
+/* Round n numbers to words of whole steps, n a multiple of VL; how long a step is. */
+static float round_to_steps(const float *x, int64_t n, float most, uint32_t *words) {
+    const Rounding rounding = rounding_of(x, n, most);
     for (int64_t i = 0; i < n; i += 2 * VL, words += VL) {
-        const Words low = (Words)(load(x + i) * per_number + shift);
-        const Words above = i + VL < n ? (Words)(load(x + i + VL) * per_number + shift) : Words{};
+        const Words low = (Words)rounding.bits_of(load(x + i));
+        const Words above = i + VL < n ? (Words)rounding.bits_of(load(x + i + VL)) : Words{};
         const Words both = (low & 0xffff) | above << 16;
         memcpy(words, &both, sizeof(both));
     }
-    return per_number > 0 ? largest / most : 0;
+    return rounding.size;
 }
+#endif
 
+/* Sums of products of pairs of whole numbers. */
+#if defined(__AVX512VNNI__)
+INLINE Words add_shorts(Words sum, Words left, Words right) {
+    return (Words)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)left, (__m512i)right);
+}
+#elif defined(__AVX512BW__)
+INLINE Words add_shorts(Words sum, Words left, Words right) {
+    return sum + (Words)_mm512_madd_epi16((__m512i)left, (__m512i)right);
+}
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+INLINE Words add_shorts(Words sum, Words left, Words right) {
+    return sum + (Words)_mm256_madd_epi16((__m256i)left, (__m256i)right);
+}
+#endif
+
+#if HAS_SHORTS
 struct Shorts : InSteps {
     INLINE_MEMBER Words begin(int64_t, int64_t) const { return Words{}; }
-    static INLINE_MEMBER Words add(Words sum, Words left, Words right) {
-#if defined(__AVX512VNNI__)
-        return (Words)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)left, (__m512i)right);
-#elif defined(__AVX512F__)
-        return sum + (Words)_mm512_madd_epi16((__m512i)left, (__m512i)right);
-#else
-        return sum + (Words)_mm256_madd_epi16((__m256i)left, (__m256i)right);
-#endif
-    }
+    static INLINE_MEMBER Words add(Words sum, Words left, Words right) { return add_shorts(sum, left, right); }
 };
 
 /* c [m, n] = from + steps of rows and columns, times a [m, k words] b [k words, n] in steps. Rows of a are `row` words apart;
