@@ -32,8 +32,7 @@ class PretrainedSuite:
         model: folder that `ovq convert` has written.
         tokens: of a text, at least as many as the largest length.
         lengths: after how many tokens to measure.
-        dtypes: pairs of formats of the weights, of those that read, and of the copy that writes tokens (see
-            `ovq.convert.attach`).
+        dtypes: pairs of formats, of the model and of its weights (`weight_dtype` of `ovq.convert.attach`).
         gguf: the same model for llama.cpp; None to leave that out.
         llama_cpp: interpreter of an environment that has llama-cpp-python.
         openvino: the same model for OpenVINO, a folder; None to leave that out.

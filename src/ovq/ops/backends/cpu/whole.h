@@ -161,15 +161,6 @@ template <typename Factor, class Format> struct WholeTile {
     /* Of a group. */
     static constexpr int num_bytes = GROUP * ABREAST / (is_int8 ? 1 : 2), num_factors = ABREAST * (is_int8 ? 1 : 4);
 
-    /* Four bytes of quad q of each half, and rows from `part` on. */
-    INLINE_MEMBER void take(const uint8_t *from, int q, int part, IntVector *halves) const {
-        for (int half = 0; half < (is_int8 ? 2 : 1); half++)
-            memcpy(halves + half, from + ((half * QUADS / 2 + q) * ABREAST + part * VL) * 4, sizeof(IntVector));
-        if (is_int8) return;
-        halves[1] = halves[0] >> 4 & 0x0f0f0f0f;
-        halves[0] &= 0x0f0f0f0f;
-    }
-
     /* The products of `num` tokens from t0 on, y [num, ABREAST]. */
     template <int num> INLINE_MEMBER void dots(int64_t t0, float *y) const {
         Vector sums[num][parts] = {};
@@ -178,14 +169,22 @@ template <typename Factor, class Format> struct WholeTile {
             const uint8_t *from = weights + g * num_bytes;
             const typename Format::Quad *x[num];
             for (int t = 0; t < num; t++) x[t] = in->quads[(t0 + t) * in->groups + g];
+            /* From front to back, which memory does fastest. */
+#pragma GCC unroll 2
+            for (int first = 0; first < num_bytes; first += GROUP * ABREAST / 2)
 #pragma GCC unroll 4
-            for (int q = 0; q < QUADS / 2; q++)
-                for (int part = 0; part < parts; part++) {
-                    IntVector some[2];
-                    take(from, q, part, some);
-                    for (int half = 0; half < 2; half++)
-                        for (int t = 0; t < num; t++) own[t][half][part].add(some[half], x[t] + half * (QUADS / 2) + q);
-                }
+                for (int q = 0; q < QUADS / 2; q++)
+                    for (int part = 0; part < parts; part++) {
+                        IntVector all;
+                        memcpy(&all, from + first + (q * ABREAST + part * VL) * 4, sizeof(all));
+#pragma GCC unroll 2
+                        for (int half = 0; half < 2; half++) {
+                            if (is_int8 && half != (first > 0)) continue;
+                            const IntVector some = is_int8 ? all : all >> 4 * half & 0x0f0f0f0f;
+                            for (int t = 0; t < num; t++)
+                                own[t][half][part].add(some, x[t] + half * (QUADS / 2) + q);
+                        }
+                    }
             const Factor *factor = factors + g * num_factors;
             for (int t = 0; t < num; t++) {
                 const int64_t at = (t0 + t) * in->groups + g;
