@@ -128,7 +128,9 @@ class OVQConvertedForCausalLM(nn.Module, HasInnerState, IsAttentionFree, Support
         assert inputs is not None
         step = self._blocks.step
         if step is None:
-            return self._read(inputs[None], positions[None], self.lm.make_cache())[0]
+            # Measured with any positions, such as all 0.
+            own = torch.arange(len(positions), device=positions.device)
+            return self._read(inputs[None], own[None], self.lm.make_cache())[0]
         out = inputs.new_zeros(len(positions), self.lm.config.hidden_size, dtype=self.lm.dtype)
         for rows, cache in self._memories.calls(step.groups, self._blocks.kv_cache[0]):
             out[rows] = self._read(inputs[rows], positions[rows], cache)
