@@ -3,12 +3,14 @@
 import copy
 import dataclasses
 import pickle
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from ovq.convert import cache_step
+from ovq.convert import cache_step, load
 from ovq.convert.attach import attach
 from ovq.convert.packed import PackedLinear
 from ovq.hf import build_context, load_context, save_context
@@ -201,6 +203,16 @@ def test_weights_take_fewer_bytes_and_are_not_saved(format, tmp_path):
     with pytest.raises(ValueError, match=f"expected a model with its own weights, found .* {format}"):
         model.save_pretrained(tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="nothing says what is mapped")
+def test_the_file_of_the_weights_is_not_kept_mapped(tmp_path):
+    converted().save_pretrained(tmp_path)
+    model = load(tmp_path, weight_dtype="int8")
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    plain = load(tmp_path)
+    assert str(tmp_path) in Path("/proc/self/maps").read_text()
+    assert model.lm_head.format == "int8" and type(plain.lm_head) is nn.Linear
 
 
 def big():

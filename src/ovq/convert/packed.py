@@ -46,7 +46,6 @@ class PackedLinear(nn.Module):
         # As bytes, which `to(dtype)` leaves as they are.
         for name, x in (("numbers", matrix.weight), ("factors", matrix.factors), ("bias", matrix.bias)):
             self.register_buffer(name, None if x is None else x.view(torch.uint8))
-        self._dtype = None if matrix.factors is None else matrix.factors.dtype
 
     numbers: Tensor
     factors: Tensor
@@ -56,9 +55,8 @@ class PackedLinear(nn.Module):
     def matrix(self) -> Matrix:
         """The weights and the bias, as kernels take them."""
         bias = None if self.bias is None else self.bias.view(torch.float32)
-        assert self._dtype is not None
-        shape = self.out_features, self.in_features
-        return Matrix(self.numbers, self.format, shape, self.factors.view(self._dtype), bias)
+        factors = self.factors.view(torch.float32 if self.format == "int8" else torch.float16)
+        return Matrix(self.numbers, self.format, (self.out_features, self.in_features), factors, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., N]`."""
