@@ -413,12 +413,17 @@ class AttentionMixer(Mixer):
         """See `Mixer.mix`: `attend` with what `heads` returns."""
         return self.attend(*self.heads(channels, layout), layout, cache, **options).flatten(2)
 
-    def heads(self, channels: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The first four arguments of `attend`: normalised (and rotated) queries and keys, values, scale."""
+    def heads(
+        self, channels: Tensor, layout: SequenceLayout, num_seen: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The first four arguments of `attend`: normalised (and rotated) queries and keys, values, scale.
+
+        For `num_seen` see `SequenceLayout.places`.
+        """
         tables = self.rotary_tables(layout, channels)
         q, k, v, scale = self.qk_norm(channels, self.num_kv_heads, tables)
         if self.logn_length is not None:
-            factors = logn_factors(layout, self.logn_length, like=q)
+            factors = logn_factors(layout, self.logn_length, like=q, num_seen=num_seen)
             q = q if factors is None else q * factors[..., None, None]
         return q, k, v, scale
 

@@ -193,9 +193,9 @@ class OVQAttention(AttentionMixer):
         **options: Any,
     ) -> Tensor:
         """See `Mixer.mix`; the option `generator` seeds `init="random"`."""
-        q, k, v, scale = self.heads(channels, layout)
-        q, k = q.to(v.dtype), k.to(v.dtype)
         state = None if cache is None else cache.state
+        q, k, v, scale = self.heads(channels, layout, None if state is None else state.num_seen)
+        q, k = q.to(v.dtype), k.to(v.dtype)
         if state is not None and state.num_slots != self.num_slots:
             state = state.resize(self.num_slots, value_weight=self.value_weight)
         options = {

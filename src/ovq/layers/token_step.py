@@ -80,11 +80,12 @@ def token_step(
     mixer_eps, mlp_eps = around.mixer_norm.eps, around.mlp_norm.eps
     if mixer_eps is None or mlp_eps is None:
         return None
-    if mixer.logn_length is not None and layout.num_past >= mixer.logn_length:
-        if layout.mask is not None:
+    if mixer.logn_length is not None:
+        # Of the mixers that a kernel knows, the one that scales logits counts what it reads.
+        places = {num_seen + 1 for num_seen in cache.state.num_seen.tolist()}
+        if len(places) > 1 and max(places) > mixer.logn_length:
             return None
-        factor = logn_factor(layout.num_past + 1, mixer.logn_length)
-        weights = weights._replace(beta=weights.beta * factor)
+        weights = weights._replace(beta=weights.beta * logn_factor(max(places), mixer.logn_length))
     tables = _tables(layout.num_past, mixer.head_dim, mixer.rope_theta) if mixer.use_rope else None
     return TokenStep(layer_to_run(weights, (mixer_eps, mlp_eps), memory, past, tables), cache)
 
