@@ -247,19 +247,22 @@ class Mixer(nn.Module, ABC):
             )
         if cache is None:
             o = self.mix(channels, hidden_states, layout, None, **kwargs)
-        else:
-            before = cache.state, cache.num_columns
-            try:
-                o = self.mix(channels, hidden_states, layout, cache, **kwargs)
-            except BaseException:
-                # A call that fails leaves the cache as it was: states are values, and the earlier is whole.
-                cache.state, cache.num_columns = before
-                raise
-            if conv_state is not None:
-                cache.conv_state = conv_state
+            return self._projected(o, layout), None, None
+        before = cache.state, cache.num_columns
+        try:
+            o = self._projected(self.mix(channels, hidden_states, layout, cache, **kwargs), layout)
+        except BaseException:
+            # A call that fails leaves the cache as it was: states are values, and the earlier is whole.
+            cache.state, cache.num_columns = before
+            raise
+        cache.conv_state, cache.has_padding = conv_state, layout.mask is not None
+        return o, None, past_key_values
+
+    def _projected(self, o: Tensor, layout: SequenceLayout) -> Tensor:
+        """The outputs of a layer from those of `mix`."""
         if layout.new_mask is not None:
             o = o.masked_fill(~layout.new_mask[..., None], 0)
-        return self.o_proj(o), None, past_key_values
+        return self.o_proj(o)
 
     def cache_of_layer(self, past_key_values: Any) -> LayerCache:
         """This layer's part of a cache, created if it does not exist yet."""
@@ -477,7 +480,7 @@ def check_rotary(head_dim: int) -> None:
 
 
 def check_cache_use(cache: LayerCache, layout: SequenceLayout) -> None:
-    """Refuse uses of a cache that would silently give wrong results; note padding for later calls."""
+    """Refuse uses of a cache that would silently give wrong results."""
     if layout.cu_seqlens is not None:
         raise ValueError("expected no cache together with cu_seqlens: packed rows cannot be continued")
     if cache.has_padding and not layout.has_mask:
@@ -485,4 +488,3 @@ def check_cache_use(cache: LayerCache, layout: SequenceLayout) -> None:
             "expected an attention_mask over cached and new columns, as some of the cached ones are padding; "
             "found none"
         )
-    cache.has_padding = layout.mask is not None

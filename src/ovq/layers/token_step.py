@@ -66,6 +66,8 @@ def token_step(
         return None
     cache = mixer.cache_of_layer(past_key_values)
     check_cache_use(cache, layout)
+    # As in `Mixer.forward`: here, where the mask is at hand.
+    cache.has_padding = layout.mask is not None
     past = cache.conv_state
     tensors = [hidden_states, *weights[:7]]
     if weights.taps is not None:
