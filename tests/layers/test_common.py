@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from ovq.layers import SequenceLayout, ShortConvolution
-from ovq.layers.common import QKNorm, apply_rotary, l2_normalize, rotary_tables
+from ovq.layers.common import QKNorm, apply_rotary, l2_normalize, rotary_tables, swiglu
+from ovq.ops import backend_used, ovq_attention
 from ovq.ops.backends.cpu import can_run, cpu_kernels
 
 
@@ -33,6 +34,24 @@ def test_l2_normalize_of_zero_is_zero_with_a_finite_gradient():
     y.sum().backward()
     assert torch.equal(y, torch.zeros(4))
     assert x.grad.isfinite().all()
+
+
+def test_tensors_of_other_classes_are_left_to_pytorch():
+    """Their numbers may be elsewhere, as those of DTensors are: kernels would read at no address at all."""
+
+    class Other(torch.Tensor):
+        pass
+
+    x = torch.randn(1, 9, 2, 8)
+    other = x.as_subclass(Other)
+    assert not can_run(other)
+    assert isinstance(swiglu(other), Other)
+    sizes = {"num_slots": 4, "chunk_size": 4}
+    with pytest.raises(ValueError, match="expected plain tensors, found Other and Other"):
+        ovq_attention(other, other, other, **sizes, backend="cpu")
+    o, _ = ovq_attention(other, other, other, **sizes)
+    assert backend_used() == "torch"
+    torch.testing.assert_close(torch.Tensor(o), ovq_attention(x, x, x, **sizes)[0])
 
 
 def test_scale_is_beta_times_root_of_head_dim_and_learns():

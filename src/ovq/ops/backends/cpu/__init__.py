@@ -18,6 +18,7 @@ from ovq.ops.backends.cpu.kernels import (
     CompiledAttention,
     cpu_kernels,
     is_available,
+    is_memory,
     learn,
 )
 from ovq.ops.backends.cpu.layer import (
@@ -101,6 +102,8 @@ def missing(q: Tensor, v: Tensor, options: Options) -> str | None:
     """What the kernels lack to run a call that they know: tensors on a CPU, a compiler; None if nothing."""
     if q.device.type != "cpu":
         return f"expected tensors on a CPU, found them on {q.device}"
+    if not (is_memory(q) and is_memory(v)):
+        return f"expected plain tensors, found {type(q).__name__} and {type(v).__name__}"
     return None if is_available() else f"expected compiled kernels, found none: {cpu_kernels()}"
 
 
