@@ -213,7 +213,9 @@ class _PartRun:
             grad, grads = segment.backward(grad, grads)
             if not self._neighbours.is_first:
                 self._neighbours.send_gradient(grads, floating(before))
-        self._embedded.backward(grad)
+        # Embeddings may be frozen.
+        if self._embedded.requires_grad:
+            self._embedded.backward(grad)
 
     def _specs(self, num_tokens: int) -> Iterator[StateSpec]:
         """What the state of each layer holds after this many tokens: both sides know it beforehand."""
