@@ -65,8 +65,8 @@ def test_scale_is_beta_times_root_of_head_dim_and_learns():
 def test_rotary_products_depend_on_the_distance_alone_even_at_a_million(start):
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, 1, 1, 64).unbind()
-    near = rotary_tables(0, 8, 64, theta=10000.0, like=q)
-    far = rotary_tables(start, 8, 64, theta=10000.0, like=q)
+    near = rotary_tables(torch.arange(8), 64, theta=10000.0, like=q)
+    far = rotary_tables(start + torch.arange(8), 64, theta=10000.0, like=q)
 
     def product(tables, i, j):
         cos, sin = tables
@@ -79,7 +79,9 @@ def test_rotary_products_depend_on_the_distance_alone_even_at_a_million(start):
 
 
 def test_rotary_tables_match_a_computation_in_python_floats():
-    cos, sin = rotary_tables(999_999, 1, 8, theta=500.0, like=torch.empty(0, dtype=torch.float64))
+    cos, sin = rotary_tables(
+        torch.tensor([999_999]), 8, theta=500.0, like=torch.empty(0, dtype=torch.float64)
+    )
     for pair in range(4):
         angle = 999_999 * 500.0 ** (-2 * pair / 8)
         assert cos[0, pair].item() == pytest.approx(math.cos(angle), abs=1e-9)

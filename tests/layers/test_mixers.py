@@ -15,7 +15,7 @@ from ovq.layers import (
     SinkAttention,
     SlidingWindowAttention,
 )
-from ovq.layers.memory import of_rows
+from ovq.ops.parts import of_rows
 from ovq_lab.mixers import (
     MIXERS,
     ForgettingAttention,
@@ -211,7 +211,7 @@ def test_batch_operations_on_a_cache_equal_those_on_the_rows(mixer, x):
             getattr(cache, operation)(argument)
             o = continued(cache, rows)
             torch.testing.assert_close(o, expected[rows, 10:], **TOLERANCE)
-        with pytest.raises(ValueError, match="repeats: expected at least 1, found 0"):
+        with pytest.raises(ValueError, match="repeats: expected an integer of at least 1, found 0"):
             cache.batch_repeat_interleave(0)
         cache = cached()
         cache.reset()

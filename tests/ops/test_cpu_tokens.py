@@ -56,7 +56,7 @@ def test_heads(dim, is_rotated):
     norm = QKNorm(num_heads=4, head_dim=dim)
 
     def heads(channels):
-        tables = rotary_tables(3, 9, dim, theta=1e4, like=channels) if is_rotated else None
+        tables = rotary_tables(3 + torch.arange(9), dim, theta=1e4, like=channels) if is_rotated else None
         return norm(channels, 2, tables)[:3]
 
     channels = torch.randn(2, 9, 8 * dim)

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from ovq.fields import ConfigField, did_you_mean, is_finite
 from ovq.layers import defaults
 from ovq.layers.cache import LayerCache, MixerCache
-from ovq.layers.common import QKNorm, ShortConvolution, rotary_tables_at
+from ovq.layers.common import QKNorm, ShortConvolution, rotary_tables
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.logn import check_logn_length, logn_factors
-from ovq.layers.memory import Memory, StateSpec, check_tensors, num_bytes, of_rows
+from ovq.layers.memory import Memory, num_bytes
 from ovq.layers.products import Linear
 from ovq.ops.backends.cpu import TokenMemory
+from ovq.ops.parts import StateSpec, check_tensors, of_rows
 
 
 class Mixer(nn.Module, ABC):
@@ -441,7 +442,7 @@ class AttentionMixer(Mixer):
         like = torch.empty(0, dtype=dtype, device=channels.device)
         return layout.once(
             ("rotary", self.head_dim, self.rope_theta, dtype, like.device),
-            lambda: rotary_tables_at(
+            lambda: rotary_tables(
                 layout.positions(like.device), self.head_dim, theta=self.rope_theta, like=like
             ),
         )

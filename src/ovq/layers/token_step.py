@@ -114,7 +114,8 @@ def _tables(position: int, dim: int, theta: float) -> tuple[Tensor, Tensor]:
 
 @functools.lru_cache(maxsize=16)
 def _tables_of_block(block: int, dim: int, theta: float) -> list[tuple[Tensor, ...]]:
-    tables = rotary_tables(block * _POSITIONS, _POSITIONS, dim, theta=theta, like=torch.empty(0))
+    positions = torch.arange(_POSITIONS) + block * _POSITIONS
+    tables = rotary_tables(positions, dim, theta=theta, like=torch.empty(0))
     return [table.split(1) for table in tables]
 
 

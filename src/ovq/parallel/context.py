@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from ovq.hf.modeling_ovq import OVQForCausalLM
 from ovq.layers import Mixer, SequenceLayout
-from ovq.layers.memory import StateSpec, of_rows
+from ovq.ops.parts import StateSpec, of_rows
 from ovq.parallel.schedule import steps_of_rank
 from ovq.parallel.segment import Segment
 from ovq.parallel.transfer import Neighbours, floating
