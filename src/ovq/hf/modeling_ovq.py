@@ -273,7 +273,8 @@ class OVQForCausalLM(OVQPreTrainedModel, GenerationMixin):
                 labels = labels.masked_fill(_is_first(cu_seqlens, labels.shape[1]), -100)
             targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         has_targets = targets is not None
-        if skip_logits and not (has_targets and _keeps_all(logits_to_keep)):
+        keeps_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
+        if skip_logits and not (has_targets and keeps_all):
             raise ValueError(
                 "skip_logits: expected labels and no logits_to_keep, found "
                 + ("logits_to_keep" if has_targets else "no labels")
@@ -396,10 +397,6 @@ def _is_first(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
     # Rows without tokens at the end begin after the last.
     is_first = torch.zeros(num_tokens + 1, dtype=torch.bool, device=cu_seqlens.device)
     return is_first.index_fill(0, cu_seqlens[:-1].long(), True)[:-1]
-
-
-def _keeps_all(logits_to_keep: int | Tensor) -> bool:
-    return isinstance(logits_to_keep, int) and logits_to_keep == 0
 
 
 def _check_positions(position_ids: Tensor, layout: SequenceLayout) -> None:
