@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from ovq.layers import SequenceLayout, ShortConvolution
 from ovq.layers.common import QKNorm, apply_rotary, l2_normalize, rotary_tables, swiglu
 from ovq.ops import backend_used, ovq_attention
-from ovq.ops.backends.cpu import can_run, cpu_kernels
+from ovq.ops.backends.cpu.kernels import cpu_kernels
+from ovq.ops.backends.cpu.tokens import can_run
 
 
 def conv_layout(mask=None, *, num_new, cu_seqlens=None):

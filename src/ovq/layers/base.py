@@ -18,7 +18,7 @@ from ovq.layers.layout import SequenceLayout
 from ovq.layers.logn import check_logn_length, logn_factors
 from ovq.layers.memory import Memory, num_bytes
 from ovq.layers.products import Linear
-from ovq.ops.backends.cpu import TokenMemory
+from ovq.ops.backends.cpu.layer import TokenMemory
 from ovq.ops.parts import StateSpec, check_tensors, of_rows
 
 

@@ -10,15 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ovq.layers.layout import SequenceLayout
-from ovq.ops.backends.cpu import (
-    CompiledConvolution,
-    CompiledHeads,
-    CompiledRMSNorm,
-    CompiledSwiGLU,
-    applied,
-    can_run,
-    convolution_step,
-)
+from ovq.ops.backends.cpu.convolution import CompiledConvolution, convolution_step
+from ovq.ops.backends.cpu.tokens import CompiledHeads, CompiledRMSNorm, CompiledSwiGLU, applied, can_run
 
 
 def l2_normalize(x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from ovq.layers.memory import SlotMemory, check_num_seen
 from ovq.layers.products import is_plain
 from ovq.ops import SlotAssignments, ovq_attention, slot_assignments
 from ovq.ops.ablation import NAMES, Ablation, with_earlier_names
-from ovq.ops.backends.cpu import TokenMemory, memory_of_slots
+from ovq.ops.backends.cpu.layer import TokenMemory, memory_of_slots
 from ovq.ops.options import Options, check_sizes, current_merge, default_growth, options_of, weighing_chunk
 from ovq.ops.parts import StateSpec, check_tensors, of_rows, slot_spec
 from ovq.ops.schedule import scheduled_slots

@@ -18,7 +18,9 @@ from ovq.layers.cache import LayerCache
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.memory import StateSpec, TensorMemory
 from ovq.layers.products import is_plain
-from ovq.ops.backends.cpu import CompiledWindow, TokenMemory, applied, can_run, memory_of_window
+from ovq.ops.backends.cpu.layer import TokenMemory, memory_of_window
+from ovq.ops.backends.cpu.tokens import applied, can_run
+from ovq.ops.backends.cpu.window import CompiledWindow
 from ovq.ops.options import check_sizes
 
 

@@ -16,7 +16,9 @@ from ovq.layers.common import QKNorm, RMSNorm, ShortConvolution, rotary_tables
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.logn import logn_factor
 from ovq.layers.products import Linear, can_multiply, plain_parameter
-from ovq.ops.backends.cpu import FEW_TOKENS, LayerStep, LayerWeights, can_run, layer_to_run, run_layers
+from ovq.ops.backends.cpu.layer import LayerStep, LayerWeights, layer_to_run, run_layers
+from ovq.ops.backends.cpu.linear import FEW_TOKENS
+from ovq.ops.backends.cpu.tokens import can_run
 
 
 class TokenStep(NamedTuple):
