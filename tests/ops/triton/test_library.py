@@ -24,14 +24,9 @@ def empty_state():
 
 @pytest.mark.slow
 def test_operators_are_what_pytorch_expects():
-    from ovq.ops.backends.triton import decode, library
+    from ovq.ops.backends.triton import decode
 
-    q, k, v = inputs(1, 5, 1, 1, 4, 3, dtype=torch.float32)
-    leaves = [x.clone().requires_grad_() for x in (q, k, v, torch.ones(1))]
-    for num_slots, merge in ((4, "existing"), (3, "nearest")):
-        options = (num_slots, 4, "plateau", merge, 0.5, True)
-        torch.library.opcheck(library.attention, (*leaves, torch.tensor([[0], [5]]), *options))
-    token = [x[:, :1] for x in (q, k, v)]
+    token = inputs(1, 1, 1, 1, 4, 3, dtype=torch.float32)
     places = torch.zeros(0, dtype=torch.int32)
     arguments = (*token, torch.ones(1), *empty_state(), places, 0, None, None, False)
     torch.library.opcheck(decode.read_pending_and_slots, arguments)
@@ -70,7 +65,7 @@ def test_a_compiled_call_is_one_whole_graph(rows):
 
 def test_nearest_items_are_found_by_float32_products(monkeypatch):
     """Whatever the process asks for elsewhere: by rougher products other items would be joined."""
-    from ovq.ops.backends.triton import library, merging
+    from ovq.ops.backends.triton import merging
 
     found, nearest_roots = [], merging.nearest_roots
 
@@ -80,12 +75,11 @@ def test_nearest_items_are_found_by_float32_products(monkeypatch):
 
     monkeypatch.setattr(merging, "nearest_roots", looked_at)
     q, k, v = inputs(1, 8, 1, 1, 4, 3, dtype=torch.float32)
-    options = (4, 4, "immediate", "nearest", 0.5, False)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
         with torch.autocast("cpu"):
-            library.attention(q, k, v, torch.ones(1), torch.tensor([[0], [8]]), *options)
+            ovq_attention(q, k, v, **OPTIONS, merge="nearest")
     finally:
         torch.set_float32_matmul_precision(before)
     assert found == [("highest", False)]
