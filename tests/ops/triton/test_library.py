@@ -1,9 +1,9 @@
-"""The operators of `torch.library`: what PyTorch asks of them, whole graphs, export."""
+"""Calls in graphs of `torch.compile`, export, and the precision of products."""
 
 import pytest
 import torch
 
-from ovq.ops import OVQState, backend_used, ovq_attention
+from ovq.ops import backend_used, ovq_attention
 from ovq.ops.call import RowBounds
 from tests.ops.common import inputs
 
@@ -13,23 +13,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::RuntimeWarning"
 )
 OPTIONS = {"num_slots": 4, "chunk_size": 4, "backend": "triton"}
-
-
-def empty_state():
-    state = OVQState.empty(batch_size=1, num_kv_heads=1, key_dim=4, value_dim=3, num_slots=4, chunk_size=4)
-    return [
-        getattr(state, name) for name in ("key_sum", "value_sum", "count", "pending_keys", "pending_values")
-    ]
-
-
-@pytest.mark.slow
-def test_operators_are_what_pytorch_expects():
-    from ovq.ops.backends.triton import decode
-
-    token = inputs(1, 1, 1, 1, 4, 3, dtype=torch.float32)
-    places = torch.zeros(0, dtype=torch.int32)
-    arguments = (*token, torch.ones(1), *empty_state(), places, 0, None, None, False)
-    torch.library.opcheck(decode.read_pending_and_slots, arguments)
 
 
 # How rows are given in a graph, `tests/ops/test_operator.py` tests with backends that take less time.
