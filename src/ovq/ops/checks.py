@@ -192,8 +192,6 @@ def found_bounds(
         raise ValueError("attention_mask, cu_seqlens: expected at most one of them, found both")
     if cu_seqlens is not None:
         return packed_bounds(batch_size, num_new, cu_seqlens)
-    if attention_mask is None:
-        return torch.stack([torch.arange(batch_size) * num_new, torch.full((batch_size,), num_new)])
     expected, is_tensor = [batch_size, num_past + num_new], isinstance(attention_mask, Tensor)
     if not is_tensor or list(attention_mask.shape) != expected:
         found = tuple(attention_mask.shape) if is_tensor else type(attention_mask).__name__

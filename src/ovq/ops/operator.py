@@ -21,7 +21,7 @@ from ovq.ops.call import RowBounds
 from ovq.ops.checks import check_state, checked_call
 from ovq.ops.options import Options
 from ovq.ops.parts import of_rows, slot_spec
-from ovq.ops.row_bounds import bounds_of
+from ovq.ops.row_bounds import row_bounds
 from ovq.ops.state import OVQState, with_capacity
 
 # The differentiable inputs in the order of the operator; those of a state by their names in it.
@@ -71,8 +71,11 @@ def attention(
 
     The state that it returns has room for N slots.
     """
-    is_dense = attention_mask is None and cu_seqlens is None
-    bounds = None if is_dense else bounds_of(q, attention_mask, cu_seqlens)
+    bounds = None
+    if isinstance(attention_mask, RowBounds):
+        bounds = attention_mask.bounds
+    elif attention_mask is not None or cu_seqlens is not None:
+        bounds = row_bounds(attention_mask, cu_seqlens, q.shape[0], 0, q.shape[1])
     state = initial_state
     if state is not None:
         check_state(state, q.shape[0] if bounds is None else bounds.shape[1], k, v, options)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ovq.ops.call import RowBounds
 from ovq.ops.checks import found_bounds
 
 
@@ -31,13 +30,6 @@ def row_bounds(
     """
     find = torch.ops.ovq.row_bounds if torch.compiler.is_compiling() else found_bounds
     return find(attention_mask, cu_seqlens, batch_size, num_past, num_new)
-
-
-def bounds_of(q: Tensor, attention_mask: Tensor | RowBounds | None, cu_seqlens: Tensor | None) -> Tensor:
-    """`RowBounds.bounds` of a call of the op with queries `[B, T, H, K]`, and checked or unchecked rows."""
-    if isinstance(attention_mask, RowBounds):
-        return attention_mask.bounds
-    return row_bounds(attention_mask, cu_seqlens, q.shape[0], 0, q.shape[1])
 
 
 def _fake(
