@@ -162,6 +162,8 @@ def test_what_cannot_be_converted_ends_in_one_line(capsys, converted, tmp_path):
     assert "--dtype: expected auto, float32," in fail(capsys, *command, "--dtype", "x")
     assert "merge: expected one of" in fail(capsys, *command, "--merge", "best")
     assert "state_dtype: expected one of" in fail(capsys, *command, "--state-dtype", "int3")
+    nowhere = ["convert", "--model", tmp_path / "no", "--out", tmp_path / "out"]
+    assert "--model: expected the folder of a model or a name on the hub, found" in fail(capsys, *nowhere)
     (tmp_path / "a.txt").write_text("one")
     for options in ([], ["--probe", tmp_path / "a.txt"]):
         assert "expected a model with a tokenizer" in fail(capsys, *command, *options)

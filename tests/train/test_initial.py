@@ -185,6 +185,11 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_path_without_a_folder_is_no_name_on_the_hub(tmp_path):
+    with pytest.raises(ValueError, match=r"folder of a model or a name on the hub, found '/.*no'"):
+        check_initial(str(tmp_path / "no"), model_config(make_config()))
+
+
 def test_a_model_that_reads_other_tokens_is_refused(tmp_path, monkeypatch):
     texts = write_texts(tmp_path, monkeypatch)
     config = tiny_config(texts, task={"tokenizer": "bpe:260"})

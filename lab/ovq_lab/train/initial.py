@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ovq.hf import OVQConfig, OVQForCausalLM
-from ovq.hf.hub import check_loaded
+from ovq.hf.hub import check_loaded, check_source
 from ovq.layers.registry import fields_of_mixers, mixer_class
 from ovq_lab.mixers import MIXERS
 from ovq_lab.text import get_tokenizer
@@ -67,6 +67,7 @@ def check_initial(source: str, config: OVQConfig) -> list[str]:
         raise ValueError(
             f"train.init_from: expected the folder of a saved model, found no config.json in {source}"
         )
+    check_source(source, flag="train.init_from")
     found = OVQConfig.from_pretrained(source)
     settable = {field.name for field in dataclasses.fields(ModelArgs)}
     settable |= fields_of_mixers(config.mixer_types).keys()
