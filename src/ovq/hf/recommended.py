@@ -1,5 +1,5 @@
 """Of all OVQ layers that were measured, what recalls most: `OVQConfig.recommended` says how to train it, and
-`ask_as_recommended` of a model how to ask it."""
+`ask_as_recommended` of a model how to use it."""
 
 from __future__ import annotations
 
