@@ -58,6 +58,8 @@ def test_a_converted_model_generates_alone_and_after_a_context(capsys, converted
     assert run(capsys, *command, "--weight-dtype", "float32") == run(capsys, *command)
     said = fail(capsys, *command, "--weight-dtype", "int2")
     assert "--weight-dtype: expected one of auto, float32, bfloat16, int8, int4, found 'int2'" in said
+    said = fail(capsys, "memory", "--config", model)
+    assert "--config: expected a trained model or a recipe, found a converted model" in said
     said = fail(capsys, "generate", "--model", model, "--prompt", "1", "--num-slots", 3)
     assert "--num-slots: expected none with a converted model" in said
     assert "expected a folder that does not exist yet" in fail(

@@ -6,6 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.hf.hub import check_loaded, check_source
 from ovq.layers.registry import fields_of_mixers, mixer_class
@@ -68,6 +70,12 @@ def check_initial(source: str, config: OVQConfig) -> list[str]:
             f"train.init_from: expected the folder of a saved model, found no config.json in {source}"
         )
     check_source(source, flag="train.init_from")
+    saved, _ = PreTrainedConfig.get_config_dict(source)
+    if (kind := saved.get("model_type")) != OVQConfig.model_type:
+        # Before transformers says at length that this may be meant.
+        raise ValueError(
+            f"train.init_from: expected a model of type {OVQConfig.model_type!r}, found {kind!r} in {source}"
+        )
     found = OVQConfig.from_pretrained(source)
     settable = {field.name for field in dataclasses.fields(ModelArgs)}
     settable |= fields_of_mixers(config.mixer_types).keys()
