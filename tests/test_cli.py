@@ -292,7 +292,7 @@ def test_the_version_is_printed(capsys):
         ),
         ("train recall-ovq --out {tmp}/file/run", "Not a directory"),
         ("train recall-ovq --out {trained}", "--out: expected a folder without a run"),
-        ("train --resume", "--resume: expected only --out beside it"),
+        ("train --resume", "--resume: expected the folder of the run in --out, found no --out"),
         ("train recall-ovq --resume --out {trained}", "--resume: expected only --out beside it"),
         ("train --resume --out {tmp}", "expected the folder of a training run"),
         ("train recall-ovq --sett a=b", "No such option"),

@@ -242,6 +242,11 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_chat(folders, say, num_read, monke
         ("", ["/load {tmp}/no"], "{tmp}/no: expected a saved context, found no such file"),
         ("", ["/save {tmp}"], "/save: expected a file in a folder that exists, found {tmp}"),
         ("", ["/save {tmp}/c"], "expected a cache of one row that has read at least one token"),
+        (
+            "-q --document {tmp}/text",
+            ["/save {tmp}/text"],
+            "/save: expected another file than the text that was read, found {tmp}/text",
+        ),
         ("--context {tmp}/no", [], "--context: expected a file of /save or ovq context build, found no file"),
         ("--document {tmp}/no", [], "No such file or directory"),
         ("--document {tmp}/a --context {tmp}/b", [], "--document: expected no --context beside it"),
@@ -261,6 +266,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_chat(folders, say, num_read, monke
 )
 def test_bad_input_costs_one_line(arguments, lines, message, capsys, folders, say, tmp_path, monkeypatch):
     names = {"tmp": tmp_path, **{name: tmp_path / name for name in ("plain", "strict", "saved", "other")}}
+    (tmp_path / "text").write_text("Once upon a time")
     if "{plain}" in arguments:
         save(attach(llama(), **MEMORY), names["plain"], template=None)
     if "{strict}" in arguments:

@@ -204,6 +204,10 @@ def test_help_shows_an_example(capsys):
             "--text: expected token ids below 48",
         ),
         (
+            "context build --model {model} --text {tmp}/words --out {tmp}/words",
+            "--out: expected another file than the text that was read",
+        ),
+        (
             "context build --model {model} --text {text} --out {tmp}/c --prefill-chunk-size 0",
             "--prefill-chunk",
         ),

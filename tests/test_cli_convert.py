@@ -58,6 +58,8 @@ def test_a_converted_model_generates_alone_and_after_a_context(capsys, converted
     assert run(capsys, *command, "--weight-dtype", "float32") == run(capsys, *command)
     said = fail(capsys, *command, "--weight-dtype", "int2")
     assert "--weight-dtype: expected one of auto, float32, bfloat16, int8, int4, found 'int2'" in said
+    said = fail(capsys, "memory", "--config", model)
+    assert "--config: expected a trained model or a recipe, found a converted model" in said
     said = fail(capsys, "generate", "--model", model, "--prompt", "1", "--num-slots", 3)
     assert "--num-slots: expected none with a converted model" in said
     assert "expected a folder that does not exist yet" in fail(
@@ -162,6 +164,8 @@ def test_what_cannot_be_converted_ends_in_one_line(capsys, converted, tmp_path):
     assert "--dtype: expected auto, float32," in fail(capsys, *command, "--dtype", "x")
     assert "merge: expected one of" in fail(capsys, *command, "--merge", "best")
     assert "state_dtype: expected one of" in fail(capsys, *command, "--state-dtype", "int3")
+    nowhere = ["convert", "--model", tmp_path / "no", "--out", tmp_path / "out"]
+    assert "--model: expected the folder of a model or a name on the hub, found" in fail(capsys, *nowhere)
     (tmp_path / "a.txt").write_text("one")
     for options in ([], ["--probe", tmp_path / "a.txt"]):
         assert "expected a model with a tokenizer" in fail(capsys, *command, *options)

@@ -231,7 +231,7 @@ def test_help_shows_examples(capsys):
             "eval needle --model {m} --text-field body",
             "--text-field: expected only with --haystack essay, found 'body'",
         ),
-        ("eval needle --model {m} --lengths 100", "length: expected at least one sentence more than"),
+        ("eval needle --model {m} --lengths 100", "length: expected room for a sentence beside the"),
         ("eval needle --model {mute}", "expected a tokenizer beside the model, found none"),
         ("eval harness --model {m}", "Missing option '--tasks'"),
     ],

@@ -107,6 +107,7 @@ def test_help_shows_an_example(capsys):
         ("--prompt 1 --text x", "expected one of --text and --prompt, found both or neither"),
         ("", "expected one of --text and --prompt, found both or neither"),
         ("--text {tmp}/no", "No such file"),
+        ("--text {tmp}/file --out {tmp}/file", "--out: expected another file than the text that was read"),
         ("--prompt one", "--prompt: expected token ids such as"),
         ("--prompt 48", "--prompt: expected token ids below 48"),
         ("--prompt 1 --layer 0", "--layer: expected an OVQ layer, one of [1], found 0"),

@@ -1,5 +1,6 @@
 """What users expect of any command line: help, verbosity, suggestions, JSON, recipes in files, messages."""
 
+import itertools
 import json
 import os
 
@@ -54,6 +55,14 @@ def test_a_group_by_itself_shows_its_help(capsys, group, shown):
     assert exit_info.value.code == 0
     assert shown in captured.out + captured.err
     assert "error" not in captured.err
+
+
+@pytest.mark.parametrize("words", [["train"], ["eval", "needle"], ["context", "build"], ["serve"]])
+def test_lines_of_help_end_where_the_terminal_does(capsys, words):
+    before_options = run(capsys, *words, "--help").split("╭")[0]
+    lines = [line.strip() for line in before_options.splitlines()]
+    for line, following in itertools.pairwise(lines):
+        assert not line or not following or len(f"{line} {following.split()[0]}") > 78
 
 
 def trained_quietly(capsys, out, *arguments):

@@ -159,7 +159,7 @@ def test_a_first_model_has_the_losses_that_the_page_names(tmp_path):
     [named] = re.findall(r"\nOther processors and numbers of threads give (.*?) \(", page)
     bounds = [text.split(" to ") for text in re.split(", | and ", named)]
     for text in (page, printed):
-        losses = re.findall(r"\n1,024 letters, \d+ slots, kept by \w+: loss ([\d.]+)", text)
+        losses = re.findall(r"\n1,024 letters, \d+ slots, merged by \w+: loss ([\d.]+)", text)
         for loss, bound in zip(losses, bounds, strict=True):
             assert float(bound[0]) <= float(loss) <= float(bound[-1])
 

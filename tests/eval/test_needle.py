@@ -143,7 +143,7 @@ def test_an_essay_begins_with_a_sentence_that_there_is_room_for():
             r"num_distractors: expected at most 10\d\d, as no more words",
         ),
         ({"depth": 1.5}, "depth: expected a number from 0 to 1, found 1.5"),
-        ({"length": 250}, "length: expected at least one sentence more than .* tokens hold, found 250"),
+        ({"length": 250}, "length: expected room for a sentence beside the .* question, found 250"),
     ],
 )
 def test_what_cannot_be_built(options, message):
@@ -266,7 +266,7 @@ def test_rows_hold_the_means_of_the_scores(model, monkeypatch):
         ({"lengths": []}, "expected lengths, depths and at least one example"),
         ({"lengths": [400], "depths": []}, "expected lengths, depths"),
         ({"lengths": [400], "num_examples": 0}, "at least one example"),
-        ({"lengths": [400, 100]}, "length: expected at least one sentence"),
+        ({"lengths": [400, 100]}, "length: expected room for a sentence"),
         ({"lengths": [400], "depths": [-1]}, "depth: expected a number from 0 to 1"),
     ],
 )

@@ -55,6 +55,7 @@ def zeros(*shape, dtype=torch.float64):
         ({"growth": "fast"}, "growth: expected one of .*plateau.* found 'fast'"),
         ({"init": "zeros"}, "init: expected one of .* found 'zeros'"),
         ({"merge": "none"}, "merge: expected one of .* found 'none'"),
+        ({"merge": "neerest"}, r"found 'neerest'; did you mean 'nearest'\?"),
         ({"ablation": {"bias": "norm"}}, r"bias: expected one of .*count\+norm.* found 'norm'"),
         ({"ablation": {"rate": "mean"}}, r"rate: expected 'count' or a number in \(0, 1\], found 'mean'"),
         ({"ablation": {"rate": 0.0}}, "rate: .* found 0.0"),

@@ -57,6 +57,14 @@ def test_places_levels_counts_and_reads_are_drawn(found, tmp_path, drawn):
     assert heights(reads.axes[0])[:, 0] == pytest.approx(memory.shares[3, : int(203 / 32)].mean(0))
 
 
+def test_few_tokens_and_slots_are_counted_in_whole_numbers(tmp_path, drawn):
+    save_memory_figures(looked_into(["word"] * 5, num_heads=2, num_kv_heads=2, num_slots=4), tmp_path)
+    slots, _, counts, reads = drawn
+    axes = [each.xaxis for each in (*slots.axes, counts.axes[1], reads.axes[0])]
+    axes += [each.yaxis for each in (slots.axes[0], *counts.axes)]
+    assert all(place == round(place) for each in axes for place in each.get_ticklocs())
+
+
 def _num_opened_again(memory):
     """How often a slot that was merged away was used again."""
     taken = memory.moves[memory.moves[:, 1] == 1]

@@ -185,6 +185,11 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_path_without_a_folder_is_no_name_on_the_hub(tmp_path):
+    with pytest.raises(ValueError, match=r"folder of a model or a name on the hub, found '/.*no'"):
+        check_initial(str(tmp_path / "no"), model_config(make_config()))
+
+
 def test_a_model_that_reads_other_tokens_is_refused(tmp_path, monkeypatch):
     texts = write_texts(tmp_path, monkeypatch)
     config = tiny_config(texts, task={"tokenizer": "bpe:260"})
@@ -223,7 +228,9 @@ def test_on_the_command_line(first, tmp_path, capsys, monkeypatch):
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=8, **sizes)).save_pretrained(tmp_path / "llama")
     arguments[3] = tmp_path / "other"
-    assert "found 'llama'" in fail(capsys, *arguments, tmp_path / "llama")
+    # transformers would warn before it refuses the model.
+    monkeypatch.setattr("ovq_lab.train.initial.OVQConfig.from_pretrained", lambda _: pytest.fail("loaded"))
+    assert "found 'llama' in" in fail(capsys, *arguments, tmp_path / "llama")
 
 
 def test_a_field_says_where_a_run_began():

@@ -29,7 +29,7 @@ class Suite:
         lengths: Tokens T, ascending.
         dtypes: `"float32"`, `"bfloat16"` or both.
         num_slots: Dictionary sizes N of OVQ.
-        merges: Rules by which it keeps its slots, each with the growth that it is meant for.
+        merges: Its merge rules, each with the growth that it is meant for.
         chunk_size: C, and the width of the window.
         num_heads: H.
         head_dim: K = V.

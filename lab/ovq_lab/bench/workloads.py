@@ -48,7 +48,7 @@ class Workload:
         length: Tokens T.
         dtype: Dtype of queries, keys and values: `"float32"` or `"bfloat16"`.
         num_slots: N, for OVQ.
-        merge: The rule by which OVQ keeps its slots, with the growth that it is meant for.
+        merge: The merge rule of OVQ, with the growth that it is meant for.
         chunk_size: C of OVQ, and the width of the window.
         num_heads: H, of queries, keys and values alike.
         head_dim: K = V.

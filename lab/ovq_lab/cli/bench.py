@@ -18,9 +18,9 @@ from ovq_lab.cli import dictionaries
 if TYPE_CHECKING:
     from ovq_lab.bench.pretrained_suite import PretrainedSuite
 
-_LENGTHS = "1024,2048,4096,8192,16384,32768,65536"
-_TRAINED = "2048,8192,32768"
-_READ = "1024,4096,8192,16384"
+_LENGTHS = "1024, 2048, 4096, 8192, 16384, 32768, 65536"
+_TRAINED = "2048, 8192, 32768"
+_READ = "1024, 4096, 8192, 16384"
 
 
 def bench(
@@ -35,8 +35,8 @@ def bench(
     lengths: Annotated[
         str | None,
         typer.Option(
-            help=f"Numbers of tokens. Default: {_LENGTHS}; with --what model, {_TRAINED} (training steps); "
-            f"with --what converted, {_READ}."
+            help=f"Numbers of tokens. Default: {_LENGTHS}; with --what model: {_TRAINED} (training steps); "
+            f"with --what converted: {_READ}."
         ),
     ] = None,
     long: Annotated[bool, typer.Option("--long", help="Measure 131072 tokens too.")] = False,
@@ -44,7 +44,7 @@ def bench(
     num_slots: Annotated[str, typer.Option(help="Dictionary sizes of OVQ.")] = "256,1024,4096",
     merge: Annotated[
         str,
-        typer.Option(help="Rules by which OVQ keeps its slots: existing (the paper's), updated, nearest."),
+        typer.Option(help="Merge rules of OVQ: existing (the paper's), updated, nearest."),
     ] = "existing",
     chunk_size: Annotated[int, typer.Option(min=1, help="Chunk of OVQ, and width of the window.")] = 256,
     num_heads: Annotated[int, typer.Option(min=1, help="Heads.")] = 8,
@@ -121,6 +121,8 @@ def bench(
     # Everything that can be wrong is checked before anything is measured.
     kinds = [] if what is None else [name.strip() for name in what.split(",")]
     is_model, is_converted = kinds == ["model"], kinds == ["converted"]
+    if len(kinds) > 1 and {"model", "converted"} & set(kinds):
+        raise ValueError(f"--what: expected model or converted alone, found {what}")
     if lengths is None:
         lengths = _TRAINED if is_model else _READ if is_converted else _LENGTHS
     at_lengths = sorted({*parse_ints(lengths, flag="--lengths"), *([131072] if long else [])})
@@ -227,7 +229,8 @@ def _measure(
     where = env["device"]
     if where == "cpu":
         processor = ", ".join([env["processor"], *env["features"]])
-        where = f"{processor}, {env['threads']} threads, CPU kernels {env['cpu_kernels']}"
+        threads = "1 thread" if env["threads"] == 1 else f"{env['threads']} threads"
+        where = f"{processor}, {threads}, CPU kernels {env['cpu_kernels']}"
     backends = "".join(f", backend {backend} ({part})" for part, backend in env["backends"].items())
     copies = f", copies {report['copy_rate'] / 1e9:.0f} GB/s" if "copy_rate" in report else ""
     products = f", matrix products {rates}" if rates else ""

@@ -28,7 +28,7 @@ def demo(
 ) -> None:
     """Train OVQ, full attention and a window alone on short recall, and test all three on long recall.
 
-    The weights of OVQ are tested with more slots, too, kept by the paper's rule and by nearest.
+    The weights of OVQ are tested with more slots, too, merged by the paper's rule and by nearest.
 
     Writes results.json, accuracy.png, state.png and the trained model (ovq/) into the folder.
 

@@ -20,8 +20,8 @@ Sizes = Annotated[
 Rules = Annotated[
     list[str] | None,
     typer.Option(
-        help="Rules of keeping the dictionary to test, on the same weights: existing (the paper's), "
-        "updated, nearest (recalls most); the trained one if not given.",
+        help="Merge rules to test, on the same weights: existing (the paper's), updated, nearest (recalls "
+        "most); the trained one if not given.",
         show_default=False,
     ),
 ]

@@ -95,7 +95,7 @@ def needle(
         seed=seed,
         piece_size=piece_size,
     )
-    title = f"A {value} in {haystack}: said, share of its tokens, chosen of {distractors + 1}"
+    title = f"A {value} in {haystack}: generated, token accuracy, choice of {distractors + 1}"
     show_results(
         {
             "models": list(map(str, model)),

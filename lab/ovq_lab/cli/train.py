@@ -79,8 +79,10 @@ def train(
     of the model.
     """
     others = (recipe, task, init_from)
-    if resume and (set_ or out is None or any(other is not None for other in others)):
+    if resume and (set_ or any(other is not None for other in others)):
         raise ValueError("--resume: expected only --out beside it (a run goes on as it was configured)")
+    if resume and out is None:
+        raise ValueError("--resume: expected the folder of the run in --out, found no --out")
     if not resume and recipe is None:
         raise ValueError("expected a recipe, or --resume, found neither; see ovq train --help")
 

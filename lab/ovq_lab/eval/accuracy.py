@@ -1,4 +1,4 @@
-"""Accuracy of a model on a task, at any length, with any number of slots and any rule of keeping them."""
+"""Accuracy of a model on a task, at any length, with any number of slots and any merge rule."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def evaluate(
         task: The kind of data; its own length is ignored.
         lengths: Tokens per example, one test for each.
         num_slots: Sizes of the dictionary to test; if empty, the one that the model has.
-        merges: Rules of keeping the dictionary to test, as `OVQConfig.merge` names them; if empty, the one
+        merges: Merge rules to test, as `OVQConfig.merge` names them; if empty, the one
             that the model has. The model's own rule keeps its growth, the others have the growth that they
             are meant for.
         num_examples: Examples per length: one number for all lengths, or one for each.

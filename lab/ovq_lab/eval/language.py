@@ -150,7 +150,7 @@ def evaluate_language(
         lengths: Tokens per window, one test for each.
         num_slots: Sizes of the dictionary to test; if empty, the one that the model has. A model without OVQ
             layers is tested once.
-        merges: Rules of keeping the dictionary to test, as `OVQConfig.merge` names them; if empty, the one
+        merges: Merge rules to test, as `OVQConfig.merge` names them; if empty, the one
             that the model has.
         num_windows: The most windows per length.
         block_size: Positions per block.

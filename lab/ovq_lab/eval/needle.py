@@ -107,7 +107,7 @@ def evaluate_needle(
         depths: Where the needle is, from 0 to 1.
         num_slots: Sizes of the dictionary to test; if empty, the one that the model has. A model without OVQ
             layers is tested once.
-        merges: Rules of keeping the dictionary to test, as `OVQConfig.merge` names them; if empty, the one
+        merges: Merge rules to test, as `OVQConfig.merge` names them; if empty, the one
             that the model has.
         num_examples: Questions per length and depth; they are the same at every length and depth.
         seed: Seed of the questions.

@@ -90,7 +90,7 @@ def model_label(
         mixer: The long-range mixer, as `mixer_types` names it.
         num_slots: Slots of its dictionary; `None` if it has none.
         name: Used instead of the name of its mixer.
-        merge: The rule that keeps its dictionary; `None` if it has none.
+        merge: Its merge rule; `None` if it has none.
         logn_length: Tokens beyond which its logits are scaled; `None` for nowhere.
 
     Example:

@@ -103,7 +103,7 @@ def bias(preset: Preset) -> Figure:
 
 def merge(preset: Preset) -> Figure:
     """What is merged: keys into slots from before their chunk or of any age, or what is nearest."""
-    asked = {f"trained by the first, asked by {MERGE_NAMES[BEST_MERGE]}": BEST_MERGE}
+    asked = {f"trained by the first, evaluated by {MERGE_NAMES[BEST_MERGE]}": BEST_MERGE}
     return _ablation(
         preset,
         "merge",

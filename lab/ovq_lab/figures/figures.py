@@ -272,8 +272,8 @@ def dictionary(preset: Preset) -> Figure:
         note="All points of a seed come from the same weights.",
         lines=tuple(lines),
         panels=(
-            Panel(title="slots, kept by the paper's rule", x="num_slots", group="slots"),
-            Panel(title="slots, kept by nearest", x="num_slots", group="slots, nearest"),
+            Panel(title="slots, paper's rule", x="num_slots", group="slots"),
+            Panel(title="slots, nearest", x="num_slots", group="slots, nearest"),
             Panel(title="bytes of state, paper's rule", x="state_bytes", group="bytes"),
             Panel(title="bytes of state, nearest", x="state_bytes", group="bytes, nearest"),
         ),

@@ -28,7 +28,7 @@ RIVALS = (
 """The mixers compared, in the order of legends. Another is added by its name here."""
 
 _RULE = BEST_MERGE
-"""The rule that OVQ is asked by, besides that of its training."""
+"""The rule that OVQ is evaluated by, besides that of its training."""
 
 _FULL = MIXER_NAMES["full_attention"]
 
@@ -52,8 +52,8 @@ _VALIDATION_FACTOR = 4
 _NOTE = (
     "States have equal bytes: those of full dictionaries of OVQ, of KVM's slots and window, and of a window "
     "with sinks; the others have what they can at equal parameters. OVQ is trained by the paper's rule, and "
-    "by nearest the same weights are asked. With a merge gate or a forget gate it is "
-    "another model, trained with the settings that are best without."
+    "the same weights are evaluated by nearest. With a merge gate or a forget gate it is another model, "
+    "trained with the settings that are best without."
 )
 
 
@@ -158,7 +158,7 @@ def _by_length(preset: Preset, name: str, title: str, quality: Panel) -> Figure:
     task, longest = preset.task(name), _VALIDATION_FACTOR * preset.train_length(name)
     return Figure(
         name=f"rivals-{name}",
-        title=f"{title}, at equal bytes",
+        title=f"{title}, at equal bytes or fewer",
         note=_NOTE,
         lines=tuple(
             _lines(
@@ -188,7 +188,7 @@ def rivals_needles(preset: Preset) -> Figure:
     return Figure(
         name="rivals-needles",
         title="Needles of three kinds, hidden in noise or held-out text "
-        f"({preset.text_task('needles').dataset}), at equal bytes",
+        f"({preset.text_task('needles').dataset}), at equal bytes or fewer",
         note="Share of questions that a model answers with the value, over all depths. Models were trained "
         f"on texts of up to {trained} tokens with numbers or uuids in them. {_NOTE}",
         lines=tuple(lines),
@@ -237,7 +237,8 @@ def _by_position(preset: Preset, name: str, partner: str | None, partner_name: s
     by_position: dict[str, Any] = {"x": "positions", "y": "position_losses"}
     return Figure(
         name=name,
-        title=f"Loss on held-out text ({source.dataset}) beside {partner_name}, at equal bytes, by position",
+        title=f"Loss on held-out text ({source.dataset}) beside {partner_name}, at equal bytes or fewer, "
+        "by position",
         note="Each point is the mean over the octave of positions that ends there, in windows of "
         f"{text.length} tokens that all models of a seed read alike. {_NOTE}",
         lines=tuple(_lines(_contenders(preset, "lm", partner), [evaluation], validation)),

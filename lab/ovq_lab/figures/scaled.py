@@ -16,7 +16,7 @@ from ovq_lab.train.config import RunConfig
 _FULL = MIXER_NAMES["full_attention"]
 
 _RULE = BEST_MERGE
-"""The rule that OVQ is asked by."""
+"""The rule that OVQ is evaluated by."""
 
 
 def logn_recall(preset: Preset) -> Figure:

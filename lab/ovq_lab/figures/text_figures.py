@@ -21,7 +21,7 @@ from ovq_lab.train.recipes import beside
 _COMPARED = ("full_attention", "ovq", "gated_deltanet", "mamba2", "sliding_attention")
 
 _RULE = BEST_MERGE
-"""The rule that OVQ is asked by."""
+"""The rule that OVQ is evaluated by."""
 
 _LOCAL = "mamba2"
 """What `hybrids` has in the place of the windows: it is good at what is near."""

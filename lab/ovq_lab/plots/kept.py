@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -73,10 +74,11 @@ def kept_figure(rows: Sequence[Row], path: Path, *, title: str) -> None:
     counts = list(of_largest[0]["slot_counts"])
     panels[2].set_xticks(range(len(counts)), counts, fontsize=9, rotation=35, ha="right")
     panels[2].set_xlabel("tokens in the slot when the questions begin")
-    num_parts = len(of_largest[0]["oldest"])
-    edges = [i * num_parts / 4 for i in range(5)]
     context = of_largest[0]["context_length"]
-    panels[3].set_xticks([edge - 0.5 for edge in edges], [f"{context * i / 4:,.0f}" for i in range(5)])
+    part = context / len(of_largest[0]["oldest"])
+    # Round numbers, about four of them; the first part is drawn at 0, so it begins at -0.5.
+    positions = range(0, context + 1, 2 ** round(math.log2(max(4, context) / 4)))
+    panels[3].set_xticks([p / part - 0.5 for p in positions], [f"{p:,}" for p in positions])
     panels[3].set_xlabel("position of that token in the context")
     save(figure, path, title=title)
 

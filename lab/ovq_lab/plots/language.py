@@ -115,7 +115,8 @@ def _draw_positions(axes: Axes, rows: Sequence[LanguageRow]) -> str:
     axes.set_xlabel("position (tokens)")
     axes.set_ylabel("loss (nats per token)")
     size = rows[0].block_size
-    return f"Loss against position, {rows[0].num_windows} windows, blocks of {size}"
+    windows = "1 window" if rows[0].num_windows == 1 else f"{rows[0].num_windows} windows"
+    return f"Loss against position, {windows}, blocks of {size}"
 
 
 def _draw_chunk(axes: Axes, rows: Sequence[LanguageRow]) -> str:

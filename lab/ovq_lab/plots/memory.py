@@ -98,6 +98,12 @@ def _stack(
         below = below + share
     axes.set_ylim(0, 1)
     axes.set_xlim(edges[0], edges[-1])
+    _mark_whole_numbers(axes)
+
+
+def _mark_whole_numbers(axes: Axes) -> None:
+    """Mark positions of tokens, in short texts too, where a fraction of one would be marked otherwise."""
+    axes.locator_params(axis="x", integer=True)
     axes.xaxis.set_major_formatter(_THOUSANDS)
 
 
@@ -127,15 +133,17 @@ def _draw_places(axes: Axes, memory: LayerMemory, kv_head: int) -> None:
         (opens, "s", MIXER_STYLES["linear_attention"].color, "opens a slot"),
     )
     for tokens, marker, color, label in kinds:
-        axes.scatter(tokens, slots[tokens], s=dot, color=color, linewidths=0, marker=marker)
+        # The first token's lies on the edge.
+        axes.scatter(tokens, slots[tokens], s=dot, color=color, linewidths=0, marker=marker, clip_on=False)
         # The dots themselves are too small for a legend.
         axes.plot([], [], color=color, linestyle="", marker=marker, markersize=5, label=label)
     axes.set_xlim(0, memory.num_tokens)
-    axes.set_ylim(bottom=-1)
+    axes.set_ylim(bottom=-0.5)
     axes.set_ylabel("slot")
     axes.set_xlabel("position of the token")
     axes.set_title("the slot that each token goes into", fontsize=11)
-    axes.xaxis.set_major_formatter(_THOUSANDS)
+    axes.locator_params(axis="y", integer=True)
+    _mark_whole_numbers(axes)
 
 
 def _openers(memory: LayerMemory, kv_head: int) -> list[int]:
@@ -206,8 +214,9 @@ def _counts_figure(memory: LayerMemory, path: Path, *, title: str) -> None:
     counts.set_title("how many tokens a slot holds", fontsize=11)
     ages.set_xlabel("mean position of the tokens in the slot")
     ages.set_title("how old slots are", fontsize=11)
-    ages.xaxis.set_major_formatter(_THOUSANDS)
+    _mark_whole_numbers(ages)
     for axes in (counts, ages):
+        axes.locator_params(axis="y", integer=True)
         axes.set_ylim(bottom=0)
         axes.set_ylabel("slots")
     save(figure, path, title=title)

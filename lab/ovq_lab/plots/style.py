@@ -23,7 +23,7 @@ class Style:
     Attributes:
         color: Of the line and its markers, as `#RRGGBB`.
         marker: As matplotlib names it.
-        line: Solid or dashed, as matplotlib writes it.
+        line: Solid, dashed or dotted, as matplotlib writes it.
         is_filled: Whether markers are filled. Where lines lie on each other, hollow ones stay visible as
             rings.
     """
@@ -121,7 +121,7 @@ def style_name(mixer: str, merge: str | None) -> str:
 
     Args:
         mixer: As `mixer_types` names it.
-        merge: The rule that keeps its dictionary; `None` if it has none, or where that is not known.
+        merge: Its merge rule; `None` if it has none, or where that is not known.
 
     Example:
         >>> style_name("ovq", "existing"), style_name("ovq", "nearest"), style_name("mamba2", None)
@@ -181,7 +181,8 @@ def _variants(mixer: str, count: int) -> list[Style]:
             marker=_MARKERS[mixer]
             if shade == 1 and shade not in places[:i]
             else _OTHER_MARKERS[i % len(_OTHER_MARKERS)],
-            line=_DASHES[shade],
+            # Where markers lie on those of other lines, dots tell two lines of one shade apart.
+            line=":" if shade in places[:i] else _DASHES[shade],
             is_filled=MIXER_STYLES[mixer].is_filled,
         )
         for i, shade in enumerate(places)

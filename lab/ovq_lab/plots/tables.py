@@ -49,7 +49,7 @@ def slice_table(rows: Sequence[ResultRow], *, title: str) -> Table:
     rows = [row for row in rows if row.length == longest]
     # All models have the same slices, because they answer the same examples.
     table = Table(title=title)
-    table.add_column("slice")
+    table.add_column("slice", no_wrap=True)
     for row in rows:
         table.add_column(row.label, justify="right")
     for name in rows[0].slices:

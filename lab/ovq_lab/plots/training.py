@@ -24,5 +24,6 @@ def save_loss_curve(history: History, path: Path, *, mixer: str) -> None:
     if history.held_out:
         axes.plot(list(history.held_out), list(history.held_out.values()), label="held out", **style)
     axes.set_xlabel("step")
+    axes.locator_params(axis="x", integer=True)
     axes.set_ylabel("loss (nats per token)")
     save(figure, path, title="Loss during training")

@@ -122,7 +122,7 @@ def load_corpus(
     if not chosen:
         raise ValueError(
             f"dataset: expected documents for {split} in {source.dataset!r}, found none among its "
-            f"{len(stored.names)} (held_out={source.held_out})"
+            f"{len(stored.names)} (held_out={source.held_out}); more documents have some"
         )
     groups = _volumes(chosen, stored.num_bytes, source.join_to)
     (separator,) = encode([_SEPARATOR])

@@ -141,8 +141,8 @@ class NeedleBuilder(HiddenValues):
         hay = next((found for place in starts if (found := list(self._fill(place, room)))), [])
         if not hay:
             raise ValueError(
-                f"length: expected at least one sentence more than {length - room} tokens hold, "
-                f"found {length}"
+                f"length: expected room for a sentence beside the {length - room} tokens of needle and "
+                f"question, found {length}"
             )
         ends = np.cumsum([len(sentence) for sentence in hay])
         place = int(np.argmin(np.abs(np.array([0, *ends]) - depth * ends[-1])))

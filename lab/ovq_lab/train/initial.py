@@ -6,8 +6,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from ovq.hf import OVQConfig, OVQForCausalLM
-from ovq.hf.hub import check_loaded
+from ovq.hf.hub import check_loaded, check_source
 from ovq.layers.registry import fields_of_mixers, mixer_class
 from ovq_lab.mixers import MIXERS
 from ovq_lab.text import get_tokenizer
@@ -66,6 +68,13 @@ def check_initial(source: str, config: OVQConfig) -> list[str]:
         # Of an empty folder, transformers makes a config of defaults.
         raise ValueError(
             f"train.init_from: expected the folder of a saved model, found no config.json in {source}"
+        )
+    check_source(source, flag="train.init_from")
+    saved, _ = PreTrainedConfig.get_config_dict(source)
+    if (kind := saved.get("model_type")) != OVQConfig.model_type:
+        # Before transformers says at length that this may be meant.
+        raise ValueError(
+            f"train.init_from: expected a model of type {OVQConfig.model_type!r}, found {kind!r} in {source}"
         )
     found = OVQConfig.from_pretrained(source)
     settable = {field.name for field in dataclasses.fields(ModelArgs)}

@@ -20,7 +20,7 @@ from ovq.cli import chat, context, convert, generate, inspect, memory, serve
 from ovq.cli.outputs import Readers, accept_all_text, drop_unwritten, open_closed_streams
 from ovq.cli.plugins import Import
 from ovq.cli.signals import Ended, raised
-from ovq.cli.verbosity import Quiet, Verbose, add_to_commands, warnings_in_one_line
+from ovq.cli.verbosity import Quiet, Verbose, add_to_commands, commands_of, warnings_in_one_line
 from ovq.plugins import LABORATORY, from_laboratory, has_laboratory
 from ovq.runtime.verbosity import is_verbose
 
@@ -76,6 +76,9 @@ def _program() -> Any:
     laboratory: Any = typer.main.get_command(_laboratory())
     program.commands |= laboratory.commands
     add_to_commands(program)
+    # typer keeps the line breaks of docstrings, which are wider than most terminals.
+    for command in commands_of(program):
+        command.help = "\n\n".join(" ".join(part.split()) for part in (command.help or "").split("\n\n"))
     return program
 
 

@@ -112,7 +112,7 @@ def chat(
         if system is not None and found.note:
             raise ValueError("--system: expected none with a saved chat, which has its own, found one")
         talk.go_on_from(found)
-    _Terminal(loaded, talk).run()
+    _Terminal(loaded, talk, document).run()
 
 
 def _read(model: Any, ids: list[int], label: str) -> Context:
@@ -136,10 +136,11 @@ class _Terminal:
     Args:
         model: the model.
         talk: what was said.
+        document: the file that was read before, if any.
     """
 
-    def __init__(self, model: Any, talk: Conversation) -> None:
-        self._model, self._talk = model, talk
+    def __init__(self, model: Any, talk: Conversation, document: str | None) -> None:
+        self._model, self._talk, self._document = model, talk, document
         self._is_interactive = sys.stdin.isatty() and sys.stdout.isatty()
         # What is neither answer nor result, for people alone.
         self._notes = Console(stderr=True, quiet=not self._is_interactive, highlight=False, style="dim")
@@ -240,7 +241,7 @@ class _Terminal:
     def _save(self, path: Path) -> None:
         from ovq.hf import save_context
 
-        check_file("/save", path)
+        check_file("/save", path, text=self._document)
         check_model_path("/save", path)
         save_context(self._talk.saved(), path)
         self._notes.print(f"saved in {path}", markup=False, soft_wrap=True)

@@ -72,12 +72,17 @@ def as_text(argument: str, *, flag: str) -> str:
         ) from None
 
 
-def check_file(flag: str, path: Path) -> None:
+def check_file(flag: str, path: Path, *, text: str | None = None) -> None:
     """Check that a file can be written there: hours of work must not end at a place where it cannot.
+
+    Args:
+        flag: The option that names the file.
+        path: The file.
+        text: The file that was read, which must not be replaced.
 
     Raises:
         OSError: If nothing can be written to its folder.
-        ValueError: If there is a folder in its place, or none to put it in; names the flag.
+        ValueError: If there is a folder or the text in its place, or no folder to put it in; names the flag.
 
     Example:
         >>> check_file("--out", Path("no/such/folder/page.html"))
@@ -86,6 +91,8 @@ def check_file(flag: str, path: Path) -> None:
     """
     if path.is_dir() or not path.parent.is_dir():
         raise ValueError(f"{flag}: expected a file in a folder that exists, found {path}")
+    if text is not None and path.exists() and Path(text).exists() and path.samefile(text):
+        raise ValueError(f"{flag}: expected another file than the text that was read, found {path}")
     _check_writable(path.parent)
 
 

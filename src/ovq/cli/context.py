@@ -52,7 +52,7 @@ def build(
     dictionaries.check_rule(merge)
     document = read_text(text, flag="--text")
     check_generating_folder(model)
-    check_file("--out", out)
+    check_file("--out", out, text=text)
     check_model_path("--out", out)
 
     from transformers import set_seed

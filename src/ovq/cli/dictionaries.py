@@ -12,7 +12,7 @@ Size = Annotated[int | None, typer.Option(min=1, help="Another size of the dicti
 Rule = Annotated[
     str | None,
     typer.Option(
-        help="Another rule of keeping the dictionary, on the same weights; nearest recalls most.",
+        help="Another merge rule, on the same weights; nearest recalls most.",
         show_default=False,
     ),
 ]

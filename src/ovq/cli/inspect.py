@@ -75,7 +75,7 @@ def inspect(
     if (text is None) == (prompt is None):
         raise ValueError("expected one of --text and --prompt, found both or neither")
     check_generating_folder(model)
-    check_file("--out", out)
+    check_file("--out", out, text=text)
     check_folder("--figures", figures)
     dictionaries.check_rule(merge)
     given = as_text(prompt, flag="--prompt") if prompt is not None else read_text(str(text), flag="--text")

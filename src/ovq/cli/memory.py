@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ovq.cli.common import out_console, parse_ints
-from ovq.cli.loading import load_config
+from ovq.cli.loading import is_converted, load_config
 from ovq.plugins import from_laboratory
 
 
@@ -50,6 +50,11 @@ def memory(
 def _load_config(name: str) -> Any:
     """The `OVQConfig` in a folder or of a recipe."""
     if Path(name).is_dir():
+        if is_converted(Path(name)):
+            raise ValueError(
+                f"--config: expected a trained model or a recipe, found a converted model in {name}; "
+                "ovq context info shows what it keeps of a text"
+            )
         return load_config(Path(name))
     get_recipe = from_laboratory(
         "ovq_lab.train.recipes:get_recipe", what=f"--config: {name} is no folder; for a recipe"

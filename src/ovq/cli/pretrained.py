@@ -31,13 +31,16 @@ def load_pretrained(
 
     Raises:
         OSError: If there is no such model.
-        ValueError: If it is none, or its tokenizer is damaged.
+        ValueError: If it is none, or its tokenizer is damaged, or the name can be none.
     """
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    from ovq.hf.hub import check_source
+
     source, options = _place(name, gguf_file)
+    check_source(source, flag="--model")
     is_gguf = bool(options)
     if is_gguf:
         say("Reading a GGUF file: weights, and tokens one by one, in some ten seconds")

@@ -65,12 +65,13 @@ def add_to_commands(program: Any) -> None:
         program: What typer makes of an app; typer itself lets commands share no options.
     """
     shared = [option for option in program.params if option.name in ("quiet", "verbose", "imports")]
-    for command in _commands_of(program):
+    for command in commands_of(program):
         command.params.extend(shared)
 
 
-def _commands_of(group: Any) -> Iterator[Any]:
+def commands_of(group: Any) -> Iterator[Any]:
+    """The commands of a program, and those of its groups."""
     for command in group.commands.values():
         yield command
         if hasattr(command, "commands"):
-            yield from _commands_of(command)
+            yield from commands_of(command)

@@ -45,8 +45,8 @@ model = {auto}.from_pretrained("{place}", trust_remote_code=True)
 
 _BEST_RULE = """
 
-Its dictionary is kept by the rule that it was trained by, `"{merge}"`. Models trained so recall more if it is
-kept by another one, with the same weights and slots, wherever that was measured:
+It was trained with the merge rule `"{merge}"`. Wherever that was measured, models trained so recall more with
+another one, on the same weights and slots:
 
 ```python
 model.set_merge("{best}")

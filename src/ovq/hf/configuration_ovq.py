@@ -179,9 +179,9 @@ class OVQConfig(PreTrainedConfig):
     def recommended(cls, **fields: Any) -> "OVQConfig":
         """The config to train a new model with: of all OVQ layers that were measured, what recalls most.
 
-        Its dictionary is kept by the paper's rule while it is trained, and a merge gate says what each token
-        counts for in it. Once it is trained, `OVQForCausalLM.ask_as_recommended` has the dictionary kept by
-        the rule that recalls most (docs/use/training.md).
+        It trains with the paper's merge rule, and a merge gate says what each token counts for in a merge.
+        Once it is trained, `OVQForCausalLM.ask_as_recommended` switches to the rule that recalls most
+        (docs/use/training.md).
 
         Args:
             fields: all other fields, such as sizes. `forget_gate=True` lowers the loss of a language model

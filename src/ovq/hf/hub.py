@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi, ModelCard
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ovq.hf.card import CARD_FILE, model_card, save_card
@@ -144,6 +145,32 @@ class HubModel(PreTrainedModel):
     def state_bytes(self, num_tokens: int) -> int:
         """Bytes of the cache of one row after `num_tokens` tokens, for the card."""
         raise NotImplementedError
+
+
+def check_source(source: str, *, flag: str) -> None:
+    """Check that there is a folder, or that the hub may have a model of this name: for a path, the hub's own
+    error speaks of repositories.
+
+    Args:
+        source: folder of a saved model, or a name on the hub.
+        flag: the option or field that it comes from, for error messages.
+
+    Raises:
+        ValueError: if it is neither.
+
+    Example:
+        >>> check_source("no/such/folder", flag="--model")
+        Traceback (most recent call last):
+        ValueError: --model: expected the folder of a model or a name on the hub, found 'no/such/folder'
+    """
+    if Path(source).is_dir():
+        return
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        raise ValueError(
+            f"{flag}: expected the folder of a model or a name on the hub, found {source!r}"
+        ) from None
 
 
 def check_loaded(source: str | os.PathLike, report: Mapping[str, Any]) -> None:

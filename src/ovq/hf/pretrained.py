@@ -168,10 +168,10 @@ class OVQPreTrainedModel(HubModel):
         self.config.logn_length = logn_length
 
     def ask_as_recommended(self, *, logn_length: int | None = None) -> None:
-        """Let every OVQ layer of a trained model keep its dictionary by the rule that recalls most.
+        """Let every OVQ layer of a trained model merge by the rule that recalls most.
 
-        It is the second half of `OVQConfig.recommended`: train by the paper's rule, ask by this one, with as
-        many slots as there is memory for (`set_num_slots`).
+        It is the second half of `OVQConfig.recommended`: train with the paper's rule, infer with this one,
+        with as many slots as there is memory for (`set_num_slots`).
 
         Args:
             logn_length: the length of the training texts in tokens, beyond which logits are scaled (see

@@ -8,7 +8,7 @@ import warnings
 
 import torch
 
-from ovq.fields import is_finite
+from ovq.fields import did_you_mean, is_finite
 from ovq.ops.ablation import Ablation
 from ovq.ops.schedule import GROWTHS
 
@@ -87,8 +87,11 @@ class Options:
 
     def __post_init__(self) -> None:
         for name, choices in (("growth", GROWTHS), ("init", INITS), ("merge", MERGES)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}: expected one of {choices}, found {getattr(self, name)!r}")
+            if (found := getattr(self, name)) not in choices:
+                raise ValueError(
+                    f"{name}: expected one of {', '.join(choices)}, found {found!r}"
+                    f"{did_you_mean(str(found), choices)}"
+                )
         check_sizes(1, num_slots=self.num_slots, chunk_size=self.chunk_size)
         check_value_weight("value_weight", self.value_weight)
         # Where pairs are merged, no key is chosen to open a slot, and no mean moves by steps.

@@ -98,6 +98,7 @@ def test_a_report_is_whole_and_can_be_shown(tmp_path):
     ("arguments", "expected"),
     [
         (["--what", "speed"], "--what: expected some of .* found speed"),
+        (["--what", "model,decode"], "--what: expected model or converted alone, found model,decode"),
         (["--dtypes", "int8"], "--dtypes: expected some of .* found int8"),
         (["--merge", "existing,wart"], "--merge: expected rules among .* found 'wart'"),
         (["--lengths", "many"], "--lengths: expected positive integers .* found 'many'"),

@@ -77,6 +77,15 @@ def test_questions_that_nobody_was_asked_have_no_point(made, tmp_path):
         kept_figure([], tmp_path / "kept.png", title="none")
 
 
+def test_positions_are_marked_at_round_numbers(made, tmp_path, monkeypatch):
+    _, _, results = made
+    drawn = []
+    monkeypatch.setattr("ovq_lab.plots.kept.save", lambda figure, path, *, title: drawn.append(figure))
+    kept_figure([row | {"context_length": 2049} for row in results["rows"]], tmp_path / "kept.png", title="")
+    labels = [label.get_text() for label in drawn[0].axes[3].get_xticklabels()]
+    assert labels == ["0", "512", "1,024", "1,536", "2,048"]
+
+
 def test_it_takes_the_runs_of_other_figures():
     """The usual run, which other figures train as well."""
     [config] = {line.config for line in get_figure("kept", CPU).lines}

@@ -73,8 +73,8 @@ function refresh() {
 }
 
 function start() {
-  const { layer } = now, rule = { existing: "the paper's rule", updated: "keys may join slots of their own chunk" }[DATA.merge] ?? `the rule "${DATA.merge}"`;
-  $("about").textContent = `${flat(DATA.name) || "A text"}, ${plural(NUM_TOKENS, "token")}, read by ${flat(DATA.model) || "a model"}: slots in ${LAYERS.length} of ${plural(DATA.numLayers, "layer")}, in layer ${layer.layer} at most ${plural(Math.max(...layer.numSlots), "slot")} per head, chunks of ${plural(layer.chunkSize, "token")}, dictionary kept by ${rule}. Made by ovq ${DATA.version}.`;
+  const { layer } = now, rule = DATA.merge === "existing" ? "existing (the paper's)" : DATA.merge;
+  $("about").textContent = `${flat(DATA.name) || "A text"}, ${plural(NUM_TOKENS, "token")}, read by ${flat(DATA.model) || "a model"}: slots in ${LAYERS.length} of ${plural(DATA.numLayers, "layer")}, in layer ${layer.layer} at most ${plural(Math.max(...layer.numSlots), "slot")} per head, chunks of ${plural(layer.chunkSize, "token")}, merge rule: ${rule}. Made by ovq ${DATA.version}.`;
   if (DATA.numGiven > NUM_TOKENS) {
     $("cut").hidden = false;
     $("cut").textContent = `Only the first ${format(NUM_TOKENS)} of ${format(DATA.numGiven)} tokens were read. --max-tokens sets how many.`;
