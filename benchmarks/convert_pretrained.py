@@ -42,7 +42,7 @@ from ovq.runtime.files import write_atomic
 from ovq_lab.eval.reading import read_pieces, target_losses
 from ovq_lab.plots.canvas import NullLocator
 from ovq_lab.plots.panels import new_panels, save
-from ovq_lab.plots.style import MIXER_STYLES, PALETTE
+from ovq_lab.plots.style import MIXER_STYLES, PAIRS, PALETTE
 from ovq_lab.runtime.environment import environment
 from ovq_lab.text.haystack import NeedleBuilder
 
@@ -291,7 +291,7 @@ def draw(rows: list[dict], path: Path) -> None:
         "slots": ("slots, all heads alike", PALETTE[1]),
         "probed": ("slots, as probed", MIXER_STYLES["ovq"]),
         "equal": ("ovq convert if all tokens count alike", PALETTE[2]),
-        "fitted": ("ovq convert", MIXER_STYLES["ovq, ward"]),
+        "fitted": ("ovq convert", MIXER_STYLES[PAIRS]),
     }
     titles = {"prose": "prose (Hamlet)", "code": "code (argparse.py)"}
     losses = [row for row in rows if row["what"] == "loss"]
