@@ -87,7 +87,7 @@ def reproduce(figure: Figure, shop: Workshop, *, lines: Sequence[str] = ()) -> d
     _check_preset(shop)
     path = shop.out / "rows" / f"{figure.name}.json"
     part = chosen_lines(figure, lines)
-    earlier = earlier_results(path, figure, part, shop.seeds) if lines else None
+    earlier = earlier_results(path, figure, shop.seeds) if lines else None
     sweep, chosen = _sweep(figure, part, shop, known=earlier["sweep"] if earlier else ())
     trained, measured = _trained(part, chosen, shop), _measured(part, shop)
     only = "".join(f" --lines {shlex.quote(pattern)}" for pattern in lines)
