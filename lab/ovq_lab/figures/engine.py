@@ -295,9 +295,7 @@ def _rows(line: Line, job: RunJob) -> list[dict[str, Any]]:
                 "logn_length": None,
                 **{key: value for key, value in outcome.items() if key not in ("evaluation", "environment")},
                 **evaluation.row_fields(),
-                "microseconds_per_token": 1e6
-                * outcome["seconds"]
-                / (evaluation.num_examples * evaluation.num_tokens),
+                "microseconds_per_token": 1e6 * outcome["seconds"] / evaluation.num_read,
                 "seed": job.config.train.seed,
                 "learning_rate": job.config.train.learning_rate,
                 "weight_decay": job.config.train.weight_decay,
