@@ -62,6 +62,10 @@ _IN_PARTS: dict[str, Callable[[str], float | str]] = {"slices": str, "positions"
 _IS_LOGARITHMIC = frozenset({"state_bytes", "microseconds_per_token"})
 
 
+_Values = dict[float | str, dict[int, float]]
+"""The values of a line by place and seed."""
+
+
 def points(results: dict[str, Any], panel: dict[str, Any]) -> dict[str, list[Point]]:
     """What a panel shows: the points of each line by its label, from left to right.
 
@@ -69,7 +73,7 @@ def points(results: dict[str, Any], panel: dict[str, Any]) -> dict[str, list[Poi
         results: What the JSON file of a figure holds.
         panel: One of its panels.
     """
-    values: dict[str, dict[float | str, dict[int, float]]] = {}
+    values: dict[str, _Values] = {}
     for row in results["rows"]:
         if row["group"] != panel["group"] or panel["at_length"] not in (None, row["length"]):
             continue
@@ -84,13 +88,7 @@ def points(results: dict[str, Any], panel: dict[str, Any]) -> dict[str, list[Poi
                 continue
             by_x.setdefault(x, {})[row["seed"]] = value
     if (base := panel.get("relative_to")) is not None:
-        values = {
-            label: {
-                x: {seed: 100 * (value / values[base][x][seed] - 1) for seed, value in by_seed.items()}
-                for x, by_seed in by_x.items()
-            }
-            for label, by_x in values.items()
-        }
+        values = {label: _per_cent_above(values.get(base, {}), by_x) for label, by_x in values.items()}
     lines = {}
     for label, by_x in values.items():
         places = list(by_x) if panel["x"] == "slices" else sorted(by_x)
@@ -100,6 +98,19 @@ def points(results: dict[str, Any], panel: dict[str, Any]) -> dict[str, list[Poi
             for x, each in zip(places, seeds, strict=True)
         ]
     return lines
+
+
+def _per_cent_above(base: _Values, values: _Values) -> _Values:
+    """By how many per cent values are above those of a line, where it has the same seed at the same place."""
+    found = {
+        x: {
+            seed: 100 * (value / base[x][seed] - 1)
+            for seed, value in by_seed.items()
+            if seed in base.get(x, {})
+        }
+        for x, by_seed in values.items()
+    }
+    return {x: by_seed for x, by_seed in found.items() if by_seed}
 
 
 def save_figure(results: dict[str, Any], path: Path) -> None:
