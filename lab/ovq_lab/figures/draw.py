@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ovq.runtime.units import format_bytes
-from ovq_lab.eval.rows import LOGN
+from ovq_lab.eval.rows import LOGN, short_number
+from ovq_lab.figures.results import field_of
 from ovq_lab.plots.canvas import Axes, FuncFormatter, LogLocator, NullLocator
 from ovq_lab.plots.heat import draw_heat_maps
 from ovq_lab.plots.panels import length_axis, mark_training, new_panels, save
@@ -81,7 +81,7 @@ def points(results: dict[str, Any], panel: dict[str, Any]) -> dict[str, list[Poi
         if panel["x"] in _IN_PARTS:
             found = {_IN_PARTS[panel["x"]](place): value for place, value in row[panel["y"]].items()}
         else:
-            found = {_field(row, panel["x"]): _field(row, panel["y"])}
+            found = {field_of(row, panel["x"]): field_of(row, panel["y"])}
         for x, value in found.items():
             # What was not seen at all, such as answers to questions that nobody was asked.
             if value is None:
@@ -250,23 +250,3 @@ def _tick(field: str) -> Callable[[float], str]:
     if field == "state_bytes":
         return lambda value: format_bytes(value).replace(".0 ", " ")
     return short_number
-
-
-def short_number(value: float) -> str:
-    """A number as short as it can be written.
-
-    Example:
-        >>> [short_number(value) for value in (0.25, 512, 1024, 65536, 3000)]
-        ['0.25', '512', '1k', '64k', '3000']
-    """
-    if value >= 1024 and value % 1024 == 0:
-        return f"{value / 1024:g}k"
-    return f"{value:g}" if value < 1000 or not math.isclose(value, round(value)) else f"{value:.0f}"
-
-
-def _field(row: dict[str, Any], path: str) -> Any:
-    """A field of a row, or of a part of it as `"part.field"`."""
-    value: Any = row
-    for name in path.split("."):
-        value = value[name]
-    return value

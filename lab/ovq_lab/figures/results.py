@@ -36,7 +36,9 @@ The rest of the code sees rows as dicts with all fields: `load_results` joins wh
 
 from __future__ import annotations
 
+import functools
 import json
+import operator
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -137,6 +139,11 @@ def load_results(path: Path) -> dict[str, Any]:
         return _joined(results) if "lines" in results else results
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(f"{path}: expected the rows of a figure, found something else ({error})") from error
+
+
+def field_of(row: Row, path: str) -> Any:
+    """A field of a row, or of a part of it as `"part.field"`."""
+    return functools.reduce(operator.getitem, path.split("."), row)
 
 
 class _Numbered:
