@@ -37,18 +37,14 @@ _TITLES = {
 _OFFSET = 0.04
 
 
-def fidelity_figure(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+def fidelity_figure(results: Mapping[str, Any], path: Path) -> None:
     """Draw one panel for each stream, with a line for each memory and its standard deviation over seeds.
 
     Args:
-        rows: What `ovq_lab.figures.fidelity.fidelity_rows` returns.
+        results: Its `rows` are those of `ovq_lab.figures.fidelity.fidelity_rows`.
         path: Where to write the picture, as PNG.
-
-    Raises:
-        ValueError: If there are no rows.
     """
-    if not rows:
-        raise ValueError("expected rows to draw, found none")
+    rows = results["rows"]
     streams = list(dict.fromkeys(row["stream"] for row in rows))
     # Each panel has its own axis: on random keys exact attention is nearly 0, and errors are far larger.
     figure, panels = new_panels(len(streams), height=2.9)
