@@ -9,7 +9,6 @@ it stands how often the model was compiled: as often as shapes, or the mode of g
 """
 
 import statistics
-import time
 from collections.abc import Callable
 from typing import Annotated
 
@@ -19,6 +18,7 @@ from transformers import PreTrainedModel
 
 from ovq.hf.cache import CACHE_KEY
 from ovq.runtime.allocator import keep_freed_memory
+from ovq_lab.bench.measure import interleaved
 from ovq_lab.bench.models import ModelWorkload
 
 
@@ -41,15 +41,10 @@ def tokens(function: Callable, ids: torch.Tensor) -> Callable[[], object]:
 
 
 def medians(functions: list[Callable[[], object]], rounds: int) -> list[float]:
-    """Median seconds of each function; they take turns, and the first rounds, which compile, do not count."""
-    times: list[list[float]] = [[] for _ in functions]
-    for i in range(rounds + 3):
-        for function, own in zip(functions, times, strict=True):
-            start = time.perf_counter()
-            function()
-            if i >= 3:
-                own.append(time.perf_counter() - start)
-    return [statistics.median(own) for own in times]
+    """Median seconds of each function; they take turns, and the first calls, which compile, do not count."""
+    for function in functions * 2:
+        function()
+    return [statistics.median(times) for times in interleaved(functions, max_rounds=rounds, seconds=1e9)]
 
 
 def main(

@@ -7,9 +7,9 @@ DIR is a model of transformers, such as SmolLM2-135M-Instruct (`ovq convert --gg
 Compared are, with equal rows per key/value head: full attention; the first 4 tokens and a window; slots and
 a window, all heads alike; what a probe of the heads shares out; and the same with fitted biases, as `ovq
 convert` has it (`--methods fitted`). The probe reads other texts (`--probe-prose`, `--probe-code`) than those
-the loss is measured on. With `--save-probed PARENT` the models with what it shared out are saved, one for
-each share, and nothing is measured; what `ovq convert` has written is measured by `--methods adapted
---adapted DIR...`, one for each share. `--draw` draws the losses of the file by rows, and ends.
+the loss is measured on. What `ovq convert` has written is measured by
+`--methods adapted --adapted DIR...`, one for each share. `--draw` draws the losses of the file by rows, and
+ends.
 
 Every number is written as soon as it is there, and a run that was cut off goes on where it was.
 """
@@ -42,11 +42,14 @@ from ovq.runtime.files import write_atomic
 from ovq_lab.eval.reading import read_pieces, target_losses
 from ovq_lab.plots.canvas import NullLocator
 from ovq_lab.plots.panels import new_panels, save
-from ovq_lab.plots.style import MIXER_STYLES, PALETTE
+from ovq_lab.plots.style import MIXER_STYLES, PAIRS, PALETTE
 from ovq_lab.runtime.environment import environment
 from ovq_lab.text.haystack import NeedleBuilder
 
 SINKS = 4
+VALUE_WEIGHT = 1.0
+# Of hidden numbers in the probe; a text has 1.
+NEEDLE_WEIGHT = 0.1
 # Chunks of the window alone are smaller, so that it is nearly a window that slides token by token. Its rows
 # are rounded up by half a chunk, which is what it holds on average below its size.
 WINDOW_CHUNK = 32
@@ -66,9 +69,6 @@ def main() -> None:
     ids = {name: torch.tensor(tokenizer(text, verbose=False)["input_ids"]) for name, text in texts.items()}
     results = Results(arguments.out, about=vars(arguments) | {"environment": environment("cpu")})
     lab = Lab(arguments, tokenizer)
-    if arguments.save_probed is not None:
-        lab.save_probed(arguments.save_probed)
-        return
     for length in arguments.lengths:
         for method, share in lab.methods():
             for name, tokens in ids.items():
@@ -95,13 +95,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--probe-file", type=Path, help="where the probe is kept between runs")
     parser.add_argument("--probe-tokens", type=int, default=2048)
     parser.add_argument(
-        "--plain-distances", action="store_true", help="compare keys as they are, not by what matters"
-    )
-    parser.add_argument(
         "--equal-weights", action="store_true", help="merge tokens as if all were of the same use"
-    )
-    parser.add_argument(
-        "--needle-weight", type=float, default=0.1, help="weight of hidden numbers in the probe; a text has 1"
     )
     parser.add_argument("--shares", type=float, nargs="+", default=[1 / 4, 1 / 12], help="rows / context")
     parser.add_argument("--lengths", type=int, nargs="*", default=[3072, 6144])
@@ -109,13 +103,10 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--needles", nargs="*", default=["noise", "essay"], help="noise (S1), essay (S2)")
     parser.add_argument("--methods", nargs="+", default=["full", "window", "slots", "probed"])
     parser.add_argument("--adapted", nargs="*", default=[], help="a folder for each share")
-    parser.add_argument("--save-probed", type=Path, help="write models of --lengths' first into this folder")
     parser.add_argument("--merge", default="nearest")
-    parser.add_argument("--value-weight", type=float, default=1.0)
     parser.add_argument("--chunk-size", type=int, default=64)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--draw", action="store_true", help="draw the losses that are in the file, and end")
     return parser.parse_args()
 
@@ -175,9 +166,7 @@ class Lab:
         """
         texts = [self.arguments.prose.read_text()] if key["text"] == "essay" else []
         builder = NeedleBuilder(self.tokenizer, haystack=key["text"], value="number", texts=texts)
-        needle = builder.build(
-            key["length"], depth=key["depth"], seed=self.arguments.seed, index=key["index"]
-        )
+        needle = builder.build(key["length"], depth=key["depth"], seed=0, index=key["index"])
         model, cache, about = self._model(key)
         prompt, answer = torch.from_numpy(needle.prompt), torch.from_numpy(needle.answer)
         for _ in read_pieces(model, prompt[:-1], cache, piece_size=PIECE):
@@ -192,14 +181,6 @@ class Lab:
             "digits": is_first[is_digit].all(),
         }
         return {name: float(value) for name, value in found.items()} | about
-
-    def save_probed(self, parent: Path) -> None:
-        """Save the models with what the probe has shared out, and their tokenizer."""
-        length = self.arguments.lengths[0]
-        for share in self.arguments.shares:
-            model = attach(self._original(), config=self._config("probed", share * length, length))
-            model.save_pretrained(parent / f"{share:.3g}")
-            self.tokenizer.save_pretrained(parent / f"{share:.3g}")
 
     def _model(self, key: dict[str, Any]) -> tuple[Any, Any, dict[str, float]]:
         """The model, an empty cache, and the rows per head."""
@@ -223,7 +204,7 @@ class Lab:
 
     def _config(self, method: str, rows: float, length: int) -> MemoryConfig:
         size = self.arguments.chunk_size
-        settings = {"merge": self.arguments.merge, "value_weight": self.arguments.value_weight}
+        settings = {"merge": self.arguments.merge, "value_weight": VALUE_WEIGHT}
         if method == "fitted":
             config = self._config("probed", rows, length)
             return fitted_bias(self._original(), self._probe_texts(), config)
@@ -263,13 +244,12 @@ class Lab:
                 self._original(),
                 [*self._probe_texts(), torch.from_numpy(needles)],
                 targets=[None, None, torch.from_numpy(is_answer)],
-                weights=[1, 1, self.arguments.needle_weight],
+                weights=[1, 1, NEEDLE_WEIGHT],
                 options=options,
                 num_sinks=SINKS,
                 chunk_size=size,
                 merge=self.arguments.merge,
-                value_weight=self.arguments.value_weight,
-                has_distances=not self.arguments.plain_distances,
+                value_weight=VALUE_WEIGHT,
                 has_use=not self.arguments.equal_weights,
                 progress=lambda done: print(f"probe: {done} of {3 * len(options)}", flush=True),
             )
@@ -291,7 +271,7 @@ def draw(rows: list[dict], path: Path) -> None:
         "slots": ("slots, all heads alike", PALETTE[1]),
         "probed": ("slots, as probed", MIXER_STYLES["ovq"]),
         "equal": ("ovq convert if all tokens count alike", PALETTE[2]),
-        "fitted": ("ovq convert", MIXER_STYLES["ovq, ward"]),
+        "fitted": ("ovq convert", MIXER_STYLES[PAIRS]),
     }
     titles = {"prose": "prose (Hamlet)", "code": "code (argparse.py)"}
     losses = [row for row in rows if row["what"] == "loss"]

@@ -1,16 +1,16 @@
-"""Parity, times and a profile of the Triton kernels on a GPU, in one call of under nine minutes.
+"""Parity, times and a profile of the Triton kernels on a GPU, in one call of under six minutes.
 
     python benchmarks/gpu_report.py --out gpu-report
     python benchmarks/gpu_report.py --dry-run        # list the parts; needs no GPU
 
 Each part runs in a process of its own with a time limit, and hands over row after row, so that what was done
 when a part fails or its time is up is kept. `report.json` and `report.md` are written anew after each part.
-Exit code 1 if results of the kernels are not those of the reference or a part failed, 2 without a GPU.
+Exit code 1 if results of the kernels are not those of the reference or a part failed, 2 without a GPU. Other
+mixers are measured beside them by `ovq bench --device cuda`.
 """
 
 import argparse
 import dataclasses
-import functools
 import itertools
 import json
 import subprocess
@@ -25,14 +25,13 @@ import torch
 
 from ovq.ops import OVQState, backend_used, ovq_attention
 from ovq.runtime.files import write_atomic
-from ovq_lab.bench import gpu, gpu_suite
-from ovq_lab.bench.measure import matrix_rate, spread
-from ovq_lab.bench.rivals import RIVALS
-from ovq_lab.bench.workloads import Workload, contenders
+from ovq_lab.bench import gpu
+from ovq_lab.bench.measure import spread
+from ovq_lab.bench.workloads import Workload
 from ovq_lab.runtime.environment import environment
 
-# Of all parts together, so that a call stays below nine minutes.
-SECONDS = 525
+# Of all parts together, so that a call stays below six minutes.
+SECONDS = 340
 RULES = ("existing", "nearest")
 # The size of the targets and of the estimates in docs/method/triton.md.
 SIZE = {"dtype": "bfloat16", "chunk_size": 256, "num_heads": 16, "head_dim": 128}
@@ -132,19 +131,6 @@ def parity() -> Iterator[Row]:
         yield parity_row(merge, dtype, *size, has_weights=True)
 
 
-def compared(part: str) -> Iterator[Row]:
-    """OVQ beside each backend of exact attention and the other mixers, as `ovq bench` measures them."""
-    rates = matrix_rate(SIZE["dtype"], device="cuda", num_heads=SIZE["num_heads"]), gpu.copy_rate("cuda")
-    for length in (4096, 16384, 65536):
-        candidates = contenders(RIVALS, {"length": length, **SIZE}, (NUM_SLOTS,))
-        rows, left_out = gpu_suite.measure(part, candidates, *rates)
-        for row in rows:
-            workload = row.pop("workload")
-            yield {"mixer": workload.label, "length": length, **row}
-        for row in left_out:
-            yield {"mixer": row["label"], "length": length, "left_out": row["reason"]}
-
-
 def _calls(merge: str, length: int, *, has_weights: bool = False) -> dict[str, Callable[[], object]]:
     """A forward, and a forward with its backward, by a rule."""
     inputs = Workload(mixer="ovq", length=length, num_slots=NUM_SLOTS, **SIZE).inputs(device="cuda")
@@ -201,19 +187,6 @@ def profile() -> Iterator[Row]:
 
 PARTS = (
     Part("parity", 155, "the kernels against the torch backend on the CPU, each rule of merging", parity),
-    Part(
-        "forward",
-        65,
-        "the forward at 4k, 16k, 64k, beside exact attention",
-        functools.partial(compared, "forward"),
-    ),
-    Part(
-        "forward_backward",
-        65,
-        "the same with the backward",
-        functools.partial(compared, "forward_backward"),
-    ),
-    Part("decode", 40, "a decoded token after as many", functools.partial(compared, "decode")),
     Part("rules", 85, "the rules of merging beside each other at 4k and 16k", rules),
     Part("profile", 65, "the time of each kernel in a forward and a backward at 16k", profile),
 )

@@ -23,6 +23,7 @@ import typer
 
 from ovq.ops import cpu_kernels
 from ovq.ops.backends.cpu import build, compiler
+from ovq_lab.bench.measure import interleaved
 from ovq_lab.bench.workloads import Workload
 
 # What is measured: part, dtype, tokens.
@@ -44,20 +45,6 @@ def compiled(folder: Path) -> ctypes.CDLL:
     options = [*compiler._command(flags), "-shared", str(folder / "kernels.cpp"), "-o", str(path)]
     subprocess.run([*compiler.find_compiler(), *options], check=True)
     return ctypes.CDLL(str(path))
-
-
-def processor_times(functions: list[Callable[[], object]], rounds: int, run: int) -> list[float]:
-    """The median seconds of each function; `run` calls each in turn, after a first round that does not
-    count."""
-    times: list[list[float]] = [[] for _ in functions]
-    for i in range(rounds + 1):
-        for function, own in zip(functions, times, strict=True):
-            for _ in range(run):
-                start = time.process_time()
-                function()
-                if i:
-                    own.append(time.process_time() - start)
-    return [statistics.median(own) for own in times]
 
 
 def main(before: Annotated[Path | None, typer.Option()] = None, rounds: int = 3, only: str = "") -> None:
@@ -82,7 +69,10 @@ def main(before: Annotated[Path | None, typer.Option()] = None, rounds: int = 3,
 
         libraries = {"now": kernels["now"]} if is_decode else kernels
         functions = [getattr(exact, part)("cpu"), *map(with_kernels, libraries.values())]
-        reference, *times = processor_times(functions, rounds, 64 if is_decode else 1)
+        all_times = interleaved(
+            functions, max_rounds=rounds, run=64 if is_decode else 1, seconds=1e9, clock=time.process_time
+        )
+        reference, *times = map(statistics.median, all_times)
         found = (
             f"{of} {t * 1e3:.3f} ms, {reference / t:.2f} times"
             for of, t in zip(libraries, times, strict=True)

@@ -15,7 +15,6 @@ import dataclasses
 import json
 import sys
 import time
-from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from ovq.ops import OVQState, ovq_attention
 from ovq.runtime.progress import Reporter
+from ovq_lab.bench.peak import resident
 
 ROWS, DIM, CHUNK, SLOTS = 2, 8, 16, 32
 DRIFT_BOUND = 2.0**-22
@@ -119,7 +119,7 @@ def soak(num_steps: int, reporter: Reporter, *, seed: int = 0) -> Result:
     places = torch.eye(CHUNK)[:, None].expand(-1, ROWS, -1)
     recount, state = Recount(), None
     early = num_chunks // 10
-    resident = 0
+    early_bytes = 0
     work = reporter.start("decode steps", total=num_chunks * CHUNK)
     started = time.perf_counter()
     for chunk in range(num_chunks):
@@ -138,28 +138,20 @@ def soak(num_steps: int, reporter: Reporter, *, seed: int = 0) -> Result:
             )
         recount.add(tokens.double().numpy(), state)
         if chunk == early:
-            resident = resident_bytes()
+            early_bytes = resident()
         if chunk % 64 == 0 or chunk + 1 == num_chunks:
-            work.update((chunk + 1) * CHUNK, note=f"{resident_bytes() / 2**20:.1f} MiB resident")
+            work.update((chunk + 1) * CHUNK, note=f"{resident() / 2**20:.1f} MiB resident")
     is_exact, drift, error = recount.compare(state)
     return Result(
         num_steps=num_chunks * CHUNK,
         seconds=time.perf_counter() - started,
-        resident_bytes=resident_bytes(),
-        growth_bytes=resident_bytes() - resident,
+        resident_bytes=resident(),
+        growth_bytes=resident() - early_bytes,
         are_counts_exact=is_exact and state.num_seen.tolist() == [num_chunks * CHUNK] * ROWS,
         drift=drift,
         largest_error=error,
         largest_count=int(recount.count.max()),
     )
-
-
-def resident_bytes() -> int:
-    """Resident memory of this process (Linux)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("expected a line VmRSS in /proc/self/status, found none")
 
 
 def main(

@@ -23,6 +23,8 @@ TINY = [
     "train.lengths=32",
     "train.length_shares=1",
     "train.batch_size=2",
+    # A loss that is logged is drawn.
+    "train.log_every=1",
     "model.hidden_size=16",
 ]
 TINY += ["model.mixer_types=sliding_attention,mine", "task.num_pairs=2"]

@@ -2,8 +2,6 @@
 
 import copy
 import json
-import runpy
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -159,35 +157,6 @@ def test_a_converted_model_is_scored_with_its_memory(documents, folder):
     full = [by_hand(plain, row["text"], row["answer"])[0] for row in documents]
     own = [by_hand(converted, row["text"], row["answer"])[0] for row in documents]
     assert max(abs(a - b) for a, b in zip(full, own, strict=True)) > 0.1
-
-
-def test_examples_that_are_read_once_give_the_same_scores():
-    program = Path(__file__).parents[2] / "benchmarks" / "convert_short_tasks.py"
-    names = runpy.run_path(str(program))
-    kinds = [names[name] for name in ("SharedExamples", "HFLM")]
-    torch.manual_seed(0)
-    plain = LlamaForCausalLM(LlamaConfig(**SIZES | {"vocab_size": 257}, eos_token_id=256)).double().eval()
-    converted = attach(copy.deepcopy(plain), num_slots=4, window=8, num_sinks=1, chunk_size=4)
-    random = np.random.default_rng(0)
-
-    def letters(num):
-        return random.integers(97, 123, num).tolist()
-
-    # Questions alone, and after two lots of examples; each has two answers, of unequal lengths.
-    texts = [examples + letters(num) for examples in ([], letters(120), letters(140)) for num in (3, 11, 6)]
-    requests = [(("", ""), text, letters(num)) for text in texts for num in (1, 7)]
-    found = {}
-    for model in (plain, converted):
-        options = {"pretrained": model, "tokenizer": BYTES, "batch_size": 4, "max_length": 256}
-        with torch.no_grad():
-            own, harness = (
-                kind(backend="causal", **options)._loglikelihood_tokens(requests, disable_tqdm=True)
-                for kind in kinds
-            )
-        found[model] = [each[0] for each in own]
-        assert found[model] == pytest.approx([each[0] for each in harness], abs=1e-3)
-        assert [each[1] for each in own] == [each[1] for each in harness]
-    assert max(abs(a - b) for a, b in zip(*found.values(), strict=True)) > 0.1
 
 
 def test_limit_and_what_is_not_there(model, folder):

@@ -172,13 +172,8 @@ def draw_all(folder):
     found |= {"state_bytes": 1}
     save_needle_figures([NeedleRow(mixer=mixer, num_slots=slots, **found) for mixer, slots in MODELS], folder)
     memories = ["OVQ", "static VQ", "linear attention", "delta rule", "window + sinks"]
-    fidelity_figure(
-        [
-            {"stream": "text", "seed": 0, "memory": name, "length": 64, "bytes": 1, "error": 0.5}
-            for name in memories
-        ],
-        folder / "c.png",
-    )
+    row = {"stream": "text", "seed": 0, "length": 64, "bytes": 1, "error": 0.5}
+    fidelity_figure({"rows": [row | {"memory": name} for name in memories]}, folder / "c.png")
     labels = {"ovq": "OVQ, 64 slots", "sdpa": "exact (SDPA)", "window": "window of 256"}
     labels |= {"gated_deltanet": "Gated DeltaNet, fla", "mamba2": "Mamba2, fla"}
     rows = [

@@ -147,20 +147,21 @@ def test_clusters_are_those_of_the_sample_unless_they_are_new():
 
 
 def test_ovq_is_better_than_chance_on_text_and_k_means_better_still():
-    rows = fidelity_rows([0], lengths=[4096], streams=["text"], num_slots=64)
+    rows = fidelity_rows(0, lengths=[4096], streams=["text"], num_slots=64)
     error = {row["memory"]: row["error"] for row in rows}
     assert error["offline k-means"] < error["OVQ"] < 0.8 * error["random merging"]
 
 
 def test_rows_have_all_combinations_and_errors_are_relative():
-    rows = fidelity_rows([5, 1], lengths=[192, 64], streams=["random", "clustered"], num_slots=16, head_dim=8)
+    options = {"lengths": [64, 192], "streams": ["random", "clustered"], "num_slots": 16, "head_dim": 8}
+    rows = fidelity_rows(5, **options)
     names = [kind.name for kind in MEMORIES]
-    assert [(row["stream"], row["seed"], row["memory"], row["length"]) for row in rows] == [
-        *itertools.product(["random", "clustered"], [5, 1], names, [64, 192])
+    assert [(row["stream"], row["memory"], row["length"]) for row in rows] == [
+        *itertools.product(["random", "clustered"], names, [64, 192])
     ]
-    assert rows == fidelity_rows(
-        [5, 1], lengths=[64, 192], streams=["random", "clustered"], num_slots=16, head_dim=8
-    )
+    for row in rows:
+        assert (row["line"], row["group"], row["seed"]) == (row["memory"], row["stream"], 5)
+    assert rows == fidelity_rows(5, **options)
     sample, stream = STREAMS["random"](5, 16384, 192 + 256, 8)
     memory = OVQMemory(16 * 4 * 18, scale=8**0.5, sample=sample, seed=5)
     memory.append(stream.keys[:192], stream.values[:192])
@@ -169,19 +170,6 @@ def test_rows_have_all_combinations_and_errors_are_relative():
     error = (memory.read(queries) - exact).norm() / exact.norm()
     assert rows[1]["error"] == pytest.approx(float(error), rel=1e-4)
     assert statistics.pstdev(row["bytes"] for row in rows) < 0.1 * rows[0]["bytes"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"lengths": []}, r"lengths: expected positive multiples of 64, found \[\]"),
-        ({"lengths": [100]}, r"found \[100\]"),
-        ({"streams": ["noise"]}, r"streams: expected names among random, .*, found \['noise'\]"),
-    ],
-)
-def test_what_cannot_be_measured_is_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        fidelity_rows([0], **arguments)
 
 
 @pytest.mark.parametrize("num_streams", [1, 3])
@@ -200,7 +188,7 @@ def test_the_figure_has_lines_of_every_colour(num_streams, tmp_path):
         for place, kind in enumerate(MEMORIES)
         for length in (64, 4096)
     ]
-    fidelity_figure(rows, tmp_path / "fidelity.png")
+    fidelity_figure({"rows": rows}, tmp_path / "fidelity.png")
     with Image.open(tmp_path / "fidelity.png") as picture:
         colors = {color for _, color in picture.convert("RGB").getcolors(2**24)}
         assert np.prod(picture.size) > 400_000
@@ -209,5 +197,3 @@ def test_the_figure_has_lines_of_every_colour(num_streams, tmp_path):
     assert set(MEMORY_STYLES) == {"OVQ, Ward-sqrt", *(kind.name for kind in MEMORIES)}
     for style in MEMORY_STYLES.values():
         assert tuple(bytes.fromhex(style.color[1:])) in colors
-    with pytest.raises(ValueError, match="expected rows to draw, found none"):
-        fidelity_figure([], tmp_path / "none.png")

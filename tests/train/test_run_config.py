@@ -66,6 +66,12 @@ def test_any_field_that_a_mixer_declares_can_be_set(config, tmp_path):
     )
     changed = changed.override(["model.kvm_sinks=0"])
     assert changed.model.mixer_fields == ("kvm_sinks=0", "raven_head_dim=none")
+    # Both ways to write it add up.
+    again = config.override(["model.mixer_types=kvm,raven", "model.mixer_fields=kvm_sinks=0"])
+    both = config.override(
+        ["model.mixer_types=kvm,raven", "model.mixer_fields=kvm_sinks=0", "model.raven_head_dim=none"]
+    )
+    assert both == again.override(["model.raven_head_dim=none"]) == changed
     changed.save(tmp_path)
     assert RunConfig.load(tmp_path) == changed
     assert run_name(changed) != run_name(config.override(["model.mixer_types=kvm,raven"]))

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 
 from ovq_lab.bench import gpu
-from ovq_lab.bench.measure import spread
+from ovq_lab.bench.measure import timed_rows
 from ovq_lab.bench.rivals import RIVALS
 from ovq_lab.bench.workloads import Workload
 
@@ -69,47 +69,9 @@ def _timed(
     # Enough steps to pass the end of a chunk, where OVQ merges.
     run = {"max_rounds": 3, "run": ready[0][0].chunk_size} if part == "decode" else {}
     all_times = gpu.flushed_times([function for _, function, _ in ready], **run)
-    return timed_rows(part, [(w, names) for w, _, names in ready], all_times, matrix_rate, copy_rate)
-
-
-def timed_rows(
-    part: str,
-    measured: Sequence[tuple[Workload, list[str]]],
-    all_times: Sequence[list[float]],
-    matrix_rate: float,
-    copy_rate: float,
-) -> list[dict]:
-    """Rows from times and names of kernels; speeds are relative to the fastest exact attention.
-
-    Example:
-        >>> fields = {"length": 1024, "dtype": "bfloat16"}
-        >>> exact = Workload(mixer="sdpa_flash", **fields)
-        >>> ovq = Workload(mixer="ovq", num_slots=64, **fields)
-        >>> measured = [(exact, ["pytorch_flash::flash_fwd"]), (ovq, ["gemm"])]
-        >>> rows = timed_rows("forward", measured, [[2e-3] * 3, [1e-3] * 3], 1e15, 3e12)
-        >>> [(r["speedup"], r["is_intended"]) for r in rows]
-        [(1.0, True), (2.0, False)]
-    """
-    spreads = [spread(times) for times in all_times]
-    exact = [s["seconds"] for (w, _), s in zip(measured, spreads, strict=True) if w.cost == "exact"]
-    rows = []
-    for (workload, names), times, own in zip(measured, all_times, spreads, strict=True):
+    rows = timed_rows(part, [workload for workload, _, _ in ready], all_times, matrix_rate, copy_rate)
+    for row, (workload, _, names) in zip(rows, ready, strict=True):
         pattern = RIVALS[workload.mixer].kernels if workload.mixer in RIVALS else _OVQ_KERNELS
-        row = {
-            "workload": workload,
-            **own,
-            "kernels": names[:4],
-            "is_intended": gpu.runs_intended(names, pattern),
-        }
-        if exact:
-            row["speedup"] = min(exact) / own["seconds"]
-        at_least = workload.bytes(part) / copy_rate
-        if part == "decode":
-            row["seconds_mean"] = sum(times) / len(times)
-        else:
-            flops = workload.flops() + (workload.flops(backward=True) if part == "forward_backward" else 0)
-            row["tokens_per_second"] = workload.length / own["seconds"]
-            at_least = max(at_least, flops / matrix_rate)
-        row["roofline_share"] = at_least / own["seconds"]
-        rows.append(row)
+        row |= {"workload": workload, "kernels": names[:4]}
+        row["is_intended"] = gpu.runs_intended(names, pattern)
     return rows

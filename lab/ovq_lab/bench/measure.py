@@ -11,11 +11,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ovq.ops.backends.cpu.roof import product_loop
+from ovq_lab.bench.workloads import Workload
 
 
 def interleaved(
@@ -25,8 +27,9 @@ def interleaved(
     max_rounds: int = 9,
     seconds: float = 4.0,
     run: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[list[float]]:
-    """Seconds of each call of each function; the functions take turns.
+    """Seconds by a clock of each call of each function; the functions take turns.
 
     Each function is first called once to warm up. Then rounds follow until the slowest function has taken
     `seconds` or there were `max_rounds` of them, but at least three (one, for functions that take over ten
@@ -38,23 +41,23 @@ def interleaved(
         >>> [len(t) for t in times]
         [5, 5]
     """
-    slowest = max(_seconds(f, device) for f in functions)
+    slowest = max(_seconds(f, device, clock) for f in functions)
     rounds = 1 if slowest > 10 else min(max_rounds, max(3, int(seconds / max(slowest, 1e-9))))
     times: list[list[float]] = [[] for _ in functions]
     for _ in range(rounds):
         for times_of_one, function in zip(times, functions, strict=True):
-            times_of_one += [_seconds(function, device) for _ in range(run)]
+            times_of_one += [_seconds(function, device, clock) for _ in range(run)]
     return times
 
 
-def _seconds(function: Callable[[], object], device: str) -> float:
+def _seconds(function: Callable[[], object], device: str, clock: Callable[[], float]) -> float:
     if device != "cpu":
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = clock()
     function()
     if device != "cpu":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def matrix_rate(dtype: str, *, device: str = "cpu", num_heads: int = 8) -> float:
@@ -110,3 +113,42 @@ def spread(times: Sequence[float]) -> dict[str, float]:
         "seconds_min": min(times),
         "seconds_max": max(times),
     }
+
+
+def timed_rows(
+    part: str,
+    workloads: Sequence[Workload],
+    all_times: Sequence[Sequence[float]],
+    matrix_rate: float,
+    copy_rate: float | None = None,
+) -> list[dict[str, Any]]:
+    """What the seconds of calls say of some workloads; speeds are relative to the fastest exact attention.
+
+    Args:
+        part: `"forward"`, `"forward_backward"` or `"decode"`.
+        workloads: What was measured.
+        all_times: Seconds of each call of each.
+        matrix_rate: FLOP/s of matrix products in their dtype.
+        copy_rate: Bytes per second of a copy; None where memory is not what limits.
+
+    Example:
+        >>> fields = {"length": 1024, "dtype": "float32"}
+        >>> workloads = [Workload(mixer="sdpa", **fields), Workload(mixer="ovq", num_slots=64, **fields)]
+        >>> [row["speedup"] for row in timed_rows("forward", workloads, [[2e-3] * 3, [1e-3] * 3], 1e12)]
+        [1.0, 2.0]
+    """
+    rows: list[dict[str, Any]] = [dict(spread(times)) for times in all_times]
+    exact = [row["seconds"] for row, w in zip(rows, workloads, strict=True) if w.cost == "exact"]
+    for row, workload, times in zip(rows, workloads, all_times, strict=True):
+        if exact:
+            row["speedup"] = min(exact) / row["seconds"]
+        at_least = 0.0 if copy_rate is None else workload.bytes(part) / copy_rate
+        if part == "decode":
+            row["seconds_mean"] = sum(times) / len(times)
+        else:
+            flops = workload.flops() + (workload.flops(backward=True) if part == "forward_backward" else 0)
+            row["tokens_per_second"] = workload.length / row["seconds"]
+            at_least = max(at_least, flops / matrix_rate)
+        if at_least:
+            row["roofline_share"] = at_least / row["seconds"]
+    return rows

@@ -33,7 +33,7 @@ def main(arguments: dict) -> dict[str, int]:
     small.forward_backward("cpu")()
     if what == "stream":
         return _stream(workload, arguments["piece"])
-    before = _resident()
+    before = resident()
     if what == "forward":
         workload.forward("cpu")()
     elif what == "forward_backward":
@@ -48,7 +48,7 @@ def main(arguments: dict) -> dict[str, int]:
 def _model(workload: ModelWorkload) -> dict[str, int]:
     """A second training step, in which the optimizer has its state; the model and its gradients count too."""
     dataclasses.replace(workload, size="2M", length=64).training()()
-    before = _resident()
+    before = resident()
     step = workload.training()
     for _ in range(2):
         step()
@@ -57,7 +57,7 @@ def _model(workload: ModelWorkload) -> dict[str, int]:
 
 def _stream(workload: Workload, piece: int) -> dict[str, int]:
     """Growth of the peak from the first 64k tokens of a stream to its end."""
-    before = _resident()
+    before = resident()
     dataclasses.replace(workload, length=65536).stream(piece)
     early = _peak()
     state = workload.stream(piece)
@@ -70,7 +70,7 @@ def _stream(workload: Workload, piece: int) -> dict[str, int]:
     }
 
 
-def _resident() -> int:
+def resident() -> int:
     """Current resident memory."""
     return _status("VmRSS")
 

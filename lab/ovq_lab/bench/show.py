@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.table import Table
 
 from ovq.runtime.units import format_bytes
+from ovq_lab.eval.rows import short_number
 from ovq_lab.plots.canvas import Axes, FuncFormatter
 from ovq_lab.plots.panels import length_axis, new_panels, save
 from ovq_lab.plots.style import Style, line_styles, style_name
@@ -47,7 +48,7 @@ def _table(title: str, rows: list[dict]) -> Table:
     table = Table(title=title)
     table.add_column("")
     for length in lengths:
-        table.add_column(format_length(length), justify="right")
+        table.add_column(short_number(length), justify="right")
     for label in dict.fromkeys(r["label"] for r in rows):
         by_length = {r["length"]: r for r in rows if r["label"] == label}
         table.add_row(label, *(_cell(by_length[t]) if t in by_length else "-" for t in lengths))
@@ -80,16 +81,6 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
-def format_length(length: int) -> str:
-    """A number of tokens, for display.
-
-    Example:
-        >>> format_length(65536), format_length(1000)
-        ('64k', '1000')
-    """
-    return f"{length // 1024}k" if length % 1024 == 0 else str(length)
-
-
 def sentences(report: dict) -> list[str]:
     """What the numbers say: from where OVQ is faster than exact attention, and how little memory and decode
     grow."""
@@ -100,23 +91,23 @@ def sentences(report: dict) -> list[str]:
             said.append(f"{part}: not faster than exact attention at any length measured.")
         else:
             said.append(
-                f"{part}: faster than exact attention from {format_length(found['length'])} tokens on."
+                f"{part}: faster than exact attention from {short_number(found['length'])} tokens on."
             )
     for row in report["rows"]:
         if row["what"] == "stream":
-            share, length = row["growth_bytes"] / row["resident_bytes"], format_length(row["length"])
+            share, length = row["growth_bytes"] / row["resident_bytes"], short_number(row["length"])
             said.append(
                 f"Streaming {length} tokens, {row['label']}: memory grew by {share:.1%} "
                 f"after the first 64k; the state is {format_bytes(row['state_bytes'])}."
             )
         if not row.get("is_intended", True):
             said.append(
-                f"! {row['what']} {row['dtype']} {format_length(row['length'])}, {row['label']}: not the "
+                f"! {row['what']} {row['dtype']} {short_number(row['length'])}, {row['label']}: not the "
                 f"intended kernels, but {', '.join(row['kernels'])}."
             )
     for found in report.get("left_out", ()):
         said.append(
-            f"Left out: {found['what']} {found['dtype']} {format_length(found['length'])}, {found['label']} "
+            f"Left out: {found['what']} {found['dtype']} {short_number(found['length'])}, {found['label']} "
             f"({found['reason']})."
         )
     return said
@@ -169,7 +160,7 @@ def _draw(axes: Axes, rows: list[dict], title: str, styles: dict[str, Style]) ->
             **styles[label].options(),
         )
     lengths = sorted({r["length"] for r in rows})
-    length_axis(axes, lengths, [format_length(t) for t in lengths])
+    length_axis(axes, lengths, [short_number(t) for t in lengths])
     axes.set_yscale("log", base=2 if is_memory else 10)
     formatter = format_bytes if is_memory else format_seconds
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: formatter(value)))

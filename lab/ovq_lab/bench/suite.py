@@ -10,7 +10,7 @@ import torch
 
 from ovq.ops import backend_used, cpu_kernels
 from ovq_lab.bench import gpu, gpu_suite
-from ovq_lab.bench.measure import interleaved, matrix_rate, peak_bytes, spread
+from ovq_lab.bench.measure import interleaved, matrix_rate, peak_bytes, timed_rows
 from ovq_lab.bench.rivals import RIVALS
 from ovq_lab.bench.workloads import Shape, Workload, contenders
 from ovq_lab.runtime.environment import environment
@@ -157,25 +157,14 @@ def _row(what: str, workload: Workload) -> dict:
 
 
 def _timed_rows(part: str, workloads: list[Workload], device: str, rate: float) -> list[dict]:
-    """Times of one part at one length; mixers take turns, and the first workload is the reference, SDPA."""
+    """Times of one part at one length; mixers take turns."""
     functions = [getattr(w, part)(device) for w in workloads]
     # A merge comes once per chunk, so each turn of decode takes as many tokens as a chunk has, to include
     # one. There are few turns, because exact attention over a long cache takes long.
-    rounds = {"max_rounds": 3, "run": workloads[0].chunk_size} if part == "decode" else {}
-    all_times = interleaved(functions, device=device, **rounds)
-    exact = spread(all_times[0])["seconds"]
-    rows = []
-    for workload, times in zip(workloads, all_times, strict=True):
-        row = {**_row(part, workload), **spread(times)}
-        row["speedup"] = exact / row["seconds"]
-        if part == "decode":
-            row["seconds_mean"] = sum(times) / len(times)
-        else:
-            flops = workload.flops() + (workload.flops(backward=True) if part == "forward_backward" else 0)
-            row["tokens_per_second"] = workload.length / row["seconds"]
-            row["roofline_share"] = flops / row["seconds"] / rate
-        rows.append(row)
-    return rows
+    rounds, run = (3, workloads[0].chunk_size) if part == "decode" else (9, 1)
+    all_times = interleaved(functions, device=device, max_rounds=rounds, run=run)
+    rows = timed_rows(part, workloads, all_times, rate)
+    return [{**_row(part, w), **row} for w, row in zip(workloads, rows, strict=True)]
 
 
 def _memory_rows(part: str, workloads: list[Workload], device: str, rate: float) -> list[dict]:

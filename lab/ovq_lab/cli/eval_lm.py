@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from ovq_lab.eval.language import LanguageRow
     from ovq_lab.text import TextSource
 
-_DOCUMENTS_PER_LINE = 1000
-
 
 def language(
     model: Annotated[
@@ -108,22 +106,15 @@ def _measure(
     from ovq.runtime.progress import Reporter
     from ovq_lab.eval.language import evaluate_language
     from ovq_lab.eval.reading import start_token, token_bytes
-    from ovq_lab.text import load_corpus
+    from ovq_lab.text.corpus import load_corpus, say_progress
 
     rows = []
     with Reporter() as reporter:
-        # The number of documents is not known beforehand, so there is no bar.
-        said = [0]
-
-        def count(num_read: int) -> None:
-            if num_read >= said[0] + _DOCUMENTS_PER_LINE:
-                said[0] = num_read
-                reporter.say(f"{source.dataset}: {num_read} documents read")
-
+        progress = say_progress(source.dataset, reporter)
         for folder, name in zip(folders, model_names(folders), strict=True):
             # Loaded before the corpus, which may take long to read.
             loaded, tokenizer = load_any_model(folder, logn_length=logn_length), text_tokenizer(folder)
-            documents = load_corpus(source, split, tokenizer=tokenizer, progress=count)
+            documents = load_corpus(source, split, tokenizer=tokenizer, progress=progress)
             rows += evaluate_language(
                 loaded,
                 documents,

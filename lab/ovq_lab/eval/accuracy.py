@@ -75,15 +75,10 @@ def evaluate(
     work = reporter.start(label, total=len(tested) * sum(counts))
     rows: list[ResultRow] = []
     done = 0
-    was_training = model.training
-    model.eval()
-    try:
-        for dictionary in each_dictionary(model, tested):
-            for at_length, count in zip(tasks, counts, strict=True):
-                rows.append(_evaluate_at(model, at_length, dictionary, count, seed, work=work, done=done))
-                done += count
-    finally:
-        model.train(was_training)
+    for dictionary in each_dictionary(model, tested):
+        for at_length, count in zip(tasks, counts, strict=True):
+            rows.append(_evaluate_at(model, at_length, dictionary, count, seed, work=work, done=done))
+            done += count
     return rows
 
 

@@ -61,7 +61,7 @@ def dictionaries_to_test(
 
 
 def each_dictionary(model: Any, tested: Sequence[Dictionary]) -> Iterator[Dictionary]:
-    """Give a model one dictionary after the other, and at the end the one it had.
+    """Give a model one dictionary after the other, in evaluation mode, and at the end what it had.
 
     Args:
         model: Its own rule keeps its growth; the others have the growth that they are meant for.
@@ -84,10 +84,9 @@ def each_dictionary(model: Any, tested: Sequence[Dictionary]) -> Iterator[Dictio
         >>> model.config.num_slots, model.config.merge
         (1024, 'existing')
     """
-    if not isinstance(model.config, OVQConfig) or "ovq" not in model.config.mixer_types:
-        yield from tested
-        return
-    own, growth = Dictionary(model.config.num_slots, model.config.merge), model.config.growth
+    has_slots = isinstance(model.config, OVQConfig) and "ovq" in model.config.mixer_types
+    own = Dictionary(model.config.num_slots, model.config.merge) if has_slots else Dictionary()
+    growth, was_training = getattr(model.config, "growth", None), model.training
 
     def give(dictionary: Dictionary) -> None:
         slots, merge = dictionary
@@ -96,9 +95,11 @@ def each_dictionary(model: Any, tested: Sequence[Dictionary]) -> Iterator[Dictio
         if merge is not None and merge != model.config.merge:
             model.set_merge(merge, growth=growth if merge == own.merge else None)
 
+    model.eval()
     try:
         for dictionary in tested:
             give(dictionary)
             yield dictionary
     finally:
         give(own)
+        model.train(was_training)

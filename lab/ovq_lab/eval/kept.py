@@ -97,7 +97,6 @@ def evaluate_kept(
     num_examples: int,
     seed: int = 0,
     reporter: WorkReporter,
-    label: str = "what is kept",
 ) -> KeptRow:
     """Ask a model, and look which pairs have a slot of their own when they are asked for.
 
@@ -109,7 +108,6 @@ def evaluate_kept(
         num_examples: Examples.
         seed: Seed of the test data.
         reporter: Shows the progress.
-        label: The name of this test in the progress.
 
     Raises:
         ValueError: If the model has no OVQ layers, or does not know all tokens of the task.
@@ -120,19 +118,15 @@ def evaluate_kept(
             f"found {task.vocab_size}"
         )
     merge = current_merge(merge)
-    work = reporter.start(label, total=num_examples)
+    work = reporter.start("what is kept", total=num_examples)
     batch_size = max(1, TOKENS_PER_BATCH // task.length)
     site: _Site | None = None
-    tally, was_training = _Tally(), model.training
-    model.eval()
-    try:
-        for _ in each_dictionary(model, [Dictionary(num_slots, merge)]):
-            for first in range(0, num_examples, batch_size):
-                indices = range(first, min(first + batch_size, num_examples))
-                site = _ask(model, task, seed, indices, site, tally)
-                work.update(indices[-1] + 1)
-    finally:
-        model.train(was_training)
+    tally = _Tally()
+    for _ in each_dictionary(model, [Dictionary(num_slots, merge)]):
+        for first in range(0, num_examples, batch_size):
+            indices = range(first, min(first + batch_size, num_examples))
+            site = _ask(model, task, seed, indices, site, tally)
+            work.update(indices[-1] + 1)
     assert site is not None
     return KeptRow(
         mixer=long_range_mixer(model.config),

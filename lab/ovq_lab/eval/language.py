@@ -180,40 +180,35 @@ def evaluate_language(
     total = len(tested) * sum(length * len(windows) for length, windows in by_length.items())
     mixer = long_range_mixer(model.config)
     work, done = reporter.start(f"read {model_label(mixer, None, name)}", total=total), 0
-    was_training = model.training
-    model.eval()
-    check_logits(model)
     rows: list[LanguageRow] = []
-    try:
-        for dictionary in each_dictionary(model, tested):
-            # What is built on first use must not count towards the speed.
-            token_losses(model, by_length[min(lengths)][0][: piece_size + 1], piece_size=piece_size)
-            for length in lengths:
-                losses, seconds = [], 0.0
-                for window in by_length[length]:
-                    begun = time.perf_counter()
-                    losses.append(token_losses(model, window, piece_size=piece_size))
-                    seconds += time.perf_counter() - begun
-                    done += length
-                    work.update(done, note=f"{dictionary.note}length {length}, loss {losses[-1].mean():.3f}")
-                num_bytes = None
-                if bytes_of_tokens is not None:
-                    num_bytes = sum(int(bytes_of_tokens[window[1:]].sum()) for window in by_length[length])
-                rows.append(
-                    LanguageRow(
-                        name=name,
-                        mixer=mixer,
-                        num_slots=dictionary.num_slots,
-                        merge=dictionary.merge,
-                        logn_length=logn_length_of(model),
-                        length=length,
-                        state_bytes=state_bytes(model, length),
-                        tokens_per_second=(length - 1) * len(losses) / seconds,
-                        **_summary(losses, num_bytes, block_size, chunk_size_of(model)),
-                    )
+    for dictionary in each_dictionary(model, tested):
+        check_logits(model)
+        # What is built on first use must not count towards the speed.
+        token_losses(model, by_length[min(lengths)][0][: piece_size + 1], piece_size=piece_size)
+        for length in lengths:
+            losses, seconds = [], 0.0
+            for window in by_length[length]:
+                begun = time.perf_counter()
+                losses.append(token_losses(model, window, piece_size=piece_size))
+                seconds += time.perf_counter() - begun
+                done += length
+                work.update(done, note=f"{dictionary.note}length {length}, loss {losses[-1].mean():.3f}")
+            num_bytes = None
+            if bytes_of_tokens is not None:
+                num_bytes = sum(int(bytes_of_tokens[window[1:]].sum()) for window in by_length[length])
+            rows.append(
+                LanguageRow(
+                    name=name,
+                    mixer=mixer,
+                    num_slots=dictionary.num_slots,
+                    merge=dictionary.merge,
+                    logn_length=logn_length_of(model),
+                    length=length,
+                    state_bytes=state_bytes(model, length),
+                    tokens_per_second=(length - 1) * len(losses) / seconds,
+                    **_summary(losses, num_bytes, block_size, chunk_size_of(model)),
                 )
-    finally:
-        model.train(was_training)
+            )
     return rows
 
 

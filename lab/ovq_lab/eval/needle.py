@@ -135,40 +135,35 @@ def evaluate_needle(
     tested = dictionaries_to_test(model.config, num_slots=num_slots, merges=merges)
     total = len(tested) * sum(lengths) * len(depths) * num_examples
     work, done = reporter.start(f"needles {model_label(mixer, None, name)}", total=total), 0
-    was_training = model.training
-    model.eval()
-    check_logits(model)
     rows = []
-    try:
-        for dictionary in each_dictionary(model, tested):
-            for length, depth in itertools.product(lengths, depths):
-                scores = []
-                for index in range(num_examples):
-                    needle = builder.build(length, depth=depth, seed=seed, index=index)
-                    scores.append(ask(model, builder.tokenizer, needle, piece_size=piece_size))
-                    done += length
-                    work.update(done, note=f"{dictionary.note}length {length}, depth {depth:.0%}")
-                rows.append(
-                    NeedleRow(
-                        name=name,
-                        mixer=mixer,
-                        num_slots=dictionary.num_slots,
-                        merge=dictionary.merge,
-                        logn_length=logn_length_of(model),
-                        haystack=builder.haystack,
-                        value=builder.value,
-                        length=length,
-                        depth=depth,
-                        num_examples=num_examples,
-                        num_distractors=builder.num_distractors,
-                        generated=fmean(score.is_generated for score in scores),
-                        token_accuracy=fmean(score.token_accuracy for score in scores),
-                        choice=fmean(score.is_chosen for score in scores),
-                        state_bytes=state_bytes(model, length),
-                    )
+    for dictionary in each_dictionary(model, tested):
+        check_logits(model)
+        for length, depth in itertools.product(lengths, depths):
+            scores = []
+            for index in range(num_examples):
+                needle = builder.build(length, depth=depth, seed=seed, index=index)
+                scores.append(ask(model, builder.tokenizer, needle, piece_size=piece_size))
+                done += length
+                work.update(done, note=f"{dictionary.note}length {length}, depth {depth:.0%}")
+            rows.append(
+                NeedleRow(
+                    name=name,
+                    mixer=mixer,
+                    num_slots=dictionary.num_slots,
+                    merge=dictionary.merge,
+                    logn_length=logn_length_of(model),
+                    haystack=builder.haystack,
+                    value=builder.value,
+                    length=length,
+                    depth=depth,
+                    num_examples=num_examples,
+                    num_distractors=builder.num_distractors,
+                    generated=fmean(score.is_generated for score in scores),
+                    token_accuracy=fmean(score.token_accuracy for score in scores),
+                    choice=fmean(score.is_chosen for score in scores),
+                    state_bytes=state_bytes(model, length),
                 )
-    finally:
-        model.train(was_training)
+            )
     return rows
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 MIXER_NAMES = {
     "ovq": "OVQ",
@@ -105,3 +106,15 @@ def model_label(
     if logn_length is not None:
         parts.append(LOGN)
     return ", ".join(parts)
+
+
+def short_number(value: float) -> str:
+    """A number as short as it can be written.
+
+    Example:
+        >>> [short_number(value) for value in (0.25, 512, 1024, 65536, 3000)]
+        ['0.25', '512', '1k', '64k', '3000']
+    """
+    if value >= 1024 and value % 1024 == 0:
+        return f"{value / 1024:g}k"
+    return f"{value:g}" if value < 1000 or not math.isclose(value, round(value)) else f"{value:.0f}"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ovq.runtime.units import format_bytes
-from ovq_lab.eval.rows import LOGN
+from ovq_lab.eval.rows import LOGN, short_number
+from ovq_lab.figures.results import field_of
 from ovq_lab.plots.canvas import Axes, FuncFormatter, LogLocator, NullLocator
 from ovq_lab.plots.heat import draw_heat_maps
 from ovq_lab.plots.panels import length_axis, mark_training, new_panels, save
@@ -62,6 +62,10 @@ _IN_PARTS: dict[str, Callable[[str], float | str]] = {"slices": str, "positions"
 _IS_LOGARITHMIC = frozenset({"state_bytes", "microseconds_per_token"})
 
 
+_Values = dict[float | str, dict[int, float]]
+"""The values of a line by place and seed."""
+
+
 def points(results: dict[str, Any], panel: dict[str, Any]) -> dict[str, list[Point]]:
     """What a panel shows: the points of each line by its label, from left to right.
 
@@ -69,7 +73,7 @@ def points(results: dict[str, Any], panel: dict[str, Any]) -> dict[str, list[Poi
         results: What the JSON file of a figure holds.
         panel: One of its panels.
     """
-    values: dict[str, dict[float | str, dict[int, float]]] = {}
+    values: dict[str, _Values] = {}
     for row in results["rows"]:
         if row["group"] != panel["group"] or panel["at_length"] not in (None, row["length"]):
             continue
@@ -77,20 +81,14 @@ def points(results: dict[str, Any], panel: dict[str, Any]) -> dict[str, list[Poi
         if panel["x"] in _IN_PARTS:
             found = {_IN_PARTS[panel["x"]](place): value for place, value in row[panel["y"]].items()}
         else:
-            found = {_field(row, panel["x"]): _field(row, panel["y"])}
+            found = {field_of(row, panel["x"]): field_of(row, panel["y"])}
         for x, value in found.items():
             # What was not seen at all, such as answers to questions that nobody was asked.
             if value is None:
                 continue
             by_x.setdefault(x, {})[row["seed"]] = value
     if (base := panel.get("relative_to")) is not None:
-        values = {
-            label: {
-                x: {seed: 100 * (value / values[base][x][seed] - 1) for seed, value in by_seed.items()}
-                for x, by_seed in by_x.items()
-            }
-            for label, by_x in values.items()
-        }
+        values = {label: _per_cent_above(values.get(base, {}), by_x) for label, by_x in values.items()}
     lines = {}
     for label, by_x in values.items():
         places = list(by_x) if panel["x"] == "slices" else sorted(by_x)
@@ -100,6 +98,19 @@ def points(results: dict[str, Any], panel: dict[str, Any]) -> dict[str, list[Poi
             for x, each in zip(places, seeds, strict=True)
         ]
     return lines
+
+
+def _per_cent_above(base: _Values, values: _Values) -> _Values:
+    """By how many per cent values are above those of a line, where it has the same seed at the same place."""
+    found = {
+        x: {
+            seed: 100 * (value / base[x][seed] - 1)
+            for seed, value in by_seed.items()
+            if seed in base.get(x, {})
+        }
+        for x, by_seed in values.items()
+    }
+    return {x: by_seed for x, by_seed in found.items() if by_seed}
 
 
 def save_figure(results: dict[str, Any], path: Path) -> None:
@@ -239,23 +250,3 @@ def _tick(field: str) -> Callable[[float], str]:
     if field == "state_bytes":
         return lambda value: format_bytes(value).replace(".0 ", " ")
     return short_number
-
-
-def short_number(value: float) -> str:
-    """A number as short as it can be written.
-
-    Example:
-        >>> [short_number(value) for value in (0.25, 512, 1024, 65536, 3000)]
-        ['0.25', '512', '1k', '64k', '3000']
-    """
-    if value >= 1024 and value % 1024 == 0:
-        return f"{value / 1024:g}k"
-    return f"{value:g}" if value < 1000 or not math.isclose(value, round(value)) else f"{value:.0f}"
-
-
-def _field(row: dict[str, Any], path: str) -> Any:
-    """A field of a row, or of a part of it as `"part.field"`."""
-    value: Any = row
-    for name in path.split("."):
-        value = value[name]
-    return value

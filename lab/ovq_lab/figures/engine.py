@@ -87,7 +87,7 @@ def reproduce(figure: Figure, shop: Workshop, *, lines: Sequence[str] = ()) -> d
     _check_preset(shop)
     path = shop.out / "rows" / f"{figure.name}.json"
     part = chosen_lines(figure, lines)
-    earlier = earlier_results(path, figure, part, shop.seeds) if lines else None
+    earlier = earlier_results(path, figure, shop.seeds) if lines else None
     sweep, chosen = _sweep(figure, part, shop, known=earlier["sweep"] if earlier else ())
     trained, measured = _trained(part, chosen, shop), _measured(part, shop)
     only = "".join(f" --lines {shlex.quote(pattern)}" for pattern in lines)
@@ -295,9 +295,7 @@ def _rows(line: Line, job: RunJob) -> list[dict[str, Any]]:
                 "logn_length": None,
                 **{key: value for key, value in outcome.items() if key not in ("evaluation", "environment")},
                 **evaluation.row_fields(),
-                "microseconds_per_token": 1e6
-                * outcome["seconds"]
-                / (evaluation.num_examples * evaluation.num_tokens),
+                "microseconds_per_token": 1e6 * outcome["seconds"] / evaluation.num_read,
                 "seed": job.config.train.seed,
                 "learning_rate": job.config.train.learning_rate,
                 "weight_decay": job.config.train.weight_decay,

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
@@ -21,7 +21,7 @@ from ovq.hf import OVQForCausalLM
 from ovq.runtime.progress import WorkReporter
 from ovq_lab.eval.accuracy import evaluate
 from ovq_lab.eval.language import evaluate_language
-from ovq_lab.eval.needle import evaluate_needle
+from ovq_lab.eval.needle import NeedleRow, evaluate_needle
 from ovq_lab.eval.reading import token_bytes
 from ovq_lab.figures.digests import described, digest
 from ovq_lab.plots.language import octave_losses
@@ -108,9 +108,14 @@ class Evaluation(ABC):
         """Tokens per example, at most."""
 
     @property
-    @abstractmethod
+    def num_read(self) -> int:
+        """Tokens of all examples together, at most."""
+        return self.num_examples * self.num_tokens
+
+    @property
     def num_steps(self) -> int:
-        """The number of steps that it reports progress in."""
+        """The number of steps that it reports progress in: usually one per token."""
+        return self.num_read
 
     @abstractmethod
     def check(self) -> None:
@@ -256,11 +261,6 @@ class _TextEvaluation(Evaluation):
         """Tokens per example, at most."""
         return self.length
 
-    @property
-    def num_steps(self) -> int:
-        """One step per token."""
-        return self.num_examples * self.num_tokens
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossEvaluation(_TextEvaluation):
@@ -324,53 +324,74 @@ class LossEvaluation(_TextEvaluation):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NeedleEvaluation(_TextEvaluation):
+class _HiddenValues(_TextEvaluation):
+    """Values hidden in a text.
+
+    Attributes:
+        value: Kind of value: `"word"`, `"number"` or `"uuid"`.
+    """
+
+    value: str
+
+    def check(self) -> None:
+        """There must be texts to hide values in."""
+        self._texts()
+
+    def _texts(self) -> list[str]:
+        return _essay_texts(self.source, self.split, self.length)
+
+    def _rows(
+        self,
+        model: OVQForCausalLM,
+        folder: Path,
+        reporter: WorkReporter,
+        *,
+        haystack: str,
+        depths: Sequence[float],
+    ) -> list[NeedleRow]:
+        """The scores at each depth."""
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return evaluate_needle(
+            model,
+            NeedleBuilder(tokenizer, haystack=haystack, value=self.value, texts=self._texts()),
+            lengths=[self.length],
+            depths=depths,
+            **self._dictionary,
+            num_examples=self.num_examples,
+            seed=self.seed,
+            reporter=reporter,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NeedleEvaluation(_HiddenValues):
     """Values hidden in held-out documents at one depth: are they found?
 
     Attributes:
         depth: Where the value is, from 0 (the beginning) to 1 (right before the question).
-        value: Kind of value: `"word"`, `"number"` or `"uuid"`.
     """
 
     known_as: ClassVar[str] = "NeedleEvaluation"
 
-    depth: float
     value: str = "number"
+    depth: float
 
     @property
     def topic(self) -> str:
         """Needles."""
         return "needle"
 
-    def check(self) -> None:
-        """There must be texts to hide values in."""
-        self._texts()
-
     def evaluate(self, model: OVQForCausalLM, folder: Path, reporter: WorkReporter) -> dict[str, Any]:
         """The fields of a `NeedleRow` but the name."""
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        [row] = evaluate_needle(
-            model,
-            NeedleBuilder(tokenizer, haystack="essay", value=self.value, texts=self._texts()),
-            lengths=[self.length],
-            depths=[self.depth],
-            **self._dictionary,
-            num_examples=self.num_examples,
-            seed=self.seed,
-            reporter=reporter,
-        )
+        [row] = self._rows(model, folder, reporter, haystack="essay", depths=[self.depth])
         return {name: value for name, value in dataclasses.asdict(row).items() if name != "name"}
-
-    def _texts(self) -> list[str]:
-        return _essay_texts(self.source, self.split, self.length)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NeedlesEvaluation(_TextEvaluation):
+class NeedlesEvaluation(_HiddenValues):
     """Values hidden at several depths, in noise or in held-out documents: how many are found?
 
     Attributes:
-        value: Kind of value: `"word"`, `"number"` or `"uuid"`.
         haystack: Kind of text around it: `"noise"` or `"essay"`.
         depths: Where the values are, from 0 to 1; there are `num_examples` at each.
     """
@@ -378,7 +399,6 @@ class NeedlesEvaluation(_TextEvaluation):
     known_as: ClassVar[str] = "NeedlesEvaluation"
     judged_by: ClassVar[str] = "token_accuracy"
 
-    value: str
     haystack: str
     depths: tuple[float, ...]
 
@@ -388,27 +408,13 @@ class NeedlesEvaluation(_TextEvaluation):
         return f"{self.value}-in-{self.haystack}"
 
     @property
-    def num_steps(self) -> int:
-        """One step per token."""
-        return self.num_examples * self.num_tokens * len(self.depths)
-
-    def check(self) -> None:
-        """There must be texts to hide values in."""
-        self._texts()
+    def num_read(self) -> int:
+        """Tokens of the examples at all depths."""
+        return super().num_read * len(self.depths)
 
     def evaluate(self, model: OVQForCausalLM, folder: Path, reporter: WorkReporter) -> dict[str, Any]:
         """The mean over the depths of each score of a `NeedleRow`, and what was found at each depth."""
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        rows = evaluate_needle(
-            model,
-            NeedleBuilder(tokenizer, haystack=self.haystack, value=self.value, texts=self._texts()),
-            lengths=[self.length],
-            depths=self.depths,
-            **self._dictionary,
-            num_examples=self.num_examples,
-            seed=self.seed,
-            reporter=reporter,
-        )
+        rows = self._rows(model, folder, reporter, haystack=self.haystack, depths=self.depths)
         return {
             **{
                 name: getattr(rows[0], name)
@@ -419,4 +425,4 @@ class NeedlesEvaluation(_TextEvaluation):
         }
 
     def _texts(self) -> list[str]:
-        return _essay_texts(self.source, self.split, self.length) if self.haystack == "essay" else []
+        return super()._texts() if self.haystack == "essay" else []

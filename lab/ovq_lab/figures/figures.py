@@ -3,39 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
 from ovq.fields import did_you_mean
 from ovq.ops.options import BEST_MERGE
 from ovq_lab.eval.rows import MIXER_NAMES
-from ovq_lab.figures import ablations
+from ovq_lab.figures import ablations, rivals, scaled
 from ovq_lab.figures.evaluations import Evaluation, TaskEvaluation
 from ovq_lab.figures.fidelity import fidelity_rows
 from ovq_lab.figures.fidelity.streams import STREAMS
 from ovq_lab.figures.kept import kept
 from ovq_lab.figures.plan import Figure, Line, Panel
 from ovq_lab.figures.presets import TOKENS_PER_SLOT, Preset
-from ovq_lab.figures.rivals import (
-    rivals_lm,
-    rivals_lm_mamba2,
-    rivals_mqar,
-    rivals_needles,
-    rivals_positional,
-    rivals_recall,
-    rivals_regression,
-)
-from ovq_lab.figures.scaled import (
-    logn_mqar,
-    logn_needles,
-    logn_positional,
-    logn_recall,
-    logn_regression,
-)
 from ovq_lab.figures.text_figures import hybrids, language, longer, needle, of_corpus, partners
 from ovq_lab.plots.fidelity import fidelity_figure
 from ovq_lab.tasks import PositionalRecallTask, RegressionTask, Task
-from ovq_lab.train.config import RunConfig
 
 # The order of legends and tables.
 _COMPARED = (
@@ -67,7 +48,7 @@ def _mixers_by_length(
     tasks = [preset.task(task).at_length(length) for length in preset.lengths(task)]
     lines = []
     for mixer in _COMPARED:
-        evaluations = {_name(mixer): [preset.evaluation(each) for each in tasks]}
+        evaluations = {MIXER_NAMES[mixer]: [preset.evaluation(each) for each in tasks]}
         if mixer == "ovq":
             evaluations = _by_both_rules(preset, task, tasks)
         lines += [
@@ -117,21 +98,11 @@ def fidelity(preset: Preset) -> Figure:
     return Figure(
         name="fidelity",
         title="Memories of equal bytes against exact attention, without training",
-        measure=measure_fidelity,
-        draw=draw_fidelity,
+        measure=fidelity_rows,
+        draw=fidelity_figure,
         panels=tuple(Panel(title=name, y="error", group=name) for name in STREAMS),
         note="The same at every preset. Bars of the picture are standard deviations over the seeds.",
     )
-
-
-def measure_fidelity(seed: int) -> list[dict[str, Any]]:
-    """The rows of `fidelity` for a seed, see `ovq_lab.figures.fidelity.fidelity_rows`."""
-    return [{"line": row["memory"], "group": row["stream"], **row} for row in fidelity_rows([seed])]
-
-
-def draw_fidelity(results: dict[str, Any], path: Path) -> None:
-    """The picture of `fidelity`, see `ovq_lab.plots.fidelity.fidelity_figure`."""
-    fidelity_figure(results["rows"], path)
 
 
 def recall(preset: Preset) -> Figure:
@@ -212,7 +183,7 @@ def state_size(preset: Preset) -> Figure:
             sizes = [usual, *(preset.config("recall", mixer, **size) for size in preset.sizes.get(mixer, ()))]
             lines += [
                 Line(
-                    label=_name(mixer),
+                    label=MIXER_NAMES[mixer],
                     config=config,
                     evaluations=(preset.evaluation(task),),
                     group=group,
@@ -263,7 +234,12 @@ def dictionary(preset: Preset) -> Figure:
         for rule, merge in (("", None), (", nearest", BEST_MERGE)):
             evaluations = [preset.evaluation(task, num_slots=num_slots, merge=merge) for num_slots in sizes]
             lines += [
-                _line(f"{length} tokens", config, evaluations, f"{group}{rule}")
+                Line(
+                    label=f"{length} tokens",
+                    config=config,
+                    evaluations=tuple(evaluations),
+                    group=f"{group}{rule}",
+                )
                 for group in ("slots", "bytes")
             ]
     return Figure(
@@ -296,23 +272,13 @@ FIGURES: dict[str, Callable[[Preset], Figure]] = {
     "bias": ablations.bias,
     "chunk": ablations.chunk,
     "conv": ablations.conv,
-    "logn-recall": logn_recall,
-    "logn-positional": logn_positional,
-    "logn-mqar": logn_mqar,
-    "logn-regression": logn_regression,
-    "logn-needles": logn_needles,
+    **scaled.FIGURES,
     "lm": language,
     "hybrids": hybrids,
     "partners": partners,
     "needle": needle,
     "long": longer,
-    "rivals-recall": rivals_recall,
-    "rivals-positional": rivals_positional,
-    "rivals-regression": rivals_regression,
-    "rivals-mqar": rivals_mqar,
-    "rivals-needles": rivals_needles,
-    "rivals-lm": rivals_lm,
-    "rivals-lm-mamba2": rivals_lm_mamba2,
+    **rivals.FIGURES,
 }
 """Every figure by its name on the command line, in the order of `--all`."""
 
@@ -363,11 +329,3 @@ def get_figure(
             f"--dataset, --held-out: expected figures among {', '.join(TEXT_FIGURES)}, found {name!r}"
         )
     return of_corpus(FIGURES[name], preset, dataset=dataset, held_out=held_out)
-
-
-def _line(label: str, config: RunConfig, evaluations: Sequence[Evaluation], group: str = "") -> Line:
-    return Line(label=label, config=config, evaluations=tuple(evaluations), group=group)
-
-
-def _name(mixer: str) -> str:
-    return MIXER_NAMES.get(mixer, mixer)

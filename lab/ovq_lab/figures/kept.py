@@ -83,10 +83,5 @@ def kept(preset: Preset) -> Figure:
             Panel(title=f"{part}, the oldest token of a slot", x="slices", y="oldest", at_length=longest),
             Panel(title=f"{part}, its mean token", x="slices", y="mean_position", at_length=longest),
         ),
-        draw=draw_kept,
+        draw=kept_figure,
     )
-
-
-def draw_kept(results: dict[str, Any], path: Path) -> None:
-    """The picture of `kept`, see `ovq_lab.plots.kept.kept_figure`."""
-    kept_figure(results["rows"], path, title=results["title"])

@@ -10,7 +10,6 @@ from typing import Any
 
 from ovq_lab.figures.plan import Figure, Line
 from ovq_lab.figures.results import load_results
-from ovq_lab.figures.same_runs import found_elsewhere
 
 
 def chosen_lines(figure: Figure, patterns: Sequence[str]) -> Figure:
@@ -38,29 +37,22 @@ def chosen_lines(figure: Figure, patterns: Sequence[str]) -> Figure:
     return dataclasses.replace(figure, lines=chosen, panels=panels)
 
 
-def earlier_results(path: Path, figure: Figure, part: Figure, seeds: Sequence[int]) -> dict[str, Any]:
-    """What there is of the lines of a figure which are not made anew: its file of results, or where there is
-    none, what files of other figures beside it have of the same runs.
+def earlier_results(path: Path, figure: Figure, seeds: Sequence[int]) -> dict[str, Any]:
+    """What a file of results has, of which some lines are made anew.
 
     Args:
         path: The file.
-        figure: The whole figure.
-        part: What is made anew.
-        seeds: The seeds of that.
+        figure: What it is of.
+        seeds: The seeds of the lines made anew.
 
     Raises:
         ValueError: If there is no such file, or it is of other seeds.
     """
-    made = set(map(_place, part.lines))
-    if path.is_file():
-        results = load_results(path)
-    else:
-        others = [line for line in figure.lines if _place(line) not in made]
-        results = found_elsewhere(path.parent, figure, others, seeds)
-        if not results["rows"]:
-            raise ValueError(
-                f"--lines: expected the results of an earlier {figure.name} in {path}, found no file"
-            )
+    if not path.is_file():
+        raise ValueError(
+            f"--lines: expected the results of an earlier {figure.name} in {path}, found no file"
+        )
+    results = load_results(path)
     if results["seeds"] != list(seeds):
         raise ValueError(f"--lines: expected {path} to be of seeds {list(seeds)}, found {results['seeds']}")
     return results

@@ -32,12 +32,13 @@ values per slice or position becomes a list of names and a list of values. A lin
 `last`; it has several entries if its rows do not follow each other. Lines can have rows in common.
 
 The rest of the code sees rows as dicts with all fields: `load_results` joins what `save_results` splits.
-Files of earlier versions are read as well.
 """
 
 from __future__ import annotations
 
+import functools
 import json
+import operator
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,7 @@ def load_results(path: Path) -> dict[str, Any]:
     """Read the results of a figure.
 
     Args:
-        path: A file that `save_results` or an earlier version has written.
+        path: A file that `save_results` has written.
 
     Returns:
         The results, with each row as a dict of all that was measured and of what it belongs to.
@@ -135,11 +136,14 @@ def load_results(path: Path) -> dict[str, Any]:
         results = json.loads(path.read_text(encoding="utf-8"))
         for name in _EXPECTED:
             results[name]
-        if "lines" in results:
-            return _joined(results)
-        return _joined_earlier(results) if "columns" in results else results
+        return _joined(results) if "lines" in results else results
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(f"{path}: expected the rows of a figure, found something else ({error})") from error
+
+
+def field_of(row: Row, path: str) -> Any:
+    """A field of a row, or of a part of it as `"part.field"`."""
+    return functools.reduce(operator.getitem, path.split("."), row)
 
 
 class _Numbered:
@@ -238,23 +242,6 @@ def _nested(flat: Row) -> Row:
         if field in row:
             row[field] = dict(zip(row[field]["names"], row[field]["values"], strict=True))
     return row
-
-
-def _joined_earlier(results: dict[str, Any]) -> dict[str, Any]:
-    """The rows of the earlier format with dicts of `runs` and of `questions`."""
-    rows = []
-    for cells in results["rows"]:
-        row = cells if isinstance(cells, dict) else dict(zip(results["columns"], cells, strict=True))
-        question = results["questions"][row.pop("question")] if "question" in row else {}
-        named = {
-            field: dict(zip(names, row[field], strict=True))
-            for field, names in question.items()
-            if field in _BY_NAME
-        }
-        run = results["runs"][row["run"]] if "run" in row else {}
-        rows.append({**run, **question, **row, **named})
-    taken = ("runs", "questions", "columns")
-    return {name: value for name, value in results.items() if name not in taken} | {"rows": rows}
 
 
 def _in_lines(value: Any) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from ovq.ops.options import BEST_MERGE
@@ -55,6 +56,9 @@ _NOTE = (
     "the same weights are evaluated by nearest. With a merge gate or a forget gate it is another model, "
     "trained with the settings that are best without."
 )
+
+
+_ACCURACY = Panel(title="accuracy")
 
 
 class _Contender(NamedTuple):
@@ -128,38 +132,15 @@ def _lines(
     ]
 
 
-def rivals_recall(preset: Preset) -> Figure:
-    """Basic in-context recall."""
-    return _by_length(preset, "recall", "Basic in-context recall", Panel(title="accuracy"))
-
-
-def rivals_positional(preset: Preset) -> Figure:
-    """Positional in-context recall."""
-    return _by_length(preset, "positional", "Positional in-context recall", Panel(title="accuracy"))
-
-
-def rivals_regression(preset: Preset) -> Figure:
-    """Linear regression in context."""
-    title = "Linear regression in context: the mean absolute error of y"
-    figure = _by_length(preset, "regression", title, Panel(title="error", y="mean_error"))
-    return dataclasses.replace(
-        figure, note=f"{figure.note} Here that rule may merge keys into slots of their own chunk, too."
-    )
-
-
-def rivals_mqar(preset: Preset) -> Figure:
-    """Zoology's multi-query associative recall."""
-    title = "Multi-query associative recall (Zoology)"
-    return _by_length(preset, "mqar", title, Panel(title="accuracy"))
-
-
-def _by_length(preset: Preset, name: str, title: str, quality: Panel) -> Figure:
+def _by_length(
+    preset: Preset, name: str, title: str, quality: Panel = _ACCURACY, note: str = _NOTE
+) -> Figure:
     """A synthetic task at the lengths that are evaluated as a matter of course."""
     task, longest = preset.task(name), _VALIDATION_FACTOR * preset.train_length(name)
     return Figure(
         name=f"rivals-{name}",
         title=f"{title}, at equal bytes or fewer",
-        note=_NOTE,
+        note=note,
         lines=tuple(
             _lines(
                 _contenders(preset, name),
@@ -172,7 +153,7 @@ def _by_length(preset: Preset, name: str, title: str, quality: Panel) -> Figure:
     )
 
 
-def rivals_needles(preset: Preset) -> Figure:
+def _needles(preset: Preset) -> Figure:
     """Needles of three kinds, each by length, as means over the depths."""
     lines, trained = [], preset.train_length("needles")
     for group, (value, haystack) in _NEEDLES.items():
@@ -212,18 +193,9 @@ def needle_evaluation(preset: Preset, value: str, haystack: str) -> NeedlesEvalu
     )
 
 
-def rivals_lm(preset: Preset) -> Figure:
-    """The loss of language models by position, beside windows."""
-    return _by_position(preset, "rivals-lm", None, "windows")
-
-
-def rivals_lm_mamba2(preset: Preset) -> Figure:
-    """The same beside Mamba2, which is good at what is near."""
-    return _by_position(preset, "rivals-lm-mamba2", "mamba2", MIXER_NAMES["mamba2"])
-
-
-def _by_position(preset: Preset, name: str, partner: str | None, partner_name: str) -> Figure:
-    """Language models with one kind of other layers."""
+def _by_position(preset: Preset, name: str, partner: str | None = None) -> Figure:
+    """The loss of language models by position, beside windows or a partner that is good at what is near."""
+    near = "windows" if partner is None else MIXER_NAMES[partner]
     text, source = preset.text, preset.text_task("lm")
     evaluation = LossEvaluation(
         source=dataclasses.replace(source, join_to=text.length),
@@ -237,7 +209,7 @@ def _by_position(preset: Preset, name: str, partner: str | None, partner_name: s
     by_position: dict[str, Any] = {"x": "positions", "y": "position_losses"}
     return Figure(
         name=name,
-        title=f"Loss on held-out text ({source.dataset}) beside {partner_name}, at equal bytes or fewer, "
+        title=f"Loss on held-out text ({source.dataset}) beside {near}, at equal bytes or fewer, "
         "by position",
         note="Each point is the mean over the octave of positions that ends there, in windows of "
         f"{text.length} tokens that all models of a seed read alike. {_NOTE}",
@@ -248,3 +220,21 @@ def _by_position(preset: Preset, name: str, partner: str | None, partner_name: s
         ),
         trials=preset.text_trials["lm"],
     )
+
+
+FIGURES: dict[str, Callable[[Preset], Figure]] = {
+    "rivals-recall": partial(_by_length, name="recall", title="Basic in-context recall"),
+    "rivals-positional": partial(_by_length, name="positional", title="Positional in-context recall"),
+    "rivals-regression": partial(
+        _by_length,
+        name="regression",
+        title="Linear regression in context: the mean absolute error of y",
+        quality=Panel(title="error", y="mean_error"),
+        note=f"{_NOTE} Here that rule may merge keys into slots of their own chunk, too.",
+    ),
+    "rivals-mqar": partial(_by_length, name="mqar", title="Multi-query associative recall (Zoology)"),
+    "rivals-needles": _needles,
+    "rivals-lm": partial(_by_position, name="rivals-lm"),
+    "rivals-lm-mamba2": partial(_by_position, name="rivals-lm-mamba2", partner="mamba2"),
+}
+"""Each by its name on the command line."""

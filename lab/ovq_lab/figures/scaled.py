@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from ovq.ops.options import BEST_MERGE
 from ovq_lab.eval.rows import LOGN, MIXER_NAMES
@@ -18,29 +19,10 @@ _FULL = MIXER_NAMES["full_attention"]
 _RULE = BEST_MERGE
 """The rule that OVQ is evaluated by."""
 
-
-def logn_recall(preset: Preset) -> Figure:
-    """Basic in-context recall."""
-    return _by_length(preset, "recall", "basic recall", Panel(title="accuracy"))
+_ACCURACY = Panel(title="accuracy")
 
 
-def logn_positional(preset: Preset) -> Figure:
-    """Positional in-context recall."""
-    return _by_length(preset, "positional", "positional recall", Panel(title="accuracy"))
-
-
-def logn_mqar(preset: Preset) -> Figure:
-    """Zoology's multi-query associative recall."""
-    return _by_length(preset, "mqar", "multi-query associative recall", Panel(title="accuracy"))
-
-
-def logn_regression(preset: Preset) -> Figure:
-    """Linear regression in context."""
-    panel = Panel(title="mean absolute error of y", y="mean_error")
-    return _by_length(preset, "regression", "linear regression in context", panel)
-
-
-def _by_length(preset: Preset, task: str, title: str, quality: Panel) -> Figure:
+def _by_length(preset: Preset, task: str, title: str, quality: Panel = _ACCURACY) -> Figure:
     """A synthetic task far beyond the training length."""
     trained, usual = preset.train_length(task), preset.config(task)
     slots = f"{usual.model.num_slots} slots"
@@ -66,7 +48,7 @@ def _by_length(preset: Preset, task: str, title: str, quality: Panel) -> Figure:
     )
 
 
-def logn_needles(preset: Preset) -> Figure:
+def _needles(preset: Preset) -> Figure:
     """Uuids hidden in essays: values of 36 characters, which are found one by one."""
     trained, usual = preset.train_length("needles"), preset.config("needles")
     slots = f"{usual.model.num_slots} slots"
@@ -103,3 +85,18 @@ def _twice(label: str, config: RunConfig, evaluations: Sequence[Evaluation], tra
         Line(label=label, config=config, evaluations=tuple(evaluations)),
         Line(label=f"{label}, {LOGN}", config=config, evaluations=tuple(scaled)),
     ]
+
+
+FIGURES: dict[str, Callable[[Preset], Figure]] = {
+    "logn-recall": partial(_by_length, task="recall", title="basic recall"),
+    "logn-positional": partial(_by_length, task="positional", title="positional recall"),
+    "logn-mqar": partial(_by_length, task="mqar", title="multi-query associative recall"),
+    "logn-regression": partial(
+        _by_length,
+        task="regression",
+        title="linear regression in context",
+        quality=Panel(title="mean absolute error of y", y="mean_error"),
+    ),
+    "logn-needles": _needles,
+}
+"""Each by its name on the command line."""

@@ -34,18 +34,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ovq.runtime.files import read_json, write_atomic
-from ovq_lab.figures.results import Row, load_results
+from ovq_lab.eval.rows import short_number
+from ovq_lab.figures.results import Row, field_of, load_results
 
 _START = re.compile(r"^<!-- table: (\S+) (\S+) -->\n", re.MULTILINE)
 _MARKED = re.compile(_START.pattern + r"(.*?)^<!-- end -->$", re.MULTILINE | re.DOTALL)
-_FORMS = ("number", "commas", "MiB", "seeds", "text", "learned")
+_FORMS = ("number", "commas", "MiB", "seeds")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,29 +57,28 @@ class Column:
         value: A field, or a field of a part as `"part.field"`; several are shown side by side.
         where: What a row must have in addition to what the line requires: a value, or a list of allowed
             values.
-        by: Which of the line's fields count; `None` for all.
         file: Another file than that of the table.
         each: A field, and those of its values that are shown one after the other in a cell.
         positions: With `value="position_losses"`, the first and the last position of the mean.
         relative_to: Show the value as a share in per cent, seed by seed, of that of the row in which these
-            fields replace those of the line; `file` names another file to find it in.
+            fields replace those of the line; `file` names another file to find it in, and `by` the line's
+            fields that count there.
         above: Show by how many per cent the value is above that row's, instead of the share; empty for the
             row itself.
-        form: `"number"`, `"commas"` (1,234), `"MiB"`, `"seeds"` for the number of each seed instead of the
-            mean, `"text"` for settings, unchanged, or `"learned"` for how many seeds have learned the task.
+        form: `"number"`, `"commas"` (1,234), `"MiB"`, or `"seeds"` for the number of each seed instead of the
+            mean.
         digits: Digits after the decimal point.
         spread: Show the lowest and the highest seed too if they differ by this much.
         unit: Written after a mean.
         learned: What a seed must have reached to count as having learned its task, as `{"length": 256,
             "at_least": 0.9}` for the column's own value, or `"at_most"` for errors. Other seeds are left out
-            of the mean, if any has. With the form `"learned"` the cell says how many have.
+            of the mean, if any has.
         says_learned: Say in each cell how many seeds have learned the task, if not all have.
     """
 
     head: str
     value: str | tuple[str, ...]
     where: dict[str, Any]
-    by: tuple[str, ...] | None = None
     file: str | None = None
     each: tuple[str, tuple[Any, ...]] | None = None
     positions: tuple[int, int] | None = None
@@ -168,11 +167,7 @@ def make_table(description: Path, name: str) -> str:
     rows_of = functools.cache(lambda file: _read(description.parent / (file or table["file"])))
     columns = [column for entry in table["columns"] for column in _columns(entry)]
     lines = [_cells((table["head"], *(column.head for column in columns)))]
-    lines.append(
-        _cells(
-            ["---", *("---" if column.form in ("text", "seeds", "learned") else "---:" for column in columns)]
-        )
-    )
+    lines.append(_cells(["---", *("---" if column.form == "seeds" else "---:" for column in columns)]))
     for entry in table["rows"]:
         line = {"label": entry, "line": entry} if isinstance(entry, str) else dict(entry)
         label = line.pop("label")
@@ -188,16 +183,9 @@ def _columns(entry: dict[str, Any]) -> Iterable[Column]:
         yield Column(**{**options, "where": where})
         return
     field, values = where.pop("over"), where.pop("values")
-    heads = where.pop("heads", [_short(value) for value in values])
+    heads = where.pop("heads", [short_number(value) if isinstance(value, int) else value for value in values])
     for head, value in zip(heads, values, strict=True):
         yield Column(**{**options, "head": head, "where": {**where, field: value}})
-
-
-def _short(value: Any) -> str:
-    """A value for the head of a column; lengths are written as short as possible."""
-    return (
-        f"{value // 1024}k" if isinstance(value, int) and value >= 1024 and value % 1024 == 0 else f"{value}"
-    )
 
 
 _RowsOf = Callable[[str | None], list[Row]]
@@ -215,8 +203,6 @@ def _cell(column: Column, line: dict[str, Any], rows_of: _RowsOf) -> str:
     """What a column shows of the rows of a line."""
     file = column.file or line.get("file")
     asked = {name: value for name, value in line.items() if name != "file"}
-    if column.by is not None:
-        asked = {name: asked[name] for name in column.by}
     asked |= column.where
     if column.each is None:
         return _told(column, asked, file, rows_of)
@@ -243,13 +229,10 @@ def _told(column: Column, asked: dict[str, Any], file: str | None, rows_of: _Row
     if column.learned is None:
         return _written(column, list(values.values()))
     learned = _learned(column, asked, rows_of(file))
-    share = f"{len(learned)} of {len(values)}"
-    if column.form == "learned":
-        return share
     told = _written(column, [value for seed, value in values.items() if seed in (learned or values)])
     if not column.says_learned or learned >= set(values):
         return told
-    return f"{told}, {share} seeds" if learned else f"{told}, not learned"
+    return f"{told}, {len(learned)} of {len(values)} seeds" if learned else f"{told}, not learned"
 
 
 def _learned(column: Column, asked: dict[str, Any], rows: Iterable[Row]) -> set[Any]:
@@ -267,11 +250,12 @@ def _by_seed(column: Column, asked: dict[str, Any], rows: Iterable[Row]) -> dict
     Raises:
         ValueError: If there is none, or there are two that differ.
     """
+    assert isinstance(column.value, str), "one field at a time"
     found: dict[Any, Any] = {}
     for row in rows:
-        if not all(_fits(_field(row, name), value) for name, value in asked.items()):
+        if not all(_fits(field_of(row, name), value) for name, value in asked.items()):
             continue
-        value = _field(row, column.value)
+        value = field_of(row, column.value)
         if column.positions is not None:
             value = _mean_over(value, *column.positions)
         if found.setdefault(row.get("seed"), value) != value:
@@ -283,10 +267,6 @@ def _by_seed(column: Column, asked: dict[str, Any], rows: Iterable[Row]) -> dict
 
 def _fits(found: Any, asked: Any) -> bool:
     return found in asked if isinstance(asked, list) else found == asked
-
-
-def _field(row: Row, path: Any) -> Any:
-    return functools.reduce(operator.getitem, path.split("."), row)
 
 
 def _mean_over(losses: dict[str, float], first: int, last: int) -> float:
@@ -306,8 +286,6 @@ def _mean_over(losses: dict[str, float], first: int, last: int) -> float:
 
 def _written(column: Column, values: Sequence[Any]) -> str:
     """The values of the seeds, as written into a cell."""
-    if column.form == "text":
-        return " or ".join(dict.fromkeys(f"{value:g}" for value in values))
     if column.form == "seeds":
         return ", ".join(_number(column, value) for value in values)
     mean, low, high = sum(values) / len(values), min(values), max(values)

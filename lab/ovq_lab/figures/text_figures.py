@@ -42,13 +42,6 @@ class _Model(NamedTuple):
     merge: str | None = None
 
 
-def _forgetful(preset: Preset) -> _Model:
-    """OVQ with a forget gate beside windows."""
-    slots = preset.configs["lm"].model.num_slots
-    label = f"OVQ, forget gate, nearest, {slots} slots"
-    return _Model(label, preset.config("lm", forget_gate=True), slots, _RULE)
-
-
 def of_corpus(
     make: Callable[[Preset], Figure], preset: Preset, *, dataset: str | None, held_out: float | None
 ) -> Figure:
@@ -66,11 +59,15 @@ def of_corpus(
 
 def language(preset: Preset) -> Figure:
     """The loss of language models by position, far beyond the training length."""
+    slots = preset.configs["lm"].model.num_slots
+    forgetful = _Model(
+        f"OVQ, forget gate, nearest, {slots} slots", preset.config("lm", forget_gate=True), slots, _RULE
+    )
     return _by_position(
         preset,
         "lm",
         f"Loss of language models on held-out text ({preset.text_task('lm').dataset}), by position",
-        [*_models(preset, "lm"), _forgetful(preset)],
+        [*_models(preset, "lm"), forgetful],
         relative_to=MIXER_NAMES["full_attention"],
     )
 

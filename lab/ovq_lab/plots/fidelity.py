@@ -8,6 +8,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from ovq.runtime.units import format_bytes
+from ovq_lab.eval.rows import short_number
 from ovq_lab.plots.canvas import Axes, FuncFormatter, LogLocator, NullFormatter
 from ovq_lab.plots.panels import length_axis, new_panels, save
 from ovq_lab.plots.style import CONTROLS, MIXER_STYLES, PAIRS
@@ -36,18 +37,14 @@ _TITLES = {
 _OFFSET = 0.04
 
 
-def fidelity_figure(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+def fidelity_figure(results: Mapping[str, Any], path: Path) -> None:
     """Draw one panel for each stream, with a line for each memory and its standard deviation over seeds.
 
     Args:
-        rows: What `ovq_lab.figures.fidelity.fidelity_rows` returns.
+        results: Its `rows` are those of `ovq_lab.figures.fidelity.fidelity_rows`.
         path: Where to write the picture, as PNG.
-
-    Raises:
-        ValueError: If there are no rows.
     """
-    if not rows:
-        raise ValueError("expected rows to draw, found none")
+    rows = results["rows"]
     streams = list(dict.fromkeys(row["stream"] for row in rows))
     # Each panel has its own axis: on random keys exact attention is nearly 0, and errors are far larger.
     figure, panels = new_panels(len(streams), height=2.9)
@@ -82,18 +79,8 @@ def _draw(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
             **MEMORY_STYLES[memory].options(),
         )
     axes.axhline(1, color="#BBBBBB", linestyle=":", zorder=0)
-    length_axis(axes, lengths, [_short(length) for length in lengths])
+    length_axis(axes, lengths, [short_number(length) for length in lengths])
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _short(length: int) -> str:
-    """A number of tokens, in thousands if it is a multiple of 1024.
-
-    Example:
-        >>> _short(64), _short(4096)
-        ('64', '4k')
-    """
-    return f"{length // 1024}k" if length % 1024 == 0 else str(length)

@@ -20,19 +20,14 @@ _SHIFT = 0.08
 _NAMES = {"existing": "OVQ, paper's rule", "nearest": "OVQ, nearest", "ward": "OVQ, Ward"}
 
 
-def kept_figure(rows: Sequence[Row], path: Path, *, title: str) -> None:
+def kept_figure(results: Mapping[str, Any], path: Path) -> None:
     """Draw a line for each rule, with bars from the lowest to the highest seed.
 
     Args:
-        rows: The fields of `KeptRow`s as dicts.
+        results: Its `rows` are the fields of `KeptRow`s as dicts; its `title` is written above.
         path: Where to write the picture, as PNG.
-        title: Written above it.
-
-    Raises:
-        ValueError: If there are no rows.
     """
-    if not rows:
-        raise ValueError("expected rows to draw, found none")
+    rows = results["rows"]
     # From the dictionary with the most room to that with the least.
     sizes = sorted({(row["num_slots"], row["length"]) for row in rows}, key=lambda s: (s[1] / s[0], s[1]))
     slots, length = max(row["num_slots"] for row in rows), max(row["length"] for row in rows)
@@ -80,7 +75,7 @@ def kept_figure(rows: Sequence[Row], path: Path, *, title: str) -> None:
     positions = range(0, context + 1, 2 ** round(math.log2(max(4, context) / 4)))
     panels[3].set_xticks([p / part - 0.5 for p in positions], [f"{p:,}" for p in positions])
     panels[3].set_xlabel("position of that token in the context")
-    save(figure, path, title=title)
+    save(figure, path, title=results["title"])
 
 
 def _values(rows: Sequence[Row], field: str) -> list[float]:

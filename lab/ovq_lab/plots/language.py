@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from ovq.runtime.units import format_bytes
+from ovq_lab.eval.rows import short_number
 from ovq_lab.plots.canvas import Axes, FuncFormatter, NullLocator
 from ovq_lab.plots.panels import new_panels, save
 from ovq_lab.plots.style import line_styles, style_name
@@ -42,7 +43,7 @@ def position_table(rows: Sequence[LanguageRow], *, title: str) -> Table:
     table = Table(title=title)
     table.add_column("model", no_wrap=True)
     for first, last, _ in octaves:
-        table.add_column(f"{_short(first)}-{_short(last)}", justify="right")
+        table.add_column(f"{short_number(first)}-{short_number(last)}", justify="right")
     table.add_column("2nd - 1st half of chunk", justify="right")
     for row in rows:
         rise = "" if row.sawtooth is None else f"{row.sawtooth:+.4f}"
@@ -110,7 +111,7 @@ def _draw_positions(axes: Axes, rows: Sequence[LanguageRow]) -> str:
         middles = [(a + b) / 2 for a, b in itertools.pairwise(edges)]
         _plot(axes, rows, row, middles, row.block_losses)
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(round(value))))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(round(value))))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("position (tokens)")
     axes.set_ylabel("loss (nats per token)")
@@ -146,13 +147,3 @@ def _plot(
     if len(places) > _MOST_MARKERS:
         options |= {"markevery": len(places) // _MOST_MARKERS, "linewidth": 1.2}
     axes.plot(places, values, label=row.label, **options)
-
-
-def _short(length: int) -> str:
-    """A number of tokens, in thousands if it is a multiple of 1024.
-
-    Example:
-        >>> _short(1023), _short(4096)
-        ('1023', '4k')
-    """
-    return f"{length // 1024}k" if length and length % 1024 == 0 else str(length)

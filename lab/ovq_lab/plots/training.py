@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ovq_lab.plots.panels import new_panels, save
-from ovq_lab.plots.style import MIXER_STYLES
+from ovq_lab.plots.style import line_styles
 from ovq_lab.train.history import History
 
 
@@ -15,10 +15,10 @@ def save_loss_curve(history: History, path: Path, *, mixer: str) -> None:
     Args:
         history: The losses.
         path: The PNG file.
-        mixer: The long-range mixer of the model, whose colour the lines have.
+        mixer: The long-range mixer of the model, whose colour the lines have if it is one of ours.
     """
     figure, [axes] = new_panels(1)
-    style = MIXER_STYLES[mixer].options()
+    style = line_styles({mixer: (mixer, None)})[mixer].options()
     plain = style | {"marker": "", "linewidth": 1.0, "alpha": 0.6}
     axes.plot(list(history.training), list(history.training.values()), label="training", **plain)
     if history.held_out:

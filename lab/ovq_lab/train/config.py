@@ -410,6 +410,8 @@ class RunConfig:
             value = parse_value(text.strip(), kind, f"--set {path}")
             if hasattr(now, name):
                 changes[section][name] = value
+                if name == "mixer_fields":
+                    own_texts = dict(each.partition("=")[::2] for each in value)
             else:
                 own[name].check(f"--set {path}", value)
                 own_texts[name] = text.strip()

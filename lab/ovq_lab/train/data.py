@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from ovq.runtime.files import read_json, write_atomic
 from ovq.runtime.progress import AnyReporter
 from ovq_lab.tasks import Task, TextTask
 from ovq_lab.text import Corpus, get_tokenizer, load_corpus, source_tokenizer
+from ovq_lab.text.corpus import say_progress
 from ovq_lab.train.config import RunConfig
 from ovq_lab.train.needles import NeedleWindows
 from ovq_lab.train.sharding import is_first_process
@@ -25,7 +25,6 @@ from ovq_lab.train.text import CarriedTextDataset, HeldOutWindows, PackedTextDat
 CORPUS_FILE = "corpus.json"
 """The name of the file, in the folder of a run, that records what it was trained on."""
 
-_SECONDS_BETWEEN_LINES = 10.0
 # Windows of held-out text that are read for one measurement of the loss.
 _NUM_HELD_OUT = 32
 
@@ -72,7 +71,7 @@ def training_data(
     if not isinstance(task, TextTask):
         return TrainingData(examples=CurriculumDataset(config))
     tokenizer = source_tokenizer(task) if checkpoint is None else get_tokenizer(str(checkpoint))
-    corpus = load_corpus(task, "train", tokenizer=tokenizer, progress=_now_and_then(task.dataset, reporter))
+    corpus = load_corpus(task, "train", tokenizer=tokenizer, progress=say_progress(task.dataset, reporter))
     examples = _text_examples(config, corpus, tokenizer)
     is_new = checkpoint is None and not (is_resumed and (out / CORPUS_FILE).exists())
     if not is_new:
@@ -112,19 +111,6 @@ def _check_corpus(path: Path, corpus: Corpus) -> None:
             f"{path}: expected the corpus this run began with (digest {found}), "
             f"found one that has changed since ({corpus.digest})"
         )
-
-
-def _now_and_then(name: str, reporter: AnyReporter) -> Callable[[int], None]:
-    """Reports every few seconds how many documents have been read; their total number is not known yet."""
-    last_line = time.monotonic()
-
-    def progress(num_documents: int) -> None:
-        nonlocal last_line
-        if time.monotonic() - last_line >= _SECONDS_BETWEEN_LINES:
-            last_line = time.monotonic()
-            reporter.say(f"read {name}: {num_documents} documents")
-
-    return progress
 
 
 class CurriculumDataset(Dataset):

@@ -105,81 +105,104 @@ def _lm(long_range_mixer: str) -> RunConfig:
     )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Size:
-    """A language model for GPUs.
+def _lm_for_gpus(
+    *,
+    width: int,
+    inner: int,
+    num_pairs: int,
+    steps: int,
+    micro_batches: int,
+    learning_rate: float,
+    batch_size: int = 64,
+    vocab_size: int = 32768,
+    length: int = 4096,
+    head_dim: int = 64,
+    num_slots: int = 2048,
+    chunk_size: int = 128,
+    kvm_chunk_size: int | None = None,
+    **train: Any,
+) -> Callable[[str], RunConfig]:
+    """Language modelling on books, for GPUs: windows of subword tokens.
 
-    Attributes:
+    Args:
         width: Width of the residual stream.
         inner: Width of the SwiGLU.
         num_pairs: Number of pairs of a sliding-window layer and a long-range layer.
-        batch_size: Windows per step.
-        micro_batches: Parts into which a step is cut.
-        steps: Optimizer steps.
-        learning_rate: Peak learning rate.
+        steps: As in `TrainArgs`, like the three that follow.
+        micro_batches: Likewise.
+        learning_rate: Likewise.
+        batch_size: Likewise.
         vocab_size: Byte pairs of the tokenizer.
         length: Tokens per window of text.
-        head_dim: Components per head.
-        num_slots: Slots of OVQ.
-        chunk_size: Tokens per chunk.
-        learning_rate_decay: How the rate falls.
-        min_learning_rate_share: Where it ends, as a share of the peak.
-        warmup_steps: Steps of warm-up.
-        weight_decay: Decoupled weight decay.
+        head_dim: As in `ModelArgs`, like the three that follow.
+        num_slots: Likewise.
+        chunk_size: Likewise.
+        kvm_chunk_size: Likewise.
+        train: Fields of `TrainArgs` that the paper's sizes have otherwise.
     """
 
-    width: int
-    inner: int
-    num_pairs: int
-    batch_size: int
-    micro_batches: int
-    steps: int
-    learning_rate: float
-    vocab_size: int = 32768
-    length: int = 4096
-    head_dim: int = 64
-    num_slots: int = 2048
-    chunk_size: int = 128
-    learning_rate_decay: str = "cosine"
-    min_learning_rate_share: float = 0.1
-    warmup_steps: int = 500
-    weight_decay: float = 0.1
-    kvm_chunk_size: int | None = None
+    def build(long_range_mixer: str) -> RunConfig:
+        return RunConfig(
+            task=TextTask(dataset="deepmind/pg19", tokenizer=f"bpe:{vocab_size}"),
+            model=ModelArgs(
+                mixer_types=("sliding_attention", long_range_mixer) * num_pairs,
+                hidden_size=width,
+                intermediate_size=inner,
+                num_attention_heads=width // head_dim,
+                conv_size=4,
+                sliding_window=256,
+                num_slots=num_slots,
+                chunk_size=chunk_size,
+                kvm_chunk_size=kvm_chunk_size,
+                initializer_range=0.02,
+                embedding_std=0.02,
+                tie_word_embeddings=True,
+            ),
+            train=TrainArgs(
+                steps=steps,
+                batch_size=batch_size,
+                micro_batches=micro_batches,
+                lengths=(length,),
+                length_shares=(1.0,),
+                learning_rate=learning_rate,
+                adam_beta2=0.95,
+                precision="bfloat16",
+                save_every=500,
+                **{"min_learning_rate_share": 0.1, "warmup_steps": 500, "weight_decay": 0.1, **train},
+            ),
+        )
+
+    return build
 
 
-def _kvm_size(**fields: Any) -> _Size:
-    """A size of KVM's comparison with OVQ (arXiv 2605.09877), trained as its authors do: 0.5 million tokens
-    per step, 3.1 and 7.9 billion in all.
+_KVM: dict[str, Any] = {
+    "vocab_size": 50304,
+    "length": 8192,
+    "head_dim": 128,
+    "num_slots": 1024,
+    "chunk_size": 256,
+    "kvm_chunk_size": 256,
+    "learning_rate_decay": "linear",
+    "min_learning_rate_share": 0.0,
+    "warmup_steps": 200,
+}
+"""What the sizes of KVM's comparison with OVQ (arXiv 2605.09877) share. They are trained as its authors do:
+0.5 million tokens per step, 3.1 and 7.9 billion in all.
 
-    From their published configs `ovq_swa_ts_c256_s1024_wd.yaml` and `kvm_swa_saturate1024_wd.yaml`: sizes,
-    rates, decay, warm-up, windows and chunks of 256, up to 1,024 slots, sliding windows between the layers of
-    OVQ and of KVM. Ours: books and a tokenizer learned from them in place of
-    ProLong-64k and GPT-2's, a SwiGLU of as many weights as their MLP of four times the width, and the
-    backbone, which has a short convolution where theirs shifts tokens.
-    """
-    return _Size(
-        batch_size=64,
-        vocab_size=50304,
-        length=8192,
-        head_dim=128,
-        num_slots=1024,
-        chunk_size=256,
-        kvm_chunk_size=256,
-        learning_rate_decay="linear",
-        min_learning_rate_share=0.0,
-        warmup_steps=200,
-        **fields,
-    )
-
+From their published configs `ovq_swa_ts_c256_s1024_wd.yaml` and `kvm_swa_saturate1024_wd.yaml`: sizes, rates,
+decay, warm-up, windows and chunks of 256, up to 1,024 slots, sliding windows between the layers of OVQ and of
+KVM. Ours: books and a tokenizer learned from them in place of ProLong-64k and GPT-2's, a SwiGLU of as many
+weights as their MLP of four times the width, and the backbone, which has a short convolution where theirs
+shifts tokens."""
 
 _SIZES = {
-    "70m": _Size(
-        width=512, inner=1408, num_pairs=8, batch_size=64, micro_batches=4, steps=10_000, learning_rate=1e-3
+    "70m": _lm_for_gpus(
+        width=512, inner=1408, num_pairs=8, micro_batches=4, steps=10_000, learning_rate=1e-3
     ),
-    "150m": _Size(
-        width=768, inner=2048, num_pairs=9, batch_size=64, micro_batches=8, steps=15_000, learning_rate=8e-4
+    "150m": _lm_for_gpus(
+        width=768, inner=2048, num_pairs=9, micro_batches=8, steps=15_000, learning_rate=8e-4
     ),
-    "480m": _Size(
+    "480m": _lm_for_gpus(
         width=1280,
         inner=3456,
         num_pairs=11,
@@ -188,7 +211,7 @@ _SIZES = {
         steps=20_000,
         learning_rate=5e-4,
     ),
-    "120m": _kvm_size(
+    "120m": _lm_for_gpus(
         width=768,
         inner=2048,
         num_pairs=6,
@@ -196,8 +219,9 @@ _SIZES = {
         steps=6_000,
         learning_rate=2e-3,
         weight_decay=0.2,
+        **_KVM,
     ),
-    "350m": _kvm_size(
+    "350m": _lm_for_gpus(
         width=1024,
         inner=2736,
         num_pairs=12,
@@ -205,49 +229,10 @@ _SIZES = {
         steps=15_000,
         learning_rate=1.26e-3,
         weight_decay=0.126,
+        **_KVM,
     ),
 }
 """Language models by the millions of their parameters: three sizes of the paper, two of KVM's authors."""
-
-
-def _lm_for_gpus(size: _Size) -> Callable[[str], RunConfig]:
-    """Language modelling on books, for GPUs: windows of subword tokens."""
-
-    def build(long_range_mixer: str) -> RunConfig:
-        return RunConfig(
-            task=TextTask(dataset="deepmind/pg19", tokenizer=f"bpe:{size.vocab_size}"),
-            model=ModelArgs(
-                mixer_types=("sliding_attention", long_range_mixer) * size.num_pairs,
-                hidden_size=size.width,
-                intermediate_size=size.inner,
-                num_attention_heads=size.width // size.head_dim,
-                conv_size=4,
-                sliding_window=256,
-                num_slots=size.num_slots,
-                chunk_size=size.chunk_size,
-                kvm_chunk_size=size.kvm_chunk_size,
-                initializer_range=0.02,
-                embedding_std=0.02,
-                tie_word_embeddings=True,
-            ),
-            train=TrainArgs(
-                steps=size.steps,
-                batch_size=size.batch_size,
-                micro_batches=size.micro_batches,
-                lengths=(size.length,),
-                length_shares=(1.0,),
-                learning_rate=size.learning_rate,
-                learning_rate_decay=size.learning_rate_decay,
-                min_learning_rate_share=size.min_learning_rate_share,
-                warmup_steps=size.warmup_steps,
-                weight_decay=size.weight_decay,
-                adam_beta2=0.95,
-                precision="bfloat16",
-                save_every=500,
-            ),
-        )
-
-    return build
 
 
 _BUILDERS: dict[str, Callable[[str], RunConfig]] = {
@@ -256,7 +241,7 @@ _BUILDERS: dict[str, Callable[[str], RunConfig]] = {
     RegressionTask.name: _regression,
     MQARTask.name: _mqar,
     TextTask.name: _lm,
-    **{f"{TextTask.name}-{name}": _lm_for_gpus(size) for name, size in _SIZES.items()},
+    **{f"{TextTask.name}-{name}": build for name, build in _SIZES.items()},
 }
 
 _MIXERS = {

@@ -44,8 +44,8 @@ def test_a_dry_run_lists_the_parts(program, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == [part.name for part in program["PARTS"]]
     assert all(f"{part.seconds} s" in line for part, line in zip(program["PARTS"], lines, strict=True))
-    # All of them fit into nine minutes, with some to spare for starting processes.
-    assert sum(part.seconds for part in program["PARTS"]) <= program["SECONDS"] < 9 * 60
+    # All of them fit into six minutes, with some to spare for starting processes.
+    assert sum(part.seconds for part in program["PARTS"]) <= program["SECONDS"] < 6 * 60
 
 
 def test_what_was_done_is_kept(program, tmp_path):

@@ -208,3 +208,15 @@ def test_files_that_hold_no_rows_are_named(tmp_path):
         ValueError, match=r"bad.json: expected the rows of a figure, found something else \('title'\)"
     ):
         write_report(tmp_path)
+
+
+def test_what_has_no_counterpart_is_not_shown_beside_it():
+    places = [("base", 0, 8, 2.0), ("other", 0, 8, 3.0), ("other", 1, 8, 4.0), ("other", 0, 16, 5.0)]
+    rows = [
+        {"line": line, "group": "", "seed": seed, "length": length, "loss": loss}
+        for line, seed, length, loss in places
+    ]
+    panel = {"x": "length", "y": "loss", "group": "", "at_length": None, "relative_to": "base"}
+    base = [Point(8, 0, 0, 0, 1)]
+    assert points({"rows": rows}, panel) == {"base": base, "other": [Point(8, 50, 50, 50, 1)]}
+    assert points({"rows": rows[1:]}, panel) == {"other": []}

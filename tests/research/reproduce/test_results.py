@@ -1,4 +1,4 @@
-"""Files of results: what is read is what was written, each thing once, and old files are read as well."""
+"""Files of results: what is read is what was written, and each thing is there once."""
 
 import copy
 import json
@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from ovq_lab.figures.page import write_report
 from ovq_lab.figures.results import load_results, save_results
 
 COMMITTED = Path(__file__).parents[3] / "docs" / "results"
@@ -114,52 +113,6 @@ def test_what_belongs_to_a_line_a_run_or_an_evaluation_is_there_once_and_a_row_i
         ["OVQ, 64 slots", "other", 1, 4],
     ]
     assert "\n  [2,1],\n" in text
-
-
-EARLIER = {
-    "runs": {
-        f"recall-ovq-seed{seed}": {
-            "mixer": "ovq",
-            "seed": seed,
-            "learning_rate": 0.008,
-            "weight_decay": 0.5,
-            "train_length": 256,
-            "train_seconds": None if seed else 12.5,
-            "num_parameters": 12345,
-        }
-        for seed in (0, 1)
-    },
-    "questions": [
-        {
-            "num_examples": 16,
-            "task": {"name": "recall", "length": length, "num_pairs": None},
-            "slices": [f"distance {length}", "all"],
-            "slice_errors": [],
-        }
-        for length in (256, 4096)
-    ],
-    "columns": ["line", "group", "run", "question", "length", "accuracy", "slices", "slice_errors"],
-    "rows": [
-        ["OVQ, 64 slots", "", f"recall-ovq-seed{seed}", number, length, 0.1 + 0.2, [1 / 3, 1.0], []]
-        for seed in (0, 1)
-        for number, length in enumerate((256, 4096))
-    ],
-}
-
-
-@pytest.mark.parametrize("earlier", [{"rows": ROWS}, EARLIER], ids=["written out", "questions"])
-def test_files_of_earlier_versions_are_read(tmp_path, earlier):
-    path = tmp_path / "rows" / "recall.json"
-    path.parent.mkdir()
-    path.write_text(json.dumps(HEADER | earlier))
-    old = load_results(path)
-    assert old == HEADER | {"rows": ROWS}
-    page = write_report(tmp_path).read_text()
-    save_results(path, old)
-    assert (
-        write_report(tmp_path).read_text().split("Tables and figures")[1]
-        == page.split("Tables and figures")[1]
-    )
 
 
 @pytest.mark.parametrize(

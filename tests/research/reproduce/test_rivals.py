@@ -158,6 +158,8 @@ def test_needles_of_three_kinds_are_means_over_depths(made):
     assert all(set(row["by_depth"]) == {"0", "0.5", "1"} for row in results["rows"])
     for row in results["rows"]:
         assert row["generated"] == sum(row["by_depth"].values()) / 3
+        num_read = len(row["by_depth"]) * row["num_examples"] * row["length"]
+        assert row["microseconds_per_token"] == pytest.approx(1e6 * row["seconds"] / num_read)
     # One model for all kinds.
     assert len({row["run"] for row in results["rows"]}) == 1
     configs = [RunConfig.load(out / "runs" / row["run"]) for row in results["rows"]]
