@@ -276,6 +276,14 @@ def test_sizes_are_checked(memory, message):
         converted(**memory)
 
 
+def test_the_smallest_window_keeps_one_token():
+    model, ids = converted(num_slots=8, window=1, num_sinks=0, chunk_size=1), tokens(1, 20)
+    found, expected = model(ids).logits, original()(ids).logits
+    # Slots of a token each are exact too.
+    torch.testing.assert_close(found[:, :9], expected[:, :9])
+    assert (found[:, 12:] - expected[:, 12:]).abs().max() > 1e-3
+
+
 def saved_whole(model):
     """By `torch.save`, as a module and not as weights."""
     file = io.BytesIO()

@@ -370,9 +370,7 @@ def _difference(found: Tensor, before: Tensor) -> float:
 
 def _check_equal(model: Any, before: Tensor) -> None:
     """Raise ValueError unless the model computes what it did, as long as nothing has been merged."""
-    num_kept = min(
-        model.memory_config.num_sinks + min(map(min, model.memory_config.window)) - 1, _CHECK_TOKENS
-    )
+    num_kept = min(model.memory_config.num_sinks + min(map(min, model.memory_config.window)), _CHECK_TOKENS)
     name = type(model).__name__
     tolerance = _TOLERANCE.get(before.dtype, _TOLERANCE_OF_NARROW) * max(1.0, _size(before))
     cache = model.make_cache()

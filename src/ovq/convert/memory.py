@@ -73,7 +73,7 @@ class HeadMemory:
     def __init__(self, budget: Budget, k: Tensor, v: Tensor, use: Tensor | None = None) -> None:
         self.budget = budget
         # Without slots nothing is merged.
-        self._given_use = use if budget.num_slots else None
+        self._given_use = use.to(k.device) if use is not None and budget.num_slots else None
         self._names = _TENSORS if self._given_use is None else (*_TENSORS, "weight", "use")
         if budget.state_dtype == "int8":
             self._names = (*self._names, "key_step", "value_step")
