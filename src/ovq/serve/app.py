@@ -180,9 +180,8 @@ class _Routes:
             ]
 
         ids = await asyncio.to_thread(encode)
-        max_tokens = 16 if asked.max_tokens is None else asked.max_tokens
         form = CompletionForm(self._service.texts)
-        return await self._generate(request, asked, ids, max_tokens, form, param="prompt")
+        return await self._generate(request, asked, ids, asked.max_tokens, form, param="prompt")
 
     async def chat(self, request: HTTPRequest) -> Response:
         asked = parsed(ChatRequest, await request.body())
