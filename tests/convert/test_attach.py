@@ -234,9 +234,12 @@ def test_attention_of_another_kind_is_found_by_comparing(monkeypatch):
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(attention, "forward", twice)
+    # As `AutoModelForCausalLM` loads the folder of a converted model.
+    model.config.ovq_memory = {"of": "before"}
     with pytest.raises(ValueError, match="same logits before and after"):
         attach(model, **MEMORY)
     assert model.config._attn_implementation == "sdpa"
+    assert model.config.ovq_memory == {"of": "before"}
     assert not hasattr(model, "make_cache")
 
 

@@ -193,7 +193,7 @@ def attach(
         config = dataclasses.replace(config, state_dtype=state_dtype)
     config = with_reach(config, model)
     before = _logits(model)
-    implementation = model.config._attn_implementation
+    implementation, earlier = model.config._attn_implementation, getattr(model.config, CONFIG_KEY, None)
     own_class: Any = type(model)
     model.set_attn_implementation(IMPLEMENTATION)
     _set_memory(model, config)
@@ -205,7 +205,10 @@ def attach(
         hook.remove()
         model.__class__ = own_class
         model.set_attn_implementation(implementation)
-        delattr(model.config, CONFIG_KEY)
+        if earlier is None:
+            delattr(model.config, CONFIG_KEY)
+        else:
+            setattr(model.config, CONFIG_KEY, earlier)
         raise
     converted: Any = model
     converted.weight_dtype = weight_dtype

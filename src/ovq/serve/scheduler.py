@@ -8,6 +8,7 @@ A row whose answer is complete leaves. Nobody waits for the answers of others to
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections import deque
 from collections.abc import Generator, Hashable, Iterable, Sequence
 from itertools import chain
@@ -112,7 +113,6 @@ class _Started:
         num_read: Tokens of its own read so far, or known.
         known: Those of them after which a state is kept, or of which it came.
         fork: Where to keep a state on the way; 0 for nowhere.
-        root: See `Prefixes.find`.
     """
 
     job: Job
@@ -121,7 +121,6 @@ class _Started:
     num_read: int = 0
     known: int = 0
     fork: int = 0
-    root: Hashable = None
 
 
 class Scheduler:
@@ -158,6 +157,7 @@ class Scheduler:
         self._rows: BatchRows | None = None
         self._choices: list[Choice] = []
         self._events: dict[Job, list[Event]] = {}
+        self._deleted: weakref.WeakSet[Context] = weakref.WeakSet()
 
     @property
     def num_waiting(self) -> int:
@@ -181,7 +181,8 @@ class Scheduler:
         self._waiting.append(job)
 
     def forget(self, context: Context) -> None:
-        """Forget the states that go on from a context. Answers that do are not disturbed."""
+        """Forget the states that go on from a context, for good. Answers that do are not disturbed."""
+        self._deleted.add(context)
         for root in self.prefixes.roots:
             if isinstance(root, tuple) and root[1] is context:
                 self.prefixes.forget(root)
@@ -272,8 +273,7 @@ class Scheduler:
         job = started.job
         if not isinstance(job, Generation):
             return
-        started.root = (self._model.settings, job.context)
-        found = self.prefixes.find(started.root, job.tokens)
+        found = self.prefixes.find(self._root(job), job.tokens)
         started.rows = self._model.start(job.context) if found.rows is None else found.rows
         started.num_read = started.known = found.num_tokens
         started.fork = found.fork
@@ -293,7 +293,7 @@ class Scheduler:
             started.num_read = end
             is_last = end == len(job.tokens) and self.prefixes.is_worth(end - started.known)
             if is_last or end == started.fork:
-                self.prefixes.add(started.root, job.tokens[:end], started.rows.copied())
+                self._remember(job, job.tokens[:end], started.rows.copied())
                 started.known = end
             return logits
         if started.document is None:
@@ -314,7 +314,7 @@ class Scheduler:
         try:
             logits = self._rows.read([[choice.tokens[-1]] for choice in self._choices])
             going_on = self._choose(logits, self._choices)
-            self._remember(going_on)
+            self._remember_complete(going_on)
         except Exception as error:
             self._fail({choice.job: None for choice in self._choices}, error)
             self._choices, self._rows = [], None
@@ -322,7 +322,7 @@ class Scheduler:
         self.counts.steps += 1
         self._keep(going_on)
 
-    def _remember(self, going_on: Sequence[int]) -> None:
+    def _remember_complete(self, going_on: Sequence[int]) -> None:
         """Keep the states of rows whose answers are complete."""
         assert self._rows is not None
         for place in sorted(set(range(len(self._choices))) - set(going_on)):
@@ -330,8 +330,16 @@ class Scheduler:
             # The last token of an answer is never read.
             read = choice.tokens[:-1]
             if self.prefixes.is_worth(len(read)):
-                root = (self._model.settings, choice.job.context)
-                self.prefixes.add(root, [*choice.job.tokens, *read], self._rows.taken(place))
+                self._remember(choice.job, [*choice.job.tokens, *read], self._rows.taken(place))
+
+    def _remember(self, job: Generation, tokens: Sequence[int], rows: BatchRows) -> None:
+        """Keep the state of a row that has read these tokens."""
+        if job.context not in self._deleted:
+            self.prefixes.add(self._root(job), tokens, rows)
+
+    def _root(self, job: Generation) -> Hashable:
+        """See `Prefixes.find`."""
+        return self._model.settings, job.context
 
     def _join(self, complete: Sequence[tuple[_Started, Tensor]]) -> None:
         """Choose the first tokens of answers whose prompts have been read; their rows join the batch."""
