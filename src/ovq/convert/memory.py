@@ -137,6 +137,10 @@ class HeadMemory:
         numbers = {name: torch.tensor(getattr(self, name)) for name in ("filled", "num_merged")}
         return {name: getattr(self, name) for name in self._names} | numbers
 
+    def kernel_tensors(self) -> dict[str, Tensor]:
+        """The tensors that kernels read and write, by name."""
+        return {name: getattr(self, name) for name in self._names if name != "sink_keys"}
+
     @staticmethod
     def restored(
         budget: Budget, tensors: Mapping[str, Tensor], device: torch.device | str | None, use: Tensor | None

@@ -23,7 +23,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ovq.convert.attention import IMPLEMENTATION
 from ovq.convert.cache import MemoryCache, MemoryLayer
 from ovq.convert.cache_step import MOST_ROWS, CacheStep, read_pieces
-from ovq.convert.compiled import is_compiled, tensors_of
+from ovq.convert.compiled import is_compiled
 from ovq.convert.fits import misfits
 from ovq.convert.packed import PACKED, PackedLinear
 from ovq.convert.unchanged import Part, Unchanged
@@ -363,7 +363,7 @@ class _Step:
             memory.recent_keys.shape == (num_rows, len(memory.budget.heads), memory.budget.num_exact, dim)
             and memory.recent_values.shape == memory.recent_keys.shape
             and is_compiled([memory], like, like)
-            and all(x.is_cpu for x in tensors_of(memory).values())
+            and all(x.is_cpu for x in memory.kernel_tensors().values())
             for memory in layer.state
         )
 

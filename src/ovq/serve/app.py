@@ -215,9 +215,7 @@ class _Routes:
         return JSONResponse(self._service.contexts.about(name))
 
     async def delete_context(self, name: str) -> Response:
-        context = self._service.contexts.get(name)
-        self._service.contexts.remove(name)
-        self._service.engine.forget(context)
+        self._service.engine.forget(self._service.contexts.remove(name))
         return JSONResponse({"id": name, "object": "context", "deleted": True})
 
     async def make_context(self, request: HTTPRequest) -> Response:

@@ -11,7 +11,6 @@ import dataclasses
 import weakref
 from collections import deque
 from collections.abc import Generator, Hashable, Iterable, Sequence
-from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -205,16 +204,11 @@ class Scheduler:
 
     def fail_all(self, error: Exception) -> None:
         """End all jobs with an error."""
-        jobs: Iterable[Job] = chain(
-            self._waiting,
-            (started.job for started in self._started),
-            (choice.job for choice in self._choices),
-        )
-        self._fail(dict.fromkeys(jobs), error)
+        self._fail([*self._waiting, *(started.job for started in self._started)], error)
         self._waiting.clear()
         self._started.clear()
         self._num_started_rows = 0
-        self._choices, self._rows = [], None
+        self._fail_running(error)
         self._deliver()
 
     def _drop_cancelled(self) -> None:
@@ -316,8 +310,7 @@ class Scheduler:
             going_on = self._choose(logits, self._choices)
             self._remember_complete(going_on)
         except Exception as error:
-            self._fail({choice.job: None for choice in self._choices}, error)
-            self._choices, self._rows = [], None
+            self._fail_running(error)
             return
         self.counts.steps += 1
         self._keep(going_on)
@@ -364,8 +357,7 @@ class Scheduler:
             try:
                 self._rows = self._model.joined(parts)
             except Exception as error:
-                self._fail({choice.job: None for choice in self._choices}, error)
-                self._choices, self._rows = [], None
+                self._fail_running(error)
         elif parts:
             self._rows = parts[0]
 
@@ -407,6 +399,11 @@ class Scheduler:
             return
         assert self._rows is not None
         self._rows.keep(places)
+
+    def _fail_running(self, error: Exception) -> None:
+        """End the running answers with an error."""
+        self._fail({choice.job: None for choice in self._choices}, error)
+        self._choices, self._rows = [], None
 
     def _fail(self, jobs: Iterable[Job], error: Exception) -> None:
         for job in jobs:
