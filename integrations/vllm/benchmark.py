@@ -55,11 +55,13 @@ def servers(arguments: argparse.Namespace) -> dict[str, tuple[list[str], Path]]:
     """The command of each server, but for the folder and the port, and its folder."""
     longest = max(arguments.prompt_tokens) + arguments.new_tokens
     vllm = [*VLLM, f"--max-model-len={longest}"]
+    # The library's layers are not compiled, whatever one asks for.
+    eager = [*vllm, "--enforce-eager"]
     every = {
         "ovq serve": (OVQ_SERVE, arguments.model),
         "ovq serve, int8": ([*OVQ_SERVE, "--weight-dtype=int8"], arguments.model),
-        # Its layers are not compiled, whatever one asks for.
-        "vLLM": ([*vllm, "--enforce-eager"], arguments.model),
+        "vLLM": (eager, arguments.model),
+        "vLLM, int8": ([*eager, '--additional-config={"weight_dtype": "int8"}'], arguments.model),
         "vLLM, unconverted": (vllm, arguments.original),
     }
     return {name: every[name] for name in arguments.servers or every}

@@ -81,6 +81,19 @@ def test_what_is_cropped_was_never_read(model, sizes, most, nums, monkeypatch):
             model(IDS[:1, start : start + 1], **{CACHE_KEY: whole})
 
 
+def test_numbers_of_tokens_to_take_out_may_be_tensors(model):
+    # So transformers gives them up to version 5.17.
+    cache = model.make_cache()
+    with torch.no_grad():
+        model(IDS[:1, :20], **{CACHE_KEY: cache})
+        cache.activate_past_recording()
+        for start in (20, 23):
+            cache.crop(torch.tensor(0))
+            model(IDS[:1, start : start + 6], **{CACHE_KEY: cache})
+            cache.crop(torch.tensor(-3))
+    assert cache.get_seq_length() == 26
+
+
 def test_the_kernel_writes_what_is_taken_out_again(steps):
     """In float32. Merges come every eight tokens here."""
     model = converted(max_distance=48)

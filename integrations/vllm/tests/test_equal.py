@@ -6,6 +6,7 @@ import pytest
 import torch
 from vllm import SamplingParams
 
+from ovq.convert import load
 from ovq.hf import OVQForCausalLM
 
 from .conftest import CONVERTED, Saved, prompts_of, run, tokens_of
@@ -67,6 +68,16 @@ def test_prompts_alone_and_an_engine_that_was_used_before(fields, saved, engine)
     made.assert_greedy(prompts, [tokens_of(run(llm, [prompt], 70))[0] for prompt in prompts])
     # Blocks now hold the states of others.
     made.assert_greedy(prompts[::-1], tokens_of(run(llm, prompts[::-1], 70)))
+
+
+@pytest.mark.parametrize("weight_dtype", ["int8", "int4"])
+def test_weights_of_few_bits(weight_dtype, saved, engine):
+    own = saved(family="llama")
+    narrow = Saved(load(own.folder, weight_dtype=weight_dtype), own.folder)
+    prompts = prompts_of(LENGTHS[1::3], seed=4)
+    found = tokens_of(run(engine(own.folder, additional_config={"weight_dtype": weight_dtype}), prompts, 40))
+    narrow.assert_greedy(prompts, found)
+    assert found != [own.greedy(prompt, 40) for prompt in prompts]
 
 
 @pytest.mark.parametrize("most", [20_000, 333], ids=["whole", "in pieces"])

@@ -60,6 +60,21 @@ def test_settings_of_the_engine(options, message, fields, saved):
         engine_config(saved(**fields).folder, **options)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "weight_dtype: expected none for a trained model, found 'int8'"),
+        ({"family": "llama"}, "weight_dtype: expected None, 'auto' or one of .* found 'int7'"),
+    ],
+    ids=["trained", "converted"],
+)
+def test_a_format_of_weights(fields, message, saved):
+    with pytest.raises(ValueError, match=message):
+        engine_config(
+            saved(**fields).folder, additional_config={"weight_dtype": "int7" if fields else "int8"}
+        )
+
+
 @pytest.mark.parametrize("mixer", ["sink_attention", "mamba2", "gated_deltanet"])
 def test_other_mixers_by_name(mixer, saved):
     made = saved(mixer_types=["ovq", mixer, "ovq", "sliding_attention"])

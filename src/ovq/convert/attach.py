@@ -210,11 +210,19 @@ def attach(
         else:
             setattr(model.config, CONFIG_KEY, earlier)
         raise
-    converted: Any = model
-    converted.weight_dtype = weight_dtype
+    return set_weight_dtype(model, weight_dtype)
+
+
+def set_weight_dtype(model: Any, weight_dtype: str | None) -> Any:
+    """Give a converted model whose weights are its own the format of weights that `attach` takes.
+
+    Returns:
+        The model, changed in place.
+    """
+    model.weight_dtype = checked_weight_dtype(weight_dtype)
     if weight_dtype in PACKED and can_pack(model):
         # Contexts are of the model, whatever its weights are rounded to.
-        converted.weights_digest = digest(weights_of(model.base_model))
+        model.weights_digest = digest(weights_of(model.base_model))
         pack_(model, weight_dtype)
     return model
 

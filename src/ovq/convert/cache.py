@@ -222,6 +222,8 @@ class MemoryLayer(OVQCacheLayer):
         Raises:
             ValueError: more tokens than were recorded, a number above 0, or more than one row.
         """
+        # Earlier versions of transformers give a tensor, to which the tokens of later calls would be added.
+        tokens_to_remove = int(tokens_to_remove)
         recorded, num_left = self._recorded, self.num_columns + tokens_to_remove
         num_recorded = self.num_columns - recorded.num_columns if self.record_past else 0
         if not -num_recorded <= tokens_to_remove <= 0 or (tokens_to_remove and self.num_rows != 1):

@@ -9,6 +9,7 @@ from vllm.model_executor.models.config import MambaModelConfig, VerifyAndUpdateC
 
 from ovq.convert import MemoryConfig
 from ovq.convert.config import CONFIG_KEY
+from ovq.convert.step import checked_weight_dtype
 from ovq.hf import OVQConfig
 
 logger = init_logger("vllm.ovq")
@@ -19,6 +20,9 @@ MIXERS = ("ovq", "sliding_attention", "full_attention")
 #: Tokens after which prefix caching keeps a state of a converted model, unless `--block-size` says otherwise.
 BLOCK_SIZE = 128
 
+#: The field of vLLM's `--additional-config` that says the format of a converted model's weights.
+WEIGHT_DTYPE = "weight_dtype"
+
 
 class StartChecks(VerifyAndUpdateConfig):
     """vLLM's hook for a model: it runs in the process that starts the engine, before any worker."""
@@ -28,6 +32,8 @@ class StartChecks(VerifyAndUpdateConfig):
         """Raise ValueError for what cannot run; prefix caching is off unless asked for."""
         check_model(vllm_config.model_config.hf_config)
         check_engine(vllm_config)
+        if (found := weight_dtype_of(vllm_config)) is not None:
+            raise ValueError(f"{WEIGHT_DTYPE}: expected none for a trained model, found {found!r}")
 
 
 class ConvertedStartChecks(VerifyAndUpdateConfig):
@@ -38,6 +44,7 @@ class ConvertedStartChecks(VerifyAndUpdateConfig):
         """Raise ValueError for what cannot run; prefix caching is off unless asked for."""
         memory_config_of(vllm_config.model_config.hf_config)
         check_engine(vllm_config)
+        weight_dtype_of(vllm_config)
         cache = vllm_config.cache_config
         if cache.enable_prefix_caching and not cache.user_specified_block_size:
             # vLLM's 16 are meant for keys: a state each would be MiB for few tokens.
@@ -52,6 +59,16 @@ def memory_config_of(config: PreTrainedConfig) -> MemoryConfig:
         ValueError: a damaged one.
     """
     return MemoryConfig.from_dict(getattr(config, CONFIG_KEY))
+
+
+def weight_dtype_of(vllm_config: VllmConfig) -> str | None:
+    """The format of a converted model's weights, as `ovq.convert.attach` takes it.
+
+    Raises:
+        ValueError: an unknown one.
+    """
+    given = vllm_config.additional_config
+    return checked_weight_dtype(given.get(WEIGHT_DTYPE) if isinstance(given, dict) else None)
 
 
 def check_engine(vllm_config: VllmConfig) -> None:

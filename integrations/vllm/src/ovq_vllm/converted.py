@@ -18,9 +18,10 @@ from vllm.sequence import IntermediateTensors
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
 from ovq.convert import MemoryCache, attach
+from ovq.convert.attach import set_weight_dtype
 from ovq.convert.step import token_stream
 from ovq.hf.cache import CACHE_KEY
-from ovq_vllm.checks import memory_config_of
+from ovq_vllm.checks import memory_config_of, weight_dtype_of
 from ovq_vllm.memories import Block, Memories
 from ovq_vllm.model import loaded_weights
 from ovq_vllm.step import Step
@@ -77,7 +78,7 @@ class OVQConvertedForCausalLM(nn.Module, HasInnerState, IsAttentionFree, Support
         super().__init__()
         # A copy, as it is changed.
         config = copy.deepcopy(vllm_config.model_config.hf_config)
-        memory = memory_config_of(config)
+        memory, self._weight_dtype = memory_config_of(config), weight_dtype_of(vllm_config)
         lm = AutoModelForCausalLM.from_config(config, dtype=vllm_config.model_config.dtype).eval()
         self._own_class = type(lm)
         self.lm = attach(lm, config=memory)
@@ -154,4 +155,6 @@ class OVQConvertedForCausalLM(nn.Module, HasInnerState, IsAttentionFree, Support
         Raises:
             ValueError: a weight that the model does not have. vLLM checks that none is missing.
         """
-        return {f"lm.{name}" for name in loaded_weights(self.lm, weights)}
+        loaded = {f"lm.{name}" for name in loaded_weights(self.lm, weights)}
+        set_weight_dtype(self.lm, self._weight_dtype)
+        return loaded
