@@ -16,7 +16,7 @@ from ovq.convert.packed import PackedLinear
 from ovq.hf import build_context, load_context, save_context
 from ovq.hf.fingerprint import fingerprint
 from ovq.ops import cpu_kernels
-from ovq.ops.backends.cpu import Matrix
+from ovq.ops.backends.cpu.weights import Matrix
 from tests.convert.common import IDS, KINDS, MEMORY, converted, original, tokens
 from tests.convert.test_step import LEARNED, check_equal, check_equal_caches
 

@@ -16,7 +16,7 @@ from ovq.hf.cache import CACHE_KEY
 from ovq.hf.rows import Rows
 from ovq.hf.streaming import stream_tokens
 from ovq.ops import cpu_kernels
-from ovq.ops.backends.cpu import matrix_product, packed
+from ovq.ops.backends.cpu.weights import matrix_product, packed
 from tests.convert.common import IDS, KINDS, MEMORY, SIZES, converted, original, read
 
 pytestmark = pytest.mark.skipif(

@@ -108,6 +108,42 @@ def test_only_what_was_recorded_can_be_cropped(model):
         cache.crop(-1)
 
 
+def test_tokens_of_a_call_that_fails_were_not_read(model):
+    cache, ids = model.make_cache(), random_ids(1, 9)
+    cache.activate_past_recording()
+    with torch.no_grad():
+        model(ids[:, :6], **{CACHE_KEY: cache})
+        with pytest.raises(ValueError, match="expected an attention_mask of shape"):
+            model(ids[:, 6:], torch.ones(1, 3), **{CACHE_KEY: cache})
+        cache.crop(-2)
+        found = model(ids[:, 4:6], **{CACHE_KEY: cache}).logits
+        torch.testing.assert_close(found, model(ids[:, :6]).logits[:, 4:])
+
+
+def test_what_was_read_before_others_cannot_be_cropped(model):
+    cache = model.make_cache()
+    cache.activate_past_recording()
+    model(PROMPT[:, :6], **{CACHE_KEY: cache})
+    for layer in cache.layers:
+        layer.record_past = False
+    model(PROMPT[:, 6:9], **{CACHE_KEY: cache})
+    with pytest.raises(ValueError, match=r"n from 0 to 0, found crop\(-1\)"):
+        cache.crop(-1)
+
+
+def test_a_long_call_that_fails_goes_on_recording(model, monkeypatch):
+    monkeypatch.setattr(modeling_ovq, "MOST_CROPPED", 3)
+    cache = model.make_cache()
+    cache.activate_past_recording()
+    with pytest.raises(ValueError, match="expected no cache together with cu_seqlens"):
+        model(PROMPT, cu_seqlens=torch.tensor([0, 5, 27]), **{CACHE_KEY: cache})
+    hook = model.model.layers[0].register_forward_pre_hook(lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(PROMPT, **{CACHE_KEY: cache})
+    hook.remove()
+    assert cache.is_recording
+
+
 CHANGES = {
     "select": lambda cache: cache.batch_select_indices(torch.tensor([1, 0])),
     "reorder": lambda cache: cache.reorder_cache(torch.tensor([1, 0])),

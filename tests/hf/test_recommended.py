@@ -3,7 +3,7 @@
 import pytest
 
 from ovq.hf import OVQConfig, OVQForCausalLM
-from ovq.hf.recommended import TO_TRAIN
+from ovq.hf.configuration_ovq import TO_TRAIN
 from ovq_lab.train.loop import model_config
 from ovq_lab.train.recipes import RECIPES
 

@@ -20,6 +20,9 @@ MODELS = {
         num_hidden_layers=2,
         rope_mixers=["sliding_attention", "ovq"],
     ),
+    "window and ovq, log-n": make_model(
+        mixer_types=["sliding_attention", "ovq"], num_hidden_layers=2, logn_length=8
+    ),
     "ovq": make_model(mixer_types=["ovq"], num_hidden_layers=1, merge="nearest"),
 }
 EXPECTED = {}
@@ -115,7 +118,7 @@ def test_what_only_a_row_that_left_needed_is_dropped(name):
         batch.step()
 
 
-@pytest.mark.parametrize("name", ["window and ovq", "window and ovq, rope on both"])
+@pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("window and ovq")])
 @torch.inference_mode()
 def test_a_long_context_needs_no_long_mask(name):
     model = MODELS[name]
@@ -131,6 +134,17 @@ def test_a_long_context_needs_no_long_mask(name):
     for row, context_ids in ((0, random_ids(1, 3000)[0]), (2, STREAMS[0, :2])):
         text = torch.cat([context_ids, prompts[row]])[None]
         torch.testing.assert_close(logits[row], model(text, use_cache=False).logits[0, -1])
+
+
+@torch.inference_mode()
+def test_one_call_for_a_token_counts_what_was_dropped():
+    model = make_model(mixer_types=["sliding_attention", "ovq"], num_hidden_layers=2, logn_length=8).float()
+    rows, ids = Rows.start(model), random_ids(1, 200)
+    rows.read(ids[:, :196])
+    assert rows._cache.get_seq_length() < 80
+    for token in ids[:, 196:].split(1, 1):
+        logits = rows.read(token)
+    torch.testing.assert_close(logits, model(ids, use_cache=False).logits[:, -1], rtol=1e-3, atol=1e-3)
 
 
 def test_lengths_that_do_not_fit_are_refused():

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from ovq.layers import SequenceLayout, ShortConvolution
-from ovq.layers.common import QKNorm, apply_rotary, l2_normalize, rotary_tables
-from ovq.ops.backends.cpu import can_run, cpu_kernels
+from ovq.layers.common import QKNorm, apply_rotary, l2_normalize, rotary_tables, swiglu
+from ovq.ops import backend_used, ovq_attention
+from ovq.ops.backends.cpu.kernels import cpu_kernels
+from ovq.ops.backends.cpu.tokens import can_run
 
 
 def conv_layout(mask=None, *, num_new, cu_seqlens=None):
@@ -35,6 +37,24 @@ def test_l2_normalize_of_zero_is_zero_with_a_finite_gradient():
     assert x.grad.isfinite().all()
 
 
+def test_tensors_of_other_classes_are_left_to_pytorch():
+    """Their numbers may be elsewhere, as those of DTensors are: kernels would read at no address at all."""
+
+    class Other(torch.Tensor):
+        pass
+
+    x = torch.randn(1, 9, 2, 8)
+    other = x.as_subclass(Other)
+    assert not can_run(other)
+    assert isinstance(swiglu(other), Other)
+    sizes = {"num_slots": 4, "chunk_size": 4}
+    with pytest.raises(ValueError, match="expected plain tensors, found Other and Other"):
+        ovq_attention(other, other, other, **sizes, backend="cpu")
+    o, _ = ovq_attention(other, other, other, **sizes)
+    assert backend_used() == "torch"
+    torch.testing.assert_close(torch.Tensor(o), ovq_attention(x, x, x, **sizes)[0])
+
+
 def test_scale_is_beta_times_root_of_head_dim_and_learns():
     norm = QKNorm(num_heads=3, head_dim=64)
     assert norm.scale.tolist() == [8.0, 8.0, 8.0]
@@ -46,8 +66,8 @@ def test_scale_is_beta_times_root_of_head_dim_and_learns():
 def test_rotary_products_depend_on_the_distance_alone_even_at_a_million(start):
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, 1, 1, 64).unbind()
-    near = rotary_tables(0, 8, 64, theta=10000.0, like=q)
-    far = rotary_tables(start, 8, 64, theta=10000.0, like=q)
+    near = rotary_tables(torch.arange(8), 64, theta=10000.0, like=q)
+    far = rotary_tables(start + torch.arange(8), 64, theta=10000.0, like=q)
 
     def product(tables, i, j):
         cos, sin = tables
@@ -60,7 +80,9 @@ def test_rotary_products_depend_on_the_distance_alone_even_at_a_million(start):
 
 
 def test_rotary_tables_match_a_computation_in_python_floats():
-    cos, sin = rotary_tables(999_999, 1, 8, theta=500.0, like=torch.empty(0, dtype=torch.float64))
+    cos, sin = rotary_tables(
+        torch.tensor([999_999]), 8, theta=500.0, like=torch.empty(0, dtype=torch.float64)
+    )
     for pair in range(4):
         angle = 999_999 * 500.0 ** (-2 * pair / 8)
         assert cos[0, pair].item() == pytest.approx(math.cos(angle), abs=1e-9)

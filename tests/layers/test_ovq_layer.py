@@ -117,10 +117,10 @@ def test_a_generator_decides_the_random_slots():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_slots": 0}, "num_slots of at least 1, found 0"),
-        ({"num_slots": 2.5}, r"num_slots of at least 1, found 2\.5"),
-        ({"chunk_size": 0}, "chunk_size of at least 1, found 0"),
-        ({"chunk_size": "8"}, "chunk_size of at least 1, found '8'"),
+        ({"num_slots": 0}, "num_slots: expected an integer of at least 1, found 0"),
+        ({"num_slots": 2.5}, r"num_slots: expected an integer of at least 1, found 2\.5"),
+        ({"chunk_size": 0}, "chunk_size: expected an integer of at least 1, found 0"),
+        ({"chunk_size": "8"}, "chunk_size: expected an integer of at least 1, found '8'"),
     ],
 )
 def test_impossible_sizes_are_refused(arguments, message):

@@ -44,8 +44,8 @@ def test_a_token_sees_the_first_tokens_and_its_window():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_sinks": 0}, "num_sinks of at least 1, found 0"),
-        ({"sink_window": 1}, "at least 2 tokens, found 1"),
+        ({"num_sinks": 0}, "num_sinks: expected an integer of at least 1, found 0"),
+        ({"sink_window": 1}, "sink_window: expected an integer of at least 2, found 1"),
     ],
 )
 def test_impossible_sizes_are_refused(arguments, message):

@@ -134,5 +134,5 @@ def test_full_attention_is_plain_causal_attention_of_unit_vectors():
 
 
 def test_a_window_of_one_token_is_refused():
-    with pytest.raises(ValueError, match="at least 2 tokens, found 1"):
+    with pytest.raises(ValueError, match="sliding_window: expected an integer of at least 2, found 1"):
         SlidingWindowAttention(8, 1, sliding_window=1)

@@ -20,7 +20,8 @@ import pytest
 import torch
 
 from ovq.ops import cpu_kernels
-from ovq.ops.backends.cpu import MissingKernelsWarning, build
+from ovq.ops.backends.cpu import build
+from ovq.ops.backends.cpu.build import MissingKernelsWarning
 from tests.disks import full_disk
 from tests.ops.common import assert_same_state, attend, inputs
 from tests.ops.compiling import restart

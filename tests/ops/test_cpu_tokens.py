@@ -7,8 +7,11 @@ import torch.nn.functional as F
 from ovq.layers.common import QKNorm, RMSNorm, ShortConvolution, rotary_tables, swiglu
 from ovq.layers.products import Linear
 from ovq.layers.softmax import windowed_read
-from ovq.ops.backends.cpu import FEW_TOKENS, CompiledWindow, cpu_kernels, few_products, linear, product
+from ovq.ops.backends.cpu import linear
+from ovq.ops.backends.cpu.kernels import cpu_kernels
+from ovq.ops.backends.cpu.linear import FEW_TOKENS, few_products, product
 from ovq.ops.backends.cpu.roof import product_loop
+from ovq.ops.backends.cpu.window import CompiledWindow
 
 pytestmark = pytest.mark.skipif(
     not cpu_kernels().startswith("compiled"), reason="expected compiled kernels, found none"
@@ -56,7 +59,7 @@ def test_heads(dim, is_rotated):
     norm = QKNorm(num_heads=4, head_dim=dim)
 
     def heads(channels):
-        tables = rotary_tables(3, 9, dim, theta=1e4, like=channels) if is_rotated else None
+        tables = rotary_tables(3 + torch.arange(9), dim, theta=1e4, like=channels) if is_rotated else None
         return norm(channels, 2, tables)[:3]
 
     channels = torch.randn(2, 9, 8 * dim)

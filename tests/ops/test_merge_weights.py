@@ -352,8 +352,8 @@ def test_operations_on_states(options, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"weight": -1.0}, "expected finite numbers of at least 0 in weight"),
-        ({"pending_weights": torch.inf}, "expected finite numbers of at least 0 in pending_weights"),
+        ({"weight": -1.0}, "expected numbers of at least 0 in weight, found others"),
+        ({"pending_weights": torch.inf}, "expected finite values in pending_weights, found NaN or Inf"),
         ({"weight": 2.0}, "expected a weight of 0 for spare slots"),
         ({"count": 9}, "expected counts that add up"),
     ],

@@ -84,7 +84,7 @@ def test_kernels_with_other_structures_are_not_used(is_prebuilt, fresh, made, tm
     reason = "expected kernels with Call.num_rows at byte 8 of 8 bytes, as Python has it, found at byte 0"
     assert re.match(rf"not available: (.*: )?{reason}", cpu_kernels())
     tensors, options = inputs(1, 9, dtype=torch.float32), {"num_slots": 8, "chunk_size": 4}
-    with pytest.warns(cpu.MissingKernelsWarning, match=reason):
+    with pytest.warns(build.MissingKernelsWarning, match=reason):
         attend(*tensors, **options)
     with pytest.raises(ValueError, match=rf"backend: 'cpu': expected compiled kernels, .*{reason}"):
         attend(*tensors, backend="cpu", **options)

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from ovq.ops import cpu_kernels, slot_assignments
-from ovq.ops.backends.cpu import build, compiler, matrix_product, packed
+from ovq.ops.backends.cpu import build, compiler
+from ovq.ops.backends.cpu.weights import matrix_product, packed
 from tests.ops.common import KERNEL_MERGES, attend, inputs
 from tests.ops.compiling import restart
 

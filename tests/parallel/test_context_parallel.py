@@ -121,6 +121,16 @@ def test_input_that_does_not_fit_is_refused(alone):
         alone.forward_backward([batch])
 
 
+def test_embeddings_may_be_frozen(alone):
+    ids, model = torch.arange(24).view(2, 12), alone.model
+    model.model.embed_tokens.requires_grad_(False)
+    learning = [p for p in model.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(model(ids, labels=ids).loss, learning)
+    alone.forward_backward([{"input_ids": ids, "labels": ids}])
+    torch.testing.assert_close([p.grad for p in learning], list(expected))
+    assert model.model.embed_tokens.weight.grad is None
+
+
 def test_the_program_of_the_documentation_runs(monkeypatch):
     text = (Path(__file__).parent.parent.parent / "docs" / "use" / "scaling.md").read_text()
     [program] = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)

@@ -3,7 +3,8 @@
 import torch
 
 from ovq.hf import OVQCache
-from ovq.layers.memory import num_bytes, of_rows
+from ovq.layers.memory import num_bytes
+from ovq.ops.parts import of_rows
 from ovq.parallel.transfer import pack, unpack
 from tests.hf.common import BASELINES, SIZES, make_model, random_ids
 

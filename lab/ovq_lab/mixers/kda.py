@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ovq.fields import ConfigField
 from ovq.layers.base import Mixer, checked_head_dim
 from ovq.layers.chunked import DecayRates, can_use_fla, delta_rule_in_chunks, from_chunks, to_chunks
-from ovq.layers.common import WideRMSNorm
 from ovq.layers.delta_rule import DeltaRuleMixer, Rule
+from ovq_lab.mixers.norms import WideRMSNorm
 
 # Tokens per triangular system, a power of two. A tiling choice.
 CHUNK = 32

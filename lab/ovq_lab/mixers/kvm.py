@@ -13,10 +13,11 @@ from ovq.fields import ConfigField
 from ovq.layers import defaults
 from ovq.layers.base import Mixer, checked_head_dim
 from ovq.layers.cache import LayerCache
-from ovq.layers.common import OwnWeights, WideLayerNorm, apply_rotary, rotary_tables
+from ovq.layers.common import OwnWeights, apply_rotary, rotary_tables
 from ovq.layers.constant import sum_dtype, without_autocast
 from ovq.layers.layout import SequenceLayout
-from ovq.layers.memory import StateSpec, check_num_seen, of_rows
+from ovq.layers.memory import StateSpec, check_num_seen
+from ovq.ops.parts import of_rows
 from ovq.ops.uncompiled import uncompiled
 from ovq_lab.mixers.kvm_slots import Slots
 from ovq_lab.mixers.kvm_state import (
@@ -28,6 +29,7 @@ from ovq_lab.mixers.kvm_state import (
     KVMMemory,
     KVMSchedule,
 )
+from ovq_lab.mixers.norms import WideLayerNorm
 
 WINDOW_CHUNKS = 2
 SINKS = 1
@@ -318,8 +320,9 @@ class KVMAttention(Mixer, OwnWeights):
         """
         wide = x.to(sum_dtype(x.dtype))
         starts = starts[:1] if len(set(starts)) == 1 else starts
+        columns = torch.arange(x.shape[2])
         tables = [
-            rotary_tables(start, x.shape[2], self.rope_dim, theta=self.rope_theta, like=wide)
+            rotary_tables(start + columns, self.rope_dim, theta=self.rope_theta, like=wide)
             for start in starts
         ]
         cos, sin = (torch.stack(each) for each in zip(*tables, strict=True))

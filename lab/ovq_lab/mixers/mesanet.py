@@ -15,10 +15,11 @@ from ovq.fields import ConfigField
 from ovq.layers.base import Mixer, checked_head_dim
 from ovq.layers.cache import LayerCache
 from ovq.layers.chunked import can_use_fla, decay_between, from_chunks, to_chunks
-from ovq.layers.common import OwnWeights, WideRMSNorm, l2_normalize
+from ovq.layers.common import OwnWeights, l2_normalize
 from ovq.layers.constant import ConstantStateMixer, sum_dtype, without_autocast
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.memory import StateSpec
+from ovq_lab.mixers.norms import WideRMSNorm
 
 STEPS = 30
 

@@ -12,10 +12,10 @@ from ovq.fields import ConfigField
 from ovq.layers.base import Mixer, checked_head_dim
 from ovq.layers.cache import LayerCache
 from ovq.layers.chunked import DecayRates, from_chunks, to_chunks
-from ovq.layers.common import WideRMSNorm
 from ovq.layers.constant import ConstantStateMixer, sum_dtype, without_autocast
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.memory import StateSpec
+from ovq_lab.mixers.norms import WideRMSNorm
 
 NOISE = True
 

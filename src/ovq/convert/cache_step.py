@@ -11,7 +11,8 @@ from ovq.convert.cache import MemoryCache, MemoryLayer, key_factors
 from ovq.convert.compiled import count_tokens, schedule_of
 from ovq.convert.config import LayerConfig
 from ovq.convert.memory import HeadMemory
-from ovq.ops.backends.cpu import HeadGroup, HeadsLayer, HeadsStep
+from ovq.ops.backends.cpu.layer import HeadsLayer, HeadsStep
+from ovq.ops.backends.cpu.memory import HeadGroup
 
 #: More tokens of all rows than this are not written ones. Mirrored by `FEW_ROWS` of step.h.
 MOST_ROWS = 32

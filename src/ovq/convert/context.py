@@ -11,7 +11,7 @@ from torch import Tensor
 from ovq.convert.cache import HeadMemories, MemoryCache
 from ovq.convert.config import MemoryConfig
 from ovq.hf.context_kinds import KINDS, Kind
-from ovq.layers.memory import check_tensors, of_rows
+from ovq.ops.parts import check_tensors, of_rows
 
 #: The name of these contexts.
 KIND = "converted"

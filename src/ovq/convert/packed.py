@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ovq.convert.cache_step import MOST_ROWS
 from ovq.layers.products import is_plain
-from ovq.ops.backends.cpu import Matrix, is_available, matrix_product, packed
+from ovq.ops.backends.cpu.kernels import is_available
+from ovq.ops.backends.cpu.weights import Matrix, matrix_product, packed
 
 #: The formats of such weights.
 PACKED = ("int8", "int4")

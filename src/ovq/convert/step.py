@@ -28,8 +28,9 @@ from ovq.convert.fits import misfits
 from ovq.convert.packed import PACKED, PackedLinear
 from ovq.convert.unchanged import Part, Unchanged
 from ovq.hf.cache import CACHE_KEY
-from ovq.ops.backends.cpu import HeadsLayer, Matrix, is_available, matrix_product, packed
-from ovq.ops.backends.cpu.kernels import DTYPES
+from ovq.ops.backends.cpu.kernels import DTYPES, is_available
+from ovq.ops.backends.cpu.layer import HeadsLayer
+from ovq.ops.backends.cpu.weights import Matrix, matrix_product, packed
 
 #: Formats of the weights that decode, as `attach` takes them.
 WEIGHT_DTYPES = ("float32", "bfloat16", "int8", "int4")

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ovq.hf.pretrained import OVQPreTrainedModel
-from ovq.layers import OVQAttention
 from ovq.layers.ovq import RecordedCall
 from ovq.ops import SlotAssignments
 
@@ -66,8 +65,5 @@ def recording(model: OVQPreTrainedModel) -> Iterator[dict[int, list[RecordedCall
         >>> calls[1][0].q.shape
         torch.Size([1, 300, 2, 8])
     """
-    layers = {i: mixer for i, mixer in enumerate(model.mixers()) if isinstance(mixer, OVQAttention)}
-    if not layers:
-        raise ValueError(f"expected a model with 'ovq' layers, found mixer_types {model.config.mixer_types}")
     with ExitStack() as stack:
-        yield {i: stack.enter_context(layer.recording()) for i, layer in layers.items()}
+        yield {i: stack.enter_context(layer.recording()) for i, layer in model.ovq_layers().items()}

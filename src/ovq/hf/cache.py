@@ -37,7 +37,7 @@ MOST_CROPPED = 256
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Recorded:
+class Recorded:
     """What `OVQCache.crop` needs to go back.
 
     Attributes:
@@ -310,43 +310,44 @@ class OVQCache(StateCache):
                 for name in config.mixer_types
             ]
         )
-        self._recorded: _Recorded | None = None
+        #: What `crop` goes back by: all that was read last, if it was recorded.
+        self.recorded: Recorded | None = None
 
     # What is recorded is of the rows and columns that there were.
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only these rows, in their order: transformers' name."""
-        self._recorded = None
+        self.recorded = None
         super().batch_select_indices(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row: transformers' name."""
-        self._recorded = None
+        self.recorded = None
         super().batch_repeat_interleave(repeats)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """The rows of these beams: transformers' name."""
-        self._recorded = None
+        self.recorded = None
         super().reorder_cache(beam_idx)
 
     def shorten(self, lengths: Sequence[int]) -> int:
         """See `StateCache.shorten`."""
-        self._recorded = None
+        self.recorded = None
         return super().shorten(lengths)
 
     @classmethod
     def concatenate(cls, caches: Sequence[Self], config: Any = None) -> Self:
         """See `StateCache.concatenate`."""
         joined = super().concatenate(caches, config)
-        joined._recorded = None
+        joined.recorded = None
         return joined
 
     @property
     def is_recording(self) -> bool:
-        """Whether `record` must be called before tokens are read."""
+        """Whether what is read next is to be recorded."""
         return self.layers[0].record_past
 
-    def record(self, model: Any, inputs: Tensor, mask: Tensor | None) -> None:
-        """Keep what is needed to take the next tokens out again.
+    def to_record(self, model: Any, inputs: Tensor, mask: Tensor | None) -> Recorded:
+        """What will be needed to take the next tokens out again, once they have been read.
 
         Args:
             model: the `OVQModel` that is going to read them.
@@ -354,11 +355,11 @@ class OVQCache(StateCache):
                 cropped since are kept as well, as long as there is room.
             mask: `[B, P + T]` over cached and new columns, if there is one.
         """
-        layers, recorded = None, self._recorded
+        layers, recorded = None, self.recorded
         if recorded is not None and recorded.inputs.shape[1] + inputs.shape[1] <= MOST_CROPPED:
             layers, inputs = recorded.layers, torch.cat([recorded.inputs, inputs], 1)
         layers = [layer.branch() for layer in self.layers] if layers is None else layers
-        self._recorded = _Recorded(layers, inputs, mask, weakref.ref(model))
+        return Recorded(layers, inputs, mask, weakref.ref(model))
 
     @torch.no_grad()
     def crop(self, tokens_to_remove: int) -> None:
@@ -371,18 +372,18 @@ class OVQCache(StateCache):
             ValueError: more tokens than were recorded since rows were selected, repeated or joined; a number
                 above 0.
         """
-        recorded, self._recorded = self._recorded, None
+        recorded, self.recorded = self.recorded, None
         if tokens_to_remove == 0:
             return
         num_recorded = 0 if recorded is None else recorded.inputs.shape[1]
         if recorded is None or not -num_recorded <= tokens_to_remove < 0:
-            self._recorded = recorded
+            self.recorded = recorded
             raise not_croppable(tokens_to_remove, num_recorded)
         self.layers = [layer.branch() for layer in recorded.layers]
         if (kept := recorded.inputs[:, :tokens_to_remove]).shape[1]:
             mask = recorded.mask if recorded.mask is None else recorded.mask[:, :tokens_to_remove]
             recorded.model()(inputs_embeds=kept, attention_mask=mask, **{CACHE_KEY: self})
-            self._recorded = None
+            self.recorded = None
 
 
 def one_cache(past_key_values: Any, cache: Any) -> OVQCache | None:

@@ -15,7 +15,6 @@ from transformers import PreTrainedConfig
 from ovq.fields import SAVED_WITH_ALL, ConfigField, is_finite, with_new_names
 from ovq.hf.auto_map import AUTO_MAP, without_own_entries, write_module
 from ovq.hf.equal_sizes import equal_sizes
-from ovq.hf.recommended import fields_to_train
 from ovq.layers import defaults
 from ovq.layers.base import check_conv_size, check_rotary, checked_head_dim
 from ovq.layers.logn import check_logn_length
@@ -24,6 +23,9 @@ from ovq.layers.registry import MIXERS, fields_of_mixers, mixer_class
 from ovq.ops.ablation import NAMES, Ablation, with_ablation, with_earlier_names
 from ovq.ops.options import Options, current_merge, default_growth
 from ovq.plugins import usable_names
+
+TO_TRAIN: dict[str, Any] = {"merge": "existing", "init": "novelty", "ablation": None}
+"""Fields of the layer that recalls most, of all that were measured, while it is trained."""
 
 T = TypeVar("T")
 
@@ -193,7 +195,14 @@ class OVQConfig(PreTrainedConfig):
             >>> config.merge, config.merge_gate, config.mixer_types
             ('existing', True, ['sliding_attention', 'ovq'])
         """
-        return cls(**fields_to_train(fields))
+        for name, value in TO_TRAIN.items():
+            if fields.get(name, value) != value:
+                expected = f"{value!r}, as is recommended, or OVQConfig(...)"
+                raise ValueError(f"{name}: expected {expected}, found {fields[name]!r}")
+        # The merge gate pays on recall of two kinds, on three seeds each, and changes nothing on text
+        # (docs/results/rivals.md). There the forget gate pays, which costs recall
+        # (docs/results/forgetting.md).
+        return cls(**{"merge_gate": True} | fields | TO_TRAIN)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

@@ -31,7 +31,7 @@ from ovq.hf.context_file import (
     checked_layers,
     read_context,
 )
-from ovq.hf.context_kinds import KINDS, ContextModel
+from ovq.hf.context_kinds import KINDS, ContextModel, TokenModel
 from ovq.hf.fingerprint import digest, fingerprint
 from ovq.ops.serialization import positive_int, write_file
 
@@ -289,7 +289,7 @@ def load_context(path: str | os.PathLike, model: ContextModel) -> Context:
     return Context(model=model, num_tokens=num_tokens, fingerprint=own, note=note, _cache=cache)
 
 
-def checked_ids(ids: Tensor | Sequence[int], model: ContextModel, *, what: str) -> Tensor:
+def checked_ids(ids: Tensor | Sequence[int], model: TokenModel, *, what: str) -> Tensor:
     """Token ids as a tensor `[T]` on the model's device; ValueError unless the model knows them."""
     tensor = torch.as_tensor(ids)
     if tensor.dim() == 2 and tensor.shape[0] == 1:

@@ -20,19 +20,24 @@ from ovq.hf.pretrained import WITHOUT_EFFECT
 Tensors = Mapping[str, Tensor]
 
 
-class ContextModel(Protocol):
-    """What contexts need of a model: an `OVQModel` or `OVQForCausalLM`, or a converted model."""
+class TokenModel(Protocol):
+    """A model that reads token ids."""
 
     config: Any
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+
+
+class ContextModel(TokenModel, Protocol):
+    """What contexts need of a model: an `OVQModel` or `OVQForCausalLM`, or a converted model."""
+
     context_kind: str
 
     @property
     def base_model(self) -> Any:
         """The model without its output layer."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where inputs go."""
 
     @property
     def dtype(self) -> torch.dtype:

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ovq.layers.products import Linear, is_plain
-from ovq.ops.backends.cpu import product
+from ovq.ops.backends.cpu.linear import product
 
 # Logits of a piece, and the fewest tokens: each piece reads and writes the gradient of the output layer.
 _PIECE, _ROWS = 1 << 21, 256

@@ -125,10 +125,6 @@ class OVQModel(OVQPreTrainedModel):
             # In the backward pass, the layers would run again with a cache that has moved on.
             raise ValueError("expected no cache while training with gradient checkpointing, found one")
         batch_size, num_new, _ = inputs_embeds.shape
-        if past is not None and past.is_recording:
-            if num_new > MOST_CROPPED:
-                return self._read_recording(inputs_embeds, attention_mask, past)
-            past.record(self, inputs_embeds, attention_mask)
         layout = SequenceLayout.of(
             attention_mask,
             batch_size=batch_size,
@@ -138,6 +134,11 @@ class OVQModel(OVQPreTrainedModel):
         )
         if position_ids is not None and cu_seqlens is None:
             _check_positions(position_ids, layout)
+        recorded = None
+        if past is not None and past.is_recording:
+            if num_new > MOST_CROPPED and cu_seqlens is None:
+                return self._read_recording(inputs_embeds, attention_mask, past)
+            recorded = past.to_record(self, inputs_embeds, attention_mask)
 
         hidden_states = inputs_embeds
         auxiliary_loss: Tensor | None = None
@@ -154,6 +155,9 @@ class OVQModel(OVQPreTrainedModel):
             hidden_states, own_loss = layer(hidden_states, layout, past_key_values=past, step=step)
             if own_loss is not None:
                 auxiliary_loss = own_loss if auxiliary_loss is None else auxiliary_loss + own_loss
+        if past is not None:
+            # Not before, as tokens of a call that fails are not read; nothing, if they are not recorded.
+            past.recorded = recorded
         kept: dict[str, Any] = {CACHE_KEY: past}
         return OVQModelOutput(
             last_hidden_state=self.norm(hidden_states),
@@ -164,15 +168,16 @@ class OVQModel(OVQPreTrainedModel):
     def _read_recording(self, inputs: Tensor, mask: Tensor | None, past: OVQCache) -> OVQModelOutput:
         """Outputs of many tokens, of which only the last can be taken out of the cache again."""
         kept: dict[str, Any] = {CACHE_KEY: past}
-        num_first = inputs.shape[1] - MOST_CROPPED
-        parts = [(inputs[:, :num_first], None if mask is None else mask[:, :-MOST_CROPPED])]
-        parts.append((inputs[:, num_first:], mask))
-        hidden = []
-        for (own, own_mask), is_last in zip(parts, (False, True), strict=True):
+        first, last = inputs.split([inputs.shape[1] - MOST_CROPPED, MOST_CROPPED], 1)
+        of_first = None if mask is None else mask[:, :-MOST_CROPPED]
+        try:
             for layer in past.layers:
-                layer.record_past = is_last
-            hidden.append(self(None, own_mask, inputs_embeds=own, **kept).last_hidden_state)
-        return OVQModelOutput(last_hidden_state=torch.cat(hidden, 1), **kept)
+                layer.record_past = False
+            outputs = [self(None, of_first, inputs_embeds=first, **kept)]
+        finally:
+            past.activate_past_recording()
+        outputs.append(self(None, mask, inputs_embeds=last, **kept))
+        return OVQModelOutput(torch.cat([each.last_hidden_state for each in outputs], 1), **kept)
 
 
 class OVQForCausalLM(OVQPreTrainedModel, GenerationMixin):
@@ -268,7 +273,8 @@ class OVQForCausalLM(OVQPreTrainedModel, GenerationMixin):
                 labels = labels.masked_fill(_is_first(cu_seqlens, labels.shape[1]), -100)
             targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         has_targets = targets is not None
-        if skip_logits and not (has_targets and _keeps_all(logits_to_keep)):
+        keeps_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
+        if skip_logits and not (has_targets and keeps_all):
             raise ValueError(
                 "skip_logits: expected labels and no logits_to_keep, found "
                 + ("logits_to_keep" if has_targets else "no labels")
@@ -391,10 +397,6 @@ def _is_first(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
     # Rows without tokens at the end begin after the last.
     is_first = torch.zeros(num_tokens + 1, dtype=torch.bool, device=cu_seqlens.device)
     return is_first.index_fill(0, cu_seqlens[:-1].long(), True)[:-1]
-
-
-def _keeps_all(logits_to_keep: int | Tensor) -> bool:
-    return isinstance(logits_to_keep, int) and logits_to_keep == 0
 
 
 def _check_positions(position_ids: Tensor, layout: SequenceLayout) -> None:

@@ -46,7 +46,11 @@ def packed_offsets(
     given: dict[str, Tensor | None] = {"cu_seqlens": cu_seqlens}
     given |= {name: kwargs.get(name) for name in ("cu_seq_lens_q", "cu_seq_lens_k")}
     if (seq_idx := kwargs.get("seq_idx")) is not None:
-        _check_rows("seq_idx", seq_idx, batch_size, num_tokens)
+        if batch_size != 1 or list(seq_idx.shape) != [1, num_tokens]:
+            raise ValueError(
+                f"seq_idx: expected shape [1, {num_tokens}] with rows packed into one (as cu_seqlens has "
+                f"them), found {list(seq_idx.shape)} and a batch of {batch_size}"
+            )
         given["seq_idx"] = _offsets(seq_idx[0].diff() != 0)
     if position_ids is not None and not is_continued and position_ids.shape == (1, num_tokens):
         given["position_ids"] = _restarts(position_ids)
@@ -62,14 +66,6 @@ def packed_offsets(
                 f"begin and end at {offsets.tolist()[:16]}; cu_seqlens alone says it all"
             )
     return chosen
-
-
-def _check_rows(name: str, rows: Tensor, batch_size: int, num_tokens: int) -> None:
-    if batch_size != 1 or list(rows.shape) != [1, num_tokens]:
-        raise ValueError(
-            f"{name}: expected shape [1, {num_tokens}] with rows packed into one (as cu_seqlens has them), "
-            f"found {list(rows.shape)} and a batch of {batch_size}"
-        )
 
 
 def _offsets(is_break: Tensor) -> Tensor:

@@ -12,11 +12,11 @@ from ovq.hf.block import OVQBlock
 from ovq.hf.cache import OVQCache
 from ovq.hf.configuration_ovq import OVQConfig
 from ovq.hf.hub import HubModel
-from ovq.hf.recommended import TO_ASK
 from ovq.layers import Mixer, OVQAttention
 from ovq.layers.base import AttentionMixer
 from ovq.layers.common import OwnWeights
 from ovq.layers.logn import check_logn_length
+from ovq.ops.options import BEST_MERGE
 
 # All other fields of the config, future ones included, affect what is remembered.
 WITHOUT_EFFECT = frozenset(
@@ -93,7 +93,7 @@ class OVQPreTrainedModel(HubModel):
             >>> model.config.num_slots
             4096
         """
-        layers = self._ovq_layers()
+        layers = self.ovq_layers().values()
         others = (mixer for mixer in self.mixers() if not isinstance(mixer, OVQAttention))
         if fixed := sorted({type(mixer).__name__ for mixer in others if "num_slots" in mixer.config_fields}):
             raise ValueError(
@@ -129,7 +129,7 @@ class OVQPreTrainedModel(HubModel):
             >>> model.config.merge, model.config.growth, model.config.value_weight
             ('nearest', 'immediate', 0.35)
         """
-        for layer in self._ovq_layers():
+        for layer in self.ovq_layers().values():
             layer.set_merge(merge, growth=growth, value_weight=value_weight)
             for name, value in layer.learning.items():
                 if name != "ablation":
@@ -189,13 +189,17 @@ class OVQPreTrainedModel(HubModel):
             ('nearest', 2048)
         """
         check_logn_length(logn_length)
-        self.set_merge(**TO_ASK)
+        self.set_merge(BEST_MERGE)
         if logn_length is not None:
             self.set_logn_length(logn_length)
 
-    def _ovq_layers(self) -> list[OVQAttention]:
-        """The layers with a dictionary that is learned online; refuses a model that has none."""
-        layers = [mixer for mixer in self.mixers() if isinstance(mixer, OVQAttention)]
+    def ovq_layers(self) -> dict[int, OVQAttention]:
+        """The mixers with a dictionary that is learned online, by the numbers of their layers.
+
+        Raises:
+            ValueError: if the model has none.
+        """
+        layers = {i: mixer for i, mixer in enumerate(self.mixers()) if isinstance(mixer, OVQAttention)}
         if not layers:
             raise ValueError(
                 f"expected a model with 'ovq' layers, found mixer_types {self.config.mixer_types}"

@@ -23,6 +23,8 @@ from transformers import (
 
 from ovq.fields import check_fields
 from ovq.hf.cache import CACHE_KEY
+from ovq.hf.context import checked_ids
+from ovq.hf.context_kinds import TokenModel
 
 # A character has at most 4 bytes, and so at most 4 tokens; after twice as many it can no longer be completed.
 _MOST_PENDING = 8
@@ -105,14 +107,8 @@ class Sampling:
         return found
 
 
-class StreamableModel(Protocol):
+class StreamableModel(TokenModel, Protocol):
     """A causal language model that makes its own caches: `OVQForCausalLM`, or a converted model."""
-
-    config: Any
-
-    @property
-    def device(self) -> Any:
-        """Where its inputs go."""
 
     def make_cache(self) -> Cache:
         """An empty cache."""
@@ -165,14 +161,7 @@ def stream_tokens(
     """
     if prefill_chunk_size < 1:
         raise ValueError(f"prefill_chunk_size: expected at least 1, found {prefill_chunk_size}")
-    ids = torch.as_tensor(input_ids, dtype=torch.int64, device=model.device)
-    if ids.dim() != 1 or len(ids) == 0:
-        raise ValueError(f"input_ids: expected a row of at least 1 token, found shape {list(ids.shape)}")
-    lowest, highest = int(ids.min()), int(ids.max())
-    if lowest < 0 or highest >= model.config.vocab_size:
-        raise ValueError(
-            f"input_ids: expected token ids in 0..{model.config.vocab_size - 1}, found {lowest}..{highest}"
-        )
+    ids = checked_ids(input_ids, model, what="input_ids")
     cache = model.make_cache() if cache is None else cache
     sampling = sampling or Sampling()
     processors = sampling.processors()

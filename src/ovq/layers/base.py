@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from ovq.fields import ConfigField, did_you_mean, is_finite
 from ovq.layers import defaults
 from ovq.layers.cache import LayerCache, MixerCache
-from ovq.layers.common import QKNorm, ShortConvolution, rotary_tables_at
+from ovq.layers.common import QKNorm, ShortConvolution, rotary_tables
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.logn import check_logn_length, logn_factors
-from ovq.layers.memory import Memory, StateSpec, check_tensors, num_bytes, of_rows
+from ovq.layers.memory import Memory, num_bytes
 from ovq.layers.products import Linear
-from ovq.ops.backends.cpu import TokenMemory
+from ovq.ops.backends.cpu.layer import TokenMemory
+from ovq.ops.parts import StateSpec, check_tensors, of_rows
 
 
 class Mixer(nn.Module, ABC):
@@ -247,19 +248,22 @@ class Mixer(nn.Module, ABC):
             )
         if cache is None:
             o = self.mix(channels, hidden_states, layout, None, **kwargs)
-        else:
-            before = cache.state, cache.num_columns
-            try:
-                o = self.mix(channels, hidden_states, layout, cache, **kwargs)
-            except BaseException:
-                # A call that fails leaves the cache as it was: states are values, and the earlier is whole.
-                cache.state, cache.num_columns = before
-                raise
-            if conv_state is not None:
-                cache.conv_state = conv_state
+            return self._projected(o, layout), None, None
+        before = cache.state, cache.num_columns
+        try:
+            o = self._projected(self.mix(channels, hidden_states, layout, cache, **kwargs), layout)
+        except BaseException:
+            # A call that fails leaves the cache as it was: states are values, and the earlier is whole.
+            cache.state, cache.num_columns = before
+            raise
+        cache.conv_state, cache.has_padding = conv_state, layout.mask is not None
+        return o, None, past_key_values
+
+    def _projected(self, o: Tensor, layout: SequenceLayout) -> Tensor:
+        """The outputs of a layer from those of `mix`."""
         if layout.new_mask is not None:
             o = o.masked_fill(~layout.new_mask[..., None], 0)
-        return self.o_proj(o), None, past_key_values
+        return self.o_proj(o)
 
     def cache_of_layer(self, past_key_values: Any) -> LayerCache:
         """This layer's part of a cache, created if it does not exist yet."""
@@ -413,12 +417,17 @@ class AttentionMixer(Mixer):
         """See `Mixer.mix`: `attend` with what `heads` returns."""
         return self.attend(*self.heads(channels, layout), layout, cache, **options).flatten(2)
 
-    def heads(self, channels: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The first four arguments of `attend`: normalised (and rotated) queries and keys, values, scale."""
+    def heads(
+        self, channels: Tensor, layout: SequenceLayout, num_seen: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The first four arguments of `attend`: normalised (and rotated) queries and keys, values, scale.
+
+        For `num_seen` see `SequenceLayout.places`.
+        """
         tables = self.rotary_tables(layout, channels)
         q, k, v, scale = self.qk_norm(channels, self.num_kv_heads, tables)
         if self.logn_length is not None:
-            factors = logn_factors(layout, self.logn_length, like=q)
+            factors = logn_factors(layout, self.logn_length, like=q, num_seen=num_seen)
             q = q if factors is None else q * factors[..., None, None]
         return q, k, v, scale
 
@@ -433,7 +442,7 @@ class AttentionMixer(Mixer):
         like = torch.empty(0, dtype=dtype, device=channels.device)
         return layout.once(
             ("rotary", self.head_dim, self.rope_theta, dtype, like.device),
-            lambda: rotary_tables_at(
+            lambda: rotary_tables(
                 layout.positions(like.device), self.head_dim, theta=self.rope_theta, like=like
             ),
         )
@@ -472,7 +481,7 @@ def check_rotary(head_dim: int) -> None:
 
 
 def check_cache_use(cache: LayerCache, layout: SequenceLayout) -> None:
-    """Refuse uses of a cache that would silently give wrong results; note padding for later calls."""
+    """Refuse uses of a cache that would silently give wrong results."""
     if layout.cu_seqlens is not None:
         raise ValueError("expected no cache together with cu_seqlens: packed rows cannot be continued")
     if cache.has_padding and not layout.has_mask:
@@ -480,4 +489,3 @@ def check_cache_use(cache: LayerCache, layout: SequenceLayout) -> None:
             "expected an attention_mask over cached and new columns, as some of the cached ones are padding; "
             "found none"
         )
-    cache.has_padding = layout.mask is not None

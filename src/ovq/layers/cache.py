@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ovq.layers.memory import Memory
+from ovq.ops.options import check_sizes
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -100,8 +101,7 @@ class LayerCache:
         Raises:
             ValueError: `repeats` is less than 1.
         """
-        if repeats < 1:
-            raise ValueError(f"repeats: expected at least 1, found {repeats}")
+        check_sizes(1, repeats=repeats)
         self.batch_select_indices(torch.arange(self.num_rows).repeat_interleave(repeats))
 
     def move_to(self, device: torch.device | str) -> None:

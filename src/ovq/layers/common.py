@@ -10,15 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ovq.layers.layout import SequenceLayout
-from ovq.ops.backends.cpu import (
-    CompiledConvolution,
-    CompiledHeads,
-    CompiledRMSNorm,
-    CompiledSwiGLU,
-    applied,
-    can_run,
-    convolution_step,
-)
+from ovq.ops.backends.cpu.convolution import CompiledConvolution, convolution_step
+from ovq.ops.backends.cpu.tokens import CompiledHeads, CompiledRMSNorm, CompiledSwiGLU, applied, can_run
 
 
 def l2_normalize(x: Tensor) -> Tensor:
@@ -137,41 +130,14 @@ def swiglu(x: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-class WideLayerNorm(nn.LayerNorm):
-    """Layer norm in float32 (float64 for float64 inputs), whatever the dtypes of its input and its weights.
+def rotary_tables(positions: Tensor, dim: int, *, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary embedding.
 
-    Example:
-        >>> WideLayerNorm(4).bfloat16()(torch.ones(2, 4, dtype=torch.bfloat16)).dtype
-        torch.float32
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        weight, bias = self.weight.to(wide), self.bias.to(wide)
-        return F.layer_norm(x.to(wide), self.normalized_shape, weight, bias, self.eps)
-
-
-class WideRMSNorm(nn.RMSNorm):
-    """RMS norm in float32 (float64 for float64 inputs), whatever the dtypes of its input and its weights.
-
-    Example:
-        >>> WideRMSNorm(4).bfloat16()(torch.ones(2, 4, dtype=torch.bfloat16)).dtype
-        torch.float32
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        return F.rms_norm(x.to(wide), self.normalized_shape, self.weight.to(wide), self.eps)
-
-
-def rotary_tables(start: int, length: int, dim: int, *, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary embedding for positions `start .. start + length - 1`.
+    Angles are computed and reduced modulo a turn in float64: at position 10^6 a float32 angle is off by 0.06
+    rad.
 
     Args:
-        start: first position.
-        length: number of positions T.
+        positions: `[T]` integers.
         dim: components per head K, even.
         theta: base of the frequencies.
         like: a tensor with the dtype and device for the tables.
@@ -180,23 +146,9 @@ def rotary_tables(start: int, length: int, dim: int, *, theta: float, like: Tens
         Two `[T, K/2]` tables.
 
     Example:
-        >>> cos, sin = rotary_tables(0, 2, 2, theta=10000.0, like=torch.empty(0))
+        >>> cos, sin = rotary_tables(torch.arange(2), 2, theta=10000.0, like=torch.empty(0))
         >>> cos[:, 0], sin[:, 0]
         (tensor([1.0000, 0.5403]), tensor([0.0000, 0.8415]))
-    """
-    positions = torch.arange(start, start + length, device=like.device)
-    return rotary_tables_at(positions, dim, theta=theta, like=like)
-
-
-def rotary_tables_at(positions: Tensor, dim: int, *, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
-    """As `rotary_tables`, for any positions `[T]`.
-
-    Angles are computed and reduced modulo a turn in float64: at position 10^6 a float32 angle is off by 0.06
-    rad.
-
-    Example:
-        >>> rotary_tables_at(torch.tensor([1, 0]), 2, theta=10000.0, like=torch.empty(0))[0][:, 0]
-        tensor([0.5403, 1.0000])
     """
     position = positions.to(like.device, torch.float64)
     frequency = theta ** -(torch.arange(0, dim, 2, dtype=torch.float64, device=like.device) / dim)
@@ -214,7 +166,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Example:
         >>> x = torch.randn(1, 4, 2, 8)
-        >>> y = apply_rotary(x, *rotary_tables(0, 4, 8, theta=10000.0, like=x))
+        >>> y = apply_rotary(x, *rotary_tables(torch.arange(4), 8, theta=10000.0, like=x))
         >>> torch.allclose(x.norm(dim=-1), y.norm(dim=-1)), torch.equal(x[:, 0], y[:, 0])
         (True, True)
     """

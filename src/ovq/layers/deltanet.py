@@ -19,6 +19,7 @@ from ovq.layers.chunked import (
     to_chunks,
 )
 from ovq.layers.delta_rule import DeltaRuleMixer, Rule
+from ovq.ops.options import check_sizes
 
 # Tokens per triangular system. A tiling choice; on a CPU this is faster than 64, which is usual on a GPU.
 CHUNK = 32
@@ -74,8 +75,7 @@ class GatedDeltaNet(DeltaRuleMixer):
         share = checked_head_dim(hidden_size, num_heads, num_kv_heads, head_dim)
         head_dim = max(1, 3 * share // 4) if head_dim is None else head_dim
         value_dim = 2 * head_dim if value_dim is None else value_dim
-        if value_dim < 1:
-            raise ValueError(f"expected a value_dim of at least 1, found {value_dim}")
+        check_sizes(1, value_dim=value_dim)
         super().__init__(hidden_size, num_heads, num_kv_heads, head_dim, value_dim, **kwargs)
         # Projects to the output gate, the decay and the rate.
         self.gate_proj = nn.Linear(hidden_size, num_heads * (value_dim + 2), bias=False)

@@ -141,17 +141,24 @@ class SequenceLayout:
         """
         return torch.arange(self.num_past, self.num_past + self.num_new, device=device)
 
-    def places(self) -> Tensor:
+    def places(self, num_seen: Tensor | None = None) -> Tensor:
         """The place of each new token in its row, from 1: `[B, T]` int64, or `[1, T]` if all rows are alike.
 
         Columns of padding have any place.
+
+        Args:
+            num_seen: `[B]` tokens that each row has read, from a state that counts them. Without it they are
+                the cached columns, of which a cache may have dropped the first (`LayerCache.drop_columns`).
 
         Example:
             >>> layout = SequenceLayout.of(torch.tensor([[0, 1, 1]]), batch_size=1, num_past=1, num_new=2)
             >>> layout.places()
             tensor([[1, 2]])
         """
-        return self.once("places", self._places)
+        if num_seen is None:
+            return self.once("places", self._places)
+        first = 0 if self.new_mask is None else self.new_mask.int().argmax(1).to(num_seen.device)
+        return torch.arange(1, self.num_new + 1) + (num_seen - first)[:, None]
 
     def _places(self) -> Tensor:
         if self.cu_seqlens is not None:

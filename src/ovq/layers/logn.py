@@ -31,13 +31,16 @@ def logn_factor(place: int, length: int) -> float:
     return max(1.0, math.log(place) / math.log(length))
 
 
-def logn_factors(layout: SequenceLayout, length: int, *, like: Tensor) -> Tensor | None:
+def logn_factors(
+    layout: SequenceLayout, length: int, *, like: Tensor, num_seen: Tensor | None = None
+) -> Tensor | None:
     """The factors of the new tokens of a call.
 
     Args:
         layout: the padding and packing of the call.
         length: tokens up to which all factors are 1, at least 2.
         like: a tensor of the dtype and on the device wanted.
+        num_seen: as in `SequenceLayout.places`.
 
     Returns:
         `[B, T]`, or `[1, T]` where all rows are alike; None where all factors are 1.
@@ -47,7 +50,12 @@ def logn_factors(layout: SequenceLayout, length: int, *, like: Tensor) -> Tensor
         >>> logn_factors(layout, 4, like=torch.empty(0))
         tensor([[1.9534, 2.0000]])
     """
-    if layout.num_past + layout.num_new <= length:
+    if num_seen is None:
+        num_past = layout.num_past
+    else:
+        # A graph does not know what a state has counted.
+        num_past = length if torch.compiler.is_compiling() else max(num_seen.tolist(), default=0)
+    if num_past + layout.num_new <= length:
         return None
-    places = layout.places().to(like.device, torch.promote_types(like.dtype, torch.float32))
+    places = layout.places(num_seen).to(like.device, torch.promote_types(like.dtype, torch.float32))
     return (places.clamp(min=length).log() / math.log(length)).to(like.dtype)

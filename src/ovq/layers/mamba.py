@@ -16,6 +16,7 @@ from ovq.layers.common import OwnWeights
 from ovq.layers.constant import ConstantStateMixer, sum_dtype, without_autocast
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.memory import StateSpec
+from ovq.ops.options import check_sizes
 
 STATE_SIZE = 128
 
@@ -73,8 +74,7 @@ class Mamba2(ConstantStateMixer, OwnWeights):
     ):
         share = checked_head_dim(hidden_size, num_heads, num_heads, head_dim)
         head_dim = 2 * share if head_dim is None else head_dim
-        if state_size < 1:
-            raise ValueError(f"expected a state_size of at least 1, found {state_size}")
+        check_sizes(1, state_size=state_size)
         num_inner = num_heads * head_dim
         super().__init__(
             hidden_size, num_channels=num_inner + 2 * state_size, num_outputs=num_inner, **kwargs

@@ -19,21 +19,9 @@ from torch import Tensor
 
 from ovq.layers.common import apply_rotary, rotary_tables
 from ovq.ops import OVQState
-from ovq.ops.serialization import names_of, upgraded
-from ovq.ops.state import names_in, state_tensors
-
-#: Names of the tensors of a state, each with its shape and its dtype.
-StateSpec = dict[str, tuple[tuple[int, ...], torch.dtype]]
-
-
-def of_rows(spec: StateSpec, num_rows: int) -> StateSpec:
-    """The specification of `num_rows` rows, from that of one row; rows are the first dimension.
-
-    Example:
-        >>> of_rows({"count": ((3,), torch.int64)}, 2)
-        {'count': ((2, 3), torch.int64)}
-    """
-    return {name: ((num_rows, *shape), dtype) for name, (shape, dtype) in spec.items()}
+from ovq.ops.parts import StateSpec
+from ovq.ops.serialization import upgraded
+from ovq.ops.state import state_tensors, tensors_of
 
 
 def num_bytes(spec: StateSpec) -> int:
@@ -44,25 +32,6 @@ def num_bytes(spec: StateSpec) -> int:
         58
     """
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in spec.values())
-
-
-def check_tensors(where: str, tensors: Mapping[str, Tensor], spec: StateSpec) -> None:
-    """Raise ValueError, naming `where`, unless tensors match the specification and are finite.
-
-    Example:
-        >>> check_tensors("file", {"count": torch.ones(2)}, {"count": ((3,), torch.int64)})
-        Traceback (most recent call last):
-        ValueError: file: expected count of shape [3] in torch.int64, found [2] in torch.float32
-    """
-    for name, (shape, dtype) in spec.items():
-        tensor = tensors[name]
-        if tensor.shape != shape or tensor.dtype != dtype:
-            raise ValueError(
-                f"{where}: expected {name} of shape {list(shape)} in {dtype}, "
-                f"found {list(tensor.shape)} in {tensor.dtype}"
-            )
-        if not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"{where}: expected finite values in {name}, found NaN or Inf")
 
 
 def check_num_seen(where: str, tensors: Mapping[str, Tensor], num_tokens: int) -> None:
@@ -128,8 +97,9 @@ class Memory(ABC):
             return keys
         # Rotating by p and then by m is rotating by p + m, and rotations are linear, so sums may be rotated.
         wide = keys.to(torch.promote_types(keys.dtype, torch.float32))
-        cos, sin = rotary_tables(num_columns, 1, keys.shape[-1], theta=self.rope_theta, like=wide)
-        return apply_rotary(wide, cos, sin).to(keys.dtype)
+        position = torch.tensor([num_columns])
+        tables = rotary_tables(position, keys.shape[-1], theta=self.rope_theta, like=wide)
+        return apply_rotary(wide, *tables).to(keys.dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -214,7 +184,7 @@ class SlotMemory(Memory):
 
     def tensors(self, state: OVQState) -> dict[str, Tensor]:
         """See `Memory.tensors`."""
-        return {name: getattr(state, name) for name in names_in(state)}
+        return tensors_of(state)
 
     def saved(self, state: OVQState) -> dict[str, Tensor]:
         """See `Memory.saved`; leaves out what other continuations wrote into the pending buffers."""
@@ -222,11 +192,10 @@ class SlotMemory(Memory):
 
     def restored(self, tensors: Mapping[str, Tensor], device: torch.device | str | None) -> OVQState:
         """See `Memory.restored`."""
-        tensors = upgraded(dict(tensors))
         # Whatever the device, a state keeps its number of tokens on the CPU.
         parts: dict[str, Any] = {
-            name: tensors[name].to("cpu" if name == "num_seen" else device)
-            for name in names_of("weight" in tensors, "pending_forget" in tensors)
+            name: tensor.to("cpu" if name == "num_seen" else device)
+            for name, tensor in upgraded(dict(tensors)).items()
         }
         return OVQState(**parts, num_slots=self.num_slots, chunk_size=self.chunk_size)
 

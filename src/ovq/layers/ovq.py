@@ -15,16 +15,15 @@ from ovq.layers.base import AttentionMixer
 from ovq.layers.cache import LayerCache
 from ovq.layers.gates import ForgetGate, MergeGate
 from ovq.layers.layout import SequenceLayout
-from ovq.layers.memory import SlotMemory, StateSpec, check_num_seen, check_tensors, of_rows
+from ovq.layers.memory import SlotMemory, check_num_seen
 from ovq.layers.products import is_plain
 from ovq.ops import SlotAssignments, ovq_attention, slot_assignments
 from ovq.ops.ablation import NAMES, Ablation, with_earlier_names
-from ovq.ops.backends.cpu import TokenMemory, memory_of_slots
-from ovq.ops.options import Options, current_merge, default_growth, options_of, weighing_chunk
+from ovq.ops.backends.cpu.layer import TokenMemory, memory_of_slots
+from ovq.ops.options import Options, check_sizes, current_merge, default_growth, options_of, weighing_chunk
+from ovq.ops.parts import StateSpec, check_tensors, of_rows, slot_spec
 from ovq.ops.schedule import scheduled_slots
-from ovq.ops.serialization import check_tensors as check_state_tensors
-from ovq.ops.serialization import names_of
-from ovq.ops.sums import state_dtype
+from ovq.ops.serialization import check_state_tensors
 
 #: Options of the op that say how the dictionary is learned. The layer and the config use the same names.
 LEARNING_OPTIONS = ("growth", "init", "merge", "ablation", "value_weight")
@@ -125,8 +124,7 @@ class OVQAttention(AttentionMixer):
             layer_idx=layer_idx,
             **kwargs,
         )
-        if not isinstance(chunk_size, int) or chunk_size < 1:
-            raise ValueError(f"expected an integer chunk_size of at least 1, found {chunk_size!r}")
+        check_sizes(1, chunk_size=chunk_size)
         self.chunk_size = chunk_size
         self.growth, self.init, self.merge, self.backend = growth, init, current_merge(merge), backend
         self.ablation = with_earlier_names(ablation, earlier_names, OVQAttention)
@@ -142,8 +140,7 @@ class OVQAttention(AttentionMixer):
         With more slots at test time than in training, a trained layer remembers more. A state that has too
         many is made smaller, see `OVQState.resize`.
         """
-        if not isinstance(num_slots, int) or isinstance(num_slots, bool) or num_slots < 1:
-            raise ValueError(f"expected an integer num_slots of at least 1, found {num_slots!r}")
+        check_sizes(1, num_slots=num_slots)
         self.num_slots = num_slots
 
     def extra_repr(self) -> str:
@@ -193,9 +190,9 @@ class OVQAttention(AttentionMixer):
         **options: Any,
     ) -> Tensor:
         """See `Mixer.mix`; the option `generator` seeds `init="random"`."""
-        q, k, v, scale = self.heads(channels, layout)
-        q, k = q.to(v.dtype), k.to(v.dtype)
         state = None if cache is None else cache.state
+        q, k, v, scale = self.heads(channels, layout, None if state is None else state.num_seen)
+        q, k = q.to(v.dtype), k.to(v.dtype)
         if state is not None and state.num_slots != self.num_slots:
             state = state.resize(self.num_slots, value_weight=self.value_weight)
         options = {
@@ -298,17 +295,11 @@ class OVQAttention(AttentionMixer):
             forgets=self.forget_gate is not None,
         )
 
-    @property
-    def _state_names(self) -> tuple[str, ...]:
-        forgets = self.forget_gate is not None
-        return names_of(self.merge_gate is not None or forgets, forgets)
-
     def check_state(
         self, where: str, tensors: Mapping[str, Tensor], *, num_tokens: int, dtype: torch.dtype
     ) -> None:
         """See `Mixer.check_state`."""
-        state = {name: tensors[name] for name in self._state_names}
-        check_state_tensors(where, state, **self._sizes)
+        check_state_tensors(where, tensors, **self._sizes)
         spec = self.state_spec(num_tokens, dtype)
         # A dictionary that was resized in mid-stream may have another number of slots than the schedule
         # gives.
@@ -316,46 +307,3 @@ class OVQAttention(AttentionMixer):
             spec.pop(name, None)
         check_tensors(where, tensors, of_rows(spec, 1))
         check_num_seen(where, tensors, num_tokens)
-
-
-def slot_spec(
-    num_open: int,
-    *,
-    num_kv_heads: int,
-    head_dim: int,
-    chunk_size: int,
-    dtype: torch.dtype,
-    has_weights: bool = False,
-    forgets: bool = False,
-) -> StateSpec:
-    """The tensors of an `OVQState` of one row with `num_open` slots in use per head.
-
-    Args:
-        num_open: slots in use per head.
-        num_kv_heads: Hkv.
-        head_dim: K and V.
-        chunk_size: C.
-        dtype: of the activations.
-        has_weights: whether tokens have weights.
-        forgets: whether what was read earlier fades.
-
-    Example:
-        >>> slot_spec(5, num_kv_heads=2, head_dim=8, chunk_size=4, dtype=torch.bfloat16)["key_sum"]
-        ((2, 5, 8), torch.float32)
-    """
-    sums = ((num_kv_heads, num_open, head_dim), state_dtype(dtype))
-    pending = ((num_kv_heads, chunk_size, head_dim), dtype)
-    spec = {
-        "key_sum": sums,
-        "value_sum": sums,
-        "count": ((num_kv_heads, num_open), torch.int64),
-        "pending_keys": pending,
-        "pending_values": pending,
-        "num_seen": ((), torch.int64),
-    }
-    if has_weights:
-        spec["weight"] = ((num_kv_heads, num_open), state_dtype(dtype))
-        spec["pending_weights"] = ((num_kv_heads, chunk_size), state_dtype(dtype))
-    if forgets:
-        spec["pending_forget"] = ((num_kv_heads,), torch.float64)
-    return spec

@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ovq.ops.backends.cpu import (
+from ovq.ops.backends.cpu.linear import (
     FEW_TOKENS,
     FasterLinear,
-    can_run,
     few_products,
     has_faster_products,
     linear_in_graph,
 )
+from ovq.ops.backends.cpu.tokens import can_run
 
 # Found out before anything is compiled: a graph cannot read what the processor is.
 _HAS_FASTER_PRODUCTS = has_faster_products()

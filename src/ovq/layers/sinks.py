@@ -14,9 +14,10 @@ from ovq.layers.base import AttentionMixer
 from ovq.layers.cache import LayerCache
 from ovq.layers.constant import ConstantStateMixer
 from ovq.layers.layout import SequenceLayout
-from ovq.layers.memory import StateSpec, check_num_seen, num_bytes
-from ovq.layers.ovq import slot_spec
-from ovq.layers.softmax import softmax_attention
+from ovq.layers.memory import check_num_seen, num_bytes
+from ovq.layers.softmax import fold, softmax_attention
+from ovq.ops.options import check_sizes
+from ovq.ops.parts import StateSpec, slot_spec
 
 NUM_SINKS = 4
 # With the sinks 1,024 tokens, as in the paper's experiments.
@@ -62,10 +63,8 @@ class SinkAttention(ConstantStateMixer, AttentionMixer):
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
-        if num_sinks < 1:
-            raise ValueError(f"expected num_sinks of at least 1, found {num_sinks}")
-        if sink_window < 2:
-            raise ValueError(f"expected a sink_window of at least 2 tokens, found {sink_window}")
+        check_sizes(1, num_sinks=num_sinks)
+        check_sizes(2, sink_window=sink_window)
         self.num_sinks, self.sink_window = num_sinks, sink_window
 
     @classmethod
@@ -162,14 +161,9 @@ def sink_read(
         k, v = (F.pad(x, (0, 0, window - 1 - (x.shape[2] - num_queries), fill)) for x in (k, v))
     num_past = k.shape[2] - num_queries - fill
     num_keys = num_past + size
-
-    def fold(x: Tensor, length: int) -> Tensor:
-        """Cut `[B, h, *, D]` into overlapping pieces, which become rows: `[B n, h, length, D]`."""
-        return x.unfold(2, length, size).transpose(1, 2).flatten(0, 1).transpose(-1, -2)
-
-    q = fold(F.pad(q, (0, 0, 0, fill)), size)
+    q = fold(F.pad(q, (0, 0, 0, fill)), size, size)
     k, v = (
-        torch.cat([sinks.repeat_interleave(num_blocks, dim=0), fold(x, num_keys)], dim=2)
+        torch.cat([sinks.repeat_interleave(num_blocks, dim=0), fold(x, num_keys, size)], dim=2)
         for sinks, x in ((sink_keys, k), (sink_values, v))
     )
     # Places of tokens in their row: [B n, size, 1] for the queries, [B n, 1, keys] for the keys.

@@ -18,7 +18,10 @@ from ovq.layers.cache import LayerCache
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.memory import StateSpec, TensorMemory
 from ovq.layers.products import is_plain
-from ovq.ops.backends.cpu import CompiledWindow, TokenMemory, applied, can_run, memory_of_window
+from ovq.ops.backends.cpu.layer import TokenMemory, memory_of_window
+from ovq.ops.backends.cpu.tokens import applied, can_run
+from ovq.ops.backends.cpu.window import CompiledWindow
+from ovq.ops.options import check_sizes
 
 
 class FullAttention(AttentionMixer):
@@ -119,8 +122,7 @@ class SlidingWindowAttention(FullAttention):
         **kwargs: Any,
     ):
         super().__init__(*args, use_rope=use_rope, **kwargs)
-        if sliding_window < 2:
-            raise ValueError(f"expected a sliding_window of at least 2 tokens, found {sliding_window}")
+        check_sizes(2, sliding_window=sliding_window)
         self.sliding_window = sliding_window
 
     def num_kept(self, num_tokens: int) -> int:
@@ -237,9 +239,9 @@ def windowed_read(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None, *, w
     num_blocks = -(-num_rest // window)
     fill = num_blocks * window - num_rest
     # The n blocks go into the batch: [B n, H, W, K], and keys with the block before them, [B n, Hkv, 2 W, K].
-    blocks = _fold(F.pad(q[:, :, first:], (0, 0, 0, fill)), window, window)
-    keys = _fold(F.pad(k[:, :, num_cached:], (0, 0, 0, fill)), 2 * window, window)
-    values = _fold(F.pad(v[:, :, num_cached:], (0, 0, 0, fill)), 2 * window, window)
+    blocks = fold(F.pad(q[:, :, first:], (0, 0, 0, fill)), window, window)
+    keys = fold(F.pad(k[:, :, num_cached:], (0, 0, 0, fill)), 2 * window, window)
+    values = fold(F.pad(v[:, :, num_cached:], (0, 0, 0, fill)), 2 * window, window)
     if segments is not None:
         padded = F.pad(segments[:, num_cached:], (0, fill))
         segments = padded.unfold(1, 2 * window, window).flatten(0, 1)
@@ -249,7 +251,7 @@ def windowed_read(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None, *, w
     return torch.cat([head, rest[:, :, :num_rest]], dim=2)
 
 
-def _fold(x: Tensor, size: int, step: int) -> Tensor:
+def fold(x: Tensor, size: int, step: int) -> Tensor:
     """Cut `[B, H, T, K]` into overlapping pieces of the time axis: `[B * pieces, H, size, K]`."""
     return x.unfold(2, size, step).transpose(1, 2).flatten(0, 1).transpose(-1, -2)
 

@@ -16,7 +16,9 @@ from ovq.layers.common import QKNorm, RMSNorm, ShortConvolution, rotary_tables
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.logn import logn_factor
 from ovq.layers.products import Linear, can_multiply, plain_parameter
-from ovq.ops.backends.cpu import FEW_TOKENS, LayerStep, LayerWeights, can_run, layer_to_run, run_layers
+from ovq.ops.backends.cpu.layer import LayerStep, LayerWeights, layer_to_run, run_layers
+from ovq.ops.backends.cpu.linear import FEW_TOKENS
+from ovq.ops.backends.cpu.tokens import can_run
 
 
 class TokenStep(NamedTuple):
@@ -66,6 +68,8 @@ def token_step(
         return None
     cache = mixer.cache_of_layer(past_key_values)
     check_cache_use(cache, layout)
+    # As in `Mixer.forward`: here, where the mask is at hand.
+    cache.has_padding = layout.mask is not None
     past = cache.conv_state
     tensors = [hidden_states, *weights[:7]]
     if weights.taps is not None:
@@ -80,11 +84,12 @@ def token_step(
     mixer_eps, mlp_eps = around.mixer_norm.eps, around.mlp_norm.eps
     if mixer_eps is None or mlp_eps is None:
         return None
-    if mixer.logn_length is not None and layout.num_past >= mixer.logn_length:
-        if layout.mask is not None:
+    if mixer.logn_length is not None:
+        # Of the mixers that a kernel knows, the one that scales logits counts what it reads.
+        places = {num_seen + 1 for num_seen in cache.state.num_seen.tolist()}
+        if len(places) > 1 and max(places) > mixer.logn_length:
             return None
-        factor = logn_factor(layout.num_past + 1, mixer.logn_length)
-        weights = weights._replace(beta=weights.beta * factor)
+        weights = weights._replace(beta=weights.beta * logn_factor(max(places), mixer.logn_length))
     tables = _tables(layout.num_past, mixer.head_dim, mixer.rope_theta) if mixer.use_rope else None
     return TokenStep(layer_to_run(weights, (mixer_eps, mlp_eps), memory, past, tables), cache)
 
@@ -111,7 +116,8 @@ def _tables(position: int, dim: int, theta: float) -> tuple[Tensor, Tensor]:
 
 @functools.lru_cache(maxsize=16)
 def _tables_of_block(block: int, dim: int, theta: float) -> list[tuple[Tensor, ...]]:
-    tables = rotary_tables(block * _POSITIONS, _POSITIONS, dim, theta=theta, like=torch.empty(0))
+    positions = torch.arange(_POSITIONS) + block * _POSITIONS
+    tables = rotary_tables(positions, dim, theta=theta, like=torch.empty(0))
     return [table.split(1) for table in tables]
 
 

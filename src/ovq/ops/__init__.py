@@ -6,7 +6,7 @@ call.
 
 from ovq.ops.assignments import SlotAssignments, slot_assignments
 from ovq.ops.attention import ovq_attention
-from ovq.ops.backends.cpu import cpu_kernels
+from ovq.ops.backends.cpu.kernels import cpu_kernels
 from ovq.ops.dispatch import backend_used
 from ovq.ops.schedule import scheduled_slots, slots_by_chunk
 from ovq.ops.state import OVQState

@@ -200,6 +200,7 @@ def _slot_assignments(given: dict[str, Any], backend: str) -> SlotAssignments:
     """`slot_assignments` of arguments of `checked_call`."""
     k = given["k"]
     call = checked_call(**given, scale=checked_scale(None, k), wants_state=True)
+    # Before anything is laid out by options that nobody knows.
     backend = chosen_to_learn(backend, k, call.v, call.options, call.gates)
     chunks = Chunks(call)
     before, plan = chunks.before, chunks.plan

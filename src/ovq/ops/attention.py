@@ -14,7 +14,6 @@ from ovq.ops.call import RowBounds
 from ovq.ops.checks import check_qkv, checked_call, checked_scale
 from ovq.ops.options import VALUE_WEIGHT, options_of
 from ovq.ops.random_init import seed_of
-from ovq.ops.row_bounds import bounds_of
 from ovq.ops.state import OVQState, advanced
 from ovq.ops.uncompiled import uncompiled
 
@@ -148,32 +147,13 @@ def ovq_attention(
         "log_forget": log_forget,
     }
     if torch.compiler.is_compiling():
-        return _in_graph(given, backend)
+        if options.init == "random":
+            # A graph would hold the seed that it was made with.
+            return _uncompiled(given, backend)
+        return operator.attention(**given, backend=backend)
     call = checked_call(**given)
     o, state = dispatch.run_of(call, backend)(call)
     return o, state if output_final_state else None
-
-
-def _in_graph(given: dict[str, Any], backend: str) -> tuple[Tensor, OVQState | None]:
-    """A call as a part of a graph that is being made: one node of it, if possible."""
-    q, v, options = given["q"], given["v"], given["options"]
-    if options.init == "random":
-        # A graph would hold the seed that it was made with.
-        return _uncompiled(given, backend)
-    has_more = any(given[name] is not None for name in ("initial_state", "token_weights", "log_forget"))
-    wants_triton = backend == "triton" or (backend == "auto" and q.is_cuda)
-    if has_more or given["wants_state"] or not wants_triton or backends.refusal("triton", q, v, options):
-        return operator.attention(**given, backend=backend)
-    # Its operator keeps what the forward found for its backward; the other runs the call again.
-    from ovq.ops.backends.triton.library import attention
-
-    dispatch.note_backend("triton")
-    tensors = q, given["k"], v, given["scale"]
-    # Dynamo guards both, so that a graph made for one is not used for the other.
-    is_kept = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    bounds = bounds_of(q, given["attention_mask"], given["cu_seqlens"])
-    fields = options.num_slots, options.chunk_size, options.growth, options.merge, options.value_weight
-    return attention(*tensors, bounds, *fields, is_kept)[0], None
 
 
 @uncompiled

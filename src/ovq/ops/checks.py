@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ovq.fields import is_finite
 from ovq.ops.call import Call, RowBounds, Rows
-from ovq.ops.fading import checked_log_forget
+from ovq.ops.fading import LEAST_LOG
 from ovq.ops.options import Options, weighing_chunk
+from ovq.ops.parts import of_rows, slot_spec
 from ovq.ops.state import OVQState, forgetting, weighted
 from ovq.ops.sums import DTYPES, state_dtype
 
@@ -93,16 +97,21 @@ def checked_call(
     In a graph that is being made this cannot be done (`operator.py`): all else can.
     """
     rows = checked_rows(q, attention_mask, cu_seqlens)
-    if token_weights is not None and options.ablation.rate != "count":
-        raise ValueError("token_weights: expected none with a constant rate, found some")
+    for name, given in (("token_weights", token_weights), ("log_forget", log_forget)):
+        if given is not None and options.ablation.rate != "count":
+            raise ValueError(f"{name}: expected none with a constant rate, found some")
     state = _checked_state(initial_state, len(rows), k, v, options)
     if token_weights is not None:
-        token_weights = _checked_weights(token_weights, k, rows)
+        token_weights = _checked_numbers("token_weights", token_weights, k, rows, state_dtype(k.dtype))
         state = weighted(state)
     elif state.weight is not None:
         token_weights = torch.ones(k.shape[:3], dtype=state.weight.dtype, device=k.device)
-    if log_forget is not None or state.pending_forget is not None:
-        log_forget = checked_log_forget(log_forget, k, rows, options)
+    if log_forget is not None:
+        log_forget = _checked_numbers("log_forget", log_forget, k, rows, torch.float64)
+        log_forget = log_forget.clamp(min=LEAST_LOG / options.chunk_size)
+    elif state.pending_forget is not None:
+        log_forget = torch.zeros(k.shape[:3], dtype=torch.float64, device=k.device)
+    if log_forget is not None:
         state, options = forgetting(state), weighing_chunk(options)
         if token_weights is None:
             token_weights = torch.ones_like(log_forget, dtype=state.key_sum.dtype)
@@ -137,43 +146,57 @@ def _checked_state(state: OVQState | None, num_rows: int, k: Tensor, v: Tensor, 
     )
 
 
-def _checked_weights(weights: Tensor, k: Tensor, rows: Rows) -> Tensor:
-    """`token_weights` `[B, T, Hkv]` in the dtype of the sums; what padding holds does not matter."""
+# What the arguments with a number for each token must be.
+_NUMBERS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
+    "token_weights": ("finite numbers of at least 0", lambda x: x.isfinite() & (x >= 0)),
+    "log_forget": ("numbers of at most 0", lambda x: x <= 0),
+}
+
+
+def _checked_numbers(name: str, x: Tensor, k: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
+    """The argument `name` `[B, T, Hkv]` in a dtype; what padding holds does not matter, and is 0 if wrong."""
+    expected, is_right = _NUMBERS[name]
     shape = tuple(k.shape[:3])
-    if not isinstance(weights, Tensor) or tuple(weights.shape) != shape:
-        found = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
-        raise ValueError(f"token_weights: expected a tensor {list(shape)} as k has, found {found}")
-    if not weights.is_floating_point():
-        raise ValueError(f"token_weights: expected a floating dtype, found {weights.dtype}")
-    weights = weights.to(k.device, state_dtype(k.dtype))
-    flat = weights.detach().reshape(-1, shape[2])
-    is_wrong = ~(flat.isfinite() & (flat >= 0))
-    if bool(is_wrong.any()):
-        for start, length in zip(rows.starts, rows.lengths, strict=True):
-            row = slice(start, start + length)
-            for wrong in flat[row][is_wrong[row]].tolist():
-                raise ValueError(f"token_weights: expected finite numbers of at least 0, found {wrong}")
-    return weights
+    if not isinstance(x, Tensor) or tuple(x.shape) != shape:
+        found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"{name}: expected a tensor {list(shape)} as k has, found {found}")
+    if not x.is_floating_point():
+        raise ValueError(f"{name}: expected a floating dtype, found {x.dtype}")
+    x = x.to(k.device, dtype)
+    is_wrong = ~is_right(x.detach())
+    if not bool(is_wrong.any()):
+        return x
+    flat, of_flat = x.detach().flatten(0, 1), is_wrong.flatten(0, 1)
+    for start, length in zip(rows.starts, rows.lengths, strict=True):
+        row = slice(start, start + length)
+        for wrong in flat[row][of_flat[row]].tolist():
+            raise ValueError(f"{name}: expected {expected}, found {wrong}")
+    return x.masked_fill(is_wrong, 0)
 
 
 def checked_rows(q: Tensor, attention_mask: Tensor | RowBounds | None, cu_seqlens: Tensor | None) -> Rows:
     """Where each row's tokens lie in the flattened `[B * T]` input."""
     batch, length = q.shape[:2]
+    if attention_mask is None and cu_seqlens is None:
+        return Rows(tuple(range(0, batch * length, length)) if length else (0,) * batch, (length,) * batch)
+    if isinstance(attention_mask, RowBounds) and cu_seqlens is None:
+        return Rows.of(attention_mask.bounds)
+    return Rows.of(found_bounds(attention_mask, cu_seqlens, batch, 0, length))
+
+
+def found_bounds(
+    attention_mask: Any, cu_seqlens: Tensor | None, batch_size: int, num_past: int, num_new: int
+) -> Tensor:
+    """See `row_bounds`. Of a mask, the past has to be without holes as well."""
     if attention_mask is not None and cu_seqlens is not None:
         raise ValueError("attention_mask, cu_seqlens: expected at most one of them, found both")
-    if isinstance(attention_mask, RowBounds):
-        return Rows.of(attention_mask.bounds)
     if cu_seqlens is not None:
-        return Rows.of(packed_bounds(batch, length, cu_seqlens))
-    if attention_mask is not None:
-        is_tensor = isinstance(attention_mask, Tensor)
-        if not is_tensor or attention_mask.shape != (batch, length):
-            found = tuple(attention_mask.shape) if is_tensor else type(attention_mask).__name__
-            raise ValueError(
-                f"attention_mask: expected a tensor [{batch}, {length}] of 0 and 1, found {found}"
-            )
-        return Rows.of(masked_bounds(checked_mask(attention_mask)))
-    return Rows(tuple(range(0, batch * length, length)) if length else (0,) * batch, (length,) * batch)
+        return packed_bounds(batch_size, num_new, cu_seqlens)
+    expected, is_tensor = [batch_size, num_past + num_new], isinstance(attention_mask, Tensor)
+    if not is_tensor or list(attention_mask.shape) != expected:
+        found = tuple(attention_mask.shape) if is_tensor else type(attention_mask).__name__
+        raise ValueError(f"attention_mask: expected a tensor {expected} of 0 and 1, found {found}")
+    return masked_bounds(checked_mask(attention_mask)[:, num_past:])
 
 
 def packed_bounds(batch: int, length: int, cu_seqlens: Tensor) -> Tensor:
@@ -248,32 +271,27 @@ def _check_parts(state: OVQState, dtype: torch.dtype) -> None:
 
     Anybody can put a state together, and compiled kernels would read beyond a tensor that is too small.
     """
-    rows, heads, num = state.count.shape
-    slots, tokens = (rows, heads, num), (rows, heads, state.chunk_size)
-    dims, wide = {"key": state.key_sum.shape[3], "value": state.value_sum.shape[3]}, state_dtype(dtype)
-    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"count": (slots, torch.int64)}
-    for name, dim in dims.items():
-        shapes |= {f"{name}_sum": ((*slots, dim), wide), f"pending_{name}s": ((*tokens, dim), dtype)}
-    if state.weight is not None:
-        shapes |= {"weight": (slots, wide), "pending_weights": (tokens, wide)}
-        if state.pending_forget is not None:
-            shapes["pending_forget"] = ((rows, heads), torch.float64)
-    else:
+    if state.weight is None:
         for name in ("pending_weights", "pending_forget"):
             if getattr(state, name) is not None:
                 raise ValueError(f"initial_state: {name}: expected none without weight, found some")
-    place = state.count.device
-    for name, (shape, kind) in shapes.items():
+    num_rows, num_kv_heads, num_slots = state.count.shape
+    spec = slot_spec(
+        num_slots,
+        num_kv_heads=num_kv_heads,
+        head_dim=state.key_sum.shape[3],
+        value_dim=state.value_sum.shape[3],
+        chunk_size=state.chunk_size,
+        dtype=dtype,
+        has_weights=state.weight is not None,
+        forgets=state.pending_forget is not None,
+    )
+    for name, (shape, kind) in of_rows(spec, num_rows).items():
         x = getattr(state, name)
+        place = torch.device("cpu") if name == "num_seen" else state.count.device
         if not isinstance(x, Tensor) or (x.shape, x.dtype, x.device) != (shape, kind, place):
             is_tensor = isinstance(x, Tensor)
             found = f"{list(x.shape)} in {x.dtype} on {x.device}" if is_tensor else type(x).__name__
             raise ValueError(
                 f"initial_state: {name}: expected {list(shape)} in {kind} on {place}, found {found}"
             )
-    x = state.num_seen
-    if (x.shape, x.dtype, x.device.type) != ((rows,), torch.int64, "cpu"):
-        raise ValueError(
-            f"initial_state: num_seen: expected [{rows}] in torch.int64 on cpu, "
-            f"found {list(x.shape)} in {x.dtype} on {x.device}"
-        )

@@ -17,7 +17,6 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from ovq.ops.call import Rows
 from ovq.ops.options import Options
 from ovq.ops.state import OVQState
 from ovq.ops.sums import divisor
@@ -27,30 +26,6 @@ LEAST_LOG = -48.0
 #: A slot that weighs less once a chunk is complete is dropped where pairs are merged: its weight is 0 then,
 #: and the next merge frees it. By the other rules, which never free a slot, it fades no further.
 LEAST_WEIGHT = 1e-12
-
-
-def checked_log_forget(log_forget: Tensor | None, k: Tensor, rows: Rows, options: Options) -> Tensor:
-    """`log_forget` `[B, T, Hkv]` in float64, bounded below; 0 for None and padding."""
-    shape = tuple(k.shape[:3])
-    if log_forget is None:
-        return torch.zeros(shape, dtype=torch.float64, device=k.device)
-    if not isinstance(log_forget, Tensor) or tuple(log_forget.shape) != shape:
-        found = tuple(log_forget.shape) if isinstance(log_forget, Tensor) else type(log_forget).__name__
-        raise ValueError(f"log_forget: expected a tensor {list(shape)} as k has, found {found}")
-    if not log_forget.is_floating_point():
-        raise ValueError(f"log_forget: expected a floating dtype, found {log_forget.dtype}")
-    if options.ablation.rate != "count":
-        raise ValueError("log_forget: expected none with a constant rate, found some")
-    log_forget = log_forget.to(k.device, torch.float64)
-    flat = log_forget.detach().reshape(-1, shape[2])
-    is_wrong = ~(flat <= 0)
-    if bool(is_wrong.any()):
-        for start, length in zip(rows.starts, rows.lengths, strict=True):
-            row = slice(start, start + length)
-            for wrong in flat[row][is_wrong[row]].tolist():
-                raise ValueError(f"log_forget: expected numbers of at most 0, found {wrong}")
-        log_forget = log_forget.masked_fill(is_wrong.view(shape), 0)
-    return log_forget.clamp(min=LEAST_LOG / options.chunk_size)
 
 
 def begun(

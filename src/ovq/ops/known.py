@@ -55,12 +55,15 @@ class Known:
         for name in gates:
             if name not in self.gates:
                 return f"expected no {name}, found some"
-        for name, found in (vars(options) | vars(options.ablation)).items():
-            if name in _NOT_NAMED:
-                continue
-            # An option that this file has not heard of is known nowhere.
-            known: Sequence[str] = getattr(self, name, ())
-            if ("number" if isinstance(found, int | float) else found) not in known:
-                expected = repr(known[0]) if len(known) == 1 else f"to be one of {known}"
-                return f"expected {name} {expected}, found {found!r}"
+        for owner in (options, options.ablation):
+            # In a graph that is being made `vars` cannot be asked, nor `dataclasses.fields`.
+            for name in owner.__dataclass_fields__:
+                if name in _NOT_NAMED:
+                    continue
+                found = getattr(owner, name)
+                # An option that this file has not heard of is known nowhere.
+                known: Sequence[str] = getattr(self, name, ())
+                if ("number" if isinstance(found, int | float) else found) not in known:
+                    expected = repr(known[0]) if len(known) == 1 else f"to be one of {known}"
+                    return f"expected {name} {expected}, found {found!r}"
         return None

@@ -20,9 +20,9 @@ from ovq.ops.ablation import Ablation
 from ovq.ops.call import RowBounds
 from ovq.ops.checks import check_state, checked_call
 from ovq.ops.options import Options
-from ovq.ops.row_bounds import bounds_of
+from ovq.ops.parts import of_rows, slot_spec
+from ovq.ops.row_bounds import row_bounds
 from ovq.ops.state import OVQState, with_capacity
-from ovq.ops.sums import state_dtype
 
 # The differentiable inputs in the order of the operator; those of a state by their names in it.
 _OF_TOKENS = ("q", "k", "v", "scale", "token_weights", "log_forget")
@@ -71,8 +71,11 @@ def attention(
 
     The state that it returns has room for N slots.
     """
-    is_dense = attention_mask is None and cu_seqlens is None
-    bounds = None if is_dense else bounds_of(q, attention_mask, cu_seqlens)
+    bounds = None
+    if isinstance(attention_mask, RowBounds):
+        bounds = attention_mask.bounds
+    elif attention_mask is not None or cu_seqlens is not None:
+        bounds = row_bounds(attention_mask, cu_seqlens, q.shape[0], 0, q.shape[1])
     state = initial_state
     if state is not None:
         check_state(state, q.shape[0] if bounds is None else bounds.shape[1], k, v, options)
@@ -187,23 +190,22 @@ def _fake_call(*arguments: Any) -> tuple[Tensor, ...]:
     if not inputs.wants_state:
         return o, *(q.new_empty(0) for _ in _PIECES)
     of_state = dict(zip(_OF_STATE, memory, strict=True))
-    forgets = log_forget is not None or of_state["pending_forget"] is not None
-    has_weights = forgets or token_weights is not None or of_state["weight"] is not None
-    num_rows = q.shape[0] if inputs.bounds is None else inputs.bounds.shape[1]
-    wide, streams = state_dtype(q.dtype), (num_rows, k.shape[2])
-    slots, tokens = (*streams, inputs.options.num_slots), (*streams, inputs.options.chunk_size)
-    return (
-        o,
-        q.new_empty(*slots, k.shape[3], dtype=wide),
-        q.new_empty(*slots, v.shape[3], dtype=wide),
-        q.new_empty(*tokens, k.shape[3]),
-        q.new_empty(*tokens, v.shape[3]),
-        q.new_empty(slots, dtype=wide) if has_weights else q.new_empty(0),
-        q.new_empty(tokens, dtype=wide) if has_weights else q.new_empty(0),
-        q.new_empty(streams, dtype=torch.float64) if forgets else q.new_empty(0),
-        q.new_empty(slots, dtype=torch.int64),
-        torch.empty(num_rows, dtype=torch.int64, device="cpu"),
+    spec = slot_spec(
+        inputs.options.num_slots,
+        num_kv_heads=k.shape[2],
+        head_dim=k.shape[3],
+        value_dim=v.shape[3],
+        chunk_size=inputs.options.chunk_size,
+        dtype=q.dtype,
+        has_weights=token_weights is not None or of_state["weight"] is not None,
+        forgets=log_forget is not None or of_state["pending_forget"] is not None,
     )
+    spec = of_rows(spec, q.shape[0] if inputs.bounds is None else inputs.bounds.shape[1])
+    pieces = []
+    for name in _PIECES:
+        shape, dtype = spec.get(name, ((0,), q.dtype))
+        pieces.append(q.new_empty(shape, dtype=dtype, device="cpu" if name == "num_seen" else q.device))
+    return o, *pieces
 
 
 def _call_backward(*arguments: Any) -> tuple[Tensor, ...]:

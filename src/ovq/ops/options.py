@@ -9,7 +9,7 @@ import warnings
 import torch
 
 from ovq.fields import is_finite
-from ovq.ops.ablation import UNCHANGED, Ablation
+from ovq.ops.ablation import Ablation
 from ovq.ops.schedule import GROWTHS
 
 # Scores that differ by less than this, relative to the lengths of the vectors, count as equal. Adding a
@@ -79,7 +79,8 @@ class Options:
     init: str
     merge: str
     seed: int
-    ablation: Ablation = UNCHANGED
+    # Made anew, as graphs of earlier versions of PyTorch cannot take one that is made before.
+    ablation: Ablation = dataclasses.field(default_factory=Ablation)
     value_weight: float = VALUE_WEIGHT
     mass_power: float = MASS_POWER
     weighs_chunk: bool = False

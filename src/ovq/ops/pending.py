@@ -40,12 +40,9 @@ class PendingBuffers:
         cls, keys: Tensor, values: Tensor, places: list[int], weights: Tensor | None = None
     ) -> PendingBuffers:
         """Contiguous copies whose first `places[r]` places hold the tokens of row r."""
-        dense = torch.contiguous_format
-        copies = (None if x is None else x.clone(memory_format=dense) for x in (keys, values, weights))
-        own_keys, own_values, own_weights = copies
-        assert own_keys is not None
-        assert own_values is not None
-        return cls(own_keys, own_values, list(places), own_weights)
+        dense = {"memory_format": torch.contiguous_format}
+        own_weights = None if weights is None else weights.clone(**dense)
+        return cls(keys.clone(**dense), values.clone(**dense), list(places), own_weights)
 
     def are(self, keys: Tensor, values: Tensor, weights: Tensor | None = None) -> bool:
         """Whether these are the buffers."""

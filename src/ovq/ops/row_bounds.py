@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ovq.ops.call import RowBounds
-from ovq.ops.checks import checked_rows, masked_bounds
+from ovq.ops.checks import found_bounds
 
 
 def row_bounds(
@@ -29,25 +28,8 @@ def row_bounds(
         tensor([[0],
                 [2]])
     """
-    find = torch.ops.ovq.row_bounds if torch.compiler.is_compiling() else _find
+    find = torch.ops.ovq.row_bounds if torch.compiler.is_compiling() else found_bounds
     return find(attention_mask, cu_seqlens, batch_size, num_past, num_new)
-
-
-def bounds_of(q: Tensor, attention_mask: Tensor | RowBounds | None, cu_seqlens: Tensor | None) -> Tensor:
-    """`RowBounds.bounds` of a call of the op with queries `[B, T, H, K]`, and checked or unchecked rows."""
-    if isinstance(attention_mask, RowBounds):
-        return attention_mask.bounds
-    return row_bounds(attention_mask, cu_seqlens, q.shape[0], 0, q.shape[1])
-
-
-def _find(
-    attention_mask: Tensor | None, cu_seqlens: Tensor | None, batch_size: int, num_past: int, num_new: int
-) -> Tensor:
-    # Of a mask, the past has to be without holes as well.
-    rows = checked_rows(torch.empty(batch_size, num_past + num_new, 0), attention_mask, cu_seqlens)
-    if num_past and attention_mask is not None:
-        return masked_bounds(attention_mask[:, num_past:].cpu() != 0)
-    return torch.tensor([rows.starts, rows.lengths], dtype=torch.int64)
 
 
 def _fake(
@@ -63,5 +45,5 @@ _LIBRARY.define(
     "row_bounds(Tensor? attention_mask, Tensor? cu_seqlens, "
     "SymInt batch_size, SymInt num_past, SymInt num_new) -> Tensor"
 )
-_LIBRARY.impl("row_bounds", _find, "CompositeExplicitAutograd")
+_LIBRARY.impl("row_bounds", found_bounds, "CompositeExplicitAutograd")
 torch.library.register_fake("ovq::row_bounds", _fake, lib=_LIBRARY)

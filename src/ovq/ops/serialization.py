@@ -6,7 +6,7 @@ Never pickle: a state file may come from anywhere.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ovq.ops.sums import DTYPES, state_dtype
+from ovq.ops.parts import check_tensors, of_rows, slot_spec
+from ovq.ops.sums import DTYPES
 from ovq.runtime.files import atomic_path
 
 FORMAT = "ovq-state"
@@ -26,21 +27,6 @@ WITH_WEIGHTS = "2"
 WITH_FORGETTING = "3"
 MAX_TOKENS = 2**62
 """Most tokens of a row: in a file with more, the int64 counts could overflow as the row continues."""
-STATE_TENSORS = ("key_sum", "value_sum", "count", "pending_keys", "pending_values", "num_seen")
-WEIGHT_TENSORS = ("weight", "pending_weights")
-"""The tensors that a state has besides, where tokens have weights."""
-FORGET_TENSORS = ("pending_forget",)
-"""Those that it has besides these, where what was read earlier fades."""
-
-
-def names_of(has_weights: bool, forgets: bool = False) -> tuple[str, ...]:
-    """The names of a state's tensors.
-
-    Example:
-        >>> names_of(True)[-2:]
-        ('weight', 'pending_weights')
-    """
-    return STATE_TENSORS + (WEIGHT_TENSORS if has_weights else ()) + (FORGET_TENSORS if forgets else ())
 
 
 def save_state(
@@ -134,15 +120,24 @@ def load_state(path: str | os.PathLike, *, device: torch.device | str) -> dict[s
         or_versions=(WITH_WEIGHTS, WITH_FORGETTING),
     )
     tensors = upgraded(tensors)
-    names = names_of("weight" in tensors, "pending_forget" in tensors)
-    if set(tensors) != set(names):
+    # The names alone matter here, and no size.
+    names = slot_spec(
+        0,
+        num_kv_heads=0,
+        head_dim=0,
+        chunk_size=0,
+        dtype=torch.float32,
+        has_weights="weight" in tensors,
+        forgets="pending_forget" in tensors,
+    ).keys()
+    if tensors.keys() != names:
         raise ValueError(f"{path}: expected tensors {sorted(names)}, found {sorted(tensors)}")
     # Earlier versions wrote these where they were not 0.
     for name in ("window", "num_sinks"):
         if name in metadata:
             raise ValueError(f"{path}: {name} was removed; expected 0, found {metadata[name][:40]}")
     sizes: dict[str, Any] = {name: positive_int(path, metadata, name) for name in ("num_slots", "chunk_size")}
-    check_tensors(str(path), tensors, **sizes)
+    check_state_tensors(str(path), tensors, **sizes)
     moved = {name: t if name == "num_seen" else t.to(device) for name, t in tensors.items()}
     return moved | sizes
 
@@ -178,72 +173,48 @@ def positive_int(path: str | os.PathLike, metadata: dict[str, str], name: str) -
     return int(text)
 
 
-def check_tensors(where: str, tensors: dict[str, Tensor], *, num_slots: int, chunk_size: int) -> None:
+def check_state_tensors(
+    where: str, tensors: Mapping[str, Tensor], *, num_slots: int, chunk_size: int
+) -> None:
     """Raise ValueError unless `tensors` can be a state: shapes, dtypes, finite values, counts that add up."""
 
     def expect(is_right: bool, expected: str, found: object) -> None:
         if not is_right:
             raise ValueError(f"{where}: expected {expected}, found {found}")
 
-    key_sum, value_sum, count, pending_keys, pending_values, num_seen = (tensors[n] for n in STATE_TENSORS)
-    # Dtypes first: some dtypes that a file can hold cannot be computed with.
-    expect(pending_keys.dtype in DTYPES, f"pending_keys in one of {DTYPES}", pending_keys.dtype)
-    wide = state_dtype(pending_keys.dtype)
-    for name, dtype in (
-        ("pending_values", pending_keys.dtype),
-        ("key_sum", wide),
-        ("value_sum", wide),
-        ("count", torch.int64),
-        ("num_seen", torch.int64),
-    ):
-        expect(tensors[name].dtype == dtype, f"{name} in {dtype}", tensors[name].dtype)
+    count, num_seen, dtype = tensors["count"], tensors["num_seen"], tensors["pending_keys"].dtype
+    # First, as some dtypes that a file can hold cannot be computed with.
+    expect(dtype in DTYPES, f"pending_keys in one of {DTYPES}", dtype)
     is_shaped = count.dim() == 3 and count.shape[1] > 0
     expect(is_shaped, "count of shape [B, Hkv, M], Hkv at least 1", tuple(count.shape))
-    batch, heads, capacity = count.shape
+    num_rows, num_kv_heads, capacity = count.shape
     expect(capacity <= num_slots, f"at most {num_slots} slots", capacity)
-    for name, t, length in (
-        ("key_sum", key_sum, capacity),
-        ("value_sum", value_sum, capacity),
-        ("pending_keys", pending_keys, chunk_size),
-        ("pending_values", pending_values, chunk_size),
-    ):
-        expected = f"{name} of shape [{batch}, {heads}, {length}, D]"
-        expect(t.dim() == 4 and t.shape[:3] == (batch, heads, length), expected, tuple(t.shape))
-        expect(bool(torch.isfinite(t).all()), f"finite values in {name}", "NaN or Inf")
-    for a, b in (("key_sum", "pending_keys"), ("value_sum", "pending_values")):
-        same = tensors[a].shape[3] == tensors[b].shape[3]
-        expect(same, f"{a} and {b} of one width", (tensors[a].shape[3], tensors[b].shape[3]))
-    expect(num_seen.shape == (batch,), f"num_seen of shape [{batch}]", tuple(num_seen.shape))
+    # Of another number of dimensions they are refused below.
+    key_dim, value_dim = (
+        tensors[name].shape[3] if tensors[name].dim() == 4 else 0 for name in ("key_sum", "value_sum")
+    )
+    spec = slot_spec(
+        capacity,
+        num_kv_heads=num_kv_heads,
+        head_dim=key_dim,
+        value_dim=value_dim,
+        chunk_size=chunk_size,
+        dtype=dtype,
+        has_weights="weight" in tensors,
+        forgets="pending_forget" in tensors,
+    )
+    check_tensors(where, tensors, of_rows(spec, num_rows))
     is_countable = bool(((num_seen >= 0) & (num_seen <= MAX_TOKENS)).all())
     expect(is_countable, "num_seen from 0 to 2^62", num_seen.tolist())
     check_counts(where, count, total=num_seen // chunk_size * chunk_size)
     _check_open_slots(where, tensors)
-    if "weight" in tensors:
-        _check_weights(where, tensors, chunk_size)
-    if "pending_forget" in tensors:
-        x = tensors["pending_forget"]
-        expect(x.dtype == torch.float64, f"pending_forget in {torch.float64}", x.dtype)
-        expect(x.shape == (batch, heads), f"pending_forget of shape [{batch}, {heads}]", tuple(x.shape))
-        is_log = bool((x.isfinite() & (x <= 0)).all())
-        expect(is_log, "finite numbers of at most 0 in pending_forget", "others")
-
-
-def _check_weights(where: str, tensors: dict[str, Tensor], chunk_size: int) -> None:
-    """Raise ValueError unless the weights of slots `[B, Hkv, M]` and of pending tokens can be those of a
-    state."""
-    shape = tensors["count"].shape
-    expected = {"weight": shape, "pending_weights": (*shape[:2], chunk_size)}
-    for name, size in expected.items():
-        x = tensors[name]
-        if tuple(x.shape) != tuple(size) or x.dtype != tensors["key_sum"].dtype:
-            raise ValueError(
-                f"{where}: expected {name} of shape {list(size)} in {tensors['key_sum'].dtype}, "
-                f"found {list(x.shape)} in {x.dtype}"
-            )
-        if not bool((x.isfinite() & (x >= 0)).all()):
-            raise ValueError(f"{where}: expected finite numbers of at least 0 in {name}, found others")
-    if bool(tensors["weight"][tensors["count"] == 0].any()):
-        raise ValueError(f"{where}: expected a weight of 0 for spare slots, found others")
+    if "weight" in spec:
+        for name in ("weight", "pending_weights"):
+            expect(not bool((tensors[name] < 0).any()), f"numbers of at least 0 in {name}", "others")
+        expect(not bool(tensors["weight"][count == 0].any()), "a weight of 0 for spare slots", "others")
+    if "pending_forget" in spec:
+        is_log = bool((tensors["pending_forget"] <= 0).all())
+        expect(is_log, "numbers of at most 0 in pending_forget", "others")
 
 
 def check_counts(where: str, count: Tensor, *, total: Tensor | int) -> None:
@@ -275,7 +246,7 @@ def check_counts(where: str, count: Tensor, *, total: Tensor | int) -> None:
         )
 
 
-def _check_open_slots(where: str, tensors: dict[str, Tensor]) -> None:
+def _check_open_slots(where: str, tensors: Mapping[str, Tensor]) -> None:
     """Raise ValueError unless the slots in use are where the op looks for them.
 
     All heads of a row have the same number of slots in use, and these come first. The op therefore reads that

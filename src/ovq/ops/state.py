@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from ovq.ops.options import VALUE_WEIGHT, check_sizes
+from ovq.ops.parts import of_rows, slot_spec
 from ovq.ops.pending import PendingBuffers
 from ovq.ops.resize import shrunk
-from ovq.ops.serialization import load_state, names_of, save_state
+from ovq.ops.serialization import load_state, save_state
 from ovq.ops.summary import StateSummary
-from ovq.ops.sums import slot_means, state_dtype
+from ovq.ops.sums import slot_means
 
 _SLOT_TENSORS = ("key_sum", "value_sum", "count", "weight")
 _ROW_TENSORS = (*_SLOT_TENSORS, "pending_keys", "pending_values", "pending_weights", "pending_forget")
@@ -105,13 +106,21 @@ class OVQState:
             ... ).summary().num_open
             (0,)
         """
-        return StateSummary.of(
-            self.count.detach(),
-            num_seen=self.num_seen,
-            num_pending=self.num_pending,
-            num_open=self.num_open,
+        count = self.count
+        total_open = int((count > 0).sum())
+        shares = count.double() / count.sum(-1, keepdim=True).clamp(min=1)
+        entropy = torch.special.entr(shares).sum(-1)
+        # Without a slot there is nothing to count, and exp(0) would be 1.
+        effective = torch.where(count.sum(-1) > 0, entropy.exp(), 0).mean(-1)
+        return StateSummary(
+            num_seen=tuple(self.num_seen.tolist()),
+            num_pending=tuple(self.num_pending.tolist()),
+            num_open=tuple(self.num_open.tolist()),
             num_slots=self.num_slots,
             nbytes=self.nbytes,
+            largest_count=int(count.max()) if total_open else 0,
+            single_share=int((count == 1).sum()) / max(1, total_open),
+            effective_slots=tuple(effective.tolist()),
         )
 
     @classmethod
@@ -143,21 +152,19 @@ class OVQState:
         check_sizes(1, num_slots=num_slots, chunk_size=chunk_size)
         if not dtype.is_floating_point:
             raise ValueError(f"dtype: expected a floating dtype, found {dtype}")
-        sum_dtype = state_dtype(dtype)
-
-        def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
-            return torch.zeros(batch_size, num_kv_heads, *shape, dtype=dtype, device=device)
-
-        return cls(
-            key_sum=zeros(0, key_dim, dtype=sum_dtype),
-            value_sum=zeros(0, value_dim, dtype=sum_dtype),
-            count=zeros(0, dtype=torch.int64),
-            pending_keys=zeros(chunk_size, key_dim, dtype=dtype),
-            pending_values=zeros(chunk_size, value_dim, dtype=dtype),
-            num_seen=torch.zeros(batch_size, dtype=torch.int64),
-            num_slots=num_slots,
+        spec = slot_spec(
+            0,
+            num_kv_heads=num_kv_heads,
+            head_dim=key_dim,
+            value_dim=value_dim,
             chunk_size=chunk_size,
+            dtype=dtype,
         )
+        tensors: dict[str, Any] = {
+            name: torch.zeros(shape, dtype=kind, device="cpu" if name == "num_seen" else device)
+            for name, (shape, kind) in of_rows(spec, batch_size).items()
+        }
+        return cls(**tensors, num_slots=num_slots, chunk_size=chunk_size)
 
     @property
     def batch_size(self) -> int:
@@ -193,8 +200,7 @@ class OVQState:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors of the state."""
-        tensors = [getattr(self, name) for name in self._names] + [self.num_seen]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        return sum(t.nbytes for t in tensors_of(self).values())
 
     @property
     def _names(self) -> list[str]:
@@ -346,9 +352,9 @@ class OVQState:
         return OVQState(**load_state(path, device=device))
 
 
-def names_in(state: OVQState) -> tuple[str, ...]:
-    """The names of the tensors that a state has."""
-    return names_of(state.weight is not None, state.pending_forget is not None)
+def tensors_of(state: OVQState) -> dict[str, Tensor]:
+    """The tensors that a state has, by name."""
+    return {name: getattr(state, name) for name in (*state._names, "num_seen")}
 
 
 def state_tensors(state: OVQState) -> dict[str, Tensor]:
@@ -361,12 +367,10 @@ def state_tensors(state: OVQState) -> dict[str, Tensor]:
         >>> sorted(state_tensors(state))
         ['count', 'key_sum', 'num_seen', 'pending_keys', 'pending_values', 'value_sum']
     """
-    names = names_in(state)
-    tensors = {name: getattr(state, name).detach().cpu().contiguous() for name in names}
+    tensors = {name: x.detach().cpu().contiguous() for name, x in tensors_of(state).items()}
     # Places beyond num_pending may hold tokens of another continuation, which must not reach the file.
     used = torch.arange(state.chunk_size) < state.num_pending[:, None]
-    for name in names:
-        x = tensors[name]
+    for name, x in tensors.items():
         if name.startswith("pending") and x.dim() > 2:
             tensors[name] = x.masked_fill(~used.view(len(used), 1, -1, *[1] * (x.dim() - 3)), 0)
     return tensors

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import torch
-from torch import Tensor
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StateSummary:
@@ -46,34 +43,6 @@ class StateSummary:
     largest_count: int
     single_share: float
     effective_slots: tuple[float, ...]
-
-    @classmethod
-    def of(
-        cls,
-        count: Tensor,
-        *,
-        num_seen: Tensor,
-        num_pending: Tensor,
-        num_open: Tensor,
-        num_slots: int,
-        nbytes: int,
-    ) -> StateSummary:
-        """The summary of a state of these counts `[B, Hkv, M]`."""
-        total_open = int((count > 0).sum())
-        shares = count.double() / count.sum(-1, keepdim=True).clamp(min=1)
-        entropy = torch.special.entr(shares).sum(-1)
-        # Without a slot there is nothing to count, and exp(0) would be 1.
-        effective = torch.where(count.sum(-1) > 0, entropy.exp(), 0).mean(-1)
-        return cls(
-            num_seen=tuple(num_seen.tolist()),
-            num_pending=tuple(num_pending.tolist()),
-            num_open=tuple(num_open.tolist()),
-            num_slots=num_slots,
-            nbytes=nbytes,
-            largest_count=int(count.max()) if total_open else 0,
-            single_share=int((count == 1).sum()) / max(1, total_open),
-            effective_slots=tuple(effective.tolist()),
-        )
 
     def __str__(self) -> str:
         rows = "" if len(self.num_seen) == 1 else f"{len(self.num_seen)} rows; "

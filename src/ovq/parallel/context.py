@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from ovq.hf.modeling_ovq import OVQForCausalLM
 from ovq.layers import Mixer, SequenceLayout
-from ovq.layers.memory import StateSpec, of_rows
+from ovq.ops.parts import StateSpec, of_rows
 from ovq.parallel.schedule import steps_of_rank
 from ovq.parallel.segment import Segment
 from ovq.parallel.transfer import Neighbours, floating
@@ -213,7 +213,9 @@ class _PartRun:
             grad, grads = segment.backward(grad, grads)
             if not self._neighbours.is_first:
                 self._neighbours.send_gradient(grads, floating(before))
-        self._embedded.backward(grad)
+        # Embeddings may be frozen.
+        if self._embedded.requires_grad:
+            self._embedded.backward(grad)
 
     def _specs(self, num_tokens: int) -> Iterator[StateSpec]:
         """What the state of each layer holds after this many tokens: both sides know it beforehand."""

@@ -14,7 +14,8 @@ import torch
 from ovq.hf.configuration_ovq import OVQConfig
 from ovq.hf.modeling_ovq import OVQForCausalLM
 from ovq.layers import Mixer
-from ovq.layers.memory import num_bytes, of_rows
+from ovq.layers.memory import num_bytes
+from ovq.ops.parts import of_rows
 from ovq.parallel.context import even_bounds
 from ovq.parallel.schedule import simulate, steps_of_rank
 from ovq.parallel.transfer import floating

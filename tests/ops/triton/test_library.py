@@ -1,9 +1,9 @@
-"""The operators of `torch.library`: what PyTorch asks of them, whole graphs, export."""
+"""Calls in graphs of `torch.compile`, export, and the precision of products."""
 
 import pytest
 import torch
 
-from ovq.ops import OVQState, backend_used, ovq_attention
+from ovq.ops import backend_used, ovq_attention
 from ovq.ops.call import RowBounds
 from tests.ops.common import inputs
 
@@ -13,28 +13,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::RuntimeWarning"
 )
 OPTIONS = {"num_slots": 4, "chunk_size": 4, "backend": "triton"}
-
-
-def empty_state():
-    state = OVQState.empty(batch_size=1, num_kv_heads=1, key_dim=4, value_dim=3, num_slots=4, chunk_size=4)
-    return [
-        getattr(state, name) for name in ("key_sum", "value_sum", "count", "pending_keys", "pending_values")
-    ]
-
-
-@pytest.mark.slow
-def test_operators_are_what_pytorch_expects():
-    from ovq.ops.backends.triton import decode, library
-
-    q, k, v = inputs(1, 5, 1, 1, 4, 3, dtype=torch.float32)
-    leaves = [x.clone().requires_grad_() for x in (q, k, v, torch.ones(1))]
-    for num_slots, merge in ((4, "existing"), (3, "nearest")):
-        options = (num_slots, 4, "plateau", merge, 0.5, True)
-        torch.library.opcheck(library.attention, (*leaves, torch.tensor([[0], [5]]), *options))
-    token = [x[:, :1] for x in (q, k, v)]
-    places = torch.zeros(0, dtype=torch.int32)
-    arguments = (*token, torch.ones(1), *empty_state(), places, 0, None, None, False)
-    torch.library.opcheck(decode.read_pending_and_slots, arguments)
 
 
 # How rows are given in a graph, `tests/ops/test_operator.py` tests with backends that take less time.
@@ -70,7 +48,7 @@ def test_a_compiled_call_is_one_whole_graph(rows):
 
 def test_nearest_items_are_found_by_float32_products(monkeypatch):
     """Whatever the process asks for elsewhere: by rougher products other items would be joined."""
-    from ovq.ops.backends.triton import library, merging
+    from ovq.ops.backends.triton import merging
 
     found, nearest_roots = [], merging.nearest_roots
 
@@ -80,12 +58,11 @@ def test_nearest_items_are_found_by_float32_products(monkeypatch):
 
     monkeypatch.setattr(merging, "nearest_roots", looked_at)
     q, k, v = inputs(1, 8, 1, 1, 4, 3, dtype=torch.float32)
-    options = (4, 4, "immediate", "nearest", 0.5, False)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
         with torch.autocast("cpu"):
-            library.attention(q, k, v, torch.ones(1), torch.tensor([[0], [8]]), *options)
+            ovq_attention(q, k, v, **OPTIONS, merge="nearest")
     finally:
         torch.set_float32_matmul_precision(before)
     assert found == [("highest", False)]

@@ -8,8 +8,8 @@ from torch import Tensor
 from ovq.hf import OVQConfig
 from ovq.layers import OVQAttention
 from ovq.layers.memory import StateSpec, num_bytes
-from ovq.layers.ovq import slot_spec
 from ovq.ops import OVQState
+from ovq.ops.parts import slot_spec
 from ovq_vllm.step import Group
 
 _SUMS = ("key_sum", "value_sum", "count", "weight")

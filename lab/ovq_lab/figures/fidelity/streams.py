@@ -166,12 +166,11 @@ def _word_embeddings(ids: list[int], num_words: int, head_dim: int, seed: int) -
     # Counts of the words that come after fill the left columns, those of words that come before the right
     # ones.
     both[1, follows.shape[1] :] += num_words
-    counts = torch.sparse_coo_tensor(
-        both, torch.ones(both.shape[1]), (num_words, 2 * num_words), check_invariants=True
-    ).coalesce()
-    logs = torch.sparse_coo_tensor(
-        counts.indices(), counts.values().log1p(), counts.shape, check_invariants=True
-    )
+    # Checked where it is said so for all: earlier versions of PyTorch warn of what follows from these.
+    with torch.sparse.check_sparse_tensor_invariants():
+        ones = torch.ones(both.shape[1])
+        counts = torch.sparse_coo_tensor(both, ones, (num_words, 2 * num_words)).coalesce()
+        logs = torch.sparse_coo_tensor(counts.indices(), counts.values().log1p(), counts.shape)
     # A randomised range finder with two power iterations: accurate to a few per cent, which is enough.
     sample = torch.sparse.mm(logs, torch.randn(2 * num_words, 2 * head_dim, generator=generator))
     for _ in range(2):

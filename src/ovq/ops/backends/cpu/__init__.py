@@ -10,81 +10,24 @@ from __future__ import annotations
 from torch import Tensor
 
 from ovq.ops.backends.chunks import Chunks
-from ovq.ops.backends.cpu.build import MissingKernelsWarning
-from ovq.ops.backends.cpu.convolution import CompiledConvolution, convolution_step
+
+# Kernels are compared with the structures of all of these when they are loaded (`mirrors.py`).
+from ovq.ops.backends.cpu import convolution, layer, memory, tokens, weights, window  # noqa: F401
 from ovq.ops.backends.cpu.decode import PreparedStep
 from ovq.ops.backends.cpu.kernels import (
     DTYPES,
     CompiledAttention,
     cpu_kernels,
     is_available,
+    is_memory,
     learn,
 )
-from ovq.ops.backends.cpu.layer import (
-    HeadsLayer,
-    HeadsStep,
-    LayerStep,
-    LayerWeights,
-    TokenMemory,
-    layer_to_run,
-    memory_of_slots,
-    memory_of_window,
-    run_layers,
-)
-from ovq.ops.backends.cpu.linear import (
-    FEW_TOKENS,
-    FasterLinear,
-    few_products,
-    has_faster_products,
-    linear_in_graph,
-    product,
-)
-from ovq.ops.backends.cpu.memory import HeadGroup, advance_memory
-from ovq.ops.backends.cpu.tokens import CompiledHeads, CompiledRMSNorm, CompiledSwiGLU, applied, can_run
-from ovq.ops.backends.cpu.weights import Matrix, matrix_product, packed
-from ovq.ops.backends.cpu.window import CompiledWindow
 from ovq.ops.call import Call
 from ovq.ops.known import Known
 from ovq.ops.options import Options
 from ovq.ops.state import OVQState, advanced
 
-__all__ = [
-    "FEW_TOKENS",
-    "KNOWN",
-    "LEARNS",
-    "CompiledConvolution",
-    "CompiledHeads",
-    "CompiledRMSNorm",
-    "CompiledSwiGLU",
-    "CompiledWindow",
-    "FasterLinear",
-    "HeadGroup",
-    "HeadsLayer",
-    "HeadsStep",
-    "LayerStep",
-    "LayerWeights",
-    "Matrix",
-    "MissingKernelsWarning",
-    "TokenMemory",
-    "advance_memory",
-    "applied",
-    "can_run",
-    "convolution_step",
-    "cpu_kernels",
-    "few_products",
-    "has_faster_products",
-    "layer_to_run",
-    "learn",
-    "linear_in_graph",
-    "matrix_product",
-    "memory_of_slots",
-    "memory_of_window",
-    "missing",
-    "packed",
-    "product",
-    "run",
-    "run_layers",
-]
+__all__ = ["KNOWN", "LEARNS", "learn", "missing", "run"]
 
 # `naive` and `torch` run the ablations.
 KNOWN = Known(
@@ -101,6 +44,8 @@ def missing(q: Tensor, v: Tensor, options: Options) -> str | None:
     """What the kernels lack to run a call that they know: tensors on a CPU, a compiler; None if nothing."""
     if q.device.type != "cpu":
         return f"expected tensors on a CPU, found them on {q.device}"
+    if not (is_memory(q) and is_memory(v)):
+        return f"expected plain tensors, found {type(q).__name__} and {type(v).__name__}"
     return None if is_available() else f"expected compiled kernels, found none: {cpu_kernels()}"
 
 

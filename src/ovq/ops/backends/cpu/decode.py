@@ -97,7 +97,7 @@ class PreparedStep:
         if not self.continues(state, options):
             return False
         for x, shape in zip((q, k, v), self.shapes, strict=True):
-            if not isinstance(x, Tensor) or x.shape != shape or x.dtype != self.dtype or not x.is_cpu:
+            if type(x) is not Tensor or x.shape != shape or x.dtype != self.dtype or not x.is_cpu:
                 return False
         return self._fits_weights(token_weights)
 

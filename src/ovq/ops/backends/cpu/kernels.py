@@ -54,6 +54,11 @@ def is_available() -> bool:
     return True
 
 
+def is_memory(x: Tensor) -> bool:
+    """Whether a tensor is numbers in memory, and no class of its own around some, or around none."""
+    return type(x) is Tensor or type(x) is torch.nn.Parameter
+
+
 class CompiledAttention(torch.autograd.Function):
     """`ChunkAttention` run by the kernels; arguments, results and the rewinding backward are the same.
 

@@ -14,14 +14,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ovq.ops.backends.cpu import build
-from ovq.ops.backends.cpu.kernels import is_available
+from ovq.ops.backends.cpu.kernels import is_available, is_memory
 from ovq.ops.backends.cpu.mirrors import mirror_of
 
 
 def can_run(*tensors: Tensor) -> bool:
     """Whether the kernels can run: float32 tensors on a CPU, compiled kernels, and no tracing."""
     for x in tensors:
-        if x.dtype != torch.float32 or not x.is_cpu:
+        if x.dtype != torch.float32 or not x.is_cpu or not is_memory(x):
             return False
     return not torch.compiler.is_compiling() and is_available()
 

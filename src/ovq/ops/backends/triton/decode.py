@@ -155,7 +155,6 @@ def decode_step(call: Call) -> tuple[Tensor, OVQState]:
         return o, merged_state(after, complete, options, merge) if complete else after
 
 
-@torch.library.custom_op("ovq::decode", mutates_args=("pending_keys", "pending_values", "pending_weights"))
 def read_pending_and_slots(
     q: Tensor,
     k: Tensor,
@@ -168,8 +167,6 @@ def read_pending_and_slots(
     pending_values: Tensor,
     places: Tensor,
     pending: int,
-    # No defaults: torch before 2.13 looks for what an op changes among its arguments, but leaves out those
-    # that are as the defaults say.
     token_weights: Tensor | None,
     pending_weights: Tensor | None,
     weighs_chunk: bool,
@@ -218,11 +215,6 @@ def read_pending_and_slots(
         BK=common.padded(dim), BV=common.padded(value_dim), **common.FUSED,
     )  # fmt: skip
     return o
-
-
-@read_pending_and_slots.register_fake
-def _(q, k, v, *_):
-    return q.new_empty(q.shape[0], 1, q.shape[2], v.shape[3])
 
 
 def _cuda_stream(device: torch.device) -> int:

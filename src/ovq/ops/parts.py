@@ -1,0 +1,86 @@
+"""Which tensors a state consists of, with shapes and dtypes: for all that makes, checks, or sends one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ovq.ops.sums import state_dtype
+
+#: Names of the tensors of a state, each with its shape and its dtype.
+StateSpec = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+def slot_spec(
+    num_slots: int,
+    *,
+    num_kv_heads: int,
+    head_dim: int,
+    chunk_size: int,
+    dtype: torch.dtype,
+    value_dim: int | None = None,
+    has_weights: bool = False,
+    forgets: bool = False,
+) -> StateSpec:
+    """The tensors of an `OVQState` of one row with `num_slots` slots per head.
+
+    Args:
+        num_slots: M.
+        num_kv_heads: Hkv.
+        head_dim: K.
+        chunk_size: C.
+        dtype: of the inputs.
+        value_dim: V; None: as K.
+        has_weights: whether tokens have weights.
+        forgets: whether what was read earlier fades; tokens then have weights, too.
+
+    Example:
+        >>> slot_spec(5, num_kv_heads=2, head_dim=8, chunk_size=4, dtype=torch.bfloat16)["key_sum"]
+        ((2, 5, 8), torch.float32)
+    """
+    wide, value_dim = state_dtype(dtype), head_dim if value_dim is None else value_dim
+    slots, tokens = (num_kv_heads, num_slots), (num_kv_heads, chunk_size)
+    spec: StateSpec = {
+        "key_sum": ((*slots, head_dim), wide),
+        "value_sum": ((*slots, value_dim), wide),
+        "count": (slots, torch.int64),
+        "pending_keys": ((*tokens, head_dim), dtype),
+        "pending_values": ((*tokens, value_dim), dtype),
+        "num_seen": ((), torch.int64),
+    }
+    if has_weights or forgets:
+        spec |= {"weight": (slots, wide), "pending_weights": (tokens, wide)}
+    if forgets:
+        spec["pending_forget"] = ((num_kv_heads,), torch.float64)
+    return spec
+
+
+def of_rows(spec: StateSpec, num_rows: int) -> StateSpec:
+    """The specification of `num_rows` rows, from that of one row; rows are the first dimension.
+
+    Example:
+        >>> of_rows({"count": ((3,), torch.int64)}, 2)
+        {'count': ((2, 3), torch.int64)}
+    """
+    return {name: ((num_rows, *shape), dtype) for name, (shape, dtype) in spec.items()}
+
+
+def check_tensors(where: str, tensors: Mapping[str, Tensor], spec: StateSpec) -> None:
+    """Raise ValueError, naming `where`, unless tensors match the specification and are finite.
+
+    Example:
+        >>> check_tensors("file", {"count": torch.ones(2)}, {"count": ((3,), torch.int64)})
+        Traceback (most recent call last):
+        ValueError: file: expected count of shape [3] in torch.int64, found [2] in torch.float32
+    """
+    for name, (shape, dtype) in spec.items():
+        tensor = tensors[name]
+        if tensor.shape != shape or tensor.dtype != dtype:
+            raise ValueError(
+                f"{where}: expected {name} of shape {list(shape)} in {dtype}, "
+                f"found {list(tensor.shape)} in {tensor.dtype}"
+            )
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{where}: expected finite values in {name}, found NaN or Inf")
