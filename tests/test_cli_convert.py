@@ -104,6 +104,11 @@ def test_a_probe_shares_out_the_rows(capsys, reading, tmp_path):
     assert "--probe: expected none with --no-probe" in fail(
         capsys, *probing(reading, "--out", out, "--no-probe")
     )
+    command = ["convert", "--model", reading / "llama", "--out", out, "--no-probe"]
+    assert "--save-preset: expected none with --no-probe" in fail(capsys, *command, "--save-preset", out)
+    assert "--rows: expected at least 36, for sinks and the smallest window, found 35" in fail(
+        capsys, *command, "--rows", 35
+    )
     run(capsys, *probing(reading, "--out", out))
     config = load(out).memory_config
     assert 20 < config.rows_per_head <= 26
@@ -123,8 +128,9 @@ def test_what_a_probe_has_found_serves_others_as_a_preset(capsys, reading, tmp_p
     mine = load_preset(tmp_path / "mine")
     monkeypatch.setattr("ovq.convert.presets.preset.packaged_presets", lambda: (mine,))
     monkeypatch.setattr("ovq.cli.convert._probed", lambda *_, **__: pytest.fail("probed"))
-    run(capsys, *command, "--out", tmp_path / "auto", "--rows", 25)
+    run(capsys, *command, "--out", tmp_path / "auto", "--rows", 25, "--save-preset", tmp_path / "again")
     assert load(tmp_path / "auto").memory_config == found
+    assert load_preset(tmp_path / "again").config == mine.config
     for others in (["--rows", 40], ["--chunk-size", 4], ["--merge", "existing"], ["--preset", "none"]):
         with pytest.raises(pytest.fail.Exception, match="probed"):
             main(list(map(str, [*command, "--out", tmp_path / "new", *others])))

@@ -234,9 +234,12 @@ def test_attention_of_another_kind_is_found_by_comparing(monkeypatch):
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(attention, "forward", twice)
+    # As `AutoModelForCausalLM` loads the folder of a converted model.
+    model.config.ovq_memory = {"of": "before"}
     with pytest.raises(ValueError, match="same logits before and after"):
         attach(model, **MEMORY)
     assert model.config._attn_implementation == "sdpa"
+    assert model.config.ovq_memory == {"of": "before"}
     assert not hasattr(model, "make_cache")
 
 
@@ -274,6 +277,14 @@ def test_what_a_memory_cannot_do_is_refused():
 def test_sizes_are_checked(memory, message):
     with pytest.raises(ValueError, match=message):
         converted(**memory)
+
+
+def test_the_smallest_window_keeps_one_token():
+    model, ids = converted(num_slots=8, window=1, num_sinks=0, chunk_size=1), tokens(1, 20)
+    found, expected = model(ids).logits, original()(ids).logits
+    # Slots of a token each are exact too.
+    torch.testing.assert_close(found[:, :9], expected[:, :9])
+    assert (found[:, 12:] - expected[:, 12:]).abs().max() > 1e-3
 
 
 def saved_whole(model):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import JetMoeConfig, JetMoeForCausalLM
 
-from ovq.convert import attach
+from ovq.convert import MemoryCache, MemoryConfig, attach
 from ovq.convert.cache import MemoryLayer
 from ovq.hf.cache import CACHE_KEY
 from tests.convert.common import MEMORY, SIZES, original, tokens
@@ -49,6 +49,30 @@ def test_a_cache_of_other_rows_or_another_model_is_refused(mode, sizes, rows, me
         read(other, rows, cache)
     after = {name: x for layer in cache.layers for name, x in layer.tensors().items()}
     assert all(torch.equal(after[name], x) for name, x in before.items())
+
+
+@pytest.mark.parametrize("weight_dtype", [None, "int8"])
+@pytest.mark.parametrize("sizes", [{"num_key_value_heads": 1}, {"num_key_value_heads": 4}], ids=str)
+@torch.no_grad()
+def test_an_empty_cache_of_another_model_is_refused(sizes, weight_dtype):
+    model = attach(original(), **UNIFORM, weight_dtype=weight_dtype)
+    with pytest.raises(ValueError, match=r"expected a cache of this model .* \[2, 2\] key/value heads"):
+        read(model, 1, model_of(**sizes).make_cache())
+
+
+@pytest.mark.parametrize("weight_dtype", [None, "int8"])
+@pytest.mark.parametrize("name", ["slot_temperature", "slot_bias"])
+@torch.no_grad()
+def test_a_cache_of_a_model_with_fewer_query_heads_is_refused(name, weight_dtype):
+    sizes = {"num_layers": 2, "num_kv_heads": 2, "num_slots": 8, "window": 16, "chunk_size": 8}
+    config = MemoryConfig.uniform(**sizes, **{name: [[1.0] * 2] * 2})
+    model = attach(original(), **UNIFORM, weight_dtype=weight_dtype)
+    with pytest.raises(
+        ValueError, match=f"{name}: expected 4 numbers per layer, one per query head, found 2"
+    ):
+        read(model, 1, MemoryCache(config))
+    with pytest.raises(ValueError, match=f"{name}: expected 4 numbers"):
+        attach(original(), config=config, weight_dtype=weight_dtype)
 
 
 def test_fewer_rows_than_a_cache_has_are_refused():

@@ -42,7 +42,22 @@ def test_folders_without_a_memory_are_refused(tmp_path):
     with pytest.raises(ValueError, match="expected a converted model, found no ovq_memory"):
         load(tmp_path)
     fields = json.loads((tmp_path / "config.json").read_text())
-    for memory in (3, {"num_slots": [[1]]}, {"num_slots": 1, "window": 2}, {"window": [[8]], "slots": [[8]]}):
+    sizes = {"num_slots": [[8, 8]] * 2, "window": [[8, 8]] * 2, "chunk_size": 8}
+    damaged = [
+        {"slot_bias": [[0.0]] * 2},
+        {"slot_bias": [["a"] * 4] * 2},
+        {"slot_temperature": [[1.0] * 3] * 2},
+        {"slot_temperature": [[1.0] * 4]},
+        {"slot_temperature": [[]] * 2},
+        {"rotary_frequencies": "abc", "trained_length": 64},
+        {"rotary_frequencies": [float("nan")], "trained_length": 64},
+        {"rotary_frequencies": [1.0] * 5, "trained_length": 64},
+        {"num_slots": [[], []], "window": [[], []]},
+    ]
+    for memory in (
+        *(3, {"num_slots": [[1]]}, {"num_slots": 1, "window": 2}, {"window": [[8]], "slots": [[8]]}),
+        *(sizes | fields for fields in damaged),
+    ):
         (tmp_path / "config.json").write_text(json.dumps(fields | {"ovq_memory": memory}))
         with pytest.raises(ValueError, match="expected"):
             load(tmp_path)

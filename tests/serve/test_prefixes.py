@@ -1,5 +1,6 @@
 """What is known is not read again, and answers are what they are when everything is."""
 
+import dataclasses
 import functools
 import random
 
@@ -199,6 +200,30 @@ def test_states_that_go_on_from_a_context_go_with_it():
     assert len(scheduler.prefixes) == 2
     scheduler.forget(context_of("ovq"))
     assert len(scheduler.prefixes) == 1
+
+
+def test_what_is_read_after_a_deleted_context_is_not_kept():
+    scheduler, context = Scheduler(ServedModel(MODELS["ovq"]), Limits()), context_of("ovq")
+    _, log = asked(scheduler, TEXT[:60], 30, context=context)
+    scheduler.step()
+    assert len(scheduler.prefixes) == 1
+    scheduler.forget(context)
+    # Beside an answer that is being written, a prompt that was sent before.
+    asked(scheduler, TEXT[:60], context=context)
+    run(scheduler)
+    assert len(log.tokens()) == 30
+    assert len(scheduler.prefixes) == 0
+
+
+def test_settings_of_a_converted_model_are_written_out_once(monkeypatch):
+    model, written = MODELS["converted"], []
+    served, config = ServedModel(model), model.memory_config
+    monkeypatch.setattr(type(model), "memory_fields", lambda self: written.append(1) or {"n": len(written)})
+    before = served.settings
+    assert served.settings == before
+    assert len(written) == 1
+    monkeypatch.setattr(model, "memory_config", dataclasses.replace(config, value_weight=2.0))
+    assert served.settings != before
 
 
 def test_without_room_everything_is_read():

@@ -306,6 +306,16 @@ def test_fields_that_change_nothing_are_taken(ids):
     assert answer_tokens(answer) == [greedy(ids.service.served.model, PROMPTS[1], 2)]
 
 
+def test_null_stands_for_the_default(ids):
+    names = ("temperature", "top_p", "n", "max_tokens", "stream", "stop", "logprobs", "top_k", "ignore_eos")
+    body = {"model": "ids", "prompt": PROMPTS[1], "seed": 3}
+    plain, nulls = (
+        httpx.post(f"{ids.url}/v1/completions", json=body | fields) for fields in ({}, dict.fromkeys(names))
+    )
+    assert nulls.status_code == 200, nulls.text
+    assert nulls.json()["choices"] == plain.json()["choices"]
+
+
 @pytest.mark.parametrize("is_stream", [True, False])
 def test_clients_that_are_killed_leave_nothing(ids, is_stream):
     """Eight of them, some answered already and some waiting for their turn."""

@@ -120,7 +120,11 @@ def convert(
     """
     if dtype not in DTYPES:
         raise ValueError(f"--dtype: expected {', '.join(DTYPES[:-1])} or {DTYPES[-1]}, found {dtype!r}")
-    for flag, is_given in (("--probe", probe is not None), ("--preset", preset not in ("auto", "none"))):
+    for flag, is_given in (
+        ("--probe", probe is not None),
+        ("--preset", preset not in ("auto", "none")),
+        ("--save-preset", save_preset is not None),
+    ):
         if no_probe and is_given:
             raise ValueError(f"{flag}: expected none with --no-probe, found one")
     texts = {Path(name).name: read_text(name, flag="--probe") for name in (probe or "").split(",") if name}
@@ -129,7 +133,12 @@ def convert(
     if rows is not None:
         # What a window and slots have where all heads are alike; a probe shares out their sum.
         window = max(1, min(window, rows // 3) // chunk_size) * chunk_size
-        num_slots = max(0, rows - num_sinks - window)
+        num_slots = rows - num_sinks - window
+        if num_slots < 0:
+            least = num_sinks + window
+            raise ValueError(
+                f"--rows: expected at least {least}, for sinks and the smallest window, found {rows}"
+            )
     wanted = num_sinks + num_slots + window
 
     from ovq.convert import MemoryConfig, attach
@@ -147,7 +156,7 @@ def convert(
     if no_probe:
         say(f"warning: {_WITHOUT}")
     # A window alone has nothing to share out.
-    elif num_slots or probe is not None or preset not in ("auto", "none"):
+    elif num_slots or preset not in ("auto", "none") or (probe, save_preset) != (None, None):
         taken = _preset(preset, original, wanted, settings, say) if probe is None else None
         if taken is not None:
             say(f"Preset {taken.name}: {taken.rows} rows per head, as a probe of that model shared them out")
@@ -156,9 +165,9 @@ def convert(
             given = {"rows": wanted, "num_tokens": probe_tokens, "needle_weight": needle_weight}
             taken = _probed(original, tokenizer, model, texts, **given, has_fit=fit_bias, settings=settings)
             how = f"shared out by a probe of {', '.join(x['text'] for x in taken.measured['probe'])}"
-            if save_preset is not None:
-                _save_preset(taken, save_preset)
-                say(f"Saved what the probe has found in {save_preset} (--preset {save_preset})")
+        if save_preset is not None:
+            _save_preset(taken, save_preset)
+            say(f"Saved what the probe has found in {save_preset} (--preset {save_preset})")
     if tokenizer is None:
         say(f"{model} has no tokenizer: the converted model reads token ids")
     config = None if taken is None else taken.config

@@ -193,7 +193,7 @@ def attach(
         config = dataclasses.replace(config, state_dtype=state_dtype)
     config = with_reach(config, model)
     before = _logits(model)
-    implementation = model.config._attn_implementation
+    implementation, earlier = model.config._attn_implementation, getattr(model.config, CONFIG_KEY, None)
     own_class: Any = type(model)
     model.set_attn_implementation(IMPLEMENTATION)
     _set_memory(model, config)
@@ -205,7 +205,10 @@ def attach(
         hook.remove()
         model.__class__ = own_class
         model.set_attn_implementation(implementation)
-        delattr(model.config, CONFIG_KEY)
+        if earlier is None:
+            delattr(model.config, CONFIG_KEY)
+        else:
+            setattr(model.config, CONFIG_KEY, earlier)
         raise
     return set_weight_dtype(model, weight_dtype)
 
@@ -378,9 +381,7 @@ def _difference(found: Tensor, before: Tensor) -> float:
 
 def _check_equal(model: Any, before: Tensor) -> None:
     """Raise ValueError unless the model computes what it did, as long as nothing has been merged."""
-    num_kept = min(
-        model.memory_config.num_sinks + min(map(min, model.memory_config.window)) - 1, _CHECK_TOKENS
-    )
+    num_kept = min(model.memory_config.num_sinks + min(map(min, model.memory_config.window)), _CHECK_TOKENS)
     name = type(model).__name__
     tolerance = _TOLERANCE.get(before.dtype, _TOLERANCE_OF_NARROW) * max(1.0, _size(before))
     cache = model.make_cache()

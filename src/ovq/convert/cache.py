@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ovq.convert.compiled import advance_compiled, is_compiled
 from ovq.convert.config import Budget, LayerConfig, MemoryConfig
+from ovq.convert.fits import check_fits
 from ovq.convert.memory import HeadMemory
 from ovq.convert.reading import Observer
 from ovq.convert.recorded import Recorded, drop_, put_back_
@@ -46,19 +47,14 @@ class HeadMemories(Memory):
         made = []
         for budget in self.config.budgets:
             own_k, own_v = (x[:, : len(budget.heads)] for x in (k, v))
-            made.append(HeadMemory(budget, own_k, own_v, self._use(budget, own_k, own_v)))
+            made.append(HeadMemory(budget, own_k, own_v, self._use(budget)))
             made[-1].observer = None if self.observer is None else self.observer(budget)
         return made
 
-    def _use(self, budget: Budget, k: Tensor, v: Tensor) -> Tensor | None:
+    def _use(self, budget: Budget) -> Tensor | None:
         if (numbers := self.config.token_use) is None:
             return None
-        found = [numbers[head] for head in budget.heads]
-        if {*map(len, found)} != {expected := k.shape[3] + v.shape[3] + 1}:
-            raise ValueError(
-                f"token_use: expected {expected} numbers per head, found {sorted({*map(len, found)})}"
-            )
-        return torch.tensor(found, dtype=torch.float32, device=k.device)
+        return torch.tensor([numbers[head] for head in budget.heads], dtype=torch.float32)
 
     def tensors(self, state: list[HeadMemory]) -> dict[str, Tensor]:
         """See `Memory.tensors`."""
@@ -82,8 +78,7 @@ class HeadMemories(Memory):
         for i, budget in enumerate(self.config.budgets):
             prefix = f"{i}."
             own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-            k, v = (own[name].to(device) for name in ("recent_keys", "recent_values"))
-            found.append(HeadMemory.restored(budget, own, device, self._use(budget, k, v)))
+            found.append(HeadMemory.restored(budget, own, device, self._use(budget)))
         return found
 
     def select(self, state: list[HeadMemory], rows: Tensor) -> list[HeadMemory]:
@@ -270,7 +265,7 @@ class MemoryLayer(OVQCacheLayer):
         Raises:
             ValueError: as `attend`.
         """
-        self._check_fits(k, v)
+        check_fits(self.config, self.memories, k, v)
         memories = self.begin(k, v)
         self.num_columns += k.shape[2]
         if self.config.key_exponents is not None:
@@ -302,7 +297,7 @@ class MemoryLayer(OVQCacheLayer):
             self.activate_past_recording()
             last = self.attend(q[:, :, cut:], k[:, :, cut:], v[:, :, cut:], masks[1])
             return torch.cat([first, last], 2)
-        self._check_fits(k, v, q)
+        check_fits(self.config, self.memories, k, v, q)
         self.begin(k, v)
         self.num_columns += k.shape[2]
         lengths = [q.shape[2]] * len(q) if mask is None else mask.sum(-1).tolist()
@@ -348,32 +343,6 @@ class MemoryLayer(OVQCacheLayer):
         if self.state is None:
             self.set_state(self.memory.empty(k, v), 0)
         return self.own_()
-
-    def _check_fits(self, k: Tensor, v: Tensor, q: Tensor | None = None) -> None:
-        """Raise ValueError unless these tokens are of the model and of the rows whose memory this is.
-
-        Compiled kernels would read and write beyond the tensors.
-        """
-        num_heads = self.config.num_kv_heads
-        if k.shape[1] != num_heads or v.shape[:3] != k.shape[:3]:
-            raise ValueError(
-                f"expected keys and values of {num_heads} heads, as the config of the memory has, found "
-                f"{tuple(k.shape)} and {tuple(v.shape)} (rows, heads, tokens, components)"
-            )
-        if q is not None and (q.shape[0] != k.shape[0] or q.shape[1] % num_heads or q.shape[3] != k.shape[3]):
-            raise ValueError(
-                f"expected queries like the keys {tuple(k.shape)}, of a multiple of {num_heads} heads, found "
-                f"{tuple(q.shape)} (rows, heads, tokens, components)"
-            )
-        if self.memories is None:
-            return
-        kept = self.memories[0]
-        expected = len(kept.filled), kept.recent_keys.shape[3], kept.recent_values.shape[3]
-        if (found := (k.shape[0], k.shape[3], v.shape[3])) != expected:
-            raise ValueError(
-                f"expected keys and values of as many rows and components as the cache has, {expected}, "
-                f"found {found}: the cache is of another model or another batch"
-            )
 
     def until_turn(self) -> float:
         """The fewest tokens until something is brought nearer in a row."""
@@ -485,13 +454,7 @@ def layer_of(keys: Tensor) -> MemoryLayer | None:
 
 
 def key_factors(exponents: Sequence[Sequence[int]], k: Tensor) -> Tensor:
-    """Factors `[Hkv, 1, K]` of keys like `k`, before distances between them are compared.
-
-    Raises:
-        ValueError: not as many numbers as keys have.
-    """
-    if (found := {*map(len, exponents)}) != {k.shape[3]}:
-        raise ValueError(f"key_exponents: expected {k.shape[3]} numbers per head, found {sorted(found)}")
+    """Factors `[Hkv, 1, K]` of keys like `k`, before distances between them are compared."""
     return torch.exp2(torch.tensor(exponents, dtype=torch.float32, device=k.device))[:, None].to(k.dtype)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ovq.convert.cache import MemoryCache, MemoryLayer, key_factors
-from ovq.convert.compiled import count_tokens, schedule_of, tensors_of
+from ovq.convert.compiled import count_tokens, schedule_of
 from ovq.convert.config import LayerConfig
 from ovq.convert.memory import HeadMemory
 from ovq.ops.backends.cpu.layer import HeadsLayer, HeadsStep
@@ -33,7 +33,7 @@ class CacheStep:
         self._memories = [memory for layer in cache.layers for memory in layer.own_()]
         self._layers = cache.layers
         self._configs = [layer.config for layer in cache.layers]
-        self._tensors = [tensors_of(memory) for memory in self._memories]
+        self._tensors = [memory.kernel_tensors() for memory in self._memories]
         groups = [_groups(layer, of, 1) for layer, of in zip(cache.layers, layers, strict=True)]
         self._groups = [group for own in groups for group in own]
         self._merged: list[list[int]] = [[] for _ in self._groups]
@@ -158,7 +158,7 @@ def _groups(layer: MemoryLayer, of: HeadsLayer, num: int) -> list[HeadGroup]:
         k = torch.empty(num_rows, config.num_kv_heads, 1, dim, dtype=memory.recent_keys.dtype)
         groups.append(
             HeadGroup.of(
-                tensors_of(memory),
+                memory.kernel_tensors(),
                 heads=budget.heads,
                 num_sinks=budget.num_sinks,
                 chunk_size=budget.chunk_size,

@@ -13,9 +13,6 @@ from ovq.ops.backends.cpu import KNOWN
 from ovq.ops.backends.cpu.kernels import DTYPES, is_available
 from ovq.ops.backends.cpu.memory import HeadGroup, advance_memory
 
-# What kernels read and write of a memory.
-_TENSORS = ("recent_keys", "recent_values", "key_sum", "value_sum", "count", "position_sum", "key_unit")
-
 
 class Memory(Protocol):
     """What kernels need of a `HeadMemory`, beside the tensors of its slots."""
@@ -23,7 +20,6 @@ class Memory(Protocol):
     budget: Budget
     recent_keys: Tensor
     recent_values: Tensor
-    use: Tensor | None
     filled: list[int]
     num_merged: list[int]
 
@@ -34,12 +30,8 @@ class Memory(Protocol):
     def own_(self) -> None:
         """Copy what autograd has saved, so that tensors can be written into."""
 
-
-def tensors_of(memory: Memory) -> dict[str, Tensor]:
-    """The tensors that kernels read and write of a memory."""
-    names = _TENSORS if memory.use is None else (*_TENSORS, "weight", "use")
-    names = names if memory.budget.state_dtype != "int8" else (*names, "key_step", "value_step")
-    return {name: getattr(memory, name) for name in names}
+    def kernel_tensors(self) -> dict[str, Tensor]:
+        """The tensors that kernels read and write."""
 
 
 def is_compiled(memories: Sequence[Memory], k: Tensor, v: Tensor, *tensors: Tensor | None) -> bool:
@@ -116,7 +108,7 @@ def advance_compiled(
         budget = memory.budget
         groups.append(
             HeadGroup.of(
-                tensors_of(memory),
+                memory.kernel_tensors(),
                 heads=heads,
                 num_sinks=budget.num_sinks,
                 chunk_size=budget.chunk_size,

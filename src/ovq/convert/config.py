@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ovq.convert.narrow import STATE_DTYPES
@@ -94,12 +94,12 @@ class MemoryConfig:
             raise ValueError(f"merge: expected one of {CURRENT_MERGES}, found {self.merge!r}")
         if self.state_dtype not in STATE_DTYPES:
             raise ValueError(f"state_dtype: expected one of {list(STATE_DTYPES)}, found {self.state_dtype!r}")
-        if not self.num_slots or list(map(len, self.num_slots)) != list(map(len, self.window)):
+        heads = list(map(len, self.num_slots))
+        if not heads or 0 in heads or heads != list(map(len, self.window)):
             raise ValueError(
                 "expected num_slots and window for the same layers and heads, found "
-                f"{list(map(len, self.num_slots))} and {list(map(len, self.window))} heads per layer"
+                f"{heads} and {list(map(len, self.window))} heads per layer"
             )
-        heads = list(map(len, self.num_slots))
         if isinstance(self.value_weight, list):
             _check_heads("value_weight", self.value_weight, heads)
         for weight in itertools.chain(*given) if isinstance(given := self.value_weight, list) else [given]:
@@ -114,9 +114,7 @@ class MemoryConfig:
                     )
         if self.token_use is not None:
             _check_heads("token_use", self.token_use, heads)
-            for number in itertools.chain(*itertools.chain(*self.token_use)):
-                if not isinstance(number, (int, float)) or not math.isfinite(number):
-                    raise ValueError(f"token_use: expected finite numbers, found {number!r}")
+            _check_finite("token_use", itertools.chain(*itertools.chain(*self.token_use)))
         for name, least in (("trained_length", LEAST_LENGTH), ("max_distance", LEAST_LENGTH // 4)):
             if (number := getattr(self, name)) is not None:
                 _check_int(name, number, at_least=least)
@@ -131,11 +129,17 @@ class MemoryConfig:
                         f"window: expected a multiple of chunk_size ({self.chunk_size}), found {number}"
                     )
         for name in ("slot_temperature", "slot_bias"):
-            lists = getattr(self, name)
-            if lists is not None and len(lists) != len(self.num_slots):
-                raise ValueError(
-                    f"{name}: expected numbers for {len(self.num_slots)} layers, found {len(lists)}"
-                )
+            if (lists := getattr(self, name)) is not None:
+                found = list(map(len, lists))
+                if len(found) != len(heads) or any(
+                    n == 0 or n % h for n, h in zip(found, heads, strict=True)
+                ):
+                    raise ValueError(
+                        f"{name}: expected numbers for the query heads of layers with {heads} key/value "
+                        f"heads, found {found}"
+                    )
+                _check_finite(name, itertools.chain(*lists))
+        _check_finite("rotary_frequencies", self.rotary_frequencies or [])
 
     @classmethod
     def uniform(
@@ -301,6 +305,12 @@ class LayerConfig:
 def _check_heads(name: str, table: Sequence[Sequence[Any]], heads: list[int]) -> None:
     if (found := list(map(len, table))) != heads:
         raise ValueError(f"{name}: expected numbers for {heads} key/value heads per layer, found {found}")
+
+
+def _check_finite(name: str, numbers: Iterable[Any]) -> None:
+    for number in numbers:
+        if not isinstance(number, (int, float)) or not math.isfinite(number):
+            raise ValueError(f"{name}: expected finite numbers, found {number!r}")
 
 
 def _check_int(name: str, value: Any, *, at_least: int) -> None:

@@ -73,7 +73,7 @@ class HeadMemory:
     def __init__(self, budget: Budget, k: Tensor, v: Tensor, use: Tensor | None = None) -> None:
         self.budget = budget
         # Without slots nothing is merged.
-        self._given_use = use if budget.num_slots else None
+        self._given_use = use.to(k.device) if use is not None and budget.num_slots else None
         self._names = _TENSORS if self._given_use is None else (*_TENSORS, "weight", "use")
         if budget.state_dtype == "int8":
             self._names = (*self._names, "key_step", "value_step")
@@ -136,6 +136,10 @@ class HeadMemory:
         """The tensors by name, and the numbers of tokens `[B]` as tensors."""
         numbers = {name: torch.tensor(getattr(self, name)) for name in ("filled", "num_merged")}
         return {name: getattr(self, name) for name in self._names} | numbers
+
+    def kernel_tensors(self) -> dict[str, Tensor]:
+        """The tensors that kernels read and write, by name."""
+        return {name: getattr(self, name) for name in self._names if name != "sink_keys"}
 
     @staticmethod
     def restored(

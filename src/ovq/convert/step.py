@@ -23,7 +23,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ovq.convert.attention import IMPLEMENTATION
 from ovq.convert.cache import MemoryCache, MemoryLayer
 from ovq.convert.cache_step import MOST_ROWS, CacheStep, read_pieces
-from ovq.convert.compiled import is_compiled, tensors_of
+from ovq.convert.compiled import is_compiled
+from ovq.convert.fits import misfits
 from ovq.convert.packed import PACKED, PackedLinear
 from ovq.convert.unchanged import Part, Unchanged
 from ovq.hf.cache import CACHE_KEY
@@ -330,7 +331,7 @@ class _Step:
         """Whether kernels can read the tokens into a cache, however many they are."""
         layers = call.cache.layers
         return not any(layer.record_past or layer.has_staged for layer in layers) and all(
-            layer.state is None or self._can_read(layer, len(call.tokens)) for layer in layers
+            self._can_read(layer, len(call.tokens)) for layer in layers
         )
 
     def _fits_tokens(self, call: _Call) -> bool:
@@ -355,12 +356,15 @@ class _Step:
         """Whether a layer's memory is one of this model, and kernels can change it."""
         first, dim = self._layers[0], self._layers[0].head_dim
         num_heads = layer.config.num_kv_heads
+        wrong = misfits(layer.config, first.q.shape[0] // dim, dim, dim)
+        if num_heads * dim != first.k.shape[0] or any(wrong):
+            return False
         like = torch.empty(num_rows, num_heads, 1, dim, dtype=self._dtype)
-        return num_heads * dim == first.k.shape[0] and all(
+        return layer.state is None or all(
             memory.recent_keys.shape == (num_rows, len(memory.budget.heads), memory.budget.num_exact, dim)
             and memory.recent_values.shape == memory.recent_keys.shape
             and is_compiled([memory], like, like)
-            and all(x.is_cpu for x in tensors_of(memory).values())
+            and all(x.is_cpu for x in memory.kernel_tensors().values())
             for memory in layer.state
         )
 

@@ -54,6 +54,11 @@ class Piece:
     finish_reason: str | None = None
     calls: Sequence[ToolCall] = ()
 
+    @property
+    def events(self) -> list[TokenEvent]:
+        """The token, or none."""
+        return [] if self.event is None else [self.event]
+
 
 @dataclasses.dataclass
 class Usage:

@@ -180,9 +180,8 @@ class _Routes:
             ]
 
         ids = await asyncio.to_thread(encode)
-        max_tokens = 16 if asked.max_tokens is None else asked.max_tokens
         form = CompletionForm(self._service.texts)
-        return await self._generate(request, asked, ids, max_tokens, form, param="prompt")
+        return await self._generate(request, asked, ids, asked.max_tokens, form, param="prompt")
 
     async def chat(self, request: HTTPRequest) -> Response:
         asked = parsed(ChatRequest, await request.body())
@@ -216,9 +215,7 @@ class _Routes:
         return JSONResponse(self._service.contexts.about(name))
 
     async def delete_context(self, name: str) -> Response:
-        context = self._service.contexts.get(name)
-        self._service.contexts.remove(name)
-        self._service.engine.forget(context)
+        self._service.engine.forget(self._service.contexts.remove(name))
         return JSONResponse({"id": name, "object": "context", "deleted": True})
 
     async def make_context(self, request: HTTPRequest) -> Response:

@@ -50,6 +50,10 @@ def parsed(kind: type[AnyRequest], body: bytes) -> AnyRequest:
     if not isinstance(fields, dict):
         raise bad_request(f"expected a JSON object, found {type(fields).__name__}")
     _drop_neutral(kind, fields, "")
+    for name, field in kind.model_fields.items():
+        # As in OpenAI's API, null stands for the default.
+        if not field.is_required() and fields.get(name, "") is None:
+            del fields[name]
     for name, part in kind.parts.items():
         if isinstance(values := fields.get(name), list):
             for place, value in enumerate(values):

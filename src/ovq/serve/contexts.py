@@ -73,14 +73,14 @@ class Contexts:
             )
         return self._entries[name].context
 
-    def remove(self, name: str) -> None:
-        """Forget a context; answers that go on from it are not disturbed.
+    def remove(self, name: str) -> Context:
+        """Forget a context, which is returned; answers that go on from it are not disturbed.
 
         Raises:
             APIError: If there is none of this name.
         """
         self.get(name)
-        del self._entries[name]
+        return self._entries.pop(name).context
 
     @contextlib.contextmanager
     def reserved(self, name: str) -> Iterator[None]:

@@ -44,6 +44,8 @@ class ServedModel:
 
     def __init__(self, model: Any) -> None:
         self.model = model
+        # Of a converted model, whose fields are many and fixed.
+        self._known_fields: tuple[Any, str] = None, ""
 
     @property
     def device(self) -> torch.device:
@@ -55,7 +57,10 @@ class ServedModel:
         """See `BatchModel.settings`."""
         has_adapters = getattr(self.model, "_hf_peft_config_loaded", False)
         adapters = self.model.active_adapters() if has_adapters else []
-        return json.dumps([self.model.memory_fields(), adapters])
+        config = getattr(self.model, "memory_config", None)
+        if config is None or config is not self._known_fields[0]:
+            self._known_fields = config, json.dumps(self.model.memory_fields())
+        return self._known_fields[1], *adapters
 
     @property
     def vocab_size(self) -> int:

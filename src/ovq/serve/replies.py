@@ -47,7 +47,7 @@ class CompletionForm:
 
     def __init__(self, texts: Texts) -> None:
         self._texts = texts
-        self._offsets: dict[int, Offsets] = defaultdict(texts.offsets)
+        self._offsets: dict[int, Offsets] = defaultdict(lambda: Offsets(texts))
 
     def first(self, choice: int) -> None:
         """See `Form.first`."""
@@ -55,24 +55,19 @@ class CompletionForm:
 
     def chunk(self, piece: Piece) -> dict[str, Any]:
         """See `Form.chunk`."""
-        events = [] if piece.event is None else [piece.event]
-        return {
-            "index": piece.choice,
-            "text": piece.text,
-            "logprobs": self._logprobs(piece.choice, events),
-            "finish_reason": piece.finish_reason,
-        }
+        return self._choice(piece.choice, piece.text, piece.events, piece.finish_reason)
 
     def whole(
         self, choice: int, text: str, events: Sequence[TokenEvent], reason: str, calls: Sequence[ToolCall]
     ) -> dict[str, Any]:
         """See `Form.whole`."""
-        return {
-            "index": choice,
-            "text": text,
-            "logprobs": self._logprobs(choice, events),
-            "finish_reason": reason,
-        }
+        return self._choice(choice, text, events, reason)
+
+    def _choice(
+        self, index: int, text: str, events: Sequence[TokenEvent], reason: str | None
+    ) -> dict[str, Any]:
+        logprobs = self._logprobs(index, events)
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
     def _logprobs(self, choice: int, events: Sequence[TokenEvent]) -> dict[str, Any] | None:
         found: dict[str, list[Any]] = {
@@ -115,7 +110,7 @@ class ChatForm:
         return {
             "index": piece.choice,
             "delta": delta,
-            "logprobs": self._logprobs([] if piece.event is None else [piece.event]),
+            "logprobs": self._logprobs(piece.events),
             "finish_reason": piece.finish_reason,
         }
 
@@ -176,8 +171,7 @@ async def whole(
         async for piece in found:
             texts[piece.choice].append(piece.text)
             calls[piece.choice] += piece.calls
-            if piece.event is not None:
-                events[piece.choice].append(piece.event)
+            events[piece.choice] += piece.events
             if piece.finish_reason is not None:
                 reasons[piece.choice] = piece.finish_reason
     return _head(form.prefix, form.whole_object, model) | {

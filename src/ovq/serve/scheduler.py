@@ -8,9 +8,9 @@ A row whose answer is complete leaves. Nobody waits for the answers of others to
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections import deque
 from collections.abc import Generator, Hashable, Iterable, Sequence
-from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -112,7 +112,6 @@ class _Started:
         num_read: Tokens of its own read so far, or known.
         known: Those of them after which a state is kept, or of which it came.
         fork: Where to keep a state on the way; 0 for nowhere.
-        root: See `Prefixes.find`.
     """
 
     job: Job
@@ -121,7 +120,6 @@ class _Started:
     num_read: int = 0
     known: int = 0
     fork: int = 0
-    root: Hashable = None
 
 
 class Scheduler:
@@ -158,6 +156,7 @@ class Scheduler:
         self._rows: BatchRows | None = None
         self._choices: list[Choice] = []
         self._events: dict[Job, list[Event]] = {}
+        self._deleted: weakref.WeakSet[Context] = weakref.WeakSet()
 
     @property
     def num_waiting(self) -> int:
@@ -181,7 +180,8 @@ class Scheduler:
         self._waiting.append(job)
 
     def forget(self, context: Context) -> None:
-        """Forget the states that go on from a context. Answers that do are not disturbed."""
+        """Forget the states that go on from a context, for good. Answers that do are not disturbed."""
+        self._deleted.add(context)
         for root in self.prefixes.roots:
             if isinstance(root, tuple) and root[1] is context:
                 self.prefixes.forget(root)
@@ -204,16 +204,11 @@ class Scheduler:
 
     def fail_all(self, error: Exception) -> None:
         """End all jobs with an error."""
-        jobs: Iterable[Job] = chain(
-            self._waiting,
-            (started.job for started in self._started),
-            (choice.job for choice in self._choices),
-        )
-        self._fail(dict.fromkeys(jobs), error)
+        self._fail([*self._waiting, *(started.job for started in self._started)], error)
         self._waiting.clear()
         self._started.clear()
         self._num_started_rows = 0
-        self._choices, self._rows = [], None
+        self._fail_running(error)
         self._deliver()
 
     def _drop_cancelled(self) -> None:
@@ -272,8 +267,7 @@ class Scheduler:
         job = started.job
         if not isinstance(job, Generation):
             return
-        started.root = (self._model.settings, job.context)
-        found = self.prefixes.find(started.root, job.tokens)
+        found = self.prefixes.find(self._root(job), job.tokens)
         started.rows = self._model.start(job.context) if found.rows is None else found.rows
         started.num_read = started.known = found.num_tokens
         started.fork = found.fork
@@ -293,7 +287,7 @@ class Scheduler:
             started.num_read = end
             is_last = end == len(job.tokens) and self.prefixes.is_worth(end - started.known)
             if is_last or end == started.fork:
-                self.prefixes.add(started.root, job.tokens[:end], started.rows.copied())
+                self._remember(job, job.tokens[:end], started.rows.copied())
                 started.known = end
             return logits
         if started.document is None:
@@ -314,15 +308,14 @@ class Scheduler:
         try:
             logits = self._rows.read([[choice.tokens[-1]] for choice in self._choices])
             going_on = self._choose(logits, self._choices)
-            self._remember(going_on)
+            self._remember_complete(going_on)
         except Exception as error:
-            self._fail({choice.job: None for choice in self._choices}, error)
-            self._choices, self._rows = [], None
+            self._fail_running(error)
             return
         self.counts.steps += 1
         self._keep(going_on)
 
-    def _remember(self, going_on: Sequence[int]) -> None:
+    def _remember_complete(self, going_on: Sequence[int]) -> None:
         """Keep the states of rows whose answers are complete."""
         assert self._rows is not None
         for place in sorted(set(range(len(self._choices))) - set(going_on)):
@@ -330,8 +323,16 @@ class Scheduler:
             # The last token of an answer is never read.
             read = choice.tokens[:-1]
             if self.prefixes.is_worth(len(read)):
-                root = (self._model.settings, choice.job.context)
-                self.prefixes.add(root, [*choice.job.tokens, *read], self._rows.taken(place))
+                self._remember(choice.job, [*choice.job.tokens, *read], self._rows.taken(place))
+
+    def _remember(self, job: Generation, tokens: Sequence[int], rows: BatchRows) -> None:
+        """Keep the state of a row that has read these tokens."""
+        if job.context not in self._deleted:
+            self.prefixes.add(self._root(job), tokens, rows)
+
+    def _root(self, job: Generation) -> Hashable:
+        """See `Prefixes.find`."""
+        return self._model.settings, job.context
 
     def _join(self, complete: Sequence[tuple[_Started, Tensor]]) -> None:
         """Choose the first tokens of answers whose prompts have been read; their rows join the batch."""
@@ -356,8 +357,7 @@ class Scheduler:
             try:
                 self._rows = self._model.joined(parts)
             except Exception as error:
-                self._fail({choice.job: None for choice in self._choices}, error)
-                self._choices, self._rows = [], None
+                self._fail_running(error)
         elif parts:
             self._rows = parts[0]
 
@@ -399,6 +399,11 @@ class Scheduler:
             return
         assert self._rows is not None
         self._rows.keep(places)
+
+    def _fail_running(self, error: Exception) -> None:
+        """End the running answers with an error."""
+        self._fail({choice.job: None for choice in self._choices}, error)
+        self._choices, self._rows = [], None
 
     def _fail(self, jobs: Iterable[Job], error: Exception) -> None:
         for job in jobs:

@@ -102,7 +102,7 @@ class CompletionRequest(GenerationRequest):
     prompt: str | list[int] | list[str] | list[list[int]] = Field(
         description="text, a list of token ids, or a list of either"
     )
-    max_tokens: int | None = Field(16, ge=1)
+    max_tokens: int = Field(16, ge=1)
     logprobs: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS)
 
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {

@@ -166,7 +166,7 @@ class Texts:
         Raises:
             APIError: If there is no template, or it refuses these messages.
         """
-        if self._tokenizer is None or not self.has_chat_template:
+        if not self.has_chat_template:
             found = "no tokenizer" if self._tokenizer is None else "a tokenizer without one"
             raise bad_request(
                 f"messages: expected a model whose tokenizer has a chat template, found {found}: "
@@ -197,10 +197,6 @@ class Texts:
     def stream(self, prompt: Sequence[int]) -> AnyTextStream:
         """The text of the tokens that follow a prompt."""
         return IdStream() if self._tokenizer is None else TextStream(self._tokenizer, prompt=prompt)
-
-    def offsets(self) -> Offsets:
-        """Where the tokens of an answer are in its text."""
-        return Offsets(self)
 
     def token_bytes(self, token: int) -> bytes:
         """What a token adds to a text; none if it is a special token."""

@@ -91,6 +91,11 @@ INLINE Words add_shorts(Words sum, Words left, Words right) {
 INLINE Words add_shorts(Words sum, Words left, Words right) {
     return sum + (Words)_mm256_madd_epi16((__m256i)left, (__m256i)right);
 }
+#else
+INLINE Words add_shorts(Words sum, Words left, Words right) {
+    const IntVector a = (IntVector)left, b = (IntVector)right;
+    return sum + (Words)((a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16));
+}
 #endif
 
 #if HAS_SHORTS

@@ -5,23 +5,12 @@
    are exact; all processors have the same ones. */
 #pragma once
 
-#include "numbers.h"
+#include "shorts.h"
 
 /* Mirrored in weights.py: rows of a tile, and columns that have one step; matrices are filled up to both. */
 #define ABREAST 16
 #define GROUP 64
 #define QUADS (GROUP / 4)
-
-/* a x b of whole numbers of 16 bits, two neighbours in one lane, added to a sum. Those of a are not negative. */
-INLINE IntVector add_pairs(IntVector sum, IntVector a, IntVector b) {
-#if defined(__AVX512BW__)
-    return sum + (IntVector)_mm512_madd_epi16((__m512i)a, (__m512i)b);
-#elif defined(__AVX2__) && !defined(__AVX512F__)
-    return sum + (IntVector)_mm256_madd_epi16((__m256i)a, (__m256i)b);
-#else
-    return sum + (a & 0xffff) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
-#endif
-}
 
 /* All lanes with the four bytes of x. */
 INLINE IntVector four_bytes(const void *x) {
@@ -59,13 +48,13 @@ struct Quad {
 };
 
 struct WholeSums {
-    IntVector sum;
+    Words sum;
 
     INLINE_MEMBER void add(IntVector weights, const Quad *x) {
-        sum = add_pairs(sum, weights & 0xff00ff, four_bytes(x->even));
-        sum = add_pairs(sum, weights >> 8 & 0xff00ff, four_bytes(x->odd));
+        sum = add_shorts(sum, (Words)(weights & 0xff00ff), (Words)four_bytes(x->even));
+        sum = add_shorts(sum, (Words)(weights >> 8 & 0xff00ff), (Words)four_bytes(x->odd));
     }
-    INLINE_MEMBER IntVector all() const { return sum; }
+    INLINE_MEMBER IntVector all() const { return (IntVector)sum; }
 };
 #endif
 
@@ -119,30 +108,23 @@ template <class Format> struct WholeInputs {
 
 template <class Format>
 static void round_inputs(const WholeInputs<Format> *in, int64_t num, int64_t dim, const float *x) {
-    /* Adding 1.5 * 2^23 rounds to an integer, in the lowest bits. */
-    const Vector shift = splat(12582912.0f);
-    const float most = Format::most;
     for (int64_t at = 0; at < num * in->groups; at++) {
         const int64_t t = at / in->groups, first = at % in->groups * GROUP;
         float own[GROUP] = {};
         memcpy(own, x + t * dim + first, sizeof(float) * least(GROUP, dim - first));
         for (int half = 0; half < 2; half++) {
             const int begin = half * GROUP / 2, end = begin + GROUP / 2;
-            Vector high = {}, spoilt = {}, sum = {};
+            const Rounding rounding = rounding_of(own + begin, GROUP / 2, Format::most);
+            Vector spoilt = {}, sum = {};
             for (int i = begin; i < end; i += VL) {
                 const Vector one = load(own + i);
-                high = higher_of(one, higher_of(-one, high));
                 /* NaN if a number is not finite. */
                 spoilt += one - one;
+                const IntVector numbers = rounding.bits_of(one) - (IntVector)splat(ROUNDS);
+                sum += __builtin_convertvector(numbers, Vector);
+                Format::put(in->quads[at], i, numbers);
             }
-            const float largest = highest(high);
-            const float per_number = largest > 0 && std::isfinite(most / largest) ? most / largest : 0;
-            for (int i = begin; i < end; i += VL) {
-                const Vector shifted = load(own + i) * per_number + shift;
-                sum += shifted - shift;
-                Format::put(in->quads[at], i, (IntVector)shifted - (IntVector)shift);
-            }
-            in->steps[at][half] = (per_number > 0 ? largest / most : 0) + total(spoilt);
+            in->steps[at][half] = rounding.size + total(spoilt);
             in->sums[at][half] = (int32_t)total(sum);
         }
     }
