@@ -129,7 +129,7 @@ def test_the_results_of_conversion_say_what_presses_lost():
         for row in rows
         if row["what"] == "loss"
     }
-    lines = re.findall(r"^\| (\w+) ((?:\| (?:\d\.\d{3})? ?){8})\|$", section, flags=re.MULTILINE)
+    lines = re.findall(r"^\| (\w[\w, ]+) ((?:\| (?:\d\.\d{3})? ?){8})\|$", section, flags=re.MULTILINE)
     places = [
         (*budget, text)
         for budget in ((3072, 256), (3072, 768), (6144, 512), (6144, 1536))
@@ -172,7 +172,7 @@ def test_the_results_of_conversion_say_what_is_found_after_presses():
             cells[row["task"]] = f"{sum(row['scores']) / len(row['scores']):.2f}"
     del measured["full"]
     assert f"| | numbers, 208 rows | 625 rows | {' | '.join(f'`{task}`' for task in tasks)} |" in section
-    lines = re.findall(r"^\| (\w+) \| (\d of 5 \| \d of 5 \| .+) \|$", section, flags=re.MULTILINE)
+    lines = re.findall(r"^\| (\w[\w, ]+) \| (\d of 5 \| \d of 5 \| .+) \|$", section, flags=re.MULTILINE)
     shown = {press: [cell.strip() for cell in cells.split("|")] for press, cells in lines}
     assert shown == {
         press: [cells.get(place, "") for place in (208, 625, *tasks)] for press, cells in measured.items()

@@ -209,8 +209,7 @@ def _by_position(preset: Preset, name: str, partner: str | None = None) -> Figur
     by_position: dict[str, Any] = {"x": "positions", "y": "position_losses"}
     return Figure(
         name=name,
-        title=f"Loss on held-out text ({source.dataset}) beside {near}, at equal bytes or fewer, "
-        "by position",
+        title=f"Loss on held-out text ({source.dataset}) beside {near}, at equal bytes or fewer, by position",
         note="Each point is the mean over the octave of positions that ends there, in windows of "
         f"{text.length} tokens that all models of a seed read alike. {_NOTE}",
         lines=tuple(_lines(_contenders(preset, "lm", partner), [evaluation], validation)),
