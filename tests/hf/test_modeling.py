@@ -283,7 +283,7 @@ def test_set_num_slots_reaches_every_layer_and_is_saved(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert torch.equal(loaded(ids).logits, after)
-    with pytest.raises(ValueError, match="num_slots of at least 1, found 0"):
+    with pytest.raises(ValueError, match="num_slots: expected an integer of at least 1, found 0"):
         model.set_num_slots(0)
     with pytest.raises(ValueError, match=r"num_slots of at least 1, found 1\.5"):
         model.set_num_slots(1.5)
