@@ -285,7 +285,7 @@ def test_set_num_slots_reaches_every_layer_and_is_saved(tmp_path):
     assert torch.equal(loaded(ids).logits, after)
     with pytest.raises(ValueError, match="num_slots: expected an integer of at least 1, found 0"):
         model.set_num_slots(0)
-    with pytest.raises(ValueError, match=r"num_slots of at least 1, found 1\.5"):
+    with pytest.raises(ValueError, match=r"num_slots: expected an integer of at least 1, found 1\.5"):
         model.set_num_slots(1.5)
     assert torch.equal(model(ids).logits, after)
     with pytest.raises(ValueError, match="expected a model with 'ovq' layers"):
