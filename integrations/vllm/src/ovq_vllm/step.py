@@ -39,7 +39,8 @@ class RequestLayout(SequenceLayout):
         """See `SequenceLayout.positions`."""
         return self.place.flatten().to(device) - 1
 
-    def _places(self) -> Tensor:
+    def places(self, num_seen: Tensor | None = None) -> Tensor:
+        """See `SequenceLayout.places`; each token's own place, whatever states have counted."""
         return self.place
 
 
