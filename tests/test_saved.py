@@ -34,6 +34,7 @@ FILES = ("config.json", "run_config.json")
 NUM_READ = 30
 SMALL = {"vocab_size": 8, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 EXPECTED = load_file(SAVED / "expected.safetensors")
+DELTA = {"delta_head_dim": 6, "delta_value_dim": 3}
 IDS, LOGITS = EXPECTED["input_ids"], EXPECTED["logits"]
 
 
@@ -60,12 +61,23 @@ def test_fields_that_were_renamed_are_read(model):
 
 def test_sizes_that_were_open_are_what_they_meant(model):
     sizes = equal_sizes(model.config)
-    assert set(sizes) == {"sink_window", "delta_value_dim", "mamba_head_dim", "mamba_state_size"}
+    assert set(sizes) == {"sink_window", "mamba_head_dim", "mamba_state_size"} | DELTA.keys()
     assert {name: getattr(model.config, name) for name in sizes} == sizes
     # What is set as a model is loaded decides what is open.
     config = OVQConfig.from_pretrained(SAVED, num_slots=60)
     assert (config.num_slots, config.sink_window) == (60, equal_sizes(config)["sink_window"])
     assert config.sink_window > model.config.sink_window
+
+
+def test_keys_of_gated_deltanet_were_as_wide_as_heads(model):
+    assert {name: getattr(model.config, name) for name in DELTA} == DELTA
+    mixers = {"num_hidden_layers": 1, "mixer_types": ["gated_deltanet"]}
+    # Version 0.2 saved the one size, which might be open.
+    for size in (None, 42):
+        fields = OVQConfig.upgraded(mixers | {"head_dim": 64, "delta_value_dim": size})
+        assert (fields["delta_head_dim"], fields["delta_value_dim"]) == (64, size)
+    fields = OVQConfig.upgraded(mixers, hidden_size=96, num_attention_heads=3)
+    assert (fields["delta_head_dim"], fields["delta_value_dim"]) == (32, 21)
 
 
 @pytest.mark.parametrize("size", [None, 3])

@@ -25,6 +25,7 @@ DOCS = ROOT / "docs" / "method"
 SAVED = json.loads((ROOT / "tests" / "saved" / "config_0.2.json").read_text())
 [EXAMPLE] = re.findall(r"```python\n(.*?)```", (DOCS / "add_a_mixer.md").read_text(), flags=re.DOTALL)
 OF_MIXERS = {name: mixer for mixer, cls in MIXERS.items() for name in cls.own_fields()}
+NEW = {"delta_head_dim"}
 SMALL = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "vocab_size": 8}
 KVM = SMALL | {"mixer_types": ["sliding_attention", "kvm"]}
 
@@ -59,7 +60,7 @@ def test_a_config_has_no_field_of_its_own_that_a_mixer_declares():
     own = OVQConfig.field_defaults()
     assert len(own) < 30
     assert not own.keys() & OF_MIXERS
-    assert len(OF_MIXERS) == len(fields_of_mixers(MIXERS)) == 19
+    assert len(OF_MIXERS) == len(fields_of_mixers(MIXERS)) == 20
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
@@ -173,7 +174,7 @@ def test_a_model_of_version_02_is_loaded_without_the_fields_of_mixers_that_it_la
         for name in LABORATORY["mixer"]:
             del MIXERS[name]
     # No layer reads them, whatever they are.
-    assert SAVED.keys() >= OF_MIXERS.keys()
+    assert SAVED.keys() >= OF_MIXERS.keys() - NEW
     assert (SAVED["mamba_state_size"], SAVED["kvm_sinks"]) == (63, 0)
     config = OVQConfig.from_pretrained(written(tmp_path, SAVED))
     assert config.to_dict() == OVQConfig(**SIZES).to_dict() | {
@@ -191,7 +192,9 @@ def test_a_model_of_version_02_has_the_fields_of_its_mixers(mixer, tmp_path):
     changed |= {"mixer_types": [mixer] * 4, "kvm_chunk_size": 3, "delta_value_dim": 9}
     saved = SAVED | changed
     config = OVQConfig.from_pretrained(written(tmp_path, saved))
-    assert of_mixers(config) == {name: saved[name] for name in MIXERS[mixer].own_fields()}
+    # What is new is as wide as heads were.
+    own = {name: saved.get(name, SAVED["head_dim"]) for name in MIXERS[mixer].own_fields()}
+    assert of_mixers(config) == own
 
 
 def test_a_context_of_version_02_goes_on(tmp_path):
@@ -199,7 +202,7 @@ def test_a_context_of_version_02_goes_on(tmp_path):
     save_context(build_context(model, ids), path)
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-    every = {name: SAVED[name] for name in OF_MIXERS} | json.loads(metadata["config"])
+    every = {name: SAVED[name] for name in OF_MIXERS.keys() - NEW} | json.loads(metadata["config"])
     assert len(every) == len(json.loads(metadata["config"])) + 19
     save_file(load_file(path), path, metadata | {"config": json.dumps(every)})
     assert load_context(path, model).num_tokens == 12

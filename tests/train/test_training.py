@@ -120,8 +120,8 @@ def test_logits_are_computed_where_there_are_targets_alone(tmp_path, monkeypatch
     num_rows = []
     build = loop.build_model
 
-    def watched(config):
-        model = build(config)
+    def watched(config, checkpoint):
+        model = build(config, checkpoint)
         model.lm_head.register_forward_hook(lambda module, args, logits: num_rows.append(len(logits)))
         return model
 
@@ -160,6 +160,20 @@ def test_a_resumed_run_is_bit_identical(tmp_path, micro_batches, monkeypatch):
     # What was trained on before is not even built again.
     assert built == list(range(16, 24))
     assert losses(resumed_out) == losses(tmp_path / "whole")
+    for name, weight in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], weight), name
+
+
+def test_a_run_goes_on_with_the_sizes_that_it_began_with(tmp_path, monkeypatch):
+    config = tiny_config(save_every=2).override(["model.mixer_types=ovq,gated_deltanet"])
+    with quiet() as reporter:
+        with monkeypatch.context() as earlier:
+            earlier.setattr(loop, "equal_sizes", lambda config: {"delta_value_dim": 5})
+            whole = loop.train(config, tmp_path / "whole", reporter=reporter)
+        config.save(tmp_path / "resumed")
+        shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "resumed" / "checkpoint-4")
+        resumed = loop.resume(tmp_path / "resumed", reporter=reporter)
+    assert resumed.config.delta_value_dim == 5 != loop.model_config(config).delta_value_dim
     for name, weight in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], weight), name
 

@@ -279,14 +279,15 @@ CPU = Preset(
         "vq": ({"num_slots": 1024},),
         # Their states are as large as heads are wide, and so are their projections.
         "linear_attention": ({"head_dim": 256, "chunk_size": 64},),
-        "gated_deltanet": ({"head_dim": 288},),
+        "gated_deltanet": ({"head_dim": 368},),
         "mamba2": ({"mamba_state_size": 1024, "chunk_size": 128},),
         # As many bytes as OVQ with so many slots.
         "sink_attention": ({"num_slots": 256}, {"num_slots": 1024}),
         "sliding_attention": ({"sliding_window": 128}, {"sliding_window": 512}),
     },
-    # Its keys learn from the queries of their own chunk and the next alone.
-    mixer_fields={"vq": {"chunk_size": 64}},
+    # Keys of VQ learn from the queries of their own chunk and the next alone. Gated DeltaNet has its authors'
+    # convolution.
+    mixer_fields={"vq": {"chunk_size": 64}, "gated_deltanet": {"conv_size": 4}},
     chunk_sizes=(16, 32, 64, 128),
     rates=(0.03, 0.1, 0.3),
     text=TextEvaluations(

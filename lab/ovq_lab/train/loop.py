@@ -16,6 +16,7 @@ import torch
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import CONFIG_NAME
 from transformers.utils.logging import disable_progress_bar
 
 from ovq.hf import OVQConfig, OVQForCausalLM
@@ -64,14 +65,19 @@ def model_config(config: RunConfig) -> OVQConfig:
     return OVQConfig(**equal_sizes(OVQConfig(**given)) | given)
 
 
-def build_model(config: RunConfig) -> OVQForCausalLM:
+def build_model(config: RunConfig, checkpoint: Path | None = None) -> OVQForCausalLM:
     """The untrained model of a run, with weights determined by the run's seed.
+
+    Args:
+        config: The run.
+        checkpoint: One of the run's, whose sizes the model gets: `equal_sizes` may have had another rule.
 
     Raises:
         ValueError: If `OVQConfig` refuses a setting.
     """
     set_seed(config.train.seed)
-    model = OVQForCausalLM(model_config(config))
+    is_saved = checkpoint is not None and (checkpoint / CONFIG_NAME).is_file()
+    model = OVQForCausalLM(OVQConfig.from_pretrained(checkpoint) if is_saved else model_config(config))
     embedding = model.get_input_embeddings()
     assert isinstance(embedding, torch.nn.Embedding)
     torch.nn.init.normal_(embedding.weight, std=config.model.embedding_std)
@@ -185,7 +191,7 @@ def _run(
     # Saving a small model takes too short a time for a progress bar.
     disable_progress_bar()
     data = training_data(config, out, checkpoint, reporter, is_resumed=is_resumed)
-    model = build_model(config)
+    model = build_model(config, checkpoint)
     if config.train.init_from is not None and checkpoint is None:
         load_initial(config.train.init_from, model, data.tokenizer)
     if data.tokenizer is not None:

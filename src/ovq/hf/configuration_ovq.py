@@ -314,7 +314,11 @@ class OVQConfig(PreTrainedConfig):
         given = {name: value for name, value in fields.items() if name not in is_open}
         known = cls.field_defaults(mixer_types)
         changes = {name: value for name, value in changes.items() if name in known}
-        sizes = equal_sizes(cls(**given | changes))
+        config = cls(**given | changes)
+        if "delta_head_dim" in is_open:
+            # Keys of Gated DeltaNet were as wide as those of the other mixers.
+            config.delta_head_dim = config.head_dim
+        sizes = equal_sizes(config)
         return fields | {name: size for name, size in sizes.items() if name in is_open}
 
     def _check(self) -> None:

@@ -55,9 +55,11 @@ class GatedDeltaNet(DeltaRuleMixer):
     config_fields = Mixer.config_fields | {
         "num_heads": "num_attention_heads",
         "num_kv_heads": "num_key_value_heads",
-        "head_dim": "head_dim",
+        "head_dim": ConfigField(
+            int | None, None, "components of a key; None: `head_dim`", name="delta_head_dim", at_least=1
+        ),
         "value_dim": ConfigField(
-            int | None, None, "components of a value; None: `2 head_dim`", name="delta_value_dim", at_least=1
+            int | None, None, "components of a value; None: twice as many", name="delta_value_dim", at_least=1
         ),
     }
 
@@ -83,9 +85,22 @@ class GatedDeltaNet(DeltaRuleMixer):
         self.out_norm = nn.RMSNorm(value_dim, eps=1e-6)
 
     @classmethod
+    def arguments_of(cls, config: Any) -> dict[str, Any]:
+        """See `Mixer.arguments_of`."""
+        arguments = super().arguments_of(config)
+        return arguments | {"head_dim": arguments["head_dim"] or config.head_dim}
+
+    @classmethod
     def equal_sizes(cls, config: Any) -> dict[str, int]:
-        """As many parameters."""
-        return {"delta_value_dim": max(1, round(2 * (config.head_dim - 1) / 3))}
+        """As many parameters, with values twice as wide as keys, or for keys of a given width."""
+        num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        num_left = (num_heads + num_kv_heads) * config.head_dim - num_heads
+        head_dim = config.delta_head_dim
+        if head_dim is None:
+            head_dim = max(1, round(num_left / (3 * num_heads + num_kv_heads)))
+            return {"delta_head_dim": head_dim, "delta_value_dim": 2 * head_dim}
+        value_dim = max(1, round(2 * (num_left - num_kv_heads * head_dim) / (3 * num_heads)))
+        return {"delta_head_dim": head_dim, "delta_value_dim": value_dim}
 
     def gates(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `DeltaRuleMixer.gates`."""
