@@ -76,8 +76,11 @@ def build_model(config: RunConfig, checkpoint: Path | None = None) -> OVQForCaus
         ValueError: If `OVQConfig` refuses a setting.
     """
     set_seed(config.train.seed)
-    is_saved = checkpoint is not None and (checkpoint / CONFIG_NAME).is_file()
-    model = OVQForCausalLM(OVQConfig.from_pretrained(checkpoint) if is_saved else model_config(config))
+    if checkpoint is not None and (checkpoint / CONFIG_NAME).is_file():
+        sizes = OVQConfig.from_pretrained(checkpoint)
+    else:
+        sizes = model_config(config)
+    model = OVQForCausalLM(sizes)
     embedding = model.get_input_embeddings()
     assert isinstance(embedding, torch.nn.Embedding)
     torch.nn.init.normal_(embedding.weight, std=config.model.embedding_std)
