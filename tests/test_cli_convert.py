@@ -104,11 +104,6 @@ def test_a_probe_shares_out_the_rows(capsys, reading, tmp_path):
     assert "--probe: expected none with --no-probe" in fail(
         capsys, *probing(reading, "--out", out, "--no-probe")
     )
-    command = ["convert", "--model", reading / "llama", "--out", out, "--no-probe"]
-    assert "--save-preset: expected none with --no-probe" in fail(capsys, *command, "--save-preset", out)
-    assert "--rows: expected at least 36, for sinks and the smallest window, found 35" in fail(
-        capsys, *command, "--rows", 35
-    )
     run(capsys, *probing(reading, "--out", out))
     config = load(out).memory_config
     assert 20 < config.rows_per_head <= 26
@@ -117,33 +112,59 @@ def test_a_probe_shares_out_the_rows(capsys, reading, tmp_path):
     assert run(capsys, "generate", "--model", out, "--prompt", "the", "--max-new-tokens", 2)
 
 
+def test_options_that_would_be_ignored_are_refused(capsys, reading, tmp_path):
+    command = ["convert", "--model", reading / "llama", "--out", tmp_path / "out"]
+    for options, refused, flag in (
+        (["--rows", 256, "--num-slots", 256], "--num-slots", "--rows"),
+        (["--preset", "mine", "--rows", 256], "--rows", "--preset"),
+        (["--preset", "mine", "--merge", "nearest"], "--merge", "--preset"),
+        (["--preset", "mine", "--probe", reading / "a.txt"], "--probe", "--preset"),
+        (["--no-probe", "--preset", "mine"], "--preset", "--no-probe"),
+        (["--no-probe", "--save-preset", tmp_path / "mine"], "--save-preset", "--no-probe"),
+        (["--no-probe", "--no-fit-bias"], "--fit-bias", "--no-probe"),
+    ):
+        said = fail(capsys, *command, *options)
+        assert f"{refused}: expected none with {flag}, found one" in said
+    assert "expected at least 36, for sinks and the window, found 35" in fail(capsys, *command, "--rows", 35)
+    run(capsys, *command, "--rows", 100, "--window", 64, "--preset", "auto", "--no-probe")
+    config = load(tmp_path / "out").memory_config
+    assert (config.window[0][0], config.num_slots[0][0]) == (64, 32)
+
+
 def test_what_a_probe_has_found_serves_others_as_a_preset(capsys, reading, tmp_path, monkeypatch):
     run(capsys, *probing(reading, "--out", tmp_path / "probed", "--save-preset", tmp_path / "mine"))
     found = load(tmp_path / "probed").memory_config
     assert "- a.txt, 130 tokens" in (tmp_path / "mine" / "README.md").read_text()
-    command = ["convert", "--model", reading / "llama", *SIZED]
-    run(capsys, *command, "--out", tmp_path / "given", "--preset", tmp_path / "mine")
+    bare = ["convert", "--model", reading / "llama"]
+    run(capsys, *bare, "--out", tmp_path / "given", "--preset", tmp_path / "mine")
     assert load(tmp_path / "given").memory_config == found
     # As if it came with the package: for this model and about so many rows, no probe is needed.
     mine = load_preset(tmp_path / "mine")
     monkeypatch.setattr("ovq.convert.presets.preset.packaged_presets", lambda: (mine,))
     monkeypatch.setattr("ovq.cli.convert._probed", lambda *_, **__: pytest.fail("probed"))
-    run(capsys, *command, "--out", tmp_path / "auto", "--rows", 25, "--save-preset", tmp_path / "again")
+    unsized = [*bare, *SIZED[2:]]
+    run(capsys, *unsized, "--out", tmp_path / "auto", "--rows", 25, "--save-preset", tmp_path / "again")
     assert load(tmp_path / "auto").memory_config == found
     assert load_preset(tmp_path / "again").config == mine.config
-    for others in (["--rows", 40], ["--chunk-size", 4], ["--merge", "existing"], ["--preset", "none"]):
+    told = "The presets of this model have 26 rows per head (num_sinks 2, chunk_size 8, merge nearest)"
+    for others, is_told in (
+        (["--rows", 40], True),
+        (["--rows", 26, "--chunk-size", 4], True),
+        (["--rows", 26, "--merge", "existing"], True),
+        (["--rows", 26, "--preset", "none"], False),
+        (["--rows", 26, "--needle-weight", 0], False),
+    ):
         with pytest.raises(pytest.fail.Exception, match="probed"):
-            main(list(map(str, [*command, "--out", tmp_path / "new", *others])))
-        told = "The presets of this model have 26 rows per head (num_sinks 2, chunk_size 8, merge nearest)"
-        assert (told in capsys.readouterr().err) == ("--preset" not in others)
+            main(list(map(str, [*unsized, "--out", tmp_path / "new", *others])))
+        assert (told in capsys.readouterr().err) == is_told
     torch.manual_seed(1)
     other = LlamaForCausalLM(LlamaConfig(**SIZES | {"vocab_size": 257}))
     other.save_pretrained(tmp_path / "other")
     options = ["--preset", tmp_path / "mine", "--out", tmp_path / "new"]
-    said = fail(capsys, "convert", "--model", tmp_path / "other", *SIZED, *options)
+    said = fail(capsys, "convert", "--model", tmp_path / "other", *options)
     assert "other weights" in said
     LlamaForCausalLM(LlamaConfig(**SIZES | {"hidden_size": 64})).save_pretrained(tmp_path / "larger")
-    said = fail(capsys, "convert", "--model", tmp_path / "larger", *SIZED, *options)
+    said = fail(capsys, "convert", "--model", tmp_path / "larger", *options)
     assert "expected a copy of" in said
     assert "hidden_size 32 (found 64)" in said
 

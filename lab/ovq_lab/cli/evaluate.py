@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from ovq.cli.common import out_console, parse_ints
+from ovq.cli.common import given_options, out_console, parse_ints
 from ovq.cli.dictionaries import LognLength
 from ovq.cli.loading import check_model_folder, load_model
 from ovq_lab.cli import dictionaries, eval_harness, eval_lm, eval_needle
@@ -44,9 +44,7 @@ def evaluate(
     eval needle[/bold] and [bold]ovq eval harness[/bold].
     """
     if context.invoked_subcommand is not None:
-        sources = {name: context.get_parameter_source(name) for name in context.params}
-        given = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
-        if given:
+        if given := sorted(given_options(context)):
             name = context.invoked_subcommand
             raise ValueError(
                 f"eval {name}: expected options after {name}, found {', '.join(given)} before it"

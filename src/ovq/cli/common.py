@@ -9,10 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import typer
 from rich.console import Console
 
 out_console = Console()
 """Results go to standard output; progress and errors go to standard error."""
+
+
+def given_options(context: typer.Context) -> set[str]:
+    """The names of the options that stand on the command line, also where they say what is the default."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
 
 
 def parse_ints(text: str, *, flag: str) -> list[int]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ovq.cli.common import check_folder, check_new_folder, out_console, read_text
+from ovq.cli.common import check_folder, check_new_folder, given_options, out_console, read_text
 from ovq.cli.pretrained import DTYPES, load_pretrained
 
 if TYPE_CHECKING:
@@ -26,9 +26,18 @@ _WITHOUT = (
     "1.96 nats per token, a window of 292 rows 1.85, 256 rows with a probe 1.64, and full attention 1.63 "
     "(SmolLM2-135M)"
 )
+_SIZES = ("rows", "num_slots", "window", "num_sinks", "chunk_size", "merge", "value_weight")
+_PROBE = ("probe", "probe_tokens", "needle_weight", "fit_bias")
+# By option, those that it would leave without effect.
+_REPLACED = {
+    "no_probe": ("preset", "save_preset", *_PROBE),
+    "preset": (*_SIZES, *_PROBE),
+    "rows": ("num_slots",),
+}
 
 
 def convert(
+    context: typer.Context,
     model: Annotated[
         str,
         typer.Option(
@@ -64,7 +73,8 @@ def convert(
         str,
         typer.Option(
             help="What a probe has found before: a folder, or a name on the hub; auto for one that comes "
-            "with the package, if there is one of this model and about as many rows; none for a new probe."
+            "with the package, if there is one of this model and about as many rows and nothing says how to "
+            "probe; none for a new probe."
         ),
     ] = "auto",
     probe: Annotated[
@@ -120,25 +130,24 @@ def convert(
     """
     if dtype not in DTYPES:
         raise ValueError(f"--dtype: expected {', '.join(DTYPES[:-1])} or {DTYPES[-1]}, found {dtype!r}")
-    for flag, is_given in (
-        ("--probe", probe is not None),
-        ("--preset", preset not in ("auto", "none")),
-        ("--save-preset", save_preset is not None),
-    ):
-        if no_probe and is_given:
-            raise ValueError(f"{flag}: expected none with --no-probe, found one")
+    given = given_options(context)
+    if preset in ("auto", "none"):
+        given.discard("preset")
+    for name, others in _REPLACED.items():
+        if name in given and (found := [other for other in others if other in given]):
+            flag, without = (f"--{option.replace('_', '-')}" for option in (name, found[0]))
+            raise ValueError(f"{without}: expected none with {flag}, found one")
     texts = {Path(name).name: read_text(name, flag="--probe") for name in (probe or "").split(",") if name}
     check_new_folder("--out", out)
     check_folder("--save-preset", save_preset)
     if rows is not None:
         # What a window and slots have where all heads are alike; a probe shares out their sum.
-        window = max(1, min(window, rows // 3) // chunk_size) * chunk_size
+        if "window" not in given:
+            window = max(1, min(window, rows // 3) // chunk_size) * chunk_size
         num_slots = rows - num_sinks - window
         if num_slots < 0:
             least = num_sinks + window
-            raise ValueError(
-                f"--rows: expected at least {least}, for sinks and the smallest window, found {rows}"
-            )
+            raise ValueError(f"--rows: expected at least {least}, for sinks and the window, found {rows}")
     wanted = num_sinks + num_slots + window
 
     from ovq.convert import MemoryConfig, attach
@@ -156,14 +165,14 @@ def convert(
     if no_probe:
         say(f"warning: {_WITHOUT}")
     # A window alone has nothing to share out.
-    elif num_slots or preset not in ("auto", "none") or (probe, save_preset) != (None, None):
-        taken = _preset(preset, original, wanted, settings, say) if probe is None else None
+    elif num_slots or given & {"preset", "save_preset", *_PROBE}:
+        taken = None if given & {*_PROBE} else _preset(preset, original, wanted, settings, say)
         if taken is not None:
             say(f"Preset {taken.name}: {taken.rows} rows per head, as a probe of that model shared them out")
             how = f"shared out by the preset {taken.name}"
         else:
-            given = {"rows": wanted, "num_tokens": probe_tokens, "needle_weight": needle_weight}
-            taken = _probed(original, tokenizer, model, texts, **given, has_fit=fit_bias, settings=settings)
+            how_to = {"num_tokens": probe_tokens, "needle_weight": needle_weight, "has_fit": fit_bias}
+            taken = _probed(original, tokenizer, model, texts, rows=wanted, **how_to, settings=settings)
             how = f"shared out by a probe of {', '.join(x['text'] for x in taken.measured['probe'])}"
         if save_preset is not None:
             _save_preset(taken, save_preset)
