@@ -9,6 +9,7 @@ from rich.console import Console
 from ovq.runtime.progress import Reporter
 from ovq_lab.eval.rows import ResultRow
 from ovq_lab.plots.figures import save_figures
+from ovq_lab.plots.panels import new_panels, save
 from ovq_lab.plots.tables import result_table, slice_table
 
 
@@ -120,6 +121,16 @@ def test_figures_are_pictures_without_text_on_text(tmp_path, drawn):
             assert box.x1 <= inside.x1
             assert not any(box.overlaps(other) for other in boxes[:i]), texts[i]
         assert not legend.get_window_extent().overlaps(axes.get_window_extent())
+
+
+def test_a_long_legend_takes_no_height_from_the_panels(tmp_path, drawn):
+    for num_lines in (3, 15):
+        figure, [axes] = new_panels(1)
+        for i in range(num_lines):
+            axes.plot([0, 1], [i, i], label=f"a line with a name that needs a row of its own, {i}")
+        save(figure, tmp_path / "panel.png", title="lines")
+    few, many = (figure.axes[0].get_window_extent().height for figure in drawn)
+    assert many == pytest.approx(few, rel=0.05)
 
 
 def test_one_size_of_the_dictionary_is_enough_for_a_figure(tmp_path):

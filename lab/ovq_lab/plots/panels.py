@@ -15,6 +15,8 @@ WIDTH = 6.4
 _DPI = 150
 _MOST_COLUMNS = 4
 _LETTERS_A_LINE = 62
+_LEGEND = 0.9
+"""Inches for a legend; a higher one makes its figure higher."""
 
 
 def new_panels(count: int, *, height: float = 3.3) -> tuple[Figure, list[Axes]]:
@@ -26,7 +28,7 @@ def new_panels(count: int, *, height: float = 3.3) -> tuple[Figure, list[Axes]]:
     """
     # Leaves room between one panel's axis and the title of the next.
     layout = ConstrainedLayoutEngine(h_pad=0.08, hspace=0.02)
-    figure = Figure(figsize=(WIDTH, height * count + 0.9), layout=layout)
+    figure = Figure(figsize=(WIDTH, height * count + _LEGEND), layout=layout)
     panels = list(figure.subplots(count, 1, squeeze=False).flatten())
     for axes in panels:
         axes.grid(alpha=0.25)
@@ -111,6 +113,8 @@ def _add_legend(figure: Figure, handles: dict[str, Any], title: str) -> None:
         )
         legend.get_title().set_multialignment("center")
         figure.draw_without_rendering()
-        if legend.get_window_extent().width <= figure.bbox.width or num_columns == 1:
+        box = legend.get_window_extent()
+        if box.width <= figure.bbox.width or num_columns == 1:
+            figure.set_figheight(figure.get_figheight() + max(0.0, box.height / figure.dpi - _LEGEND))
             return
         legend.remove()
