@@ -1,5 +1,8 @@
 """A preset is what a probe has found, to the bit, and is taken for copies of its model alone."""
 
+import json
+import re
+
 import pytest
 import torch
 
@@ -91,13 +94,22 @@ def test_the_nearest_number_of_rows_is_taken(monkeypatch):
     [
         ("preset.json", b"{}", "expected a preset of format 1"),
         ("preset.json", b"{", "expected JSON"),
-        ("preset.json", b'{"format": 1}', "found damaged files"),
+        ("preset.json", b'{"format": 1}', "preset.json: model: expected a string, found None"),
         ("preset.safetensors", b"", "found damaged files"),
     ],
 )
 def test_a_damaged_preset_is_refused(folder, file, content, said):
     (folder / file).write_bytes(content)
     with pytest.raises(ValueError, match=said):
+        load_preset(folder)
+
+
+@pytest.mark.parametrize("field", ["identity", "memory", "measured"])
+@pytest.mark.parametrize("value", [["model_type"], "llama"], ids=str)
+def test_a_field_of_another_kind_is_refused(folder, field, value):
+    path = folder / "preset.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    with pytest.raises(ValueError, match=rf"{field}: expected an object, found {re.escape(repr(value))}"):
         load_preset(folder)
 
 

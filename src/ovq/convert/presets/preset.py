@@ -27,6 +27,12 @@ MAX_MISMATCH = 0.05
 _FORMAT = 1
 _JSON, _TENSORS, _CARD = "preset.json", "preset.safetensors", "README.md"
 _SAMPLE = "weight_sample"
+_FIELDS = {
+    "model": (str, "a string"),
+    "memory": (dict, "an object"),
+    "identity": (dict, "an object"),
+    "measured": (dict, "an object"),
+}
 # Copies that were quantised to 4 bits have 0.99 and more, other models about 0.
 _LEAST_LIKENESS = 0.9
 
@@ -146,6 +152,9 @@ def load_preset(folder: str | os.PathLike) -> Preset:
     content = read_json(folder / _JSON)
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise ValueError(f"{folder / _JSON}: expected a preset of format {_FORMAT}, found another file")
+    for name, (kind, called) in _FIELDS.items():
+        if not isinstance(found := content.get(name), kind):
+            raise ValueError(f"{folder / _JSON}: {name}: expected {called}, found {found!r:.80}")
     try:
         tensors = load_file(folder / _TENSORS)
         lists = {name: tensor.tolist() for name, tensor in tensors.items() if name != _SAMPLE}
