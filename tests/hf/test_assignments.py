@@ -49,6 +49,17 @@ def test_a_text_in_two_parts():
     assert second.position.tolist() == [list(range(45, 70))]
 
 
+def test_a_cache_that_records_reads_a_long_text_as_well():
+    model, ids = model_of("ovq"), torch.arange(300)[None] * 7 % 40
+    cache = OVQCache(model.config)
+    cache.activate_past_recording()
+    found = model_assignments(model, ids, past_key_values=cache)[0]
+    assert torch.equal(found.slots, model_assignments(model, ids)[0].slots)
+    # Its last tokens can be taken out again, as after any call.
+    cache.crop(-9)
+    assert cache.get_seq_length() == 291
+
+
 def test_nothing_is_recorded_otherwise():
     model = model_of("ovq")
     layer = model.base_model.mixers()[0]

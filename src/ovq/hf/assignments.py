@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ovq.hf.cache import one_cache
 from ovq.hf.pretrained import OVQPreTrainedModel
 from ovq.layers.ovq import RecordedCall
 from ovq.ops import SlotAssignments
@@ -44,8 +45,18 @@ def model_assignments(
         >>> print(found[1].state.summary())
         300 tokens seen, 44 pending; ...
     """
+    cache = one_cache(inputs.get("past_key_values"), inputs.get("cache"))
+    given = {"use_cache": False, **inputs}
+    if is_recorded := cache is not None and cache.is_recording:
+        # A cache that records reads long texts in two calls.
+        unrecorded = cache.snapshot()
+        for layer in unrecorded.layers:
+            layer.record_past = False
+        given |= {"past_key_values": unrecorded, "cache": None}
     with recording(model) as calls:
-        model.base_model(input_ids, **{"use_cache": False, **inputs})
+        model.base_model(input_ids, **given)
+    if is_recorded:
+        model.base_model(input_ids, **inputs)
     return {i: of_layer[-1].assignments() for i, of_layer in calls.items()}
 
 
