@@ -1,5 +1,7 @@
 """Drafts: prompt lookup and assisted decoding give the greedy answer, and `crop` takes tokens out again."""
 
+import gc
+
 import pytest
 import torch
 
@@ -106,6 +108,29 @@ def test_only_what_was_recorded_can_be_cropped(model):
     cache.batch_repeat_interleave(2)
     with pytest.raises(ValueError, match=r"n from 0 to 0, found crop\(-1\)"):
         cache.crop(-1)
+
+
+def test_a_model_that_was_deleted_cannot_read_again_what_stays():
+    model = make_model()
+    cache = model.make_cache()
+    cache.activate_past_recording()
+    model(PROMPT[:, :5], **{CACHE_KEY: cache})
+    del model
+    gc.collect()
+    with pytest.raises(ValueError, match=r"crop\(-2\): expected the model that .* it was deleted: keep"):
+        cache.crop(-2)
+    assert cache.get_seq_length() == 5
+    # Nothing is to be read again.
+    cache.crop(-5)
+    assert cache.get_seq_length() == 0
+
+
+def test_layers_outputs_are_not_given_where_a_text_is_read_in_two_calls(model):
+    cache = model.make_cache()
+    cache.activate_past_recording()
+    with pytest.raises(ValueError, match=r"output_hidden_states: expected at most 256 .* found 257"):
+        model(random_ids(1, 257), output_hidden_states=True, **{CACHE_KEY: cache})
+    assert cache.get_seq_length() == 0
 
 
 def test_tokens_of_a_call_that_fails_were_not_read(model):

@@ -370,7 +370,7 @@ class OVQCache(StateCache):
 
         Raises:
             ValueError: more tokens than were recorded since rows were selected, repeated or joined; a number
-                above 0.
+                above 0; the model was deleted. The cache is then unchanged.
         """
         recorded, self.recorded = self.recorded, None
         if tokens_to_remove == 0:
@@ -379,10 +379,17 @@ class OVQCache(StateCache):
         if recorded is None or not -num_recorded <= tokens_to_remove < 0:
             self.recorded = recorded
             raise not_croppable(tokens_to_remove, num_recorded)
+        kept, model = recorded.inputs[:, :tokens_to_remove], recorded.model()
+        if kept.shape[1] and model is None:
+            self.recorded = recorded
+            raise ValueError(
+                f"crop({tokens_to_remove}): expected the model that has read these tokens, to read again "
+                "what stays, found that it was deleted: keep it, or a snapshot of the cache (snapshot())"
+            )
         self.layers = [layer.branch() for layer in recorded.layers]
-        if (kept := recorded.inputs[:, :tokens_to_remove]).shape[1]:
+        if kept.shape[1]:
             mask = recorded.mask if recorded.mask is None else recorded.mask[:, :tokens_to_remove]
-            recorded.model()(inputs_embeds=kept, attention_mask=mask, **{CACHE_KEY: self})
+            model(inputs_embeds=kept, attention_mask=mask, **{CACHE_KEY: self})
             self.recorded = None
 
 

@@ -137,6 +137,11 @@ class OVQModel(OVQPreTrainedModel):
         recorded = None
         if past is not None and past.is_recording:
             if num_new > MOST_CROPPED and cu_seqlens is None:
+                if kwargs.get("output_hidden_states", self.config.output_hidden_states):
+                    raise ValueError(
+                        f"output_hidden_states: expected at most {MOST_CROPPED} tokens at a time with a "
+                        f"cache that records what it reads, found {num_new}"
+                    )
                 return self._read_recording(inputs_embeds, attention_mask, past)
             recorded = past.to_record(self, inputs_embeds, attention_mask)
 
