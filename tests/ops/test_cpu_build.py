@@ -10,6 +10,7 @@ import select
 import shlex
 import shutil
 import stat
+import subprocess
 import threading
 import warnings
 from pathlib import Path
@@ -22,6 +23,7 @@ import torch
 from ovq.ops import cpu_kernels
 from ovq.ops.backends.cpu import build
 from ovq.ops.backends.cpu.build import MissingKernelsWarning
+from ovq.ops.backends.cpu.compiler import FOLDER, find_compiler
 from tests.disks import full_disk
 from tests.ops.common import assert_same_state, attend, inputs
 from tests.ops.compiling import restart
@@ -45,6 +47,13 @@ def warned(function):
 def kernel_files(folder):
     """All that is in a folder, hidden or not; nothing but whole kernels should be."""
     return [path for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+@needs_compiler
+def test_no_macro_is_defined_anew(tmp_path):
+    command = [*find_compiler(), "-std=c++17", "-E", FOLDER / "kernels.cpp", "-o", tmp_path / "kernels.i"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert "redefined" not in said
 
 
 class Rank(threading.local):

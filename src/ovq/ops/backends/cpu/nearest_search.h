@@ -80,8 +80,8 @@ template <typename Function> INLINE void for_blocks(const Columns *parts, Functi
     int64_t block = 0;
     for (int part = 0; part < 3; part++) {
         const Columns &columns = parts[part];
-        for (int64_t at = 0; at < columns.num; at += BLOCK)
-            function(columns, columns.first + at, columns.first + least(columns.num, at + BLOCK), block++);
+        for (int64_t at = 0; at < columns.num; at += COLUMN_BLOCK)
+            function(columns, columns.first + at, columns.first + least(columns.num, at + COLUMN_BLOCK), block++);
     }
 }
 
@@ -205,10 +205,11 @@ static int64_t search_items(const Joining &all, int32_t *items, int64_t num, int
     const Left left = {keys, values, nearest->is_rough ? words : nullptr, steps, steps + num};
     set_left(all, items, num, left);
     Search searches[num];
-    Vector blocks[num * (n / BLOCK + 3)];
+    Vector blocks[num * (n / COLUMN_BLOCK + 3)];
     for (int64_t i = 0; i < num; i++)
         searches[i] = {items[i], is_again ? nearest->recent_place[items[i]] : items[i],
-                       slack_of(all, items[i], nearest->is_rough), splat(-INFINITY), blocks + i * (n / BLOCK + 3)};
+                       slack_of(all, items[i], nearest->is_rough), splat(-INFINITY),
+                       blocks + i * (n / COLUMN_BLOCK + 3)};
     score_blocks(all, parts, searches, num, left, scores);
     *num_near = count_near(all, parts, scores, searches[0]);
     const double tie = call->tie * nearest->size;

@@ -5,7 +5,7 @@
 #include "learn.h"
 
 /* Columns of a block of products. */
-#define BLOCK 128
+#define COLUMN_BLOCK 128
 /* Whether there are products that take half the time and are rough. */
 #define HAS_ROUGH (HAS_BYTES || HAS_PAIRS)
 

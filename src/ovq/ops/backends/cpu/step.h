@@ -7,9 +7,9 @@
 #include "memory.h"
 #include "tokens.h"
 
-/* No more tokens of all rows than this are few; many are multiplied so many at a time. */
+/* No more tokens of all rows than this are few; many are multiplied TOKEN_BLOCK at a time. */
 #define FEW_ROWS 32
-#define BLOCK 64
+#define TOKEN_BLOCK 64
 
 /* y [num, ldy] = x [num, dim] times the transpose of a matrix [num_out, dim], plus `added` if there is any. The workers
    share the rows of the matrix, ABREAST at a time, and do not wait for each other. */
@@ -57,9 +57,9 @@ extern "C" void ovq_matrix_product(int64_t num_threads, int64_t num, int64_t dim
         if (norm) normalise(worker, num, dim, eps, x, norm, scratch);
         const float *from = norm ? scratch : x;
         if (num <= FEW_ROWS) return multiply(worker, num, dim, num_out, from, matrix, nullptr, y, num_out);
-        worker.share((num + BLOCK - 1) / BLOCK, [=](int64_t i) {
-            const int64_t t = i * BLOCK;
-            multiply(Worker{0, 1}, least(BLOCK, num - t), dim, num_out, from + t * dim, matrix, nullptr,
+        worker.share((num + TOKEN_BLOCK - 1) / TOKEN_BLOCK, [=](int64_t i) {
+            const int64_t t = i * TOKEN_BLOCK;
+            multiply(Worker{0, 1}, least(TOKEN_BLOCK, num - t), dim, num_out, from + t * dim, matrix, nullptr,
                      y + t * num_out, num_out);
         });
     });
@@ -313,8 +313,8 @@ struct Run {
     template <typename Half> void halve(Worker worker, int64_t *next_block, const Half &half) const {
         const int64_t num = num_tokens();
         if (!is_many()) return half(worker, 0, num);
-        worker.take((num + BLOCK - 1) / BLOCK, next_block,
-                    [&](int64_t i) { half(Worker{0, 1}, i * BLOCK, least(BLOCK, num - i * BLOCK)); });
+        worker.take((num + TOKEN_BLOCK - 1) / TOKEN_BLOCK, next_block,
+                    [&](int64_t i) { half(Worker{0, 1}, i * TOKEN_BLOCK, least(TOKEN_BLOCK, num - i * TOKEN_BLOCK)); });
     }
 
     void make(Worker worker) const {
