@@ -6,8 +6,6 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # What nobody runs the library with: the linters, and what builds the package.
 TOOLS = {"ruff", "mypy", "hatchling"}
-# Its builds of that time go with other builds of torch.
-ALONE = {"triton"}
 
 
 def test_the_oldest_dependencies_are_those_that_are_allowed():
@@ -21,5 +19,5 @@ def test_the_oldest_dependencies_are_those_that_are_allowed():
     def release(version):
         return [int(part) for part in f"{version}.0.0".split(".")[:3]]
 
-    for name in allowed.keys() - TOOLS - ALONE:
+    for name in allowed.keys() - TOOLS:
         assert release(tested[name]) == release(allowed[name]), name

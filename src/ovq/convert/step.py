@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -27,7 +28,6 @@ from ovq.convert.fits import misfits
 from ovq.convert.packed import PACKED, PackedLinear
 from ovq.convert.unchanged import Part, Unchanged
 from ovq.hf.cache import CACHE_KEY
-from ovq.layers.products import has_global_hook
 from ovq.ops.backends.cpu.kernels import DTYPES, is_available
 from ovq.ops.backends.cpu.layer import HeadsLayer
 from ovq.ops.backends.cpu.weights import Matrix, matrix_product, packed
@@ -163,7 +163,7 @@ _STEPS: weakref.WeakKeyDictionary[nn.Module, _Step] = weakref.WeakKeyDictionary(
 
 def _step_of(model: Any, own_class: type) -> _Step | None:
     """The step of a model as it is now; None if it is none that a kernel can do."""
-    if has_global_hook() or torch.is_autocast_enabled("cpu") or not is_available():
+    if _has_any_global_hook() or torch.is_autocast_enabled("cpu") or not is_available():
         return None
     step = _STEPS.get(model)
     if step is None or not step.is_current():

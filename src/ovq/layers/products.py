@@ -7,7 +7,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as modules
 
 from ovq.ops.backends.cpu.linear import (
     FEW_TOKENS,
@@ -38,17 +37,6 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     has_hooks = has_hooks or own["_backward_hooks"] or own["_backward_pre_hooks"]
     # accelerate replaces the forward of an object.
     return not has_hooks and "forward" not in own
-
-
-def has_global_hook() -> bool:
-    """Whether hooks of all modules are called. PyTorch has a function for it in later versions alone.
-
-    Example:
-        >>> has_global_hook()
-        False
-    """
-    has_forward = modules._global_forward_hooks or modules._global_forward_pre_hooks
-    return bool(has_forward or modules._global_backward_hooks or modules._global_backward_pre_hooks)
 
 
 def plain_parameter(module: nn.Module, kind: type[nn.Module], name: str = "weight") -> Tensor | None:

@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.modules.module import _has_any_global_hook
 
 from ovq.layers.base import AttentionMixer, Mixer, check_cache_use
 from ovq.layers.cache import LayerCache
 from ovq.layers.common import QKNorm, RMSNorm, ShortConvolution, rotary_tables
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.logn import logn_factor
-from ovq.layers.products import Linear, can_multiply, has_global_hook, plain_parameter
+from ovq.layers.products import Linear, can_multiply, plain_parameter
 from ovq.ops.backends.cpu.layer import LayerStep, LayerWeights, layer_to_run, run_layers
 from ovq.ops.backends.cpu.linear import FEW_TOKENS
 from ovq.ops.backends.cpu.tokens import can_run
@@ -40,7 +41,7 @@ def is_token(hidden_states: Tensor, layout: SequenceLayout) -> bool:
     """Whether a call is one that `token_step` is for: a token for each of a few rows, and no gradient."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or layout.num_new != 1:
         return False
-    is_plain = layout.new_mask is None and layout.cu_seqlens is None and not has_global_hook()
+    is_plain = layout.new_mask is None and layout.cu_seqlens is None and not _has_any_global_hook()
     return is_plain and len(hidden_states) <= FEW_TOKENS
 
 

@@ -79,7 +79,7 @@ class Options:
     init: str
     merge: str
     seed: int
-    # Made anew, as graphs of earlier versions of PyTorch cannot take one that is made before.
+    # Made anew, as graphs of PyTorch 2.11 cannot take one that is made before.
     ablation: Ablation = dataclasses.field(default_factory=Ablation)
     value_weight: float = VALUE_WEIGHT
     mass_power: float = MASS_POWER

@@ -166,7 +166,7 @@ def _word_embeddings(ids: list[int], num_words: int, head_dim: int, seed: int) -
     # Counts of the words that come after fill the left columns, those of words that come before the right
     # ones.
     both[1, follows.shape[1] :] += num_words
-    # Checked where it is said so for all: earlier versions of PyTorch warn of what follows from these.
+    # Checked where it is said so for all: PyTorch 2.11 warns of what follows from these.
     with torch.sparse.check_sparse_tensor_invariants():
         ones = torch.ones(both.shape[1])
         counts = torch.sparse_coo_tensor(both, ones, (num_words, 2 * num_words)).coalesce()
