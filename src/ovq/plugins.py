@@ -26,6 +26,7 @@ LABORATORY = {
         "demo": "ovq_lab.cli.demo:demo",
         "train": "ovq_lab.cli.train:train",
         "eval": "ovq_lab.cli.evaluate:app",
+        "publish": "ovq_lab.cli.publish:publish",
         "bench": "ovq_lab.cli.bench:bench",
         "reproduce": "ovq_lab.cli.reproduce:reproduce",
     },

@@ -14,6 +14,7 @@ from ovq.convert import attach
 from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.hf.streaming import stream_tokens
 from ovq_lab.eval.harness import evaluate_tasks
+from ovq_lab.eval.report import results_as_markdown
 from ovq_lab.text import byte_tokenizer
 
 BYTES = byte_tokenizer()
@@ -186,6 +187,8 @@ def test_the_command_line(model, folder, results, capsys, tmp_path):
         assert found[task]["acc,none"] == pytest.approx(scores(results[1])[task])
     saved = json.loads((tmp_path / "harness.json").read_text())
     assert len(saved["samples"]["local_choice"]) == 6
+    table = results_as_markdown(tmp_path / "harness.json", model=tmp_path / "model")
+    assert f"| local_choice | acc | {found['local_choice']['acc,none']:.4f} |" in table
     few = run(capsys, *arguments[:-1], 1)
     assert "local_choice" in few
     assert "acc" in few

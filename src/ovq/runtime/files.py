@@ -59,6 +59,29 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
             temporary.unlink()
 
 
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A temporary path for a folder, which becomes `path` when the block ends without an error; otherwise it
+    is removed.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with atomic_folder(Path(folder) / "notes") as temporary:
+        ...         temporary.mkdir()
+        ...     (Path(folder) / "notes").is_dir()
+        True
+    """
+    # Beside its place, so that moving it there is one step.
+    temporary = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
+    try:
+        yield temporary
+        open_to_others(temporary)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def _create(path: Path) -> None:
     """Create an empty file with a new name, with the permissions that the umask gives.
 

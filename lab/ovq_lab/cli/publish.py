@@ -1,0 +1,111 @@
+"""`ovq publish`: the folder of a trained model as the hub wants it, with what was measured in its card."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ovq.cli.common import check_new_folder, out_console
+from ovq.cli.loading import check_model_folder, load_model, load_tokenizer
+
+if TYPE_CHECKING:
+    from ovq_lab.train.config import RunConfig
+
+_PICTURE = "loss.png"
+
+
+def publish(
+    model: Annotated[Path, typer.Option(help="Folder of a run that has ended.", show_default=False)],
+    out: Annotated[
+        Path,
+        typer.Option(help="Folder to make; the model gets its name.", show_default=False),
+    ],
+    results: Annotated[
+        list[Path],
+        typer.Option(
+            help="What ovq eval has found of this model: lm.json, needle.json or harness.json of its --out, "
+            "or what its --json printed; can be given several times.",
+            show_default=False,
+        ),
+    ] = [],  # noqa: B006  (typer reads it and never changes it)
+    license_: Annotated[
+        str | None,
+        typer.Option(
+            "--license",
+            help="Licence of the weights, as the hub names it: apache-2.0, mit, cc-by-4.0, ...",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Make a folder that can be uploaded to the hub as it is: weights, tokenizer, code to load them, and a
+    card with results. Nothing is uploaded.
+
+    Checkpoints, logs and states of the optimizer stay where they are. A card that you edited is copied as it
+    is.
+
+    Example: [bold]ovq eval lm --model runs/lm-ovq --out results[/bold], then [bold]ovq publish --model
+    runs/lm-ovq --results results/lm.json --license apache-2.0 --out my-model[/bold]
+    """
+    check_model_folder(model)
+    check_new_folder("--out", out)
+    # One without is refused before anything is loaded.
+    config = _config(model)
+
+    from ovq.hf.card import CARD_FILE, is_untouched
+    from ovq.runtime.files import atomic_folder
+    from ovq_lab.eval.report import results_as_markdown
+    from ovq_lab.train.card import save_run_card
+    from ovq_lab.train.config import CONFIG_FILE
+
+    tables = "\n\n".join(results_as_markdown(path, model=model) for path in results)
+    loaded, tokenizer = load_model(model), load_tokenizer(model)
+    card = model / CARD_FILE
+    is_edited = card.is_file() and not is_untouched(card.read_text(encoding="utf-8", errors="replace"))
+    picture = model / _PICTURE
+    with atomic_folder(out) as folder:
+        loaded.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        shutil.copy(model / CONFIG_FILE, folder)
+        if picture.is_file():
+            shutil.copy(picture, folder)
+        if is_edited:
+            shutil.copy(card, folder)
+        else:
+            save_run_card(
+                loaded,
+                config,
+                model,
+                picture=picture if picture.is_file() else None,
+                out=folder,
+                name=out.resolve().name,
+                results=tables or None,
+                license=license_,
+            )
+    if is_edited:
+        to_add = " Results to add to it:" if tables else ""
+        out_console.print(f"{card} was edited and is copied as it is.{to_add}", soft_wrap=True)
+        out_console.print(tables, highlight=False, markup=False, soft_wrap=True)
+    # A path or a command broken over two lines could not be copied.
+    out_console.print(
+        f"Made {out}. Upload it: hf upload YOU/{out.resolve().name} {out}", soft_wrap=True, highlight=False
+    )
+
+
+def _config(model: Path) -> RunConfig:
+    """The run that the model is of.
+
+    Raises:
+        ValueError: If it is of none, or has not ended.
+    """
+    from transformers.trainer import TRAINER_STATE_NAME
+
+    from ovq_lab.train.config import RunConfig
+
+    config = RunConfig.load(model)
+    if not (model / TRAINER_STATE_NAME).is_file():
+        raise ValueError(f"--model: expected a run that has ended, found none in {model}")
+    return config

@@ -1,0 +1,143 @@
+"""What `ovq eval` has found, as Markdown: tables for the card of a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any, TypeVar
+
+from ovq.runtime.files import read_json
+from ovq.runtime.units import format_bytes
+from ovq_lab.eval.language import LanguageRow
+from ovq_lab.eval.needle import NeedleRow
+from ovq_lab.eval.rows import ResultRow
+
+Row = TypeVar("Row", LanguageRow, NeedleRow, ResultRow)
+
+
+def results_as_markdown(path: Path, *, model: Path) -> str:
+    """A table of the results in a file, with a sentence before it that says what was tested.
+
+    Args:
+        path: `lm.json`, `needle.json` or `harness.json` of `ovq eval ... --out`, or what `ovq eval --json`
+            prints.
+        model: The folder of the model that must be the one tested.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If it holds no such results, or those of another model or of several.
+    """
+    found = read_json(path)
+    about: Mapping[str, Any] = found if isinstance(found, dict) else {}
+    try:
+        tested = about["models"] if "models" in about else [about["model"]]
+        if "results" in about:
+            text = _harness(about["results"])
+        else:
+            text = _KINDS[next(key for key in _KINDS if key in about["rows"][0])](about)
+    except (AttributeError, IndexError, KeyError, StopIteration, TypeError) as error:
+        raise ValueError(f"{path}: expected results of ovq eval, found something else ({error!r})") from None
+    if [Path(name).resolve() for name in tested] != [model.resolve()]:
+        raise ValueError(f"{path}: expected results of {model} alone, found those of {', '.join(tested)}")
+    return text
+
+
+def _language(about: Mapping[str, Any]) -> str:
+    """Loss and bits per byte of long documents."""
+    rows = _read(LanguageRow, about)
+    return f"Held-out text, {_source(about)} (`ovq eval lm`):\n\n" + _table(
+        ("model", "tokens", "windows", "loss, nats per token", "bits per byte", "state"),
+        (
+            (
+                row.label,
+                f"{row.length:,}",
+                f"{row.num_windows}",
+                f"{row.loss:.4f}",
+                "" if row.bits_per_byte is None else f"{row.bits_per_byte:.4f}",
+                format_bytes(row.state_bytes),
+            )
+            for row in rows
+        ),
+    )
+
+
+def _needle(about: Mapping[str, Any]) -> str:
+    """Values found, by length; the mean of all depths."""
+    rows = _read(NeedleRow, about)
+    source = "" if about["source"] is None else f", {_source(about)}"
+    num_depths = len({row.depth for row in rows})
+    return (
+        f"A {rows[0].value} in {rows[0].haystack}{source}: share of values that greedy generation produces "
+        f"(`ovq eval needle`; {rows[0].num_examples} questions at each of {num_depths} depths):\n\n"
+        + _by_length(rows, lambda row: row.generated, 2)
+    )
+
+
+def _accuracy(about: Mapping[str, Any]) -> str:
+    """Right answers on a synthetic task, by length."""
+    rows = _read(ResultRow, about)
+    has_error = rows[0].mean_error is not None
+    what = "mean error" if has_error else "share of right answers"
+    return f"The task of its training, by tokens per example: {what} (`ovq eval`):\n\n" + _by_length(
+        rows, lambda row: row.mean_error if has_error else row.accuracy, 3
+    )
+
+
+_KINDS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
+    "loss": _language,
+    "generated": _needle,
+    "accuracy": _accuracy,
+}
+"""By a field that no other kind of row has."""
+
+
+def _harness(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """The metrics of every task."""
+    rows = (
+        (task, name.partition(",")[0], f"{value:.4f}", _deviation(metrics, name))
+        for task, metrics in results.items()
+        for name, value in metrics.items()
+        if isinstance(value, float) and "_stderr" not in name
+    )
+    return "Tasks of the lm-evaluation-harness (`ovq eval harness`):\n\n" + _table(
+        ("task", "metric", "value", "standard error"), rows
+    )
+
+
+def _deviation(metrics: Mapping[str, Any], name: str) -> str:
+    metric, _, selected = name.partition(",")
+    value = metrics.get(f"{metric}_stderr,{selected}")
+    return f"{value:.4f}" if isinstance(value, float) else ""
+
+
+def _read(kind: type[Row], about: Mapping[str, Any]) -> list[Row]:
+    """The rows of a file; a result of a later version may have more fields."""
+    names = {field.name for field in dataclasses.fields(kind)}
+    return [kind(**{name: row[name] for name in row if name in names}) for row in about["rows"]]
+
+
+def _source(about: Mapping[str, Any]) -> str:
+    dataset = about["source"]["dataset"]
+    # A folder of this machine means nothing to others.
+    return f"`{Path(dataset).name if Path(dataset).is_absolute() else dataset}`, {about['split']}"
+
+
+def _by_length(rows: Sequence[Row], value: Callable[[Row], float | None], digits: int) -> str:
+    lengths: list[int] = sorted({row.length for row in rows})
+    lines: list[tuple[str, ...]] = []
+    for label in dict.fromkeys(row.label for row in rows):
+        own = [row for row in rows if row.label == label]
+        cells: list[float] = [
+            mean(found for row in own if row.length == length and (found := value(row)) is not None)
+            for length in lengths
+        ]
+        state = format_bytes(next(row.state_bytes for row in own if row.length == lengths[-1]))
+        lines.append((label, *(f"{cell:.{digits}f}" for cell in cells), state))
+    return _table(("model", *(f"{length:,}" for length in lengths), f"state at {lengths[-1]:,}"), lines)
+
+
+def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [titles, ["---"] + ["---:"] * (len(titles) - 1), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

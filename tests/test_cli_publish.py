@@ -1,0 +1,129 @@
+"""`ovq publish`: what a folder for the hub holds, and what its card says of the model's tests."""
+
+import json
+import shutil
+
+import pytest
+from huggingface_hub import ModelCard
+
+from ovq.cli.loading import load_model
+from ovq.hf.card import CARD_FILE, is_untouched
+from ovq_lab.eval.report import results_as_markdown
+from tests.test_cli import fail, run, tiny_settings
+from tests.test_cli_text import train_words
+from tests.train.text_common import write_texts
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        yield write_texts(tmp_path_factory.mktemp("texts"), patch)
+
+
+@pytest.fixture(scope="module")
+def trained(texts, tmp_path_factory):
+    """A run on text that has checkpoints and a log."""
+    out = tmp_path_factory.mktemp("runs") / "first"
+    from ovq.cli import main
+
+    with pytest.raises(SystemExit):
+        main([*train_words(texts, out), "--set", "train.save_every=1"])
+    return out
+
+
+@pytest.fixture
+def tested(trained, texts, tmp_path, capsys):
+    """Its results: loss and needles."""
+    read = ["--model", trained, "--out", tmp_path / "found"]
+    of_text = ["--lengths", "16,32", "--num-slots", "4,8", "--dataset", texts, "--split", "train"]
+    run(capsys, "eval", "lm", *read, *of_text)
+    needles = ["--haystack", "noise", "--lengths", "512,1024", "--depths", "0,100", "--examples", 2]
+    run(capsys, "eval", "needle", *read, *needles, "--distractors", 2)
+    return tmp_path / "found"
+
+
+def test_a_folder_has_what_the_hub_needs_and_results(trained, tested, tmp_path, capsys):
+    out = tmp_path / "my-model"
+    names = ("lm.json", "needle.json")
+    results = [word for name in names for word in ("--results", tested / name)]
+    said = run(capsys, "publish", "--model", trained, *results, "--license", "mit", "--out", out)
+    assert f"hf upload YOU/my-model {out}" in said
+    names = {path.name for path in out.iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "modeling_ovq.py", "loss.png"} <= names
+    assert not [name for name in names if name.startswith(("checkpoint", "train", "seal")) or name == "runs"]
+    weights = load_model(trained).state_dict()
+    assert all((weights[name] == weight).all() for name, weight in load_model(out).state_dict().items())
+    card = ModelCard((out / CARD_FILE).read_text())
+    assert card.data["license"] == "mit"
+    assert is_untouched(card.content)
+    assert "# my-model" in card.text
+    rows = json.loads((tested / "lm.json").read_text())["rows"]
+    assert len(rows) == 4
+    for row in rows:
+        cells = (
+            f"| OVQ, {row['num_slots']} slots | {row['length']} | {row['num_windows']} | {row['loss']:.4f} |"
+        )
+        assert cells in card.text
+    rows = json.loads((tested / "needle.json").read_text())["rows"]
+    found = [sum(row["generated"] for row in rows if row["length"] == n) / 2 for n in (512, 1024)]
+    assert f"| OVQ, 4 slots | {found[0]:.2f} | {found[1]:.2f} |" in card.text
+    for title in ("## Results", "## Training", "![loss by step](loss.png)"):
+        assert title in card.text.splitlines()
+    # The run itself is as it was.
+    assert "## Results" not in (trained / CARD_FILE).read_text()
+
+
+def test_an_edited_card_stays(trained, tested, tmp_path, capsys):
+    run_of_mine = tmp_path / "mine"
+    shutil.copytree(trained, run_of_mine)
+    (run_of_mine / CARD_FILE).write_text("# Mine\n")
+    text = (tested / "lm.json").read_text().replace(str(trained), str(run_of_mine))
+    (tested / "lm.json").write_text(text)
+    words = ["--model", run_of_mine, "--results", tested / "lm.json", "--out", tmp_path / "out"]
+    said = run(capsys, "publish", *words)
+    assert (tmp_path / "out" / CARD_FILE).read_text() == "# Mine\n"
+    assert "Results to add to it" in said
+    assert "| OVQ, 4 slots | 16 |" in said
+
+
+def test_a_synthetic_run_and_what_its_test_printed(tmp_path, capsys):
+    trained = tmp_path / "run"
+    run(capsys, "train", "regression-ovq", *tiny_settings(), "--out", trained)
+    printed = run(capsys, "eval", "--model", trained, "--lengths", "16,24", "--examples", 2, "--json")
+    (tmp_path / "found.json").write_text(printed)
+    text = results_as_markdown(tmp_path / "found.json", model=trained)
+    row = json.loads(printed)["rows"][0]
+    assert "| model | 16 | 24 | state at 24 |" in text
+    assert f"| OVQ, 4 slots | {row['mean_error']:.3f} |" in text
+
+
+def test_results_of_the_harness(tmp_path):
+    scores = {"acc,none": 0.5, "acc_stderr,none": 0.125, "alias": "t"}
+    about = {"model": str(tmp_path), "results": {"t": scores}}
+    (tmp_path / "harness.json").write_text(json.dumps(about))
+    text = results_as_markdown(tmp_path / "harness.json", model=tmp_path)
+    assert text.endswith("| t | acc | 0.5000 | 0.1250 |")
+
+
+@pytest.mark.parametrize("content", ["[1]", "{}", '{"rows": []}', '{"model": "a", "rows": [{"loss": 1}]}'])
+def test_files_that_hold_no_results(content, tmp_path):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(ValueError, match=r"a\.json: expected results of ovq eval, found something else"):
+        results_as_markdown(tmp_path / "a.json", model=tmp_path)
+
+
+def test_what_is_refused(trained, tested, tmp_path, capsys):
+    words = ["publish", "--model", trained, "--out", tmp_path / "out"]
+    (tmp_path / "full").mkdir()
+    assert "expected a folder that does not exist yet" in fail(capsys, *words[:-1], tmp_path / "full")
+    about = json.loads((tested / "lm.json").read_text())
+    for others in (["elsewhere"], [str(trained), "elsewhere"]):
+        (tmp_path / "lm.json").write_text(json.dumps(about | {"models": others}))
+        line = fail(capsys, *words, "--results", tmp_path / "lm.json")
+        assert f"expected results of {trained} alone, found those of {', '.join(others)}" in line
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(trained, unfinished)
+    (unfinished / "trainer_state.json").unlink()
+    line = fail(capsys, "publish", "--model", unfinished, "--out", tmp_path / "out")
+    assert "expected a run that has ended" in line
+    assert not (tmp_path / "out").exists()
