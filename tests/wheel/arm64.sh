@@ -16,8 +16,8 @@ if [ ! -e "$folder/done" ]; then
     mkdir -p "$folder"
     mmdebstrap --architectures=arm64 --variant=extract --include=python3.13,libpython3.13,libstdc++6 trixie "$folder/root"
     ln -sfn usr/lib "$folder/root/lib"
-    # The last torch whose wheel for arm64 is one for CPUs alone. Named one by one, because pip would look for what
-    # they need on this machine.
+    # The last torch whose wheel for arm64 is one for CPUs alone, older than ovq allows; the kernels do not depend on it.
+    # Named one by one, because pip would look for what they need on this machine.
     python3 -m pip install --no-deps --target "$folder/site" --only-binary :all: --python-version 3.13 \
         --implementation cp --abi cp313 --abi abi3 --abi none --platform manylinux_2_28_aarch64 \
         --platform manylinux_2_27_aarch64 --platform manylinux_2_17_aarch64 --platform manylinux2014_aarch64 \
