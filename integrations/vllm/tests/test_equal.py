@@ -41,6 +41,15 @@ MODELS = {
         "chunk_size": 17,
         "num_slots": 50,
     },
+    "beside Mamba2": {
+        "mixer_types": ["mamba2", "ovq", "mamba2", "ovq"],
+        "forget_gate": True,
+        "merge": "nearest",
+    },
+    "beside Gated DeltaNet, sinks and windows": {
+        "mixer_types": ["gated_deltanet", "ovq", "sink_attention", "sliding_attention"],
+        "sink_window": 40,
+    },
 } | {f"{family}, converted": {"family": family} for family in CONVERTED}
 
 

@@ -28,6 +28,10 @@ MODELS = {
         {"num_gpu_blocks_override": 40},
     ),
     "own, gates and windows": ({"merge_gate": True, "forget_gate": True}, {}),
+    "own, beside others": (
+        {"mixer_types": ["mamba2", "ovq", "gated_deltanet", "full_attention"]},
+        {"num_gpu_blocks_override": 40},
+    ),
     "llama": ({"family": "llama"}, {"num_gpu_blocks_override": 7}),
     "qwen3": ({"family": "qwen3"}, {}),
     "own, prefixes": ({"merge_gate": True}, {"num_gpu_blocks_override": 60} | PREFIXES),

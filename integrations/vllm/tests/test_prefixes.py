@@ -15,6 +15,7 @@ MODELS = {
         {},
     ),
     "OVQ alone": ({"mixer_types": ["ovq"] * 3, "num_hidden_layers": 3}, {}),
+    "beside Mamba2": ({"mixer_types": ["mamba2", "ovq", "full_attention", "ovq"]}, {}),
     "llama": ({"family": "llama"}, {"block_size": 64}),
     "qwen3": ({"family": "qwen3"}, {"block_size": 96}),
 }

@@ -9,7 +9,7 @@ from ovq.hf import OVQConfig
 from ovq.hf.block import build_mixer
 from ovq.layers import LayerCache
 from ovq.layers.memory import num_bytes
-from ovq_vllm.state import StateBlocks, block_spec, guests_per_host
+from ovq_vllm.state import StateBlocks, block_spec, hosts
 from ovq_vllm.step import Group
 
 from .conftest import SIZES
@@ -118,9 +118,22 @@ def test_every_tensor_of_a_block_lies_aligned(fields, dtype):
 
 @pytest.mark.parametrize(
     ("mixers", "expected"),
-    [("oooo", 0), ("soso", 1), ("ssso", 3), ("ssoso", 2), ("ososso", 1)],
+    [("oooo", {0}), ("soso", {0, 1}), ("ssso", {0, 1, 2, 3}), ("ssoso", {0, 1, 2}), ("ososso", {0, 1})],
 )
-def test_room_for_the_convolutions_of_other_layers(mixers, expected):
+def test_room_for_what_other_layers_keep(mixers, expected):
     names = [{"o": "ovq", "s": "sliding_attention"}[mixer] for mixer in mixers]
-    config = OVQConfig(**SIZES | {"mixer_types": names, "num_hidden_layers": len(names)})
-    assert guests_per_host(config) == expected
+    places = hosts(names)
+    # No two layers have the same one.
+    assert len(set(places)) == len(names)
+    assert {index for _, index in places} == expected
+    assert all(names[host] == "ovq" for host, _ in places)
+
+
+def test_layers_with_a_state_of_constant_size_have_room_for_it():
+    names = ["mamba2", "ovq", "gated_deltanet", "ovq", "mamba2"]
+    config = OVQConfig(**SIZES | {"mixer_types": names, "num_hidden_layers": 5})
+    spec = block_spec(config, torch.bfloat16)
+    for i, index in ((0, 1), (2, 1), (4, 2)):
+        mixer = build_mixer(config, i)
+        for name, part in mixer.state_spec(1, torch.bfloat16).items():
+            assert spec[f"{type(mixer).__name__}.{name}.{index}"] == part

@@ -11,10 +11,12 @@ from ovq.convert import MemoryConfig
 from ovq.convert.config import CONFIG_KEY
 from ovq.convert.step import checked_weight_dtype
 from ovq.hf import OVQConfig
+from ovq.layers import mixer_class
+from ovq.layers.constant import ConstantStateMixer
 
 logger = init_logger("vllm.ovq")
 
-#: The mixers that run. Others keep states for which there is no code here.
+#: The mixers that run, besides those with a state of constant size.
 MIXERS = ("ovq", "sliding_attention", "full_attention")
 
 #: Tokens after which prefix caching keeps a state of a converted model, unless `--block-size` says otherwise.
@@ -91,15 +93,15 @@ def check_model(config: OVQConfig) -> None:
         config: that of the model.
     """
     others = sorted(set(config.mixer_types) - set(MIXERS))
-    if others:
+    if refused := [name for name in others if not issubclass(mixer_class(name), ConstantStateMixer)]:
         raise ValueError(
-            f"expected mixer_types among {MIXERS}, found {others}: the plugin has no state blocks for them; "
-            "`ovq serve` runs all mixers"
+            f"expected mixer_types among {MIXERS}, or with a state of constant size (mamba2, gated_deltanet, "
+            f"...), found {refused}: the plugin has no state blocks for them; `ovq serve` runs all mixers"
         )
     if "ovq" not in config.mixer_types:
         raise ValueError(
-            f"expected at least one layer 'ovq', found mixer_types {config.mixer_types}: the inputs of other "
-            "layers' convolutions are kept with the states of OVQ layers"
+            f"expected at least one layer 'ovq', found mixer_types {config.mixer_types}: what other layers "
+            "keep besides keys is kept with the states of OVQ layers"
         )
 
 

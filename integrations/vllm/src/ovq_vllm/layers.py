@@ -11,11 +11,12 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
-from ovq.hf import OVQConfig
-from ovq.layers import LayerCache, OVQAttention, SequenceLayout
+from ovq.layers import LayerCache, Mixer, OVQAttention, SequenceLayout
 from ovq.layers.common import ShortConvolution
+from ovq.layers.constant import ConstantStateMixer
+from ovq.layers.memory import StateSpec
 from ovq.layers.softmax import FullAttention, SlidingWindowAttention
-from ovq_vllm.state import StateBlocks, block_spec
+from ovq_vllm.state import StateBlocks, part_name
 from ovq_vllm.step import Group, RequestLayout, Step
 
 
@@ -24,14 +25,13 @@ class OVQLayer(MambaBase):
 
     Args:
         mixer: the mixer, with its weights.
-        config: that of the model.
+        spec: what a block holds.
         vllm_config: that of the engine.
         prefix: the layer's name for vLLM.
     """
 
-    def __init__(self, mixer: OVQAttention, config: OVQConfig, vllm_config: VllmConfig, prefix: str) -> None:
-        self._mixer, self._prefix = mixer, prefix
-        self._spec = block_spec(config, vllm_config.model_config.dtype)
+    def __init__(self, mixer: OVQAttention, spec: StateSpec, vllm_config: VllmConfig, prefix: str) -> None:
+        self._mixer, self._spec, self._prefix = mixer, spec, prefix
         self._blocks: StateBlocks | None = None
         self._tensors: dict[str, Tensor] = {}
         vllm_config.compilation_config.static_forward_context[prefix] = self
@@ -66,7 +66,7 @@ class OVQLayer(MambaBase):
         mixer, step = self._mixer, self.step
         if step is None or self._blocks is None:
             return torch.zeros_like(hidden_states)
-        channels = self.convolved(mixer.qkv_conv, mixer.qkv_proj(hidden_states[None])[0], index=0)
+        channels = self.convolved(mixer, mixer.qkv_proj(hidden_states[None])[0], index=0)
         mixed = channels.new_zeros(len(channels), mixer.num_heads * mixer.head_dim)
         for group in step.groups:
             cache = LayerCache(mixer.memory)
@@ -81,23 +81,25 @@ class OVQLayer(MambaBase):
             group.put(o, mixed)
         return mixer.o_proj(mixed[None])[0]
 
-    def convolved(self, convolution: ShortConvolution | None, channels: Tensor, *, index: int) -> Tensor:
+    def part(self, mixer: Mixer, name: str, index: int) -> Tensor:
+        """What this layer or a guest keeps, in all blocks, see `part_name`."""
+        return self._tensors[part_name(mixer, name, index)]
+
+    def convolved(self, mixer: Mixer, channels: Tensor, *, index: int) -> Tensor:
         """Convolve the channels `[T, D]` of all new tokens, and keep the last inputs of each request.
 
         Args:
-            convolution: that of this layer or of a guest; None for none.
+            mixer: this layer's, or that of a guest.
             channels: the projected tokens.
-            index: which `conv_state` of the blocks has the inputs.
+            index: the place of the guest; 0 for this layer.
         """
         step = self.step
-        if convolution is None or step is None:
+        if mixer.qkv_conv is None or step is None:
             return channels
-        kept = self._tensors[f"conv_state.{index}"]
+        kept = self.part(mixer, "conv_state", index)
         out = torch.zeros_like(channels)
         for group in step.groups:
-            past = kept.index_select(0, group.blocks)
-            past[group.fresh] = 0
-            y, last = _convolve(convolution, group, group.take(channels), past)
+            y, last = _convolve(mixer.qkv_conv, group, group.take(channels), group.read(kept))
             kept[group.blocks] = last
             group.put(y, out)
         return out
@@ -125,7 +127,7 @@ class ExactLayer:
         mixer: the mixer, with its weights; from here on it attends by vLLM's attention.
         prefix: the layer's name for vLLM.
         host: the OVQ layer in whose blocks the last inputs of the convolution are.
-        index: which of the `conv_state` there.
+        index: the place of the layer there.
     """
 
     def __init__(self, mixer: FullAttention, prefix: str, host: OVQLayer, index: int) -> None:
@@ -147,7 +149,7 @@ class ExactLayer:
         """Mix the new tokens `[T, hidden_size]` of all requests, each with what it has read."""
         mixer = self._mixer
         channels = mixer.qkv_proj(hidden_states[None])[0]
-        channels = self._host.convolved(mixer.qkv_conv, channels, index=self._index)
+        channels = self._host.convolved(mixer, channels, index=self._index)
         return mixer.o_proj(mixer.mix(channels[None], hidden_states[None], layout, None))[0]
 
     def _attend(
@@ -162,3 +164,35 @@ class ExactLayer:
         """`AttentionMixer.attend` over the pages of all requests."""
         q, k = (q * scale[:, None]).to(v.dtype), k.to(v.dtype)
         return self.attention(q.flatten(2)[0], k.flatten(2)[0], v.flatten(2)[0]).view(q.shape)
+
+
+class ConstantLayer:
+    """A mixer whose state is a few tensors of constant size, which are in blocks of an OVQ layer.
+
+    Args:
+        mixer: the mixer, with its weights.
+        host: the OVQ layer.
+        index: the place of this layer there.
+    """
+
+    def __init__(self, mixer: ConstantStateMixer, host: OVQLayer, index: int) -> None:
+        self._mixer, self._host, self._index = mixer, host, index
+
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        """Mix the new tokens `[T, hidden_size]` of all requests, each with what it has read."""
+        mixer, step = self._mixer, self._host.step
+        if step is None:
+            return torch.zeros_like(hidden_states)
+        channels = mixer.qkv_proj(hidden_states[None])[0]
+        channels = self._host.convolved(mixer, channels, index=self._index)
+        names = mixer.constant_spec(channels.dtype)
+        kept = {name: self._host.part(mixer, name, self._index) for name in names}
+        mixed = channels.new_zeros(len(channels), mixer.o_proj.in_features)
+        for group in step.groups:
+            cache = LayerCache(mixer.memory)
+            cache.state = {name: group.read(tensor) for name, tensor in kept.items()}
+            o = mixer.mix(group.take(channels), group.take(hidden_states), group.rows, cache)
+            for name, tensor in kept.items():
+                tensor[group.blocks] = cache.state[name]
+            group.put(o, mixed)
+        return mixer.o_proj(mixed[None])[0]

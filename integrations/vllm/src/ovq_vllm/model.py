@@ -14,10 +14,12 @@ from vllm.sequence import IntermediateTensors
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
 from ovq.hf import OVQConfig, OVQModel
+from ovq.layers import Mixer
+from ovq.layers.constant import ConstantStateMixer
 from ovq.layers.products import Linear
 from ovq_vllm.checks import check_model
-from ovq_vllm.layers import ExactLayer, OVQLayer
-from ovq_vllm.state import block_spec
+from ovq_vllm.layers import ConstantLayer, ExactLayer, OVQLayer
+from ovq_vllm.state import block_spec, hosts
 from ovq_vllm.step import RequestLayout
 
 
@@ -33,27 +35,25 @@ class OVQForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsMambaPrefixCach
         super().__init__()
         self.config: OVQConfig = vllm_config.model_config.hf_config
         check_model(self.config)
-        self._num_tensors = len(_spec_of(vllm_config))
+        spec = _spec_of(vllm_config)
+        self._num_tensors = len(spec)
         self.model = OVQModel(self.config)
         self.lm_head = Linear(self.config.hidden_size, self.config.vocab_size)
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         names = [f"{prefix}.layers.{i}.mixer".lstrip(".") for i in range(len(self.config.mixer_types))]
         mixers = [block.mixer for block in self.model.layers]
-        hosts = {
-            i: OVQLayer(mixers[i], self.config, vllm_config, names[i])
+        own = {
+            i: OVQLayer(mixers[i], spec, vllm_config, names[i])
             for i, kind in enumerate(self.config.mixer_types)
             if kind == "ovq"
         }
-        # Each host in turn takes a guest.
-        guests = [i for i in range(len(mixers)) if i not in hosts]
-        others = {
-            i: ExactLayer(mixers[i], names[i], list(hosts.values())[n % len(hosts)], 1 + n // len(hosts))
-            for n, i in enumerate(guests)
-        }
-        self._layers: list[OVQLayer | ExactLayer] = [(hosts | others)[i] for i in range(len(mixers))]
+        self._layers = [
+            own.get(i) or _guest(mixers[i], names[i], own[host], index)
+            for i, (host, index) in enumerate(hosts(self.config.mixer_types))
+        ]
         # Where vLLM looks for them.
-        self.attention = nn.ModuleList(layer.attention for layer in others.values())
+        self.attention = nn.ModuleList(x.attention for x in self._layers if isinstance(x, ExactLayer))
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...], ...]:
@@ -96,7 +96,7 @@ class OVQForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsMambaPrefixCach
         layout = RequestLayout(num_past=int(place.max()), num_new=place.shape[1], place=place)
         for block, layer in zip(self.model.layers, self._layers, strict=True):
             inputs = block.mixer_norm(x)
-            x = x + (layer(inputs) if isinstance(layer, OVQLayer) else layer(inputs, layout))
+            x = x + (layer(inputs, layout) if isinstance(layer, ExactLayer) else layer(inputs))
             x = x + block.mlp(block.mlp_norm(x))
         return self.model.norm(x)
 
@@ -111,6 +111,13 @@ class OVQForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsMambaPrefixCach
             ValueError: a weight that the model does not have. vLLM checks that none is missing.
         """
         return loaded_weights(self, weights)
+
+
+def _guest(mixer: Mixer, name: str, host: OVQLayer, index: int) -> ConstantLayer | ExactLayer:
+    """A layer without slots."""
+    if isinstance(mixer, ConstantStateMixer):
+        return ConstantLayer(mixer, host, index)
+    return ExactLayer(mixer, name, host, index)
 
 
 def loaded_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> set[str]:

@@ -1,12 +1,17 @@
-"""The state of an OVQ layer in the blocks of vLLM: a block per request, of constant size."""
+"""The states of layers in the blocks of vLLM: a block per request and OVQ layer, of constant size."""
 
 from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ovq.hf import OVQConfig
-from ovq.layers import OVQAttention
+from ovq.hf.block import build_mixer
+from ovq.layers import Mixer, OVQAttention
+from ovq.layers.constant import ConstantStateMixer
 from ovq.layers.memory import StateSpec, num_bytes
 from ovq.ops import OVQState
 from ovq.ops.parts import slot_spec
@@ -19,9 +24,9 @@ _PENDING = ("pending_keys", "pending_values", "pending_weights")
 def block_spec(config: OVQConfig, dtype: torch.dtype) -> StateSpec:
     """What a block of an OVQ layer holds, in this order: wide dtypes first, so that all lie aligned.
 
-    All slots are there from the beginning. Besides the state and the last inputs of the layer's convolution,
-    `conv_state.0`, there is room for those of the layers without a state, as vLLM would give each of these
-    inputs, of some KiB, a block as large as this one.
+    All slots are there from the beginning. Besides the state and the last inputs of the layer's convolution
+    there is room for what the other layers keep, each a *guest* of one OVQ layer: vLLM would give each of
+    these, often of some KiB, a block as large as this one.
 
     Args:
         config: that of the model.
@@ -39,20 +44,43 @@ def block_spec(config: OVQConfig, dtype: torch.dtype) -> StateSpec:
     )
     # The engine counts tokens itself.
     del spec["num_seen"]
-    if config.conv_size:
-        width = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
-        for index in range(1 + guests_per_host(config)):
-            spec[f"conv_state.{index}"] = ((width, config.conv_size - 1), dtype)
+    with torch.device("meta"):
+        mixers = [build_mixer(config, i) for i in range(len(config.mixer_types))]
+    for mixer, (_, index) in zip(mixers, hosts(config.mixer_types), strict=True):
+        spec |= {part_name(mixer, name, index): part for name, part in parts_beside(mixer, dtype).items()}
     spec = dict(sorted(spec.items(), key=lambda item: -item[1][1].itemsize))
     if missing := -num_bytes(spec) % 8:
         spec["padding"] = ((missing,), torch.uint8)
     return spec
 
 
-def guests_per_host(config: OVQConfig) -> int:
-    """How many layers of other kinds keep the inputs of their convolutions in the block of an OVQ layer."""
-    num_hosts = config.mixer_types.count("ovq")
-    return -(-(len(config.mixer_types) - num_hosts) // num_hosts)
+def hosts(mixer_types: Sequence[str]) -> list[tuple[int, int]]:
+    """For each layer, the OVQ layer in whose blocks it keeps something, and the place there: 0 for its own.
+
+    Example:
+        >>> hosts(["mamba2", "ovq", "mamba2", "ovq", "mamba2"])
+        [(1, 1), (1, 0), (3, 1), (3, 0), (1, 2)]
+    """
+    own = [i for i, name in enumerate(mixer_types) if name == "ovq"]
+    # Each host in turn takes a guest.
+    guests = itertools.count()
+    return [
+        (i, 0) if name == "ovq" else (own[(n := next(guests)) % len(own)], 1 + n // len(own))
+        for i, name in enumerate(mixer_types)
+    ]
+
+
+def parts_beside(mixer: Mixer, dtype: torch.dtype) -> StateSpec:
+    """What a layer keeps besides slots, and keys in pages: the last inputs of its convolution, and its state
+    where that has a constant size."""
+    is_constant = isinstance(mixer, ConstantStateMixer)
+    spec = mixer.state_spec(1, dtype)
+    return {name: part for name, part in spec.items() if is_constant or name == "conv_state"}
+
+
+def part_name(mixer: Mixer, name: str, index: int) -> str:
+    """What such a part is called in a block. Layers of one kind that have the same place share the room."""
+    return f"{type(mixer).__name__}.{name}.{index}"
 
 
 class StateBlocks:

@@ -7,6 +7,7 @@ always decoding, are run as rows `[R, 1]`, all others packed as `[1, T]`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import ClassVar
 
@@ -91,6 +92,20 @@ class Group:
     def put(self, rows: Tensor, into: Tensor) -> None:
         """Write what `take` gave to where it came from."""
         into.index_copy_(0, self.tokens, rows.flatten(0, 1))
+
+    def read(self, tensor: Tensor) -> Tensor:
+        """What the blocks of these requests have in a tensor `[blocks, ...]`; at first zeros."""
+        found = tensor.index_select(0, self.blocks)
+        # Whatever a request that is gone has left.
+        found[self.fresh] = 0
+        return found
+
+    @cached_property
+    def rows(self) -> SequenceLayout:
+        """The layout for mixers that need no places of tokens."""
+        offsets = torch.tensor([0, *accumulate(self.lengths)]) if self.is_packed else None
+        num_rows, num_new = (1, len(self.tokens)) if self.is_packed else (len(self.tokens), 1)
+        return SequenceLayout.of(None, batch_size=num_rows, num_past=0, num_new=num_new, cu_seqlens=offsets)
 
     def layout(self, as_rows: bool) -> RequestLayout:
         """The layout for the library's layers, made once for all of them; packed if not `as_rows`."""
