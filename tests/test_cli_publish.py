@@ -80,6 +80,7 @@ def test_an_edited_card_stays(trained, tested, tmp_path, capsys):
     text = (tested / "lm.json").read_text().replace(str(trained), str(run_of_mine))
     (tested / "lm.json").write_text(text)
     words = ["--model", run_of_mine, "--results", tested / "lm.json", "--out", tmp_path / "out"]
+    assert "--license: expected none, as" in fail(capsys, "publish", *words, "--license", "mit")
     said = run(capsys, "publish", *words)
     assert (tmp_path / "out" / CARD_FILE).read_text() == "# Mine\n"
     assert "Results to add to it" in said
@@ -97,15 +98,10 @@ def test_a_synthetic_run_and_what_its_test_printed(tmp_path, capsys):
     assert f"| OVQ, 4 slots | {row['mean_error']:.3f} |" in text
 
 
-def test_results_of_the_harness(tmp_path):
-    scores = {"acc,none": 0.5, "acc_stderr,none": 0.125, "alias": "t"}
-    about = {"model": str(tmp_path), "results": {"t": scores}}
-    (tmp_path / "harness.json").write_text(json.dumps(about))
-    text = results_as_markdown(tmp_path / "harness.json", model=tmp_path)
-    assert text.endswith("| t | acc | 0.5000 | 0.1250 |")
-
-
-@pytest.mark.parametrize("content", ["[1]", "{}", '{"rows": []}', '{"model": "a", "rows": [{"loss": 1}]}'])
+@pytest.mark.parametrize(
+    "content",
+    ["[1]", "{}", '{"rows": []}', '{"model": "a", "results": {}}', '{"model": "a", "rows": [{"loss": 1}]}'],
+)
 def test_files_that_hold_no_results(content, tmp_path):
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(ValueError, match=r"a\.json: expected results of ovq eval, found something else"):

@@ -188,7 +188,8 @@ def test_the_command_line(model, folder, results, capsys, tmp_path):
     saved = json.loads((tmp_path / "harness.json").read_text())
     assert len(saved["samples"]["local_choice"]) == 6
     table = results_as_markdown(tmp_path / "harness.json", model=tmp_path / "model")
-    assert f"| local_choice | acc | {found['local_choice']['acc,none']:.4f} |" in table
+    [line] = [line for line in table.splitlines() if "local_choice" in line]
+    assert float(line.split("|")[7]) == pytest.approx(found["local_choice"]["acc,none"], abs=1e-4)
     few = run(capsys, *arguments[:-1], 1)
     assert "local_choice" in few
     assert "acc" in few

@@ -60,10 +60,12 @@ def publish(
     from ovq_lab.train.card import save_run_card
     from ovq_lab.train.config import CONFIG_FILE
 
-    tables = "\n\n".join(results_as_markdown(path, model=model) for path in results)
-    loaded, tokenizer = load_model(model), load_tokenizer(model)
     card = model / CARD_FILE
     is_edited = card.is_file() and not is_untouched(card.read_text(encoding="utf-8", errors="replace"))
+    if is_edited and license_ is not None:
+        raise ValueError(f"--license: expected none, as {card} was edited and stays, found {license_!r}")
+    tables = "\n\n".join(results_as_markdown(path, model=model) for path in results)
+    loaded, tokenizer = load_model(model), load_tokenizer(model)
     picture = model / _PICTURE
     with atomic_folder(out) as folder:
         loaded.save_pretrained(folder)

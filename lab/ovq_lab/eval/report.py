@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any, TypeVar
 
+from ovq.hf.card import markdown_table
 from ovq.runtime.files import read_json
 from ovq.runtime.units import format_bytes
 from ovq_lab.eval.language import LanguageRow
@@ -33,8 +34,8 @@ def results_as_markdown(path: Path, *, model: Path) -> str:
     about: Mapping[str, Any] = found if isinstance(found, dict) else {}
     try:
         tested = about["models"] if "models" in about else [about["model"]]
-        if "results" in about:
-            text = _harness(about["results"])
+        if about.get("results"):
+            text = _harness(about)
         else:
             text = _KINDS[next(key for key in _KINDS if key in about["rows"][0])](about)
     except (AttributeError, IndexError, KeyError, StopIteration, TypeError) as error:
@@ -47,7 +48,7 @@ def results_as_markdown(path: Path, *, model: Path) -> str:
 def _language(about: Mapping[str, Any]) -> str:
     """Loss and bits per byte of long documents."""
     rows = _read(LanguageRow, about)
-    return f"Held-out text, {_source(about)} (`ovq eval lm`):\n\n" + _table(
+    return f"Held-out text, {_source(about)} (`ovq eval lm`):\n\n" + markdown_table(
         ("model", "tokens", "windows", "loss, nats per token", "bits per byte", "state"),
         (
             (
@@ -93,23 +94,14 @@ _KINDS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
 """By a field that no other kind of row has."""
 
 
-def _harness(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """The metrics of every task."""
-    rows = (
-        (task, name.partition(",")[0], f"{value:.4f}", _deviation(metrics, name))
-        for task, metrics in results.items()
-        for name, value in metrics.items()
-        if isinstance(value, float) and "_stderr" not in name
-    )
-    return "Tasks of the lm-evaluation-harness (`ovq eval harness`):\n\n" + _table(
-        ("task", "metric", "value", "standard error"), rows
-    )
-
-
-def _deviation(metrics: Mapping[str, Any], name: str) -> str:
-    metric, _, selected = name.partition(",")
-    value = metrics.get(f"{metric}_stderr,{selected}")
-    return f"{value:.4f}" if isinstance(value, float) else ""
+def _harness(about: Mapping[str, Any]) -> str:
+    """The table of the harness."""
+    try:
+        from lm_eval.utils import make_table
+    except ImportError as error:
+        raise ValueError("results of the harness need pip install './lab[harness]'") from error
+    table: str = make_table(about)
+    return "Tasks of the lm-evaluation-harness (`ovq eval harness`):\n\n" + table.strip()
 
 
 def _read(kind: type[Row], about: Mapping[str, Any]) -> list[Row]:
@@ -135,9 +127,6 @@ def _by_length(rows: Sequence[Row], value: Callable[[Row], float | None], digits
         ]
         state = format_bytes(next(row.state_bytes for row in own if row.length == lengths[-1]))
         lines.append((label, *(f"{cell:.{digits}f}" for cell in cells), state))
-    return _table(("model", *(f"{length:,}" for length in lengths), f"state at {lengths[-1]:,}"), lines)
-
-
-def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [titles, ["---"] + ["---:"] * (len(titles) - 1), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return markdown_table(
+        ("model", *(f"{length:,}" for length in lengths), f"state at {lengths[-1]:,}"), lines
+    )

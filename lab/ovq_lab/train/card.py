@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from ovq.hf import OVQForCausalLM
-from ovq.hf.card import model_card, save_card
+from ovq.hf.card import markdown_table, model_card, save_card
 from ovq_lab.runtime.environment import environment
 from ovq_lab.tasks import TextTask
 from ovq_lab.text.readers import INSTALLED, LICENSES
@@ -93,7 +92,7 @@ def _training(config: RunConfig, history: History) -> str:
     rows["software"] = f"ovq {found['ovq']}, torch {found['torch']}, transformers {found['transformers']}"
     rows["hardware"] = found["processor"] if found["device"] == "cpu" else found["device"]
     return (
-        _table(rows)
+        markdown_table(("", ""), rows.items())
         + f"\n\n`{CONFIG_FILE}` holds every setting; `ovq train {CONFIG_FILE}` trains the model again."
     )
 
@@ -133,7 +132,3 @@ def _parts(dataset: str) -> list[str]:
 def _public_name(source: str) -> str:
     """A name without the folders that lead to it on this machine."""
     return Path(source).resolve().name if Path(source).exists() else source
-
-
-def _table(rows: Mapping[str, str]) -> str:
-    return "\n".join(["|  |  |", "| --- | --- |", *(f"| {name} | {text} |" for name, text in rows.items())])

@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
@@ -118,7 +118,7 @@ def model_card(
     parts = {
         f"# {name}": (_ABOUT if "ovq" in model.config.mixer_types else _ABOUT_OTHERS) + reads,
         "## Load it": _LOAD.format(place=place, auto=auto) + _best_rule(model.config),
-        "## Model": _table(("", ""), _described(model)),
+        "## Model": markdown_table(("", ""), _described(model).items()),
         "## Memory": _memory(model),
         **{f"## {title}": text for title, text in (sections or {}).items()},
     }
@@ -176,7 +176,7 @@ def _best_rule(config: OVQConfig) -> str:
     return _BEST_RULE.format(merge=config.merge, best=BEST_MERGE)
 
 
-def _described(model: Model) -> dict[str, Any]:
+def _described(model: Model) -> dict[str, str]:
     """What the table of a model says."""
     config = model.config
     described = {
@@ -212,23 +212,30 @@ def _memory(model: Model) -> str:
     """Bytes of the state after some lengths, and those of the keys and values of all tokens in all layers."""
     config = model.config
     per_token = 2 * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
-    rows = {
-        f"{length:,}": (
+    rows = [
+        (
+            f"{length:,}",
             _bytes(model.state_bytes(length)),
             _bytes(config.num_hidden_layers * per_token * length),
         )
         for length in _LENGTHS
-    }
+    ]
     title = ("tokens read", "state of one sequence", "keys and values of all tokens in all layers")
-    return _table(title, rows)
+    return markdown_table(title, rows)
 
 
 def _bytes(number: int) -> str:
     return f"{number / 2**10:,.1f} KiB" if number < 2**20 else f"{number / 2**20:,.1f} MiB"
 
 
-def _table(titles: Sequence[str], rows: Mapping[str, Any]) -> str:
-    """A table in Markdown, whose first column is the keys."""
-    lines = [list(titles), ["---"] * len(titles)]
-    lines += [[key, *([value] if isinstance(value, str) else value)] for key, value in rows.items()]
+def markdown_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown.
+
+    Example:
+        >>> print(markdown_table(("tokens", "bytes"), [("1", "64")]))
+        | tokens | bytes |
+        | --- | --- |
+        | 1 | 64 |
+    """
+    lines = [titles, ["---"] * len(titles), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -62,12 +61,15 @@ def hosts(mixer_types: Sequence[str]) -> list[tuple[int, int]]:
         [(1, 1), (1, 0), (3, 1), (3, 0), (1, 2)]
     """
     own = [i for i, name in enumerate(mixer_types) if name == "ovq"]
-    # Each host in turn takes a guest.
-    guests = itertools.count()
-    return [
-        (i, 0) if name == "ovq" else (own[(n := next(guests)) % len(own)], 1 + n // len(own))
-        for i, name in enumerate(mixer_types)
-    ]
+    places, num_guests = [], 0
+    for i, name in enumerate(mixer_types):
+        if name == "ovq":
+            places.append((i, 0))
+            continue
+        # Each host in turn takes a guest.
+        places.append((own[num_guests % len(own)], 1 + num_guests // len(own)))
+        num_guests += 1
+    return places
 
 
 def parts_beside(mixer: Mixer, dtype: torch.dtype) -> StateSpec:
