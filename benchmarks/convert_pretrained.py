@@ -251,7 +251,7 @@ class Lab:
                 merge=self.arguments.merge,
                 value_weight=VALUE_WEIGHT,
                 has_use=not self.arguments.equal_weights,
-                progress=lambda done: print(f"probe: {done} of {3 * len(options)}", flush=True),
+                progress=lambda done: print(f"probe: {done} trials", flush=True),
             )
             if path is not None:
                 torch.save(self._probe, path)

@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 from ovq.convert import Option, Probe, attach, default_options, probe
 from ovq.convert.budgets import allocate
 from ovq.convert.captures import Captured
+from ovq.convert.probe import _wanted
 from ovq.convert.trials import trials
 from tests.convert.common import original, tokens
 
+SIZES = {"num_sinks": 2, "chunk_size": 8}
 OPTIONS = [Option(num_slots=n, window=w) for n, w in ((0, 8), (0, 40), (8, 8), (120, 8), (0, 128))]
 
 
@@ -50,6 +52,44 @@ def test_rows_are_shared_out_by_what_heads_lose():
     with pytest.raises(ValueError, match="rows: expected at least 10 per head"):
         found.config(5)
     attach(original(), config=config)
+
+
+@pytest.mark.parametrize("rows", [12, 30, 50, 90])
+def test_options_that_no_head_gets_are_ruled_out(rows):
+    texts, options, num_done = [tokens(120), tokens(100, seed=1)], default_options(24, **SIZES), []
+    found = probe(original(), texts, options=options, **SIZES)
+    fewer = probe(original(), texts, options=options, rows=rows, progress=num_done.append, **SIZES)
+    assert fewer.config(rows) == found.config(rows)
+    is_tried = fewer.losses.isfinite()
+    assert torch.equal(fewer.losses[is_tried], found.losses[is_tried])
+    assert 0 < int(is_tried.sum()) < is_tried.numel()
+    assert num_done == sorted(num_done)
+    assert num_done[-1] == len(texts) * is_tried.numel()
+    for other in ({"rows": rows + 1}, {"rows": rows, "scale": 2.0}):
+        with pytest.raises(ValueError, match=f"rows: expected {rows} .scale 1., for which options were"):
+            fewer.config(**other)
+
+
+def test_too_few_rows_are_refused_before_a_text_is_read():
+    def stopped(num):
+        raise AssertionError("the text was read")
+
+    with pytest.raises(ValueError, match="rows: expected at least 10 per head"):
+        probe(original(), [tokens(100)], options=OPTIONS, rows=5, learning=stopped, **SIZES)
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 999), share=st.floats(1, 3))
+def test_what_is_ruled_out_changes_nothing(seed, share):
+    generator = torch.Generator().manual_seed(seed)
+    losses = torch.rand(6, 12, generator=generator, dtype=torch.float64) ** 4
+    rows = torch.randint(10, 60, (12,), generator=generator).tolist()
+    is_tried = torch.zeros_like(losses, dtype=torch.bool)
+    least = share * min(rows)
+    while bool((wanted := _wanted(losses * is_tried, is_tried, rows, least)).any()):
+        is_tried |= wanted
+    known = losses.masked_fill(~is_tried, torch.inf)
+    assert allocate(known, rows, 6 * least) == allocate(losses, rows, 6 * least)
 
 
 @settings(max_examples=30, deadline=None)
@@ -108,7 +148,7 @@ def test_a_head_that_has_to_tell_all_tokens_apart_can_keep_them_all():
     head = Captured(q=q, k=k, v=v, o=o, g=g, num_targets=100)
     given = {"chunk_size": 8, "merge": "nearest", "value_weight": 1.0}
     options = default_options(100, num_sinks=2, chunk_size=8, length=length)
-    losses = torch.stack([loss for _, loss in sorted(trials(head, options, 2, given))], -1)
+    losses = trials([head], options, 2, given)
     assert losses[0, -1] < 1e-9 < losses[0, :-1].min() / 1000
     # Beside one that needs nothing, it gets a row for each.
     both = torch.stack([losses, torch.zeros_like(losses)], 1)

@@ -81,7 +81,7 @@ def test_what_will_be_asked_for_is_kept_apart():
     # Another text, with half as many slots as tokens.
     text, _ = text_with_lookups(0)
     option = Option(num_slots=96, window=16)
-    found = [next(trials(text, [option], 2, settings | {"token_use": n}))[1] for n in (None, [learned])]
+    found = [trials([text], [option], 2, settings | {"token_use": n}) for n in (None, [learned])]
     assert found[1] < 0.4 * found[0]
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 # Of the numbers that are hidden in a text of the probe.
 _NEEDLE_SEED = 7
 # SmolLM2-135M and three texts of 3,072 tokens, on one core: docs/results/convert.md, "Presets".
-_SECONDS = {"passes": 67.0, "trials": 101.0}
+_SECONDS = {"passes": 99.0, "trials": 69.0}
 _WEIGHTS, _NUMBERS, _TOKENS, _OPTIONS = 134.5e6, 90 * 64, 3 * 3072, 46
 
 
@@ -46,6 +46,7 @@ def probed(
     import torch
 
     from ovq.convert import Captures, default_options, fitted_bias, hidden_numbers, probe
+    from ovq.convert.attach import kv_heads
 
     ids = [torch.tensor(tokenizer(text, verbose=False)["input_ids"][:num_tokens]) for text in texts.values()]
     read = [{"text": name, "tokens": len(x)} for name, x in zip(texts, ids, strict=True)]
@@ -74,11 +75,13 @@ def probed(
             for text, mask in zip(ids, targets, strict=True):
                 captures.read(text, mask)
             learning = reporter.start("probe, learning", total=num_layers * len(ids))
-            work = reporter.start("probe, trying", total=len(ids) * len(options))
+            num_heads = sum(kv_heads(model))
+            work = reporter.start("probe, trying", total=len(ids) * num_heads * len(options))
             found_by = probe(
                 model,
                 ids,
                 options=options,
+                rows=rows,
                 targets=targets,
                 weights=weights,
                 **settings,

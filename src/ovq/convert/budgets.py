@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -32,6 +32,18 @@ def allocate(losses: Tensor, rows: Sequence[int], total: float) -> list[int]:
         >>> allocate(losses, [10, 20, 40], 50)
         [2, 0]
     """
+    return list(dict(changes(losses, rows, total)).values())
+
+
+def changes(losses: Tensor, rows: Sequence[int], total: float) -> Iterator[tuple[int, int]]:
+    """The heads with their first options, and then each change that `allocate` makes: a head, and its next.
+
+    A loss that is not known may be given as 0, which no loss is below. Its option is then taken no later than
+    it would be, so as long as it is not taken, all changes are those of the true losses.
+
+    Raises:
+        ValueError: as there.
+    """
     fewest = min(rows)
     cheapest = [i for i, r in enumerate(rows) if r == fewest]
     chosen = [min(cheapest, key=lambda i: float(loss[i])) for loss in losses]
@@ -40,6 +52,7 @@ def allocate(losses: Tensor, rows: Sequence[int], total: float) -> list[int]:
         raise ValueError(
             f"rows: expected at least {fewest} per head, the smallest option, found {total / len(chosen):g}"
         )
+    yield from enumerate(chosen)
     cost = torch.tensor(rows, dtype=torch.float64)
     table = losses.to(torch.float64).cpu()
     while True:
@@ -53,6 +66,7 @@ def allocate(losses: Tensor, rows: Sequence[int], total: float) -> list[int]:
         best = int(rate.argmax())
         head, option = divmod(best, len(rows))
         if not rate[head, option] > 0:
-            return chosen
+            return
         left -= float(more[head, option])
         chosen[head] = option
+        yield head, option

@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ovq.convert.attach import kv_heads
-from ovq.convert.budgets import allocate
-from ovq.convert.captures import Captured, Captures, captures_of
+from ovq.convert.budgets import allocate, changes
+from ovq.convert.captures import Captures, captures_of
 from ovq.convert.config import MemoryConfig
 from ovq.convert.distances import Distances, far_attention
 from ovq.convert.trials import Option, trials
@@ -54,15 +54,18 @@ class Probe:
 
     Attributes:
         options: the memories tried.
-        losses: `[layers, heads, options]` rise of the loss per token, in nats, for each head by itself.
+        losses: `[layers, heads, options]` rise of the loss per token, in nats, for each head by itself; inf
+            for options that were ruled out.
         num_sinks: first tokens kept exactly in all of them.
         settings: `chunk_size`, `merge`, `value_weight`, `key_exponents` and `token_use` of all of them.
+        rows: rows per head for which options were ruled out; None if all were tried.
     """
 
     options: tuple[Option, ...]
     losses: Tensor
     num_sinks: int
     settings: dict[str, Any]
+    rows: float | None = None
 
     def config(self, rows: float, *, scale: float = 1.0) -> MemoryConfig:
         """The memory of a model with `rows` rows per head on average, shared out by what heads lose.
@@ -72,8 +75,13 @@ class Probe:
             scale: a factor of all slots and windows, for texts that much longer than the probe's.
 
         Raises:
-            ValueError: if there is no option as small.
+            ValueError: if there is no option as small, or options were ruled out for other rows.
         """
+        if self.rows is not None and (rows, scale) != (self.rows, 1.0):
+            raise ValueError(
+                f"rows: expected {self.rows:g} (scale 1), for which options were ruled out, found {rows:g} "
+                f"(scale {scale:g}); probe without rows for others"
+            )
         layers, heads, _ = self.losses.shape
         size = self.settings["chunk_size"]
         options = [
@@ -136,6 +144,7 @@ def probe(
     texts: Sequence[Tensor],
     *,
     options: Sequence[Option],
+    rows: float | None = None,
     num_sinks: int = 4,
     chunk_size: int = 32,
     merge: str = "nearest",
@@ -149,14 +158,16 @@ def probe(
     progress: Callable[[int], None] | None = None,
     learning: Callable[[int], None] | None = None,
 ) -> Probe:
-    """Try every option on every head of a model that is not converted yet.
+    """Try options on every head of a model that is not converted yet.
 
-    Memory: what one pass through the model and back needs, or what `Captures` keep of one text, twice.
+    Memory: what one pass through the model and back needs, or what `Captures` keep of one text.
 
     Args:
         model: as for `attach`; it is as before afterwards.
         texts: `[T]` token ids of each text; of the length that the memory is meant for, if possible.
         options: the memories to try.
+        rows: rows per head for which alone `config` will be asked: then options that no head gets are ruled
+            out without a trial, most of those that take long. None to try all.
         num_sinks, chunk_size, merge, value_weight: of all of them, as in `attach`.
         targets: for each text a mask `[T]` of the tokens whose prediction matters, or None for all. Where
             there is a mask, the loss is that on the text itself and not on tokens drawn from the model.
@@ -170,13 +181,14 @@ def probe(
             without.
         seed: seed of those.
         captures: of the model, where others ask for the same texts as well; None for own ones.
-        progress: called with the number of texts and options done so far.
+        progress: called with how many trials, of as many as there are texts, heads and options, have been
+            made or ruled out so far.
         learning: likewise, before these, with the number of layers of texts from which distances and uses
             were learned.
 
     Raises:
-        ValueError: a model that cannot be converted, no options, texts of fewer than 2 tokens, or captures of
-            another model.
+        ValueError: a model that cannot be converted, no options, fewer `rows` than any takes, texts of fewer
+            than 2 tokens, or captures of another model.
         OSError: no room for captures.
 
     Example:
@@ -189,7 +201,7 @@ def probe(
         >>> found.losses.shape, found.config(40).rows_per_head <= 40
         (torch.Size([2, 1, 3]), True)
     """
-    heads = kv_heads(model)
+    num_layers, num_heads = len(heads := kv_heads(model)), heads[0]
     if not options:
         raise ValueError("options: expected at least one, found none")
     for i, text in enumerate(texts):
@@ -205,8 +217,11 @@ def probe(
     shares = shares / shares.sum()
     # Tokens that are recent to all options are never merged.
     sizes = {"num_sinks": num_sinks, "num_recent": min((o.window for o in options if o.num_slots), default=0)}
-    total = torch.zeros(len(heads), heads[0], len(options), dtype=torch.float64)
-    num_done = 0
+    losses = torch.zeros(num_layers * num_heads, len(options), dtype=torch.float64)
+    is_tried = torch.zeros_like(losses, dtype=torch.bool)
+    costs = [o.rows(num_sinks) for o in options]
+    # Also where `rows` are too few, before anything takes time.
+    wanted, counter = _wanted(losses, is_tried, costs, rows), _Counter(progress)
     with captures_of(model, captures) as kept:
         if has_distances or has_use:
             is_of_distances = [has_distances and (m is None or None not in masks) for m in masks]
@@ -219,15 +234,51 @@ def probe(
             if any(uses):
                 exponents = settings.get("key_exponents", [None] * len(found))
                 settings["token_use"] = [use.numbers(e) for (_, use), e in zip(found, exponents, strict=True)]
-        for text, mask, share in zip(texts, masks, shares, strict=True):
-            captured = _joined(kept.of(text, mask, seed))
-            # Whatever the length of the text.
-            for j, losses in trials(captured, options, num_sinks, settings):
-                total[:, :, j] += share * losses.view(len(heads), heads[0])
-                num_done += 1
-                if progress is not None:
-                    progress(num_done)
-    return Probe(options=tuple(options), losses=total, num_sinks=num_sinks, settings=settings)
+        while bool(wanted.any()):
+            for text, mask, share in zip(texts, masks, shares.tolist(), strict=True):
+                # A file is mapped into memory, so that to ask for it again costs next to nothing.
+                layers = kept.of(text, mask, seed)
+                losses += share * trials(
+                    layers, options, num_sinks, settings, wanted=wanted, progress=counter.add
+                )
+            is_tried |= wanted
+            wanted = _wanted(losses, is_tried, costs, rows)
+        counter.add(len(texts) * int((~is_tried).sum()))
+    losses = losses.masked_fill(~is_tried, torch.inf).view(num_layers, num_heads, -1)
+    return Probe(options=tuple(options), losses=losses, num_sinks=num_sinks, settings=settings, rows=rows)
+
+
+def _wanted(losses: Tensor, is_tried: Tensor, costs: list[int], rows: float | None) -> Tensor:
+    """`[heads, options]` bool, what to try next; nothing once it is known what each head gets.
+
+    Args:
+        losses: `[heads, options]`, 0 for what was not tried.
+        is_tried: likewise.
+        costs: rows that each option takes.
+        rows: see `probe`.
+    """
+    if rows is None:
+        return ~is_tried
+    wanted, cost = torch.zeros_like(is_tried), torch.tensor(costs)
+    for head, option in changes(losses, costs, rows * len(losses)):
+        if not is_tried[head, option]:
+            # What takes fewer rows will be asked for, too, or costs little.
+            wanted[head] |= cost <= costs[option]
+    if not bool(is_tried.any()):
+        wanted |= cost <= rows
+    return wanted & ~is_tried
+
+
+class _Counter:
+    """Adds up trials, and says how many there have been."""
+
+    def __init__(self, progress: Callable[[int], None] | None) -> None:
+        self._progress, self._num = progress, 0
+
+    def add(self, num: int) -> None:
+        self._num += num
+        if self._progress is not None:
+            self._progress(self._num)
 
 
 def _learned(
@@ -267,9 +318,3 @@ def _learned(
             if progress is not None:
                 progress(num_done)
     return layers
-
-
-def _joined(layers: list[Captured]) -> Captured:
-    """All layers as one of many heads."""
-    joined = {name: torch.cat([getattr(c, name) for c in layers], 1) for name in ("q", "k", "v", "o", "g")}
-    return Captured(**joined, num_targets=layers[0].num_targets)

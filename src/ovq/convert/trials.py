@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,30 +38,45 @@ class Option:
 
 @torch.no_grad()
 def trials(
-    captured: Captured, options: Sequence[Option], num_sinks: int, settings: dict[str, Any]
-) -> Iterator[tuple[int, Tensor]]:
-    """The place of each option, in some order, with the rise of the loss per token `[Hkv]` if heads had it.
+    layers: Sequence[Captured],
+    options: Sequence[Option],
+    num_sinks: int,
+    settings: dict[str, Any],
+    *,
+    wanted: Tensor | None = None,
+    progress: Callable[[int], None] = lambda num: None,
+) -> Tensor:
+    """The rise of the loss per token `[heads, options]`, float64, if heads had a memory; 0 where not wanted.
 
     Args:
-        captured: heads on a text.
+        layers: what they do with a text. All their key/value heads are tried, one layer after the other.
         options: the memories.
         num_sinks: first tokens kept exactly in all of them.
-        settings: those of `Probe`, of all layers; there may be more heads in `captured` than in one.
+        settings: those of `Probe`, of all layers.
+        wanted: `[heads, options]` bool, which options to try on which heads; None for all.
+        progress: called with how many more heads have been tried with an option.
     """
-    heads_of = _Heads(captured, num_sinks, settings)
+    heads_of = _Heads(layers, num_sinks, settings)
+    total = torch.zeros(heads_of.num, len(options), dtype=torch.float64)
+    wanted = torch.ones_like(total, dtype=torch.bool) if wanted is None else wanted
     order = sorted(range(len(options)), key=lambda i: (options[i].num_slots, -options[i].window))
     for _, group in itertools.groupby(order, key=lambda i: options[i].num_slots):
         places = list(group)
-        parts = heads_of.parts([options[i] for i in places])
-        learned: list[MemoryLayer | None] = [None] * len(parts)
-        for i in places:
-            total = torch.zeros(captured.k.shape[1], dtype=torch.float64)
-            for j, (heads, is_shared) in enumerate(parts):
-                layer = heads_of.learned(heads, options[i], learned[j])
-                if is_shared and i != places[-1]:
-                    learned[j] = layer.branch()
-                total[heads] = heads_of.losses(heads, layer)
-            yield i, total
+        # Heads that are to be tried with the same of these options share what they learn.
+        for choice in wanted[:, places].unique(dim=0):
+            chosen = [i for i, is_chosen in zip(places, choice.tolist(), strict=True) if is_chosen]
+            if not chosen:
+                continue
+            alike = (wanted[:, places] == choice).all(1).nonzero()[:, 0]
+            for heads, is_shared in heads_of.parts(alike, [options[i] for i in chosen]):
+                longer: MemoryLayer | None = None
+                for i in chosen:
+                    layer = heads_of.learned(heads, options[i], longer)
+                    if is_shared and i != chosen[-1]:
+                        longer = layer.branch()
+                    total[heads, i] = heads_of.losses(heads, layer)
+                    progress(len(heads))
+    return total
 
 
 def with_window(longer: MemoryLayer, config: LayerConfig) -> MemoryLayer:
@@ -86,22 +101,23 @@ def with_window(longer: MemoryLayer, config: LayerConfig) -> MemoryLayer:
 class _Heads:
     """The heads of all layers on a text, and what their memories are made with; see `trials`."""
 
-    def __init__(self, captured: Captured, num_sinks: int, settings: dict[str, Any]) -> None:
-        self._captured, self._num_sinks = captured, num_sinks
+    def __init__(self, layers: Sequence[Captured], num_sinks: int, settings: dict[str, Any]) -> None:
+        self._layers, self._num_sinks = layers, num_sinks
         self._chunk_size, self._merge = settings["chunk_size"], settings["merge"]
-        num, weights = captured.k.shape[1], settings["value_weight"]
-        self._weights = list(itertools.chain(*weights)) if isinstance(weights, list) else [weights] * num
+        self._per_layer = layers[0].k.shape[1]
+        self.num, weights = len(layers) * self._per_layer, settings["value_weight"]
+        self._weights = list(itertools.chain(*weights)) if isinstance(weights, list) else [weights] * self.num
         self._exponents, self._uses = (
             None if (table := settings.get(name)) is None else list(itertools.chain(*table))
             for name in ("key_exponents", "token_use")
         )
 
-    def parts(self, options: Sequence[Option]) -> list[tuple[Tensor, bool]]:
+    def parts(self, heads: Tensor, options: Sequence[Option]) -> list[tuple[Tensor, bool]]:
         """Heads that are tried side by side, and whether what they learn is the same for these options, of
         equally many slots and windows one shorter than the other.
         """
         # As in one layer of many heads, those of equal weights side by side.
-        heads = torch.tensor(self._weights).argsort(stable=True)
+        heads = heads[torch.tensor(self._weights)[heads].argsort(stable=True)]
         if len(options) == 1:
             return [(part, False) for part in heads.split(_HEADS_AT_ONCE)]
         units = torch.stack(
@@ -133,23 +149,29 @@ class _Heads:
 
     def losses(self, heads: Tensor, layer: MemoryLayer) -> Tensor:
         """Rise of the loss per token `[h]` if heads have the memory `layer`, which reads on."""
-        captured = self._captured
-        per_head = captured.q.shape[1] // captured.k.shape[1]
-        own = (heads[:, None] * per_head + torch.arange(per_head)).flatten().to(captured.q.device)
         k, v = self._tokens(heads, slice(self._start, None))
-        o = layer.attend(captured.q[:, own], k, v, None)
-        change = ((o - captured.o[:, own]).float() * captured.g[:, own].float()).sum(-1)
+        q, o, g = (self._of(name, heads) for name in ("q", "o", "g"))
+        change = ((layer.attend(q, k, v, None) - o).float() * g.float()).sum(-1)
         # Query heads that share keys change together.
         change = change.unflatten(1, (len(heads), -1)).sum(2)
-        return change.double().square().sum((0, 2)).cpu() / 2 / captured.num_targets
+        return change.double().square().sum((0, 2)).cpu() / 2 / self._layers[0].num_targets
 
     @property
     def _start(self) -> int:
-        return self._captured.k.shape[2] - self._captured.q.shape[2]
+        return self._layers[0].k.shape[2] - self._layers[0].q.shape[2]
 
     def _tokens(self, heads: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-        index = heads.to(self._captured.k.device)
-        return self._captured.k[:, index, part], self._captured.v[:, index, part]
+        return self._of("k", heads, part), self._of("v", heads, part)
+
+    def _of(self, name: str, heads: Tensor, part: slice = slice(None)) -> Tensor:
+        """Some tokens of a tensor of `Captured`, of all that goes with these key/value heads."""
+        found = []
+        for head in heads.tolist():
+            layer, own = divmod(head, self._per_layer)
+            tensor = getattr(self._layers[layer], name)
+            group = tensor.shape[1] // self._per_layer
+            found.append(tensor[:, own * group : (own + 1) * group, part])
+        return torch.cat(found, 1)
 
     def _units(self, heads: Tensor, option: Option) -> Tensor:
         """The unit of keys of each head, which the first merge finds; 0 if there is none."""
