@@ -174,6 +174,7 @@ CHANGES = {
     "reorder": lambda cache: cache.reorder_cache(torch.tensor([1, 0])),
     "repeat": lambda cache: cache.batch_repeat_interleave(2),
     "shorten": lambda cache: cache.shorten([6, 6]),
+    "reset": lambda cache: cache.reset(),
     "join": lambda cache: cache.concatenate([cache, cache.selected([0])]),
 }
 
@@ -189,7 +190,8 @@ def test_what_was_recorded_is_of_the_rows_that_there_were(model, change):
         cache = made if change == "join" else cache
         with pytest.raises(ValueError, match=r"n from 0 to 0, found crop\(-1\)"):
             cache.crop(-1)
-        rows, more = cache.num_rows, random_ids(4, 3, seed=1)
+        # After a reset there are none.
+        rows, more = cache.num_rows or 2, random_ids(4, 3, seed=1)
         model(more[:rows], **{CACHE_KEY: cache})
         before = cache.snapshot()
         model(more[:rows], **{CACHE_KEY: cache})

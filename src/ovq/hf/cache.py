@@ -314,6 +314,11 @@ class OVQCache(StateCache):
         self.recorded: Recorded | None = None
 
     # What is recorded is of the rows and columns that there were.
+    def reset(self) -> None:
+        """Forget everything: transformers' name."""
+        self.recorded = None
+        super().reset()
+
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only these rows, in their order: transformers' name."""
         self.recorded = None
