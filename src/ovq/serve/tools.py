@@ -71,7 +71,8 @@ class ToolCalls:
     """
 
     def __init__(self, names: Collection[str] = (), *, is_single: bool = False) -> None:
-        self._names, self._is_single = names, is_single
+        # A tuple, where what a model writes for a name can be looked for even if it has no hash.
+        self._names, self._is_single = tuple(names), is_single
         self._held = ""
         self.num_calls = 0
 
