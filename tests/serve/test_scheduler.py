@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from ovq import convert
 from ovq.hf import build_context
 from ovq.hf.streaming import Sampling
+from ovq.serve.engine import Engine, QueueFull
 from ovq.serve.jobs import ContextEvent, FailEvent, FinishEvent, Generation, Reading, TokenEvent
 from ovq.serve.limits import Limits
 from ovq.serve.model import ServedModel
 from ovq.serve.scheduler import Scheduler
 from tests.hf.common import BASELINES, make_model, random_ids
-from tests.serve.common import converted_model, greedy, sampled
+from tests.serve.common import converted_model, greedy, sampled, until
 
 MODELS = {"ovq": make_model(), "baselines": make_model(**BASELINES), "converted": converted_model()}
 PROMPTS = [random_ids(1, n, seed=n)[0].tolist() for n in (1, 5, 9, 23)]
@@ -209,6 +210,23 @@ class Faulty(ServedModel):
 
         rows.__class__ = Rows
         return rows
+
+
+def test_what_waits_behind_a_wide_request_is_counted():
+    """There is room for it, but its turn comes later."""
+
+    def ask(num_answers):
+        job = Generation(tokens=[1], deliver=Log(), max_tokens=10**6, choices=range(num_answers))
+        engine.submit([job])
+
+    with Engine(ServedModel(MODELS["ovq"]), Limits(max_rows=4, max_queue=2)) as engine:
+        ask(3)
+        until(lambda: engine.scheduler.num_rows == 3)
+        ask(4)
+        ask(1)
+        until(lambda: engine.scheduler.num_waiting == 2)
+        with pytest.raises(QueueFull, match="at most 2 waiting prompts, found 3"):
+            ask(1)
 
 
 def test_a_prompt_that_fails_fails_alone():

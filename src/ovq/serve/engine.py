@@ -96,11 +96,12 @@ class Engine:
         with self._changed:
             if not self.is_running:
                 raise EngineStopped("the server is shutting down")
-            num_rows = self._scheduler.num_rows + sum(job.num_rows for job in [*self._new, *jobs])
-            num_waiting = self.num_waiting + len(jobs)
-            if num_rows > self.limits.max_rows and num_waiting > self.limits.max_queue:
+            # Those before them have to begin first, though there be no room for one and some for the next.
+            waiting = [*self._scheduler.waiting, *self._new, *jobs]
+            num_rows = self._scheduler.num_rows + sum(job.num_rows for job in waiting)
+            if num_rows > self.limits.max_rows and len(waiting) > self.limits.max_queue:
                 raise QueueFull(
-                    f"expected at most {self.limits.max_queue} waiting prompts, found {num_waiting}"
+                    f"expected at most {self.limits.max_queue} waiting prompts, found {len(waiting)}"
                 )
             self._new.extend(jobs)
             self._changed.notify()

@@ -159,8 +159,14 @@ class Scheduler:
         self._deleted: weakref.WeakSet[Context] = weakref.WeakSet()
 
     @property
-    def num_waiting(self) -> int:
+    def waiting(self) -> list[Job]:
         """Jobs that have not begun."""
+        # A copy, which is made at once: another thread may ask.
+        return list(self._waiting)
+
+    @property
+    def num_waiting(self) -> int:
+        """How many they are."""
         return len(self._waiting)
 
     @property
@@ -171,7 +177,7 @@ class Scheduler:
     @property
     def state_bytes(self) -> int:
         """Bytes of the memories of all rows."""
-        # A copy, which is made at once: another thread may ask.
+        # A copy, as above.
         rows = [self._rows, *(started.rows for started in list(self._started))]
         return sum(part.nbytes for part in rows if part is not None)
 
