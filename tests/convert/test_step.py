@@ -18,6 +18,7 @@ from ovq.hf.streaming import stream_tokens
 from ovq.ops import cpu_kernels
 from ovq.ops.backends.cpu.weights import matrix_product, packed
 from tests.convert.common import IDS, KINDS, MEMORY, SIZES, converted, original, read
+from tests.ops.common import narrow_default
 
 pytestmark = pytest.mark.skipif(
     not cpu_kernels().startswith("compiled"), reason="there are no kernels on this machine"
@@ -70,6 +71,14 @@ def test_slots_in_fewer_bytes(state_dtype, steps, by_modules):
     wide, kept = read(converted(), IDS[:2])
     assert (found - wide).abs().max() > 1e-3
     assert cache.nbytes < kept.nbytes
+
+
+def test_kernels_do_not_depend_on_the_default_dtype(steps):
+    model = attach(original(), config=dataclasses.replace(converted().memory_config, **LEARNED))
+    with narrow_default():
+        found, _ = read(model, IDS[:2])
+    assert steps[0] == 80
+    assert torch.equal(found, read(model, IDS[:2])[0])
 
 
 def test_streams_of_tokens_are_written_by_the_kernel(steps):

@@ -12,6 +12,7 @@ from ovq.layers.common import QKNorm
 from ovq.layers.gates import ForgetGate, MergeGate
 from ovq.layers.products import Linear
 from ovq.ops import cpu_kernels
+from tests.ops.common import narrow_default
 
 SIZES = {
     "vocab_size": 48,
@@ -331,3 +332,19 @@ def test_bad_calls_are_refused_as_they_are_by_the_modules(runs):
     padded = decoded(model, ids, mask=(torch.arange(12) >= torch.tensor([[0], [2]])).long())[1]
     with pytest.raises(ValueError, match="expected an attention_mask over cached and new columns"):
         model(ids[:, :1], past_key_values=padded)
+
+
+@needs_kernels
+@pytest.mark.parametrize("gate", ["merge_gate", "forget_gate"])
+def test_kernels_do_not_depend_on_the_default_dtype(gate):
+    # With a base of its own, so that tables are made here and not by other tests.
+    model, ids = make_model(merge="nearest", rope_theta=321.0, **{gate: True}), random_ids(2, 20)
+
+    def results():
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        return [decoded(model, ids)[0], *(x.grad.clone() for x in model.parameters())]
+
+    with narrow_default():
+        found = results()
+    assert all(map(torch.equal, found, results()))

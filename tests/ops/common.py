@@ -1,10 +1,12 @@
 """Inputs and comparisons for the tests of the op."""
 
+import contextlib
 import itertools
 
 import pytest
 import torch
 from torch.nn.functional import normalize
+from torch.overrides import TorchFunctionMode
 
 from ovq.ops import OVQState, cpu_kernels, ovq_attention
 from ovq.ops.ablation import Ablation
@@ -83,3 +85,23 @@ def assert_same_state(actual: OVQState, expected: OVQState, *, tolerance=1e-9):
         for name in ("pending_keys", "pending_values"):
             a, b = (getattr(s, name)[row, :, :used] for s in (actual, expected))
             assert torch.equal(a, b)
+
+
+class _NothingNarrow(TorchFunctionMode):
+    """Kernels write float32, and would write beyond the end of what is narrower."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        assert getattr(found, "dtype", None) != torch.bfloat16, function
+        return found
+
+
+@contextlib.contextmanager
+def narrow_default():
+    """Within this context tensors are bfloat16 unless it is said what they are, and there must be none."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with _NothingNarrow():
+            yield
+    finally:
+        torch.set_default_dtype(torch.float32)

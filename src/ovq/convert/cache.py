@@ -315,7 +315,8 @@ class MemoryLayer(OVQCacheLayer):
             q, k = q / factor.repeat_interleave(per_head, 0), k * factor
         learned = {"temperature": self.config.slot_temperature, "bias": self.config.slot_bias}
         factors = {
-            name: None if x is None else torch.as_tensor(x, device=q.device) for name, x in learned.items()
+            name: None if x is None else torch.tensor(x, dtype=torch.float32, device=q.device)
+            for name, x in learned.items()
         }
         if max(lengths) < self.until_turn():
             o = self._attend_part(q, k, v, lengths, **factors)

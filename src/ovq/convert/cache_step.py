@@ -169,7 +169,7 @@ def _groups(layer: MemoryLayer, of: HeadsLayer, num: int) -> list[HeadGroup]:
                 schedule=_now_and_next(memory) if num == 1 else schedule_of(memory, [num] * num_rows),
                 k=k,
                 v=k,
-                q=torch.empty(num_rows, of.q.shape[0] // dim, 1, dim),
+                q=torch.empty(num_rows, of.q.shape[0] // dim, 1, dim, dtype=torch.float32),
                 temperature=_numbers(config, "slot_temperature"),
                 bias=_numbers(config, "slot_bias"),
             )
@@ -179,7 +179,7 @@ def _groups(layer: MemoryLayer, of: HeadsLayer, num: int) -> list[HeadGroup]:
 
 def _factors(configs: Sequence[LayerConfig], dim: int) -> list[Tensor | None]:
     """`[Hkv, K]` of each layer, by which keys are multiplied, or None."""
-    like = torch.empty(1, 1, 1, dim)
+    like = torch.empty(1, 1, 1, dim, dtype=torch.float32)
     return [None if x.key_exponents is None else key_factors(x.key_exponents, like)[:, 0] for x in configs]
 
 

@@ -236,7 +236,7 @@ class HeadMemory:
                 share = left.to(self.wide) / count.clamp(min=1)
             else:
                 # In slots of few tokens too: what is of much use stays alone, and would leave no room.
-                share = torch.where(is_far, 0.5, 1.0).to(self.wide)
+                share = torch.ones_like(left, dtype=self.wide).masked_fill(is_far, 0.5)
                 _put_rows(self, "weight", index, self.weight[index] * share)
             keys, values = self.sums("key_sum")[index], self.sums("value_sum")[index]
             self._put_sums("key_sum", reach.turned(keys, by, ratio) * share[..., None], index)

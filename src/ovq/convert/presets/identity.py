@@ -61,7 +61,8 @@ def weight_sample(model: PreTrainedModel) -> Tensor:
     """A few weights of matrices at all depths, `[n]`, each matrix with a mean square of 1."""
     embedding = model.get_input_embeddings().weight
     matrices = [p for p in model.base_model.parameters() if p.dim() == 2 and p is not embedding]
-    chosen = torch.linspace(0, len(matrices) - 1, min(_NUM_MATRICES, len(matrices))).long()
+    num = min(_NUM_MATRICES, len(matrices))
+    chosen = torch.linspace(0, len(matrices) - 1, num, dtype=torch.float32).long()
     samples = []
     for index in chosen.tolist():
         weights = matrices[index].flatten()

@@ -38,7 +38,7 @@ class CompiledConvolution(torch.autograd.Function):
         """Compute all gradients in one pass over the tokens."""
         x, past, taps, offset = ctx.saved_tensors
         grad_x, grad_past = torch.empty_like(x), None if past is None else torch.empty_like(past)
-        grad_taps = torch.zeros(x.shape[0], *taps.shape)
+        grad_taps = taps.new_zeros(x.shape[0], *taps.shape)
         _run(
             "ovq_convolution_backward",
             x=x,

@@ -83,9 +83,9 @@ class CompiledAttention(torch.autograd.Function):
         """One call of the kernels."""
         q, k, v = (dense(x) for x in (q, k, v))
         sums = Dictionary(key_sum, value_sum, count, weight).clone()
-        o = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype)
+        o = q.new_empty(*q.shape[:3], v.shape[-1])
         # The log-sum-exp of each query, and the slot of each token of a complete chunk.
-        lse, slots = torch.empty(q.shape[:3]), torch.zeros(k.shape[:3], dtype=torch.int32)
+        lse, slots = key_sum.new_empty(q.shape[:3]), k.new_zeros(k.shape[:3], dtype=torch.int32)
         call = _call(q, k, v, o, lse, scale, sums, slots, plan, token_weights, fading)
         noted: list[Tensor] = []
         assert fading is None or not any(ctx.needs_input_grad)
@@ -119,8 +119,8 @@ class CompiledAttention(torch.autograd.Function):
                 (sums.weight, grad_sums[3]),
             )
         )
-        grads = [torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v)]
-        grad_scale = torch.zeros(len(ctx.plan.slots), q.shape[2], dtype=torch.float64)
+        grads = [x.new_empty(x.shape) for x in (q, k, v)]
+        grad_scale = scale.new_zeros(len(ctx.plan.slots), q.shape[2], dtype=torch.float64)
         # Zero for tokens that are not merged yet.
         grad_weights = None if token_weights is None else torch.zeros_like(token_weights)
         call = _call(q, k, v, o, lse, scale, sums, slots, ctx.plan, token_weights)
@@ -145,8 +145,7 @@ def merge(chunks: Merging, noted: Sequence[Tensor] = ()) -> Tensor:
         The slot of each token, `[num_chunks, W, Hkv]`.
     """
     k, v = dense(chunks.k), dense(chunks.v)
-    nothing = torch.empty(0)
-    slots = torch.zeros(k.shape[:3], dtype=torch.int32)
+    nothing, slots = k.new_empty(0), k.new_zeros(k.shape[:3], dtype=torch.int32)
     # Without query heads nothing is read.
     plan = dataclasses.replace(chunks.plan, group_size=0)
     given = (chunks.sums, slots, plan, chunks.token_weights, chunks.fading)
@@ -188,13 +187,13 @@ def _noted(k: Tensor, v: Tensor, plan: Plan, *, has_weights: bool) -> list[Tenso
     num = plan.options.chunk_size * (2 if has_weights and plan.options.merges_pairs else 1)
     shape = (k.shape[0], k.shape[2], num)
     noted = [
-        torch.empty(shape, dtype=torch.int32),
-        torch.empty(shape, dtype=torch.int32),
-        torch.empty(*shape, k.shape[3]),
-        torch.empty(*shape, v.shape[3]),
-        torch.empty(shape, dtype=torch.int64),
+        k.new_empty(shape, dtype=torch.int32),
+        k.new_empty(shape, dtype=torch.int32),
+        k.new_empty(*shape, k.shape[3], dtype=torch.float32),
+        k.new_empty(*shape, v.shape[3], dtype=torch.float32),
+        k.new_empty(shape, dtype=torch.int64),
     ]
-    return [*noted, torch.empty(shape)] if has_weights else noted
+    return [*noted, k.new_empty(shape, dtype=torch.float32)] if has_weights else noted
 
 
 @mirror_of("Tokens")

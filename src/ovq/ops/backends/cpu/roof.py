@@ -18,7 +18,7 @@ def product_loop() -> tuple[Callable[[], None], float] | None:
     call_kernel("ovq_roof_sizes", sizes)
     m, n, k = sizes.tolist()
     threads = torch.get_num_threads()
-    a, b, c = (torch.ones(threads, size) for size in (m * k, k * n, m * n))
+    a, b, c = (torch.ones(threads, size, dtype=torch.float32) for size in (m * k, k * n, m * n))
     repeats = int(2e9 / (2 * m * n * k))
 
     def call() -> None:

@@ -43,11 +43,11 @@ class CompiledWindow(torch.autograd.Function):
         q, k, v, scale, first, o, lse = ctx.saved_tensors
         grad_o = grad_o if grad_o.stride(-1) == 1 else grad_o.contiguous()
         (num_rows, num_keys, num_kv_heads, _), lanes = k.shape, build.load().ovq_lanes()
-        grad_q = torch.empty(q.shape)
+        grad_q = q.new_empty(q.shape)
         grad_k, grad_v = (
-            torch.zeros(num_rows, num_kv_heads, num_keys, -(-x.shape[3] // lanes) * lanes) for x in (k, v)
+            x.new_zeros(num_rows, num_kv_heads, num_keys, -(-x.shape[3] // lanes) * lanes) for x in (k, v)
         )
-        grad_scale = torch.zeros(num_rows, q.shape[2], dtype=torch.float64)
+        grad_scale = scale.new_zeros(num_rows, q.shape[2], dtype=torch.float64)
         call = _Window.of(q, k, v, scale, first, ctx.window, o, lse)
         call.grad_o, call.grad_q = _Strided.of(grad_o), _Strided.of(grad_q)
         call.grad_k, call.grad_v = grad_k.data_ptr(), grad_v.data_ptr()
