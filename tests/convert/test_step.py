@@ -18,7 +18,7 @@ from ovq.hf.streaming import stream_tokens
 from ovq.ops import cpu_kernels
 from ovq.ops.backends.cpu.weights import matrix_product, packed
 from tests.convert.common import IDS, KINDS, MEMORY, SIZES, converted, original, read
-from tests.ops.common import narrow_default
+from tests.ops.common import other_defaults
 
 pytestmark = pytest.mark.skipif(
     not cpu_kernels().startswith("compiled"), reason="there are no kernels on this machine"
@@ -73,9 +73,9 @@ def test_slots_in_fewer_bytes(state_dtype, steps, by_modules):
     assert cache.nbytes < kept.nbytes
 
 
-def test_kernels_do_not_depend_on_the_default_dtype(steps):
+def test_kernels_do_not_depend_on_default_dtype_and_device(steps):
     model = attach(original(), config=dataclasses.replace(converted().memory_config, **LEARNED))
-    with narrow_default():
+    with other_defaults():
         found, _ = read(model, IDS[:2])
     assert steps[0] == 80
     assert torch.equal(found, read(model, IDS[:2])[0])

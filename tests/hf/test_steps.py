@@ -12,7 +12,7 @@ from ovq.layers.common import QKNorm
 from ovq.layers.gates import ForgetGate, MergeGate
 from ovq.layers.products import Linear
 from ovq.ops import cpu_kernels
-from tests.ops.common import narrow_default
+from tests.ops.common import other_defaults
 
 SIZES = {
     "vocab_size": 48,
@@ -336,7 +336,7 @@ def test_bad_calls_are_refused_as_they_are_by_the_modules(runs):
 
 @needs_kernels
 @pytest.mark.parametrize("gate", ["merge_gate", "forget_gate"])
-def test_kernels_do_not_depend_on_the_default_dtype(gate):
+def test_kernels_do_not_depend_on_default_dtype_and_device(gate):
     # With a base of its own, so that tables are made here and not by other tests.
     model, ids = make_model(merge="nearest", rope_theta=321.0, **{gate: True}), random_ids(2, 20)
 
@@ -345,6 +345,6 @@ def test_kernels_do_not_depend_on_the_default_dtype(gate):
         model(ids, labels=ids).loss.backward()
         return [decoded(model, ids)[0], *(x.grad.clone() for x in model.parameters())]
 
-    with narrow_default():
+    with other_defaults():
         found = results()
     assert all(map(torch.equal, found, results()))

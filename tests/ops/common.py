@@ -87,21 +87,24 @@ def assert_same_state(actual: OVQState, expected: OVQState, *, tolerance=1e-9):
             assert torch.equal(a, b)
 
 
-class _NothingNarrow(TorchFunctionMode):
-    """Kernels write float32, and would write beyond the end of what is narrower."""
+class _NothingByDefault(TorchFunctionMode):
+    """Kernels write float32 on a CPU, and would write beyond the end of what is narrower or elsewhere."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         found = function(*args, **(kwargs or {}))
-        assert getattr(found, "dtype", None) != torch.bfloat16, function
+        if isinstance(found, torch.Tensor):
+            assert found.dtype != torch.bfloat16, function
+            assert not found.is_meta, function
         return found
 
 
 @contextlib.contextmanager
-def narrow_default():
-    """Within this context tensors are bfloat16 unless it is said what they are, and there must be none."""
+def other_defaults():
+    """In this context tensors are bfloat16 and nowhere, unless it is said what and where they are; there must
+    be none such."""
     torch.set_default_dtype(torch.bfloat16)
     try:
-        with _NothingNarrow():
+        with _NothingByDefault(), torch.device("meta"):
             yield
     finally:
         torch.set_default_dtype(torch.float32)

@@ -54,7 +54,7 @@ class HeadMemories(Memory):
     def _use(self, budget: Budget) -> Tensor | None:
         if (numbers := self.config.token_use) is None:
             return None
-        return torch.tensor([numbers[head] for head in budget.heads], dtype=torch.float32)
+        return torch.tensor([numbers[head] for head in budget.heads], dtype=torch.float32, device="cpu")
 
     def tensors(self, state: list[HeadMemory]) -> dict[str, Tensor]:
         """See `Memory.tensors`."""
@@ -185,7 +185,8 @@ class MemoryLayer(OVQCacheLayer):
         """Keep these copies with the last tokens, which a kernel has read since."""
         if not before:
             return
-        order = torch.tensor([head for memory in self.state for head in memory.budget.heads]).argsort()
+        heads = [head for memory in self.state for head in memory.budget.heads]
+        order = torch.tensor(heads, device="cpu").argsort()
         k, v = (
             torch.cat([getattr(x, name)[:, :, x.filled[0] - num_new : x.filled[0]] for x in self.state], 1)
             for name in ("recent_keys", "recent_values")

@@ -98,7 +98,7 @@ def read_pieces(
     rows, num, _ = x.shape
     is_rough = rows * num > MOST_ROWS and layers[0].q.factors is not None
     factors = _factors([layer.config for layer in cache.layers], layers[0].head_dim)
-    like = torch.empty((), dtype=dtype)
+    like = torch.empty((), dtype=dtype, device="cpu")
     for layer, of in zip(cache.layers, layers, strict=True):
         own = like.expand(rows, layer.config.num_kv_heads, 1, of.head_dim)
         layer.begin(own, own)
@@ -155,7 +155,7 @@ def _groups(layer: MemoryLayer, of: HeadsLayer, num: int) -> list[HeadGroup]:
     for memory in layer.state:
         num_rows, budget = len(memory.filled), memory.budget
         # The kernel puts in its own queries, keys and values.
-        k = torch.empty(num_rows, config.num_kv_heads, 1, dim, dtype=memory.recent_keys.dtype)
+        k = memory.recent_keys.new_empty(num_rows, config.num_kv_heads, 1, dim)
         groups.append(
             HeadGroup.of(
                 memory.kernel_tensors(),
@@ -169,7 +169,7 @@ def _groups(layer: MemoryLayer, of: HeadsLayer, num: int) -> list[HeadGroup]:
                 schedule=_now_and_next(memory) if num == 1 else schedule_of(memory, [num] * num_rows),
                 k=k,
                 v=k,
-                q=torch.empty(num_rows, of.q.shape[0] // dim, 1, dim, dtype=torch.float32),
+                q=k.new_empty(num_rows, of.q.shape[0] // dim, 1, dim, dtype=torch.float32),
                 temperature=_numbers(config, "slot_temperature"),
                 bias=_numbers(config, "slot_bias"),
             )
@@ -179,10 +179,10 @@ def _groups(layer: MemoryLayer, of: HeadsLayer, num: int) -> list[HeadGroup]:
 
 def _factors(configs: Sequence[LayerConfig], dim: int) -> list[Tensor | None]:
     """`[Hkv, K]` of each layer, by which keys are multiplied, or None."""
-    like = torch.empty(1, 1, 1, dim, dtype=torch.float32)
+    like = torch.empty(1, 1, 1, dim, dtype=torch.float32, device="cpu")
     return [None if x.key_exponents is None else key_factors(x.key_exponents, like)[:, 0] for x in configs]
 
 
 def _numbers(config: LayerConfig, name: str) -> Tensor | None:
     found: Iterable[float] | None = getattr(config, name)
-    return None if found is None else torch.tensor(tuple(found), dtype=torch.float32)
+    return None if found is None else torch.tensor(tuple(found), dtype=torch.float32, device="cpu")

@@ -134,8 +134,10 @@ class HeadMemory:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name, and the numbers of tokens `[B]` as tensors."""
-        numbers = {name: torch.tensor(getattr(self, name)) for name in ("filled", "num_merged")}
-        return {name: getattr(self, name) for name in self._names} | numbers
+        found = {name: getattr(self, name) for name in self._names}
+        for name in ("filled", "num_merged"):
+            found[name] = torch.tensor(getattr(self, name), device="cpu")
+        return found
 
     def kernel_tensors(self) -> dict[str, Tensor]:
         """The tensors that kernels read and write, by name."""

@@ -318,7 +318,7 @@ class _Step:
         # Raises if layers have read different numbers.
         num_columns, positions = cache.num_columns, call.positions
         if positions is None:
-            positions = torch.arange(num_columns, num_columns + num)[None]
+            positions = torch.arange(num_columns, num_columns + num, device=call.tokens.device)[None]
         x = model.model.embed_tokens(call.tokens)
         cos, sin = model.model.rotary_emb(x, position_ids=positions)
         if cos.shape[-1] != self._layers[0].head_dim:
@@ -359,7 +359,7 @@ class _Step:
         wrong = misfits(layer.config, first.q.shape[0] // dim, dim, dim)
         if num_heads * dim != first.k.shape[0] or any(wrong):
             return False
-        like = torch.empty(num_rows, num_heads, 1, dim, dtype=self._dtype)
+        like = torch.empty(num_rows, num_heads, 1, dim, dtype=self._dtype, device="cpu")
         return layer.state is None or all(
             memory.recent_keys.shape == (num_rows, len(memory.budget.heads), memory.budget.num_exact, dim)
             and memory.recent_values.shape == memory.recent_keys.shape

@@ -158,12 +158,13 @@ class SequenceLayout:
         if num_seen is None:
             return self.once("places", self._places)
         first = 0 if self.new_mask is None else self.new_mask.int().argmax(1).to(num_seen.device)
-        return torch.arange(1, self.num_new + 1) + (num_seen - first)[:, None]
+        places = torch.arange(1, self.num_new + 1, device=num_seen.device)
+        return places + (num_seen - first)[:, None]
 
     def _places(self) -> Tensor:
         if self.cu_seqlens is not None:
             return self.offset_in_row()[None] + 1
-        device = None if self.mask is None else self.mask.device
+        device = "cpu" if self.mask is None else self.mask.device
         columns = torch.arange(self.num_past, self.num_past + self.num_new, device=device)[None]
         return columns + 1 if self.mask is None else columns + 1 - self.mask.int().argmax(1)[:, None]
 

@@ -97,7 +97,7 @@ class Memory(ABC):
             return keys
         # Rotating by p and then by m is rotating by p + m, and rotations are linear, so sums may be rotated.
         wide = keys.to(torch.promote_types(keys.dtype, torch.float32))
-        position = torch.tensor([num_columns])
+        position = torch.tensor([num_columns], device=keys.device)
         tables = rotary_tables(position, keys.shape[-1], theta=self.rope_theta, like=wide)
         return apply_rotary(wide, *tables).to(keys.dtype)
 

@@ -116,8 +116,9 @@ def _tables(position: int, dim: int, theta: float) -> tuple[Tensor, Tensor]:
 
 @functools.lru_cache(maxsize=16)
 def _tables_of_block(block: int, dim: int, theta: float) -> list[tuple[Tensor, ...]]:
-    positions = torch.arange(_POSITIONS) + block * _POSITIONS
-    tables = rotary_tables(positions, dim, theta=theta, like=torch.empty(0, dtype=torch.float32))
+    like = torch.empty(0, dtype=torch.float32, device="cpu")
+    positions = torch.arange(_POSITIONS, device="cpu") + block * _POSITIONS
+    tables = rotary_tables(positions, dim, theta=theta, like=like)
     return [table.split(1) for table in tables]
 
 

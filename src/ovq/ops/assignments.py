@@ -225,12 +225,12 @@ def _slot_assignments(given: dict[str, Any], backend: str) -> SlotAssignments:
 
 def _places(call: Call) -> tuple[Tensor, Tensor]:
     """Row and position `[B, T]` of each token, -1 at padding."""
-    row = torch.full((call.num_tokens,), -1)
+    row = torch.full((call.num_tokens,), -1, device="cpu")
     position = row.clone()
     bounds = zip(call.rows.starts, call.rows.lengths, call.state.num_seen.tolist(), strict=True)
     for r, (start, length, seen) in enumerate(bounds):
         row[start : start + length] = r
-        position[start : start + length] = torch.arange(seen, seen + length)
+        position[start : start + length] = torch.arange(seen, seen + length, device="cpu")
     shape, device = call.k.shape[:2], call.k.device
     return row.view(shape).to(device), position.view(shape).to(device)
 

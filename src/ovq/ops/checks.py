@@ -237,8 +237,8 @@ def checked_mask(attention_mask: Tensor) -> Tensor:
 def masked_bounds(mask: Tensor) -> Tensor:
     """`RowBounds.bounds` of a mask `[B, T]` that `checked_mask` returned."""
     batch, length = mask.shape
-    first = mask.int().argmax(-1) if length else torch.zeros(batch, dtype=torch.int64)
-    return torch.stack([torch.arange(batch) * length + first, mask.sum(-1)])
+    first = mask.int().argmax(-1) if length else mask.new_zeros(batch, dtype=torch.int64)
+    return torch.stack([torch.arange(batch, device=mask.device) * length + first, mask.sum(-1)])
 
 
 def check_state(state: OVQState, num_rows: int, k: Tensor, v: Tensor, options: Options) -> None:

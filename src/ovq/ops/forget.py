@@ -85,7 +85,8 @@ def _piece(call: Call, run: Run) -> tuple[Tensor, OVQState]:
     """Outputs `[R, W, H, V]` of tokens of one chunk of each row, and the state after them."""
     assert call.token_weights is not None
     assert call.log_forget is not None
-    is_complete = call.state.num_pending + torch.tensor(call.rows.lengths) == call.options.chunk_size
+    lengths = torch.tensor(call.rows.lengths, device="cpu")
+    is_complete = call.state.num_pending + lengths == call.options.chunk_size
     state, weights, left = begun(call.state, call.token_weights, call.log_forget, is_complete)
     o, after = run(dataclasses.replace(call, state=state, token_weights=weights, log_forget=None))
     assert after is not None

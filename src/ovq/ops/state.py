@@ -231,7 +231,7 @@ class OVQState:
 
     def select(self, rows: Tensor | Sequence[int]) -> OVQState:
         """The given rows in the given order, repeats allowed (integer indices, or a boolean mask)."""
-        index = torch.as_tensor(rows)
+        index = torch.as_tensor(rows, device="cpu")
         if index.dtype == torch.bool:
             if index.shape != (self.batch_size,):
                 raise ValueError(
@@ -242,7 +242,7 @@ class OVQState:
             index = index.to(torch.int64)
         if index.dim() != 1 or index.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"rows: expected a 1-D integer index, found {index.dtype} {tuple(index.shape)}")
-        host = index.to("cpu", torch.int64)
+        host = index.to(torch.int64)
         if host.numel() and not (int(host.min()) >= 0 and int(host.max()) < self.batch_size):
             raise ValueError(f"rows: expected indices in 0..{self.batch_size - 1}, found {host.tolist()}")
         picked: dict[str, Any] = {
@@ -269,7 +269,7 @@ class OVQState:
             ValueError: if `n` is not an integer of at least 1.
         """
         check_sizes(1, n=n)
-        return self.select(torch.arange(self.batch_size).repeat_interleave(n))
+        return self.select(torch.arange(self.batch_size, device="cpu").repeat_interleave(n))
 
     @staticmethod
     def concatenate(states: Sequence[OVQState]) -> OVQState:
@@ -369,7 +369,7 @@ def state_tensors(state: OVQState) -> dict[str, Tensor]:
     """
     tensors = {name: x.detach().cpu().contiguous() for name, x in tensors_of(state).items()}
     # Places beyond num_pending may hold tokens of another continuation, which must not reach the file.
-    used = torch.arange(state.chunk_size) < state.num_pending[:, None]
+    used = torch.arange(state.chunk_size, device="cpu") < state.num_pending[:, None]
     for name, x in tensors.items():
         if name.startswith("pending") and x.dim() > 2:
             tensors[name] = x.masked_fill(~used.view(len(used), 1, -1, *[1] * (x.dim() - 3)), 0)

@@ -86,11 +86,11 @@ class AlignedRows:
 
     def _spread(self, first: Sequence[int], num: Sequence[int], device: torch.device) -> Tensor:
         """Indices first[r], ..., first[r] + num[r] - 1 of all rows, concatenated."""
-        counts = torch.tensor(num, dtype=torch.int64)
+        counts = torch.tensor(num, dtype=torch.int64, device="cpu")
         ends = counts.cumsum(0)
-        offsets = torch.tensor(first, dtype=torch.int64) - (ends - counts)
+        offsets = torch.tensor(first, dtype=torch.int64, device="cpu") - (ends - counts)
         total = int(ends[-1]) if len(num) else 0
-        return (torch.arange(total) + offsets.repeat_interleave(counts)).to(device)
+        return (torch.arange(total, device="cpu") + offsets.repeat_interleave(counts)).to(device)
 
     def _places(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """For each new token: its place in the flattened input and in the aligned layout."""

@@ -81,7 +81,7 @@ class Chunks:
             **vars(sums),
             pending_keys=aligned.tail(self.k),
             pending_values=aligned.tail(self.v),
-            num_seen=torch.tensor(seen, dtype=torch.int64),
+            num_seen=torch.tensor(seen, dtype=torch.int64, device="cpu"),
             pending_weights=None if self.weights is None else aligned.tail(self.weights).squeeze(-1),
         )
         return after if aligned.is_sorted else after.select(aligned.inverse())

@@ -126,7 +126,7 @@ class PreparedStep:
         The kernel puts the new token into the pending buffers of `after`, the `advanced` state of one with
         `num_seen` tokens, and reads these and the sums where they lie.
         """
-        o = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype)
+        o = q.new_empty(*q.shape[:3], v.shape[3])
         call, _kept = self.call_of(after, num_seen)
         if not (q.is_contiguous() and k.is_contiguous() and v.is_contiguous()):
             q, k, v = dense(q), dense(k), dense(v)

@@ -288,10 +288,10 @@ def _call(
         weight=sums.weight,
         fading=None if fading is None else fading.contiguous(),
         slots=slots,
-        first_chunk=torch.tensor(aligned.first_chunk, dtype=torch.int64),
-        length=torch.tensor(aligned.lengths, dtype=torch.int64),
-        schedule_start=torch.tensor(starts[:-1], dtype=torch.int64),
-        num_merged=torch.tensor(plan.num_merged, dtype=torch.int64),
-        schedule=torch.tensor(list(itertools.chain(*plan.slots)), dtype=torch.int32),
+        first_chunk=slots.new_tensor(aligned.first_chunk, dtype=torch.int64),
+        length=slots.new_tensor(aligned.lengths, dtype=torch.int64),
+        schedule_start=slots.new_tensor(starts[:-1], dtype=torch.int64),
+        num_merged=slots.new_tensor(plan.num_merged, dtype=torch.int64),
+        schedule=slots.new_tensor(list(itertools.chain(*plan.slots))),
     )
     return call

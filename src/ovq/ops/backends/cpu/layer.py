@@ -115,7 +115,7 @@ def memory_of_slots(
     def finished() -> OVQState:
         if not complete:
             return step.leading_to(dataclasses.replace(after, pending_forget=now))
-        is_complete = torch.zeros(len(now), dtype=torch.bool)
+        is_complete = now.new_zeros(len(now), dtype=torch.bool)
         is_complete[complete] = True
         frame = now * is_complete[:, None]
         merged = with_merged_chunks(faded(after, frame), complete, options)
@@ -282,7 +282,7 @@ class HeadsStep:
         is_rough: bool = False,
     ) -> None:
         dim = layers[0].head_dim
-        self.cos, self.sin = torch.empty(2, most, dim, dtype=torch.float32)
+        self.cos, self.sin = torch.empty(2, most, dim, dtype=torch.float32, device="cpu")
         self._num_tokens = 0
         self._calls = (_Layer * len(layers))()
         self._kept: list[Any] = [layers, key_factors]
@@ -366,7 +366,7 @@ def _run(x: Tensor, calls: ctypes.Array[_Layer], num_lanes: int = 1) -> Tensor |
     y = x.clone(memory_format=torch.contiguous_format)
     num, place = len(calls), ctypes.addressof(calls)
     size = num_lanes * call_kernel("ovq_layers_scratch", num, place)
-    scratch = torch.empty(size, dtype=torch.uint8)
+    scratch = x.new_empty(size, dtype=torch.uint8)
     outcome = call_kernel(
         "ovq_layers_step", torch.get_num_threads(), num // num_lanes, num_lanes, place, scratch, y
     )

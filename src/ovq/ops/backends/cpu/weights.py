@@ -59,7 +59,7 @@ class Matrix(NamedTuple):
         numbers = self.weight.permute(0, 3, 1, 2, 4).flatten(3).flatten(0, 1)
         if self.format == "int8":
             numbers = (numbers.float() - _ZERO)[:, :, None]
-            steps, lows = self.factors.mT.flatten(0, 1)[:, :, None, None], torch.zeros(())
+            steps, lows = self.factors.mT.flatten(0, 1)[:, :, None, None], self.factors.new_zeros(())
         else:
             numbers = torch.stack([numbers & 15, numbers >> 4], 2)
             factors = self.factors.float().permute(0, 4, 1, 2, 3).flatten(0, 1)
