@@ -112,6 +112,17 @@ def test_a_probe_shares_out_the_rows(capsys, reading, tmp_path):
     assert run(capsys, "generate", "--model", out, "--prompt", "the", "--max-new-tokens", 2)
 
 
+def test_texts_of_a_probe_may_have_equal_names(capsys, reading, tmp_path):
+    (tmp_path / "a.txt").write_text((reading / "b.txt").read_text())
+    both = ["--probe", f"{reading / 'a.txt'},{tmp_path / 'a.txt'}"]
+    run(capsys, *probing(reading, "--out", tmp_path / "out", *both))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert str(reading / "a.txt") in card
+    assert str(tmp_path / "a.txt") in card
+    none = fail(capsys, *probing(reading, "--out", tmp_path / "new", "--probe", ","))
+    assert "--probe: expected text files with commas between them, found ','" in none
+
+
 def test_options_that_would_be_ignored_are_refused(capsys, reading, tmp_path):
     command = ["convert", "--model", reading / "llama", "--out", tmp_path / "out"]
     for options, refused, flag in (

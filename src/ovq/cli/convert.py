@@ -134,7 +134,7 @@ def convert(
         if name in given and (found := [other for other in others if other in given]):
             flag, without = (f"--{option.replace('_', '-')}" for option in (name, found[0]))
             raise ValueError(f"{without}: expected none with {flag}, found one")
-    texts = {Path(name).name: read_text(name, flag="--probe") for name in (probe or "").split(",") if name}
+    texts = {} if probe is None else _read_texts(probe)
     check_new_folder("--out", out)
     check_folder("--save-preset", save_preset)
     if rows is not None:
@@ -188,6 +188,15 @@ def convert(
         soft_wrap=True,
         highlight=False,
     )
+
+
+def _read_texts(files: str) -> dict[str, str]:
+    """The texts of `--probe`, by the names of their files, or by their paths where names repeat."""
+    paths = [path for path in files.split(",") if path]
+    if not paths:
+        raise ValueError(f"--probe: expected text files with commas between them, found {files!r}")
+    is_clear = len({Path(path).name for path in paths}) == len(set(paths))
+    return {Path(path).name if is_clear else path: read_text(path, flag="--probe") for path in paths}
 
 
 def _preset(
