@@ -123,6 +123,19 @@ def test_texts_of_a_probe_may_have_equal_names(capsys, reading, tmp_path):
     assert "--probe: expected text files with commas between them, found ','" in none
 
 
+def test_a_preset_takes_the_place_of_no_other_files(capsys, reading, tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    out = tmp_path / "out"
+    for place, expected in (
+        (tmp_path, "a folder that does not exist yet"),
+        (out, "another folder than that of --out"),
+        (out / "preset", "a folder in one that exists"),
+    ):
+        said = fail(capsys, *probing(reading, "--out", out, "--save-preset", place))
+        assert f"--save-preset: expected {expected}, found {place}" in said
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
 def test_options_that_would_be_ignored_are_refused(capsys, reading, tmp_path):
     command = ["convert", "--model", reading / "llama", "--out", tmp_path / "out"]
     for options, refused, flag in (

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ovq.cli.common import check_folder, check_new_folder, given_options, out_console, read_text
+from ovq.cli.common import check_new_folder, given_options, out_console, read_text
 from ovq.cli.pretrained import DTYPES, load_pretrained
 
 if TYPE_CHECKING:
@@ -104,7 +104,10 @@ def convert(
     ] = True,
     save_preset: Annotated[
         Path | None,
-        typer.Option(help="Folder to write what the probe has found to, for --preset.", show_default=False),
+        typer.Option(
+            help="Folder to write what the probe has found to, for --preset; it must not exist.",
+            show_default=False,
+        ),
     ] = None,
     gguf_file: Annotated[
         str | None,
@@ -136,7 +139,12 @@ def convert(
             raise ValueError(f"{without}: expected none with {flag}, found one")
     texts = {} if probe is None else _read_texts(probe)
     check_new_folder("--out", out)
-    check_folder("--save-preset", save_preset)
+    if save_preset is not None:
+        check_new_folder("--save-preset", save_preset)
+        if save_preset.resolve() == out.resolve():
+            raise ValueError(
+                f"--save-preset: expected another folder than that of --out, found {save_preset}"
+            )
     if rows is not None:
         # What a window and slots have where all heads are alike; a probe shares out their sum.
         if "window" not in given:
