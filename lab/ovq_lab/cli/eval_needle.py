@@ -134,10 +134,10 @@ def _measure(
 
 
 def _parse_depths(text: str) -> list[float]:
-    """Read per cents as shares.
+    """Read per cents as shares; each counts once.
 
     Example:
-        >>> _parse_depths("0, 12.5,100")
+        >>> _parse_depths("0, 12.5,100,0")
         [0.0, 0.125, 1.0]
     """
     try:
@@ -146,4 +146,4 @@ def _parse_depths(text: str) -> list[float]:
         depths = [-1.0]
     if not all(0 <= depth <= 1 for depth in depths):
         raise ValueError(f"--depths: expected numbers from 0 to 100 with commas between them, found {text!r}")
-    return depths
+    return list(dict.fromkeys(depths))

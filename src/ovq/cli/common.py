@@ -23,19 +23,19 @@ def given_options(context: typer.Context) -> set[str]:
 
 
 def parse_ints(text: str, *, flag: str) -> list[int]:
-    """Read a list such as `"256,1024"` of positive integers.
+    """Read a list such as `"256,1024"` of positive integers; each counts once.
 
     Raises:
         ValueError: If a part is not a positive integer; names the flag.
 
     Example:
-        >>> parse_ints("256, 1024", flag="--lengths")
-        [256, 1024]
+        >>> parse_ints("256, 1024", flag="--lengths"), parse_ints("64,64", flag="--num-slots")
+        ([256, 1024], [64])
     """
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise ValueError(f"{flag}: expected positive integers with commas between them, found {text!r}")
-    return [int(part) for part in parts]
+    return list(dict.fromkeys(map(int, parts)))
 
 
 def read_text(source: str, *, flag: str) -> str:
