@@ -19,7 +19,7 @@ hypothesis.settings.load_profile("ovq")
 @pytest.fixture(autouse=True)
 def as_loud_as_before():
     """Commands that are called within a test with `-q` or `-v` leave that to the processes of later ones."""
-    names = ("OVQ_VERBOSITY", "TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS")
+    names = ("OVQ_VERBOSITY", "TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE")
     before = {name: os.environ.get(name) for name in names}
     yield
     for name, value in before.items():

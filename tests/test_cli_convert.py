@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import gguf
 import pytest
@@ -77,6 +79,8 @@ def test_quiet_hides_what_transformers_loads(capsys, converted, tmp_path, monkey
             assert ("Loading weights" in capsys.readouterr().err) == (not options)
     # For what is not imported yet.
     assert os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] == "1"
+    bar = [sys.executable, "-c", "from tqdm.auto import tqdm; list(tqdm(range(9)))"]
+    assert subprocess.run(bar, capture_output=True, check=True).stderr == b""
 
 
 @pytest.fixture(scope="module")

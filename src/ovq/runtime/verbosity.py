@@ -14,6 +14,8 @@ def set_quiet() -> None:
     _set("quiet", "error")
     # Of loading and saving weights; read like the verbosity.
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    # Of reading GGUF files; read when tqdm is imported.
+    os.environ["TQDM_DISABLE"] = "1"
     if "transformers" in sys.modules:
         from transformers.utils.logging import disable_progress_bar
 
