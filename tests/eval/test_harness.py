@@ -193,6 +193,8 @@ def test_the_command_line(model, folder, results, capsys, tmp_path):
     few = run(capsys, *arguments[:-1], 1)
     assert "local_choice" in few
     assert "acc" in few
+    absent = fail(capsys, *arguments, "--include-path", tmp_path / "no")
+    assert absent.startswith("include_path: expected a folder with tasks, found none at")
     wrong = fail(capsys, *arguments, "--ruler-lengths", "x")
     assert wrong.startswith("--ruler-lengths: expected positive integers")
     (tmp_path / "model" / "tokenizer.json").unlink()

@@ -58,7 +58,8 @@ def evaluate_tasks(
         What the harness's `simple_evaluate` returns: `results` by task, `samples`, `configs` and more.
 
     Raises:
-        ValueError: If lm-eval is not installed, a task does not exist, or there is no tokenizer.
+        ValueError: If lm-eval is not installed, a task or `include_path` does not exist, or there is no
+            tokenizer.
 
     Example:
         >>> from ovq.hf import OVQConfig, OVQForCausalLM
@@ -68,6 +69,9 @@ def evaluate_tasks(
     """
     if tokenizer is None:
         raise ValueError("tokenizer: expected one of transformers, found none")
+    if include_path is not None and not Path(include_path).is_dir():
+        # The harness would go on without the tasks in it.
+        raise ValueError(f"include_path: expected a folder with tasks, found none at {include_path}")
     lm_eval = _import_harness()
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
