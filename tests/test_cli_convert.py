@@ -213,7 +213,7 @@ def test_without_texts_the_probe_reads_those_of_the_package(capsys, reading, tmp
     assert "Eisenhower" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_what_cannot_be_converted_ends_in_one_line(capsys, converted, tmp_path):
+def test_what_cannot_be_converted_ends_in_one_line(capsys, converted, tmp_path, monkeypatch):
     command = ["convert", "--model", converted / "llama", "--out", tmp_path / "out"]
     assert "window: expected a multiple of chunk_size" in fail(capsys, *command, "--window", 100)
     assert "--dtype: expected auto, float32," in fail(capsys, *command, "--dtype", "x")
@@ -222,6 +222,12 @@ def test_what_cannot_be_converted_ends_in_one_line(capsys, converted, tmp_path):
     nowhere = ["convert", "--model", tmp_path / "no", "--out", tmp_path / "out"]
     assert "--model: expected the folder of a model or a name on the hub, found" in fail(capsys, *nowhere)
     (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name in ("no", "a.txt", "empty"):
+        said = fail(capsys, "convert", "--model", name, "--out", "out")
+        assert f"--model: expected a causal language model, found '{name}' (" in said
     for options in ([], ["--probe", tmp_path / "a.txt"]):
         assert "expected a model with a tokenizer" in fail(capsys, *command, *options)
     assert "No such file" in fail(capsys, *command, "--probe", tmp_path / "b.txt")

@@ -190,6 +190,12 @@ def test_a_path_without_a_folder_is_no_name_on_the_hub(tmp_path):
         check_initial(str(tmp_path / "no"), model_config(make_config()))
 
 
+def test_a_model_that_cannot_be_fetched_is_named(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"train\.init_from: expected a saved model, found 'runs-no' \("):
+        check_initial("runs-no", model_config(make_config()))
+
+
 def test_a_model_that_reads_other_tokens_is_refused(tmp_path, monkeypatch):
     texts = write_texts(tmp_path, monkeypatch)
     config = tiny_config(texts, task={"tokenizer": "bpe:260"})

@@ -60,9 +60,8 @@ def check_initial(source: str, config: OVQConfig) -> list[str]:
         In words, what the run sets otherwise than the model has it.
 
     Raises:
-        OSError: If there is no such model.
-        ValueError: If it is no OVQ model, or one of another architecture; names the first field that differs,
-            and the option that would make both equal.
+        ValueError: If there is no such model, it is no OVQ model, or one of another architecture; names the
+            first field that differs, and the option that would make both equal.
     """
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         # Of an empty folder, transformers makes a config of defaults.
@@ -70,7 +69,11 @@ def check_initial(source: str, config: OVQConfig) -> list[str]:
             f"train.init_from: expected the folder of a saved model, found no config.json in {source}"
         )
     check_source(source, flag="train.init_from")
-    saved, _ = PreTrainedConfig.get_config_dict(source)
+    try:
+        saved, _ = PreTrainedConfig.get_config_dict(source)
+    except OSError as error:
+        # Offline, transformers does not say which model it could not find.
+        raise ValueError(f"train.init_from: expected a saved model, found {source!r} ({error})") from error
     if (kind := saved.get("model_type")) != OVQConfig.model_type:
         # Before transformers says at length that this may be meant.
         raise ValueError(

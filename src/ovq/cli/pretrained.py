@@ -30,8 +30,8 @@ def load_pretrained(
         say: Called with a line before what takes long.
 
     Raises:
-        OSError: If there is no such model.
-        ValueError: If it is none, or its tokenizer is damaged, or the name can be none.
+        FileNotFoundError: If there is no such GGUF file.
+        ValueError: If there is no such model, or it is none, or its tokenizer is damaged.
     """
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
@@ -48,7 +48,8 @@ def load_pretrained(
         try:
             wanted = "float32" if is_gguf and dtype == "auto" else dtype
             model = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, **options).eval()
-        except (*FOREIGN_ERRORS, SafetensorError, StrictDataclassError) as error:
+        # Offline, transformers does not say which model it could not find.
+        except (*FOREIGN_ERRORS, OSError, ValueError, SafetensorError, StrictDataclassError) as error:
             raise ValueError(
                 f"--model: expected a causal language model, found {name!r} ({error})"
             ) from error
