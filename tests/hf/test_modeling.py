@@ -173,6 +173,15 @@ def test_caches_that_cannot_be_are_refused():
         model(ids, past_key_values=other)
 
 
+def test_inputs_without_rows_are_refused(model):
+    ids = torch.arange(9)
+    for inputs in ({}, {"labels": ids}):
+        with pytest.raises(ValueError, match=r"input_ids: expected shape \[B, T\], found \[9\]"):
+            model(ids, **inputs)
+    with pytest.raises(ValueError, match=r"inputs_embeds: expected shape .*hidden_size\], found \[9, 24\]"):
+        model(inputs_embeds=model.get_input_embeddings()(ids))
+
+
 def test_keyword_arguments_nobody_reads_are_refused(model):
     ids = random_ids(1, 4)
     for target in (model, model.model):

@@ -106,6 +106,7 @@ class OVQModel(OVQPreTrainedModel):
         _check_kwargs(kwargs, _TRANSFORMERS_KWARGS | PACKING_KWARGS)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds, found both or neither")
+        _check_inputs(input_ids, inputs_embeds)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         past = one_cache(past_key_values, cache)
@@ -263,6 +264,7 @@ class OVQForCausalLM(OVQPreTrainedModel, GenerationMixin):
             _check_shape(name, given, inputs)
         past = one_cache(past_key_values, cache)
         if labels is not None and shift_labels is None and inputs is not None:
+            _check_inputs(input_ids, inputs_embeds)
             # Else the backbone alone needs them, and finds them out.
             cu_seqlens = packed_offsets(
                 cu_seqlens,
@@ -388,6 +390,15 @@ def _check_kwargs(kwargs: dict, allowed: frozenset[str]) -> None:
         raise ValueError(
             "expected output_attentions=False, found True: mixers do not form attention matrices"
         )
+
+
+def _check_inputs(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
+    for name, given, shape in (
+        ("input_ids", input_ids, "[B, T]"),
+        ("inputs_embeds", inputs_embeds, "[B, T, hidden_size]"),
+    ):
+        if given is not None and given.dim() != shape.count(",") + 1:
+            raise ValueError(f"{name}: expected shape {shape}, found {list(given.shape)}")
 
 
 def _check_shape(name: str, targets: Tensor | None, inputs: Tensor | None) -> None:
