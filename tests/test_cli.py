@@ -290,7 +290,8 @@ def test_the_version_is_printed(capsys):
             "train recall-ovq --set train.learning_rate=inf --out {tmp}/x",
             "expected a finite number, found inf",
         ),
-        ("train recall-ovq --out {tmp}/file/run", "Not a directory"),
+        ("train recall-ovq --out {tmp}/file/run", "--out: expected a folder, found a file"),
+        ("train recall-ovq --out {tmp}/file", "--out: expected a folder, found a file"),
         ("train recall-ovq --out {trained}", "--out: expected a folder without a run"),
         ("train --resume", "--resume: expected the folder of the run in --out, found no --out"),
         ("train recall-ovq --resume --out {trained}", "--resume: expected only --out beside it"),
@@ -345,7 +346,8 @@ def test_the_version_is_printed(capsys):
         ("memory --config recall-full --num-slots 8", "expected a model with 'ovq' layers"),
         ("demo --seed -1", "--seed"),
         ("demo --seed 4294967296", "--seed"),
-        ("demo --quick --out {tmp}/file/x", "Not a directory"),
+        ("demo --quick --out {tmp}/file/x", "--out: expected a folder, found a file"),
+        ("demo --quick --out {tmp}/file", "--out: expected a folder, found a file"),
     ],
 )
 def test_bad_input_costs_one_line(arguments, message, capsys, trained, tmp_path):

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ovq.cli.common import check_model_path, out_console
+from ovq.cli.common import check_folder, check_model_path, out_console
 from ovq.fields import LARGEST_SEED
 
 
@@ -35,6 +35,7 @@ def demo(
     Example: [bold]ovq demo --out demo-out[/bold], then [bold]ovq eval --model demo-out/ovq --lengths
         8192[/bold]
     """
+    check_folder("--out", out)
     check_model_path("--out", out)
 
     from ovq_lab.figures.demo import run_demo

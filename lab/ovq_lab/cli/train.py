@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ovq.cli.common import check_model_path, out_console
+from ovq.cli.common import check_folder, check_model_path, out_console
 
 if TYPE_CHECKING:
     from ovq_lab.tasks import Task
@@ -102,6 +102,7 @@ def train(
             config = dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=source))
         out = out or Path("runs") / Path(recipe).stem
     assert out is not None
+    check_folder("--out", out)
     check_model_path("--out", out)
 
     from ovq.runtime.allocator import keep_freed_memory
