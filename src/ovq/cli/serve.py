@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import sys
@@ -95,8 +96,8 @@ def serve(
     dictionaries.check_rule(merge)
     check_weight_dtype(weight_dtype)
     for option, seconds in (("--timeout", timeout), ("--read-timeout", read_timeout)):
-        if not seconds > 0:
-            raise ValueError(f"{option}: expected more than 0, found {seconds}")
+        if not 0 < seconds < math.inf:
+            raise ValueError(f"{option}: expected a finite number above 0, found {seconds}")
     check_generating_folder(model)
     files = [_named(given) for given in context or []]
     key = _api_key(api_key_file)
