@@ -285,9 +285,12 @@ CPU = Preset(
         "sink_attention": ({"num_slots": 256}, {"num_slots": 1024}),
         "sliding_attention": ({"sliding_window": 128}, {"sliding_window": 512}),
     },
-    # Keys of VQ learn from the queries of their own chunk and the next alone. Gated DeltaNet has its authors'
-    # convolution.
-    mixer_fields={"vq": {"chunk_size": 64}, "gated_deltanet": {"conv_size": 4}},
+    # Keys of VQ learn from the queries of their own chunk and the next alone. Recurrent rivals have their
+    # authors' convolutions.
+    mixer_fields={
+        "vq": {"chunk_size": 64},
+        **{name: {"conv_size": 4} for name in ("gated_deltanet", "kda", "mamba2")},
+    },
     chunk_sizes=(16, 32, 64, 128),
     rates=(0.03, 0.1, 0.3),
     text=TextEvaluations(
