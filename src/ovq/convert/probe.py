@@ -262,7 +262,7 @@ def _wanted(losses: Tensor, is_tried: Tensor, costs: list[int], rows: float | No
     wanted, cost = torch.zeros_like(is_tried), torch.tensor(costs)
     for head, option in changes(losses, costs, rows * len(losses)):
         if not is_tried[head, option]:
-            # What takes fewer rows will be asked for, too, or costs little.
+            # Most options of fewer rows are taken before this one: all of them in one round.
             wanted[head] |= cost <= costs[option]
     if not bool(is_tried.any()):
         wanted |= cost <= rows
