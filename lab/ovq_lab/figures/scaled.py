@@ -71,8 +71,8 @@ def _figure(name: str, title: str, trained: int, lines: Sequence[Line], quality:
         name=name,
         title=f"Logits that grow with the logarithm of the length: {title}",
         note="The same weights twice: as they were trained, and with logits times log t / log T for the t-th "
-        f"token of a text, where that is above 1; T is the training length, {trained} tokens. OVQ is asked "
-        "by nearest.",
+        f"token of a text, where that is above 1; T is the training length, {trained} tokens. OVQ is "
+        "evaluated by nearest.",
         lines=tuple(lines),
         panels=(quality,),
     )
