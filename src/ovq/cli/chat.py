@@ -50,16 +50,13 @@ Ctrl-C stops an answer. A message that begins with a slash needs a space before 
 
 
 def chat(
-    model: Annotated[Path, typer.Option(help="Folder of a trained or converted model.", show_default=False)],
-    document: Annotated[
-        str | None, typer.Option(help="File that the model reads first.", show_default=False)
-    ] = None,
+    model: Annotated[Path, typer.Option(help="Folder of a trained or converted model.")],
+    document: Annotated[str | None, typer.Option(help="File that the model reads first.")] = None,
     context: Annotated[
-        Path | None,
-        typer.Option(help="Go on from a file of /save, or of ovq context build.", show_default=False),
+        Path | None, typer.Option(help="Go on from a file of /save, or of ovq context build.")
     ] = None,
     system: Annotated[
-        str | None, typer.Option(help="What the model is told before the first message.", show_default=False)
+        str | None, typer.Option(help="What the model is told before the first message.")
     ] = None,
     max_tokens: Annotated[
         int, typer.Option(min=0, help="Most tokens of an answer; 0 to go on until it ends.")

@@ -23,15 +23,14 @@ app = typer.Typer(help="Read a document once and continue from it any number of 
 
 @app.command("build")
 def build(
-    model: Annotated[Path, typer.Option(help="Folder of a trained or converted model.", show_default=False)],
+    model: Annotated[Path, typer.Option(help="Folder of a trained or converted model.")],
     text: Annotated[
         str,
         typer.Option(
-            help="File to read, or - for standard input: text if the model has a tokenizer, else token ids.",
-            show_default=False,
+            help="File to read, or - for standard input: text if the model has a tokenizer, else token ids."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="File to write.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="File to write.")],
     num_slots: dictionaries.Size = None,
     merge: dictionaries.Rule = None,
     logn_length: dictionaries.LognLength = None,

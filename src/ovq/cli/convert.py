@@ -36,19 +36,12 @@ _REPLACED = {
 def convert(
     context: typer.Context,
     model: Annotated[
-        str,
-        typer.Option(
-            help="Folder of a model of transformers, its name on the hub, or a GGUF file.", show_default=False
-        ),
+        str, typer.Option(help="Folder of a model of transformers, its name on the hub, or a GGUF file.")
     ],
-    out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
     rows: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            help="Rows of a key and a value per head, on average, in place of --num-slots.",
-            show_default=False,
-        ),
+        typer.Option(min=1, help="Rows of a key and a value per head, on average, in place of --num-slots."),
     ] = None,
     num_slots: Annotated[
         int, typer.Option(min=0, help="Slots per head, on average; 0 for a window alone.")
@@ -79,8 +72,7 @@ def convert(
         typer.Option(
             help="Text file, or several with commas between them, for a probe, which tries many budgets on "
             "every head and shares out the sum of rows by what heads lose. Where there is no preset either, "
-            "it reads an address and code that come with the package.",
-            show_default=False,
+            "it reads an address and code that come with the package."
         ),
     ] = None,
     no_probe: Annotated[bool, typer.Option("--no-probe", help="Treat all heads alike.")] = False,
@@ -99,19 +91,14 @@ def convert(
         ),
     ] = 0.1,
     fit_bias: Annotated[
-        bool,
-        typer.Option(help="Fit to the probe's texts how much of the attention slots get."),
+        bool, typer.Option(help="Fit to the probe's texts how much of the attention slots get.")
     ] = True,
     save_preset: Annotated[
         Path | None,
-        typer.Option(
-            help="Folder to write what the probe has found to, for --preset; it must not exist.",
-            show_default=False,
-        ),
+        typer.Option(help="Folder to write what the probe has found to, for --preset; it must not exist."),
     ] = None,
     gguf_file: Annotated[
-        str | None,
-        typer.Option(help="Name of a GGUF file in the folder or repository --model.", show_default=False),
+        str | None, typer.Option(help="Name of a GGUF file in the folder or repository --model.")
     ] = None,
     dtype: Annotated[
         str,

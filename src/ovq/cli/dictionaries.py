@@ -8,21 +8,16 @@ import typer
 
 from ovq.fields import did_you_mean
 
-Size = Annotated[int | None, typer.Option(min=1, help="Another size of the dictionary.", show_default=False)]
+Size = Annotated[int | None, typer.Option(min=1, help="Another size of the dictionary.")]
 Rule = Annotated[
     str | None,
-    typer.Option(
-        help="Another merge rule, on the same weights; nearest recalls most.",
-        show_default=False,
-    ),
+    typer.Option(help="Another merge rule, on the same weights; nearest recalls most."),
 ]
 
 LognLength = Annotated[
     int | None,
     typer.Option(
-        min=2,
-        help="Scale logits beyond this many tokens, best those of the training texts (log-n scaling).",
-        show_default=False,
+        min=2, help="Scale logits beyond this many tokens, best those of the training texts (log-n scaling)."
     ),
 ]
 

@@ -28,25 +28,18 @@ if TYPE_CHECKING:
 
 
 def generate(
-    model: Annotated[Path, typer.Option(help="Folder of a trained or converted model.", show_default=False)],
+    model: Annotated[Path, typer.Option(help="Folder of a trained or converted model.")],
     prompt: Annotated[
-        str | None,
-        typer.Option(
-            help="Text if the model has a tokenizer, else token ids: '12 7 33'.", show_default=False
-        ),
+        str | None, typer.Option(help="Text if the model has a tokenizer, else token ids: '12 7 33'.")
     ] = None,
     prompt_file: Annotated[
-        str | None,
-        typer.Option(help="Read the prompt from a file; - for standard input.", show_default=False),
+        str | None, typer.Option(help="Read the prompt from a file; - for standard input.")
     ] = None,
     chat: Annotated[
         bool,
         typer.Option("--chat", help="The prompt is a user's message: use the tokenizer's chat template."),
     ] = False,
-    context: Annotated[
-        Path | None,
-        typer.Option(help="Continue from a file of ovq context build.", show_default=False),
-    ] = None,
+    context: Annotated[Path | None, typer.Option(help="Continue from a file of ovq context build.")] = None,
     max_new_tokens: Annotated[
         int, typer.Option(min=0, help="Most tokens to generate; 0 to go on until the text ends.")
     ] = 32,

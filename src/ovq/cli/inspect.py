@@ -26,21 +26,16 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    model: Annotated[Path, typer.Option(help="Folder of a trained or converted model.", show_default=False)],
+    model: Annotated[Path, typer.Option(help="Folder of a trained or converted model.")],
     text: Annotated[
         str | None,
         typer.Option(
-            help="File to read, or - for standard input: text if the model has a tokenizer, else token ids.",
-            show_default=False,
+            help="File to read, or - for standard input: text if the model has a tokenizer, else token ids."
         ),
     ] = None,
-    prompt: Annotated[
-        str | None, typer.Option(help="The text itself, in the place of a file.", show_default=False)
-    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="The text itself, in the place of a file.")] = None,
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("inspect.html"),
-    figures: Annotated[
-        Path | None, typer.Option(help="Folder for figures as PNG, for papers.", show_default=False)
-    ] = None,
+    figures: Annotated[Path | None, typer.Option(help="Folder for figures as PNG, for papers.")] = None,
     num_slots: dictionaries.Size = None,
     merge: dictionaries.Rule = None,
     logn_length: dictionaries.LognLength = None,

@@ -26,8 +26,7 @@ WeightDtype = Annotated[
     str | None,
     typer.Option(
         help="Format of a converted model's weights on a CPU: float32, bfloat16, int8 or int4; that of the "
-        "file if not given.",
-        show_default=False,
+        "file if not given."
     ),
 ]
 

@@ -14,11 +14,9 @@ from ovq.plugins import from_laboratory
 
 
 def memory(
-    config: Annotated[str, typer.Option(help="Folder of a saved model, or a recipe.", show_default=False)],
+    config: Annotated[str, typer.Option(help="Folder of a saved model, or a recipe.")],
     lengths: Annotated[str, typer.Option(help="Numbers of tokens.")] = "1024,4096,16384,65536,262144",
-    num_slots: Annotated[
-        int | None, typer.Option(min=1, help="Another size of the dictionary.", show_default=False)
-    ] = None,
+    num_slots: Annotated[int | None, typer.Option(min=1, help="Another size of the dictionary.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Show how many bytes one sequence takes, and what it would take with full attention.

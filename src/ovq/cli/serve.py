@@ -30,28 +30,22 @@ _MIB = 2**20
 
 
 def serve(
-    model: Annotated[Path, typer.Option(help="Folder of a trained or converted model.", show_default=False)],
+    model: Annotated[Path, typer.Option(help="Folder of a trained or converted model.")],
     context: Annotated[
         list[str] | None,
         typer.Option(
             help="File of ovq context build that requests may name: NAME=FILE, or FILE for its name without "
-            "ending. May be repeated.",
-            show_default=False,
+            "ending. May be repeated."
         ),
     ] = None,
     name: Annotated[
-        str | None,
-        typer.Option(
-            help="What requests call the model; the folder's name if not given.", show_default=False
-        ),
+        str | None, typer.Option(help="What requests call the model; the folder's name if not given.")
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all machines.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for a free one.")] = 8000,
     api_key_file: Annotated[
         Path | None,
-        typer.Option(
-            help=f"File with a key that clients must send; {_KEY_VARIABLE} does the same.", show_default=False
-        ),
+        typer.Option(help=f"File with a key that clients must send; {_KEY_VARIABLE} does the same."),
     ] = None,
     max_rows: Annotated[int, typer.Option(min=1, help="Answers generated at the same time.")] = 32,
     max_queue: Annotated[int, typer.Option(min=1, help="Prompts that may wait for their turn.")] = 256,
@@ -67,8 +61,7 @@ def serve(
     prefix_cache: Annotated[
         int,
         typer.Option(
-            min=0,
-            help="MiB of states kept, so that chats are not read from their beginning; 0: none.",
+            min=0, help="MiB of states kept, so that chats are not read from their beginning; 0: none."
         ),
     ] = 512,
     step_tokens: Annotated[
