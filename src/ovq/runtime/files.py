@@ -16,6 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+try:
+    # Locks of the system, which go with the process however that ends. There are none on Windows.
+    import fcntl
+except ImportError:
+    fcntl = None  # type: ignore[assignment]  # as mypy knows no module that may be missing
+
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
@@ -119,32 +125,25 @@ def claimed(folder: Path, *, command: str) -> Iterator[None]:
         ValueError: --out: expected a folder that no other `ovq train` is at work in, found ...
     """
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        # Locks of the system, which go with the process however that ends. There are none on Windows.
-        import fcntl
-    except ImportError:
+    if fcntl is None:
         yield
         return
-    with contextlib.ExitStack() as files:
-
-        def lock(path: Path, flags: int) -> None:
-            descriptor = os.open(path, flags, 0o666)
-            files.callback(os.close, descriptor)
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
+    try:
         try:
-            try:
-                lock(folder, os.O_RDONLY)
-            except BlockingIOError:
-                raise
-            except OSError:
-                # Network file systems lock only files, and those that are open for writing.
-                lock(folder / ".lock", os.O_RDWR | os.O_CREAT)
+            descriptor = _lock(folder)
         except BlockingIOError:
-            raise ValueError(
-                f"--out: expected a folder that no other `{command}` is at work in, found {folder}"
-            ) from None
+            raise
+        except OSError:
+            # Network file systems lock only files, and those that are open for writing.
+            descriptor = _lock(folder / ".lock", os.O_RDWR | os.O_CREAT)
+    except BlockingIOError:
+        raise ValueError(
+            f"--out: expected a folder that no other `{command}` is at work in, found {folder}"
+        ) from None
+    try:
         yield
+    finally:
+        os.close(descriptor)
 
 
 class TemporaryFolder(tempfile.TemporaryDirectory):
@@ -162,9 +161,8 @@ class TemporaryFolder(tempfile.TemporaryDirectory):
     def __init__(self, kind: str) -> None:
         _remove_left(f"ovq-{kind}-")
         super().__init__(prefix=f"ovq-{kind}-", ignore_cleanup_errors=True)
-        descriptor = _locked(self.name)
-        if descriptor is not None:
-            weakref.finalize(self, os.close, descriptor)
+        with contextlib.suppress(OSError):
+            weakref.finalize(self, os.close, _lock(self.name))
 
 
 # A folder that was made a moment ago may not be locked yet.
@@ -177,27 +175,25 @@ def _remove_left(prefix: str) -> None:
         # Those of other users cannot be opened.
         with contextlib.suppress(OSError):
             is_new = time.time() - folder.lstat().st_mtime < _SECONDS_TO_LOCK
-            if is_new or folder.is_symlink() or (descriptor := _locked(folder)) is None:
+            if is_new or folder.is_symlink():
                 continue
+            descriptor = _lock(folder)
             try:
                 shutil.rmtree(folder)
             finally:
                 os.close(descriptor)
 
 
-def _locked(folder: str | os.PathLike) -> int | None:
-    """The descriptor of a folder, which is locked until it is closed; None if it cannot be locked."""
-    try:
-        # Locks of the system, which go with the process however that ends. There are none on Windows.
-        import fcntl
-    except ImportError:
-        return None
-    descriptor = os.open(folder, os.O_RDONLY)
+def _lock(path: str | os.PathLike, flags: int = os.O_RDONLY) -> int:
+    """The descriptor of a file or folder, which is locked until it is closed; OSError if it cannot be."""
+    if fcntl is None:
+        raise OSError("expected a system with locks, found none")
+    descriptor = os.open(path, flags, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(descriptor)
-        return None
+        raise
     return descriptor
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Hashable
-from types import TracebackType
 from typing import Protocol
 
 from rich.console import Console
@@ -75,9 +74,7 @@ class Reporter:
             self._progress.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Stop drawing, which restores the terminal's cursor."""
         if not self._progress.disable:
             self._progress.stop()
