@@ -64,7 +64,8 @@ def layer_memory(
         of_tokens = None if logs is None else read_with(weights, logs, size)
         read = read_weights(q[0], k[0], state, scale=call.scale, bias=bias, log_weights=of_tokens)
         positions = torch.arange(start, chunk.stop, device=read.device)
-        reads.append(reads_of(read, positions, num_reads, is_single=_is_single(state)))
+        is_single = None if state is None else state.count[0, :, : int(state.num_open[0])] == 1
+        reads.append(reads_of(read, positions, num_reads, is_single=is_single))
         step = slot_assignments(k, v, initial_state=state, token_weights=weights, log_forget=logs, **options)
         if state is not None:
             to = step.earlier_slots[0].cpu().numpy().astype(np.int32)
@@ -168,8 +169,3 @@ def _check(call: RecordedCall, num_reads: int) -> None:
         raise ValueError("expected a call without padding, found one with a mask")
     if num_reads < 1:
         raise ValueError(f"num_reads: expected at least 1, found {num_reads}")
-
-
-def _is_single(state: OVQState | None) -> Tensor | None:
-    """`[Hkv, n]` which of the slots in use hold one token; None if there are none."""
-    return None if state is None else state.count[0, :, : int(state.num_open[0])] == 1

@@ -31,7 +31,11 @@ _SCRIPTS = ("data.js", "tools.js", "text.js", "token.js", "raster.js", "slots.js
 
 def page_bytes(found: InspectedText) -> int:
     """About how many bytes the page of a text takes."""
-    return int(sum(_layer_bytes(memory) for memory in found.layers) * 4 / 3) + 20 * found.num_tokens
+    per_token = 0
+    for memory in found.layers:
+        per_token += memory.num_heads * (4 * memory.entries.shape[2] + 6) + 3 * memory.num_kv_heads
+    packed = found.num_tokens * per_token + 6 * sum(len(memory.moves) for memory in found.layers)
+    return int(packed * 4 / 3) + 20 * found.num_tokens
 
 
 def page_html(found: InspectedText, *, layer: int | None = None, head: int | None = None) -> str:
@@ -123,14 +127,6 @@ def _layer_data(memory: LayerMemory) -> dict[str, Any]:
         "weights": _packed(np.rint(memory.weights * 65535), "<u2"),
         "shares": _packed(np.rint(memory.shares.clip(0, 1) * 65535), "<u2"),
     }
-
-
-def _layer_bytes(memory: LayerMemory) -> int:
-    """Bytes of the packed numbers of a layer."""
-    per_query = 4 * memory.entries.shape[2] + 6
-    return memory.num_tokens * (memory.num_heads * per_query + 3 * memory.num_kv_heads) + 6 * len(
-        memory.moves
-    )
 
 
 def _packed(values: np.ndarray, dtype: str) -> str:

@@ -163,10 +163,6 @@ def _own_memories(
     layers: list[LayerMemory] = []
     for number, of_layer in calls.items():
         done = len(layers) * ids.shape[1]
-
-        def progress(num_tokens: int, done: int = done) -> None:
-            if told is not None:
-                told(done + num_tokens)
-
+        progress = None if told is None else lambda num_tokens, done=done: told(done + num_tokens)
         layers.append(layer_memory(of_layer[-1], layer=number, num_reads=num_reads, progress=progress))
     return layers
