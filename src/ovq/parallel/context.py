@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ovq.hf.modeling_ovq import OVQForCausalLM
-from ovq.layers import Mixer, SequenceLayout
+from ovq.layers import SequenceLayout
 from ovq.ops.parts import StateSpec, of_rows
 from ovq.parallel.schedule import steps_of_rank
 from ovq.parallel.segment import Segment
@@ -66,7 +66,10 @@ class ContextParallel:
                 "converted one, carries gradients from a part of a document to the part before"
             )
         for name, mixer in zip(model.config.mixer_types, model.mixers(), strict=True):
-            if (reason := _reason_against(mixer)) is not None:
+            reason: str | None = "its state grows with every token, and so would every message between ranks"
+            if mixer.has_bounded_state:
+                reason = mixer.trained_on_whole_batches
+            if reason is not None:
                 raise ValueError(
                     f"mixer_types: expected mixers that hand on a state of constant size, found {name!r}: "
                     f"{reason}"
@@ -224,13 +227,6 @@ class _PartRun:
             dtype = torch.get_autocast_dtype(kind)
         for block in self._model.model.layers:
             yield of_rows(block.mixer.state_spec(num_tokens, dtype), len(self._ids))
-
-
-def _reason_against(mixer: Mixer) -> str | None:
-    """Why a document cannot be split before a layer, or None."""
-    if not mixer.has_bounded_state:
-        return "its state grows with every token, and so would every message between ranks"
-    return mixer.trained_on_whole_batches
 
 
 def even_bounds(num_tokens: int, num_ranks: int, *, multiple: int = 1) -> list[int]:

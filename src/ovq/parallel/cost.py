@@ -17,7 +17,6 @@ from ovq.layers import Mixer
 from ovq.layers.memory import num_bytes
 from ovq.ops.parts import of_rows
 from ovq.parallel.context import even_bounds
-from ovq.parallel.schedule import simulate, steps_of_rank
 from ovq.parallel.transfer import floating
 
 
@@ -121,16 +120,10 @@ def cost(
 
 
 def bubble(*, num_ranks: int, num_micro_batches: int, num_layers: int) -> float:
-    """The share of a step's time in which a rank waits, (R - 1) / (M L + R - 1), found by running the
-    schedule.
+    """The share of a step's time in which a rank waits, (R - 1) / (M L + R - 1), by `steps_of_rank`.
 
     Example:
-        >>> bubble(num_ranks=8, num_micro_batches=1, num_layers=22) == 1 - 22 / (22 + 7)
-        True
+        >>> bubble(num_ranks=8, num_micro_batches=2, num_layers=3)  # 7 / (2 * 3 + 7)
+        0.5384615384615384
     """
-    schedules = [
-        steps_of_rank(rank, num_ranks=num_ranks, num_micro_batches=num_micro_batches)
-        for rank in range(num_ranks)
-    ]
-    work = num_micro_batches * num_layers * (1.0 + 2.0)
-    return 1 - work / simulate(schedules, num_layers=num_layers, forward=1.0, backward=2.0)
+    return (num_ranks - 1) / (num_micro_batches * num_layers + num_ranks - 1)

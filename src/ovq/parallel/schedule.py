@@ -1,4 +1,4 @@
-"""The order in which a rank works on micro-batches, and how long all ranks together take.
+"""The order in which a rank works on micro-batches.
 
 Rank r reads the r-th part of a document. In each layer it needs the state that rank r - 1 has after *its*
 part, and in the backward the gradient of the state that it passed to rank r + 1. The ranks thus form a
@@ -7,13 +7,12 @@ other way.
 
 Messages of one direction are sent in the order in which they are received, and sending never blocks. A rank
 therefore waits only for a unit that comes earlier in its neighbour's own order, so there can be no deadlock;
-`simulate` checks this by running the schedule.
+`tests/parallel/test_schedule.py` runs the schedule to see.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,49 +59,3 @@ def steps_of_rank(
             steps.append(Step(micro_batch=m + num_ahead, is_forward=True))
         steps.append(Step(micro_batch=m, is_forward=False))
     return steps
-
-
-def simulate(
-    schedules: Sequence[Sequence[Step]], *, num_layers: int, forward: float = 1.0, backward: float = 2.0
-) -> float:
-    """Time until all ranks are done, if messages take no time.
-
-    Args:
-        schedules: The steps of each rank.
-        num_layers: Layers of a step, L.
-        forward: Time of one layer forward.
-        backward: Time of one layer backward.
-
-    Raises:
-        ValueError: If the ranks would wait for each other for ever; names the steps at which they wait.
-
-    Example:
-        >>> schedules = [steps_of_rank(rank, num_ranks=4, num_micro_batches=2) for rank in range(4)]
-        >>> simulate(schedules, num_layers=6)  # (2 * 6 + 3) * (1 + 2)
-        45.0
-    """
-    # When each unit was done, by rank, step and number of layers.
-    done: dict[tuple[int, Step, int], float] = {}
-    clocks, places = [0.0] * len(schedules), [0] * len(schedules)
-    while any(place < len(steps) for place, steps in zip(places, schedules, strict=True)):
-        has_moved = False
-        for rank, steps in enumerate(schedules):
-            while places[rank] < len(steps):
-                step = steps[places[rank]]
-                neighbour = rank - 1 if step.is_forward else rank + 1
-                if 0 <= neighbour < len(schedules) and (neighbour, step, num_layers) not in done:
-                    break
-                for layer in range(1, num_layers + 1):
-                    ready = done.get((neighbour, step, layer), 0.0)
-                    clocks[rank] = max(clocks[rank], ready) + (forward if step.is_forward else backward)
-                    done[rank, step, layer] = clocks[rank]
-                places[rank] += 1
-                has_moved = True
-        if not has_moved:
-            waiting = {
-                rank: str(steps[place])
-                for rank, (steps, place) in enumerate(zip(schedules, places, strict=True))
-                if place < len(steps)
-            }
-            raise ValueError(f"expected an order that ends, found ranks that wait for ever: {waiting}")
-    return max(clocks)

@@ -67,7 +67,8 @@ class Neighbours:
 
     def __init__(self, group: dist.ProcessGroup | None, device: torch.device) -> None:
         self._ranks = dist.get_process_group_ranks(dist.group.WORLD if group is None else group)
-        self.rank = self._ranks.index(dist.get_rank())
+        self.rank, self.num_ranks = self._ranks.index(dist.get_rank()), len(self._ranks)
+        self.is_first, self.is_last = self.rank == 0, self.rank == self.num_ranks - 1
         self.group = group
         self._device = device
         self._forth, self._back = (
@@ -75,21 +76,6 @@ class Neighbours:
         )
         self._sent: list[tuple[dist.Work, Tensor]] = []
         self.num_bytes_sent = 0
-
-    @property
-    def num_ranks(self) -> int:
-        """Ranks R."""
-        return len(self._ranks)
-
-    @property
-    def is_first(self) -> bool:
-        """Whether no rank is before this one."""
-        return self.rank == 0
-
-    @property
-    def is_last(self) -> bool:
-        """Whether no rank is after this one."""
-        return self.rank == self.num_ranks - 1
 
     def send_state(self, tensors: Mapping[str, Tensor], spec: StateSpec) -> None:
         """Send to the next rank, without waiting for it."""
