@@ -129,28 +129,16 @@ def with_new_names(fields: Mapping[str, Any]) -> dict[str, Any]:
     Example:
         >>> with_new_names({"num_slots": 64, "slot_rate": 0.1, "window": 0})
         {'num_slots': 64, 'rate': 0.1}
-    """
-    fields = without_removed(fields)
-    if both := [old for old, new in RENAMED.items() if old in fields and new in fields]:
-        raise ValueError(f"expected {RENAMED[both[0]]} alone, found {both[0]}, its old name, beside it")
-    return {RENAMED.get(name, name): value for name, value in fields.items()}
-
-
-def without_removed(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a config without those of `REMOVED`.
-
-    Raises:
-        ValueError: If one of those has a value that changed something.
-
-    Example:
-        >>> without_removed({"window": 8})
+        >>> with_new_names({"window": 8})
         Traceback (most recent call last):
         ValueError: window was removed; expected 0, found 8
     """
     for name, unused in REMOVED.items():
         if (found := fields.get(name)) not in (None, unused):
             raise ValueError(f"{name} was removed; expected {unused}, found {found!r}")
-    return {name: value for name, value in fields.items() if name not in REMOVED}
+    if both := [old for old, new in RENAMED.items() if old in fields and new in fields]:
+        raise ValueError(f"expected {RENAMED[both[0]]} alone, found {both[0]}, its old name, beside it")
+    return {RENAMED.get(name, name): value for name, value in fields.items() if name not in REMOVED}
 
 
 def did_you_mean(found: str, names: Iterable[str]) -> str:
