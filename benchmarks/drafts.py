@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ovq.cli.loading import load_generating_model, load_tokenizer
+from ovq.cli.loading import load_any_model, load_tokenizer
 
 _PASSAGE, _CODE = 300, 1500
 
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--num-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    model: Any = load_generating_model(options.model, weight_dtype=options.weight_dtype)
+    model: Any = load_any_model(options.model, weight_dtype=options.weight_dtype)
     tokenizer: Any = load_tokenizer(options.model)
     passage = tokenizer.decode(tokenizer(options.quote.read_text())["input_ids"][500 : 500 + _PASSAGE])
     messages = [{"role": "user", "content": f"Repeat this text word for word:\n\n{passage}"}]

@@ -180,7 +180,7 @@ def test_where_a_template_writes_otherwise_the_chat_goes_back_to_the_last_prompt
 
 def test_few_states_are_kept(folders):
     talk = conversation.Conversation(
-        chat.load_generating_model(folders / "converted"),
+        chat.load_any_model(folders / "converted"),
         chat.load_tokenizer(folders / "converted"),
         sampling=streaming.Sampling(),
         max_tokens=3,

@@ -8,7 +8,7 @@ from typing import Annotated, TypedDict
 import typer
 
 from ovq.cli.common import parse_ints
-from ovq.cli.dictionaries import check_rule
+from ovq.cli.options import check_rule
 
 Sizes = Annotated[
     str | None,

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ovq.cli import dictionaries
+from ovq.cli import options
 from ovq.cli.common import check_folder, out_console, parse_ints
 from ovq.cli.loading import check_any_folder, load_any_model
 from ovq_lab.cli.results import text_tokenizer
@@ -21,9 +21,9 @@ def harness(
         Path, typer.Option(help="Folder of a trained, converted or pretrained model.", show_default=False)
     ],
     tasks: Annotated[str, typer.Option(help="Names of tasks with commas between them.", show_default=False)],
-    num_slots: dictionaries.Size = None,
-    merge: dictionaries.Rule = None,
-    logn_length: dictionaries.LognLength = None,
+    num_slots: options.Size = None,
+    merge: options.Rule = None,
+    logn_length: options.LognLength = None,
     num_fewshot: Annotated[
         int | None, typer.Option(min=0, help="Examples before each question.", show_default=False)
     ] = None,
@@ -52,7 +52,6 @@ def harness(
 
     Example: [bold]ovq eval harness --model runs/ovq --tasks piqa,hellaswag,arc_easy --batch-size 8[/bold]
     """
-    dictionaries.check_rule(merge)
     lengths = None if ruler_lengths is None else parse_ints(ruler_lengths, flag="--ruler-lengths")
     check_any_folder(model)
     check_folder("--out", out)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ovq.cli.common import check_folder, parse_ints
-from ovq.cli.dictionaries import LognLength
 from ovq.cli.loading import check_any_folder, load_any_model
+from ovq.cli.options import LognLength
 from ovq_lab.cli import corpus, dictionaries
 from ovq_lab.cli.results import model_names, show_results, text_tokenizer
 

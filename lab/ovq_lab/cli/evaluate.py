@@ -11,8 +11,8 @@ from typing import Annotated
 import typer
 
 from ovq.cli.common import given_options, out_console, parse_ints
-from ovq.cli.dictionaries import LognLength
 from ovq.cli.loading import check_model_folder, load_model
+from ovq.cli.options import LognLength
 from ovq_lab.cli import dictionaries, eval_harness, eval_lm, eval_needle
 
 app = typer.Typer(invoke_without_command=True, subcommand_metavar="[lm|needle|harness]")

@@ -11,16 +11,16 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import warnings
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
 
 import ovq
-from ovq.cli import chat, context, convert, generate, inspect, memory, serve
+from ovq.cli import chat, context, convert, generate, inspect, memory, options, serve
 from ovq.cli.outputs import Readers, accept_all_text, drop_unwritten, open_closed_streams
-from ovq.cli.plugins import Import
 from ovq.cli.signals import Ended, raised
-from ovq.cli.verbosity import Quiet, Verbose, add_to_commands, commands_of, warnings_in_one_line
 from ovq.plugins import LABORATORY, from_laboratory, has_laboratory
 from ovq.runtime.verbosity import is_verbose
 
@@ -57,13 +57,13 @@ def _print_version(is_wanted: bool) -> None:
 
 
 @app.callback()
-def _options(
+def _shared(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    imports: Import = [],  # noqa: B006  (typer reads it and never changes it)
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+    imports: options.Import = [],  # noqa: B006  (typer reads it and never changes it)
 ) -> None:
     # The callbacks of the options do all the work.
     del version, quiet, verbose, imports
@@ -75,11 +75,21 @@ def _program() -> Any:
     # Not above: the modules of the laboratory import this package.
     laboratory: Any = typer.main.get_command(_laboratory())
     program.commands |= laboratory.commands
-    add_to_commands(program)
-    # typer keeps the line breaks of docstrings, which are wider than most terminals.
-    for command in commands_of(program):
+    # typer itself lets commands share no options.
+    shared = [option for option in program.params if option.name in options.EVERYWHERE]
+    for command in _commands_of(program):
+        command.params.extend(shared)
+        # typer keeps the line breaks of docstrings, which are wider than most terminals.
         command.help = "\n\n".join(" ".join(part.split()) for part in (command.help or "").split("\n\n"))
     return program
+
+
+def _commands_of(group: Any) -> Iterator[Any]:
+    """The commands of a program, and those of its groups."""
+    for command in group.commands.values():
+        yield command
+        if hasattr(command, "commands"):
+            yield from _commands_of(command)
 
 
 def _laboratory() -> typer.Typer:
@@ -114,7 +124,7 @@ def main(arguments: list[str] | None = None) -> None:
     accept_all_text()
     readers = Readers()
     try:
-        with raised(), warnings_in_one_line():
+        with raised(), _warnings_in_one_line():
             code = _program()(args=arguments, standalone_mode=False)
             sys.stdout.flush()
     except _UsageError as error:
@@ -161,3 +171,18 @@ def _tell(text: str) -> None:
     """Print a line on standard error, if anybody reads it."""
     with contextlib.suppress(OSError):
         print(f"ovq: {text}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Let warnings say what is the matter, and with `-v` alone where they come from."""
+    before = warnings.formatwarning
+
+    def formatted(message: Warning | str, *where: Any, **line: Any) -> str:
+        return before(message, *where, **line) if is_verbose() else f"ovq: warning: {message}\n"
+
+    warnings.formatwarning = formatted
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from ovq.cli import choices, dictionaries
+from ovq.cli import options
 from ovq.cli.common import (
     as_text,
     check_chat_template,
@@ -24,13 +24,7 @@ from ovq.cli.common import (
     read_text,
 )
 from ovq.cli.conversation import Conversation, read_chat
-from ovq.cli.loading import (
-    WeightDtype,
-    check_generating_folder,
-    check_weight_dtype,
-    load_generating_model,
-    load_tokenizer,
-)
+from ovq.cli.loading import check_generating_folder, load_any_model, load_tokenizer
 from ovq.cli.signals import noted
 
 if TYPE_CHECKING:
@@ -50,7 +44,7 @@ Ctrl-C stops an answer. A message that begins with a slash needs a space before 
 
 
 def chat(
-    model: Annotated[Path, typer.Option(help="Folder of a trained or converted model.")],
+    model: options.Model,
     document: Annotated[str | None, typer.Option(help="File that the model reads first.")] = None,
     context: Annotated[
         Path | None, typer.Option(help="Go on from a file of /save, or of ovq context build.")
@@ -61,15 +55,15 @@ def chat(
     max_tokens: Annotated[
         int, typer.Option(min=0, help="Most tokens of an answer; 0 to go on until it ends.")
     ] = 1024,
-    temperature: choices.Temperature = 0.0,
-    top_k: choices.TopK = 0,
-    top_p: choices.TopP = 1.0,
-    min_p: choices.MinP = 0.0,
-    num_slots: dictionaries.Size = None,
-    merge: dictionaries.Rule = None,
-    logn_length: dictionaries.LognLength = None,
-    weight_dtype: WeightDtype = None,
-    seed: choices.Seed = 0,
+    temperature: options.Temperature = 0.0,
+    top_k: options.TopK = 0,
+    top_p: options.TopP = 1.0,
+    min_p: options.MinP = 0.0,
+    num_slots: options.Size = None,
+    merge: options.Rule = None,
+    logn_length: options.LognLength = None,
+    weight_dtype: options.WeightDtype = None,
+    seed: options.Seed = 0,
 ) -> None:
     """Talk to a model whose tokenizer has a chat template, after a document if one is given.
 
@@ -79,8 +73,6 @@ def chat(
 
     Example: [bold]ovq chat --model converted --document book.txt[/bold]
     """
-    dictionaries.check_rule(merge)
-    check_weight_dtype(weight_dtype)
     if document is not None and context is not None:
         raise ValueError("--document: expected no --context beside it, found both")
     if document == "-":
@@ -95,8 +87,8 @@ def chat(
 
     from transformers import set_seed
 
-    sampling = choices.sampling_of(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    loaded = load_generating_model(
+    sampling = options.sampling_of(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    loaded = load_any_model(
         model, num_slots=num_slots, merge=merge, logn_length=logn_length, weight_dtype=weight_dtype
     )
     set_seed(seed)
@@ -128,13 +120,7 @@ def _read(model: Any, ids: list[int], label: str) -> Context:
 
 
 class _Terminal:
-    """Lines from standard input, and answers to them.
-
-    Args:
-        model: the model.
-        talk: what was said.
-        document: the file that was read before, if any.
-    """
+    """Lines from standard input, and answers to them; a document is the file that was read before."""
 
     def __init__(self, model: Any, talk: Conversation, document: str | None) -> None:
         self._model, self._talk, self._document = model, talk, document
@@ -153,21 +139,16 @@ class _Terminal:
                 if line.rstrip() == "/quit":
                     return
                 try:
-                    self._take(line)
-                except BrokenPipeError:
-                    raise
+                    if line.startswith("/"):
+                        command, _, rest = line.partition(" ")
+                        self._obey(command, rest.strip())
+                    elif line.strip():
+                        self._answer(line.strip())
                 except (ValueError, OSError) as error:
                     # Nor by a mistake. A script is to notice it.
-                    if not self._is_interactive:
+                    if not self._is_interactive or isinstance(error, BrokenPipeError):
                         raise
                     self._notes.print(f"error: {error}", markup=False, soft_wrap=True)
-
-    def _take(self, line: str) -> None:
-        if line.startswith("/"):
-            command, _, rest = line.partition(" ")
-            self._obey(command, rest.strip())
-        elif line.strip():
-            self._answer(line.strip())
 
     def _lines(self) -> Iterator[str]:
         """The lines of standard input."""
@@ -222,13 +203,11 @@ class _Terminal:
             out_console.print(_HELP, highlight=False)
         elif command == "/memory":
             out_console.print(_about(self._talk), highlight=False)
-        elif command in ("/save", "/load") and file:
-            path = Path(file).expanduser()
-            if command == "/save":
-                self._save(path)
-            else:
-                self._talk.go_on_from(read_chat(path, self._model))
-                self._notes.print(f"{self._talk.cache.num_columns:,} tokens read")
+        elif command == "/save" and file:
+            self._save(Path(file).expanduser())
+        elif command == "/load" and file:
+            self._talk.go_on_from(read_chat(Path(file).expanduser(), self._model))
+            self._notes.print(f"{self._talk.cache.num_columns:,} tokens read")
         else:
             found = f"{command} {file}".strip()
             raise ValueError(

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ovq.cli import dictionaries
+from ovq.cli import options
 from ovq.cli.common import check_file, check_model_path, encode, out_console, read_text
-from ovq.cli.loading import check_generating_folder, load_generating_model, load_tokenizer
-from ovq.fields import LARGEST_SEED
+from ovq.cli.loading import check_generating_folder, load_any_model, load_tokenizer
 
 if TYPE_CHECKING:
     from ovq.convert.memory import HeadMemory
@@ -23,7 +22,7 @@ app = typer.Typer(help="Read a document once and continue from it any number of 
 
 @app.command("build")
 def build(
-    model: Annotated[Path, typer.Option(help="Folder of a trained or converted model.")],
+    model: options.Model,
     text: Annotated[
         str,
         typer.Option(
@@ -31,15 +30,13 @@ def build(
         ),
     ],
     out: Annotated[Path, typer.Option(help="File to write.")],
-    num_slots: dictionaries.Size = None,
-    merge: dictionaries.Rule = None,
-    logn_length: dictionaries.LognLength = None,
+    num_slots: options.Size = None,
+    merge: options.Rule = None,
+    logn_length: options.LognLength = None,
     prefill_chunk_size: Annotated[
         int, typer.Option(min=1, help="Tokens read at a time, which limits the memory needed.")
     ] = 2048,
-    seed: Annotated[
-        int, typer.Option(min=0, max=LARGEST_SEED, help='Seed of the slots, in models with init="random".')
-    ] = 0,
+    seed: options.SlotSeed = 0,
 ) -> None:
     """Read a document and save the memory of all layers, whose size does not depend on the document's length.
 
@@ -48,7 +45,6 @@ def build(
     Example: [bold]ovq context build --model runs/ovq --text book.txt --out book.ctx[/bold], and then
     [bold]ovq generate --model runs/ovq --context book.ctx --prompt "12 7"[/bold]
     """
-    dictionaries.check_rule(merge)
     document = read_text(text, flag="--text")
     check_generating_folder(model)
     check_file("--out", out, text=text)
@@ -60,7 +56,7 @@ def build(
     from ovq.runtime.progress import Reporter
     from ovq.runtime.units import format_bytes
 
-    loaded = load_generating_model(model, num_slots=num_slots, merge=merge, logn_length=logn_length)
+    loaded = load_any_model(model, num_slots=num_slots, merge=merge, logn_length=logn_length)
     ids = encode(document, load_tokenizer(model), vocab_size=loaded.config.vocab_size, flag="--text")
     set_seed(seed)
     with Reporter() as reporter:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import platform
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ import typer
 
 from ovq.cli.common import check_new_folder, given_options, out_console, read_text
 from ovq.cli.pretrained import DTYPES, load_pretrained
+from ovq.cli.probing import probed
 
 if TYPE_CHECKING:
     from ovq.convert.presets import Preset
@@ -144,6 +144,7 @@ def convert(
 
     from ovq.convert import MemoryConfig, attach
     from ovq.convert.card import converted_card
+    from ovq.convert.presets import save_preset as write_preset
     from ovq.runtime.progress import Reporter
 
     say = Reporter().say
@@ -163,11 +164,20 @@ def convert(
             say(f"Preset {taken.name}: {taken.rows} rows per head, as a probe of that model shared them out")
             how = f"shared out by the preset {taken.name}"
         else:
-            how_to = {"num_tokens": probe_tokens, "needle_weight": needle_weight, "has_fit": fit_bias}
-            taken = _probed(original, tokenizer, model, texts, rows=wanted, **how_to, settings=settings)
+            taken = probed(
+                original,
+                tokenizer,
+                texts,
+                name=model,
+                rows=wanted,
+                num_tokens=probe_tokens,
+                needle_weight=needle_weight,
+                has_fit=fit_bias,
+                settings=settings,
+            )
             how = f"shared out by a probe of {', '.join(x['text'] for x in taken.measured['probe'])}"
         if save_preset is not None:
-            _save_preset(taken, save_preset)
+            write_preset(dataclasses.replace(taken, name=save_preset.resolve().name), save_preset)
             say(f"Saved what the probe has found in {save_preset} (--preset {save_preset})")
     if tokenizer is None:
         say(f"{model} has no tokenizer: the converted model reads token ids")
@@ -241,37 +251,6 @@ def _folder_of(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=["preset.*", "README.md"]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise ValueError(f"expected a folder or a name on the hub, found {name} ({error})") from error
-
-
-def _probed(model: Any, tokenizer: Any, name: str, texts: dict[str, str], **options: Any) -> Preset:
-    """What a probe of a model finds on texts, or on those of the package; `options` are those of `probed`."""
-    if tokenizer is None:
-        raise ValueError(f"--probe: expected a model with a tokenizer, found none in {name}: give --no-probe")
-    import torch
-    import transformers
-
-    import ovq
-    from ovq.cli.probing import probed
-    from ovq.convert.presets import Preset
-    from ovq.convert.texts import default_texts
-
-    config, read = probed(model, tokenizer, texts or default_texts(), **options)
-    measured = {
-        "probe": read,
-        "needle_weight": options["needle_weight"],
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "environment": {
-            "processor": platform.processor() or platform.machine(),
-            **{module.__name__: module.__version__ for module in (torch, transformers, ovq)},
-        },
-    }
-    return Preset.of(model, config, name="", model_name=name, measured=measured)
-
-
-def _save_preset(preset: Preset, folder: Path) -> None:
-    from ovq.convert.presets import save_preset
-
-    save_preset(dataclasses.replace(preset, name=folder.resolve().name), folder)
 
 
 def _save(model: Any, tokenizer: Any, card: str, out: Path) -> None:

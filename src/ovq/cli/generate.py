@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ovq.cli import choices, dictionaries
+from ovq.cli import options
 from ovq.cli.common import as_text, chat_text, check_chat_template, encode, read_text
-from ovq.cli.loading import (
-    WeightDtype,
-    check_generating_folder,
-    check_weight_dtype,
-    load_generating_model,
-    load_tokenizer,
-)
+from ovq.cli.loading import check_generating_folder, load_any_model, load_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ovq.hf import Context, OVQCache, OVQForCausalLM
-    from ovq.hf.streaming import Sampling
 
 
 def generate(
-    model: Annotated[Path, typer.Option(help="Folder of a trained or converted model.")],
+    model: options.Model,
     prompt: Annotated[
         str | None, typer.Option(help="Text if the model has a tokenizer, else token ids: '12 7 33'.")
     ] = None,
@@ -46,21 +39,21 @@ def generate(
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Continue where a text ends, with another one.")
     ] = False,
-    temperature: choices.Temperature = 0.0,
-    top_k: choices.TopK = 0,
-    top_p: choices.TopP = 1.0,
-    min_p: choices.MinP = 0.0,
+    temperature: options.Temperature = 0.0,
+    top_k: options.TopK = 0,
+    top_p: options.TopP = 1.0,
+    min_p: options.MinP = 0.0,
     repetition_penalty: Annotated[
         float, typer.Option(help="Above 1 makes tokens that have occurred less likely.")
     ] = 1.0,
     num_beams: Annotated[
         int, typer.Option(min=1, help="Beams of beam search, which prints when it is done.")
     ] = 1,
-    num_slots: dictionaries.Size = None,
-    merge: dictionaries.Rule = None,
-    logn_length: dictionaries.LognLength = None,
-    weight_dtype: WeightDtype = None,
-    seed: choices.Seed = 0,
+    num_slots: options.Size = None,
+    merge: options.Rule = None,
+    logn_length: options.LognLength = None,
+    weight_dtype: options.WeightDtype = None,
+    seed: options.Seed = 0,
     json_: Annotated[
         bool, typer.Option("--json", help="Print one JSON object at the end: text, token ids, why it ended.")
     ] = False,
@@ -84,8 +77,6 @@ def generate(
         raise ValueError(
             "--json: expected --max-new-tokens above 0, or no --ignore-eos, as the text must end"
         )
-    dictionaries.check_rule(merge)
-    check_weight_dtype(weight_dtype)
     text = _read_prompt(prompt, prompt_file)
     check_generating_folder(model)
     if context is not None and not context.is_file():
@@ -93,19 +84,20 @@ def generate(
     if num_beams > 1 and max_new_tokens == 0:
         raise ValueError("--num-beams: expected --max-new-tokens above 0 beside it, as the search must end")
 
+    import torch
     from transformers import set_seed
 
     from ovq.hf import load_context
-    from ovq.hf.streaming import stream_text
+    from ovq.hf.streaming import stream_text, stream_tokens
 
-    sampling = choices.sampling_of(
+    sampling = options.sampling_of(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
         min_p=min_p,
         repetition_penalty=repetition_penalty,
     )
-    loaded = load_generating_model(
+    loaded = load_any_model(
         model, num_slots=num_slots, merge=merge, logn_length=logn_length, weight_dtype=weight_dtype
     )
     tokenizer = load_tokenizer(model)
@@ -123,17 +115,35 @@ def generate(
     )
     document = None if context is None else load_context(context, loaded)
     set_seed(seed)
-    options = {"eos_token_id": None if ignore_eos else loaded.generation_config.eos_token_id}
+    ends = None if ignore_eos else loaded.generation_config.eos_token_id
     tokens: Iterable[int]
     if num_beams > 1:
-        options |= {"max_new_tokens": max_new_tokens, "num_beams": num_beams, **sampling.options}
-        tokens = _search(loaded, ids, document, **options)
+        size: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
+        tokens = _search(loaded, ids, document, eos_token_id=ends, **size, **sampling.options)
     else:
-        tokens = islice(_stream(loaded, ids, document, sampling, seed, **options), max_new_tokens or None)
-    if json_:
-        typer.echo(_as_json(list(tokens), ids, tokenizer, options["eos_token_id"]))
+        stream = stream_tokens(
+            loaded,
+            ids,
+            cache=None if document is None else document.cache(),
+            sampling=sampling,
+            eos_token_id=ends,
+            generator=torch.Generator(loaded.device).manual_seed(seed),
+        )
+        tokens = islice(stream, max_new_tokens or None)
+    if not json_:
+        _print(stream_text(tokens, tokenizer, prompt=ids))
         return
-    _print(_words(tokens) if tokenizer is None else stream_text(tokens, tokenizer, prompt=ids))
+    found = list(tokens)
+    is_end = bool(found) and found[-1] in (ends if isinstance(ends, list) else [ends])
+    # Names are those of the fields in the answers of servers.
+    answer = {
+        "text": "".join(stream_text(found, tokenizer, prompt=ids)),
+        "token_ids": found,
+        "finish_reason": "stop" if is_end else "length",
+        "prompt_tokens": len(ids),
+        "completion_tokens": len(found),
+    }
+    typer.echo(json.dumps(answer, indent=2))
 
 
 def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:
@@ -143,40 +153,6 @@ def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:
     if prompt is None and prompt_file is not None:
         return read_text(prompt_file, flag="--prompt-file")
     raise ValueError("expected one of --prompt and --prompt-file, found both or neither")
-
-
-def _as_json(tokens: list[int], ids: list[int], tokenizer: Any | None, ends: int | list[int] | None) -> str:
-    """The answer as JSON; names are those of the fields in the answers of servers."""
-    from ovq.hf.streaming import stream_text
-
-    is_end = bool(tokens) and tokens[-1] in (ends if isinstance(ends, list) else [ends])
-    pieces = _words(tokens) if tokenizer is None else stream_text(tokens, tokenizer, prompt=ids)
-    answer = {
-        "text": "".join(pieces),
-        "token_ids": tokens,
-        "finish_reason": "stop" if is_end else "length",
-        "prompt_tokens": len(ids),
-        "completion_tokens": len(tokens),
-    }
-    return json.dumps(answer, indent=2)
-
-
-def _stream(
-    model: OVQForCausalLM,
-    ids: list[int],
-    document: Context | None,
-    sampling: Sampling,
-    seed: int,
-    **options: Any,
-) -> Iterator[int]:
-    """The tokens that follow a prompt, one by one."""
-    import torch
-
-    from ovq.hf.streaming import stream_tokens
-
-    generator = torch.Generator(model.device).manual_seed(seed)
-    cache = None if document is None else document.cache()
-    return stream_tokens(model, ids, cache=cache, sampling=sampling, generator=generator, **options)
 
 
 def _search(model: OVQForCausalLM, ids: list[int], document: Context | None, **options: Any) -> list[int]:
@@ -190,12 +166,6 @@ def _search(model: OVQForCausalLM, ids: list[int], document: Context | None, **o
     else:
         inputs = document.inputs([ids])
     return model.generate(**inputs, **options)[0, len(ids) :].tolist()
-
-
-def _words(tokens: Iterable[int]) -> Iterator[str]:
-    """Token ids with spaces between them."""
-    for place, token in enumerate(tokens):
-        yield f" {token}" if place else f"{token}"
 
 
 def _print(pieces: Iterable[str]) -> None:

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ovq.cli import dictionaries
+from ovq.cli import options
 from ovq.cli.common import as_text, check_file, check_folder, encode, out_console, read_text
 from ovq.cli.loading import (
     check_generating_folder,
     is_converted,
     load_any_config,
-    load_generating_model,
+    load_any_model,
     load_tokenizer,
 )
 from ovq.plugins import from_laboratory
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    model: Annotated[Path, typer.Option(help="Folder of a trained or converted model.")],
+    model: options.Model,
     text: Annotated[
         str | None,
         typer.Option(
@@ -36,9 +36,9 @@ def inspect(
     prompt: Annotated[str | None, typer.Option(help="The text itself, in the place of a file.")] = None,
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("inspect.html"),
     figures: Annotated[Path | None, typer.Option(help="Folder for figures as PNG, for papers.")] = None,
-    num_slots: dictionaries.Size = None,
-    merge: dictionaries.Rule = None,
-    logn_length: dictionaries.LognLength = None,
+    num_slots: options.Size = None,
+    merge: options.Rule = None,
+    logn_length: options.LognLength = None,
     layer: Annotated[
         int | None,
         typer.Option(
@@ -72,7 +72,6 @@ def inspect(
     check_generating_folder(model)
     check_file("--out", out, text=text)
     check_folder("--figures", figures)
-    dictionaries.check_rule(merge)
     given = as_text(prompt, flag="--prompt") if prompt is not None else read_text(str(text), flag="--text")
     if figures is not None:
         # Before the reading: an extra that is missing must not cost it.
@@ -82,10 +81,8 @@ def inspect(
     from ovq.runtime.units import format_bytes
 
     layers = _check_view(model, load_any_config(model), layer, head)
-    loaded, tokenizer = (
-        load_generating_model(model, num_slots=num_slots, merge=merge, logn_length=logn_length),
-        load_tokenizer(model),
-    )
+    loaded = load_any_model(model, num_slots=num_slots, merge=merge, logn_length=logn_length)
+    tokenizer = load_tokenizer(model)
     flag = "--prompt" if prompt is not None else "--text"
     ids = encode(given, tokenizer, vocab_size=loaded.config.vocab_size, flag=flag)
     name = "prompt" if text is None else "standard input" if text == "-" else Path(text).name

@@ -10,25 +10,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from ovq.fields import did_you_mean
 from ovq.runtime.files import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from ovq.hf import OVQConfig, OVQForCausalLM
-
-WeightDtype = Annotated[
-    str | None,
-    typer.Option(
-        help="Format of a converted model's weights on a CPU: float32, bfloat16, int8 or int4; that of the "
-        "file if not given."
-    ),
-]
 
 _MODEL_TYPE = "ovq"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -93,23 +82,10 @@ def load_model(
     if generation.is_file():
         # transformers silently continues without a generation config that it cannot read.
         _read_object(generation)
-    import torch
-
     from ovq.hf import OVQForCausalLM
     from ovq.hf.hub import check_loaded
 
-    with _naming(folder, "the weights of a saved model"), _quiet():
-        # With `output_loading_info` it returns a pair, which its annotation leaves out.
-        loaded: Any = OVQForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            local_files_only=True,
-            output_loading_info=True,
-            # Refused below, where the weights are named.
-            ignore_mismatched_sizes=True,
-        )
-    model: OVQForCausalLM
-    model, report = loaded
+    model, report = _with_report(OVQForCausalLM, folder, config)
     check_loaded(folder, report)
     _check_end(generation, model.generation_config.eos_token_id)
     if num_slots is not None:
@@ -118,9 +94,7 @@ def load_model(
         model.set_merge(merge)
     if logn_length is not None:
         model.set_logn_length(logn_length)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    # transformers wraps `to` in a way that leaves mypy without its `self`.
-    return model.to(device).eval()  # type: ignore[arg-type]
+    return model.to(_device()).eval()
 
 
 def is_converted(folder: Path) -> bool:
@@ -163,65 +137,13 @@ def load_any_config(folder: Path) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
 
 
-def load_any_model(
-    folder: Path, *, num_slots: int | None = None, merge: str | None = None, logn_length: int | None = None
-) -> Any:
-    """Load an OVQ model, a converted one, or a causal language model of transformers as it is, onto the GPU
-    if there is one.
-
-    Raises:
-        OSError: If there are no weights.
-        ValueError: As for `load_generating_model`, or if it is of no such kind.
-    """
-    if is_own(folder) or is_converted(folder):
-        return load_generating_model(folder, num_slots=num_slots, merge=merge, logn_length=logn_length)
-    for flag, found in (("--num-slots", num_slots), ("--merge", merge), ("--logn-length", logn_length)):
-        if found is not None:
-            raise ValueError(f"{flag}: expected none with a pretrained model, found {found}")
-    config = load_any_config(folder)
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from ovq.hf.hub import check_loaded
-
-    with _naming(folder, "the weights of a saved model"), _quiet():
-        # With `output_loading_info` it returns a pair, which its annotation leaves out.
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            local_files_only=True,
-            output_loading_info=True,
-            # Refused below, where the weights are named.
-            ignore_mismatched_sizes=True,
-        )
-    model, report = loaded
-    # Files of others may hold more than the model of transformers has.
-    check_loaded(folder, {**report, "unexpected_keys": []})
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device).eval()
-
-
-def check_weight_dtype(weight_dtype: str | None) -> None:
-    """Raise ValueError unless it is a format of weights, or none, before anything heavy is imported.
-
-    Example:
-        >>> check_weight_dtype("int8")
-    """
-    known = ("auto", "float32", "bfloat16", "int8", "int4")
-    if weight_dtype is not None and weight_dtype not in known:
-        raise ValueError(
-            f"--weight-dtype: expected one of {', '.join(known)}, found {weight_dtype!r}"
-            f"{did_you_mean(weight_dtype, known)}"
-        )
-
-
 def check_generating_folder(folder: Path) -> None:
     """Raise ValueError unless the folder looks like a saved model of either kind, OVQ or converted."""
     if not is_converted(folder):
         check_model_folder(folder, hint="; other models must be converted first (ovq convert)")
 
 
-def load_generating_model(
+def load_any_model(
     folder: Path,
     *,
     num_slots: int | None = None,
@@ -229,38 +151,70 @@ def load_generating_model(
     logn_length: int | None = None,
     weight_dtype: str | None = None,
 ) -> Any:
-    """Load an OVQ model or a converted one, onto the GPU if there is one.
+    """Load an OVQ model, a converted one, or a causal language model of transformers as it is, onto the GPU
+    if there is one.
 
     Args:
         folder: Where it was saved.
-        num_slots: As for `load_model`.
-        merge: Likewise.
-        logn_length: Likewise.
+        num_slots: As for `load_model`, like the next two.
+        merge: See there.
+        logn_length: See there.
         weight_dtype: The format of a converted model's weights on a CPU, see `ovq.convert.attach`.
 
     Raises:
         OSError: If there are no weights.
-        ValueError: As for `load_model`; or an option for a model of the other kind.
+        ValueError: As for `load_model`; or if it is of no such kind, or an option is for models of another.
     """
-    if not is_converted(folder):
-        if weight_dtype is not None:
-            raise ValueError(
-                f"--weight-dtype: expected none with a trained model, found {weight_dtype}: converted models "
-                "have it"
-            )
+    options: dict[str, Any] = {"num_slots": num_slots, "merge": merge, "logn_length": logn_length}
+    if is_converted(folder):
+        _check_none("a converted model", hint=": convert it anew", **options)
+        from ovq.convert import load
+
+        device = _device()
+        on_cpu = weight_dtype if device == "cpu" else None
+        with _naming(folder, "a converted model"), _quiet():
+            model: Any = load(folder, weight_dtype=on_cpu, local_files_only=True)
+        return model.to(device).eval()
+    _check_none("a trained model", hint=": converted models have it", weight_dtype=weight_dtype)
+    if is_own(folder):
         return load_model(folder, num_slots=num_slots, merge=merge, logn_length=logn_length)
-    for flag, found in (("--num-slots", num_slots), ("--merge", merge), ("--logn-length", logn_length)):
+    _check_none("a pretrained model", **options)
+    config = load_any_config(folder)
+    from transformers import AutoModelForCausalLM
+
+    from ovq.hf.hub import check_loaded
+
+    model, report = _with_report(AutoModelForCausalLM, folder, config)
+    # Files of others may hold more than the model of transformers has.
+    check_loaded(folder, {**report, "unexpected_keys": []})
+    return model.to(_device()).eval()
+
+
+def _check_none(what: str, *, hint: str = "", **given: Any) -> None:
+    """Raise ValueError, naming the flag, for an option that models of another kind have."""
+    for name, found in given.items():
         if found is not None:
-            raise ValueError(f"{flag}: expected none with a converted model, found {found}: convert it anew")
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag}: expected none with {what}, found {found}{hint}")
+
+
+def _with_report(kind: Any, folder: Path, config: PreTrainedConfig) -> tuple[Any, dict[str, Any]]:
+    """A model, and what `check_loaded` is to look at."""
+    with _naming(folder, "the weights of a saved model"), _quiet():
+        return kind.from_pretrained(
+            folder,
+            config=config,
+            local_files_only=True,
+            output_loading_info=True,
+            # Refused later, where the weights are named.
+            ignore_mismatched_sizes=True,
+        )
+
+
+def _device() -> str:
     import torch
 
-    from ovq.convert import load
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with _naming(folder, "a converted model"), _quiet():
-        model = load(folder, weight_dtype=weight_dtype if device == "cpu" else None, local_files_only=True)
-    # transformers wraps `to` in a way that leaves mypy without its `self`.
-    return model.to(device).eval()  # type: ignore[arg-type]
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load_tokenizer(folder: Path) -> Any | None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ovq.cli import options
 from ovq.cli.common import out_console, parse_ints
 from ovq.cli.loading import is_converted, load_config
 from ovq.plugins import from_laboratory
@@ -16,7 +17,7 @@ from ovq.plugins import from_laboratory
 def memory(
     config: Annotated[str, typer.Option(help="Folder of a saved model, or a recipe.")],
     lengths: Annotated[str, typer.Option(help="Numbers of tokens.")] = "1024,4096,16384,65536,262144",
-    num_slots: Annotated[int | None, typer.Option(min=1, help="Another size of the dictionary.")] = None,
+    num_slots: options.Size = None,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Show how many bytes one sequence takes, and what it would take with full attention.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import tempfile
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ovq.runtime.progress import Reporter
 
 if TYPE_CHECKING:
-    from ovq.convert import MemoryConfig
+    from ovq.convert.presets import Preset
 
 # Of the numbers that are hidden in a text of the probe.
 _NEEDLE_SEED = 7
@@ -23,33 +24,44 @@ def probed(
     tokenizer: Any,
     texts: Mapping[str, str],
     *,
+    name: str,
     rows: int,
     num_tokens: int,
     needle_weight: float,
     has_fit: bool,
     settings: dict[str, Any],
-) -> tuple[MemoryConfig, list[dict[str, Any]]]:
-    """The memory that a probe finds, with `rows` rows per head on average, and biases if `has_fit`; and what
-    it has read.
+) -> Preset:
+    """The memory that a probe finds, with `rows` rows per head on average, and biases if `has_fit`.
 
     Args:
         model: Not converted yet.
         tokenizer: Its own.
-        texts: By name. Numbers are hidden in the first one.
+        texts: By name; those of the package if there are none. Numbers are hidden in the first one.
+        name: What the model is called.
         rows: See above.
         num_tokens: Of each text.
         needle_weight: How much the hidden numbers count; a text counts 1.
         has_fit: See above.
         settings: `num_sinks`, `chunk_size`, `merge` and `value_weight` of the memory.
+
+    Raises:
+        ValueError: If there is no tokenizer, or the texts are too short; names the flag.
     """
+    if tokenizer is None:
+        raise ValueError(f"--probe: expected a model with a tokenizer, found none in {name}: give --no-probe")
     import numpy as np
     import torch
+    import transformers
 
+    import ovq
     from ovq.convert import Captures, default_options, fitted_bias, hidden_numbers, probe
     from ovq.convert.attach import kv_heads
+    from ovq.convert.presets import Preset
+    from ovq.convert.texts import default_texts
 
+    texts = texts or default_texts()
     ids = [torch.tensor(tokenizer(text, verbose=False)["input_ids"][:num_tokens]) for text in texts.values()]
-    read = [{"text": name, "tokens": len(x)} for name, x in zip(texts, ids, strict=True)]
+    read = [{"text": text, "tokens": len(x)} for text, x in zip(texts, ids, strict=True)]
     targets: list[torch.Tensor | None] = [None] * len(ids)
     weights = [1.0] * len(ids)
     if needle_weight:
@@ -94,7 +106,16 @@ def probed(
                 work = reporter.start("probe, biases", total=len(texts))
                 given: dict[str, Any] = {"captures": captures, "progress": work.update}
                 config = fitted_bias(model, ids[: len(texts)], config, **given)
-    return config, read
+    measured = {
+        "probe": read,
+        "needle_weight": needle_weight,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "environment": {
+            "processor": platform.processor() or platform.machine(),
+            **{module.__name__: module.__version__ for module in (torch, transformers, ovq)},
+        },
+    }
+    return Preset.of(model, config, name="", model_name=name, measured=measured)
 
 
 def _cost(model: Any, lengths: list[int], num_options: int) -> str:

@@ -12,15 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ovq.cli import dictionaries
-from ovq.cli.loading import (
-    WeightDtype,
-    check_generating_folder,
-    check_weight_dtype,
-    load_generating_model,
-    load_tokenizer,
-)
-from ovq.fields import LARGEST_SEED
+from ovq.cli import options
+from ovq.cli.loading import check_generating_folder, load_any_model, load_tokenizer
 
 if TYPE_CHECKING:
     from ovq.serve.app import Service
@@ -30,7 +23,7 @@ _MIB = 2**20
 
 
 def serve(
-    model: Annotated[Path, typer.Option(help="Folder of a trained or converted model.")],
+    model: options.Model,
     context: Annotated[
         list[str] | None,
         typer.Option(
@@ -70,13 +63,11 @@ def serve(
     shutdown_seconds: Annotated[
         int, typer.Option(min=0, help="Seconds that running answers get when the server is told to end.")
     ] = 30,
-    num_slots: dictionaries.Size = None,
-    merge: dictionaries.Rule = None,
-    logn_length: dictionaries.LognLength = None,
-    weight_dtype: WeightDtype = None,
-    seed: Annotated[
-        int, typer.Option(min=0, max=LARGEST_SEED, help='Seed of the slots, in models with init="random".')
-    ] = 0,
+    num_slots: options.Size = None,
+    merge: options.Rule = None,
+    logn_length: options.LognLength = None,
+    weight_dtype: options.WeightDtype = None,
+    seed: options.SlotSeed = 0,
 ) -> None:
     """Serve a model to many clients at once, through OpenAI's API.
 
@@ -86,8 +77,6 @@ def serve(
 
     Ctrl-C or SIGTERM lets running answers end first. See docs/use/serving.md.
     """
-    dictionaries.check_rule(merge)
-    check_weight_dtype(weight_dtype)
     for option, seconds in (("--timeout", timeout), ("--read-timeout", read_timeout)):
         if not 0 < seconds < math.inf:
             raise ValueError(f"{option}: expected a finite number above 0, found {seconds}")
@@ -123,7 +112,7 @@ def serve(
         service = Service(
             name=name or model.resolve().name,
             served=ServedModel(
-                load_generating_model(
+                load_any_model(
                     model,
                     num_slots=num_slots,
                     merge=merge,

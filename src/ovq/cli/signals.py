@@ -50,7 +50,9 @@ def raised() -> Iterator[None]:
         yield
         return
     hook = sys.unraisablehook
-    before = {number: signal.getsignal(number) for number in _numbers()}
+    # There is no SIGHUP on Windows.
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in (getattr(signal, name) for name in names)}
     for number, handler in before.items():
         if handler in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else _Handler())
@@ -119,8 +121,3 @@ def _raise_soon(number: int) -> None:
     timer = threading.Timer(_SECONDS_BEFORE_ANOTHER_TRY, send, (number,))
     timer.daemon = True
     timer.start()
-
-
-def _numbers() -> list[int]:
-    # There is no SIGHUP on Windows.
-    return [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]

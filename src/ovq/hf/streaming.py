@@ -187,7 +187,7 @@ def stream_tokens(
         output = model(token, logits_to_keep=1, **{CACHE_KEY: cache})
 
 
-def stream_text(tokens: Iterable[int], tokenizer: Any, *, prompt: Sequence[int] = ()) -> Iterator[str]:
+def stream_text(tokens: Iterable[int], tokenizer: Any | None, *, prompt: Sequence[int] = ()) -> Iterator[str]:
     """The text of a stream of tokens, in pieces that are given as soon as they are certain.
 
     Each piece is decoded with only the few tokens before it, since a tokenizer may join a token with the
@@ -195,7 +195,7 @@ def stream_text(tokens: Iterable[int], tokenizer: Any, *, prompt: Sequence[int] 
 
     Args:
         tokens: ids, as they come.
-        tokenizer: one of transformers.
+        tokenizer: one of transformers; None for a text of ids with spaces between them.
         prompt: ids before the first token; their text is not repeated.
 
     Yields:
@@ -210,7 +210,7 @@ def stream_text(tokens: Iterable[int], tokenizer: Any, *, prompt: Sequence[int] 
         >>> list(stream_text([0, 1, 2, 0, 1], PreTrainedTokenizerFast(tokenizer_object=letters)))
         ['é', 't', 'é']
     """
-    stream = TextStream(tokenizer, prompt=prompt)
+    stream: IdStream | TextStream = IdStream() if tokenizer is None else TextStream(tokenizer, prompt=prompt)
     for token in tokens:
         if text := stream.push(int(token)):
             yield text
@@ -263,6 +263,28 @@ class TextStream:
         shown, pending = self._shown, self._pending
         self._shown, self._pending = [], []
         return self._decode(shown + pending)[len(self._decode(shown)) :] if pending else ""
+
+
+class IdStream:
+    """The stream of a model without tokenizer: ids, with spaces between them.
+
+    Example:
+        >>> stream = IdStream()
+        >>> stream.push(12), stream.push(7), stream.finish()
+        ('12', ' 7', '')
+    """
+
+    def __init__(self) -> None:
+        self._separator = ""
+
+    def push(self, token: int) -> str:
+        """The text of one more token."""
+        text, self._separator = f"{self._separator}{token}", " "
+        return text
+
+    def finish(self) -> str:
+        """Nothing is held back."""
+        return ""
 
 
 def _unfinished(shown: list[int], pending: list[int], decode: Callable[[list[int]], str]) -> int:
