@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from ovq import convert
 from ovq.hf import build_context
 from ovq.hf.streaming import Sampling
-from ovq.serve.engine import Engine, QueueFull
+from ovq.serve.engine import Engine
+from ovq.serve.errors import APIError
 from ovq.serve.jobs import ContextEvent, FailEvent, FinishEvent, Generation, Reading, TokenEvent
 from ovq.serve.limits import Limits
 from ovq.serve.model import ServedModel
@@ -83,7 +84,7 @@ def test_answers_do_not_depend_on_who_else_is_served(name, data):
     for log, expected in asked:
         assert log.tokens() == expected
         assert log.events[-1] == FinishEvent(choice=0, reason="length")
-    assert (scheduler.num_rows, scheduler.num_waiting, scheduler.state_bytes) == (0, 0, 0)
+    assert (scheduler.num_rows, len(scheduler.waiting), scheduler.state_bytes) == (0, 0, 0)
 
 
 def test_sampled_answers_depend_on_their_seed_alone():
@@ -224,8 +225,8 @@ def test_what_waits_behind_a_wide_request_is_counted():
         until(lambda: engine.scheduler.num_rows == 3)
         ask(4)
         ask(1)
-        until(lambda: engine.scheduler.num_waiting == 2)
-        with pytest.raises(QueueFull, match="at most 2 waiting prompts, found 3"):
+        until(lambda: len(engine.scheduler.waiting) == 2)
+        with pytest.raises(APIError, match="at most 2 waiting prompts, found 3"):
             ask(1)
 
 

@@ -133,7 +133,7 @@ def _run(
     """Serve until a signal comes."""
     from ovq.runtime.verbosity import is_verbose
     from ovq.serve.app import create_app
-    from ovq.serve.server import is_loopback, run, url_of
+    from ovq.serve.server import Server, configured, is_loopback, url_of
 
     # Without a key, pages of other sites in a browser on this machine must be kept out in another way.
     hosts = ["localhost", "127.0.0.1", "[::1]", host] if key is None and is_loopback(host) else None
@@ -143,14 +143,10 @@ def _run(
         if key is None and not is_loopback(host):
             _tell(f"ovq serve: warning: everyone who reaches {host} can use it; set {_KEY_VARIABLE}")
 
-    run(
-        create_app(service, api_key=key, hosts=hosts),
-        listener,
-        limits=service.limits,
-        shutdown_seconds=shutdown_seconds,
-        on_ready=say_ready,
-        log_level="info" if is_verbose() else "warning",
-    )
+    app = create_app(service, api_key=key, hosts=hosts)
+    log_level = "info" if is_verbose() else "warning"
+    config = configured(app, service.limits, shutdown_seconds, log_level)
+    Server(config, say_ready).run(sockets=[listener])
 
 
 def _named(given: str) -> tuple[str, Path]:

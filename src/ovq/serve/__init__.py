@@ -15,14 +15,14 @@ From the model outwards:
     contexts.py      documents that the model has read, by name
     answers.py       the events of a request as they come, until it ends, its client goes or its time is over
     replies.py       answers in the form of OpenAI's objects, whole or as a stream
-    guard.py         keys, hosts and sizes, before a request is looked at
+    responses.py     errors, and answers in pieces (starlette)
+    guard.py         keys, hosts and sizes, before a request is looked at (starlette)
     bodies.py        requests out of their JSON (pydantic)
     schemas.py       the fields of requests
     chat.py          the fields of chats, with tools and formats of answers
-    event_stream.py  a response in pieces (starlette)
     metrics.py       numbers for Prometheus (prometheus-client)
     app.py           the routes (FastAPI)
     server.py        sockets and signals (uvicorn)
 
-The last seven need the extra `ovq[serve]`, and so do constraints of `grammars.py`, once one is asked for.
+The last eight need the extra `ovq[serve]`, and so do constraints of `grammars.py`, once one is asked for.
 """

@@ -10,8 +10,8 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Any
 
 from ovq.hf.context import Context
-from ovq.serve.engine import Engine, EngineStopped, QueueFull
-from ovq.serve.errors import APIError, bad_request, failed, queue_full, shutting_down, took_too_long
+from ovq.serve.engine import Engine
+from ovq.serve.errors import APIError, ClientGone, bad_request, failed
 from ovq.serve.grammars import GrammarFault
 from ovq.serve.jobs import (
     BeginEvent,
@@ -32,10 +32,6 @@ Receive = Callable[[], Awaitable[Any]]
 """ASGI's way to the next message from the client."""
 
 
-class ClientGone(Exception):
-    """Nobody is there to read an answer."""
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Piece:
     """The next part of an answer.
@@ -43,21 +39,26 @@ class Piece:
     Attributes:
         choice: Which of the answers.
         text: May be empty: a character may need more tokens, and a stop sequence may have begun.
-        event: The token, if the piece comes from one.
+        events: The tokens that it comes from; none at the end.
         finish_reason: With the last piece of an answer, `"stop"`, `"tool_calls"` or `"length"`.
         calls: Calls of tools that are complete with it.
     """
 
     choice: int
     text: str
-    event: TokenEvent | None = None
+    events: Sequence[TokenEvent] = ()
     finish_reason: str | None = None
     calls: Sequence[ToolCall] = ()
 
-    @property
-    def events(self) -> list[TokenEvent]:
-        """The token, or none."""
-        return [] if self.event is None else [self.event]
+    @staticmethod
+    def joined(pieces: Sequence[Piece]) -> Piece:
+        """All pieces of an answer in one."""
+        return dataclasses.replace(
+            pieces[-1],
+            text="".join(piece.text for piece in pieces),
+            events=[event for piece in pieces for event in piece.events],
+            calls=[call for piece in pieces for call in piece.calls],
+        )
 
 
 @dataclasses.dataclass
@@ -89,9 +90,9 @@ class Usage:
 
 
 class Answers:
-    """Jobs of one request, from submitting them to the last event; use it as an asynchronous context manager.
+    """Jobs of one request, from submitting them to the last event.
 
-    Leaving the block gives up what is not complete, so no row is computed for a client that has gone.
+    Closing `events` gives up what is not complete, so no row is computed for a client that has gone.
 
     Args:
         engine: Where they run.
@@ -118,12 +119,7 @@ class Answers:
         Raises:
             APIError: If it takes no more.
         """
-        try:
-            self._engine.submit(jobs)
-        except QueueFull as error:
-            raise queue_full(str(error)) from error
-        except EngineStopped as error:
-            raise shutting_down() from error
+        self._engine.submit(jobs)
         self._jobs = jobs
 
     async def events(self) -> AsyncGenerator[Event, None]:
@@ -133,7 +129,9 @@ class Answers:
             APIError: If a job failed, or time is over.
             ClientGone: If the client has gone.
         """
-        late = took_too_long(self._engine.limits.request_seconds)
+        seconds = f"{self._engine.limits.request_seconds:g} seconds"
+        message = f"the answer was not complete after {seconds}, the limit of this server"
+        late = APIError(504, message, kind="server_error", code="timeout")
         timer = self._loop.call_at(self._deadline, self._finish, late)
         watcher = asyncio.create_task(self._watch())
         try:
@@ -178,14 +176,14 @@ class _Answer:
     def push(self, event: TokenEvent) -> Piece:
         """The piece that a token gives."""
         text = self._stop.push("" if event.is_end else self._stream.push(event.token))
-        return self._piece(text, event, None)
+        return self._piece(text, [event], None)
 
     def finish(self, reason: str) -> Piece:
         """The last piece."""
         text = self._stop.push(self._stream.finish()) + self._stop.finish()
-        return self._piece(text, None, reason)
+        return self._piece(text, [], reason)
 
-    def _piece(self, text: str, event: TokenEvent | None, reason: str | None) -> Piece:
+    def _piece(self, text: str, events: Sequence[TokenEvent], reason: str | None) -> Piece:
         reason = "stop" if self._stop.is_stopped else reason
         text, calls = self._calls.push(text)
         if reason is not None:
@@ -195,7 +193,7 @@ class _Answer:
             reason = "stop"
         if reason == "stop" and self._calls.num_calls:
             reason = "tool_calls"
-        return Piece(choice=self._choice, text=text, event=event, finish_reason=reason, calls=calls)
+        return Piece(choice=self._choice, text=text, events=events, finish_reason=reason, calls=calls)
 
 
 async def pieces(
@@ -206,11 +204,11 @@ async def pieces(
     usage: Usage,
     make_calls: Callable[[], ToolCalls] = ToolCalls,
 ) -> AsyncGenerator[Piece, None]:
-    """The text of the answers to jobs that have been submitted, piece by piece.
+    """The text of the answers to jobs that have been submitted to `answers`, piece by piece.
 
     Args:
-        answers: What they were submitted to.
-        jobs: The jobs.
+        answers: Gives their events.
+        jobs: Those that were submitted.
         texts: Makes text of tokens.
         stops: Sequences that end an answer; they are not part of it.
         usage: Is counted on.
@@ -255,8 +253,8 @@ async def context_read(answers: Answers) -> Context:
 
 
 def _as_api_error(error: Exception) -> APIError:
-    if isinstance(error, EngineStopped):
-        return shutting_down()
+    if isinstance(error, APIError):
+        return error
     if isinstance(error, GrammarFault):
         return bad_request(
             f"expected a schema that answers can be kept to, found one that is too much for it ({error})",

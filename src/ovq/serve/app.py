@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import functools
 import tempfile
 import time
@@ -17,20 +16,20 @@ from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from ovq.serve.answers import Answers, ClientGone, Usage, context_read, pieces
+from ovq.serve.answers import Answers, Usage, context_read, pieces
 from ovq.serve.bodies import parsed
 from ovq.serve.chat import ChatRequest
-from ovq.serve.contexts import Contexts, uploaded
+from ovq.serve.contexts import Contexts
 from ovq.serve.engine import Engine
-from ovq.serve.errors import APIError, bad_request, failed
-from ovq.serve.event_stream import EventStream
+from ovq.serve.errors import APIError, ClientGone, bad_field, bad_request, failed
 from ovq.serve.grammars import Constraint, Grammars
-from ovq.serve.guard import UPLOAD, Guard, body_too_large, next_message
+from ovq.serve.guard import UPLOAD, Guard, body_pieces, content_type
 from ovq.serve.jobs import Generation, Reading
 from ovq.serve.limits import Limits
 from ovq.serve.metrics import Metered, Metrics
 from ovq.serve.model import AnyServedModel
 from ovq.serve.replies import ChatForm, CompletionForm, Form, stream, whole
+from ovq.serve.responses import EventStream, error_response
 from ovq.serve.schemas import CompletionRequest, ContextRequest, GenerationRequest
 from ovq.serve.texts import Texts
 from ovq.serve.tools import ToolCalls
@@ -39,7 +38,6 @@ _GONE = 499
 """What servers note of a request whose client went away; nobody sees it."""
 
 
-@dataclasses.dataclass(kw_only=True)
 class Service:
     """A model and all that is needed to answer requests to it.
 
@@ -54,27 +52,25 @@ class Service:
         contexts: The documents that it has read.
         texts: Text to tokens and back.
         grammars: What answers may be kept to.
+        metrics: Its numbers.
         created: When it was made, in seconds since 1970.
     """
 
-    name: str
-    served: AnyServedModel
-    tokenizer: dataclasses.InitVar[Any | None] = None
-    limits: Limits = dataclasses.field(default_factory=Limits)
-    engine: Engine = dataclasses.field(init=False)
-    contexts: Contexts = dataclasses.field(init=False)
-    texts: Texts = dataclasses.field(init=False)
-    grammars: Grammars = dataclasses.field(init=False)
-    created: int = dataclasses.field(init=False)
-
-    def __post_init__(self, tokenizer: Any | None) -> None:
-        """Make the parts."""
-        self.engine = Engine(self.served, self.limits)
+    def __init__(
+        self,
+        *,
+        name: str,
+        served: AnyServedModel,
+        tokenizer: Any | None = None,
+        limits: Limits | None = None,
+    ) -> None:
+        self.name, self.served, self.limits = name, served, limits or Limits()
+        self.engine = Engine(served, self.limits)
         self.contexts = Contexts(max_contexts=self.limits.max_contexts)
-        self.texts = Texts(tokenizer, vocab_size=self.served.vocab_size)
-        self.grammars = Grammars(self.texts, vocab_size=self.served.vocab_size, ends=self.served.ends)
-        self.created = int(time.time())
+        self.texts = Texts(tokenizer, vocab_size=served.vocab_size)
+        self.grammars = Grammars(self.texts, vocab_size=served.vocab_size, ends=served.ends)
         self.metrics = Metrics(self.engine, self.contexts)
+        self.created = int(time.time())
 
 
 def create_app(
@@ -134,7 +130,7 @@ async def _answer_to_error(request: HTTPRequest, error: Exception) -> Response:
         error = APIError(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
     elif not isinstance(error, APIError):
         error = failed()
-    return JSONResponse(error.body, status_code=error.status, headers=error.headers)
+    return error_response(error)
 
 
 class _Routes:
@@ -164,11 +160,8 @@ class _Routes:
         prompts: Sequence[Any] = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt
         if not prompts or isinstance(prompts[0], int):
             prompts = [prompts]
-        if len(prompts) > self._limits.max_queue:
-            raise bad_request(
-                f"prompt: expected at most {self._limits.max_queue} prompts, found {len(prompts)}",
-                param="prompt",
-            )
+        if len(prompts) > (most := self._limits.max_queue):
+            raise bad_field("prompt", f"expected at most {most} prompts, found {len(prompts)}")
 
         def encode() -> list[list[int]]:
             texts = self._service.texts
@@ -220,30 +213,24 @@ class _Routes:
 
     async def make_context(self, request: HTTPRequest) -> Response:
         """Read a document (JSON), or take what `ovq context build` has made of one (bytes)."""
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind == UPLOAD:
-            name = await self._upload(request)
-        else:
-            name = await self._read(request)
+        is_upload = content_type(request.headers) == UPLOAD
+        name = await (self._upload(request) if is_upload else self._read(request))
         return JSONResponse(self._service.contexts.about(name), status_code=201)
 
     async def _upload(self, request: HTTPRequest) -> str:
         service, name = self._service, request.query_params.get("name", "")
         largest, deadline = self._limits.max_upload_bytes, self._deadline()
         with service.contexts.reserved(name), tempfile.TemporaryDirectory(prefix="ovq-upload-") as folder:
-            path, size, is_whole = Path(folder) / "upload", 0, False
+            path = Path(folder) / "upload"
             with path.open("wb") as file:
-                while not is_whole:
-                    message = await next_message(request.receive, deadline)
-                    if message["type"] == "http.disconnect":
-                        raise ClientGone
-                    data = message.get("body", b"")
-                    size += len(data)
-                    if size > largest:
-                        raise body_too_large(largest)
+                async for data in body_pieces(request.receive, largest=largest, deadline=deadline):
                     await asyncio.to_thread(file.write, data)
-                    is_whole = not message.get("more_body", False)
-            context = await asyncio.to_thread(uploaded, path, service.served, name=name)
+            try:
+                context = await asyncio.to_thread(service.served.load_context, path)
+            except ValueError as error:
+                # The client does not know where its upload lies.
+                message = str(error).replace(str(path), f"context {name!r}")
+                raise bad_request(message, code="invalid_context") from error
             service.contexts.add(name, context)
         return name
 
@@ -337,14 +324,9 @@ class _Routes:
     ) -> None:
         limits = self._limits
         if (longest := max(map(len, prompts))) > limits.max_prompt_tokens:
-            raise bad_request(
-                f"{param}: expected at most {limits.max_prompt_tokens} tokens, found {longest}",
-                param=param,
-                code="context_length_exceeded",
-            )
+            message = f"expected at most {limits.max_prompt_tokens} tokens, found {longest}"
+            raise bad_field(param, message, code="context_length_exceeded")
         if max_tokens > limits.max_tokens:
-            raise bad_request(
-                f"max_tokens: expected at most {limits.max_tokens}, found {max_tokens}", param="max_tokens"
-            )
+            raise bad_field("max_tokens", f"expected at most {limits.max_tokens}, found {max_tokens}")
         if asked.n > limits.max_rows:
-            raise bad_request(f"n: expected at most {limits.max_rows}, found {asked.n}", param="n")
+            raise bad_field("n", f"expected at most {limits.max_rows}, found {asked.n}")

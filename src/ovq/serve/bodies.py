@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import from_json, to_json
 
 from ovq.serve.errors import APIError, bad_request
 
@@ -41,8 +42,6 @@ def parsed(kind: type[AnyRequest], body: bytes) -> AnyRequest:
         Traceback (most recent call last):
         ovq.serve.errors.APIError: echo: expected False, as nothing else is supported, found True
     """
-    from pydantic_core import from_json
-
     try:
         fields = from_json(body, allow_inf_nan=False)
     except ValueError as error:
@@ -61,15 +60,9 @@ def parsed(kind: type[AnyRequest], body: bytes) -> AnyRequest:
                     _drop_neutral(part, value, f"{name}.{place}.")
     try:
         # Anew from JSON, because only there do strict types accept an object for a model.
-        return kind.model_validate_json(_as_json(fields))
+        return kind.model_validate_json(to_json(fields))
     except ValidationError as error:
         raise _refusal(error, kind) from error
-
-
-def _as_json(fields: dict[str, Any]) -> bytes:
-    from pydantic_core import to_json
-
-    return to_json(fields)
 
 
 def _drop_neutral(kind: type[Request], fields: dict[str, Any], prefix: str) -> None:

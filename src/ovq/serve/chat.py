@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
+from pydantic_core import from_json
 
 from ovq.serve.bodies import Request
-from ovq.serve.errors import bad_request
+from ovq.serve.errors import bad_field, bad_request
 from ovq.serve.grammars import grammar_of
 from ovq.serve.schemas import MOST_TOP_LOGPROBS, GenerationRequest
 
@@ -86,8 +87,6 @@ class Message(Request):
 
 def _called(function: CalledFunction, place: str) -> dict[str, Any]:
     """A called function with its arguments as an object."""
-    from pydantic_core import from_json
-
     try:
         arguments = from_json(function.arguments, allow_inf_nan=False)
     except ValueError:
@@ -216,7 +215,7 @@ class ChatRequest(GenerationRequest):
         found = {tool.function.name: tool for tool in tools}
         if len(found) < len(tools):
             names = [tool.function.name for tool in tools]
-            raise bad_request(f"tools: expected a name of its own for each, found {names}", param="tools")
+            raise bad_field("tools", f"expected a name of its own for each, found {names}")
         return found
 
     @property
@@ -232,30 +231,23 @@ class ChatRequest(GenerationRequest):
         if isinstance(self.tool_choice, NamedTool):
             name = self.tool_choice.function.name
             if name not in offered:
-                raise bad_request(
-                    f"tool_choice: expected one of the tools {[*offered]}, found {name!r}",
-                    param="tool_choice",
-                )
+                raise bad_field("tool_choice", f"expected one of the tools {[*offered]}, found {name!r}")
             offered = {name: offered[name]}
         if is_forced and not offered:
-            raise bad_request("tools: expected at least one for this tool_choice, found none", param="tools")
+            raise bad_field("tools", "expected at least one for this tool_choice, found none")
         if is_forced and schema is not None:
-            raise bad_request(
-                "response_format: expected the type 'text' where a tool must be called, found another one",
-                param="response_format",
+            raise bad_field(
+                "response_format", "expected the type 'text' where a tool must be called, found another one"
             )
         if schema is None and not is_forced:
             return None
         if self.ignore_eos:
-            raise bad_request(
-                "ignore_eos: expected false for JSON and where a tool must be called, found true",
-                param="ignore_eos",
+            raise bad_field(
+                "ignore_eos", "expected false for JSON and where a tool must be called, found true"
             )
         schemas = {name: tool.schema_of_arguments for name, tool in offered.items()}
         for name, one in schemas.items():
             if one["type"] != "object":
-                raise bad_request(
-                    f"tools: expected parameters of the type 'object', found {one['type']!r} for {name!r}",
-                    param="tools",
-                )
+                found = f"{one['type']!r} for {name!r}"
+                raise bad_field("tools", f"expected parameters of the type 'object', found {found}")
         return grammar_of(schema, schemas)

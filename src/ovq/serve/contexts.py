@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import re
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from ovq.hf.context import Context
-from ovq.serve.errors import APIError, bad_request
-from ovq.serve.model import AnyServedModel
+from ovq.serve.errors import APIError, bad_field
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """What a context may be called."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Entry:
-    """A context and when it came, in seconds since 1970."""
-
-    context: Context
-    created: int
 
 
 class Contexts:
@@ -42,7 +31,8 @@ class Contexts:
 
     def __init__(self, *, max_contexts: int) -> None:
         self._max_contexts = max_contexts
-        self._entries: dict[str, Entry] = {}
+        # And when they came, in seconds since 1970.
+        self._entries: dict[str, tuple[Context, int]] = {}
         self._reserved: set[str] = set()
 
     def __len__(self) -> int:
@@ -51,7 +41,7 @@ class Contexts:
     @property
     def nbytes(self) -> int:
         """Bytes of all memories."""
-        return sum(entry.context.nbytes for entry in list(self._entries.values()))
+        return sum(context.nbytes for context, _ in list(self._entries.values()))
 
     @property
     def names(self) -> list[str]:
@@ -71,7 +61,7 @@ class Contexts:
                 param="context",
                 code="context_not_found",
             )
-        return self._entries[name].context
+        return self._entries[name][0]
 
     def remove(self, name: str) -> Context:
         """Forget a context, which is returned; answers that go on from it are not disturbed.
@@ -80,7 +70,7 @@ class Contexts:
             APIError: If there is none of this name.
         """
         self.get(name)
-        return self._entries.pop(name).context
+        return self._entries.pop(name)[0]
 
     @contextlib.contextmanager
     def reserved(self, name: str) -> Iterator[None]:
@@ -90,9 +80,8 @@ class Contexts:
             APIError: If the name cannot be used, or there are too many contexts.
         """
         if NAME.fullmatch(name) is None:
-            raise bad_request(
-                f"name: expected 1 to 64 letters, digits, '.', '_' or '-', found {name[:80]!r}", param="name"
-            )
+            wanted = "expected 1 to 64 letters, digits, '.', '_' or '-'"
+            raise bad_field("name", f"{wanted}, found {name[:80]!r}")
         if name in self._entries or name in self._reserved:
             raise APIError(
                 409,
@@ -114,7 +103,7 @@ class Contexts:
 
     def add(self, name: str, context: Context) -> None:
         """Keep a context under a name that was reserved."""
-        self._entries[name] = Entry(context=context, created=int(time.time()))
+        self._entries[name] = context, int(time.time())
 
     def about(self, name: str) -> dict[str, Any]:
         """The object of the API that describes a context.
@@ -126,25 +115,7 @@ class Contexts:
         return {
             "id": name,
             "object": "context",
-            "created": self._entries[name].created,
+            "created": self._entries[name][1],
             "num_tokens": context.num_tokens,
             "bytes": context.nbytes,
         }
-
-
-def uploaded(path: Path, served: AnyServedModel, *, name: str) -> Context:
-    """The context in an uploaded file, which only the model that read the document accepts.
-
-    Args:
-        path: Where the upload was written to, by a name that the client does not know.
-        served: The model that is served.
-        name: What the client calls the context.
-
-    Raises:
-        APIError: If it is no context of this model.
-    """
-    try:
-        return served.load_context(path)
-    except ValueError as error:
-        message = str(error).replace(str(path), f"context {name!r}")
-        raise bad_request(message, code="invalid_context") from error

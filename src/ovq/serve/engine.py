@@ -7,19 +7,13 @@ import threading
 from collections.abc import Sequence
 
 from ovq.hf.context import Context
+from ovq.serve.errors import APIError, shutting_down
 from ovq.serve.jobs import Generation, Job
 from ovq.serve.limits import Limits
-from ovq.serve.scheduler import BatchModel, Scheduler
+from ovq.serve.model import AnyServedModel
+from ovq.serve.scheduler import Scheduler
 
 _log = logging.getLogger("ovq.serve")
-
-
-class QueueFull(Exception):
-    """As many jobs wait as may wait."""
-
-
-class EngineStopped(Exception):
-    """The engine takes no more jobs."""
 
 
 class Engine:
@@ -28,6 +22,9 @@ class Engine:
     Args:
         model: What reads; used by this thread alone, once `start` has been called.
         limits: `max_rows`, `max_queue` and `step_tokens` matter here.
+
+    Attributes:
+        scheduler: Has numbers, which other threads may read but not rely on to fit each other.
 
     Example:
         >>> import queue
@@ -41,9 +38,9 @@ class Engine:
         FinishEvent(choice=0, reason='length')
     """
 
-    def __init__(self, model: BatchModel, limits: Limits) -> None:
+    def __init__(self, model: AnyServedModel, limits: Limits) -> None:
         self.limits = limits
-        self._scheduler = Scheduler(model, limits)
+        self.scheduler = Scheduler(model, limits)
         self._changed = threading.Condition()
         self._new: list[Job] = []
         self._forgotten: list[Context] = []
@@ -64,7 +61,7 @@ class Engine:
         self._thread.start()
 
     def stop(self) -> None:
-        """End all jobs with an `EngineStopped` error, after the step that is running, and wait for it."""
+        """End all jobs with an error that says so, after the step that is running, and wait for it."""
         with self._changed:
             self._is_stopped = True
             self._changed.notify()
@@ -77,31 +74,30 @@ class Engine:
         return self._thread.is_alive() and not self._is_stopped
 
     @property
-    def scheduler(self) -> Scheduler:
-        """For its numbers, which other threads may read but not rely on to fit each other."""
-        return self._scheduler
-
-    @property
     def num_waiting(self) -> int:
         """Jobs that have not begun."""
-        return len(self._new) + self._scheduler.num_waiting
+        return len(self._new) + len(self.scheduler.waiting)
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Take on jobs, all or none of them.
 
         Raises:
-            QueueFull: More jobs would wait than may. A job that can begin at once does not wait.
-            EngineStopped: The engine takes no more jobs.
+            APIError: If more jobs would wait than may (one that can begin at once does not wait), or the
+                engine has been stopped.
         """
         with self._changed:
             if not self.is_running:
-                raise EngineStopped("the server is shutting down")
+                raise shutting_down()
             # Those before them have to begin first, though there be no room for one and some for the next.
-            waiting = [*self._scheduler.waiting, *self._new, *jobs]
-            num_rows = self._scheduler.num_rows + sum(job.num_rows for job in waiting)
+            waiting = [*self.scheduler.waiting, *self._new, *jobs]
+            num_rows = self.scheduler.num_rows + sum(job.num_rows for job in waiting)
             if num_rows > self.limits.max_rows and len(waiting) > self.limits.max_queue:
-                raise QueueFull(
-                    f"expected at most {self.limits.max_queue} waiting prompts, found {len(waiting)}"
+                raise APIError(
+                    429,
+                    f"expected at most {self.limits.max_queue} waiting prompts, found {len(waiting)}",
+                    kind="rate_limit_error",
+                    code="queue_full",
+                    retry=True,
                 )
             self._new.extend(jobs)
             self._changed.notify()
@@ -131,16 +127,16 @@ class Engine:
                 forgotten, self._forgotten = self._forgotten, []
                 is_stopped = self._is_stopped
                 for job in new:
-                    self._scheduler.add(job)
+                    self.scheduler.add(job)
             if is_stopped:
-                self._scheduler.fail_all(EngineStopped("the server is shutting down"))
+                self.scheduler.fail_all(shutting_down())
                 return
             try:
                 for context in forgotten:
-                    self._scheduler.forget(context)
-                has_work = self._scheduler.step()
+                    self.scheduler.forget(context)
+                has_work = self.scheduler.step()
             except Exception as error:
                 # A fault of the scheduler itself. The server must answer nevertheless.
                 _log.exception("a step failed")
-                self._scheduler.fail_all(error)
+                self.scheduler.fail_all(error)
                 has_work = False

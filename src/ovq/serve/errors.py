@@ -5,6 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 
+class ClientGone(Exception):
+    """Nobody is there to read an answer."""
+
+
 class APIError(Exception):
     """An answer other than the one that was asked for.
 
@@ -61,20 +65,14 @@ def bad_request(message: str, *, param: str | None = None, code: str | None = No
     return APIError(400, message, param=param, code=code)
 
 
-def queue_full(message: str) -> APIError:
-    """Too many requests at a time."""
-    return APIError(429, message, kind="rate_limit_error", code="queue_full", retry=True)
+def bad_field(param: str, message: str, *, code: str | None = None) -> APIError:
+    """The request cannot be answered because of one of its fields."""
+    return bad_request(f"{param}: {message}", param=param, code=code)
 
 
 def shutting_down() -> APIError:
     """The server ends."""
     return APIError(503, "the server is shutting down", kind="server_error", code="shutting_down", retry=True)
-
-
-def took_too_long(seconds: float) -> APIError:
-    """The answer was not complete in time."""
-    message = f"the answer was not complete after {seconds:g} seconds, the limit of this server"
-    return APIError(504, message, kind="server_error", code="timeout")
 
 
 def failed() -> APIError:

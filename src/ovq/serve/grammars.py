@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ovq.serve.errors import bad_request
+from ovq.serve.errors import bad_field
 from ovq.serve.texts import Texts
 from ovq.serve.tools import CLOSE, OPEN
 
@@ -96,17 +96,14 @@ class Grammars:
             APIError: If llguidance is not installed, or takes neither the grammar nor the tokenizer.
         """
         if len(grammar) > _MOST_CHARACTERS:
-            raise bad_request(
-                f"{param}: expected schemas of at most {_MOST_CHARACTERS} characters, found {len(grammar)}",
-                param=param,
-            )
+            wanted = f"expected schemas of at most {_MOST_CHARACTERS} characters"
+            raise bad_field(param, f"{wanted}, found {len(grammar)}")
         try:
             from llguidance import LLMatcher
         except ImportError as error:
-            raise bad_request(
-                f"{param}: expected llguidance on the server, found no module {error.name}: "
-                "pip install 'ovq[serve]'",
-                param=param,
+            raise bad_field(
+                param,
+                f"expected llguidance on the server, found no module {error.name}: pip install 'ovq[serve]'",
                 code="unsupported_parameter",
             ) from error
         with self._lock:
@@ -120,11 +117,8 @@ class Grammars:
                 found.allowed()
                 found.check()
             except GrammarFault as fault:
-                raise bad_request(
-                    f"{param}: expected a schema that llguidance takes, found another one ({fault})",
-                    param=param,
-                    code="invalid_json_schema",
-                ) from fault
+                message = f"expected a schema that llguidance takes, found another one ({fault})"
+                raise bad_field(param, message, code="invalid_json_schema") from fault
         return found
 
     def _read_tokenizer(self, param: str) -> LLTokenizer:
@@ -137,11 +131,8 @@ class Grammars:
                     raise ValueError("no token ends a text")
                 return from_tokenizer(tokenizer, n_vocab=self._vocab_size, eos_token=sorted(self._ends))
             except ValueError as error:
-                raise bad_request(
-                    f"{param}: expected a model whose tokenizer llguidance takes, found another ({error})",
-                    param=param,
-                    code="unsupported_parameter",
-                ) from error
+                message = f"expected a model whose tokenizer llguidance takes, found another ({error})"
+                raise bad_field(param, message, code="unsupported_parameter") from error
 
 
 def grammar_of(schema: Mapping[str, Any] | None, tools: Mapping[str, Mapping[str, Any]]) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
-from collections.abc import Collection, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from typing import Any
 
-from ovq.serve.errors import APIError
+from starlette.datastructures import Headers
+
+from ovq.serve.errors import APIError, ClientGone
 from ovq.serve.limits import Limits
+from ovq.serve.responses import error_response
 
 _JSON = "application/json"
 UPLOAD = "application/octet-stream"
@@ -47,13 +49,13 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = {name.decode("latin-1").lower(): value for name, value in scope["headers"]}
+        headers = Headers(scope=scope)
         try:
             self._check_host(headers)
             # Health is asked for by programs that have no key.
             if scope["path"] != "/health":
                 self._check_key(headers)
-            kind = headers.get("content-type", b"").decode("latin-1").partition(";")[0].strip().lower()
+            kind = content_type(headers)
             is_upload = kind == UPLOAD and (scope["method"], scope["path"]) in self._uploads
             if not is_upload:
                 if scope["method"] in ("POST", "PUT", "PATCH") and kind != _JSON:
@@ -61,16 +63,20 @@ class Guard:
                     raise APIError(415, f"Content-Type: expected {_JSON}, found {kind[:80]!r}")
                 receive = await self._with_body(receive, headers)
         except APIError as error:
-            await _send(error, send, has_body=_has_body(headers))
-        except _Disconnected:
+            response = error_response(error)
+            if headers.get("content-length", "0") != "0" or "transfer-encoding" in headers:
+                # The body was not read, so nothing else can come over this connection.
+                response.headers["connection"] = "close"
+            await response(scope, receive, send)
+        except ClientGone:
             return
         else:
             await self._app(scope, receive, send)
 
-    def _check_host(self, headers: dict[str, bytes]) -> None:
+    def _check_host(self, headers: Headers) -> None:
         if self._hosts is None:
             return
-        host = headers.get("host", b"").decode("latin-1")
+        host = headers.get("host", "")
         name = host.rpartition(":")[0] if ":" in host and not host.endswith("]") else host
         if name.lower() not in self._hosts:
             raise APIError(
@@ -79,33 +85,25 @@ class Guard:
                 code="wrong_host",
             )
 
-    def _check_key(self, headers: dict[str, bytes]) -> None:
+    def _check_key(self, headers: Headers) -> None:
         if self._key is None:
             return
-        scheme, _, given = headers.get("authorization", b"").partition(b" ")
+        scheme, _, given = headers.get("authorization", "").partition(" ")
         # In a time that does not depend on how much of the key is right.
-        if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self._key):
+        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode("latin-1"), self._key):
             raise APIError(
                 401, "expected the API key of this server as a bearer token", code="invalid_api_key"
             )
 
-    async def _with_body(self, receive: Any, headers: dict[str, bytes]) -> Any:
+    async def _with_body(self, receive: Any, headers: Headers) -> Any:
         """Read the body, and return what gives it again."""
         largest = self._limits.max_body_bytes
-        declared = headers.get("content-length", b"0")
-        if declared.isdigit() and int(declared) > largest:
-            raise body_too_large(largest)
-        body, is_whole = bytearray(), False
+        declared = headers.get("content-length", "0")
+        if declared.isdecimal() and int(declared) > largest:
+            raise _too_large(largest)
         deadline = asyncio.get_running_loop().time() + self._limits.read_seconds
-        while not is_whole:
-            message = await next_message(receive, deadline)
-            if message["type"] == "http.disconnect":
-                raise _Disconnected
-            body += message.get("body", b"")
-            if len(body) > largest:
-                raise body_too_large(largest)
-            is_whole = not message.get("more_body", False)
-        first: list[Any] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
+        body = b"".join([data async for data in body_pieces(receive, largest=largest, deadline=deadline)])
+        first: list[Any] = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def again() -> Any:
             return first.pop() if first else await receive()
@@ -113,37 +111,38 @@ class Guard:
         return again
 
 
-class _Disconnected(Exception):
-    """The client went away before its request was complete."""
+def content_type(headers: Headers) -> str:
+    """The type of a body, without parameters."""
+    return headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
-async def next_message(receive: Any, deadline: float) -> Any:
-    """The next message from a client.
+async def body_pieces(receive: Any, *, largest: int, deadline: float) -> AsyncGenerator[bytes, None]:
+    """The body of a request as it comes.
+
+    Args:
+        receive: ASGI's way to the next message from the client.
+        largest: Bytes of it, at most.
+        deadline: When all of it must have come, by the clock of the event loop.
 
     Raises:
-        APIError: If it does not come before the deadline, by the clock of the event loop.
+        APIError: If it is too large, or not there in time.
+        ClientGone: If the client has gone.
     """
-    try:
-        return await asyncio.wait_for(receive(), deadline - asyncio.get_running_loop().time())
-    except asyncio.TimeoutError:
-        raise APIError(408, "expected the whole request in time, found part of it") from None
+    size, is_whole = 0, False
+    while not is_whole:
+        try:
+            message = await asyncio.wait_for(receive(), deadline - asyncio.get_running_loop().time())
+        except asyncio.TimeoutError:
+            raise APIError(408, "expected the whole request in time, found part of it") from None
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        data = message.get("body", b"")
+        size += len(data)
+        if size > largest:
+            raise _too_large(largest)
+        yield data
+        is_whole = not message.get("more_body", False)
 
 
-def body_too_large(largest: int) -> APIError:
-    """The request has more bytes than the server takes."""
+def _too_large(largest: int) -> APIError:
     return APIError(413, f"expected a body of at most {largest} bytes, found more", code="body_too_large")
-
-
-def _has_body(headers: dict[str, bytes]) -> bool:
-    return headers.get("content-length", b"0") != b"0" or "transfer-encoding" in headers
-
-
-async def _send(error: APIError, send: Any, *, has_body: bool) -> None:
-    """Answer with an error before the body was read, so that nothing else can come over this connection."""
-    body = json.dumps(error.body).encode()
-    headers = {"content-type": _JSON, "content-length": str(len(body)), **error.headers}
-    if has_body:
-        headers["connection"] = "close"
-    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": error.status, "headers": raw})
-    await send({"type": "http.response.body", "body": body})

@@ -52,12 +52,7 @@ class _Numbers(Collector):
 
 
 class Metrics:
-    """The metrics of one server.
-
-    Args:
-        engine: Runs the model.
-        contexts: The documents that it has read.
-    """
+    """The metrics of one server."""
 
     def __init__(self, engine: Engine, contexts: Contexts) -> None:
         # Of its own: servers and tests in one process must not share numbers.
@@ -105,12 +100,7 @@ class Metrics:
 
 
 class Metered:
-    """An ASGI middleware that counts requests, the refused ones included.
-
-    Args:
-        app: The application.
-        metrics: Where they are counted.
-    """
+    """An ASGI middleware that counts requests, the refused ones included."""
 
     def __init__(self, app: Any, *, metrics: Metrics) -> None:
         self._app, self._metrics = app, metrics

@@ -9,15 +9,57 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from ovq.hf.context import Context, load_context, read_in_pieces
 from ovq.hf.fingerprint import fingerprint
 from ovq.hf.rows import Rows
-from ovq.serve.scheduler import BatchModel
 
 
-class AnyServedModel(BatchModel, Protocol):
-    """What a server needs of a model besides what its scheduler needs."""
+class BatchRows(Protocol):
+    """Rows that read together, such as `ovq.hf.rows.Rows`."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is kept for all rows."""
+
+    def read(self, tokens: Tensor | Sequence[Sequence[int]]) -> Tensor:
+        """Read `[B, T]` tokens; returns the logits `[B, vocab_size]` of the next ones."""
+
+    def keep(self, places: Sequence[int]) -> None:
+        """Keep the rows at these places, in this order, repeats allowed."""
+
+    def copied(self) -> BatchRows:
+        """The same rows, which go on by themselves."""
+
+    def taken(self, place: int) -> BatchRows:
+        """The row at this place alone, which goes on by itself."""
+
+
+class AnyServedModel(Protocol):
+    """What a server needs of a model; `ServedModel` has it for those of this library.
+
+    A model of another kind can be served if rows of its cache can be selected and concatenated.
+    """
+
+    @property
+    def device(self) -> torch.device:
+        """Where random numbers are drawn."""
+
+    @property
+    def settings(self) -> Hashable:
+        """What states depend on beside tokens, as far as it may change while the model is served."""
+
+    def start(self, context: Context | None) -> BatchRows:
+        """One row that has read nothing, or a context."""
+
+    def joined(self, parts: Sequence[Any]) -> BatchRows:
+        """The rows of several in one, in their order; the parts are not used again."""
+
+    def read_document(self, tokens: Sequence[int], piece: int) -> Generator[int, None, Context]:
+        """Read a document in pieces of so many tokens; yields the tokens read so far, returns the context."""
 
     @property
     def vocab_size(self) -> int:
@@ -49,12 +91,12 @@ class ServedModel:
 
     @property
     def device(self) -> torch.device:
-        """See `BatchModel.device`."""
+        """See `AnyServedModel.device`."""
         return self.model.device
 
     @property
     def settings(self) -> Hashable:
-        """See `BatchModel.settings`."""
+        """See `AnyServedModel.settings`."""
         has_adapters = getattr(self.model, "_hf_peft_config_loaded", False)
         adapters = self.model.active_adapters() if has_adapters else []
         config = getattr(self.model, "memory_config", None)
@@ -86,15 +128,15 @@ class ServedModel:
         return load_context(path, self.model)
 
     def start(self, context: Context | None) -> Rows:
-        """See `BatchModel.start`."""
+        """See `AnyServedModel.start`."""
         return Rows.start(self.model, context)
 
     def joined(self, parts: Sequence[Rows]) -> Rows:
-        """See `BatchModel.joined`."""
+        """See `AnyServedModel.joined`."""
         return Rows.joined(parts)
 
     def read_document(self, tokens: Sequence[int], piece: int) -> Generator[int, None, Context]:
-        """See `BatchModel.read_document`."""
+        """See `AnyServedModel.read_document`."""
         return read_in_pieces(
             self.model, tokens, prefill_chunk_size=piece, known_fingerprint=self._fingerprint
         )

@@ -2,36 +2,26 @@
 
 The next prompt of a chat begins with all that was said before, and many prompts begin with one document. A
 state stands for all tokens that a row has read, and takes constant memory in models of constant state. So the
-last states are kept in a tree over tokens, and a prompt goes on from the longest prefix of it that has one.
+last states are kept by the tokens before them, and a prompt goes on from the longest prefix that has one.
 
 States are kept after prompts and answers. Where prompts part that have begun alike, one is kept as soon as a
 second prompt passes there: from the third on, they share what is before. Every state is complete by itself,
-so the one that goes first is the one not used for longest, wherever in the tree it is: of a long chat, the
-last state is enough.
+so the one that goes first is the one not used for longest: of a long chat, the last state is enough.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from bisect import bisect_left, bisect_right, insort
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
-from typing import Any, Protocol
 
 import numpy as np
 
+from ovq.serve.model import BatchRows
+
 MIN_TOKENS = 16
 """What reading fewer tokens costs is not worth a state."""
-
-
-class State(Protocol):
-    """What is kept: rows that have read a prefix, such as `ovq.hf.rows.Rows` of one row."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of it."""
-
-    def copied(self) -> Any:
-        """Rows that have read the same and go on by themselves."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,21 +34,9 @@ class Known:
         fork: How many tokens it shares with an earlier prompt, if a state is worth keeping there; else 0.
     """
 
-    rows: Any | None = None
+    rows: BatchRows | None = None
     num_tokens: int = 0
     fork: int = 0
-
-
-@dataclasses.dataclass(eq=False)
-class _Node:
-    """A place in the tree: tokens `edge` after its parent, `length` after the root."""
-
-    parent: _Node | None
-    edge: np.ndarray
-    length: int
-    children: dict[int, _Node] = dataclasses.field(default_factory=dict)
-    rows: State | None = None
-    nbytes: int = 0
 
 
 class Prefixes:
@@ -85,9 +63,10 @@ class Prefixes:
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._roots: dict[Hashable, _Node] = {}
-        # In the order of their last use.
-        self._kept: OrderedDict[_Node, Hashable] = OrderedDict()
+        # States and their bytes by root and tokens, in the order of their last use.
+        self._kept: OrderedDict[tuple[Hashable, bytes], tuple[BatchRows, int]] = OrderedDict()
+        # The tokens of those of a root, sorted: what begins alike stands together.
+        self._sorted: dict[Hashable, list[bytes]] = {}
         self.nbytes = 0
         self.num_evicted = 0
 
@@ -101,43 +80,35 @@ class Prefixes:
             root: What the states depend on beside tokens: the model, its settings, what was read before.
             tokens: The prompt.
         """
-        if root not in self._roots:
-            return Known()
-        ids = _ids(tokens)
-        node: _Node | None = self._roots[root]
-        shared, best = 0, None
-        while node is not None and node.length == shared:
-            if node.rows is not None and shared < len(ids):
-                best = node
-            if shared == len(ids):
-                break
-            node = node.children.get(int(ids[shared]))
-            if node is not None:
-                shared += _num_common(node.edge, ids[shared:])
-        num_tokens = 0 if best is None else best.length
-        shared = min(shared, len(ids) - 1)
+        keys, prompt = self._sorted.get(root, []), _key(tokens)
+        place = bisect_left(keys, prompt)
+        # No other shares more than its neighbours.
+        shared = max((_num_common(key, prompt) for key in keys[max(0, place - 1) : place + 1]), default=0)
+        known = prompt[:-_TOKEN_BYTES]
+        # The last key up to this one begins with all keys that this one begins with.
+        while (place := bisect_right(keys, known)) and not known.startswith(key := keys[place - 1]):
+            known = known[: _num_common(key, known) * _TOKEN_BYTES]
+        num_tokens = len(keys[place - 1]) // _TOKEN_BYTES if place else 0
+        shared = min(shared, len(tokens) - 1)
         fork = shared if shared - num_tokens >= MIN_TOKENS else 0
-        if best is None:
+        if not num_tokens:
             return Known(fork=fork)
-        assert best.rows is not None
-        self._kept.move_to_end(best)
-        return Known(rows=best.rows.copied(), num_tokens=num_tokens, fork=fork)
+        found = root, keys[place - 1]
+        self._kept.move_to_end(found)
+        return Known(rows=self._kept[found][0].copied(), num_tokens=num_tokens, fork=fork)
 
-    def add(self, root: Hashable, tokens: Sequence[int], rows: State) -> None:
+    def add(self, root: Hashable, tokens: Sequence[int], rows: BatchRows) -> None:
         """Keep `rows`, which have read these tokens and do not read on; others go if there is no room."""
-        size = rows.nbytes
+        key, size = _key(tokens), rows.nbytes
         if size > self._max_bytes:
             return
-        node = self._node(root, _ids(tokens))
-        self._drop(node)
-        node.rows, node.nbytes = rows, size
+        if (root, key) in self._kept:
+            self._drop(root, key)
+        self._kept[root, key] = rows, size
+        insort(self._sorted.setdefault(root, []), key)
         self.nbytes += size
-        self._kept[node] = root
         while self.nbytes > self._max_bytes:
-            oldest = next(iter(self._kept))
-            of_root = self._kept[oldest]
-            self._drop(oldest)
-            self._tidy(oldest, of_root)
+            self._drop(*next(iter(self._kept)))
             self.num_evicted += 1
 
     def is_worth(self, num_tokens: int) -> bool:
@@ -146,70 +117,34 @@ class Prefixes:
 
     def forget(self, root: Hashable) -> None:
         """Forget all states of a root."""
-        for node in [node for node, of_root in self._kept.items() if of_root == root]:
-            self._drop(node)
-        self._roots.pop(root, None)
+        for key in list(self._sorted.get(root, ())):
+            self._drop(root, key)
 
     @property
     def roots(self) -> list[Hashable]:
         """All roots that have states."""
-        return list(self._roots)
+        return list(self._sorted)
 
-    def _node(self, root: Hashable, ids: np.ndarray) -> _Node:
-        """The node after these tokens, which is made if there is none."""
-        node = self._roots.setdefault(root, _Node(None, ids[:0], 0))
-        while node.length < len(ids):
-            rest = ids[node.length :]
-            child = node.children.get(int(rest[0]))
-            if child is None:
-                child = _Node(node, rest.copy(), len(ids))
-                node.children[int(rest[0])] = child
-            elif (num := _num_common(child.edge, rest)) < len(child.edge):
-                child = self._split(child, num)
-            node = child
-        return node
-
-    @staticmethod
-    def _split(child: _Node, num: int) -> _Node:
-        """Put a node `num` tokens after the parent of `child`, before it."""
-        parent = child.parent
-        assert parent is not None
-        middle = _Node(parent, child.edge[:num], parent.length + num)
-        parent.children[int(child.edge[0])] = middle
-        middle.children[int(child.edge[num])] = child
-        child.parent, child.edge = middle, child.edge[num:]
-        return middle
-
-    def _drop(self, node: _Node) -> None:
-        if node.rows is not None:
-            self.nbytes -= node.nbytes
-            node.rows, node.nbytes = None, 0
-            del self._kept[node]
-
-    def _tidy(self, node: _Node, root: Hashable) -> None:
-        """Take nodes out of the tree that have no state and are no fork, from `node` up."""
-        while node.rows is None and len(node.children) < 2:
-            parent = node.parent
-            if parent is None:
-                if not node.children:
-                    del self._roots[root]
-                return
-            first = int(node.edge[0])
-            if node.children:
-                (child,) = node.children.values()
-                child.parent, child.edge = parent, np.concatenate([node.edge, child.edge])
-                parent.children[first] = child
-            else:
-                del parent.children[first]
-            node = parent
+    def _drop(self, root: Hashable, key: bytes) -> None:
+        _, size = self._kept.pop((root, key))
+        self.nbytes -= size
+        keys = self._sorted[root]
+        del keys[bisect_left(keys, key)]
+        if not keys:
+            del self._sorted[root]
 
 
-def _ids(tokens: Sequence[int]) -> np.ndarray:
-    return np.asarray(tokens, dtype=np.int32)
+# In this order of bytes, keys are sorted as their tokens are.
+_TOKEN = np.dtype(">u4")
+_TOKEN_BYTES = _TOKEN.itemsize
 
 
-def _num_common(a: np.ndarray, b: np.ndarray) -> int:
-    """How many tokens two sequences begin with alike."""
-    num = min(len(a), len(b))
-    differs = a[:num] != b[:num]
+def _key(tokens: Sequence[int]) -> bytes:
+    return np.asarray(tokens, dtype=_TOKEN).tobytes()
+
+
+def _num_common(a: bytes, b: bytes) -> int:
+    """How many tokens two keys begin with alike."""
+    num = min(len(a), len(b)) // _TOKEN_BYTES
+    differs = np.frombuffer(a, _TOKEN, num) != np.frombuffer(b, _TOKEN, num)
     return int(differs.argmax()) if differs.any() else num

@@ -8,40 +8,17 @@ import secrets
 import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from ovq.serve.answers import ClientGone, Piece, Usage
 from ovq.serve.errors import APIError
-from ovq.serve.jobs import TokenEvent
+from ovq.serve.jobs import TokenEvent, TokenLogprobs
 from ovq.serve.texts import Offsets, Texts
 from ovq.serve.tools import ToolCall
 
 
-class Form(Protocol):
-    """How the objects of an endpoint look."""
-
-    prefix: str
-    whole_object: str
-    chunk_object: str
-
-    def first(self, choice: int) -> dict[str, Any] | None:
-        """The choice in a chunk before all text, if there is one."""
-
-    def chunk(self, piece: Piece) -> dict[str, Any]:
-        """A choice in a chunk."""
-
-    def whole(
-        self, choice: int, text: str, events: Sequence[TokenEvent], reason: str, calls: Sequence[ToolCall]
-    ) -> dict[str, Any]:
-        """A choice in a complete answer."""
-
-
 class CompletionForm:
-    """The objects of `/v1/completions`.
-
-    Args:
-        texts: Makes text of tokens.
-    """
+    """The objects of `/v1/completions`."""
 
     prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
 
@@ -50,47 +27,37 @@ class CompletionForm:
         self._offsets: dict[int, Offsets] = defaultdict(lambda: Offsets(texts))
 
     def first(self, choice: int) -> None:
-        """See `Form.first`."""
+        """No choice is in a chunk before all text."""
         return None
 
     def chunk(self, piece: Piece) -> dict[str, Any]:
-        """See `Form.chunk`."""
-        return self._choice(piece.choice, piece.text, piece.events, piece.finish_reason)
-
-    def whole(
-        self, choice: int, text: str, events: Sequence[TokenEvent], reason: str, calls: Sequence[ToolCall]
-    ) -> dict[str, Any]:
-        """See `Form.whole`."""
-        return self._choice(choice, text, events, reason)
-
-    def _choice(
-        self, index: int, text: str, events: Sequence[TokenEvent], reason: str | None
-    ) -> dict[str, Any]:
-        logprobs = self._logprobs(index, events)
-        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
-
-    def _logprobs(self, choice: int, events: Sequence[TokenEvent]) -> dict[str, Any] | None:
-        found: dict[str, list[Any]] = {
-            name: [] for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+        """A choice in a chunk, or in a complete answer, all pieces of which are joined."""
+        return {
+            "index": piece.choice,
+            "text": piece.text,
+            "logprobs": self._logprobs(piece),
+            "finish_reason": piece.finish_reason,
         }
-        for event in events:
-            if event.logprobs is None:
-                continue
-            found["tokens"].append(self._texts.token_text(event.token))
-            found["token_logprobs"].append(event.logprobs.logprob)
+
+    whole = chunk
+
+    def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
+        if not (found := _with_logprobs(piece)):
+            return None
+        text = self._texts.token_text
+        return {
+            "tokens": [text(event.token) for event, _ in found],
+            "token_logprobs": [logprobs.logprob for _, logprobs in found],
             # Parts of characters have the same text; then the likeliest counts.
-            top = [(self._texts.token_text(token), logprob) for token, logprob in event.logprobs.top]
-            found["top_logprobs"].append(dict(reversed(top)))
-            found["text_offset"].append(self._offsets[choice].push(event.token))
-        return found if found["tokens"] else None
+            "top_logprobs": [
+                {text(token): logprob for token, logprob in reversed(logprobs.top)} for _, logprobs in found
+            ],
+            "text_offset": [self._offsets[piece.choice].push(event.token) for event, _ in found],
+        }
 
 
 class ChatForm:
-    """The objects of `/v1/chat/completions`.
-
-    Args:
-        texts: Makes text of tokens.
-    """
+    """The objects of `/v1/chat/completions`."""
 
     prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
@@ -98,49 +65,47 @@ class ChatForm:
         self._texts = texts
 
     def first(self, choice: int) -> dict[str, Any]:
-        """See `Form.first`."""
-        delta = {"role": "assistant", "content": ""}
-        return {"index": choice, "delta": delta, "logprobs": None, "finish_reason": None}
+        """The choice in a chunk before all text."""
+        return self._choice(Piece(choice=choice, text=""), delta={"role": "assistant", "content": ""})
 
     def chunk(self, piece: Piece) -> dict[str, Any]:
-        """See `Form.chunk`."""
+        """A choice in a chunk."""
         delta: dict[str, Any] = {"content": piece.text} if piece.text else {}
         if piece.calls:
             delta["tool_calls"] = [{"index": call.index, **_call(call)} for call in piece.calls]
-        return {
-            "index": piece.choice,
-            "delta": delta,
-            "logprobs": self._logprobs(piece.events),
-            "finish_reason": piece.finish_reason,
-        }
+        return self._choice(piece, delta=delta)
 
-    def whole(
-        self, choice: int, text: str, events: Sequence[TokenEvent], reason: str, calls: Sequence[ToolCall]
-    ) -> dict[str, Any]:
-        """See `Form.whole`."""
-        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
-        if calls:
-            message |= {"content": text or None, "tool_calls": [_call(call) for call in calls]}
-        return {
-            "index": choice,
-            "message": message,
-            "logprobs": self._logprobs(events),
-            "finish_reason": reason,
-        }
+    def whole(self, piece: Piece) -> dict[str, Any]:
+        """A choice in a complete answer, all pieces of which are joined."""
+        message: dict[str, Any] = {"role": "assistant", "content": piece.text, "refusal": None}
+        if piece.calls:
+            message |= {"content": piece.text or None, "tool_calls": [_call(call) for call in piece.calls]}
+        return self._choice(piece, message=message)
 
-    def _logprobs(self, events: Sequence[TokenEvent]) -> dict[str, Any] | None:
+    def _choice(self, piece: Piece, **said: Any) -> dict[str, Any]:
+        logprobs = self._logprobs(piece)
+        return {"index": piece.choice, **said, "logprobs": logprobs, "finish_reason": piece.finish_reason}
+
+    def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
         def one(token: int, logprob: float, *, is_end: bool = False) -> dict[str, Any]:
             # Joined, the bytes are the text, to which a token that ends it adds nothing.
             found = b"" if is_end else self._texts.token_bytes(token)
             return {"token": self._texts.token_text(token), "logprob": logprob, "bytes": list(found)}
 
         content = [
-            one(event.token, event.logprobs.logprob, is_end=event.is_end)
-            | {"top_logprobs": [one(token, logprob) for token, logprob in event.logprobs.top]}
-            for event in events
-            if event.logprobs is not None
+            one(event.token, logprobs.logprob, is_end=event.is_end)
+            | {"top_logprobs": [one(token, logprob) for token, logprob in logprobs.top]}
+            for event, logprobs in _with_logprobs(piece)
         ]
         return {"content": content, "refusal": None} if content else None
+
+
+Form = CompletionForm | ChatForm
+"""How the objects of an endpoint look."""
+
+
+def _with_logprobs(piece: Piece) -> list[tuple[TokenEvent, TokenLogprobs]]:
+    return [(event, event.logprobs) for event in piece.events if event.logprobs is not None]
 
 
 def _call(call: ToolCall) -> dict[str, Any]:
@@ -154,28 +119,13 @@ def _call(call: ToolCall) -> dict[str, Any]:
 async def whole(
     found: AsyncGenerator[Piece, None], form: Form, choices: Sequence[int], usage: Usage, *, model: str
 ) -> dict[str, Any]:
-    """The complete answer, once all its pieces are there.
-
-    Args:
-        found: The pieces.
-        form: How the object looks.
-        choices: The names of all answers.
-        usage: What the pieces are counted in.
-        model: The name of the model.
-    """
-    texts: dict[int, list[str]] = defaultdict(list)
-    events: dict[int, list[TokenEvent]] = defaultdict(list)
-    calls: dict[int, list[ToolCall]] = defaultdict(list)
-    reasons: dict[int, str] = {}
+    """The complete answer to a request, once all pieces of all its `choices` are there."""
+    parts: dict[int, list[Piece]] = defaultdict(list)
     async with contextlib.aclosing(found):
         async for piece in found:
-            texts[piece.choice].append(piece.text)
-            calls[piece.choice] += piece.calls
-            events[piece.choice] += piece.events
-            if piece.finish_reason is not None:
-                reasons[piece.choice] = piece.finish_reason
+            parts[piece.choice].append(piece)
     return _head(form.prefix, form.whole_object, model) | {
-        "choices": [form.whole(c, "".join(texts[c]), events[c], reasons[c], calls[c]) for c in choices],
+        "choices": [form.whole(Piece.joined(parts[choice])) for choice in choices],
         "usage": usage.fields,
     }
 
@@ -191,7 +141,7 @@ async def stream(
 ) -> AsyncGenerator[bytes, None]:
     """The answer as server-sent events, which may end with an error in their middle.
 
-    Arguments are those of `whole`; `includes_usage` adds a last chunk with the numbers of tokens.
+    `includes_usage` adds a last chunk with the numbers of tokens.
     """
     head = _head(form.prefix, form.chunk_object, model)
     # As OpenAI does: null in all chunks but the last, if the numbers are asked for.

@@ -23,19 +23,15 @@ class Choice:
         job: The request.
         index: Its name in events.
         generator: Source of its random numbers; None if it takes the likeliest tokens.
-        tokens: What has been generated so far; the row reads the last of them next.
         constraint: What may come next; None for anything.
+        tokens: What has been generated so far; the row reads the last of them next.
     """
 
     job: Generation
     index: int
     generator: torch.Generator | None
+    constraint: Constraint | None
     tokens: list[int] = dataclasses.field(default_factory=list)
-    constraint: Constraint | None = dataclasses.field(init=False)
-
-    def __post_init__(self) -> None:
-        """Take a copy of the constraint."""
-        self.constraint = None if self.job.constraint is None else self.job.constraint.copied()
 
     @property
     def is_cancelled(self) -> bool:
@@ -51,13 +47,15 @@ def choices_of(job: Generation, device: torch.device) -> list[Choice]:
         >>> [choice.index for choice in choices_of(job, torch.device("cpu"))]
         [0, 1]
     """
-    if job.sampling.temperature == 0:
-        return [Choice(job, index, None) for index in job.choices]
     first = secrets.randbits(62) if job.seed is None else job.seed
-    return [
-        Choice(job, index, torch.Generator(device).manual_seed((first + place) % 2**63))
-        for place, index in enumerate(job.choices)
-    ]
+    found = []
+    for place, index in enumerate(job.choices):
+        generator = None
+        if job.sampling.temperature > 0:
+            generator = torch.Generator(device).manual_seed((first + place) % 2**63)
+        constraint = None if job.constraint is None else job.constraint.copied()
+        found.append(Choice(job, index, generator, constraint))
+    return found
 
 
 def next_tokens(logits: Tensor, choices: Sequence[Choice]) -> list[int]:

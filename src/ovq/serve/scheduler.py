@@ -11,7 +11,6 @@ import dataclasses
 import weakref
 from collections import deque
 from collections.abc import Generator, Hashable, Iterable, Sequence
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,54 +28,9 @@ from ovq.serve.jobs import (
     TokenEvent,
 )
 from ovq.serve.limits import Limits
+from ovq.serve.model import AnyServedModel, BatchRows
 from ovq.serve.prefixes import Prefixes
 from ovq.serve.sampling import Choice, choices_of, next_tokens, token_logprobs
-
-
-class BatchRows(Protocol):
-    """Rows that read together, such as `ovq.hf.rows.Rows`."""
-
-    def __len__(self) -> int: ...
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of what is kept for all rows."""
-
-    def read(self, tokens: Tensor | Sequence[Sequence[int]]) -> Tensor:
-        """Read `[B, T]` tokens; returns the logits `[B, vocab_size]` of the next ones."""
-
-    def keep(self, places: Sequence[int]) -> None:
-        """Keep the rows at these places, in this order, repeats allowed."""
-
-    def copied(self) -> BatchRows:
-        """The same rows, which go on by themselves."""
-
-    def taken(self, place: int) -> BatchRows:
-        """The row at this place alone, which goes on by itself."""
-
-
-class BatchModel(Protocol):
-    """What the scheduler needs of a model; `ovq.serve.model.ServedModel` has it for those of this library.
-
-    A model of another kind can be served if rows of its cache can be selected and concatenated.
-    """
-
-    @property
-    def device(self) -> torch.device:
-        """Where random numbers are drawn."""
-
-    @property
-    def settings(self) -> Hashable:
-        """What states depend on beside tokens, as far as it may change while the model is served."""
-
-    def start(self, context: Context | None) -> BatchRows:
-        """One row that has read nothing, or a context."""
-
-    def joined(self, parts: Sequence[Any]) -> BatchRows:
-        """The rows of several in one, in their order; the parts are not used again."""
-
-    def read_document(self, tokens: Sequence[int], piece: int) -> Generator[int, None, Context]:
-        """Read a document in pieces of so many tokens; yields the tokens read so far, returns the context."""
 
 
 @dataclasses.dataclass
@@ -146,7 +100,7 @@ class Scheduler:
         (5, FinishEvent(choice=0, reason='length'))
     """
 
-    def __init__(self, model: BatchModel, limits: Limits) -> None:
+    def __init__(self, model: AnyServedModel, limits: Limits) -> None:
         self.counts, self.prefixes = Counts(), Prefixes(limits.prefix_bytes)
         self._model, self._limits = model, limits
         self._waiting: deque[Job] = deque()
@@ -163,11 +117,6 @@ class Scheduler:
         """Jobs that have not begun."""
         # A copy, which is made at once: another thread may ask.
         return list(self._waiting)
-
-    @property
-    def num_waiting(self) -> int:
-        """How many they are."""
-        return len(self._waiting)
 
     @property
     def num_rows(self) -> int:
@@ -272,6 +221,7 @@ class Scheduler:
         """Find out where to read a job from."""
         job = started.job
         if not isinstance(job, Generation):
+            started.document = self._model.read_document(job.tokens, self._limits.step_tokens)
             return
         found = self.prefixes.find(self._root(job), job.tokens)
         started.rows = self._model.start(job.context) if found.rows is None else found.rows
@@ -296,8 +246,7 @@ class Scheduler:
                 self._remember(job, job.tokens[:end], started.rows.copied())
                 started.known = end
             return logits
-        if started.document is None:
-            started.document = self._model.read_document(job.tokens, self._limits.step_tokens)
+        assert started.document is not None
         started.num_read = next(started.document)
         if started.num_read == len(job.tokens):
             try:

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from ovq.hf.streaming import Sampling
 from ovq.serve.bodies import Request
-from ovq.serve.errors import bad_request
+from ovq.serve.errors import bad_field, bad_request
 
 MOST_TOP_LOGPROBS = 20
 _MOST_STOPS = 16
@@ -79,10 +79,8 @@ class GenerationRequest(Request):
         """
         found = [self.stop] if isinstance(self.stop, str) else self.stop or []
         if len(found) > _MOST_STOPS or not all(found):
-            raise bad_request(
-                f"stop: expected at most {_MOST_STOPS} sequences, none of them empty, found {found}",
-                param="stop",
-            )
+            wanted = f"expected at most {_MOST_STOPS} sequences, none of them empty"
+            raise bad_field("stop", f"{wanted}, found {found}")
         return found
 
     @property

@@ -89,45 +89,36 @@ class _Connection(H11Protocol):
             self._timer = self.loop.call_later(min(1.0, longest / 8), self._look)
 
 
-class _Server(uvicorn.Server):
-    """uvicorn, which says when it is ready."""
+class Server(uvicorn.Server):
+    """Serves until SIGINT or SIGTERM. Requests that are under way are then answered, and new ones are not.
+
+    Args:
+        config: From `configured`.
+        on_ready: Is called once requests are answered.
+    """
 
     def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
         super().__init__(config)
         self._on_ready = on_ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """See `uvicorn.Server`."""
         await super().startup(sockets)
         if self.started:
             self._on_ready()
 
 
-def run(
-    app: Any,
-    listener: socket.socket,
-    *,
-    limits: Limits,
-    shutdown_seconds: int,
-    on_ready: Callable[[], None],
-    log_level: str = "warning",
-) -> None:
-    """Serve until SIGINT or SIGTERM. Requests that are under way are then answered, and new ones are not.
-
-    Args:
-        app: The application.
-        listener: From `bound`.
-        limits: `max_connections` and the seconds matter here.
-        shutdown_seconds: How long to wait for requests that are under way; a second signal ends them at once.
-        on_ready: Is called once requests are answered.
-        log_level: Of uvicorn's logs on standard error; `"info"` for a line per request.
-    """
-    _Server(configured(app, limits, shutdown_seconds, log_level), on_ready).run(sockets=[listener])
-
-
 def configured(
     app: Any, limits: Limits, shutdown_seconds: int = 30, log_level: str = "warning"
 ) -> uvicorn.Config:
-    """What uvicorn is told to run an application with; see `run`."""
+    """What uvicorn is told.
+
+    Args:
+        app: The application.
+        limits: `max_connections` and the seconds matter here.
+        shutdown_seconds: How long to wait for requests that are under way; a second signal ends them at once.
+        log_level: Of its logs on standard error; `"info"` for a line per request.
+    """
     return uvicorn.Config(
         app,
         lifespan="on",

@@ -7,51 +7,19 @@ import contextlib
 import threading
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 from ovq.hf.byte_tokens import token_bytes
-from ovq.hf.streaming import TextStream
-from ovq.serve.errors import bad_request
-from ovq.serve.tools import told_in_text
+from ovq.hf.streaming import IdStream, TextStream
+from ovq.serve.errors import bad_field
+from ovq.serve.tools import begun, told_in_text
 
-
-class AnyTextStream(Protocol):
-    """The text of tokens that arrive one by one."""
-
-    def push(self, token: int) -> str:
-        """The text that is certain after one more token."""
-
-    def finish(self) -> str:
-        """The text that was held back."""
-
-
-class IdStream:
-    """The stream of a model without tokenizer: ids, with spaces between them.
-
-    Example:
-        >>> stream = IdStream()
-        >>> stream.push(12), stream.push(7), stream.finish()
-        ('12', ' 7', '')
-    """
-
-    def __init__(self) -> None:
-        self._separator = ""
-
-    def push(self, token: int) -> str:
-        """See `AnyTextStream.push`."""
-        text, self._separator = f"{self._separator}{token}", " "
-        return text
-
-    def finish(self) -> str:
-        """See `AnyTextStream.finish`."""
-        return ""
+AnyTextStream = IdStream | TextStream
+"""The text of tokens that arrive one by one."""
 
 
 class Offsets:
     """Where the tokens of an answer are in its text, in characters.
-
-    Args:
-        texts: Makes text of tokens.
 
     Example:
         >>> offsets = Offsets(Texts(None, vocab_size=50))
@@ -92,11 +60,6 @@ class Texts:
         """What is between two tokens, in a text of ids."""
         return " " if self._tokenizer is None else ""
 
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether messages can be turned into a prompt."""
-        return self._tokenizer is not None and bool(self._tokenizer.chat_template)
-
     @cached_property
     def _has_tools_in_template(self) -> bool:
         """Whether the chat template tells a model of tools by itself."""
@@ -128,11 +91,8 @@ class Texts:
         if self._tokenizer is None:
             words = text.split()
             if not all(word.isascii() and word.isdecimal() and len(word) < 19 for word in words):
-                raise bad_request(
-                    f"{param}: expected token ids such as '12 7 33' (the model has no tokenizer), "
-                    f"found {text[:80]!r}",
-                    param=param,
-                )
+                wanted = "expected token ids such as '12 7 33' (the model has no tokenizer)"
+                raise bad_field(param, f"{wanted}, found {text[:80]!r}")
             return self.checked([int(word) for word in words], param=param)
         with self._lock:
             # Not verbose: models here may read more tokens than the tokenizer expects.
@@ -146,13 +106,10 @@ class Texts:
             APIError: If there is none, or one that the model does not know.
         """
         if not ids:
-            raise bad_request(f"{param}: expected at least one token, found none", param=param)
+            raise bad_field(param, "expected at least one token, found none")
         if min(ids) < 0 or max(ids) >= self._vocab_size:
-            raise bad_request(
-                f"{param}: expected token ids from 0 to {self._vocab_size - 1}, "
-                f"found {min(ids)} to {max(ids)}",
-                param=param,
-            )
+            found = f"{min(ids)} to {max(ids)}"
+            raise bad_field(param, f"expected token ids from 0 to {self._vocab_size - 1}, found {found}")
         return list(ids)
 
     def chat(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
@@ -166,12 +123,11 @@ class Texts:
         Raises:
             APIError: If there is no template, or it refuses these messages.
         """
-        if not self.has_chat_template:
+        if self._tokenizer is None or not self._tokenizer.chat_template:
             found = "no tokenizer" if self._tokenizer is None else "a tokenizer without one"
-            raise bad_request(
-                f"messages: expected a model whose tokenizer has a chat template, found {found}: "
-                "use /v1/completions",
-                param="messages",
+            raise bad_field(
+                "messages",
+                f"expected a model whose tokenizer has a chat template, found {found}: use /v1/completions",
                 code="no_chat_template",
             )
         try:
@@ -181,10 +137,8 @@ class Texts:
             text = self._rendered(messages, tools)
         except Exception as error:
             # Templates are programs, which refuse by any exception.
-            raise bad_request(
-                f"messages: expected what the model's chat template takes, found otherwise ({error})",
-                param="messages",
-            ) from error
+            wanted = "expected what the model's chat template takes"
+            raise bad_field("messages", f"{wanted}, found otherwise ({error})") from error
         # A template marks the beginning by itself.
         return self.encode(text, param="messages", is_start=False)
 
@@ -232,24 +186,15 @@ class StopSequences:
 
     def push(self, text: str) -> str:
         """The text that may be shown after more has come."""
-        if not self._sequences or self.is_stopped:
-            return "" if self.is_stopped else text
+        if self.is_stopped:
+            return ""
         whole = self._held + text
-        places = [place for sequence in self._sequences if (place := whole.find(sequence)) >= 0]
-        if places:
+        if places := [place for sequence in self._sequences if (place := whole.find(sequence)) >= 0]:
             self.is_stopped, self._held = True, ""
             return whole[: min(places)]
-        longest = max(map(len, self._sequences)) - 1
-        num_held = next(
-            (
-                n
-                for n in range(min(longest, len(whole)), 0, -1)
-                if any(sequence.startswith(whole[-n:]) for sequence in self._sequences)
-            ),
-            0,
-        )
-        self._held = whole[len(whole) - num_held :]
-        return whole[: len(whole) - num_held]
+        end = begun(whole, self._sequences)
+        self._held = whole[end:]
+        return whole[:end]
 
     def finish(self) -> str:
         """What was held back, at the end of the text."""

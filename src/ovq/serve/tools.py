@@ -96,7 +96,8 @@ class ToolCalls:
             found += calls
         if self.is_complete:
             self._held = ""
-        end = len(self._held[:begin].rstrip()) if begin >= 0 else _opening(self._held)
+        # With the space before a call, of which a part may have come.
+        end = len(self._held[: begin if begin >= 0 else begun(self._held, [OPEN])].rstrip())
         shown, self._held = shown + self._held[:end], self._held[end:]
         return shown, found
 
@@ -166,12 +167,16 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _opening(text: str) -> int:
-    """Where the end of a text may be the beginning of a call, with the space before it."""
-    for n in range(len(OPEN), 0, -1):
-        if text.endswith(OPEN[:n]):
-            return len(text[:-n].rstrip())
-    return len(text.rstrip())
+def begun(text: str, sequences: Sequence[str]) -> int:
+    """Where the end of a text may be the beginning of one of some sequences.
+
+    Example:
+        >>> begun("to be", ["end", "bed"]), begun("to be ", ["end", "bed"])
+        (3, 6)
+    """
+    longest = max(map(len, sequences), default=0)
+    starts = range(max(0, len(text) - longest), len(text))
+    return next((n for n in starts if any(one.startswith(text[n:]) for one in sequences)), len(text))
 
 
 def told_in_text(messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
