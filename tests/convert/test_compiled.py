@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ovq.convert import memory as module
+from ovq.convert import compiled as module
 from ovq.convert.cache import MemoryLayer
 from ovq.convert.compiled import is_compiled
 from ovq.convert.config import MemoryConfig
@@ -62,7 +62,6 @@ def read(layer, q, k, v, sizes, masks=None):
 def read_by_torch(*args):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "is_compiled", lambda *args: False)
-        patch.setattr("ovq.convert.cache.is_compiled", lambda *args: False)
         return read(*args)
 
 

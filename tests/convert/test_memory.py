@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from ovq.convert.compiled import advance
 from ovq.convert.config import Budget
 from ovq.convert.memory import HeadMemory
 from ovq.convert.narrow import narrowed, widened
@@ -20,13 +21,17 @@ def memory_and_tokens(*, merge="nearest", dtype=torch.float64, num_tokens=90, **
     return HeadMemory(Budget(heads=(0, 1), merge=merge, **SIZES, **fields), k, v), q, 3 * k, v
 
 
+def learn(memory, k, v):
+    advance([(memory, memory.budget.heads)], k, v, [k.shape[2]] * len(k))
+
+
 @pytest.mark.parametrize("merge", ["nearest", "updated", "existing"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_slots_are_those_of_the_op(merge, dtype, monkeypatch):
     # Tokens of one model's texts count for each other by another power than those of trained mixers.
     monkeypatch.setattr("ovq.convert.config.MASS_POWER", options.MASS_POWER)
     memory, _, k, v = memory_and_tokens(merge=merge, dtype=dtype)
-    memory.learn(k, v)
+    learn(memory, k, v)
     [merged] = set(memory.num_merged)
     assert merged == 72
     unit = memory.key_unit[0, 0]
@@ -62,7 +67,7 @@ def test_autocast_does_not_reach_what_is_merged(monkeypatch):
         memory, _, k, v = memory_and_tokens(dtype=torch.float32)
         with torch.autocast("cpu", torch.bfloat16, enabled=is_narrow):
             # So close that products in bfloat16 tell little.
-            memory.learn(k[:, :, :1] + 0.02 * k, v[:, :, :1] + 0.02 * v)
+            learn(memory, k[:, :, :1] + 0.02 * k, v[:, :, :1] + 0.02 * v)
         memories.append(memory.tensors())
     assert all(torch.equal(memories[1][name], x) for name, x in memories[0].items())
 
@@ -70,7 +75,7 @@ def test_autocast_does_not_reach_what_is_merged(monkeypatch):
 @pytest.mark.parametrize("num_tokens", [2, 10, 40, 90])
 def test_the_read_is_one_softmax_over_all_that_is_kept(num_tokens):
     memory, q, k, v = memory_and_tokens()
-    memory.learn(k[:, :, :num_tokens], v[:, :, :num_tokens])
+    learn(memory, k[:, :, :num_tokens], v[:, :, :num_tokens])
     temperature, bias = torch.tensor([1.0, 0.5, 2.0, 1.0]), torch.tensor([0.0, 1.0, -1.0, 0.0])
     before = memory.clone()
     new = slice(num_tokens - 1, num_tokens)
@@ -97,7 +102,7 @@ def test_the_read_is_one_softmax_over_all_that_is_kept(num_tokens):
 
 def test_a_copy_shares_nothing():
     memory, q, k, v = memory_and_tokens()
-    memory.learn(k[:, :, :50], v[:, :, :50])
+    learn(memory, k[:, :, :50], v[:, :, :50])
     kept = {name: t.clone() for name, t in memory.tensors().items()}
     copy = memory.clone()
     copy.attend(q[:, :, 50:], k[:, :, 50:], v[:, :, 50:], [40, 40])
@@ -155,7 +160,7 @@ def test_rounding_again_changes_nothing(state_dtype):
 def test_a_token_alone_in_a_slot_is_that_token_in_bfloat16():
     memory, _, k, v = memory_and_tokens(dtype=torch.float32, num_tokens=19, state_dtype="bfloat16")
     k, v = k.bfloat16().float(), v.bfloat16().float()
-    memory.learn(k, v)
+    learn(memory, k, v)
     assert memory.num_merged == [8, 8]
     assert (memory.count[:, :, :8] == 1).all()
     assert memory.key_sum.dtype == torch.bfloat16

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ovq.convert import cache, memory
+from ovq.convert import compiled
 from ovq.ops import backends
 from tests.convert.test_compiled import inputs, layer_of, read
 
@@ -16,8 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("state_dtype", ["float32", "int8"])
 def test_the_kernels_for_gpus_merge_what_leaves_the_windows(merge, state_dtype, monkeypatch):
     """With weights, in rows that merge at different tokens: the sums of PyTorch's merging to the last bit."""
-    for module in (memory, cache):
-        monkeypatch.setattr(module, "is_compiled", lambda *args: False)
+    monkeypatch.setattr(compiled, "is_compiled", lambda *args: False)
     sizes, calls = [40, 14], []
     q, k, v = inputs(sum(sizes))
     masks = [torch.ones(2, size, dtype=torch.bool) for size in sizes]

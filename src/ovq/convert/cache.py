@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ovq.convert.compiled import advance_compiled, is_compiled
+from ovq.convert.compiled import advance
 from ovq.convert.config import Budget, LayerConfig, MemoryConfig
 from ovq.convert.fits import check_fits
 from ovq.convert.memory import HeadMemory
 from ovq.convert.reading import Observer
-from ovq.convert.recorded import Recorded, drop_, put_back_
 from ovq.hf.cache import MOST_CROPPED, OVQCacheLayer, StateCache, not_croppable
 from ovq.layers.memory import Memory, StateSpec
 
@@ -101,6 +100,22 @@ class HeadMemories(Memory):
     def without_columns(self, state: list[HeadMemory], num_dropped: int, num_left: int) -> list[HeadMemory]:
         """See `Memory.without_columns`."""
         return state
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Recorded:
+    """What a layer keeps so that its last tokens can be taken out again.
+
+    Attributes:
+        num_columns: those that were read before.
+        before: copies of the memories before the first call that merged, or brought rows nearer.
+        keys: `[1, Hkv, T, K]` of the real tokens from that call on; None if there was none. values: likewise.
+    """
+
+    num_columns: int
+    before: Sequence[HeadMemory] = ()
+    keys: Tensor | None = None
+    values: Tensor | None = None
 
 
 class MemoryLayer(OVQCacheLayer):
@@ -233,13 +248,13 @@ class MemoryLayer(OVQCacheLayer):
         if tokens_to_remove and recorded.keys is not None:
             assert recorded.values is not None
             for memory, before in zip(memories, recorded.before, strict=True):
-                put_back_(memory, before)
+                memory.put_back_(before)
             num_kept = max(0, recorded.keys.shape[2] - num_removed)
             num_removed = max(0, num_removed - recorded.keys.shape[2])
             if num_kept:
                 self.learn(recorded.keys[:, :, :num_kept], recorded.values[:, :, :num_kept])
         for memory in memories:
-            drop_(memory, num_removed)
+            memory.drop_(num_removed)
         self.num_columns, self._recorded = num_left, Recorded(num_left)
 
     def update(
@@ -267,16 +282,13 @@ class MemoryLayer(OVQCacheLayer):
             ValueError: as `attend`.
         """
         check_fits(self.config, self.memories, k, v)
-        memories = self.begin(k, v)
+        parts = self.begin(k, v)
         self.num_columns += k.shape[2]
         if self.config.key_exponents is not None:
             k = k * key_factors(self.config.key_exponents, k)
-        lengths = [k.shape[2]] * len(k)
-        for done, now in self._parts(lengths):
+        for done, now in self._parts([k.shape[2]] * len(k)):
             part = slice(done[0], done[0] + now[0])
-            for memory in memories:
-                heads = list(memory.budget.heads)
-                memory.learn(k[:, heads, part], v[:, heads, part])
+            advance(parts, k[:, :, part], v[:, :, part], now)
             self.bring_nearer(now)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -299,7 +311,7 @@ class MemoryLayer(OVQCacheLayer):
             last = self.attend(q[:, :, cut:], k[:, :, cut:], v[:, :, cut:], masks[1])
             return torch.cat([first, last], 2)
         check_fits(self.config, self.memories, k, v, q)
-        self.begin(k, v)
+        parts = self.begin(k, v)
         self.num_columns += k.shape[2]
         lengths = [q.shape[2]] * len(q) if mask is None else mask.sum(-1).tolist()
         order = None
@@ -319,32 +331,36 @@ class MemoryLayer(OVQCacheLayer):
             name: None if x is None else torch.tensor(x, dtype=torch.float32, device=q.device)
             for name, x in learned.items()
         }
+
+        def outputs(lengths: Sequence[int], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            """Of tokens after which, at the earliest, something is brought nearer."""
+            o = advance(parts, k, v, lengths, q=q, **factors)
+            assert o is not None
+            return o
+
         if max(lengths) < self.until_turn():
-            o = self._attend_part(q, k, v, lengths, **factors)
+            o = outputs(lengths, q, k, v)
         else:
             o = q.new_zeros(*q.shape[:3], v.shape[3])
             for done, now in self._parts(lengths):
                 if len({*zip(done, now, strict=True)}) == 1:
                     part = slice(done[0], done[0] + now[0])
-                    o[:, :, part] = self._attend_part(
-                        q[:, :, part], k[:, :, part], v[:, :, part], now, **factors
-                    )
+                    o[:, :, part] = outputs(now, *(x[:, :, part] for x in (q, k, v)))
                 else:
                     first = torch.tensor(done, device=q.device)[:, None]
                     places = first + torch.arange(max(now), device=q.device)
                     places = places.clamp(max=q.shape[2] - 1)
-                    own_q, own_k, own_v = (_take(x, places) for x in (q, k, v))
-                    found = self._attend_part(own_q, own_k, own_v, now, **factors)
+                    found = outputs(now, *(_take(x, places) for x in (q, k, v)))
                     for row, (start, num) in enumerate(zip(done, now, strict=True)):
                         o[row, :, start : start + num] = found[row, :, :num]
                 self.bring_nearer(now)
         return o if order is None else _take(o, order.argsort(-1))
 
-    def begin(self, k: Tensor, v: Tensor) -> list[HeadMemory]:
-        """The memories, into which keys and values like these are read next."""
+    def begin(self, k: Tensor, v: Tensor) -> list[tuple[HeadMemory, tuple[int, ...]]]:
+        """The memories, into which keys and values like these are read next, and the heads of each."""
         if self.state is None:
             self.set_state(self.memory.empty(k, v), 0)
-        return self.own_()
+        return [(memory, memory.budget.heads) for memory in self.own_()]
 
     def until_turn(self) -> float:
         """The fewest tokens until something is brought nearer in a row."""
@@ -382,27 +398,6 @@ class MemoryLayer(OVQCacheLayer):
         for memory in memories:
             own = None if ratio is None else ratio[list(memory.budget.heads)]
             memory.bring_nearer_(rows, reach, own)
-
-    def _attend_part(
-        self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], **factors: Tensor | None
-    ) -> Tensor:
-        """Outputs of tokens after which, at the earliest, something is brought nearer."""
-        assert self.memories is not None
-        per_head = q.shape[1] // self.config.num_kv_heads
-        if len(self.memories) == 1:
-            return self.memories[0].attend(q, k, v, lengths, **factors)
-        if is_compiled(self.memories, k, v, q, *factors.values()):
-            o = q.new_zeros(*q.shape[:3], v.shape[3])
-            parts = [(memory, memory.budget.heads) for memory in self.memories]
-            advance_compiled(parts, k, v, lengths, q=q, o=o, **factors)
-        else:
-            o = q.new_empty(*q.shape[:3], v.shape[3])
-            for memory in self.memories:
-                heads = list(memory.budget.heads)
-                own = [h * per_head + i for h in heads for i in range(per_head)]
-                part = {name: None if x is None else x[own] for name, x in factors.items()}
-                o[:, own] = memory.attend(q[:, own], k[:, heads], v[:, heads], lengths, **part)
-        return o
 
 
 class MemoryCache(StateCache):

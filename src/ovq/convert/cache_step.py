@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ovq.convert.cache import MemoryCache, MemoryLayer, key_factors
-from ovq.convert.compiled import count_tokens, schedule_of
 from ovq.convert.config import LayerConfig
 from ovq.convert.memory import HeadMemory
 from ovq.ops.backends.cpu.layer import HeadsLayer, HeadsStep
@@ -76,7 +76,7 @@ class CacheStep:
         _put_angles(self._step, cos, sin, rows, num)
         y = self._step.run(x)
         for memory in self._memories:
-            count_tokens(memory, [num] * rows)
+            memory.count_tokens([num] * rows)
         for layer, copies in zip(self._layers, before, strict=True):
             layer.num_columns += num
             layer.record_read(copies, num)
@@ -114,7 +114,7 @@ def read_pieces(
             for layer in cache.layers:
                 layer.num_columns += lengths[0]
                 for memory in layer.state:
-                    count_tokens(memory, lengths)
+                    memory.count_tokens(lengths)
         given = [x[:, part] for part in pieces]
         parts += steps[0].run_before(steps[1], *given) if len(steps) == 2 else [steps[0].run(*given)]
         for layer in cache.layers:
@@ -151,30 +151,25 @@ def _now_and_next(memory: HeadMemory) -> list[list[int]]:
 def _groups(layer: MemoryLayer, of: HeadsLayer, num: int) -> list[HeadGroup]:
     """The heads of a layer as kernels take them, to read `num` tokens of each row."""
     config, dim = layer.config, of.head_dim
-    groups = []
-    for memory in layer.state:
-        num_rows, budget = len(memory.filled), memory.budget
-        # The kernel puts in its own queries, keys and values.
-        k = memory.recent_keys.new_empty(num_rows, config.num_kv_heads, 1, dim)
-        groups.append(
-            HeadGroup.of(
-                memory.kernel_tensors(),
-                heads=budget.heads,
-                num_sinks=budget.num_sinks,
-                chunk_size=budget.chunk_size,
-                options=budget.options if budget.num_slots else None,
-                filled=memory.filled,
-                num_merged=memory.num_merged,
-                lengths=[num] * num_rows,
-                schedule=_now_and_next(memory) if num == 1 else schedule_of(memory, [num] * num_rows),
-                k=k,
-                v=k,
-                q=k.new_empty(num_rows, of.q.shape[0] // dim, 1, dim, dtype=torch.float32),
-                temperature=_numbers(config, "slot_temperature"),
-                bias=_numbers(config, "slot_bias"),
-            )
+    lengths = [num] * layer.num_rows
+    # The kernel puts in its own queries, keys and values.
+    k = layer.state[0].recent_keys.new_empty(layer.num_rows, config.num_kv_heads, 1, dim)
+    given: dict[str, Any] = {
+        "k": k,
+        "v": k,
+        "q": k.new_empty(layer.num_rows, of.q.shape[0] // dim, 1, dim, dtype=torch.float32),
+        "temperature": _numbers(config, "slot_temperature"),
+        "bias": _numbers(config, "slot_bias"),
+    }
+    return [
+        memory.group(
+            lengths,
+            _now_and_next(memory) if num == 1 else memory.schedule(lengths),
+            heads=memory.budget.heads,
+            **given,
         )
-    return groups
+        for memory in layer.state
+    ]
 
 
 def _factors(configs: Sequence[LayerConfig], dim: int) -> list[Tensor | None]:

@@ -1,40 +1,20 @@
-"""Memories (`memory.py`) that compiled kernels read and advance, all heads of a layer in one call."""
+"""`advance`: memories of a layer read new tokens, by compiled kernels where these can."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ovq.convert.config import Budget
+from ovq.convert.memory import HeadMemory
 from ovq.ops.backends.cpu import KNOWN
 from ovq.ops.backends.cpu.kernels import DTYPES, is_available
-from ovq.ops.backends.cpu.memory import HeadGroup, advance_memory
+from ovq.ops.backends.cpu.memory import advance_memory
 
 
-class Memory(Protocol):
-    """What kernels need of a `HeadMemory`, beside the tensors of its slots."""
-
-    budget: Budget
-    recent_keys: Tensor
-    recent_values: Tensor
-    filled: list[int]
-    num_merged: list[int]
-
-    @property
-    def observer(self) -> object:
-        """Who is told of what is read; None for nobody."""
-
-    def own_(self) -> None:
-        """Copy what autograd has saved, so that tensors can be written into."""
-
-    def kernel_tensors(self) -> dict[str, Tensor]:
-        """The tensors that kernels read and write."""
-
-
-def is_compiled(memories: Sequence[Memory], k: Tensor, v: Tensor, *tensors: Tensor | None) -> bool:
+def is_compiled(memories: Sequence[HeadMemory], k: Tensor, v: Tensor, *tensors: Tensor | None) -> bool:
     """Whether compiled kernels can let memories read `tensors` (queries, and what is learned) with k and v.
 
     They know no gradients, and tell no observer.
@@ -51,78 +31,57 @@ def is_compiled(memories: Sequence[Memory], k: Tensor, v: Tensor, *tensors: Tens
     )
 
 
-def schedule_of(memory: Memory, lengths: Sequence[int]) -> list[list[int]]:
-    """Slots in use of each row, and after each merge while it reads so many tokens."""
-    budget = memory.budget
-    return [
-        [
-            budget.num_open(num_merged + i * budget.chunk_size)
-            for i in range(_num_merges(memory, row, num_new) + 1)
-        ]
-        for row, (num_merged, num_new) in enumerate(zip(memory.num_merged, lengths, strict=True))
-    ]
-
-
-def count_tokens(memory: Memory, lengths: Sequence[int]) -> None:
-    """Count tokens of each row that a kernel has read, and what it has merged."""
-    for row, num_new in enumerate(lengths):
-        num_merged = _num_merges(memory, row, num_new) * memory.budget.chunk_size
-        memory.filled[row] += num_new - num_merged
-        memory.num_merged[row] += num_merged
-
-
-def _num_merges(memory: Memory, row: int, num_new: int) -> int:
-    budget = memory.budget
-    return max(0, memory.filled[row] + num_new - budget.num_exact + budget.chunk_size) // budget.chunk_size
-
-
-def advance_compiled(
-    parts: Sequence[tuple[Memory, Sequence[int]]],
+def advance(
+    parts: Sequence[tuple[HeadMemory, Sequence[int]]],
     k: Tensor,
     v: Tensor,
     lengths: Sequence[int],
     *,
     q: Tensor | None = None,
-    o: Tensor | None = None,
     temperature: Tensor | None = None,
     bias: Tensor | None = None,
-) -> None:
-    """`HeadMemory.attend` of several memories of a layer at once, or `learn` without q.
+) -> Tensor | None:
+    """`HeadMemory.attend` of several memories of a layer at once.
 
     Args:
-        parts: memories, each with its places among the key/value heads of k and v.
-        k: `[B, Hkv, T, K]`. v: `[B, Hkv, T, V]`. q: `[B, H, T, K]`, scaled.
+        parts: memories, each with its places among the key/value heads of k and v, of which each is in one.
+        k: `[B, Hkv, T, K]`. v: `[B, Hkv, T, V]`. q: `[B, H, T, K]`, scaled; None if nothing is read.
         lengths: real tokens of each row, which come first.
-        o: `[B, H, T, V]` that gets the outputs of real tokens.
         temperature: `[H]`, see `HeadMemory.attend`. bias: `[H]`.
+
+    Returns:
+        `[B, H, T, V]`; None without queries.
     """
-    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
-    q = q if q is None or q.stride(-1) == 1 else q.contiguous()
-    learned = {
-        name: None if x is None else x.detach().float().contiguous()
-        for name, x in (("temperature", temperature), ("bias", bias))
-    }
-    groups = []
-    for memory, heads in parts:
-        memory.own_()
-        budget = memory.budget
-        groups.append(
-            HeadGroup.of(
-                memory.kernel_tensors(),
-                heads=heads,
-                num_sinks=budget.num_sinks,
-                chunk_size=budget.chunk_size,
-                options=budget.options if budget.num_slots else None,
-                filled=memory.filled,
-                num_merged=memory.num_merged,
-                lengths=lengths,
-                schedule=schedule_of(memory, lengths),
-                k=k,
-                v=v,
-                q=q,
-                o=o,
-                **learned,
-            )
+    can_compile = is_compiled([memory for memory, _ in parts], k, v, q, temperature, bias)
+    if not can_compile and len(parts) == 1:
+        return parts[0][0].attend(q, k, v, lengths, temperature=temperature, bias=bias)
+    o = None if q is None else q.new_zeros(*q.shape[:3], v.shape[3])
+    if can_compile:
+        # Kernels read along the last dimension.
+        k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+        q = q if q is None or q.stride(-1) == 1 else q.contiguous()
+        temperature, bias = (
+            None if x is None else x.detach().float().contiguous() for x in (temperature, bias)
         )
-        count_tokens(memory, lengths)
-    advance_memory(groups)
+        given: dict[str, Any] = {"k": k, "v": v, "q": q, "o": o, "temperature": temperature, "bias": bias}
+        groups = []
+        for memory, heads in parts:
+            memory.own_()
+            groups.append(memory.group(lengths, memory.schedule(lengths), heads=heads, **given))
+            memory.count_tokens(lengths)
+        advance_memory(groups)
+        return o
+    for memory, heads in parts:
+        per_head = 0 if q is None else q.shape[1] // k.shape[1]
+        own, of_queries = list(heads), [h * per_head + i for h in heads for i in range(per_head)]
+        found = memory.attend(
+            None if q is None else q[:, of_queries],
+            k[:, own],
+            v[:, own],
+            lengths,
+            temperature=None if temperature is None else temperature[of_queries],
+            bias=None if bias is None else bias[of_queries],
+        )
+        if o is not None and found is not None:
+            o[:, of_queries] = found
+    return o

@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ovq.convert.compiled import advance_compiled, is_compiled
 from ovq.convert.config import Budget
 from ovq.convert.narrow import narrowed, widened
 from ovq.convert.reach import Reach
 from ovq.convert.reading import Exact, Observer, Slots, read
 from ovq.convert.use import token_weights, use_from
 from ovq.ops.backends import learn
+from ovq.ops.backends.cpu.memory import HeadGroup
 from ovq.ops.backends.dictionary import Dictionary
 from ovq.ops.backends.learned import Merging
 from ovq.ops.backends.plan import Plan
@@ -36,7 +37,7 @@ _TENSORS = (
 
 
 class HeadMemory:
-    """What some key/value heads h of B rows remember. `attend` and `learn` change it in place.
+    """What some key/value heads h of B rows remember. `attend` changes it in place.
 
     Args:
         budget: the sizes.
@@ -143,6 +144,40 @@ class HeadMemory:
         """The tensors that kernels read and write, by name."""
         return {name: getattr(self, name) for name in self._names if name != "sink_keys"}
 
+    def group(self, lengths: Sequence[int], schedule: Sequence[Sequence[int]], **given: Any) -> HeadGroup:
+        """The memory as kernels take it, to read so many tokens of each row; `given` as in `HeadGroup.of`."""
+        budget = self.budget
+        return HeadGroup.of(
+            self.kernel_tensors(),
+            num_sinks=budget.num_sinks,
+            chunk_size=budget.chunk_size,
+            options=budget.options if budget.num_slots else None,
+            filled=self.filled,
+            num_merged=self.num_merged,
+            lengths=lengths,
+            schedule=schedule,
+            **given,
+        )
+
+    def schedule(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Slots in use of each row, and after each merge while it reads so many tokens."""
+        size = self.budget.chunk_size
+        return [
+            [self.budget.num_open(num_merged + i * size) for i in range(self._num_merges(row, num_new) + 1)]
+            for row, (num_merged, num_new) in enumerate(zip(self.num_merged, lengths, strict=True))
+        ]
+
+    def count_tokens(self, lengths: Sequence[int]) -> None:
+        """Count tokens of each row that a kernel has read, and what it has merged."""
+        for row, num_new in enumerate(lengths):
+            num_merged = self._num_merges(row, num_new) * self.budget.chunk_size
+            self.filled[row] += num_new - num_merged
+            self.num_merged[row] += num_merged
+
+    def _num_merges(self, row: int, num_new: int) -> int:
+        budget = self.budget
+        return max(0, self.filled[row] + num_new - budget.num_exact + budget.chunk_size) // budget.chunk_size
+
     @staticmethod
     def restored(
         budget: Budget, tensors: Mapping[str, Tensor], device: torch.device | str | None, use: Tensor | None
@@ -208,6 +243,22 @@ class HeadMemory:
                 setattr(self, name, getattr(self, name).detach().clone())
             self._has_graph = False
 
+    def put_back_(self, before: HeadMemory) -> None:
+        """Remember what this copy does, in the same tensors, which kernels know."""
+        self.own_()
+        tensors = self.tensors()
+        for name, tensor in before.tensors().items():
+            tensors[name].copy_(tensor)
+        self.filled, self.num_merged = list(before.filled), list(before.num_merged)
+
+    def drop_(self, num_tokens: int) -> None:
+        """Forget the last tokens of each row, which have come after its last merge."""
+        self.own_()
+        for row, filled in enumerate(self.filled):
+            for recent in (self.recent_keys, self.recent_values):
+                recent[row, :, filled - num_tokens : filled] = 0
+            self.filled[row] = filled - num_tokens
+
     def num_read(self, row: int) -> int:
         """Tokens that a row has read."""
         return self.filled[row] + self.num_merged[row]
@@ -259,43 +310,25 @@ class HeadMemory:
             self, "recent_keys", index, torch.cat([turned.to(recent.dtype), recent[:, :, num_sinks:]], 2)
         )
 
-    def learn(self, k: Tensor, v: Tensor) -> None:
-        """Read tokens `[B, h, T, K]`, `[B, h, T, V]` without queries; rows must have read equally many."""
-        if is_compiled([self], k, v):
-            advance_compiled([(self, range(k.shape[1]))], k, v, [k.shape[2]] * len(k))
-            return
-        num_read = 0
-        while num_read < k.shape[2]:
-            num = min(k.shape[2] - num_read, self.budget.num_exact - self.filled[0])
-            part = slice(num_read, num_read + num)
-            self._put(k[:, :, part], v[:, :, part])
-            self._advance([num] * len(self.filled))
-            num_read += num
-
     def attend(
         self,
-        q: Tensor,
+        q: Tensor | None,
         k: Tensor,
         v: Tensor,
         lengths: Sequence[int],
         *,
         temperature: Tensor | None = None,
         bias: Tensor | None = None,
-    ) -> Tensor:
-        """Outputs `[B, h * G, T, V]` of new tokens, which the memory then holds.
+    ) -> Tensor | None:
+        """Outputs `[B, h * G, T, V]` of new tokens, which the memory then holds; None without queries.
 
         Args:
-            q: `[B, h * G, T, K]` queries, scaled. k: `[B, h, T, K]`. v: `[B, h, T, V]`.
+            q: `[B, h * G, T, K]` queries, scaled; or None. k: `[B, h, T, K]`. v: `[B, h, T, V]`.
             lengths: real tokens of each row, which come first; the outputs of others are 0.
             temperature: `[h * G]` factor of the scores of slots of several tokens. bias: `[h * G]` what is
                 added to them.
         """
-        o = q.new_zeros(*q.shape[:3], v.shape[3])
-        if is_compiled([self], k, v, q, temperature, bias):
-            heads = range(k.shape[1])
-            advance_compiled([(self, heads)], k, v, lengths, q=q, o=o, temperature=temperature, bias=bias)
-            return o
-        done = [0] * len(lengths)
+        o = None if q is None else q.new_zeros(*q.shape[:3], v.shape[3])
         has_graph = torch.is_grad_enabled() and any(
             x is not None and x.requires_grad for x in (q, k, v, temperature, bias)
         )
@@ -303,7 +336,8 @@ class HeadMemory:
             raise ValueError(
                 f"gradients: expected slots in float32 (state_dtype), found {self.budget.state_dtype}"
             )
-        while any(d < n for d, n in zip(done, lengths, strict=True)):
+        done, every = [0] * len(lengths), slice(None)
+        while done != list(lengths):
             # Up to the next merge of each row.
             now = [
                 min(n - d, self.budget.num_exact - f)
@@ -313,49 +347,29 @@ class HeadMemory:
                 # What autograd has saved must not change.
                 self.recent_keys, self.recent_values = self.recent_keys.clone(), self.recent_values.clone()
                 self._has_graph = True
-            if len({*zip(now, done, self.filled, strict=True)}) == 1:
-                part = slice(done[0], done[0] + now[0])
-                self._put(k[:, :, part], v[:, :, part])
-                o[:, :, part] = self._read(q[:, :, part], temperature, bias)
+            # Where tokens are among the new ones, and where they go.
+            new: tuple[Any, ...]
+            places: tuple[Any, ...]
+            is_even = len({*zip(now, done, self.filled, strict=True)}) == 1
+            if is_even:
+                new, places = ((every, every, slice(x[0], x[0] + now[0])) for x in (done, self.filled))
             else:
-                self._attend_ragged(o, q, k, v, now, done, temperature, bias)
+                triples = [(b, done[b] + i, i) for b, n in enumerate(now) for i in range(n)]
+                rows, source, step = torch.tensor(triples, device=k.device).T
+                filled = torch.tensor(self.filled, device=k.device)[rows]
+                new, places = (rows, every, source), (rows, every, filled + step)
+            self.recent_keys[places], self.recent_values[places] = k[new], v[new]
+            if q is not None and o is not None and is_even:
+                o[new] = self._read(q[new], temperature, bias)
+            elif q is not None and o is not None:
+                queries = q.new_zeros(*q.shape[:2], max(now), q.shape[3])
+                queries[rows, :, step] = q[new]
+                o[new] = self._read(queries, temperature, bias)[rows, :, step]
             done = [d + n for d, n in zip(done, now, strict=True)]
-            self._advance(now)
+            self.filled = [f + n for f, n in zip(self.filled, now, strict=True)]
+            if full := [b for b, f in enumerate(self.filled) if f == self.budget.num_exact]:
+                self._merge(full)
         return o
-
-    def _put(self, k: Tensor, v: Tensor) -> None:
-        """Write new tokens `[B, h, n, D]` after those of rows that hold equally many."""
-        places = slice(self.filled[0], self.filled[0] + k.shape[2])
-        self.recent_keys[:, :, places] = k
-        self.recent_values[:, :, places] = v
-
-    def _advance(self, now: list[int]) -> None:
-        """Count the tokens that were written, and merge where the places are full."""
-        self.filled = [f + n for f, n in zip(self.filled, now, strict=True)]
-        full = [b for b, f in enumerate(self.filled) if f == self.budget.num_exact]
-        if full:
-            self._merge(full)
-
-    def _attend_ragged(
-        self,
-        o: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        now: list[int],
-        done: list[int],
-        temperature: Tensor | None,
-        bias: Tensor | None,
-    ) -> None:
-        """`now[b]` tokens of each row, from `done[b]` on, where rows differ in these or in what they hold."""
-        triples = [(b, done[b] + i, i) for b, n in enumerate(now) for i in range(n)]
-        rows, source, step = torch.tensor(triples, device=q.device).T
-        places = torch.tensor(self.filled, device=q.device)[rows] + step
-        self.recent_keys[rows, :, places] = k[rows, :, source]
-        self.recent_values[rows, :, places] = v[rows, :, source]
-        queries = q.new_zeros(*q.shape[:2], max(now), q.shape[3])
-        queries[rows, :, step] = q[rows, :, source]
-        o[rows, :, source] = self._read(queries, temperature, bias)[rows, :, step]
 
     def _read(self, q: Tensor, temperature: Tensor | None, bias: Tensor | None) -> Tensor:
         """Outputs `[B, h * G, n, V]` for queries whose first is the token after `filled` exact ones."""

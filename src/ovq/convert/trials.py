@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ovq.convert.cache import MemoryLayer
 from ovq.convert.captures import Captured
+from ovq.convert.compiled import advance
 from ovq.convert.config import LayerConfig, MemoryConfig
 
 # Heads, of all layers, that are tried side by side.
@@ -88,13 +89,13 @@ def with_window(longer: MemoryLayer, config: LayerConfig) -> MemoryLayer:
     """
     layer = longer.branch(config)
     for memory, budget in zip(layer.own_(), config.budgets, strict=True):
-        recent = [x[:, :, : memory.filled[0]] for x in (memory.recent_keys, memory.recent_values)]
+        k, v = (x[:, :, : memory.filled[0]] for x in (memory.recent_keys, memory.recent_values))
         # Sinks and last tokens are read once more, now with fewer places.
         memory.budget, memory.filled = budget, [0]
         memory.recent_keys, memory.recent_values = (
-            x.new_zeros(*x.shape[:2], budget.num_exact, x.shape[3]) for x in recent
+            x.new_zeros(*x.shape[:2], budget.num_exact, x.shape[3]) for x in (k, v)
         )
-        memory.learn(*recent)
+        advance([(memory, range(k.shape[1]))], k, v, [k.shape[2]])
     return layer
 
 
