@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ovq.convert.attention import IMPLEMENTATION, LAYER_CONFIG
 from ovq.convert.cache import MemoryCache
-from ovq.convert.config import CONFIG_KEY, MemoryConfig, as_table
+from ovq.convert.config import CONFIG_KEY, MemoryConfig, as_table, check_heads
 from ovq.convert.context import KIND
 from ovq.convert.packed import PACKED, can_pack, pack_
 from ovq.convert.rotary import with_reach
@@ -184,11 +184,8 @@ def attach(
             value_weight=value_weight,
             max_distance=max_distance,
         )
-    elif list(map(len, config.num_slots)) != heads:
-        raise ValueError(
-            f"config: expected {heads} key/value heads per layer, as the model has, "
-            f"found {list(map(len, config.num_slots))}"
-        )
+    else:
+        check_heads("config", config.num_slots, heads)
     if state_dtype is not None:
         config = dataclasses.replace(config, state_dtype=state_dtype)
     config = with_reach(config, model)

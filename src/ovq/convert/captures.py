@@ -79,7 +79,7 @@ class Captures:
 
     def __init__(self, model: PreTrainedModel, *, progress: Callable[[int], None] | None = None) -> None:
         self.model = model
-        self._progress, self._num_layers_done = progress, 0
+        self._count = counted(progress)
         self._folder = TemporaryFolder("captures")
         self._numbers: dict[str, tuple[int, int]] = {}
 
@@ -121,16 +121,24 @@ class Captures:
         name = hashlib.sha256(repr(given).encode()).hexdigest()
         path = Path(self._folder.name) / name
         if name not in self._numbers:
-            layers = capture(self.model, text, mask, seed, self._after_layer)
+            layers = capture(self.model, text, mask, seed, lambda: self._count(1))
             tensors = {f"{n}{i}": getattr(c, n).contiguous() for i, c in enumerate(layers) for n in _TENSORS}
             write_file(path, tensors, metadata={})
             self._numbers[name] = len(layers), layers[0].num_targets
         return path
 
-    def _after_layer(self) -> None:
-        self._num_layers_done += 1
-        if self._progress is not None:
-            self._progress(self._num_layers_done)
+
+def counted(progress: Callable[[int], None] | None) -> Callable[[int], None]:
+    """To be called with how many more there are; calls `progress` with how many there have been."""
+    total = 0
+
+    def add(num: int) -> None:
+        nonlocal total
+        total += num
+        if progress is not None:
+            progress(total)
+
+    return add
 
 
 def captures_of(

@@ -100,34 +100,28 @@ class MemoryConfig:
                 "expected num_slots and window for the same layers and heads, found "
                 f"{heads} and {list(map(len, self.window))} heads per layer"
             )
-        if isinstance(self.value_weight, list):
-            _check_heads("value_weight", self.value_weight, heads)
-        for weight in itertools.chain(*given) if isinstance(given := self.value_weight, list) else [given]:
+        for name in ("value_weight", "key_exponents", "token_use"):
+            if isinstance(table := getattr(self, name), Sequence):
+                check_heads(name, table, heads)
+        weights = self.value_weight if isinstance(self.value_weight, list) else [[self.value_weight]]
+        for weight in itertools.chain(*weights):
             check_value_weight("value_weight", weight)
-        if self.key_exponents is not None:
-            _check_heads("key_exponents", self.key_exponents, heads)
-            for exponent in itertools.chain(*itertools.chain(*self.key_exponents)):
-                _check_int("key_exponents", exponent, at_least=-_MOST_EXPONENT)
-                if exponent > _MOST_EXPONENT:
-                    raise ValueError(
-                        f"key_exponents: expected integers up to {_MOST_EXPONENT}, found {exponent}"
-                    )
-        if self.token_use is not None:
-            _check_heads("token_use", self.token_use, heads)
-            _check_finite("token_use", itertools.chain(*itertools.chain(*self.token_use)))
+        for exponent in itertools.chain(*itertools.chain(*self.key_exponents or [])):
+            _check_int("key_exponents", exponent, at_least=-_MOST_EXPONENT)
+            if exponent > _MOST_EXPONENT:
+                raise ValueError(f"key_exponents: expected integers up to {_MOST_EXPONENT}, found {exponent}")
+        _check_finite("token_use", itertools.chain(*itertools.chain(*self.token_use or [])))
         for name, least in (("trained_length", LEAST_LENGTH), ("max_distance", LEAST_LENGTH // 4)):
             if (number := getattr(self, name)) is not None:
                 _check_int(name, number, at_least=least)
-        for slots in self.num_slots:
-            for number in slots:
-                _check_int("num_slots", number, at_least=0)
-        for windows in self.window:
-            for number in windows:
-                _check_int("window", number, at_least=1)
-                if number % self.chunk_size:
-                    raise ValueError(
-                        f"window: expected a multiple of chunk_size ({self.chunk_size}), found {number}"
-                    )
+        for number in itertools.chain(*self.num_slots):
+            _check_int("num_slots", number, at_least=0)
+        for number in itertools.chain(*self.window):
+            _check_int("window", number, at_least=1)
+            if number % self.chunk_size:
+                raise ValueError(
+                    f"window: expected a multiple of chunk_size ({self.chunk_size}), found {number}"
+                )
         for name in ("slot_temperature", "slot_bias"):
             if (lists := getattr(self, name)) is not None:
                 found = list(map(len, lists))
@@ -181,12 +175,8 @@ class MemoryConfig:
     @property
     def rows_per_head(self) -> float:
         """Rows of a key and a value that a head keeps, on average over all heads."""
-        rows = [
-            self.num_sinks + n + w
-            for slots, windows in zip(self.num_slots, self.window, strict=True)
-            for n, w in zip(slots, windows, strict=True)
-        ]
-        return sum(rows) / len(rows)
+        num_heads = sum(map(len, self.num_slots))
+        return (self.num_sinks * num_heads + sum(map(sum, self.num_slots + self.window))) / num_heads
 
     @property
     def reach(self) -> Reach | None:
@@ -223,13 +213,11 @@ class MemoryConfig:
                 for (num, window, weight), heads in groups.items()
             ),
             num_kv_heads=len(slots),
-            key_exponents=None
-            if self.key_exponents is None
-            else tuple(map(tuple, self.key_exponents[index])),
-            token_use=None if self.token_use is None else tuple(map(tuple, self.token_use[index])),
-            slot_temperature=None if self.slot_temperature is None else tuple(self.slot_temperature[index]),
-            slot_bias=None if self.slot_bias is None else tuple(self.slot_bias[index]),
             reach=self.reach,
+            **{
+                name: None if (table := getattr(self, name)) is None else table[index]
+                for name in ("key_exponents", "token_use", "slot_temperature", "slot_bias")
+            },
         )
 
 
@@ -295,14 +283,15 @@ class LayerConfig:
 
     budgets: tuple[Budget, ...]
     num_kv_heads: int
-    key_exponents: tuple[tuple[int, ...], ...] | None = None
-    token_use: tuple[tuple[float, ...], ...] | None = None
-    slot_temperature: tuple[float, ...] | None = None
-    slot_bias: tuple[float, ...] | None = None
+    key_exponents: Sequence[Sequence[int]] | None = None
+    token_use: Sequence[Sequence[float]] | None = None
+    slot_temperature: Sequence[float] | None = None
+    slot_bias: Sequence[float] | None = None
     reach: Reach | None = None
 
 
-def _check_heads(name: str, table: Sequence[Sequence[Any]], heads: list[int]) -> None:
+def check_heads(name: str, table: Sequence[Sequence[Any]], heads: list[int]) -> None:
+    """Raise ValueError, naming the argument, unless there are as many numbers as heads in each layer."""
     if (found := list(map(len, table))) != heads:
         raise ValueError(f"{name}: expected numbers for {heads} key/value heads per layer, found {found}")
 
@@ -318,16 +307,11 @@ def _check_int(name: str, value: Any, *, at_least: int) -> None:
         raise ValueError(f"{name}: expected an integer of at least {at_least}, found {value!r}")
 
 
-def as_table(name: str, value: int | Sequence[Sequence[int]], heads: Sequence[int]) -> list[list[int]]:
+def as_table(name: str, value: int | Sequence[Sequence[int]], heads: list[int]) -> list[list[int]]:
     """A number for all heads, or numbers `[layer][head]`, as numbers `[layer][head]`.
 
-    Args:
-        name: the argument, for the error.
-        value: the number or numbers.
-        heads: key/value heads of each layer.
-
     Raises:
-        ValueError: if there are not as many numbers as heads.
+        ValueError: naming the argument, unless there are as many numbers as key/value heads.
     """
     if isinstance(value, int):
         return [[value] * num for num in heads]
@@ -337,9 +321,5 @@ def as_table(name: str, value: int | Sequence[Sequence[int]], heads: Sequence[in
         raise ValueError(
             f"{name}: expected an integer, or a list of them per layer, found {value!r}"
         ) from None
-    if list(map(len, table)) != list(heads):
-        raise ValueError(
-            f"{name}: expected numbers for {list(heads)} key/value heads per layer, "
-            f"found {list(map(len, table))}"
-        )
+    check_heads(name, table, heads)
     return table

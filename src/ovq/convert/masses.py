@@ -67,8 +67,7 @@ def fitted_bias(
     """
     if not texts:
         raise ValueError("texts: expected at least one, found none")
-    left: Tensor | float = 0.0
-    right: Tensor | float = 0.0
+    left = right = torch.zeros(())
     with captures_of(model, captures) as kept:
         for i, text in enumerate(texts):
             layers = kept.of(text, seed=seed)
@@ -79,8 +78,6 @@ def fitted_bias(
             left, right = left + y @ y.T / scale, right + y @ x / scale
             if progress is not None:
                 progress(i + 1)
-    assert isinstance(left, Tensor)
-    assert isinstance(right, Tensor)
     solved = -torch.linalg.solve(left + _RIDGE * torch.eye(len(left), dtype=left.dtype), right)
     bias = solved.clamp(-_LARGEST, _LARGEST).view(config.num_layers, -1)
     if config.slot_bias is not None:
@@ -95,10 +92,10 @@ def _changes(captured: Captured, config: LayerConfig) -> tuple[Tensor, Tensor]:
     """The changes of a layer `[t]`, summed over its heads, and their derivatives `[H, t]` by biases."""
     q, k, v = captured.q, captured.k, captured.v
     start = k.shape[2] - q.shape[2]
-    bias = (0.0,) * q.shape[1] if config.slot_bias is None else config.slot_bias
+    bias = [0.0] * q.shape[1] if config.slot_bias is None else config.slot_bias
     before = MemoryLayer(dataclasses.replace(config, slot_bias=bias))
     before.learn(k[:, :, :start], v[:, :, :start])
-    after = before.branch(dataclasses.replace(config, slot_bias=tuple(b + _STEP for b in bias)))
+    after = before.branch(dataclasses.replace(config, slot_bias=[b + _STEP for b in bias]))
     outputs = [layer.attend(q, k[:, :, start:], v[:, :, start:], None) for layer in (before, after)]
 
     def change(difference: Tensor) -> Tensor:

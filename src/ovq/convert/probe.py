@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ovq.convert.attach import kv_heads
 from ovq.convert.budgets import allocate, changes
-from ovq.convert.captures import Captures, captures_of
+from ovq.convert.captures import Captures, captures_of, counted
 from ovq.convert.config import MemoryConfig
 from ovq.convert.distances import Distances, far_attention
 from ovq.convert.trials import Option, trials
@@ -221,7 +221,7 @@ def probe(
     is_tried = torch.zeros_like(losses, dtype=torch.bool)
     costs = [o.rows(num_sinks) for o in options]
     # Also where `rows` are too few, before anything takes time.
-    wanted, counter = _wanted(losses, is_tried, costs, rows), _Counter(progress)
+    wanted, count = _wanted(losses, is_tried, costs, rows), counted(progress)
     with captures_of(model, captures) as kept:
         if has_distances or has_use:
             is_of_distances = [has_distances and (m is None or None not in masks) for m in masks]
@@ -238,12 +238,10 @@ def probe(
             for text, mask, share in zip(texts, masks, shares.tolist(), strict=True):
                 # A file is mapped into memory, so that to ask for it again costs next to nothing.
                 layers = kept.of(text, mask, seed)
-                losses += share * trials(
-                    layers, options, num_sinks, settings, wanted=wanted, progress=counter.add
-                )
+                losses += share * trials(layers, options, num_sinks, settings, wanted=wanted, progress=count)
             is_tried |= wanted
             wanted = _wanted(losses, is_tried, costs, rows)
-        counter.add(len(texts) * int((~is_tried).sum()))
+        count(len(texts) * int((~is_tried).sum()))
     losses = losses.masked_fill(~is_tried, torch.inf).view(num_layers, num_heads, -1)
     return Probe(options=tuple(options), losses=losses, num_sinks=num_sinks, settings=settings, rows=rows)
 
@@ -251,11 +249,7 @@ def probe(
 def _wanted(losses: Tensor, is_tried: Tensor, costs: list[int], rows: float | None) -> Tensor:
     """`[heads, options]` bool, what to try next; nothing once it is known what each head gets.
 
-    Args:
-        losses: `[heads, options]`, 0 for what was not tried.
-        is_tried: likewise.
-        costs: rows that each option takes.
-        rows: see `probe`.
+    Losses `[heads, options]` are 0 for what was not tried. Options cost rows.
     """
     if rows is None:
         return ~is_tried
@@ -269,18 +263,6 @@ def _wanted(losses: Tensor, is_tried: Tensor, costs: list[int], rows: float | No
     return wanted & ~is_tried
 
 
-class _Counter:
-    """Adds up trials, and says how many there have been."""
-
-    def __init__(self, progress: Callable[[int], None] | None) -> None:
-        self._progress, self._num = progress, 0
-
-    def add(self, num: int) -> None:
-        self._num += num
-        if self._progress is not None:
-            self._progress(self._num)
-
-
 def _learned(
     captures: Captures,
     texts: Sequence[tuple[Tensor, Tensor | None, bool, float]],
@@ -290,14 +272,9 @@ def _learned(
 ) -> list[tuple[Distances, ExpectedUse]]:
     """What matters to the heads of each layer, and which tokens are of use.
 
-    Args:
-        captures: of the model.
-        texts: token ids, a mask, whether distances are learned from the text, and its weight for uses.
-        seed: of `Captures.of`.
-        sizes: `num_sinks` and `num_recent`.
-        progress: called after each layer.
+    Texts are token ids, a mask, whether distances are learned from them, and their weight for uses.
     """
-    num_done = 0
+    count = counted(progress)
     layers: list[tuple[Distances, ExpectedUse]] = []
     for text, mask, has_distances, weight in texts:
         if not has_distances and not weight:
@@ -314,7 +291,5 @@ def _learned(
                     distances.see(*part)
                 if weight:
                     use.see(*part)
-            num_done += 1
-            if progress is not None:
-                progress(num_done)
+            count(1)
     return layers

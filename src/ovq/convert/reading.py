@@ -77,48 +77,35 @@ def read(
         temperature: `[h * G]` factor of the scores of slots of several tokens. bias: likewise, what is added.
         observer: is told of what the queries read.
     """
-    blocks = [
-        _read_block(x, i * _QUERIES, exact, slots, dtype, temperature, bias, observer)
-        for i, x in enumerate(q.split(_QUERIES, dim=2))
-    ]
-    return torch.cat(blocks, dim=2)
-
-
-def _read_block(
-    q: Tensor,
-    start: int,
-    exact: Exact,
-    slots: Slots | None,
-    dtype: torch.dtype,
-    temperature: Tensor | None,
-    bias: Tensor | None,
-    observer: Observer | None,
-) -> Tensor:
-    batch, num_queries, heads = len(q), q.shape[2], exact.keys.shape[1]
-    used = min(max(exact.filled) + start + num_queries, exact.keys.shape[2])
-    queries = q.to(dtype).reshape(batch, heads, -1, q.shape[3])
-    # [B, h, G, n, places]
-    scores = (queries @ exact.keys[:, :, :used].to(dtype).transpose(2, 3)).unflatten(2, (-1, num_queries))
-    steps = torch.arange(start, start + num_queries, device=q.device)
-    last = torch.tensor(exact.filled, device=q.device)[:, None] + steps
-    is_future = torch.arange(used, device=q.device) > last[..., None]
-    scores = scores.masked_fill(is_future[:, None, None], -torch.inf)
-    if slots is not None:
-        slot_scores = (queries @ slots.keys.transpose(2, 3)).view(*scores.shape[:4], -1)
-        count = slots.counts[:, :, None, None]
-        # A slot of one token is that token, and is read as such.
-        is_shared = count > 1
-        if temperature is not None:
-            slot_scores = slot_scores * temperature.to(dtype).view(heads, -1, 1, 1).where(is_shared, 1)
-        slot_scores = slot_scores + count.to(dtype).log()
-        if bias is not None:
-            slot_scores = slot_scores + bias.to(dtype).view(heads, -1, 1, 1).where(is_shared, 0)
-        scores = torch.cat([scores, slot_scores], -1)
-    probs = scores.softmax(-1)
-    if observer is not None:
-        observer.has_read(exact, slots, probs)
-    probs = probs.flatten(2, 3)
-    o = probs[..., :used] @ exact.values[:, :, :used].to(dtype)
-    if slots is not None:
-        o = o + probs[..., used:] @ slots.values
-    return o.view(batch, q.shape[1], num_queries, -1).to(q.dtype)
+    batch, heads, outputs = len(q), exact.keys.shape[1], []
+    for start, block in zip(range(0, q.shape[2], _QUERIES), q.split(_QUERIES, dim=2), strict=True):
+        num_queries = block.shape[2]
+        used = min(max(exact.filled) + start + num_queries, exact.keys.shape[2])
+        queries = block.to(dtype).reshape(batch, heads, -1, q.shape[3])
+        # [B, h, G, n, places]
+        scores = queries @ exact.keys[:, :, :used].to(dtype).transpose(2, 3)
+        scores = scores.unflatten(2, (-1, num_queries))
+        steps = torch.arange(start, start + num_queries, device=q.device)
+        last = torch.tensor(exact.filled, device=q.device)[:, None] + steps
+        is_future = torch.arange(used, device=q.device) > last[..., None]
+        scores = scores.masked_fill(is_future[:, None, None], -torch.inf)
+        if slots is not None:
+            slot_scores = (queries @ slots.keys.transpose(2, 3)).view(*scores.shape[:4], -1)
+            count = slots.counts[:, :, None, None]
+            # A slot of one token is that token, and is read as such.
+            is_shared = count > 1
+            if temperature is not None:
+                slot_scores = slot_scores * temperature.to(dtype).view(heads, -1, 1, 1).where(is_shared, 1)
+            slot_scores = slot_scores + count.to(dtype).log()
+            if bias is not None:
+                slot_scores = slot_scores + bias.to(dtype).view(heads, -1, 1, 1).where(is_shared, 0)
+            scores = torch.cat([scores, slot_scores], -1)
+        probs = scores.softmax(-1)
+        if observer is not None:
+            observer.has_read(exact, slots, probs)
+        probs = probs.flatten(2, 3)
+        o = probs[..., :used] @ exact.values[:, :, :used].to(dtype)
+        if slots is not None:
+            o = o + probs[..., used:] @ slots.values
+        outputs.append(o.view(batch, q.shape[1], num_queries, -1).to(q.dtype))
+    return torch.cat(outputs, dim=2)
