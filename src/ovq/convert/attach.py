@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ovq.convert.attention import IMPLEMENTATION, LAYER_CONFIG
@@ -20,7 +20,7 @@ from ovq.convert.packed import PACKED, can_pack, pack_
 from ovq.convert.rotary import with_reach
 from ovq.convert.row_packing import packed_arguments
 from ovq.convert.step import checked_weight_dtype, token_output
-from ovq.hf.cache import CACHE_KEY, add_generation_cache, unread_inputs
+from ovq.hf.cache import CACHE_KEY, GenerationInputs, add_generation_cache, one_of
 from ovq.hf.fingerprint import digest, weights_of
 
 # The model is compared before and after on so many tokens. Logits may differ by so much: the root of the mean
@@ -30,7 +30,7 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _TOLERANCE_OF_NARROW = 0.1
 
 
-class ConvertedMixin:
+class ConvertedMixin(GenerationInputs):
     """What a converted model can do besides what its own class can.
 
     Attributes:
@@ -72,16 +72,6 @@ class ConvertedMixin:
         own: Any = super()
         own.save_pretrained(*args, **kwargs)
 
-    # `inputs_embeds` is a named parameter because `generate` looks for it in the signature.
-    def prepare_inputs_for_generation(
-        self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
-    ) -> dict[str, Any]:
-        """The arguments of `forward` for the next step of `generate`."""
-        own: Any = super()
-        return own.prepare_inputs_for_generation(
-            unread_inputs(input_ids, kwargs), *args, inputs_embeds=inputs_embeds, **kwargs
-        )
-
     def _prepare_cache_for_generation(
         self,
         generation_config: Any,
@@ -102,7 +92,7 @@ class ConvertedMixin:
     def __reduce_ex__(self, protocol: Any) -> str | tuple[Any, ...]:
         """For pickle and copies: the class is made anew, as no module has it by its name."""
         classes = type(self).__mro__
-        own_class = classes[classes.index(ConvertedMixin) + 1]
+        own_class = classes[classes.index(GenerationInputs) + 1]
         if type(self) is not _converted_class(own_class):
             # Somebody has changed the class again, and it would be lost.
             return super().__reduce_ex__(protocol)
@@ -193,7 +183,13 @@ def attach(
     implementation, earlier = model.config._attn_implementation, getattr(model.config, CONFIG_KEY, None)
     own_class: Any = type(model)
     model.set_attn_implementation(IMPLEMENTATION)
-    _set_memory(model, config)
+    setattr(model.config, CONFIG_KEY, config.to_dict())
+    for module in model.modules():
+        if isinstance(index := getattr(module, "layer_idx", None), int):
+            setattr(module, LAYER_CONFIG, config.layer(index))
+    # The hook is called with the base model only.
+    changed: Any = model
+    changed.memory_config = changed.base_model._ovq_memory_config = config
     model.__class__ = _converted_class(own_class)
     hook = model.base_model.register_forward_pre_hook(_with_cache, with_kwargs=True)
     try:
@@ -236,10 +232,8 @@ def _converted_class(own_class: type[PreTrainedModel]) -> type:
     @functools.wraps(own_class.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         # Versions of transformers differ in the name of the cache; here both are good.
-        for name in ("past_key_values", "cache"):
-            if name != CACHE_KEY and name in kwargs:
-                found = kwargs.pop(name)
-                kwargs[CACHE_KEY] = kwargs.get(CACHE_KEY) if found is None else found
+        if kwargs.keys() & {"past_key_values", "cache"}:
+            kwargs[CACHE_KEY] = one_of(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
         done = token_output(self, own_class, args, kwargs)
         if done is not None:
             return done
@@ -247,20 +241,6 @@ def _converted_class(own_class: type[PreTrainedModel]) -> type:
 
     body = {"__module__": own_class.__module__, "__doc__": own_class.__doc__, "forward": forward}
     return type(own_class.__name__, (ConvertedMixin, own_class), body)
-
-
-def _set_memory(model: Any, config: MemoryConfig) -> None:
-    """Give a model that is being converted the sizes and settings of its memory."""
-    model.memory_config = config
-    setattr(model.config, CONFIG_KEY, config.to_dict())
-    for module in _attention_modules(model):
-        setattr(module, LAYER_CONFIG, config.layer(module.layer_idx))
-    # The hook is called with the base model only.
-    model.base_model._ovq_memory_config = config
-
-
-def _attention_modules(model: nn.Module) -> list[Any]:
-    return [m for m in model.modules() if isinstance(getattr(m, "layer_idx", None), int)]
 
 
 def kv_heads(model: PreTrainedModel) -> list[int]:
@@ -314,8 +294,7 @@ def _with_cache(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     if (packed := packed_arguments(given)) is not None:
         return (), packed
-    found = given.get("cache")
-    found = given.get("past_key_values") if found is None else found
+    found = one_of(given.get("past_key_values"), given.get("cache"))
     if found is not None:
         _checked(found, module._ovq_memory_config)
         return args, kwargs

@@ -475,14 +475,21 @@ def add_generation_cache(
     return given is None
 
 
-def unread_inputs(input_ids: Tensor, model_kwargs: dict) -> Tensor:
-    """The columns of `input_ids` that the cache in the arguments of a `generate` call has not read.
+class GenerationInputs:
+    """What `generate` hands to models whose cache may have read a part of the prompt."""
 
-    The caller may pass a cache and the mask of all columns, but only the last columns of token ids.
-    transformers then treats all of these as new, although the cache may have read the first of them.
-    """
-    cache, mask = model_kwargs.get(CACHE_KEY), model_kwargs.get("attention_mask")
-    if cache is None or mask is None:
-        return input_ids
-    num_unread = mask.shape[1] - cache.get_seq_length()
-    return input_ids[:, -num_unread:] if 0 < num_unread < input_ids.shape[1] else input_ids
+    # `inputs_embeds` is a named parameter because `generate` looks for it in the signature.
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """The arguments of `forward` for the next step of `generate`.
+
+        The caller may pass a cache and the mask of all columns, but only the last columns of token ids.
+        transformers then treats all of these as new, although the cache may have read the first of them.
+        """
+        cache, mask = kwargs.get(CACHE_KEY), kwargs.get("attention_mask")
+        if cache is not None and mask is not None:
+            num_unread = mask.shape[1] - cache.get_seq_length()
+            input_ids = input_ids[:, -num_unread:] if 0 < num_unread < input_ids.shape[1] else input_ids
+        own: Any = super()
+        return own.prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)

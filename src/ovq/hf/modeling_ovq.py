@@ -19,11 +19,11 @@ from ovq.hf.block import OVQBlock, with_steps
 from ovq.hf.cache import (
     CACHE_KEY,
     MOST_CROPPED,
+    GenerationInputs,
     OVQCache,
     add_generation_cache,
     checked_cache,
     one_cache,
-    unread_inputs,
 )
 from ovq.hf.configuration_ovq import OVQConfig
 from ovq.hf.loss import can_be_pieced, loss_in_pieces
@@ -186,7 +186,7 @@ class OVQModel(OVQPreTrainedModel):
         return OVQModelOutput(torch.cat([each.last_hidden_state for each in outputs], 1), **kept)
 
 
-class OVQForCausalLM(OVQPreTrainedModel, GenerationMixin):
+class OVQForCausalLM(GenerationInputs, OVQPreTrainedModel, GenerationMixin):
     """The language model: `OVQModel` and an output layer, with loss and `generate`.
 
     Args:
@@ -334,15 +334,6 @@ class OVQForCausalLM(OVQPreTrainedModel, GenerationMixin):
             logits=None if skip_logits else logits,
             hidden_states=outputs.hidden_states,
             **{CACHE_KEY: getattr(outputs, CACHE_KEY)},
-        )
-
-    # `inputs_embeds` is a named parameter because `generate` looks for it in the signature.
-    def prepare_inputs_for_generation(
-        self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
-    ) -> dict[str, Any]:
-        """The arguments of `forward` for the next step of `generate`."""
-        return super().prepare_inputs_for_generation(
-            unread_inputs(input_ids, kwargs), *args, inputs_embeds=inputs_embeds, **kwargs
         )
 
     def _prepare_position_ids_for_generation(self, *args: Any) -> None:

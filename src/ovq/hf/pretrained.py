@@ -1,17 +1,24 @@
-"""What both models have: initial weights, caches, and another dictionary on the same weights."""
+"""What both models have: initial weights, files, caches, and another dictionary on the same weights."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import CommitInfo, HfApi, ModelCard
+from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ovq.hf.block import OVQBlock
 from ovq.hf.cache import OVQCache
+from ovq.hf.card import CARD_FILE, model_card, save_card
 from ovq.hf.configuration_ovq import OVQConfig
-from ovq.hf.hub import HubModel
 from ovq.layers import Mixer, OVQAttention
 from ovq.layers.base import AttentionMixer
 from ovq.layers.common import OwnWeights
@@ -23,9 +30,12 @@ WITHOUT_EFFECT = frozenset(
     {"initializer_range", "tie_word_embeddings", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id"}
 )
 
+# Arguments of `from_pretrained` that say where a file is.
+_PLACES = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
-class OVQPreTrainedModel(HubModel):
-    """Weight initialisation, and what `OVQModel` and `OVQForCausalLM` share."""
+
+class OVQPreTrainedModel(PreTrainedModel):
+    """What `OVQModel` and `OVQForCausalLM` share; refuses weights of other models, is saved with a card."""
 
     #: What kind of context (`ovq.hf.context`) the model makes.
     context_kind = "ovq"
@@ -43,6 +53,122 @@ class OVQPreTrainedModel(HubModel):
             module.reset_parameters()
         else:
             super()._init_weights(module)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]  # transformers names every option
+        cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args: Any, **kwargs: Any
+    ) -> Any:
+        """The model in a folder or repository, as transformers loads it.
+
+        Raises:
+            ValueError: if it holds a model of another type, also where a config is passed. transformers would
+                load what has the same name and shape, and draw all other weights at random.
+        """
+        if pretrained_model_name_or_path is not None and kwargs.get("config") is not None:
+            # Without a config, `OVQConfig` refuses that of another model.
+            places = {name: kwargs[name] for name in _PLACES if name in kwargs}
+            saved: dict[str, Any] = {}
+            # A folder of weights alone has no config, so the one passed decides.
+            with contextlib.suppress(OSError):
+                saved, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **places)
+            expected = OVQConfig.model_type
+            if (found := saved.get("model_type", expected)) != expected:
+                raise ValueError(
+                    f"{pretrained_model_name_or_path}: expected a model of type {expected!r}, found {found!r}"
+                )
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Does nothing for the classes of this package, since every saved config names them (`AUTO_MAP`).
+
+        For a class derived from one of them, its file is copied beside a saved model, as in transformers.
+        """
+        if not cls.__module__.startswith("ovq."):
+            super().register_for_auto_class(auto_class)
+
+    def save_pretrained(  # type: ignore[override]  # transformers names every option
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Save weights and configs as transformers does, and a model card where there is none.
+
+        A card that was made by this method earlier, and not edited, is brought up to date. With
+        `push_to_hub=True`, no card is written, because it would replace the one in the repository; the method
+        `push_to_hub` looks whether there is one.
+        """
+        folder = Path(save_directory)
+        # Only adapters are saved once there are some: the folder then holds no whole model.
+        is_whole = not getattr(self, "_hf_peft_config_loaded", False)
+        if is_main_process and is_whole and not push_to_hub and not folder.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            save_card(model_card(self, name=folder.resolve().name), folder)
+        super().save_pretrained(
+            save_directory,
+            is_main_process=is_main_process,
+            state_dict=state_dict,
+            push_to_hub=push_to_hub,
+            **kwargs,
+        )
+
+    def push_to_hub(  # type: ignore[override]  # a decorator of transformers hides the signature of its own
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str | None = "50GB",
+        tags: list[str] | None = None,
+    ) -> CommitInfo:
+        """Upload the model to the hub, with a model card if the repository has none.
+
+        transformers' own method would upload its template of a card. The tokenizer has a `push_to_hub` of its
+        own; to upload a folder of `ovq train` as it is, use `hf upload`.
+
+        Args:
+            repo_id: `"user/name"`, or a name in your own account; created if necessary.
+            commit_message: first line of the commit.
+            commit_description: text of the commit.
+            private: whether a new repository is private; None for the account's default.
+            token: of the hub; None for the one of `hf auth login`.
+            revision: branch to commit to; created if necessary.
+            create_pr: open a pull request instead of committing.
+            max_shard_size: largest size of one file of weights.
+            tags: added to those of the card.
+
+        Returns:
+            The commit; `commit_url` is its address.
+        """
+        hub = HfApi(token=token)
+        repo_id = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not revision.startswith("refs/pr"):
+            hub.create_branch(repo_id, branch=revision, exist_ok=True)
+        try:
+            with open(hub.hf_hub_download(repo_id, CARD_FILE, revision=revision), encoding="utf-8") as file:
+                card = ModelCard(file.read())
+        except EntryNotFoundError:
+            card = model_card(self, name=repo_id)
+        if tags:
+            card.data["tags"] = list(dict.fromkeys([*card.data.get("tags", []), *tags]))
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, max_shard_size=max_shard_size)
+            card.save(os.path.join(folder, CARD_FILE))
+            return hub.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=commit_message or f"Upload {type(self).__name__}",
+                commit_description=commit_description,
+                revision=revision,
+                create_pr=create_pr,
+            )
 
     @property
     def device(self) -> torch.device:
