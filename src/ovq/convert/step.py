@@ -75,10 +75,7 @@ def token_output(model: Any, own_class: type, args: tuple, kwargs: dict[str, Any
         args: of the call. kwargs: likewise.
     """
     call = _call_of(model, args, kwargs)
-    if call is None or (step := _step_of(model, own_class)) is None:
-        return None
-    stream = step.stream(call)
-    if stream is None:
+    if call is None or (step := _step_of(model, own_class)) is None or (stream := step.stream(call)) is None:
         return None
     kept: dict[str, Any] = {CACHE_KEY: call.cache}
     logits = step.logits(stream[:, -call.num_logits :])
@@ -337,8 +334,10 @@ class _Step:
     def _fits_tokens(self, call: _Call) -> bool:
         """Whether they can read a few, before something is brought nearer; `self._caches` has how, then."""
         cache, num = call.cache, call.tokens.shape[1]
-        if not all(_is_ready(layer) and layer.can_record(num) for layer in cache.layers):
-            return False
+        for layer in cache.layers:
+            # It has read something, and no call has stopped half-way.
+            if layer.state is None or layer.has_staged or not layer.can_record(num):
+                return False
         for layer in cache.layers:
             layer.own_()
         own = self._caches.get(cache)
@@ -367,8 +366,3 @@ class _Step:
             and all(x.is_cpu for x in memory.kernel_tensors().values())
             for memory in layer.state
         )
-
-
-def _is_ready(layer: MemoryLayer) -> bool:
-    """Whether a layer has read something, and no call has stopped half-way."""
-    return layer.state is not None and not layer.has_staged
