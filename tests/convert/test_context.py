@@ -6,7 +6,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ovq.convert import build_context, context_info, load_context, save_context
-from ovq.hf.fingerprint import digest
+from ovq.hf.context_file import digest
 from ovq.hf.streaming import stream_tokens
 from tests.convert.common import converted, tokens
 from tests.hf.common import make_model

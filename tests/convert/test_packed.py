@@ -14,7 +14,7 @@ from ovq.convert import cache_step, load
 from ovq.convert.attach import attach
 from ovq.convert.packed import PackedLinear
 from ovq.hf import build_context, load_context, save_context
-from ovq.hf.fingerprint import fingerprint
+from ovq.hf.context_file import fingerprint
 from ovq.ops import cpu_kernels
 from ovq.ops.backends.cpu.weights import Matrix
 from tests.convert.common import IDS, KINDS, MEMORY, converted, original, tokens

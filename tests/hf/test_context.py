@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from ovq.hf import OVQForCausalLM, build_context, context_info, load_context, save_context
 from ovq.hf.cache import CACHE_KEY
-from ovq.hf.fingerprint import digest
+from ovq.hf.context_file import digest
 from tests.disks import full_disk
 from tests.hf.common import BASELINES, make_config, make_model, random_ids
 

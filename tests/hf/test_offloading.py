@@ -9,7 +9,7 @@ from accelerate import cpu_offload, dispatch_model
 from torch import nn
 
 from ovq.hf import OVQForCausalLM, build_context, load_context, save_context
-from ovq.hf.fingerprint import fingerprint
+from ovq.hf.context_file import fingerprint
 from ovq.hf.streaming import stream_tokens
 from ovq.layers import SequenceLayout
 from ovq_lab.mixers import MIXERS

@@ -21,7 +21,7 @@ from ovq.convert.rotary import with_reach
 from ovq.convert.row_packing import packed_arguments
 from ovq.convert.step import checked_weight_dtype, token_output
 from ovq.hf.cache import CACHE_KEY, GenerationInputs, add_generation_cache, one_of
-from ovq.hf.fingerprint import digest, weights_of
+from ovq.hf.context_file import digest, weights_of
 
 # The model is compared before and after on so many tokens. Logits may differ by so much: the root of the mean
 # square of the differences, relative to that of logits. A single logit of bfloat16 may differ by far more.

@@ -2,40 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from ovq.convert.cache import HeadMemories, MemoryCache
 from ovq.convert.config import MemoryConfig
-from ovq.hf.context_kinds import KINDS, Kind
+from ovq.hf.context_file import KINDS, Kind, Tensors, check_names
 from ovq.ops.parts import check_tensors, of_rows
 
 #: The name of these contexts.
 KIND = "converted"
 
 
-def _upgraded(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields of the config with the names and defaults of today."""
-    return MemoryConfig.from_dict(fields).to_dict()
-
-
 def _check(
-    where: str,
-    layers: Sequence[Mapping[str, Tensor]],
-    config: MemoryConfig,
-    dtype: torch.dtype,
-    num_tokens: int,
+    where: str, layers: Sequence[Tensors], config: MemoryConfig, dtype: torch.dtype, num_tokens: int
 ) -> None:
     """Raise ValueError unless these tensors can be the memories of layers that have read so many tokens."""
     for i, tensors in enumerate(layers):
         place = f"{where}: layer {i}"
         spec = of_rows(HeadMemories(config=config.layer(i)).spec(tensors, dtype), 1)
-        if set(tensors) != set(spec):
-            odd = sorted(set(tensors) ^ set(spec))
-            raise ValueError(f"{place}: expected {len(spec)} tensors, found others; they differ in {odd}")
+        check_names(place, tensors, spec)
         check_tensors(place, tensors, spec)
         for name, filled in tensors.items():
             if name.endswith(".filled"):
@@ -44,4 +31,9 @@ def _check(
                     raise ValueError(f"{place}: expected {num_tokens} tokens read, found {num_read.tolist()}")
 
 
-KINDS[KIND] = Kind(upgraded=_upgraded, config=MemoryConfig.from_dict, cache=MemoryCache, check=_check)
+KINDS[KIND] = Kind(
+    upgraded=lambda fields: MemoryConfig.from_dict(fields).to_dict(),
+    config=MemoryConfig.from_dict,
+    cache=MemoryCache,
+    check=_check,
+)

@@ -25,14 +25,17 @@ from torch import Tensor
 from ovq.hf.cache import CACHE_KEY, StateCache
 from ovq.hf.context_file import (
     FORMAT,
+    KINDS,
     VERSION,
+    ContextModel,
+    TokenModel,
     check_content,
     check_fingerprint,
     checked_layers,
+    digest,
+    fingerprint,
     read_context,
 )
-from ovq.hf.context_kinds import KINDS, ContextModel, TokenModel
-from ovq.hf.fingerprint import digest, fingerprint
 from ovq.ops.serialization import positive_int, write_file
 
 

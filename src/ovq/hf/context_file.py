@@ -1,21 +1,26 @@
-"""Files of contexts: what they say of themselves, and what is checked before they are used."""
+"""What contexts are of and their files: kinds of models, fingerprints, and the checks of what is read.
+
+OVQ models are one kind of models; `ovq.convert` adds its own.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import Tensor
+from torch import Tensor, nn
 
-from ovq.hf.cache import StateCache
-from ovq.hf.context_kinds import KINDS, Kind, Tensors
-from ovq.hf.fingerprint import digest
+from ovq.hf.cache import OVQCache, StateCache
+from ovq.hf.configuration_ovq import OVQConfig
+from ovq.hf.modeling_ovq import OVQModel
+from ovq.hf.pretrained import WITHOUT_EFFECT
 from ovq.ops.serialization import format_of, positive_int, read_file, upgraded
 from ovq.ops.sums import DTYPES
 
@@ -24,6 +29,134 @@ VERSION = "1"
 
 # Formats of earlier versions, each with its version and the kind of its contexts.
 _EARLIER_FORMATS = {"ovq-converted-context": ("2", "converted")}
+
+Tensors = Mapping[str, Tensor]
+
+
+class TokenModel(Protocol):
+    """A model that reads token ids."""
+
+    config: Any
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+
+
+class ContextModel(TokenModel, Protocol):
+    """What contexts need of a model: an `OVQModel` or `OVQForCausalLM`, or a converted model."""
+
+    context_kind: str
+
+    @property
+    def base_model(self) -> Any:
+        """The model without its output layer."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+
+    def make_cache(self) -> Any:
+        """An empty cache of the model."""
+
+    def memory_fields(self) -> dict[str, Any]:
+        """What a memory depends on beside weights and dtype, as in JSON."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kind:
+    """Contexts of one kind of models: how their files are read without the model.
+
+    Attributes:
+        upgraded: the `memory_fields` that a file has, with the names and defaults of today.
+        config: the config that has these fields.
+        cache: an empty cache of a model of this config.
+        check: raises ValueError, naming the file, unless the tensors of each layer can be the memory that a
+            model of this config and dtype has of so many tokens.
+    """
+
+    upgraded: Callable[[dict[str, Any]], dict[str, Any]]
+    config: Callable[[dict[str, Any]], Any]
+    cache: Callable[[Any], StateCache]
+    check: Callable[[str, Sequence[Tensors], Any, torch.dtype, int], None]
+
+
+#: By the name that `context_kind` gives them; `ovq.convert` adds its own.
+KINDS: dict[str, Kind] = {}
+
+
+def _upgraded_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields of an `OVQConfig` in a file; one that is older than a field was made with its default of now."""
+    fields = OVQConfig.upgraded(fields)
+    defaults = OVQConfig.field_defaults(fields.get("mixer_types"))
+    return {name: value for name, value in defaults.items() if name not in WITHOUT_EFFECT} | fields
+
+
+def check_names(where: str, tensors: Tensors, names: Iterable[str]) -> None:
+    """Raise ValueError, naming `where`, unless the tensors have these names."""
+    if odd := sorted(set(tensors) ^ set(names)):
+        raise ValueError(f"{where}: expected {len(set(names))} tensors, found others; they differ in {odd}")
+
+
+def _check_states(
+    where: str, layers: Sequence[Tensors], config: OVQConfig, dtype: torch.dtype, num_tokens: int
+) -> None:
+    """`Kind.check` of OVQ models."""
+    # Only shapes matter, so no weights are allocated.
+    with torch.device("meta"):
+        # transformers wraps `to` in a way that leaves mypy without its `self`.
+        model = OVQModel(config).to(dtype)  # type: ignore[arg-type]
+    for i, (mixer, own) in enumerate(zip(model.mixers(), layers, strict=True)):
+        check_names(f"{where}: layer {i}", own, mixer.state_spec(num_tokens, dtype))
+        mixer.check_state(f"{where}: layer {i}", own, num_tokens=num_tokens, dtype=dtype)
+
+
+KINDS["ovq"] = Kind(
+    upgraded=_upgraded_fields,
+    config=lambda fields: OVQConfig(**fields),
+    cache=OVQCache,
+    check=_check_states,
+)
+
+
+def fingerprint(model: ContextModel) -> dict[str, str]:
+    """Everything that a memory depends on: config fields, dtype, and the SHA-256 of the backbone's weights.
+
+    The output layer is left out, because it does not affect the memory.
+
+    Example:
+        >>> from ovq.hf import OVQConfig, OVQModel
+        >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+        >>> model, other = OVQModel(config), OVQModel(config)
+        >>> one, two = fingerprint(model), fingerprint(other)
+        >>> one["config"] == two["config"], one["weights"] == two["weights"]
+        (True, False)
+    """
+    return {
+        "config": json.dumps(model.memory_fields(), sort_keys=True),
+        "dtype": str(model.dtype),
+        "weights": getattr(model, "weights_digest", None) or digest(weights_of(model.base_model)),
+    }
+
+
+def weights_of(model: nn.Module) -> Mapping[str, Tensor]:
+    """All weights by name, including those that accelerate has offloaded."""
+    found = model.state_dict()
+    if any(tensor.is_meta for tensor in found.values()):
+        from accelerate.utils.modeling import get_state_dict_offloaded_model
+
+        return get_state_dict_offloaded_model(model)
+    return found
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, dtypes, shapes and bytes."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        total.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        total.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return total.hexdigest()
 
 
 def read_context(path: str | os.PathLike) -> tuple[dict[str, str], dict[str, Tensor]]:

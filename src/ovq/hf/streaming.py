@@ -24,7 +24,7 @@ from transformers import (
 from ovq.fields import check_fields
 from ovq.hf.cache import CACHE_KEY
 from ovq.hf.context import checked_ids
-from ovq.hf.context_kinds import TokenModel
+from ovq.hf.context_file import TokenModel
 
 # A character has at most 4 bytes, and so at most 4 tokens; after twice as many it can no longer be completed.
 _MOST_PENDING = 8

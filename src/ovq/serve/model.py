@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ovq.hf.context import Context, load_context, read_in_pieces
-from ovq.hf.fingerprint import fingerprint
+from ovq.hf.context_file import fingerprint
 from ovq.hf.rows import Rows
 
 
