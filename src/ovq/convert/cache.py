@@ -364,10 +364,10 @@ class MemoryLayer(OVQCacheLayer):
 
     def until_turn(self) -> float:
         """The fewest tokens until something is brought nearer in a row."""
-        reach, memories = self.config.reach, self.memories
-        if reach is None or memories is None:
+        reach = self.config.reach
+        if reach is None or self.state is None:
             return math.inf
-        return min(reach.until_turn(memories[0].num_read(row)) for row in range(self.num_rows))
+        return min(reach.until_turn(self.state[0].num_read(row)) for row in range(self.num_rows))
 
     def _parts(self, lengths: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
         """Tokens of each row that are done, and how many are next until something is brought nearer."""
@@ -375,27 +375,25 @@ class MemoryLayer(OVQCacheLayer):
         while done != list(lengths):
             now = [n - d for n, d in zip(lengths, done, strict=True)]
             if reach is not None:
-                assert self.memories is not None
-                now = [
-                    min(num, reach.until_turn(self.memories[0].num_read(row))) for row, num in enumerate(now)
-                ]
+                until_turn = (reach.until_turn(self.state[0].num_read(row)) for row in range(len(now)))
+                now = list(map(min, now, until_turn))
             yield done, now
             done = [d + n for d, n in zip(done, now, strict=True)]
 
     def bring_nearer(self, now: Sequence[int]) -> None:
         """Bring nearer what has come to lie too far away in rows that have just read `now` tokens each."""
-        reach, memories = self.config.reach, self.memories
-        if reach is None or memories is None:
+        reach, first = self.config.reach, self.state[0]
+        if reach is None:
             return
-        rows = [row for row, num in enumerate(now) if num and reach.is_turn(memories[0].num_read(row))]
+        rows = [row for row, num in enumerate(now) if num and reach.is_turn(first.num_read(row))]
         if not rows:
             return
         ratio = None
         if self.config.key_exponents is not None:
             num = len(reach.frequencies)
-            exponents = torch.tensor(self.config.key_exponents, device=memories[0].count.device)
-            ratio = torch.exp2((exponents[:, :num] - exponents[:, num : 2 * num]).to(memories[0].wide))
-        for memory in memories:
+            exponents = torch.tensor(self.config.key_exponents, device=first.count.device)
+            ratio = torch.exp2((exponents[:, :num] - exponents[:, num : 2 * num]).to(first.wide))
+        for memory in self.state:
             own = None if ratio is None else ratio[list(memory.budget.heads)]
             memory.bring_nearer_(rows, reach, own)
 

@@ -11,7 +11,14 @@ from typing import Any
 
 from ovq.convert.narrow import STATE_DTYPES
 from ovq.convert.reach import Reach
-from ovq.ops.options import CURRENT_MERGES, Options, check_value_weight, current_merge, default_growth
+from ovq.ops.options import (
+    CURRENT_MERGES,
+    Options,
+    check_sizes,
+    check_value_weight,
+    current_merge,
+    default_growth,
+)
 from ovq.ops.schedule import grown_slots
 
 #: The field of a model's config in which a `MemoryConfig` is saved.
@@ -87,8 +94,8 @@ class MemoryConfig:
     rotary_frequencies: list[float] | None = None
 
     def __post_init__(self) -> None:
-        _check_int("chunk_size", self.chunk_size, at_least=1)
-        _check_int("num_sinks", self.num_sinks, at_least=0)
+        check_sizes(1, chunk_size=self.chunk_size)
+        check_sizes(0, num_sinks=self.num_sinks)
         object.__setattr__(self, "merge", current_merge(self.merge))
         if self.merge not in CURRENT_MERGES:
             raise ValueError(f"merge: expected one of {CURRENT_MERGES}, found {self.merge!r}")
@@ -107,17 +114,17 @@ class MemoryConfig:
         for weight in itertools.chain(*weights):
             check_value_weight("value_weight", weight)
         for exponent in itertools.chain(*itertools.chain(*self.key_exponents or [])):
-            _check_int("key_exponents", exponent, at_least=-_MOST_EXPONENT)
+            check_sizes(-_MOST_EXPONENT, key_exponents=exponent)
             if exponent > _MOST_EXPONENT:
                 raise ValueError(f"key_exponents: expected integers up to {_MOST_EXPONENT}, found {exponent}")
         _check_finite("token_use", itertools.chain(*itertools.chain(*self.token_use or [])))
         for name, least in (("trained_length", LEAST_LENGTH), ("max_distance", LEAST_LENGTH // 4)):
             if (number := getattr(self, name)) is not None:
-                _check_int(name, number, at_least=least)
+                check_sizes(least, **{name: number})
         for number in itertools.chain(*self.num_slots):
-            _check_int("num_slots", number, at_least=0)
+            check_sizes(0, num_slots=number)
         for number in itertools.chain(*self.window):
-            _check_int("window", number, at_least=1)
+            check_sizes(1, window=number)
             if number % self.chunk_size:
                 raise ValueError(
                     f"window: expected a multiple of chunk_size ({self.chunk_size}), found {number}"
@@ -300,11 +307,6 @@ def _check_finite(name: str, numbers: Iterable[Any]) -> None:
     for number in numbers:
         if not isinstance(number, (int, float)) or not math.isfinite(number):
             raise ValueError(f"{name}: expected finite numbers, found {number!r}")
-
-
-def _check_int(name: str, value: Any, *, at_least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
-        raise ValueError(f"{name}: expected an integer of at least {at_least}, found {value!r}")
 
 
 def as_table(name: str, value: int | Sequence[Sequence[int]], heads: list[int]) -> list[list[int]]:

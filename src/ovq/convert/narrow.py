@@ -17,15 +17,6 @@ STATE_DTYPES = ("float32", "bfloat16", "int8")
 _MOST = 127
 
 
-def steps_of(sums: Tensor) -> Tensor:
-    """`[...]` bfloat16, the length of a step of each row of sums `[..., D]` in int8.
-
-    The largest of a row has 127 steps whichever way they are rounded, so that its steps are found again.
-    Their 8 bits times the 8 of a number are a float32 number.
-    """
-    return (sums.abs().amax(-1) / _MOST).bfloat16()
-
-
 def narrowed(sums: Tensor, state_dtype: str) -> tuple[Tensor, Tensor | None]:
     """Sums `[..., D]` in a format, and their steps `[...]`, if it is int8.
 
@@ -39,7 +30,9 @@ def narrowed(sums: Tensor, state_dtype: str) -> tuple[Tensor, Tensor | None]:
         return sums, None
     if state_dtype == "bfloat16":
         return sums.bfloat16(), None
-    steps = steps_of(sums)
+    # The largest of a row has 127 steps whichever way they are rounded, so that its steps are found again.
+    # Their 8 bits times the 8 of a number are a float32 number.
+    steps = (sums.abs().amax(-1) / _MOST).bfloat16()
     each = steps.to(sums.dtype)[..., None]
     # What is not finite makes its row NaN, by the step.
     numbers = (sums / each.masked_fill(each == 0, 1)).round().nan_to_num(0)

@@ -322,21 +322,14 @@ class OVQConfig(PreTrainedConfig):
         return fields | {name: size for name, size in sizes.items() if name in is_open}
 
     def _check(self) -> None:
-        smallest = {
-            "vocab_size": 1,
-            "hidden_size": 1,
-            "intermediate_size": 1,
-            "num_hidden_layers": 1,
-            "sliding_window": 2,
-            "num_slots": 1,
-            "chunk_size": 1,
-        }
-        for name, bound in smallest.items():
-            if getattr(self, name) is not None and getattr(self, name) < bound:
-                raise ValueError(f"{name}: expected at least {bound}, found {getattr(self, name)}")
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+        for name in (*sizes, "sliding_window", "num_slots", "chunk_size"):
+            bound = 2 if name == "sliding_window" else 1
+            if (found := getattr(self, name)) is not None and found < bound:
+                raise ValueError(f"{name}: expected at least {bound}, found {found}")
         for name in ("rms_norm_eps", "rope_theta"):
-            if not (is_finite(getattr(self, name)) and getattr(self, name) > 0):
-                raise ValueError(f"{name}: expected a finite number above 0, found {getattr(self, name)}")
+            if not (is_finite(found := getattr(self, name)) and found > 0):
+                raise ValueError(f"{name}: expected a finite number above 0, found {found}")
         if not (is_finite(self.initializer_range) and self.initializer_range >= 0):
             raise ValueError(
                 f"initializer_range: expected a finite number of at least 0, found {self.initializer_range}"

@@ -211,17 +211,11 @@ def read_in_pieces(
     Gradients are the caller's to switch off.
 
     Args:
-        model: as in `build_context`, like all but the last argument.
-        input_ids: likewise.
-        prefill_chunk_size: likewise.
-        known_fingerprint: the fingerprint of the model if the caller has it, as reading all weights takes
-            time.
+        model, input_ids, prefill_chunk_size: as in `build_context`.
+        known_fingerprint: that of the model if the caller has it, as reading all weights takes time.
 
     Yields:
-        The number of tokens read so far, after each piece.
-
-    Returns:
-        The context, as the value of the generator.
+        The number of tokens read so far, after each piece; the value of the generator is the context.
     """
     if prefill_chunk_size < 1:
         raise ValueError(f"prefill_chunk_size: expected at least 1, found {prefill_chunk_size}")
