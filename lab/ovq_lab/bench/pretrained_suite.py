@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ovq.convert.saving import memory_config_in
+from ovq.convert.attach import memory_config_in
 from ovq.ops import cpu_kernels
 from ovq_lab.bench import pretrained_peer
 from ovq_lab.runtime.environment import environment

@@ -1,27 +1,29 @@
-"""`attach`: give a pretrained model of transformers a memory of constant size."""
+"""`attach`: give a pretrained model a memory of constant size; `load`: such a model from its folder."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import inspect
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ovq.convert.attention import IMPLEMENTATION, LAYER_CONFIG
+from ovq.convert.attention import IMPLEMENTATION, LAYER_CONFIG, packed_arguments
 from ovq.convert.cache import MemoryCache
 from ovq.convert.config import CONFIG_KEY, MemoryConfig, as_table, check_heads
 from ovq.convert.context import KIND
 from ovq.convert.packed import PACKED, can_pack, pack_
 from ovq.convert.rotary import with_reach
-from ovq.convert.row_packing import packed_arguments
 from ovq.convert.step import checked_weight_dtype, token_output
 from ovq.hf.cache import CACHE_KEY, GenerationInputs, add_generation_cache, one_of
 from ovq.hf.context_file import digest, weights_of
+from ovq.runtime.files import read_json
 
 # The model is compared before and after on so many tokens. Logits may differ by so much: the root of the mean
 # square of the differences, relative to that of logits. A single logit of bfloat16 may differ by far more.
@@ -204,6 +206,58 @@ def attach(
             setattr(model.config, CONFIG_KEY, earlier)
         raise
     return set_weight_dtype(model, weight_dtype)
+
+
+def load(folder: str | os.PathLike, *, weight_dtype: str | None = None, **options: Any) -> PreTrainedModel:
+    """Load a converted model: its weights, and its memory as it was set and probed.
+
+    The folder holds the model that was converted, whose config has one field more. So
+    `AutoModelForCausalLM.from_pretrained` loads it as well, with full attention.
+
+    Args:
+        folder: where `save_pretrained` of a converted model, or `ovq convert`, has written.
+        weight_dtype: the format of the weights, see `attach`.
+        options: those of `AutoModelForCausalLM.from_pretrained`, such as `dtype` and `device_map`.
+
+    Raises:
+        OSError: no model there.
+        ValueError: a model that is not converted, sizes that do not fit it, or an unknown `weight_dtype`.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1)
+        >>> model = attach(LlamaForCausalLM(LlamaConfig(num_attention_heads=2, **sizes)).eval(), num_slots=8)
+        >>> folder = tempfile.mkdtemp()
+        >>> model.save_pretrained(folder)
+        >>> load(folder).memory_config == model.memory_config
+        True
+    """
+    checked_weight_dtype(weight_dtype)
+    found = memory_config_in(folder)
+    if found is None:
+        raise ValueError(
+            f"{folder}: expected a converted model, found no {CONFIG_KEY} in its config.json: convert it "
+            "with ovq.convert.attach, or ovq convert"
+        )
+    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    return attach(model.eval(), config=found, weight_dtype=weight_dtype)
+
+
+def memory_config_in(folder: str | os.PathLike) -> MemoryConfig | None:
+    """The memory's config in the folder of a model; None if there is none.
+
+    Raises:
+        ValueError: a damaged config.
+    """
+    path = Path(folder) / "config.json"
+    try:
+        fields = read_json(path)
+    except OSError:
+        return None
+    if not isinstance(fields, dict) or CONFIG_KEY not in fields:
+        return None
+    return MemoryConfig.from_dict(fields[CONFIG_KEY])
 
 
 def set_weight_dtype(model: Any, weight_dtype: str | None) -> Any:

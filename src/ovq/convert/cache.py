@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ovq.convert.compiled import advance
 from ovq.convert.config import Budget, LayerConfig, MemoryConfig
-from ovq.convert.fits import check_fits
 from ovq.convert.memory import HeadMemory
 from ovq.convert.reading import Observer
 from ovq.hf.cache import MOST_CROPPED, OVQCacheLayer, StateCache, not_croppable
@@ -281,7 +280,7 @@ class MemoryLayer(OVQCacheLayer):
         Raises:
             ValueError: as `attend`.
         """
-        check_fits(self.config, self.memories, k, v)
+        self._check(k, v)
         parts = self.begin(k, v)
         self.num_columns += k.shape[2]
         if self.config.key_exponents is not None:
@@ -310,7 +309,7 @@ class MemoryLayer(OVQCacheLayer):
             self.activate_past_recording()
             last = self.attend(q[:, :, cut:], k[:, :, cut:], v[:, :, cut:], masks[1])
             return torch.cat([first, last], 2)
-        check_fits(self.config, self.memories, k, v, q)
+        self._check(k, v, q)
         parts = self.begin(k, v)
         self.num_columns += k.shape[2]
         lengths = [q.shape[2]] * len(q) if mask is None else mask.sum(-1).tolist()
@@ -355,6 +354,34 @@ class MemoryLayer(OVQCacheLayer):
                         o[row, :, start : start + num] = found[row, :, :num]
                 self.bring_nearer(now)
         return o if order is None else _take(o, order.argsort(-1))
+
+    def _check(self, k: Tensor, v: Tensor, q: Tensor | None = None) -> None:
+        """Raise ValueError unless tokens are of the model and the rows whose memory this is.
+
+        Compiled kernels would read and write beyond the tensors.
+        """
+        num_heads = self.config.num_kv_heads
+        if k.shape[1] != num_heads or v.shape[:3] != k.shape[:3]:
+            raise ValueError(
+                f"expected keys and values of {num_heads} heads, as the config of the memory has, found "
+                f"{tuple(k.shape)} and {tuple(v.shape)} (rows, heads, tokens, components)"
+            )
+        if q is not None and (q.shape[0] != k.shape[0] or q.shape[1] % num_heads or q.shape[3] != k.shape[3]):
+            raise ValueError(
+                f"expected queries like the keys {tuple(k.shape)}, of a multiple of {num_heads} heads, found "
+                f"{tuple(q.shape)} (rows, heads, tokens, components)"
+            )
+        for wrong in self.config.misfits(None if q is None else q.shape[1], k.shape[3], v.shape[3]):
+            raise ValueError(wrong)
+        if self.state is None:
+            return
+        kept = self.state[0]
+        expected = self.num_rows, kept.recent_keys.shape[3], kept.recent_values.shape[3]
+        if (found := (k.shape[0], k.shape[3], v.shape[3])) != expected:
+            raise ValueError(
+                f"expected keys and values of as many rows and components as the cache has, {expected}, "
+                f"found {found}: the cache is of another model or another batch"
+            )
 
     def begin(self, k: Tensor, v: Tensor) -> list[tuple[HeadMemory, tuple[int, ...]]]:
         """The memories, into which keys and values like these are read next, and the heads of each."""

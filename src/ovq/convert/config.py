@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from ovq.convert.narrow import STATE_DTYPES
@@ -295,6 +295,23 @@ class LayerConfig:
     slot_temperature: Sequence[float] | None = None
     slot_bias: Sequence[float] | None = None
     reach: Reach | None = None
+
+    def misfits(self, num_heads: int | None, key_dim: int, value_dim: int) -> Iterator[str]:
+        """In which fields there are not as many numbers as a model's heads need, in words.
+
+        Args:
+            num_heads: query heads; None where nothing is read.
+            key_dim: components of a key. value_dim: of a value.
+        """
+        for name, expected in (("key_exponents", key_dim), ("token_use", key_dim + value_dim + 1)):
+            if (sizes := {*map(len, getattr(self, name) or [])}) - {expected}:
+                yield f"{name}: expected {expected} numbers per head, found {sorted(sizes)}"
+        for name in ("slot_temperature", "slot_bias"):
+            found = num_heads if (numbers := getattr(self, name)) is None else len(numbers)
+            if num_heads not in (None, found):
+                yield f"{name}: expected {num_heads} numbers per layer, one per query head, found {found}"
+        if self.reach is not None and (num := len(self.reach.frequencies)) > key_dim // 2:
+            yield f"rotary_frequencies: expected at most {key_dim // 2} for keys of {key_dim}, found {num}"
 
 
 def check_heads(name: str, table: Sequence[Sequence[Any]], heads: list[int]) -> None:

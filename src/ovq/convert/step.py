@@ -24,7 +24,6 @@ from ovq.convert.attention import IMPLEMENTATION
 from ovq.convert.cache import MemoryCache, MemoryLayer
 from ovq.convert.cache_step import MOST_ROWS, CacheStep, read_pieces
 from ovq.convert.compiled import is_compiled
-from ovq.convert.fits import misfits
 from ovq.convert.packed import PACKED, PackedLinear
 from ovq.convert.unchanged import Part, Unchanged
 from ovq.hf.cache import CACHE_KEY
@@ -355,7 +354,7 @@ class _Step:
         """Whether a layer's memory is one of this model, and kernels can change it."""
         first, dim = self._layers[0], self._layers[0].head_dim
         num_heads = layer.config.num_kv_heads
-        wrong = misfits(layer.config, first.q.shape[0] // dim, dim, dim)
+        wrong = layer.config.misfits(first.q.shape[0] // dim, dim, dim)
         if num_heads * dim != first.k.shape[0] or any(wrong):
             return False
         like = torch.empty(num_rows, num_heads, 1, dim, dtype=self._dtype, device="cpu")
