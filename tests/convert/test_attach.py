@@ -160,6 +160,14 @@ def test_generation_continues_from_a_cache():
     assert torch.equal(model.generate(ids, num_beams=2, **{CACHE_KEY: cache}, **GREEDY), beams)
 
 
+def test_a_cache_that_generate_is_given_is_the_callers():
+    """Where transformers decodes a token too many, it takes that out of such a cache alone."""
+    model = converted()
+    given = {CACHE_KEY: model.make_cache(), **GREEDY}
+    with pytest.raises(ValueError, match="Passing both `cache_implementation`"):
+        model.generate(tokens(1, 5), **given, cache_implementation="dynamic")
+
+
 def test_gradients_reach_the_tokens_of_the_window():
     model = converted()
     ids = tokens(1, 60)

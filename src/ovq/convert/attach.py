@@ -21,7 +21,7 @@ from ovq.convert.context import KIND
 from ovq.convert.packed import PACKED, can_pack, pack_
 from ovq.convert.rotary import with_reach
 from ovq.convert.step import checked_weight_dtype, token_output
-from ovq.hf.cache import CACHE_KEY, GenerationInputs, add_generation_cache, one_of
+from ovq.hf.cache import CACHE_KEY, CachedGeneration, one_of
 from ovq.hf.context_file import digest, weights_of
 from ovq.runtime.files import read_json
 
@@ -32,7 +32,7 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _TOLERANCE_OF_NARROW = 0.1
 
 
-class ConvertedMixin(GenerationInputs):
+class ConvertedMixin(CachedGeneration):
     """What a converted model can do besides what its own class can.
 
     Attributes:
@@ -74,27 +74,14 @@ class ConvertedMixin(GenerationInputs):
         own: Any = super()
         own.save_pretrained(*args, **kwargs)
 
-    def _prepare_cache_for_generation(
-        self,
-        generation_config: Any,
-        model_kwargs: dict[str, Any],
-        generation_mode: Any,
-        batch_size: int,
-        *args: Any,
-    ) -> bool:
-        """What `generate` calls to get a cache; returns whether it made one."""
-        return add_generation_cache(
-            self.make_cache,
-            lambda given: _checked(given, self.memory_config),
-            generation_config,
-            model_kwargs,
-            batch_size,
-        )
+    def checked_cache(self, cache: Any) -> MemoryCache:
+        """The same; ValueError unless it is a `MemoryCache` of a model with as many layers and heads."""
+        return _checked(cache, self.memory_config)
 
     def __reduce_ex__(self, protocol: Any) -> str | tuple[Any, ...]:
         """For pickle and copies: the class is made anew, as no module has it by its name."""
         classes = type(self).__mro__
-        own_class = classes[classes.index(GenerationInputs) + 1]
+        own_class = classes[classes.index(CachedGeneration) + 1]
         if type(self) is not _converted_class(own_class):
             # Somebody has changed the class again, and it would be lost.
             return super().__reduce_ex__(protocol)

@@ -426,57 +426,56 @@ def checked_cache(cache: Any) -> OVQCache:
     return cache
 
 
-def add_generation_cache(
-    new_cache: Callable[[], StateCache],
-    checked: Callable[[Any], StateCache],
-    generation_config: GenerationConfig,
-    model_kwargs: dict,
-    batch_size: int,
-) -> bool:
-    """Add a new cache to the arguments of a `generate` call that uses a cache but was given none.
+class CachedGeneration:
+    """What `generate` asks of models with caches of their own.
 
-    A cache that was given with one row per prompt gets one row per beam or returned sequence.
-
-    Args:
-        new_cache: makes an empty cache of the model.
-        checked: returns the cache that was given, or raises ValueError for one that the model cannot use.
-        generation_config: of the call.
-        model_kwargs: arguments of `forward`; changed.
-        batch_size: prompts.
-
-    Returns:
-        Whether a cache was added. If not, transformers need not make one either.
-
-    Raises:
-        ValueError: a `cache_implementation` that cannot hold a state.
+    These have `make_cache()`, and `checked_cache(cache)`, which raises ValueError for one of another model.
     """
-    implementation = generation_config.cache_implementation
-    if implementation not in (None, "dynamic"):
-        raise ValueError(
-            f"expected cache_implementation None or 'dynamic', found {implementation!r}: "
-            "this model has a cache of its own, which is small already"
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> Any:
+        """Add a new cache to the arguments of `forward` where a cache is used but none was given.
+
+        A cache that was given with one row per prompt gets one row per beam or returned sequence.
+
+        Raises:
+            ValueError: a `cache_implementation` that cannot hold a state.
+        """
+        model: Any = self
+        implementation = generation_config.cache_implementation
+        if implementation not in (None, "dynamic"):
+            raise ValueError(
+                f"expected cache_implementation None or 'dynamic', found {implementation!r}: "
+                "this model has a cache of its own, which is small already"
+            )
+        given = one_of(model_kwargs.pop("past_key_values", None), model_kwargs.pop("cache", None))
+        if given is not None or generation_config.use_cache is not False:
+            cache = model.make_cache() if given is None else model.checked_cache(given)
+            model_kwargs[CACHE_KEY] = cache
+            if not generation_config.is_assistant:
+                # Assisted decoding begins to record what it reads, and other decoding need not pay for it.
+                for layer in cache.layers:
+                    layer.record_past = False
+            elif given is None:
+                # What the large model rejects must be taken out again.
+                cache.activate_past_recording()
+            if given is None:
+                return
+            # transformers repeats inputs, but not a cache, for beams and for several returned sequences.
+            repeats = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+            if given.num_rows == batch_size and repeats > 1:
+                given.batch_repeat_interleave(repeats)
+        # It marks a cache as the caller's, and makes none.
+        own: Any = super()
+        own._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
-    given = one_of(model_kwargs.pop("past_key_values", None), model_kwargs.pop("cache", None))
-    if given is None and generation_config.use_cache is False:
-        return False
-    model_kwargs[CACHE_KEY] = new_cache() if given is None else checked(given)
-    if not generation_config.is_assistant:
-        # Assisted decoding begins to record what it reads, and other decoding need not pay for it.
-        for layer in model_kwargs[CACHE_KEY].layers:
-            layer.record_past = False
-    elif given is None:
-        # What the large model rejects must be taken out again.
-        model_kwargs[CACHE_KEY].activate_past_recording()
-    if given is not None and given.num_rows == batch_size:
-        # transformers repeats inputs, but not a cache, for beams and for several returned sequences.
-        repeats = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-        if repeats > 1:
-            given.batch_repeat_interleave(repeats)
-    return given is None
-
-
-class GenerationInputs:
-    """What `generate` hands to models whose cache may have read a part of the prompt."""
 
     # `inputs_embeds` is a named parameter because `generate` looks for it in the signature.
     def prepare_inputs_for_generation(

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, GenerationMixin
+from transformers import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
@@ -19,9 +19,8 @@ from ovq.hf.block import OVQBlock, with_steps
 from ovq.hf.cache import (
     CACHE_KEY,
     MOST_CROPPED,
-    GenerationInputs,
+    CachedGeneration,
     OVQCache,
-    add_generation_cache,
     checked_cache,
     one_cache,
 )
@@ -186,7 +185,7 @@ class OVQModel(OVQPreTrainedModel):
         return OVQModelOutput(torch.cat([each.last_hidden_state for each in outputs], 1), **kept)
 
 
-class OVQForCausalLM(GenerationInputs, OVQPreTrainedModel, GenerationMixin):
+class OVQForCausalLM(CachedGeneration, OVQPreTrainedModel, GenerationMixin):
     """The language model: `OVQModel` and an output layer, with loss and `generate`.
 
     Args:
@@ -357,21 +356,9 @@ class OVQForCausalLM(GenerationInputs, OVQPreTrainedModel, GenerationMixin):
         """Refused, like `init_continuous_batching`."""
         self.init_continuous_batching()
 
-    def _prepare_cache_for_generation(  # type: ignore[override]  # transformers says bool and returns None
-        self,
-        generation_config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-        generation_mode: Any,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> None:
-        if not add_generation_cache(
-            self.make_cache, checked_cache, generation_config, model_kwargs, batch_size
-        ):
-            # Its type of models that generate is no base of theirs.
-            super()._prepare_cache_for_generation(  # type: ignore[misc]
-                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-            )
+    def checked_cache(self, cache: Any) -> OVQCache:
+        """The same; ValueError unless it is an `OVQCache`."""
+        return checked_cache(cache)
 
 
 def _check_kwargs(kwargs: dict, allowed: frozenset[str]) -> None:
