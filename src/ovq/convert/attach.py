@@ -248,11 +248,7 @@ def memory_config_in(folder: str | os.PathLike) -> MemoryConfig | None:
 
 
 def set_weight_dtype(model: Any, weight_dtype: str | None) -> Any:
-    """Give a converted model whose weights are its own the format of weights that `attach` takes.
-
-    Returns:
-        The model, changed in place.
-    """
+    """The same converted model, whose weights are its own, with the format of weights that `attach` takes."""
     model.weight_dtype = checked_weight_dtype(weight_dtype)
     if weight_dtype in PACKED and can_pack(model):
         # Contexts are of the model, whatever its weights are rounded to.

@@ -118,11 +118,7 @@ class Recorded:
 
 
 class MemoryLayer(OVQCacheLayer):
-    """The memory of one layer of a converted model.
-
-    Args:
-        config: what the layer keeps.
-    """
+    """The memory of one layer of a converted model."""
 
     memory: HeadMemories
 

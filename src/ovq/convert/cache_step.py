@@ -22,12 +22,7 @@ _PIECE = 512
 
 
 class CacheStep:
-    """The memories of a cache as kernels take them, from one token to the next.
-
-    Args:
-        cache: what the rows have read.
-        layers: those of the model.
-    """
+    """The memories of a cache as kernels take them, from one token to the next."""
 
     def __init__(self, cache: MemoryCache, layers: Sequence[HeadsLayer]) -> None:
         self._memories = [memory for layer in cache.layers for memory in layer.own_()]
@@ -86,14 +81,9 @@ class CacheStep:
 def read_pieces(
     cache: MemoryCache, layers: Sequence[HeadsLayer], x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """`[B, T, D]` of any number of tokens through the layers, as `CacheStep.run`, piece by piece.
+    """What `CacheStep.run` does, for any number of tokens `[B, T, D]` in float32, piece by piece.
 
-    Args:
-        cache: what the rows have read; nothing yet, or as much in all layers.
-        layers: those of the model.
-        x: `[B, T, D]` float32.
-        cos: `[B or 1, T, K]`. sin: likewise.
-        dtype: that of the keys that are kept.
+    The cache has read nothing yet, or as much in all layers. It keeps keys in `dtype`.
     """
     rows, num, _ = x.shape
     is_rough = rows * num > MOST_ROWS and layers[0].q.factors is not None

@@ -111,12 +111,7 @@ class Captures:
         ]
 
     def read(self, text: Tensor, mask: Tensor | None = None, seed: int = 0) -> Path:
-        """Read a text, unless it has been read; the file that has what was found. The arguments are those of
-        `of`.
-
-        Raises:
-            OSError: no room in the temporary folder.
-        """
+        """Read a text, unless it has been read; the file that has what was found, as in `of`."""
         given = (text.tolist(), None if mask is None else mask.tolist(), seed)
         name = hashlib.sha256(repr(given).encode()).hexdigest()
         path = Path(self._folder.name) / name

@@ -148,10 +148,8 @@ class MemoryConfig:
     ) -> MemoryConfig:
         """The same numbers of slots and window tokens for every head; `fields` are the other attributes."""
 
-        def each(number: int) -> list[list[int]]:
-            return [[number] * num_kv_heads for _ in range(num_layers)]
-
-        return cls(num_slots=each(num_slots), window=each(window), **fields)
+        slots, windows = ([[num] * num_kv_heads for _ in range(num_layers)] for num in (num_slots, window))
+        return cls(num_slots=slots, window=windows, **fields)
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> MemoryConfig:

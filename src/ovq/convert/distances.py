@@ -59,10 +59,6 @@ def far_attention(
 class Distances:
     """What matters to the key/value heads of a layer; texts are added one by one.
 
-    Args:
-        num_heads: key/value heads.
-        key_dim: numbers of a key.
-
     Example:
         >>> generator = torch.Generator().manual_seed(0)
         >>> distances = Distances(1, 2)
@@ -84,11 +80,9 @@ class Distances:
         self._num_targets = 1
 
     def start(self, k: Tensor, v: Tensor, *, num_targets: int) -> None:
-        """Begin with a text; texts count the same whatever their length.
+        """Begin with a text, k and v as for `far_attention`, of which the losses of so many tokens count.
 
-        Args:
-            k: and v: as for `far_attention`.
-            num_targets: predicted tokens whose losses were added up.
+        Texts count the same whatever their length.
         """
         self._key_squares += k[0].double().square().mean(1).cpu()
         self._value_squares += v[0].double().square().sum(-1).mean(1).cpu()

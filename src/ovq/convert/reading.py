@@ -13,11 +13,9 @@ _QUERIES = 256
 
 
 class Exact(NamedTuple):
-    """Tokens that are kept exactly, those of the queries included.
+    """Tokens `[B, h, P, D]` that are kept exactly, those of the queries included, in their order.
 
-    Attributes:
-        keys: `[B, h, P, K]`, in the order of the tokens. values: `[B, h, P, V]`.
-        filled: tokens of each row before its first query.
+    `filled` are those of each row before its first query.
     """
 
     keys: Tensor
@@ -26,12 +24,7 @@ class Exact(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """Slots in use.
-
-    Attributes:
-        keys: `[B, h, N, K]` means. values: `[B, h, N, V]`, likewise.
-        counts: `[B, h, N]` tokens in each; 0 for rows that have fewer slots.
-    """
+    """Slots in use: means `[B, h, N, D]`, and the tokens `[B, h, N]` in each; 0 for rows with fewer slots."""
 
     keys: Tensor
     values: Tensor
@@ -42,19 +35,15 @@ class Observer(Protocol):
     """Who wants to know what a memory reads, and where its tokens go."""
 
     def has_read(self, exact: Exact, slots: Slots | None, probs: Tensor) -> None:
-        """The next queries, not more than are read at a time, have read `exact` and `slots`.
+        """The next n queries, not more than are read at a time, have read the first P exact tokens and slots.
 
-        Args:
-            exact: see there. slots: likewise.
-            probs: `[B, h, G, n, P + N]` weights of n queries on the first P exact tokens and on the slots.
+        `probs` are their weights `[B, h, G, n, P + N]` on these.
         """
 
     def has_merged(self, homes: Tensor | None) -> None:
         """The oldest tokens after the sinks have been merged.
 
-        Args:
-            homes: `[R, h, N + C]` slots that the contents of the slots and these tokens went to; None if the
-                tokens were dropped.
+        The contents of the slots, and these tokens, went to slots `[R, h, N + C]`; None if they were dropped.
         """
 
 
@@ -68,14 +57,9 @@ def read(
     bias: Tensor | None,
     observer: Observer | None = None,
 ) -> Tensor:
-    """Outputs `[B, h * G, n, V]` in the dtype of the queries.
+    """Outputs `[B, h * G, n, V]` of scaled queries `[B, h * G, n, K]` of tokens one after the other.
 
-    Args:
-        q: `[B, h * G, n, K]`, scaled, of tokens one after the other.
-        exact: what they read of single tokens. slots: of means; None if there are none.
-        dtype: in which to compute.
-        temperature: `[h * G]` factor of the scores of slots of several tokens. bias: likewise, what is added.
-        observer: is told of what the queries read.
+    They are computed in `dtype`. Temperature and bias `[h * G]` are as in `HeadMemory.attend`.
     """
     batch, heads, outputs = len(q), exact.keys.shape[1], []
     for start, block in zip(range(0, q.shape[2], _QUERIES), q.split(_QUERIES, dim=2), strict=True):

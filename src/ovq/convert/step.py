@@ -68,10 +68,7 @@ def checked_weight_dtype(weight_dtype: str | None) -> str | None:
 def token_output(model: Any, own_class: type, args: tuple, kwargs: dict[str, Any]) -> Any:
     """What `forward` of a converted model returns for tokens; None where modules must do it.
 
-    Args:
-        model: the converted model.
-        own_class: its class before it was converted.
-        args: of the call. kwargs: likewise.
+    `own_class` is that of the model before it was converted.
     """
     call = _call_of(model, args, kwargs)
     if call is None or (step := _step_of(model, own_class)) is None or (stream := step.stream(call)) is None:
@@ -82,18 +79,10 @@ def token_output(model: Any, own_class: type, args: tuple, kwargs: dict[str, Any
 
 
 def token_stream(model: Any, own_class: type, **inputs: Any) -> Tensor | None:
-    """What the last norm of a converted model gets, `[B, T, D]`.
+    """What the last norm of a converted model gets, `[B, T, D]`, for engines that compute logits themselves.
 
-    For engines that compute logits themselves.
-
-    Args:
-        model: the converted model.
-        own_class: its class before it was converted.
-        inputs: of `forward`.
-
-    Returns:
-        The stream, after which the cache among the inputs has read the tokens; None, with nothing read, where
-        modules must do it.
+    The cache among the inputs of `forward` has then read the tokens. None, with nothing read, where modules
+    must do it.
     """
     call = _call_of(model, (), inputs)
     if call is None or (step := _step_of(model, own_class)) is None:
@@ -219,12 +208,7 @@ def _parts(model: nn.Module, class_of: Callable[[str], type[nn.Module]]) -> list
 
 
 class _Step:
-    """The step of one model, with the weights that it reads.
-
-    Args:
-        model: the model.
-        parts: modules whose work the step does.
-    """
+    """The step of one model, with the weights that it reads, in place of the work of some modules."""
 
     def __init__(self, model: Any, parts: list[Part]) -> None:
         # What keeps a step must not keep its model.

@@ -81,11 +81,9 @@ def trials(
 
 
 def with_window(longer: MemoryLayer, config: LayerConfig) -> MemoryLayer:
-    """The memory of a layer as it would be if its windows had been shorter all the time.
+    """The memory of a layer, of one row, as it would be if its windows had been shorter all the time.
 
-    Args:
-        longer: what the layer has learned, of one row; it does not change.
-        config: that of `longer`, but for the windows. Units of keys must be the same.
+    Units of keys must be the same. `longer` does not change.
     """
     layer = longer.branch(config)
     for memory, budget in zip(layer.own_(), config.budgets, strict=True):
@@ -136,10 +134,7 @@ class _Heads:
     def learned(self, heads: Tensor, option: Option, longer: MemoryLayer | None) -> MemoryLayer:
         """The memory of heads that have read all tokens before those whose prediction counts.
 
-        Args:
-            heads: which ones.
-            option: its sizes.
-            longer: the memory of as many slots and a longer window, if they share what they learn.
+        From one of as many slots and a longer window, if they share what they learn.
         """
         layer = MemoryLayer(self._config(heads, option))
         if longer is not None:

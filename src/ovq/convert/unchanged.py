@@ -29,9 +29,6 @@ class Unchanged:
 
     They are compared for every token, and after the weights of a model there is nothing else in a processor's
     caches. So loops are those of `map`, which run in C, and over what is kept side by side.
-
-    Args:
-        parts: the modules.
     """
 
     def __init__(self, parts: Sequence[Part]) -> None:

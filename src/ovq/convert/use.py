@@ -100,14 +100,7 @@ class ExpectedUse:
         self._factors: list[float] = []
 
     def start(self, k: Tensor, v: Tensor, *, num_targets: int, num_sinks: int, weight: float = 1.0) -> None:
-        """Begin with a text.
-
-        Args:
-            k: and v: as for `far_attention`.
-            num_targets: predicted tokens whose losses were added up.
-            num_sinks: first tokens, which are never in slots.
-            weight: how much the text counts.
-        """
+        """Begin with a text that counts so much, as `Distances.start`; first tokens are never in slots."""
         self._num_sinks = num_sinks
         self._tokens.append(torch.cat([k[0], v[0]], -1)[:, num_sinks:].cpu())
         self._squares.append(self._tokens[-1].new_zeros(self._tokens[-1].shape[:2], dtype=torch.float64))

@@ -281,7 +281,8 @@ class StateCache(Cache):
         if not lengths or min(lengths) == 0:
             raise ValueError(f"expected caches that have read at least one column, found lengths {lengths}")
         joined = copy.copy(caches[0])
-        joined.layers = [layer.emptied() for layer in joined.layers]
+        joined.layers = [copy.copy(layer) for layer in joined.layers]
+        joined.reset()
         for layer, parts in zip(
             joined.layers, zip(*(cache.layers for cache in caches), strict=True), strict=True
         ):
@@ -339,26 +340,16 @@ class OVQCache(StateCache):
         self.recorded = None
         return super().shorten(lengths)
 
-    @classmethod
-    def concatenate(cls, caches: Sequence[Self], config: Any = None) -> Self:
-        """See `StateCache.concatenate`."""
-        joined = super().concatenate(caches, config)
-        joined.recorded = None
-        return joined
-
     @property
     def is_recording(self) -> bool:
         """Whether what is read next is to be recorded."""
         return self.layers[0].record_past
 
     def to_record(self, model: Any, inputs: Tensor, mask: Tensor | None) -> Recorded:
-        """What will be needed to take the next tokens out again, once they have been read.
+        """What will be needed to take the next tokens out again, once the model has read them.
 
-        Args:
-            model: the `OVQModel` that is going to read them.
-            inputs: `[B, T, D]` embeddings of the tokens, at most `MOST_CROPPED`. Earlier ones that were not
-                cropped since are kept as well, as long as there is room.
-            mask: `[B, P + T]` over cached and new columns, if there is one.
+        These are at most `MOST_CROPPED`. Earlier ones that were not cropped since are kept, too, as long as
+        there is room. Shapes are those of `Recorded`.
         """
         layers, recorded = None, self.recorded
         if recorded is not None and recorded.inputs.shape[1] + inputs.shape[1] <= MOST_CROPPED:
@@ -405,7 +396,11 @@ def one_cache(past_key_values: Any, cache: Any) -> OVQCache | None:
         ValueError: different objects under the two names, or something other than an `OVQCache`.
     """
     found = one_of(past_key_values, cache)
-    return None if found is None else checked_cache(found)
+    if found is not None and not isinstance(found, OVQCache):
+        raise ValueError(
+            f"expected an OVQCache (ovq.hf.OVQCache(config)) as cache, found {type(found).__name__}"
+        )
+    return found
 
 
 def one_of(past_key_values: Any, cache: Any) -> Any:
@@ -415,15 +410,6 @@ def one_of(past_key_values: Any, cache: Any) -> Any:
             "expected one of past_key_values and cache, which are the same argument; found two caches"
         )
     return cache if past_key_values is None else past_key_values
-
-
-def checked_cache(cache: Any) -> OVQCache:
-    """The same; ValueError unless it is an `OVQCache`."""
-    if not isinstance(cache, OVQCache):
-        raise ValueError(
-            f"expected an OVQCache (ovq.hf.OVQCache(config)) as cache, found {type(cache).__name__}"
-        )
-    return cache
 
 
 class CachedGeneration:

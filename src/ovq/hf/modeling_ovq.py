@@ -21,7 +21,6 @@ from ovq.hf.cache import (
     MOST_CROPPED,
     CachedGeneration,
     OVQCache,
-    checked_cache,
     one_cache,
 )
 from ovq.hf.configuration_ovq import OVQConfig
@@ -356,9 +355,9 @@ class OVQForCausalLM(CachedGeneration, OVQPreTrainedModel, GenerationMixin):
         """Refused, like `init_continuous_batching`."""
         self.init_continuous_batching()
 
-    def checked_cache(self, cache: Any) -> OVQCache:
+    def checked_cache(self, cache: Any) -> OVQCache | None:
         """The same; ValueError unless it is an `OVQCache`."""
-        return checked_cache(cache)
+        return one_cache(cache, None)
 
 
 def _check_kwargs(kwargs: dict, allowed: frozenset[str]) -> None:

@@ -51,12 +51,6 @@ class LayerCache:
         self.num_columns = 0
         self.has_padding = False
 
-    def emptied(self) -> Self:
-        """A layer like this one that has read nothing."""
-        other = copy.copy(self)
-        other.reset()
-        return other
-
     def branch(self) -> Self:
         """A layer that has read the same and goes on by itself. States are values, so nothing is copied."""
         return copy.copy(self)

@@ -105,16 +105,20 @@ class Preset:
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise ValueError unless this is a preset of the model, or of one that it is a copy of."""
+        if (found := self._difference(model)) is not None:
+            raise ValueError(f"preset {self.name}: expected a copy of {self.model}, {found}")
+
+    def _difference(self, model: PreTrainedModel) -> str | None:
+        """In what the model is another one, in words; None for a copy."""
         found = identity(model)
-        differing = {k: (v, found.get(k)) for k, v in self.identity.items() if found.get(k) != v}
-        if differing:
-            named = ", ".join(f"{k} {v[0]} (found {v[1]})" for k, v in differing.items())
-            raise ValueError(f"preset {self.name}: expected a copy of {self.model}, with {named}")
+        if differing := [k for k, v in self.identity.items() if found.get(k) != v]:
+            return "with " + ", ".join(f"{k} {self.identity[k]} (found {found.get(k)})" for k in differing)
         if (alike := likeness(self.sample, weight_sample(model))) < _LEAST_LIKENESS:
-            raise ValueError(
-                f"preset {self.name}: expected a copy of {self.model}, found a model of the same sizes with "
-                f"other weights (likeness {alike:.2f}, at least {_LEAST_LIKENESS} expected)"
+            return (
+                f"found a model of the same sizes with other weights (likeness {alike:.2f}, at least "
+                f"{_LEAST_LIKENESS} expected)"
             )
+        return None
 
 
 def save_preset(preset: Preset, folder: str | os.PathLike) -> None:
@@ -203,15 +207,7 @@ def packaged_presets() -> tuple[Preset, ...]:
 
 def presets_of(model: PreTrainedModel) -> list[Preset]:
     """The presets of the package that are of this model, which is not converted yet."""
-
-    def fits(preset: Preset) -> bool:
-        try:
-            preset.check(model)
-        except ValueError:
-            return False
-        return True
-
-    return [preset for preset in packaged_presets() if fits(preset)]
+    return [preset for preset in packaged_presets() if preset._difference(model) is None]
 
 
 def find_preset(model: PreTrainedModel, rows: float) -> Preset | None:
