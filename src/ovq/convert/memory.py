@@ -430,12 +430,23 @@ class HeadMemory:
         )
         with torch.no_grad():
             after = held.clone() if has_graph else held
-            homes = self._learn(rows, after, keys, values, weights)
+            num_merged = [self.num_merged[b] for b in rows]
+            # As any chunk is merged.
+            plan = Plan.of_chunks(
+                num_merged,
+                [self.budget.num_open(n) for n in num_merged],
+                [self.budget.num_open(n + self.budget.chunk_size) for n in num_merged],
+                num_kv_heads=keys.shape[1],
+                options=self.budget.options,
+            )
+            of_tokens = None if weights is None else weights.transpose(1, 2)[..., None]
+            chunk = Merging(keys.transpose(1, 2), values.transpose(1, 2), after, plan, of_tokens)
+            # [R, h, N + C], the slots that what was in N slots, and C tokens, go to.
+            homes = learn(chunk).homes(self.budget.num_slots)
             if self.observer is not None:
                 self.observer.has_merged(homes)
-            first = [self.budget.num_sinks + self.num_merged[b] for b in rows]
-            start = torch.tensor(first, device=homes.device)[:, None, None]
-            new = (start + torch.arange(keys.shape[2], device=homes.device)).expand(-1, keys.shape[1], -1)
+            first = torch.tensor(num_merged, device=homes.device)[:, None, None] + self.budget.num_sinks
+            new = (first + torch.arange(keys.shape[2], device=homes.device)).expand(-1, keys.shape[1], -1)
             positions = torch.cat([self.position_sum[index], new], 2)
             _put_rows(self, "position_sum", index, added_up(positions, homes, after.count.shape[2]))
             _put_rows(self, "count", index, after.count)
@@ -447,27 +458,6 @@ class HeadMemory:
                 tokens = tokens if weights is None else tokens * weights[..., None]
                 sums = added_up(torch.cat([getattr(held, name), tokens], 2), homes, sums.shape[2])
             self._put_sums(name, sums, index)
-
-    def _learn(
-        self, rows: list[int], sums: Dictionary, keys: Tensor, values: Tensor, weights: Tensor | None
-    ) -> Tensor:
-        """Merge tokens of `rows` into sums, in place, as any chunk is merged (`ovq.ops.backends`).
-
-        Returns:
-            The slots `[R, h, N + C]` that what was in N slots, and C tokens, went to.
-        """
-        budget = self.budget
-        merged = [self.num_merged[b] for b in rows]
-        plan = Plan.of_chunks(
-            merged,
-            [budget.num_open(n) for n in merged],
-            [budget.num_open(n + budget.chunk_size) for n in merged],
-            num_kv_heads=keys.shape[1],
-            options=budget.options,
-        )
-        of_tokens = None if weights is None else weights.transpose(1, 2)[..., None]
-        chunks = Merging(keys.transpose(1, 2), values.transpose(1, 2), sums, plan, of_tokens)
-        return learn(chunks).homes(budget.num_slots)
 
     @torch.no_grad()
     def _find_units(self, index: Tensor, keys: Tensor) -> None:

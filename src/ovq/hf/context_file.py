@@ -216,7 +216,7 @@ def context_info(path: str | os.PathLike) -> ContextInfo:
     if (name := metadata["kind"]) not in KINDS:
         raise ValueError(f"{path}: expected a context of kind {', '.join(KINDS)}, found {name!r}")
     kind = KINDS[name]
-    config = _config_of(path, metadata, kind)
+    config = _config_of(path, metadata, kind, kind.config)
     dtypes = {str(dtype): dtype for dtype in DTYPES}
     if (dtype := metadata.get("dtype", "")) not in dtypes:
         raise ValueError(f"{path}: expected a model in one of {', '.join(dtypes)}, found {dtype!r}")
@@ -237,7 +237,7 @@ def context_info(path: str | os.PathLike) -> ContextInfo:
 def check_fingerprint(where: str, found: Mapping[str, str], expected: Mapping[str, str], kind: Kind) -> None:
     """Raise ValueError, naming the first difference, unless the two fingerprints are equal."""
     own = json.loads(expected["config"])
-    other = _config_fields(where, found, kind)
+    other = _config_of(where, found, kind, dict)
     # What differs because `merge` does would puzzle a user who set that alone.
     for name in sorted(own.keys() | other.keys(), key=lambda name: (name == "growth", name)):
         if own.get(name) != other.get(name):
@@ -256,22 +256,17 @@ def check_fingerprint(where: str, found: Mapping[str, str], expected: Mapping[st
         )
 
 
-def _config_fields(where: str | os.PathLike, metadata: Mapping[str, str], kind: Kind) -> dict[str, Any]:
-    """The fields of the config in a file, with the names that they have now."""
+def _config_of(
+    where: str | os.PathLike, metadata: Mapping[str, str], kind: Kind, made: Callable[[dict[str, Any]], Any]
+) -> Any:
+    """What is made of the fields of the config in a file, with the names that they have now."""
+    found = metadata.get("config", "")
     try:
-        return kind.upgraded(json.loads(metadata.get("config", "")))
+        return made(kind.upgraded(json.loads(found)))
     except (AttributeError, StrictDataclassError, TypeError, ValueError) as error:
-        found = metadata.get("config")
-        raise ValueError(f"{where}: expected the config of a model, found {found!r:.500} ({error})") from None
-
-
-def _config_of(path: str | os.PathLike, metadata: Mapping[str, str], kind: Kind) -> Any:
-    """The config in a file."""
-    fields = _config_fields(path, metadata, kind)
-    try:
-        return kind.config(fields)
-    except (StrictDataclassError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: expected the config of a model, found {fields} ({error})") from error
+        raise ValueError(
+            f"{where}: expected the config of a model, found {found!r:.500} ({error})"
+        ) from error
 
 
 def check_content(

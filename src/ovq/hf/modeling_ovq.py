@@ -259,7 +259,11 @@ class OVQForCausalLM(CachedGeneration, OVQPreTrainedModel, GenerationMixin):
         shift_labels = kwargs.pop("shift_labels", None)
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         for name, given in (("shift_labels", shift_labels), ("labels", labels)):
-            _check_shape(name, given, inputs)
+            if given is not None and inputs is not None and given.shape != inputs.shape[:2]:
+                raise ValueError(
+                    f"{name}: expected shape {list(inputs.shape[:2])}, that of the input, "
+                    f"found {list(given.shape)}"
+                )
         past = one_cache(past_key_values, cache)
         if labels is not None and shift_labels is None and inputs is not None:
             _check_inputs(input_ids, inputs_embeds)
@@ -376,13 +380,6 @@ def _check_inputs(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Non
     ):
         if given is not None and given.dim() != shape.count(",") + 1:
             raise ValueError(f"{name}: expected shape {shape}, found {list(given.shape)}")
-
-
-def _check_shape(name: str, targets: Tensor | None, inputs: Tensor | None) -> None:
-    if targets is not None and inputs is not None and targets.shape != inputs.shape[:2]:
-        raise ValueError(
-            f"{name}: expected shape {list(inputs.shape[:2])}, that of the input, found {list(targets.shape)}"
-        )
 
 
 def _is_first(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
