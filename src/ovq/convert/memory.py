@@ -110,13 +110,20 @@ class HeadMemory:
     def _put_sums(self, name: str, sums: Tensor, index: Tensor | None = None) -> None:
         """Replace sums, of rows `index` alone if it is given, by others in a wide format."""
         numbers, steps = narrowed(sums, self.budget.state_dtype)
-        for own, rows in ((name, numbers), (name.replace("sum", "step"), steps)):
-            if rows is None:
-                continue
-            if index is None:
-                setattr(self, own, rows)
-            else:
-                _put_rows(self, own, index, rows)
+        self._put(name, numbers, index)
+        if steps is not None:
+            self._put(name.replace("sum", "step"), steps, index)
+
+    def _put(self, name: str, rows: Tensor, index: Tensor | None) -> None:
+        """Replace a tensor, or its rows `index`."""
+        if index is None or len(index) == len(tensor := getattr(self, name)):
+            setattr(self, name, rows)
+        elif torch.is_inference_mode_enabled():
+            # Where many rows take turns to merge, copying the others would take most of the time.
+            tensor.index_copy_(0, index, rows)
+        else:
+            # A new tensor, because autograd may have saved the old one.
+            setattr(self, name, tensor.index_copy(0, index, rows))
 
     @property
     def _divisor(self) -> Tensor:
@@ -290,14 +297,14 @@ class HeadMemory:
             else:
                 # In slots of few tokens too: what is of much use stays alone, and would leave no room.
                 share = torch.ones_like(left, dtype=self.wide).masked_fill(is_far, 0.5)
-                _put_rows(self, "weight", index, self.weight[index] * share)
+                self._put("weight", self.weight[index] * share, index)
             keys, values = self.sums("key_sum")[index], self.sums("value_sum")[index]
             self._put_sums("key_sum", reach.turned(keys, by, ratio) * share[..., None], index)
             self._put_sums("value_sum", values * share[..., None], index)
-            _put_rows(self, "position_sum", index, torch.where(is_far, left * nearest, positions))
-            _put_rows(self, "count", index, left)
+            self._put("position_sum", torch.where(is_far, left * nearest, positions), index)
+            self._put("count", left, index)
         if self._given_use is not None:
-            _put_rows(self, "use", index, use_from(self._given_use, nearest[:, :, 0], reach, ratio))
+            self._put("use", use_from(self._given_use, nearest[:, :, 0], reach, ratio), index)
         if not (num_sinks := self.budget.num_sinks):
             return
         first = torch.tensor([num == reach.first_turn for num in num_read], device=index.device)
@@ -305,10 +312,9 @@ class HeadMemory:
         sinks = torch.where(first[:, None, None, None], recent[:, :, :num_sinks], self.sink_keys[index])
         by = (nearest - torch.arange(num_sinks, device=index.device)).clamp(min=0)
         turned = reach.turned(sinks.to(self.wide), by.expand(sinks.shape[:3]), ratio)
-        _put_rows(self, "sink_keys", index, sinks)
-        _put_rows(
-            self, "recent_keys", index, torch.cat([turned.to(recent.dtype), recent[:, :, num_sinks:]], 2)
-        )
+        self._put("sink_keys", sinks, index)
+        recent = torch.cat([turned.to(recent.dtype), recent[:, :, num_sinks:]], 2)
+        self._put("recent_keys", recent, index)
 
     def attend(
         self,
@@ -448,10 +454,10 @@ class HeadMemory:
             first = torch.tensor(num_merged, device=homes.device)[:, None, None] + self.budget.num_sinks
             new = (first + torch.arange(keys.shape[2], device=homes.device)).expand(-1, keys.shape[1], -1)
             positions = torch.cat([self.position_sum[index], new], 2)
-            _put_rows(self, "position_sum", index, added_up(positions, homes, after.count.shape[2]))
-            _put_rows(self, "count", index, after.count)
+            self._put("position_sum", added_up(positions, homes, after.count.shape[2]), index)
+            self._put("count", after.count, index)
             if after.weight is not None:
-                _put_rows(self, "weight", index, after.weight)
+                self._put("weight", after.weight, index)
         for name, tokens in (("key_sum", keys), ("value_sum", values)):
             sums = getattr(after, name)
             if has_graph:
@@ -467,17 +473,4 @@ class HeadMemory:
         # Multiplying by a power of 2 does not round.
         found = torch.exp2(length.clamp(min=torch.finfo(wide).tiny).log2().round())
         unit = self.key_unit[index]
-        _put_rows(self, "key_unit", index, torch.where(unit == 0, found, unit))
-
-
-def _put_rows(memory: HeadMemory, name: str, index: Tensor, rows: Tensor) -> None:
-    """Replace rows of a tensor."""
-    tensor = getattr(memory, name)
-    if len(index) == len(tensor):
-        setattr(memory, name, rows)
-    elif torch.is_inference_mode_enabled():
-        # Where many rows take turns to merge, copying the others would take most of the time.
-        tensor.index_copy_(0, index, rows)
-    else:
-        # A new tensor, because autograd may have saved the old one.
-        setattr(memory, name, tensor.index_copy(0, index, rows))
+        self._put("key_unit", torch.where(unit == 0, found, unit), index)
