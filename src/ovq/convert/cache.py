@@ -108,13 +108,12 @@ class Recorded:
     Attributes:
         num_columns: those that were read before.
         before: copies of the memories before the first call that merged, or brought rows nearer.
-        keys: `[1, Hkv, T, K]` of the real tokens from that call on; None if there was none. values: likewise.
+        tokens: keys and values `[1, Hkv, T, D]` of the real tokens from that call on; None if there was none.
     """
 
     num_columns: int
     before: Sequence[HeadMemory] = ()
-    keys: Tensor | None = None
-    values: Tensor | None = None
+    tokens: tuple[Tensor, Tensor] | None = None
 
 
 class MemoryLayer(OVQCacheLayer):
@@ -181,10 +180,10 @@ class MemoryLayer(OVQCacheLayer):
     def can_record(self, num_new: int) -> bool:
         """Whether so many tokens that a kernel reads can be taken out again, if they are to be."""
         if not self.record_past or not self._changes_after(num_new):
-            return not self.record_past or self._recorded.keys is None
+            return not self.record_past or self._recorded.tokens is None
         # What was read is found among the last tokens.
         kept = min(memory.budget.window - memory.budget.chunk_size for memory in self.state)
-        return self._recorded.keys is None and self.num_rows == 1 and num_new <= kept
+        return self._recorded.tokens is None and self.num_rows == 1 and num_new <= kept
 
     def copies_before(self, num_new: int) -> list[HeadMemory]:
         """Copies of the memories, where they are needed to take the next tokens out again."""
@@ -204,7 +203,7 @@ class MemoryLayer(OVQCacheLayer):
         k, v = k[:, order], v[:, order]
         if self.config.key_exponents is not None:
             k = k / key_factors(self.config.key_exponents, k)
-        self._recorded = Recorded(self._recorded.num_columns, before, k, v)
+        self._recorded = Recorded(self._recorded.num_columns, before, (k, v))
 
     def _changes_after(self, num_new: int) -> bool:
         """Whether so many tokens change anything but the places after those in use."""
@@ -215,16 +214,16 @@ class MemoryLayer(OVQCacheLayer):
     def _record(self, k: Tensor, v: Tensor, num_new: int) -> None:
         """Keep what is needed to take the tokens `[1, Hkv, T, K]` of `num_new` new columns out again."""
         recorded = self._recorded
-        if recorded.keys is not None:
-            assert recorded.values is not None
-            if recorded.keys.shape[2] + k.shape[2] <= MOST_CROPPED:
-                k, v = torch.cat([recorded.keys, k], 2), torch.cat([recorded.values, v], 2)
-                self._recorded = dataclasses.replace(recorded, keys=k, values=v)
+        if recorded.tokens is not None:
+            keys, values = recorded.tokens
+            if keys.shape[2] + k.shape[2] <= MOST_CROPPED:
+                tokens = torch.cat([keys, k], 2), torch.cat([values, v], 2)
+                self._recorded = dataclasses.replace(recorded, tokens=tokens)
                 return
             recorded = self._recorded = Recorded(self.num_columns - num_new)
         if self._changes_after(k.shape[2]):
             before = [memory.clone() for memory in self.state]
-            self._recorded = Recorded(recorded.num_columns, before, k, v)
+            self._recorded = Recorded(recorded.num_columns, before, (k, v))
 
     @torch.no_grad()
     def crop(self, tokens_to_remove: int) -> None:
@@ -239,16 +238,15 @@ class MemoryLayer(OVQCacheLayer):
         num_recorded = self.num_columns - recorded.num_columns if self.record_past else 0
         if not -num_recorded <= tokens_to_remove <= 0 or (tokens_to_remove and self.num_rows != 1):
             raise not_croppable(tokens_to_remove, num_recorded)
-        memories, num_removed = self.own_() if tokens_to_remove else [], -tokens_to_remove
-        if tokens_to_remove and recorded.keys is not None:
-            assert recorded.values is not None
-            for memory, before in zip(memories, recorded.before, strict=True):
+        num_removed = -tokens_to_remove
+        if num_removed and recorded.tokens is not None:
+            for memory, before in zip(self.own_(), recorded.before, strict=True):
                 memory.put_back_(before)
-            num_kept = max(0, recorded.keys.shape[2] - num_removed)
-            num_removed = max(0, num_removed - recorded.keys.shape[2])
-            if num_kept:
-                self.learn(recorded.keys[:, :, :num_kept], recorded.values[:, :, :num_kept])
-        for memory in memories:
+            num_kept = recorded.tokens[0].shape[2] - num_removed
+            if num_kept > 0:
+                self.learn(*(x[:, :, :num_kept] for x in recorded.tokens))
+            num_removed = max(0, -num_kept)
+        for memory in self.own_() if num_removed else []:
             memory.drop_(num_removed)
         self.num_columns, self._recorded = num_left, Recorded(num_left)
 
