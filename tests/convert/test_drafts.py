@@ -164,6 +164,9 @@ def test_only_what_was_recorded_can_be_cropped(model):
         for num in (-4, 1):
             with pytest.raises(ValueError, match=rf"n from -3 to 0, found crop\({num}\)"):
                 cache.crop(num)
+        with pytest.raises(ValueError, match=r"indices in 0\.\.0, found \[1\]"):
+            cache.batch_select_indices(torch.tensor([1]))
+        assert {layer.num_rows for layer in cache.layers} == {1}
         cache.batch_repeat_interleave(2)
         with pytest.raises(ValueError, match=r"n from 0 to 0, found crop\(-1\)"):
             cache.crop(-1)

@@ -58,6 +58,27 @@ def test_batch_operations(model, operation, argument, rows):
     torch.testing.assert_close(continued(model, cache, rows), expected)
 
 
+@pytest.mark.parametrize(
+    ("operation", "argument", "expected"),
+    [
+        ("reorder_cache", torch.tensor([0, 1, 3]), r"indices in 0\.\.2, found \[0, 1, 3\]"),
+        ("batch_select_indices", torch.tensor([-1]), r"indices in 0\.\.2, found \[-1\]"),
+        ("batch_select_indices", torch.tensor([True, False]), r"mask of shape \(3,\), found \(2,\)"),
+        ("batch_repeat_interleave", 0, "repeats: expected an integer of at least 1, found 0"),
+    ],
+)
+def test_rows_that_are_not_there_change_nothing(model, operation, argument, expected):
+    cache = cached(model)
+    cache.activate_past_recording()
+    with torch.no_grad():
+        model(IDS[:, CUT : CUT + 2], past_key_values=cache)
+    with pytest.raises(ValueError, match=expected):
+        getattr(cache, operation)(argument)
+    cache.crop(-2)
+    expected_logits = model(IDS).logits[:, CUT:]
+    torch.testing.assert_close(continued(model, cache, [0, 1, 2]), expected_logits)
+
+
 def test_reset_forgets_everything_and_the_cache_goes_on(model):
     ids, mask = left_padded([random_ids(1, n)[0] for n in (9, 4)])
     cache = OVQCache(model.config)

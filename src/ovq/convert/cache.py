@@ -81,7 +81,6 @@ class HeadMemories(Memory):
 
     def select(self, state: list[HeadMemory], rows: Tensor) -> list[HeadMemory]:
         """See `Memory.select`."""
-        rows = rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows
         return [memory.selected(rows) for memory in state]
 
     def to(self, state: list[HeadMemory], device: torch.device | str) -> list[HeadMemory]:

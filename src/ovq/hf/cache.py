@@ -322,23 +322,24 @@ class OVQCache(StateCache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only these rows, in their order: transformers' name."""
-        self.recorded = None
         super().batch_select_indices(indices)
+        self.recorded = None
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row: transformers' name."""
-        self.recorded = None
         super().batch_repeat_interleave(repeats)
+        self.recorded = None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """The rows of these beams: transformers' name."""
-        self.recorded = None
         super().reorder_cache(beam_idx)
+        self.recorded = None
 
     def shorten(self, lengths: Sequence[int]) -> int:
         """See `StateCache.shorten`."""
+        num_left = super().shorten(lengths)
         self.recorded = None
-        return super().shorten(lengths)
+        return num_left
 
     @property
     def is_recording(self) -> bool:

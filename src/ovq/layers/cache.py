@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ovq.layers.memory import Memory
 from ovq.ops.options import check_sizes
+from ovq.ops.state import checked_rows
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -82,7 +83,14 @@ class LayerCache:
             self.conv_state = of_tensor(self.conv_state)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows `indices`, in their order."""
+        """Keep the rows `indices` (or those of a boolean mask), in their order.
+
+        Raises:
+            ValueError: not rows of the cache, of which nothing changes.
+        """
+        if self.state is not None:
+            # Here, as not every mixer checks, and the first layer of several must not change alone.
+            indices = checked_rows(indices, self.num_rows)
         self._change(lambda s: self.memory.select(s, indices), lambda t: t[indices.to(t.device)])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

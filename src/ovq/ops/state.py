@@ -231,20 +231,7 @@ class OVQState:
 
     def select(self, rows: Tensor | Sequence[int]) -> OVQState:
         """The given rows in the given order, repeats allowed (integer indices, or a boolean mask)."""
-        index = torch.as_tensor(rows, device="cpu")
-        if index.dtype == torch.bool:
-            if index.shape != (self.batch_size,):
-                raise ValueError(
-                    f"rows: expected a mask of shape ({self.batch_size},), found {tuple(index.shape)}"
-                )
-            index = index.nonzero().squeeze(-1)
-        if index.numel() == 0:
-            index = index.to(torch.int64)
-        if index.dim() != 1 or index.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"rows: expected a 1-D integer index, found {index.dtype} {tuple(index.shape)}")
-        host = index.to(torch.int64)
-        if host.numel() and not (int(host.min()) >= 0 and int(host.max()) < self.batch_size):
-            raise ValueError(f"rows: expected indices in 0..{self.batch_size - 1}, found {host.tolist()}")
+        host = checked_rows(rows, self.batch_size)
         picked: dict[str, Any] = {
             name: (t := getattr(self, name)).index_select(0, host.to(t.device)) for name in self._names
         }
@@ -350,6 +337,31 @@ class OVQState:
             ValueError: if the file is not a saved state, is damaged, or holds values that no state can have.
         """
         return OVQState(**load_state(path, device=device))
+
+
+def checked_rows(rows: Tensor | Sequence[int], num_rows: int) -> Tensor:
+    """The places `[R]` of these rows, on the CPU.
+
+    Raises:
+        ValueError: neither places of `num_rows` rows nor a boolean mask of them.
+
+    Example:
+        >>> checked_rows([True, False, True], 3)
+        tensor([0, 2])
+    """
+    index = torch.as_tensor(rows, device="cpu")
+    if index.dtype == torch.bool:
+        if index.shape != (num_rows,):
+            raise ValueError(f"rows: expected a mask of shape ({num_rows},), found {tuple(index.shape)}")
+        index = index.nonzero().squeeze(-1)
+    if index.numel() == 0:
+        index = index.to(torch.int64)
+    if index.dim() != 1 or index.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"rows: expected a 1-D integer index, found {index.dtype} {tuple(index.shape)}")
+    index = index.to(torch.int64)
+    if index.numel() and not (int(index.min()) >= 0 and int(index.max()) < num_rows):
+        raise ValueError(f"rows: expected indices in 0..{num_rows - 1}, found {index.tolist()}")
+    return index
 
 
 def tensors_of(state: OVQState) -> dict[str, Tensor]:
