@@ -112,6 +112,9 @@ def test_input_that_does_not_fit_is_refused(alone):
         alone.forward_backward([{"input_ids": ids, "labels": ids * -100}])
     with pytest.raises(ValueError, match=r"labels of the same shape, found \[2, 12\] and \[2, 11\]"):
         alone.forward_backward([{"input_ids": ids, "labels": ids[:, 1:]}])
+    mask = torch.ones_like(ids).index_fill(1, torch.tensor([0]), 0)
+    with pytest.raises(ValueError, match=r"attention_mask: expected no padding .* found 2 tokens of it"):
+        alone.forward_backward([batch | {"attention_mask": mask}])
     with pytest.raises(ValueError, match="at least one token per rank, 5, found 4"):
         even_bounds(4, 5)
     # The name changed in transformers 5.24.
@@ -126,7 +129,8 @@ def test_embeddings_may_be_frozen(alone):
     model.model.embed_tokens.requires_grad_(False)
     learning = [p for p in model.parameters() if p.requires_grad]
     expected = torch.autograd.grad(model(ids, labels=ids).loss, learning)
-    alone.forward_backward([{"input_ids": ids, "labels": ids}])
+    # As a collator of transformers gives it, with a mask without padding.
+    alone.forward_backward([{"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}])
     torch.testing.assert_close([p.grad for p in learning], list(expected))
     assert model.model.embed_tokens.weight.grad is None
 

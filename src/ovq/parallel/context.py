@@ -92,7 +92,8 @@ class ContextParallel:
 
         Args:
             micro_batches: For each, `input_ids` `[B, T]` and `labels` `[B, T]` (usually the same; -100 is
-                ignored), whole and the same on every rank. B and T may differ between micro-batches.
+                ignored), whole and the same on every rank. B and T may differ between micro-batches. An
+                `attention_mask` may only say that all tokens are real, as padding is not handed on.
             bounds: `[R + 1]` the first token of each rank's part, and T; any bounds that leave each rank a
                 token. None: `even_bounds`.
 
@@ -255,5 +256,10 @@ def _num_targets(batch: Mapping[str, Tensor]) -> int:
         raise ValueError(
             "expected input_ids [B, T] and labels of the same shape, "
             f"found {list(ids.shape)} and {list(labels.shape)}"
+        )
+    if (mask := batch.get("attention_mask")) is not None and (num_padded := int((mask == 0).sum())):
+        raise ValueError(
+            f"attention_mask: expected no padding (micro-batches may differ in length), found {num_padded} "
+            "tokens of it"
         )
     return int((labels[:, 1:] != IGNORED).sum())
