@@ -27,6 +27,7 @@ BAD = [
     ({"frequency_penalty": 0.5}, 400, "frequency_penalty: expected 0, as nothing else is supported"),
     ({"temprature": 1}, 400, "temprature: expected fields of this request, found an unknown one"),
     ({"logprobs": 21}, 400, "logprobs: expected less than or equal to 20, found 21"),
+    ({"stream_options": {}}, 400, "stream_options: expected stream true beside it, found false"),
     ({"stop": [""]}, 400, "stop: expected at most 16 sequences, none of them empty"),
     ({"context": "no"}, 404, "context: expected one of [], found 'no'"),
     ({"context": "../x"}, 400, "context: expected "),
@@ -70,6 +71,18 @@ def test_messages_that_cannot_be_read(text, messages, expected):
     answer = httpx.post(f"{text.url}/v1/chat/completions", json={"model": "text", "messages": messages})
     assert answer.status_code == 400
     assert expected in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("logprobs", [None, False])
+def test_likeliest_tokens_without_logprobs(text, logprobs):
+    messages = [{"role": "user", "content": "x"}]
+    body = {"model": "text", "messages": messages, "max_tokens": 1, "logprobs": logprobs}
+    answer = httpx.post(f"{text.url}/v1/chat/completions", json=body | {"top_logprobs": 2})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "top_logprobs")
+    assert answer.json()["error"]["message"] == "top_logprobs: expected logprobs true beside it, found false"
+    # As many as there are without it.
+    answer = httpx.post(f"{text.url}/v1/chat/completions", json=body | {"top_logprobs": 0})
+    assert answer.json()["choices"][0]["logprobs"] is None
 
 
 def test_routes_and_methods_there_are_not(ids):

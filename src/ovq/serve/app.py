@@ -265,6 +265,7 @@ class _Routes:
     ) -> Response:
         service = self._service
         self._check_model(asked.model)
+        asked.check_together()
         self._check_sizes(asked, prompts, max_tokens, param=param)
         context = None if asked.context is None else service.contexts.get(asked.context)
         answers = Answers(service.engine, request.receive, self._deadline())

@@ -199,6 +199,14 @@ class ChatRequest(GenerationRequest):
     }
     parts: ClassVar[dict[str, type[Request]]] = {"messages": Message}
 
+    def check_together(self) -> None:
+        """See `GenerationRequest.check_together`."""
+        super().check_together()
+        if self.top_logprobs and not self.logprobs:
+            raise bad_request(
+                "top_logprobs: expected logprobs true beside it, found false", param="top_logprobs"
+            )
+
     @property
     def num_logprobs(self) -> int | None:
         """See `GenerationRequest.num_logprobs`."""

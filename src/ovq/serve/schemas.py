@@ -88,6 +88,13 @@ class GenerationRequest(Request):
         """Likeliest tokens to report with each token; None for no logprobs."""
         raise NotImplementedError
 
+    def check_together(self) -> None:
+        """Raise APIError if a field is set that has an effect beside another one alone, which is not."""
+        if self.stream_options is not None and not self.stream:
+            raise bad_request(
+                "stream_options: expected stream true beside it, found false", param="stream_options"
+            )
+
     @property
     def includes_usage(self) -> bool:
         """Whether a stream ends with the numbers of tokens."""
