@@ -112,6 +112,8 @@ def test_what_is_refused(trained, tested, tmp_path, capsys):
     words = ["publish", "--model", trained, "--out", tmp_path / "out"]
     (tmp_path / "full").mkdir()
     assert "expected a folder that does not exist yet" in fail(capsys, *words[:-1], tmp_path / "full")
+    line = fail(capsys, *words, "--license", "")
+    assert line == "--license: expected a licence as the hub names it, found ''"
     about = json.loads((tested / "lm.json").read_text())
     for others in (["elsewhere"], [str(trained), "elsewhere"]):
         (tmp_path / "lm.json").write_text(json.dumps(about | {"models": others}))

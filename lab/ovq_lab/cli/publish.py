@@ -49,6 +49,8 @@ def publish(
     Example: [bold]ovq eval lm --model runs/lm-ovq --out results[/bold], then [bold]ovq publish --model
     runs/lm-ovq --results results/lm.json --license apache-2.0 --out my-model[/bold]
     """
+    if license_ is not None and not license_.strip():
+        raise ValueError(f"--license: expected a licence as the hub names it, found {license_!r}")
     check_model_folder(model)
     check_new_folder("--out", out)
     # One without is refused before anything is loaded.

@@ -80,6 +80,8 @@ def serve(
     for option, seconds in (("--timeout", timeout), ("--read-timeout", read_timeout)):
         if not 0 < seconds < math.inf:
             raise ValueError(f"{option}: expected a finite number above 0, found {seconds}")
+    if name is not None and not name.strip():
+        raise ValueError(f"--name: expected what requests call the model, found {name!r}")
     check_generating_folder(model)
     files = [_named(given) for given in context or []]
     key = _api_key(api_key_file)
