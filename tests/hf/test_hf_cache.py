@@ -79,6 +79,16 @@ def test_rows_that_are_not_there_change_nothing(model, operation, argument, expe
     torch.testing.assert_close(continued(model, cache, [0, 1, 2]), expected_logits)
 
 
+@pytest.mark.parametrize("mixer", ["sliding_attention", "full_attention", "ovq"])
+@pytest.mark.parametrize("num_new", [1, 5])
+def test_a_cache_of_a_model_in_another_dtype_is_refused(mixer, num_new):
+    model = make_model(mixer_types=[mixer] * 4)
+    for before, after in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
+        cache = cached(model.to(before))
+        with pytest.raises(ValueError, match=rf"expected .*{after}.*, found .*{before}"), torch.no_grad():
+            model.to(after)(IDS[:, CUT : CUT + num_new], past_key_values=cache)
+
+
 def test_reset_forgets_everything_and_the_cache_goes_on(model):
     ids, mask = left_padded([random_ids(1, n)[0] for n in (9, 4)])
     cache = OVQCache(model.config)

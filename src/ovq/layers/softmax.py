@@ -55,11 +55,20 @@ class FullAttention(AttentionMixer):
     def with_past(
         self, k: Tensor, v: Tensor, layout: SequenceLayout, cache: LayerCache | None
     ) -> tuple[Tensor, Tensor]:
-        """Keys and values `[B, Hkv, T, K]` after the cached ones; the cache is brought up to date."""
+        """Keys and values `[B, Hkv, T, K]` after the cached ones; the cache is brought up to date.
+
+        Raises:
+            ValueError: the cached ones have another dtype.
+        """
         if cache is None:
             return k, v
         # Copies, on a first call too: views would keep the projections alive.
         past = cache.state or {"keys": k[:, :, :0], "values": v[:, :, :0]}
+        if (found := past["keys"].dtype) != k.dtype:
+            raise ValueError(
+                f"past_key_values: expected keys and values in {k.dtype}, as the layer computes them, found "
+                f"them in {found}: the cache is of a model in another dtype"
+            )
         k, v = torch.cat([past["keys"], k], dim=2), torch.cat([past["values"], v], dim=2)
         cache.set_state({"keys": self.kept(k), "values": self.kept(v)}, layout.num_new)
         return k, v
