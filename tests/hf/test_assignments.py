@@ -60,6 +60,18 @@ def test_a_cache_that_records_reads_a_long_text_as_well():
     assert cache.get_seq_length() == 291
 
 
+def test_a_cache_that_records_costs_no_second_run():
+    model, ids, num_calls = model_of("ovq"), torch.arange(60)[None] * 7 % 40, []
+    cache = OVQCache(model.config)
+    cache.activate_past_recording()
+    model.base_model.register_forward_hook(lambda *_: num_calls.append(1))
+    found = model_assignments(model, ids, past_key_values=cache)[0]
+    assert len(num_calls) == 1
+    assert torch.equal(found.slots, model_assignments(model, ids)[0].slots)
+    cache.crop(-9)
+    assert cache.get_seq_length() == 51
+
+
 def test_nothing_is_recorded_otherwise():
     model = model_of("ovq")
     layer = model.base_model.mixers()[0]

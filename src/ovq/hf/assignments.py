@@ -47,16 +47,15 @@ def model_assignments(
     """
     cache = one_cache(inputs.get("past_key_values"), inputs.get("cache"))
     given = {"use_cache": False, **inputs}
-    if is_recorded := cache is not None and cache.is_recording:
-        # A cache that records reads long texts in two calls.
-        unrecorded = cache.snapshot()
-        for layer in unrecorded.layers:
-            layer.record_past = False
-        given |= {"past_key_values": unrecorded, "cache": None}
+    before = cache.snapshot() if cache is not None and cache.is_recording else None
     with recording(model) as calls:
         model.base_model(input_ids, **given)
-    if is_recorded:
-        model.base_model(input_ids, **inputs)
+    if before is not None and any(len(of_layer) > 1 for of_layer in calls.values()):
+        # A cache that records reads long texts in two calls, which know nothing of each other's tokens.
+        for layer in before.layers:
+            layer.record_past = False
+        with recording(model) as calls:
+            model.base_model(input_ids, **given | {"past_key_values": before, "cache": None})
     return {i: of_layer[-1].assignments() for i, of_layer in calls.items()}
 
 
