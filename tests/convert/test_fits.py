@@ -86,9 +86,13 @@ def test_a_model_with_other_heads_than_its_config_says_is_refused():
     sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 8}
     model = JetMoeForCausalLM(JetMoeConfig(**{**SIZES, **sizes})).eval()
     before = model(tokens(1, 10)).logits
+    attributes = {name: set(vars(module)) for name, module in model.named_modules()}
+    config = copy.deepcopy(vars(model.config))
     with pytest.raises(ValueError, match="heads, as the config of the memory has, found"):
         attach(model, **UNIFORM)
     assert torch.equal(model(tokens(1, 10)).logits, before)
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == attributes
+    assert vars(model.config) == config
 
 
 @pytest.mark.parametrize(

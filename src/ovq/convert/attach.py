@@ -191,6 +191,10 @@ def attach(
             delattr(model.config, CONFIG_KEY)
         else:
             setattr(model.config, CONFIG_KEY, earlier)
+        for module in model.modules():
+            if isinstance(getattr(module, "layer_idx", None), int):
+                delattr(module, LAYER_CONFIG)
+        del changed.memory_config, changed.base_model._ovq_memory_config
         raise
     return set_weight_dtype(model, weight_dtype)
 
