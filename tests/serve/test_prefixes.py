@@ -125,7 +125,7 @@ def test_prefixes_know_what_a_list_knows():
 def test_tokens_of_several_bytes_part_where_they_differ():
     source, prefixes, used = random.Random(1), Prefixes(10**6), []
     for _ in range(300):
-        # Sorted by their lowest bytes first, these would be in another order.
+        # Some share bytes of a token that they do not share.
         prompt = [token for token in source.choices((1, 255, 256, 70_000), k=4) for _ in range(9)]
         shared = max((next((n for n in range(36) if other[n] != prompt[n]), 36) for other in used), default=0)
         fork = min(shared, len(prompt) - 1)

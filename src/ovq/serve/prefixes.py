@@ -134,8 +134,7 @@ class Prefixes:
             del self._sorted[root]
 
 
-# In this order of bytes, keys are sorted as their tokens are.
-_TOKEN = np.dtype(">u4")
+_TOKEN = np.dtype(np.int32)
 _TOKEN_BYTES = _TOKEN.itemsize
 
 
