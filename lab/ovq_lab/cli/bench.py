@@ -43,8 +43,7 @@ def bench(
     dtypes: Annotated[str, typer.Option(help="float32, bfloat16 or both.")] = "float32,bfloat16",
     num_slots: Annotated[str, typer.Option(help="Dictionary sizes of OVQ.")] = "256,1024,4096",
     merge: Annotated[
-        str,
-        typer.Option(help="Merge rules of OVQ: existing (the paper's), updated, nearest."),
+        str, typer.Option(help="Merge rules of OVQ: existing (the paper's), updated, nearest.")
     ] = "existing",
     chunk_size: Annotated[int, typer.Option(min=1, help="Chunk of OVQ, and width of the window.")] = 256,
     num_heads: Annotated[int, typer.Option(min=1, help="Heads.")] = 8,
@@ -61,35 +60,22 @@ def bench(
         str, typer.Option(help="With --what model: tokens that are read before generation.")
     ] = "1024,8192,65536",
     model: Annotated[
-        Path | None,
-        typer.Option(help="With --what converted: folder of the converted model.", show_default=False),
+        Path | None, typer.Option(help="With --what converted: folder of the converted model.")
     ] = None,
-    text: Annotated[
-        Path | None, typer.Option(help="With --what converted: a text to read.", show_default=False)
-    ] = None,
+    text: Annotated[Path | None, typer.Option(help="With --what converted: a text to read.")] = None,
     gguf: Annotated[
-        Path | None,
-        typer.Option(help="With --what converted: the same model for llama.cpp.", show_default=False),
+        Path | None, typer.Option(help="With --what converted: the same model for llama.cpp.")
     ] = None,
     llama_cpp: Annotated[
         str | None,
-        typer.Option(
-            help="Python of an environment that has llama-cpp-python; this one if not given.",
-            show_default=False,
-        ),
+        typer.Option(help="Python of an environment that has llama-cpp-python; this one if not given."),
     ] = None,
     openvino: Annotated[
-        Path | None,
-        typer.Option(
-            help="With --what converted: the same model for OpenVINO, by optimum-cli.", show_default=False
-        ),
+        Path | None, typer.Option(help="With --what converted: the same model for OpenVINO, by optimum-cli.")
     ] = None,
     genai: Annotated[
         str | None,
-        typer.Option(
-            help="Python of an environment that has openvino-genai; this one if not given.",
-            show_default=False,
-        ),
+        typer.Option(help="Python of an environment that has openvino-genai; this one if not given."),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the report as JSON instead of tables.")

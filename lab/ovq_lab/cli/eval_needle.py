@@ -20,10 +20,7 @@ if TYPE_CHECKING:
 def needle(
     model: Annotated[
         list[Path],
-        typer.Option(
-            help="Folder of a trained, converted or pretrained model; can be given several times.",
-            show_default=False,
-        ),
+        typer.Option(help="Folder of a trained, converted or pretrained model; can be given several times."),
     ],
     lengths: Annotated[
         str, typer.Option(help="Most tokens of text, question and answer together.")
@@ -50,8 +47,7 @@ def needle(
         int, typer.Option(min=1, help="Tokens read at a time, which limits the memory needed.")
     ] = 2048,
     out: Annotated[
-        Path | None,
-        typer.Option(help="Folder for needle.json and heat maps needle_*.png.", show_default=False),
+        Path | None, typer.Option(help="Folder for needle.json and heat maps needle_*.png.")
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:

@@ -24,7 +24,7 @@ app.command("harness")(eval_harness.harness)
 @app.callback()
 def evaluate(
     context: typer.Context,
-    model: Annotated[Path | None, typer.Option(help="Folder of a trained model.", show_default=False)] = None,
+    model: Annotated[Path | None, typer.Option(help="Folder of a trained model.")] = None,
     lengths: Annotated[
         str, typer.Option(help="Tokens per example, one test for each length.")
     ] = "256,1024,4096",

@@ -18,25 +18,19 @@ _PICTURE = "loss.png"
 
 
 def publish(
-    model: Annotated[Path, typer.Option(help="Folder of a run that has ended.", show_default=False)],
-    out: Annotated[
-        Path,
-        typer.Option(help="Folder to make; the model gets its name.", show_default=False),
-    ],
+    model: Annotated[Path, typer.Option(help="Folder of a run that has ended.")],
+    out: Annotated[Path, typer.Option(help="Folder to make; the model gets its name.")],
     results: Annotated[
         list[Path],
         typer.Option(
             help="What ovq eval has found of this model: lm.json, needle.json or harness.json of its --out, "
-            "or what its --json printed; can be given several times.",
-            show_default=False,
+            "or what its --json printed; can be given several times."
         ),
     ] = [],  # noqa: B006  (typer reads it and never changes it)
     license_: Annotated[
         str | None,
         typer.Option(
-            "--license",
-            help="Licence of the weights, as the hub names it: apache-2.0, mit, cc-by-4.0, ...",
-            show_default=False,
+            "--license", help="Licence of the weights, as the hub names it: apache-2.0, mit, cc-by-4.0, ..."
         ),
     ] = None,
 ) -> None:

@@ -14,9 +14,7 @@ def reproduce(
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[NAME]...",
-            help="Figures to make, see --list; 'rivals' is all that begin with it.",
-            show_default=False,
+            metavar="[NAME]...", help="Figures to make, see --list; 'rivals' is all that begin with it."
         ),
     ] = None,
     preset: Annotated[
@@ -25,18 +23,13 @@ def reproduce(
     seeds: Annotated[int, typer.Option(min=1, help="Repetitions of each run.")] = 3,
     dataset: Annotated[
         str | None,
-        typer.Option(
-            help="Corpus of language models and needles; that of the preset if not given.",
-            show_default=False,
-        ),
+        typer.Option(help="Corpus of language models and needles; that of the preset if not given."),
     ] = None,
     held_out: Annotated[
-        float | None,
-        typer.Option(help="Share of its documents that are not trained on.", show_default=False),
+        float | None, typer.Option(help="Share of its documents that are not trained on.")
     ] = None,
     out: Annotated[
-        Path | None,
-        typer.Option(help="Folder of results; reproduce-out/PRESET if not given.", show_default=False),
+        Path | None, typer.Option(help="Folder of results; reproduce-out/PRESET if not given.")
     ] = None,
     lines: Annotated[
         list[str] | None,
@@ -44,17 +37,13 @@ def reproduce(
             metavar="LABEL",
             help="Make these lines of a figure anew, and keep all others from its JSON file in --out; "
             "* stands for any text; can be given several times.",
-            show_default=False,
         ),
     ] = None,
     list_: Annotated[bool, typer.Option("--list", help="List the figures and end.")] = False,
     all_: Annotated[bool, typer.Option("--all", help="Make every figure.")] = False,
     draw: Annotated[
         Path | None,
-        typer.Option(
-            help="Draw the pictures of a folder of results again from its JSON files, and end.",
-            show_default=False,
-        ),
+        typer.Option(help="Draw the pictures of a folder of results again from its JSON files, and end."),
     ] = None,
     report: Annotated[
         bool, typer.Option("--report", help="Write OUT/report.html, one page with all results in OUT.")
@@ -64,7 +53,6 @@ def reproduce(
         typer.Option(
             metavar="FILE",
             help="Fill in the marked tables of a Markdown file from results; can be given several times.",
-            show_default=False,
         ),
     ] = None,
 ) -> None:

@@ -21,8 +21,7 @@ def train(
         typer.Argument(
             help="A file of your own (.yaml, .json), or TASK-MIXER: recall, positional, regression, mqar, lm "
             "or lm-70m, lm-120m, lm-150m, lm-350m, lm-480m for GPUs; ovq, full, fox, sliding, sinks, vq, "
-            "kvm, raven, linear, gdn, kda, mesanet or mamba2.",
-            show_default=False,
+            "kvm, raven, linear, gdn, kda, mesanet or mamba2."
         ),
     ] = None,
     set_: Annotated[
@@ -38,20 +37,13 @@ def train(
         typer.Option(
             metavar="MODULE:CLASS",
             help="A task of your own in the place of the recipe's: a class that inherits ovq_lab.tasks.Task.",
-            show_default=False,
         ),
     ] = None,
     init_from: Annotated[
         str | None,
-        typer.Option(
-            metavar="DIR",
-            help="Begin with the weights of this saved model, with a new optimizer.",
-            show_default=False,
-        ),
+        typer.Option(metavar="DIR", help="Begin with the weights of this saved model, with a new optimizer."),
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder of the run; runs/RECIPE if not given.", show_default=False)
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; runs/RECIPE if not given.")] = None,
     resume: Annotated[
         bool,
         typer.Option(
