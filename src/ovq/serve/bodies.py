@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import from_json, to_json
 
-from ovq.serve.errors import APIError, bad_request
+from ovq.serve.errors import APIError, bad_field, bad_request
 
 AnyRequest = TypeVar("AnyRequest", bound="Request")
 
@@ -71,11 +71,8 @@ def _drop_neutral(kind: type[Request], fields: dict[str, Any], prefix: str) -> N
         value, neutral = fields.pop(name), kind.unsupported[name]
         # In Python, False and 0 are equal, and so are 0 and 0.0, which JSON's writers may mix up.
         if value not in neutral:
-            raise bad_request(
-                f"{prefix}{name}: expected {neutral[-1]!r}, as nothing else is supported, found {value!r}",
-                param=f"{prefix}{name}",
-                code="unsupported_parameter",
-            )
+            message = f"expected {neutral[-1]!r}, as nothing else is supported, found {value!r}"
+            raise bad_field(f"{prefix}{name}", message, code="unsupported_parameter")
 
 
 def _refusal(error: ValidationError, kind: type[Request]) -> APIError:

@@ -203,9 +203,7 @@ class ChatRequest(GenerationRequest):
         """See `GenerationRequest.check_together`."""
         super().check_together()
         if self.top_logprobs and not self.logprobs:
-            raise bad_request(
-                "top_logprobs: expected logprobs true beside it, found false", param="top_logprobs"
-            )
+            raise bad_field("top_logprobs", "expected logprobs true beside it, found false")
 
     @property
     def num_logprobs(self) -> int | None:

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from ovq.hf.streaming import Sampling
 from ovq.serve.bodies import Request
-from ovq.serve.errors import bad_field, bad_request
+from ovq.serve.errors import bad_field
 
 MOST_TOP_LOGPROBS = 20
 _MOST_STOPS = 16
@@ -68,7 +68,8 @@ class GenerationRequest(Request):
                 temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, min_p=self.min_p
             )
         except ValueError as error:
-            raise bad_request(str(error), param=str(error).partition(":")[0]) from error
+            param, _, message = str(error).partition(": ")
+            raise bad_field(param, message) from error
 
     @property
     def stops(self) -> list[str]:
@@ -91,9 +92,7 @@ class GenerationRequest(Request):
     def check_together(self) -> None:
         """Raise APIError if a field is set that has an effect beside another one alone, which is not."""
         if self.stream_options is not None and not self.stream:
-            raise bad_request(
-                "stream_options: expected stream true beside it, found false", param="stream_options"
-            )
+            raise bad_field("stream_options", "expected stream true beside it, found false")
 
     @property
     def includes_usage(self) -> bool:
