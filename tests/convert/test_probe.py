@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 from ovq.convert import Option, Probe, attach, default_options, probe
 from ovq.convert.budgets import allocate
 from ovq.convert.captures import Captured
+from ovq.convert.masses import fitted_bias
 from ovq.convert.probe import _wanted
 from ovq.convert.trials import trials
 from tests.convert.common import original, tokens
+from tests.ops.common import other_defaults
 
 SIZES = {"num_sinks": 2, "chunk_size": 8}
 OPTIONS = [Option(num_slots=n, window=w) for n, w in ((0, 8), (0, 40), (8, 8), (120, 8), (0, 128))]
@@ -30,6 +32,19 @@ def test_heads_lose_nothing_with_room_for_all_and_more_with_less():
     # The model is as it was.
     assert model.config._attn_implementation == "sdpa"
     assert all(torch.equal(p, before[name]) and p.requires_grad for name, p in model.named_parameters())
+
+
+def test_the_probe_does_not_depend_on_default_dtype_and_device():
+    model, texts, mask = original(), [tokens(100), tokens(90, seed=1)], torch.arange(90) >= 60
+
+    def results():
+        found = probe(model, texts, options=OPTIONS, rows=50, targets=[None, mask], **SIZES)
+        config = found.config(50)
+        return found.losses.tolist(), config, fitted_bias(model, texts, config)
+
+    with other_defaults():
+        found = results()
+    assert found == results()
 
 
 def test_only_answers_count_where_they_are_named():

@@ -14,6 +14,7 @@ from ovq.hf.cache import CACHE_KEY
 from ovq.hf.context_file import digest
 from tests.disks import full_disk
 from tests.hf.common import BASELINES, make_config, make_model, random_ids
+from tests.ops.common import other_defaults
 
 DOCUMENT = random_ids(1, 61, seed=3)[0]
 # Unequal lengths, two of them alike, one of a single token; chunks of 4 end at different steps.
@@ -53,6 +54,20 @@ def test_prompts_of_any_lengths_go_on_as_if_the_document_were_read_again(model, 
         assert torch.equal(row[7:], reread(model, prompt)[0])
         assert torch.equal(row[7 - len(prompt) : 7], prompt)
     assert len({tuple(row[7:].tolist()) for row in out}) == 4, "a model that repeats itself shows nothing"
+
+
+def test_prompts_do_not_depend_on_default_dtype_and_device(model, context):
+    prompts = [prompt.tolist() for prompt in PROMPTS]
+
+    def results():
+        inputs = context.inputs(prompts)
+        cache = inputs.pop(CACHE_KEY)
+        cache.batch_repeat_interleave(2)
+        return [*inputs.values(), *(x for layer in cache.layers for x in layer.parts().values())]
+
+    with other_defaults():
+        found = results()
+    assert all(map(torch.equal, found, results()))
 
 
 def test_a_context_is_used_any_number_of_times(model, context):

@@ -53,10 +53,10 @@ def changes(losses: Tensor, rows: Sequence[int], total: float) -> Iterator[tuple
             f"rows: expected at least {fewest} per head, the smallest option, found {total / len(chosen):g}"
         )
     yield from enumerate(chosen)
-    cost = torch.tensor(rows, dtype=torch.float64)
+    cost = torch.tensor(rows, dtype=torch.float64, device="cpu")
     table = losses.to(torch.float64).cpu()
     while True:
-        current = torch.tensor(chosen)
+        current = torch.tensor(chosen, device="cpu")
         more = cost[None] - cost[current][:, None]
         gain = table.gather(1, current[:, None]) - table
         rate = gain / more.clamp(min=1e-9)

@@ -73,10 +73,10 @@ class Distances:
     """
 
     def __init__(self, num_heads: int, key_dim: int) -> None:
-        self._of_keys = torch.zeros(num_heads, key_dim, dtype=torch.float64)
-        self._of_values = torch.zeros(num_heads, dtype=torch.float64)
-        self._key_squares = torch.zeros(num_heads, key_dim, dtype=torch.float64)
-        self._value_squares = torch.zeros(num_heads, dtype=torch.float64)
+        self._of_keys = torch.zeros(num_heads, key_dim, dtype=torch.float64, device="cpu")
+        self._of_values = torch.zeros(num_heads, dtype=torch.float64, device="cpu")
+        self._key_squares = torch.zeros(num_heads, key_dim, dtype=torch.float64, device="cpu")
+        self._value_squares = torch.zeros(num_heads, dtype=torch.float64, device="cpu")
         self._num_targets = 1
 
     def start(self, k: Tensor, v: Tensor, *, num_targets: int) -> None:
@@ -106,7 +106,7 @@ class Distances:
 
     def value_weights(self) -> list[float]:
         """The weight of values beside such keys, `[Hkv]`, rounded to powers of 2; 1 where nothing matters."""
-        factors = torch.exp2(torch.tensor(self.key_exponents(), dtype=torch.float64))
+        factors = torch.exp2(torch.tensor(self.key_exponents(), dtype=torch.float64, device="cpu"))
         # What multiplying keys by the roots of `_of_keys` would do, divided by what these factors do.
         unit = (self._of_keys * self._key_squares / factors.square()).sum(-1) / self._key_squares.sum(-1)
         length = (factors.square() * self._key_squares).sum(-1)

@@ -78,10 +78,11 @@ def fitted_bias(
             left, right = left + y @ y.T / scale, right + y @ x / scale
             if progress is not None:
                 progress(i + 1)
-    solved = -torch.linalg.solve(left + _RIDGE * torch.eye(len(left), dtype=left.dtype), right)
+    ridge = _RIDGE * torch.eye(len(left), dtype=left.dtype, device=left.device)
+    solved = -torch.linalg.solve(left + ridge, right)
     bias = solved.clamp(-_LARGEST, _LARGEST).view(config.num_layers, -1)
     if config.slot_bias is not None:
-        bias = bias + torch.tensor(config.slot_bias, dtype=bias.dtype)
+        bias = bias + torch.tensor(config.slot_bias, dtype=bias.dtype, device=bias.device)
     return dataclasses.replace(
         config, slot_bias=[[round(number, _DIGITS) for number in layer] for layer in bias.tolist()]
     )

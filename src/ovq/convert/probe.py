@@ -209,7 +209,9 @@ def probe(
             raise ValueError(f"texts: expected at least 2 tokens [T], found {tuple(text.shape)} in text {i}")
     masks = [None] * len(texts) if targets is None else targets
     settings: dict[str, Any] = {"chunk_size": chunk_size, "merge": merge, "value_weight": value_weight}
-    shares = torch.tensor([1.0] * len(texts) if weights is None else weights, dtype=torch.float64)
+    shares = torch.tensor(
+        [1.0] * len(texts) if weights is None else weights, dtype=torch.float64, device="cpu"
+    )
     if len(shares) != len(texts) or not bool((shares >= 0).all()) or not float(shares.sum()) > 0:
         raise ValueError(
             f"weights: expected a number of at least 0 for each of {len(texts)} texts, found {weights}"
@@ -217,7 +219,7 @@ def probe(
     shares = shares / shares.sum()
     # Tokens that are recent to all options are never merged.
     sizes = {"num_sinks": num_sinks, "num_recent": min((o.window for o in options if o.num_slots), default=0)}
-    losses = torch.zeros(num_layers * num_heads, len(options), dtype=torch.float64)
+    losses = torch.zeros(num_layers * num_heads, len(options), dtype=torch.float64, device="cpu")
     is_tried = torch.zeros_like(losses, dtype=torch.bool)
     costs = [o.rows(num_sinks) for o in options]
     # Also where `rows` are too few, before anything takes time.
@@ -253,7 +255,7 @@ def _wanted(losses: Tensor, is_tried: Tensor, costs: list[int], rows: float | No
     """
     if rows is None:
         return ~is_tried
-    wanted, cost = torch.zeros_like(is_tried), torch.tensor(costs)
+    wanted, cost = torch.zeros_like(is_tried), torch.tensor(costs, device="cpu")
     for head, option in changes(losses, costs, rows * len(losses)):
         if not is_tried[head, option]:
             # Most options of fewer rows are taken before this one: all of them in one round.

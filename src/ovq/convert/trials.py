@@ -58,7 +58,7 @@ def trials(
         progress: called with how many more heads have been tried with an option.
     """
     heads_of = _Heads(layers, num_sinks, settings)
-    total = torch.zeros(heads_of.num, len(options), dtype=torch.float64)
+    total = torch.zeros(heads_of.num, len(options), dtype=torch.float64, device="cpu")
     wanted = torch.ones_like(total, dtype=torch.bool) if wanted is None else wanted
     order = sorted(range(len(options)), key=lambda i: (options[i].num_slots, -options[i].window))
     for _, group in itertools.groupby(order, key=lambda i: options[i].num_slots):
@@ -116,7 +116,9 @@ class _Heads:
         equally many slots and windows one shorter than the other.
         """
         # As in one layer of many heads, those of equal weights side by side.
-        heads = heads[torch.tensor(self._weights)[heads].argsort(stable=True)]
+        heads = heads[
+            torch.tensor(self._weights, dtype=torch.float64, device="cpu")[heads].argsort(stable=True)
+        ]
         if len(options) == 1:
             return [(part, False) for part in heads.split(_HEADS_AT_ONCE)]
         units = torch.stack(
@@ -173,7 +175,7 @@ class _Heads:
         """The unit of keys of each head, which the first merge finds; 0 if there is none."""
         layer = MemoryLayer(self._config(heads, option))
         layer.learn(*self._tokens(heads, slice(self._num_sinks + option.window)))
-        units = torch.zeros(len(heads), dtype=torch.float64)
+        units = torch.zeros(len(heads), dtype=torch.float64, device="cpu")
         for memory in layer.memories or []:
             units[list(memory.budget.heads)] = memory.key_unit[0].double().cpu()
         return units

@@ -125,7 +125,7 @@ class ExpectedUse:
         """
         fitted = torch.stack([self._fitted(head) for head in range(len(self._tokens[0]))])
         if key_exponents is not None:
-            exponents = torch.tensor(key_exponents, dtype=torch.float64)
+            exponents = torch.tensor(key_exponents, dtype=torch.float64, device="cpu")
             fitted[:, : exponents.shape[1]] /= torch.exp2(exponents)
         return [[round(number, _DIGITS) for number in head] for head in fitted.tolist()]
 
@@ -135,7 +135,7 @@ class ExpectedUse:
         use = self.uses(head)
         if not float(use.sum()) > 0:
             # A head whose outputs do not matter, or that sees no far tokens.
-            return torch.zeros(tokens.shape[1] + 1, dtype=torch.float64)
+            return torch.zeros(tokens.shape[1] + 1, dtype=torch.float64, device="cpu")
         use = use / use.mean()
         mean, scale = tokens.mean(0), tokens.std(0).clamp(min=1e-6)
         x = torch.cat([(tokens - mean) / scale, torch.ones_like(use)[:, None]], 1)

@@ -208,7 +208,7 @@ class StateCache(Cache):
         other = copy.copy(self)
         other.layers = [copy.copy(layer) for layer in self.layers]
         # Which copies.
-        other.batch_select_indices(torch.tensor(rows, dtype=torch.int64))
+        other.batch_select_indices(torch.tensor(rows, dtype=torch.int64, device="cpu"))
         return other
 
     def detach_(self) -> None:

@@ -156,7 +156,7 @@ class Context:
                 ids = torch.stack([rows[place][:-1] for place in places])
                 self.model.base_model(ids, **{CACHE_KEY: caches[-1]})
         joined = type(caches[0]).concatenate(caches)
-        order = torch.tensor([place for places in by_length.values() for place in places])
+        order = torch.tensor([place for places in by_length.values() for place in places], device="cpu")
         joined.batch_select_indices(order.argsort())
         return joined
 
@@ -288,7 +288,7 @@ def load_context(path: str | os.PathLike, model: ContextModel) -> Context:
 
 def checked_ids(ids: Tensor | Sequence[int], model: TokenModel, *, what: str) -> Tensor:
     """Token ids as a tensor `[T]` on the model's device; ValueError unless the model knows them."""
-    tensor = torch.as_tensor(ids)
+    tensor = ids if isinstance(ids, Tensor) else torch.tensor(ids, device="cpu")
     if tensor.dim() == 2 and tensor.shape[0] == 1:
         tensor = tensor[0]
     if tensor.dim() != 1 or len(tensor) == 0:

@@ -123,7 +123,7 @@ class Rows:
 
     def keep(self, places: Sequence[int]) -> None:
         """Keep the rows at these places, in this order; repeats are copies that go on independently."""
-        self._cache.batch_select_indices(torch.tensor(places, dtype=torch.int64))
+        self._cache.batch_select_indices(torch.tensor(places, dtype=torch.int64, device="cpu"))
         self.lengths = [self.lengths[place] for place in places]
         self._tidy()
 

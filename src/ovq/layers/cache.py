@@ -104,7 +104,7 @@ class LayerCache:
             ValueError: `repeats` is less than 1.
         """
         check_sizes(1, repeats=repeats)
-        self.batch_select_indices(torch.arange(self.num_rows).repeat_interleave(repeats))
+        self.batch_select_indices(torch.arange(self.num_rows, device="cpu").repeat_interleave(repeats))
 
     def move_to(self, device: torch.device | str) -> None:
         """Move everything to a device."""
