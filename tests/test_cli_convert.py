@@ -10,6 +10,7 @@ import gguf
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from ovq.cli import main
@@ -51,7 +52,14 @@ def test_a_converted_model_generates_alone_and_after_a_context(capsys, converted
     run(capsys, "context", "build", "--model", model, "--text", tmp_path / "book.txt", "--out", book)
     info = json.loads(run(capsys, "context", "info", book, "--json"))
     assert (info["num_tokens"], [layer["num_slots"] for layer in info["layers"]]) == (89, [16, 16])
-    assert "16 of 16" in run(capsys, "context", "info", book)
+    said = run(capsys, "context", "info", book)
+    assert "16 of 16" in said
+    counts = [load_file(book)[f"layers.{i}.0.count"] for i in range(2)]
+    for layer, count in zip(info["layers"], counts, strict=True):
+        shares = count / count.sum(-1, keepdim=True)
+        expected = float(torch.special.entr(shares).sum(-1).exp().mean())
+        assert layer["effective_slots"] == pytest.approx(expected)
+        assert f"{expected:.1f}" in said
     for options in ([], ["--num-beams", 2]):
         command = ["generate", "--model", model, "--max-new-tokens", 5, *options]
         after = run(capsys, *command, "--context", book, "--prompt", "5 40 1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -120,9 +121,8 @@ def info(
                 f"{layer['num_open']} of {layer['num_slots']}",
                 f"{layer['largest_count']}",
                 f"{layer['single_share']:.0%}",
+                f"{layer['effective_slots']:.1f}",
             ]
-        if "effective_slots" in layer:
-            cells.append(f"{layer['effective_slots']:.1f}")
         table.add_row(*cells)
     out_console.print(table)
     out_console.print(
@@ -149,13 +149,17 @@ def _layers(found: ContextInfo) -> list[dict[str, Any]]:
 
 def _heads(memories: list[HeadMemory]) -> dict[str, Any]:
     """The numbers of the heads of a layer together, as their budgets differ."""
+    from ovq.ops.summary import effective_slots
+
     counts = [count for memory in memories for count in memory.count.flatten().tolist()]
     used = [count for count in counts if count]
+    effective = [slots for memory in memories for slots in effective_slots(memory.count).flatten().tolist()]
     return {
         "num_open": len(used),
         "num_slots": len(counts),
         "largest_count": max(used, default=0),
         "single_share": used.count(1) / max(1, len(used)),
+        "effective_slots": statistics.fmean(effective),
     }
 
 

@@ -19,7 +19,7 @@ from ovq.ops.parts import of_rows, slot_spec
 from ovq.ops.pending import PendingBuffers
 from ovq.ops.resize import shrunk
 from ovq.ops.serialization import load_state, save_state
-from ovq.ops.summary import StateSummary
+from ovq.ops.summary import StateSummary, effective_slots
 from ovq.ops.sums import slot_means
 
 _SLOT_TENSORS = ("key_sum", "value_sum", "count", "weight")
@@ -108,10 +108,6 @@ class OVQState:
         """
         count = self.count
         total_open = int((count > 0).sum())
-        shares = count.double() / count.sum(-1, keepdim=True).clamp(min=1)
-        entropy = torch.special.entr(shares).sum(-1)
-        # Without a slot there is nothing to count, and exp(0) would be 1.
-        effective = torch.where(count.sum(-1) > 0, entropy.exp(), 0).mean(-1)
         return StateSummary(
             num_seen=tuple(self.num_seen.tolist()),
             num_pending=tuple(self.num_pending.tolist()),
@@ -120,7 +116,7 @@ class OVQState:
             nbytes=self.nbytes,
             largest_count=int(count.max()) if total_open else 0,
             single_share=int((count == 1).sum()) / max(1, total_open),
-            effective_slots=tuple(effective.tolist()),
+            effective_slots=tuple(effective_slots(count).mean(-1).tolist()),
         )
 
     @classmethod

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
+from torch import Tensor
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StateSummary:
@@ -52,6 +55,22 @@ class StateSummary:
             f"at most {self.largest_count:,} tokens in a slot; {self.single_share:.1%} of slots with a "
             f"single token; as good as {_range(self.effective_slots)} equal slots"
         )
+
+
+def effective_slots(count: Tensor) -> Tensor:
+    """How many equal slots each head's are as good as, `[B, Hkv]`; see `StateSummary`.
+
+    Args:
+        count: `[B, Hkv, M]` tokens of each slot.
+
+    Example:
+        >>> effective_slots(torch.tensor([[[5, 5, 0], [0, 0, 0]]]))
+        tensor([[2., 0.]], dtype=torch.float64)
+    """
+    total = count.sum(-1, keepdim=True)
+    entropy = torch.special.entr(count.double() / total.clamp(min=1)).sum(-1)
+    # Without a slot there is nothing to count, and exp(0) would be 1.
+    return torch.where(total[..., 0] > 0, entropy.exp(), 0)
 
 
 def _range(values: tuple[int, ...] | tuple[float, ...]) -> str:
