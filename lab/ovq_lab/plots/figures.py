@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 
@@ -13,7 +14,6 @@ from ovq_lab.plots.canvas import Axes, FuncFormatter
 from ovq_lab.plots.panels import length_axis, mark_training, new_panels, save
 from ovq_lab.plots.style import line_styles, style_name
 
-_RULES = ("existing", "nearest")
 # Between the names at the ends of lines, as a share of all answers.
 _LEAST_GAP = 0.06
 
@@ -47,30 +47,46 @@ def save_figures(
 
 def _draw_accuracy(axes: Axes, rows: Sequence[ResultRow]) -> None:
     """The share of right answers by length, each line with its name at its end."""
-    sizes = {merge: sorted({x.num_slots or 0 for x in rows if x.merge == merge}) for merge in _RULES}
-    # The largest dictionary lies on full attention, and with larger ones rules come to lie on each other.
-    shown = {"existing": sizes["existing"][:1], "nearest": sizes["nearest"][:-1] or sizes["nearest"]}
-    rows = [row for row in rows if row.merge not in shown or row.num_slots in shown[row.merge]]
     _draw_lines(axes, rows, lambda row: row.accuracy)
     axes.set_ylim(-0.03, 1.05)
     axes.set_ylabel("right answers (share)")
     lines = sorted(axes.get_lines(), key=lambda line: np.asarray(line.get_ydata())[-1])
-    below = -np.inf
-    for line in lines:
-        x, y = (float(np.asarray(data)[-1]) for data in line.get_data())
-        below = max(y, below + _LEAST_GAP)
+    ends = [[float(np.asarray(data)[-1]) for data in line.get_data()] for line in lines]
+    for line, (x, _), height in zip(lines, ends, _apart([y for _, y in ends]), strict=True):
         name = str(line.get_label())
         axes.annotate(
             name,
-            (x, below),
+            (x, height),
             xytext=(8, 0),
             textcoords="offset points",
             color=line.get_color(),
             va="center",
             fontsize=10,
+            # Else one above the axes would not be drawn.
+            annotation_clip=False,
         )
         # Its name is at the line, not in the legend.
         line.set_label(f"_{name}")
+
+
+def _apart(heights: Sequence[float]) -> list[float]:
+    """Heights that are `_LEAST_GAP` apart, as near as can be to those given, which ascend.
+
+    Example:
+        >>> [round(height, 3) for height in _apart([0.0, 0.5, 0.5, 0.53])]
+        [0.0, 0.45, 0.51, 0.57]
+    """
+    # What moves together moves to the mean of where its members would put the lowest.
+    groups: list[list[float]] = []
+    for height in heights:
+        groups.append([height])
+        while len(groups) > 1 and _lowest(groups[-1]) < _lowest(groups[-2]) + _LEAST_GAP * len(groups[-2]):
+            groups[-2:] = [groups[-2] + groups[-1]]
+    return [_lowest(group) + _LEAST_GAP * i for group in groups for i in range(len(group))]
+
+
+def _lowest(group: Sequence[float]) -> float:
+    return fmean(group) - _LEAST_GAP * (len(group) - 1) / 2
 
 
 def _draw_state(axes: Axes, rows: Sequence[ResultRow]) -> None:
