@@ -61,12 +61,15 @@ def test_the_command_writes_a_card_with_a_picture(capsys, tmp_path):
     # Saved again from Python, the model keeps what only the run knew.
     model.save_pretrained(out)
     assert "## Training" in card_of(out).text
-    # A run that is resumed when it has ended brings its own card up to date, and leaves an edited one.
+    # A run that was stopped before its card was written gets it when it is resumed.
+    (out / CARD_FILE).unlink()
     run(capsys, "train", "--resume", "--out", out)
     assert card_of(out).text == card.text
-    (out / CARD_FILE).write_text("# Mine\n")
-    run(capsys, "train", "--resume", "--out", out)
-    assert (out / CARD_FILE).read_text() == "# Mine\n"
+    # One that has ended is left as it is.
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    said = run(capsys, "train", "--resume", "--out", out)
+    assert said == f"{out}: the run has ended, and nothing is left to do.\n"
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
 def test_without_matplotlib_there_is_no_picture(capsys, tmp_path, monkeypatch):

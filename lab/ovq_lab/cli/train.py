@@ -105,6 +105,11 @@ def train(
     from ovq_lab.train.config import RunConfig
     from ovq_lab.train.sharding import is_first_process
 
+    if resume and loop.has_ended(out):
+        if is_first_process():
+            out_console.print(f"{out}: the run has ended, and nothing is left to do.", soft_wrap=True)
+        return
+
     keep_freed_memory()
 
     with Reporter() as reporter:

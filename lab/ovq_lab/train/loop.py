@@ -20,10 +20,11 @@ from transformers.utils import CONFIG_NAME
 from transformers.utils.logging import disable_progress_bar
 
 from ovq.hf import OVQConfig, OVQForCausalLM
+from ovq.hf.card import CARD_FILE
 from ovq.hf.equal_sizes import equal_sizes
 from ovq.layers.registry import fields_of_mixers
 from ovq.ops.ablation import with_ablation
-from ovq.runtime.files import claimed
+from ovq.runtime.files import claimed, read_json
 from ovq.runtime.progress import AnyReporter, AnyWork
 from ovq_lab.train.carry import CarryTrainer
 from ovq_lab.train.checkpoints import SealingTrainer, finished_checkpoints, newest_checkpoint, writing
@@ -166,6 +167,18 @@ def resume(out: Path, *, reporter: AnyReporter, label: str = "train") -> OVQForC
             _check_can_start_again(out)
             say(f"{out}: stopped before its first checkpoint, the run starts again from its {CONFIG_FILE}")
         return _run(config, out, reporter=reporter, label=label, checkpoint=checkpoint, is_resumed=True)
+
+
+def has_ended(out: Path) -> bool:
+    """Whether the run in a folder has made all its steps, and saved its model and, last of all, its card.
+
+    Raises:
+        ValueError: If the folder holds no run, or a damaged one.
+    """
+    config, state = RunConfig.load(out), out / TRAINER_STATE_NAME
+    is_saved = state.is_file() and (out / CARD_FILE).is_file()
+    # Steps may have been added to the configuration since.
+    return is_saved and read_json(state)["global_step"] >= config.train.steps
 
 
 def _check_can_start_again(out: Path) -> None:
