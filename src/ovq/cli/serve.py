@@ -156,8 +156,8 @@ def _named(given: str) -> tuple[str, Path]:
     from ovq.serve.contexts import NAME
 
     name, separator, file = given.partition("=")
-    path = Path(file) if separator else Path(given)
-    name = name if separator else path.name.removesuffix(path.suffix)
+    path = Path(file if separator else given)
+    name = name if separator else path.stem
     if not path.is_file():
         raise ValueError(f"--context: expected a file of ovq context build, found no file {path}")
     if NAME.fullmatch(name) is None:

@@ -1,1 +1,1 @@
-"""What all kinds of runs need: files, progress, worker processes, the environment."""
+"""What all kinds of runs need: files, progress, how much is said on the way."""
