@@ -23,7 +23,7 @@ from ovq.cli.common import (
     out_console,
     read_text,
 )
-from ovq.cli.conversation import Conversation, read_chat
+from ovq.cli.conversation import Conversation
 from ovq.cli.loading import check_generating_folder, load_any_model, load_tokenizer
 from ovq.cli.signals import noted
 
@@ -96,12 +96,9 @@ def chat(
     if text is not None:
         ids = encode(text, tokenizer, vocab_size=loaded.config.vocab_size, flag="--document")
         talk.go_on_from(_read(loaded, ids, f"read {document}"))
-    if context is not None:
-        found = read_chat(context, loaded)
-        if system is not None and found.note:
-            raise ValueError("--system: expected none with a saved chat, which has its own, found one")
-        talk.go_on_from(found)
-    _Terminal(loaded, talk, document).run()
+    if context is not None and talk.open(context).note and system is not None:
+        raise ValueError("--system: expected none with a saved chat, which has its own, found one")
+    _Terminal(talk, document).run()
 
 
 def _read(model: Any, ids: list[int], label: str) -> Context:
@@ -122,8 +119,8 @@ def _read(model: Any, ids: list[int], label: str) -> Context:
 class _Terminal:
     """Lines from standard input, and answers to them; a document is the file that was read before."""
 
-    def __init__(self, model: Any, talk: Conversation, document: str | None) -> None:
-        self._model, self._talk, self._document = model, talk, document
+    def __init__(self, talk: Conversation, document: str | None) -> None:
+        self._talk, self._document = talk, document
         self._is_interactive = sys.stdin.isatty() and sys.stdout.isatty()
         # What is neither answer nor result, for people alone.
         self._notes = Console(stderr=True, quiet=not self._is_interactive, highlight=False, style="dim")
@@ -206,7 +203,7 @@ class _Terminal:
         elif command == "/save" and file:
             self._save(Path(file).expanduser())
         elif command == "/load" and file:
-            self._talk.go_on_from(read_chat(Path(file).expanduser(), self._model))
+            self._talk.open(Path(file).expanduser())
             self._notes.print(f"{self._talk.cache.num_columns:,} tokens read")
         else:
             found = f"{command} {file}".strip()

@@ -88,6 +88,21 @@ class Conversation:
         self.num_before, self._tokens = context.num_tokens - len(tokens), tokens
         self._states = [_State(num_tokens=len(tokens), cache=context.cache())]
 
+    def open(self, path: Path) -> Context:
+        """Go on from a file as `go_on_from` does; returns the context in it.
+
+        Raises:
+            ValueError: another file, or one of another model.
+        """
+        from ovq.hf import load_context
+
+        context = load_context(path, self._model)
+        try:
+            self.go_on_from(context)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        return context
+
     def saved(self) -> Context:
         """The conversation, to be saved.
 
@@ -180,22 +195,6 @@ class Conversation:
                 "one that writes it otherwise"
             )
         return found[-1]
-
-
-def read_chat(path: Path, model: Any) -> Context:
-    """The context in a file: a document, or a chat that was saved.
-
-    Raises:
-        ValueError: another file, or one of another model.
-    """
-    from ovq.hf import load_context
-
-    context = load_context(path, model)
-    try:
-        _noted(context)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    return context
 
 
 def _noted(context: Context) -> tuple[list[dict[str, str]], list[int]]:
