@@ -390,3 +390,14 @@ def test_float32_is_enough_for_heads_that_forget_at_once(merge, backend):
     torch.testing.assert_close(o.double(), expected[0], rtol=1e-4, atol=1e-4)
     for a, b in zip(grads, expected[2], strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-3 * float(b.abs().max()))
+
+
+@pytest.mark.parametrize("backend", CPU)
+def test_parameters_take_part_where_no_gradient_is_wanted(backend):
+    q, k, v = inputs(1, 10, 1, 1, 4, 4, dtype=torch.float32)
+    call = {"log_forget": torch.full(k.shape[:3], -0.1), "num_slots": 4, "chunk_size": 4, "backend": backend}
+    scale = torch.full((1,), 2.0)
+    expected, _ = ovq_attention(q, k, v, scale=scale, **call)
+    with torch.no_grad():
+        found, _ = ovq_attention(q, k, v, scale=scale.requires_grad_(), **call)
+    assert torch.equal(found, expected)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.nn.functional import normalize
 
 from ovq.ops import scheduled_slots, slots_by_chunk
 from ovq.ops.backends.torch import route as routing
+from ovq.ops.backends.torch.streams import CompleteChunk
 from ovq.ops.options import Options
 from ovq.ops.random_init import random_priority
 from tests.ops.common import CPU, attend, inputs
@@ -24,7 +26,8 @@ def route(keys, means, num_slots, num_opening=0):
     padded = torch.nn.functional.pad(means, (0, 0, 0, routing.padded_to_blocks(num_slots) - num_slots))
     router = routing.Router(num_streams=streams, max_slots=num_slots, options=OPTIONS, like=keys)
     before, after = [num_slots] * streams, [num_slots + num_opening] * streams
-    return router(keys, padded, before, after, heads=[0] * streams, num_seen=[0] * streams)
+    step = SimpleNamespace(num_complete=streams, before=before, after=after)
+    return router(CompleteChunk(step, keys, keys), padded)
 
 
 def near_ties(streams=3, num_slots=45, dim=16):

@@ -204,7 +204,7 @@ def _slot_assignments(given: dict[str, Any], backend: str) -> SlotAssignments:
     backend = chosen_to_learn(backend, k, call.v, call.options, call.gates)
     chunks = Chunks(call)
     before, plan = chunks.before, chunks.plan
-    sums = Dictionary(before.key_sum, before.value_sum, before.count, before.weight).clone()
+    sums = Dictionary.of(before).clone()
     merging = Merging(chunks.k, chunks.v, sums, plan, chunks.weights, chunks.fading)
     learned = learn(merging, backend=backend)
     history = _History(learned, plan, k.shape[0], k.shape[1], before.count.shape[2])

@@ -224,17 +224,6 @@ def _read(
     return scores.softmax(-1) @ values
 
 
-def _wanted(chunk: _Chunk, head: _Head, options: Options) -> int:
-    """How many slots the schedule asks for once the chunk is merged."""
-    return grown_slots(
-        len(head.count),
-        chunk.num_seen,
-        num_slots=options.num_slots,
-        chunk_size=options.chunk_size,
-        growth=options.growth,
-    )
-
-
 @torch.no_grad()
 def _scores(keys: Tensor, means: Tensor) -> Tensor:
     """Dot products `[C, n]` in float64: what routing compares, exact enough that no backend can disagree."""
@@ -243,7 +232,7 @@ def _scores(keys: Tensor, means: Tensor) -> Tensor:
 
 def _learn(chunk: _Chunk, head: _Head, h: int, options: Options) -> None:
     """Grow the dictionary by the most novel keys of a complete chunk and merge the others into it."""
-    wanted = _wanted(chunk, head, options)
+    wanted = grown_slots(len(head.count), chunk.num_seen, **options.schedule)
     chunk_k, chunk_v, weights = chunk.keys, chunk.values, chunk.weights.detach()
     rest = list(range(options.chunk_size))
     if not head.count:  # The first chunk: its first key (of a weight above 0) opens a slot.
@@ -275,7 +264,8 @@ def _learn(chunk: _Chunk, head: _Head, h: int, options: Options) -> None:
 
 def _learn_by_pairs(chunk: _Chunk, head: _Head, h: int, options: Options) -> None:
     """Rules that merge pairs: slots and tokens of a complete chunk are merged until they fit."""
-    wanted, existing, size = _wanted(chunk, head, options), len(head.count), options.chunk_size
+    existing, size = len(head.count), options.chunk_size
+    wanted = grown_slots(existing, chunk.num_seen, **options.schedule)
     # Items are the slots, then the tokens.
     keys, values, weights = chunk.keys, chunk.values, chunk.weights
     count = head.count + [1] * size

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
+from typing import Any
 
 import torch
 
@@ -98,6 +99,11 @@ class Options:
         for name, found, only in (("init", self.init, "novelty"), ("rate", self.ablation.rate, "count")):
             if self.merges_pairs and found != only:
                 raise ValueError(f"{name}: expected {only!r} with merge {self.merge!r}, found {found!r}")
+
+    @property
+    def schedule(self) -> dict[str, Any]:
+        """The options by which the number of slots grows, as `ovq.ops.schedule` takes them."""
+        return {"num_slots": self.num_slots, "chunk_size": self.chunk_size, "growth": self.growth}
 
     @property
     def merges_pairs(self) -> bool:

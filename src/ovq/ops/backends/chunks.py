@@ -58,15 +58,11 @@ class Chunks:
             self.weights = aligned.align(call.token_weights[..., None], before.pending_weights[..., None])
 
     def inputs(self) -> tuple[Any, ...]:
-        """The arguments of `ChunkAttention` (`torch/chunk.py`), and `fading` where there is some."""
-        before = self.before
-        given = [self.plan, self.plan.aligned.align(self.call.q, None), self.k, self.v, self.call.scale]
-        given += [before.key_sum, before.value_sum, before.count]
-        if self.weights is not None:
-            given += [self.weights, before.weight]
-        return (*given, *([] if self.fading is None else [self.fading]))
+        """The arguments of `ChunkAttention` (`torch/chunk.py`)."""
+        q, scale = self.plan.aligned.align(self.call.q, None), self.call.scale
+        return self.plan, q, self.k, self.v, scale, self.weights, *Dictionary.of(self.before).tensors
 
-    def results(self, o: Tensor, *sums: Tensor) -> tuple[Tensor, OVQState | None]:
+    def results(self, o: Tensor, *sums: Any) -> tuple[Tensor, OVQState | None]:
         """Outputs and state of the call, from what `ChunkAttention` returns."""
         q = self.call.q
         o = self.plan.aligned.unalign(o, q.shape[0], q.shape[1])

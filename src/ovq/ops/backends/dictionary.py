@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,16 @@ class Dictionary:
     count: Tensor
     weight: Tensor | None = None
 
+    @classmethod
+    def of(cls, state: OVQState) -> Dictionary:
+        """The dictionaries of a state; no copies."""
+        return cls(state.key_sum, state.value_sum, state.count, state.weight)
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The fields in order."""
+        return self.key_sum, self.value_sum, self.count, self.weight
+
     @property
     def mass(self) -> Tensor:
         """The total weight, or the count, of each slot."""
@@ -43,6 +53,14 @@ class Dictionary:
     def clone(self) -> Dictionary:
         """A copy that can be updated in place, contiguous even if this one is not."""
         return self.map(dense_copy)
+
+    def gradients(self, given: Sequence[Tensor | None]) -> Dictionary:
+        """The gradients of these tensors, as autograd gives them (None for zeros), to be updated in place."""
+        grads = [
+            x if x is None else torch.zeros_like(x) if grad is None else dense_copy(grad)
+            for x, grad in zip(self.tensors, given, strict=True)
+        ]
+        return Dictionary(*grads[:2], self.count, grads[3])
 
     def index(self, slots: Tensor) -> Tensor:
         """Rows of the flattened sums for the slots `[S, C]` of the first S streams."""

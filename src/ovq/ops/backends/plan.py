@@ -44,14 +44,7 @@ class Plan:
         """The plan for sorted rows that start with `opened` slots and `num_merged` tokens merged into
         them."""
         slots = [
-            slots_by_chunk(
-                n,
-                merged,
-                length // options.chunk_size,
-                num_slots=options.num_slots,
-                chunk_size=options.chunk_size,
-                growth=options.growth,
-            )
+            slots_by_chunk(n, merged, length // options.chunk_size, **options.schedule)
             for n, merged, length in zip(opened, num_merged, aligned.lengths, strict=True)
         ]
         return cls(aligned, slots, num_merged, num_kv_heads, group_size, options)

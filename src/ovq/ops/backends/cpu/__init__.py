@@ -57,4 +57,4 @@ def run(call: Call) -> tuple[Tensor, OVQState | None]:
         step = PreparedStep(call.options, (q.shape, k.shape, v.shape), q.dtype, after)
         return step.run(q, k, v, call.scale, call.token_weights, state.num_seen, after)
     chunks = Chunks(call)
-    return chunks.results(*CompiledAttention.apply(*chunks.inputs()))
+    return chunks.results(*CompiledAttention.apply(chunks.fading, *chunks.inputs()))

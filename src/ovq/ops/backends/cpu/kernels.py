@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from ovq.ops.backends.cpu import build
 from ovq.ops.backends.cpu.mirrors import mirror_of
-from ovq.ops.backends.dictionary import Dictionary, dense_copy
+from ovq.ops.backends.dictionary import Dictionary
 from ovq.ops.backends.learned import Learned, Merging
 from ovq.ops.backends.plan import Plan
 from ovq.ops.fading import LEAST_WEIGHT
@@ -60,7 +60,7 @@ def is_memory(x: Tensor) -> bool:
 
 
 class CompiledAttention(torch.autograd.Function):
-    """`ChunkAttention` run by the kernels; arguments, results and the rewinding backward are the same.
+    """`ChunkAttention` run by the kernels; other arguments, results and the rewinding backward are the same.
 
     With `fading` `[num_chunks, Hkv]` (`frames.py`) there are no gradients.
     """
@@ -68,57 +68,46 @@ class CompiledAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        fading: Tensor | None,
         plan: Plan,
         q: Tensor,
         k: Tensor,
         v: Tensor,
         scale: Tensor,
-        key_sum: Tensor,
-        value_sum: Tensor,
-        count: Tensor,
-        token_weights: Tensor | None = None,
-        weight: Tensor | None = None,
-        fading: Tensor | None = None,
+        token_weights: Tensor | None,
+        *of_sums: Any,
     ) -> tuple[Tensor | None, ...]:
         """One call of the kernels."""
         q, k, v = (dense(x) for x in (q, k, v))
-        sums = Dictionary(key_sum, value_sum, count, weight).clone()
+        sums = Dictionary(*of_sums).clone()
         o = q.new_empty(*q.shape[:3], v.shape[-1])
         # The log-sum-exp of each query, and the slot of each token of a complete chunk.
-        lse, slots = key_sum.new_empty(q.shape[:3]), k.new_zeros(k.shape[:3], dtype=torch.int32)
+        lse, slots = sums.key_sum.new_empty(q.shape[:3]), k.new_zeros(k.shape[:3], dtype=torch.int32)
         call = _call(q, k, v, o, lse, scale, sums, slots, plan, token_weights, fading)
         noted: list[Tensor] = []
-        assert fading is None or not any(ctx.needs_input_grad)
-        if any(ctx.needs_input_grad) and (plan.options.merges_pairs or weight is not None):
-            noted = _noted(k, v, plan, has_weights=weight is not None)
+        if any(ctx.needs_input_grad) and (plan.options.merges_pairs or token_weights is not None):
+            noted = _noted(k, v, plan, has_weights=token_weights is not None)
             call.note(noted)
         build.load().ovq_forward(ctypes.byref(call))
-        of_sums = (sums.key_sum, sums.value_sum, sums.count, sums.weight)
-        ctx.save_for_backward(q, k, v, scale, token_weights, o, *of_sums, lse, slots, *noted)
-        ctx.plan = plan
+        ctx.save_for_backward(q, k, v, scale, token_weights, o, *sums.tensors, lse, slots, *noted)
+        ctx.plan, ctx.fading = plan, fading
         ctx.mark_non_differentiable(sums.count)
         ctx.set_materialize_grads(False)
-        return o, *of_sums
+        return o, *sums.tensors
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_o: Tensor | None, *grad_sums: Tensor | None) -> tuple[Tensor | None, ...]:
         """One call of the kernels: the gradient of the final sums becomes that of the initial ones."""
+        assert ctx.fading is None, "`forget.py` hands over what has gradients chunk by chunk"
         # Read once: under activation checkpointing, torch refuses a second time.
         saved = ctx.saved_tensors
-        q, k, v, scale, token_weights, o, *of_sums, lse, slots = saved[:12]
+        q, k, v, scale, token_weights, o, *final, lse, slots = saved[:12]
         noted = saved[12:]
         grad_o = torch.zeros_like(o) if grad_o is None else dense(grad_o)
         # Copies, because the kernels rewind them in place.
-        sums = Dictionary(*of_sums).clone()
-        key_deposit, value_deposit, weight_deposit = (
-            None if x is None else torch.zeros_like(x) if grad is None else dense_copy(grad)
-            for x, grad in (
-                (sums.key_sum, grad_sums[0]),
-                (sums.value_sum, grad_sums[1]),
-                (sums.weight, grad_sums[3]),
-            )
-        )
+        sums = Dictionary(*final).clone()
+        key_deposit, value_deposit, _, weight_deposit = sums.gradients(grad_sums).tensors
         grads = [x.new_empty(x.shape) for x in (q, k, v)]
         grad_scale = scale.new_zeros(len(ctx.plan.slots), q.shape[2], dtype=torch.float64)
         # Zero for tokens that are not merged yet.
@@ -130,8 +119,8 @@ class CompiledAttention(torch.autograd.Function):
         call.point(key_deposit=key_deposit, value_deposit=value_deposit, grad_scale=grad_scale)
         call.point(weight_deposit=weight_deposit, grad_weights=grad_weights)
         build.load().ovq_backward(ctypes.byref(call))
-        of_inputs = (*grads, grad_scale.sum(0).to(scale.dtype))
-        return None, *of_inputs, key_deposit, value_deposit, None, grad_weights, weight_deposit
+        of_scale, of_sums = grad_scale.sum(0).to(scale.dtype), (key_deposit, value_deposit, None)
+        return None, None, *grads, of_scale, grad_weights, *of_sums, weight_deposit
 
 
 def merge(chunks: Merging, noted: Sequence[Tensor] = ()) -> Tensor:

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ovq.ops.backends.dictionary import Dictionary, dense_copy
+from ovq.ops.backends.dictionary import Dictionary
 from ovq.ops.backends.plan import Plan
-from ovq.ops.backends.torch.merge import CompleteChunk, MergedSlots, Snapshot, merge_chunk, part_slots
+from ovq.ops.backends.torch.merge import MergedSlots, Snapshot, merge_chunk, part_slots
 from ovq.ops.backends.torch.read import Reader
 from ovq.ops.backends.torch.route import Router
 from ovq.ops.backends.torch.streams import Group, Step, groups_of
@@ -38,44 +38,32 @@ class ChunkAttention(torch.autograd.Function):
         k: `[num_chunks, W, Hkv, K]` keys.
         v: `[num_chunks, W, Hkv, V]` values.
         scale: `[H]` in the dtype of the sums.
-        key_sum: `[R, Hkv, M, K]` sums at the start, M = `plan.capacity`, rows in sorted order.
-        value_sum: `[R, Hkv, M, V]`.
-        count: `[R, Hkv, M]`.
-        token_weights: `[num_chunks, W, Hkv, 1]` weights of tokens; None for 1.
-        weight: `[R, Hkv, M]` weights of slots at the start, where tokens have weights.
+        weights: `[num_chunks, W, Hkv, 1]` weights of tokens; None for 1.
+        of_sums: the tensors of a `Dictionary` `[R, Hkv, M, ...]` at the start, M = `plan.capacity`, rows in
+            sorted order.
 
     Returns:
-        Outputs `[num_chunks, W, H, V]`, the sums and counts at the end, and the weights of slots, or None.
+        Outputs `[num_chunks, W, H, V]`, and the tensors of the dictionary at the end.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        plan: Plan,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: Tensor,
-        key_sum: Tensor,
-        value_sum: Tensor,
-        count: Tensor,
-        token_weights: Tensor | None = None,
-        weight: Tensor | None = None,
+        ctx: Any, plan: Plan, q: Tensor, k: Tensor, v: Tensor, scale: Tensor, weights: Any, *of_sums: Any
     ) -> tuple[Tensor | None, ...]:
         """Run all groups of streams."""
-        sums = Dictionary(key_sum, value_sum, count, weight).clone()
+        sums = Dictionary(*of_sums).clone()
         o = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device)
         # The slot of every token of a complete chunk; int32 is enough for any dictionary.
         slots = torch.zeros(*k.shape[:3], 1, dtype=torch.int32, device=k.device)
-        inputs = _Inputs(q, k, v, scale, token_weights)
+        inputs = _Inputs(q, k, v, scale, weights)
         kept = [_forward_group(group, inputs, sums, o, slots) for group in groups_of(plan, q.device)]
         parts = [getattr(each, f.name) for steps in kept for each in steps for f in dataclasses.fields(each)]
-        ctx.save_for_backward(q, k, v, scale, token_weights, o, slots, *_tensors(sums), *parts)
+        ctx.save_for_backward(q, k, v, scale, weights, o, slots, *sums.tensors, *parts)
         ctx.plan, ctx.num_kept = plan, [len(steps) for steps in kept]
         ctx.kind = next((type(each) for steps in kept for each in steps), None)
         ctx.mark_non_differentiable(sums.count)
         ctx.set_materialize_grads(False)
-        return o, *_tensors(sums)
+        return o, *sums.tensors
 
     @staticmethod
     @once_differentiable
@@ -83,37 +71,23 @@ class ChunkAttention(torch.autograd.Function):
         """Rewind all groups of streams."""
         # Once: under checkpointing each access computes the layer again.
         saved = ctx.saved_tensors
-        *inputs, o, slots, key_sum, value_sum, count, weight = saved[:11]
-        parts = iter(saved[11:])
+        (*inputs, o, slots), final, parts = saved[:7], Dictionary(*saved[7:11]), iter(saved[11:])
         saved = _Saved(*inputs, o=o, grad_o=torch.zeros_like(o) if grad_o is None else grad_o, slots=slots)
         grads = _Inputs(*map(_zeros_like, inputs))
-        final = Dictionary(key_sum, value_sum, count, weight)
         # A: the gradient of the sums. It starts as that of the final state and ends as that of the initial
         # one.
-        grad_key_sum, grad_value_sum, _, grad_weight = grad_sums
-        deposits = Dictionary(
-            torch.zeros_like(key_sum) if grad_key_sum is None else dense_copy(grad_key_sum),
-            torch.zeros_like(value_sum) if grad_value_sum is None else dense_copy(grad_value_sum),
-            count,
-        )
-        if weight is not None:
-            deposits.weight = torch.zeros_like(weight) if grad_weight is None else dense_copy(grad_weight)
+        deposits = final.gradients(grad_sums)
         # Autocast would run these products with less precision than the forward.
         with torch.autocast(o.device.type, enabled=False):
             for group, num in zip(groups_of(ctx.plan, o.device), ctx.num_kept, strict=True):
                 kept = [ctx.kind(*(next(parts) for _ in dataclasses.fields(ctx.kind))) for _ in range(num)]
                 _Backward(group, saved, final, deposits, grads).run(kept)
-        of_inputs = (grads.q, grads.k, grads.v, grads.scale)
-        of_sums = (deposits.key_sum, deposits.value_sum, None)
-        return None, *of_inputs, *of_sums, grads.token_weights, deposits.weight
+        of_sums = (deposits.key_sum, deposits.value_sum, None, deposits.weight)
+        return None, grads.q, grads.k, grads.v, grads.scale, grads.token_weights, *of_sums
 
 
 def _zeros_like(x: Any) -> Any:
     return None if x is None else torch.zeros_like(x)
-
-
-def _tensors(sums: Dictionary) -> tuple[Tensor | None, ...]:
-    return sums.key_sum, sums.value_sum, sums.count, sums.weight
 
 
 @dataclasses.dataclass
@@ -143,19 +117,17 @@ def _forward_group(
 
     Returns what the backward needs to undo each merge of a chunk, if it needs anything.
     """
-    sums, options = group.dictionary(sums), group.plan.options
+    sums, options, most = group.dictionary(sums), group.plan.options, group.plan.capacity
     kept: list[MergedSlots | Snapshot] = []
     has_weights = inputs.token_weights is not None
     reader = Reader(group, inputs.q, inputs.v, sums.key_sum.dtype, has_weights=has_weights)
-    router = Router(
-        num_streams=group.num_streams, max_slots=group.plan.capacity, options=options, like=sums.key_sum
-    )
+    router = Router(num_streams=group.num_streams, max_slots=most, options=options, like=sums.key_sum)
     for step in group.steps():
         reader.load(step, inputs.k, inputs.v, sums, inputs.token_weights)
         for block in step.blocks:
             step.put(o, reader.read(step, block, inputs.q, inputs.scale), block)
         if step.num_complete:
-            chunk = CompleteChunk.of(step, inputs.k, inputs.v, inputs.token_weights, sums.key_sum.dtype)
+            chunk = step.complete_chunk(inputs.k, inputs.v, inputs.token_weights, sums.key_sum.dtype)
             chosen, parts = merge_chunk(sums, chunk, options, router, reader.means)
             step.put_complete(slots, chosen[..., None])
             kept += [] if parts is None else [parts]
@@ -215,7 +187,7 @@ class _Backward:
         """Undo the merge of a step's complete chunks; what their tokens get of the sums is added to
         `grad_k`, `grad_v` and `grad_w`."""
         saved, sums, deposits, s = self._saved, self._sums, self._deposits, step.num_complete
-        chunk = CompleteChunk.of(step, saved.k, saved.v, saved.token_weights, sums.key_sum.dtype)
+        chunk = step.complete_chunk(saved.k, saved.v, saved.token_weights, sums.key_sum.dtype)
         # 1. The tokens of the chunk get the gradient of the sums that they were added to.
         chosen = step.take(saved.slots)[:s].squeeze(-1).long()
         index = sums.index(chosen)

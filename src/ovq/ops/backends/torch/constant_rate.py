@@ -8,6 +8,8 @@ count.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,32 +17,24 @@ from ovq.ops.backends.dictionary import Dictionary
 from ovq.ops.backends.plan import Plan
 from ovq.ops.backends.torch.read import without_spoilt
 from ovq.ops.backends.torch.route import Router
-from ovq.ops.backends.torch.streams import Group, Step
+from ovq.ops.backends.torch.streams import CompleteChunk, Group, Step
 from ovq.ops.precision import rounded
 from ovq.ops.selection import padded_to_blocks
 from ovq.ops.sums import slot_means
 
 
 def constant_rate_attention(
-    plan: Plan,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: Tensor,
-    key_sum: Tensor,
-    value_sum: Tensor,
-    count: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`ChunkAttention` for a constant rate: the same arguments and results."""
+    plan: Plan, q: Tensor, k: Tensor, v: Tensor, scale: Tensor, _: None, *of_sums: Any
+) -> tuple[Tensor, ...]:
+    """`ChunkAttention` for a constant rate, which refuses weights: the same arguments and results."""
     # Nothing can be written in place here, so groups would gain nothing, and all streams go together.
     group = Group(plan, range(len(plan.slots)), range(plan.num_kv_heads))
-    sums = group.dictionary(Dictionary(*(x.contiguous() for x in (key_sum, value_sum, count))))
-    router = Router(
-        num_streams=group.num_streams, max_slots=plan.capacity, options=plan.options, like=key_sum
-    )
+    sums = group.dictionary(Dictionary(*of_sums).map(Tensor.contiguous))
+    num, most, wide = group.num_streams, plan.capacity, sums.key_sum.dtype
+    router = Router(num_streams=num, max_slots=most, options=plan.options, like=sums.key_sum)
     outputs, places = [], []
     for i, step in enumerate(group.steps()):
-        keys, values = (step.take(x).to(key_sum.dtype) for x in (k, v))
+        keys, values = (step.take(x).to(wide) for x in (k, v))
         means, o = _read(step, q, scale, keys, values, sums)
         o = o.view(-1, q.shape[2], step.num_tokens, v.shape[-1]).transpose(1, 2)
         missing = q.shape[1] - step.num_tokens
@@ -50,12 +44,7 @@ def constant_rate_attention(
             sums = _learned(step, sums, means.detach(), keys, values, router)
     order = torch.tensor(places, device=q.device).argsort()
     o = torch.cat(outputs).index_select(0, order).to(q.dtype)
-    return (
-        o,
-        sums.key_sum.view(key_sum.shape),
-        sums.value_sum.view(value_sum.shape),
-        sums.count.view(count.shape),
-    )
+    return o, *(x.view(before.shape) for x, before in zip(sums.tensors[:3], of_sums[:3], strict=True))
 
 
 def _read(
@@ -88,32 +77,30 @@ def _learned(
     assert not isinstance(rate, str)
     padded = means.new_zeros(s, padded_to_blocks(max(n, 1)), means.shape[-1])
     padded[:, :n] = means[:s]
-    slots = router(
-        keys[:s].detach(), padded, step.before[:s], step.after, heads=step.heads, num_seen=step.num_seen
-    )
-    part = Dictionary(sums.key_sum[:s], sums.value_sum[:s], sums.count[:s])
-    part = moved(part, slots, router.is_opener, keys[:s], values[:s], rate)
-    return Dictionary(
-        *(torch.cat([getattr(part, x), getattr(sums, x)[s:]]) for x in ("key_sum", "value_sum", "count"))
-    )
+    chunk = CompleteChunk(step, keys[:s], values[:s])
+    with torch.no_grad():
+        slots = router(chunk, padded)
+    part = moved(sums, slots, router.is_opener, chunk.keys, chunk.values, rate)
+    pairs = zip(part.tensors[:3], sums.tensors[:3], strict=True)
+    return Dictionary(*(torch.cat([new, x[s:]]) for new, x in pairs))
 
 
 def moved(
     sums: Dictionary, slots: Tensor, is_opener: Tensor, keys: Tensor, values: Tensor, rate: float
 ) -> Dictionary:
-    """Dictionaries after the tokens of a chunk have moved the means of their slots, D <- D + rate (x - D)
-    each.
+    """The first S dictionaries after tokens have moved the means of their slots, D <- D + rate (x - D) each.
 
     The m tokens of a slot, in order of position, leave D (1 - rate)^m + sum_j rate (1 - rate)^(m - j) x_j.
     This is evaluated in one step, in float64. A token that opened its slot comes first and counts fully.
 
     Args:
-        sums: dictionaries `[S, M, ...]`, not changed.
+        sums: dictionaries `[S, M, ...]`, or more, not changed.
         slots: `[S, C]` slot of each token.
         is_opener: `[S, C]` tokens that opened their slot.
         keys: `[S, C, K]`. values: `[S, C, V]`.
         rate: in (0, 1].
     """
+    sums = sums.map(lambda x: x[: len(slots)])
     index = sums.index(slots)
     is_step = ~is_opener
     # How many steps the slot of a token takes after that token.

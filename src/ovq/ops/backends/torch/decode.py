@@ -7,7 +7,6 @@ complete chunk is merged into new ones.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -105,38 +104,18 @@ def merged_state(
     # Rows mostly complete their chunks together, and then need not be taken apart.
     is_all = len(complete) == state.batch_size
     rows = state if is_all else state.select(complete)
-    before = rows.num_open.tolist()
-    after = [
-        grown_slots(
-            n,
-            seen,
-            num_slots=options.num_slots,
-            chunk_size=options.chunk_size,
-            growth=options.growth,
-        )
-        for n, seen in zip(before, rows.num_seen.tolist(), strict=True)
-    ]
+    before, seen = rows.num_open.tolist(), rows.num_seen.tolist()
+    after = [grown_slots(n, t, **options.schedule) for n, t in zip(before, seen, strict=True)]
     given, state = state, with_capacity(state, max(after))
-    if not is_all:
-        rows = with_capacity(rows, max(*after, state.count.shape[2]))
-    else:
-        # Copies, because learning may happen in place; with more room the sums are copies already.
-        own = dense_copy if state is given else Tensor.contiguous
-        key_sum, value_sum, count = (own(x) for x in (state.key_sum, state.value_sum, state.count))
-        weight = None if state.weight is None else own(state.weight)
-        rows = dataclasses.replace(state, key_sum=key_sum, value_sum=value_sum, count=count, weight=weight)
-    size, weights = options.chunk_size, rows.pending_weights
+    rows = state if is_all else with_capacity(rows, state.count.shape[2])
+    # Copies, because learning may happen in place; selected rows, or rows with more room, are copies already.
+    sums = Dictionary.of(rows).map(dense_copy if rows is given else Tensor.contiguous)
+    merged, weights = [t - options.chunk_size for t in seen], rows.pending_weights
     chunks = Merging(
         rows.pending_keys.transpose(1, 2),
         rows.pending_values.transpose(1, 2),
-        Dictionary(rows.key_sum, rows.value_sum, rows.count, rows.weight).map(Tensor.contiguous),
-        Plan.of_chunks(
-            [n - size for n in rows.num_seen.tolist()],
-            before,
-            after,
-            num_kv_heads=rows.count.shape[1],
-            options=options,
-        ),
+        sums,
+        Plan.of_chunks(merged, before, after, num_kv_heads=rows.count.shape[1], options=options),
         None if weights is None else weights.transpose(1, 2)[..., None],
     )
     merge(chunks)

@@ -8,7 +8,7 @@ from torch import Tensor
 from ovq.ops.backends.dictionary import Dictionary
 from ovq.ops.backends.learned import Learned, Merging
 from ovq.ops.backends.torch.constant_rate import moved
-from ovq.ops.backends.torch.merge import CompleteChunk, MergedSlots, Snapshot, merge_chunk
+from ovq.ops.backends.torch.merge import MergedSlots, Snapshot, merge_chunk
 from ovq.ops.backends.torch.route import Router
 from ovq.ops.backends.torch.streams import Group, Step, groups_of
 from ovq.ops.fading import bounding_factor
@@ -38,7 +38,7 @@ def _learn_group(group: Group, chunks: Merging, slots: Tensor, by_chunk: Tensor 
         s = step.num_complete
         if not s:
             continue
-        chunk = CompleteChunk.of(step, chunks.k, chunks.v, chunks.token_weights, sums.key_sum.dtype)
+        chunk = step.complete_chunk(chunks.k, chunks.v, chunks.token_weights, sums.key_sum.dtype)
         if fading is not None:
             _multiply(sums, step.take(fading[:, None, :, None])[:s, :, 0])
         missing = padded_to_blocks(capacity) - capacity
@@ -49,13 +49,10 @@ def _learn_group(group: Group, chunks: Merging, slots: Tensor, by_chunk: Tensor 
                 assert kept is not None
                 _put_moves(step, by_chunk, kept)
         else:
-            chosen = router(
-                chunk.keys, means, chunk.before, chunk.after, heads=chunk.heads, num_seen=chunk.num_seen
-            )
-            part = Dictionary(sums.key_sum[:s], sums.value_sum[:s], sums.count[:s])
-            after = moved(part, chosen, router.is_opener, chunk.keys, chunk.values, options.ablation.rate)
-            for name in ("key_sum", "value_sum", "count"):
-                getattr(part, name).copy_(getattr(after, name))
+            chosen = router(chunk, means)
+            after = moved(sums, chosen, router.is_opener, chunk.keys, chunk.values, options.ablation.rate)
+            for x, new in zip(sums.tensors[:3], after.tensors[:3], strict=True):
+                x[:s] = new
         if fading is not None:
             assert sums.weight is not None
             bound = bounding_factor(sums.weight[:s], frees_slots=options.merges_pairs)

@@ -13,51 +13,10 @@ from torch import Tensor
 
 from ovq.ops.backends.dictionary import Dictionary
 from ovq.ops.backends.torch.route import Router
-from ovq.ops.backends.torch.streams import Step
+from ovq.ops.backends.torch.streams import CompleteChunk
 from ovq.ops.nearest import Items, movers, nearest_roots
 from ovq.ops.options import Options
 from ovq.ops.sums import slot_means, without_trace
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CompleteChunk:
-    """A complete chunk of S streams, each a key/value head of a row.
-
-    Attributes:
-        keys: `[S, C, K]` in the dtype of the sums. values: `[S, C, V]`.
-        weights: `[S, C]` where tokens have weights, else None.
-        before: slots in use in each stream. after: slots that each is to have.
-        heads: key/value head of each stream.
-        num_seen: tokens that each stream's row has seen at the end of the chunk.
-    """
-
-    keys: Tensor
-    values: Tensor
-    weights: Tensor | None
-    before: list[int]
-    after: list[int]
-    heads: list[int]
-    num_seen: list[int]
-
-    @classmethod
-    def of(cls, step: Step, k: Tensor, v: Tensor, weights: Tensor | None, wide: torch.dtype) -> CompleteChunk:
-        """The chunk of the streams in which a step completes one; sums have the dtype `wide`.
-
-        Args:
-            step: the step.
-            k: all keys, chunk-aligned. v: all values. weights: all weights, `[..., 1]`; None without.
-            wide: the dtype of the sums.
-        """
-        s = step.num_complete
-        return cls(
-            keys=step.take(k)[:s].to(wide),
-            values=step.take(v)[:s].to(wide),
-            weights=None if weights is None else step.take(weights)[:s, :, 0],
-            before=step.before[:s],
-            after=step.after,
-            heads=step.heads,
-            num_seen=step.num_seen,
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,21 +95,11 @@ def merge_chunk(
     Returns:
         The slot of each token, `[S, C]`, and what the backward needs, if it cannot compute it.
     """
-    num = len(chunk.before)
     source = target = chunk.keys.new_empty(0, dtype=torch.int64)
     if options.merges_pairs:
         slots, source, target = _merged_pairs(sums, chunk, options, means)
     else:
-        slots = router(
-            chunk.keys,
-            means[:num],
-            chunk.before,
-            chunk.after,
-            heads=chunk.heads,
-            num_seen=chunk.num_seen,
-            weights=chunk.weights,
-            mass=None if sums.weight is None else sums.weight[:num, : max(chunk.before)],
-        )
+        slots = router(chunk, means, sums.weight)
     kept: MergedSlots | Snapshot | None = None
     if sums.weight is not None:
         kept = Snapshot.of(sums, slots, source, target)
@@ -174,7 +123,7 @@ def _merged_pairs(
     capacity, most = sums.count.shape[1], max(chunk.before)
     count = sums.count[:num_streams, :most]
     items = torch.cat([count, count.new_ones(num_streams, size)], 1)
-    due = [n + size - m for n, m in zip(chunk.before, chunk.after, strict=True)]
+    due = [n + size - m for n, m in zip(chunk.before, chunk.step.after, strict=True)]
     if any(due):
         roots = _roots(sums, chunk, options, means, items, due)
     else:
@@ -205,7 +154,7 @@ def _roots(
         keys, values = (without_trace(x, chunk.weights) for x in (keys, values))
     keys = torch.cat([means[:num_streams, :most], keys], 1)
     values = torch.cat([slot_means(sums.value_sum[:num_streams, :most], mass), values], 1)
-    is_mover = movers(chunk.before, [t - size for t in chunk.num_seen], size, items.device)
+    is_mover = movers(chunk.before, [t - size for t in chunk.step.num_seen], size, items.device)
     weighted = Items.of(
         keys, values, weights, items, value_weight=options.value_weight, mass_power=options.mass_power
     )

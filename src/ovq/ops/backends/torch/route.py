@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ovq.ops.backends.torch.streams import CompleteChunk
 from ovq.ops.options import NO_COSINE, NO_WEIGHT, ORDINARY, TIE, TINY, Options
 from ovq.ops.random_init import random_priority
 from ovq.ops.selection import best_two, lowest, padded_to_blocks
@@ -39,36 +40,22 @@ class Router:
         size = num_streams * options.chunk_size * padded_to_blocks(max_slots)
         self._scores = like.new_empty(size)
 
-    def __call__(
-        self,
-        keys: Tensor,
-        means: Tensor,
-        before: list[int],
-        after: list[int],
-        *,
-        heads: list[int],
-        num_seen: list[int],
-        weights: Tensor | None = None,
-        mass: Tensor | None = None,
-    ) -> Tensor:
-        """Slots `[S, C]` of the chunk's keys.
+    def __call__(self, chunk: CompleteChunk, means: Tensor, mass: Tensor | None = None) -> Tensor:
+        """Slots `[S, C]` of the chunk's keys; keys of weight 0 are the last to open one.
 
         Args:
-            keys: `[S, C, K]` keys of a complete chunk in the routing dtype.
-            means: `[S, padded, K]` slot means, zero beyond each stream's slots. For a stream without slots
-                the first row is overwritten by its first key, which opens slot 0.
-            before: slots of each stream before the chunk.
-            after: slots of each stream once the chunk is merged.
-            heads: key/value head of each stream, for `init="random"`.
-            num_seen: tokens that each stream's row has seen at the end of the chunk, for `init="random"`.
-            weights: `[S, C]` weights of the keys; None for 1. Keys of weight 0 are the last to open a slot.
-            mass: `[S, n]` weights of the slots, where there are weights. Slots of weight 0 attract no key.
+            chunk: the chunk.
+            means: `[S, padded, K]` slot means, or of more streams, zero beyond each stream's slots. For a
+                stream without slots the first row is overwritten by its first key, which opens slot 0.
+            mass: `[S, M]` weights of the slots, likewise; None without. Slots of weight 0 attract no key.
         """
+        keys, weights, before, step = chunk.keys, chunk.weights, chunk.before, chunk.step
+        means = means[: len(before)]
         is_fresh = torch.tensor([n == 0 for n in before], device=keys.device)
         # The key that opens slot 0: the first, of a weight above 0 if there is one.
         first_key: int | Tensor = 0 if weights is None else (weights > 0).byte().argmax(-1, keepdim=True)
         is_first = is_fresh[:, None] & (torch.arange(keys.shape[1], device=keys.device) == first_key)
-        is_empty = None if mass is None else mass <= 0
+        is_empty = None if mass is None else mass[: len(before), : max(before)] <= 0
         if 0 in before:
             means[is_fresh, 0] = keys[is_first]
             if is_empty is not None:
@@ -80,21 +67,23 @@ class Router:
                 is_empty[is_fresh, 0] = weights[is_first] <= 0
         existing = [max(n, 1) for n in before]
         plain = _Chunk(keys, means, existing, self._scores, is_empty)
-        chunk = plain if plain.is_ordinary else _WideChunk(keys, means, existing, is_empty)
-        slots = chunk.nearest()
+        scored = plain if plain.is_ordinary else _WideChunk(keys, means, existing, is_empty)
+        slots = scored.nearest()
         self.is_opener = is_first
-        opening = [a - n for a, n in zip(after, existing, strict=True)]
+        opening = [a - n for a, n in zip(step.after, existing, strict=True)]
         if any(opening):
             if self.options.init == "random":
-                priority = self._random_priority(heads, num_seen).to(keys.device)
+                seed, size = self.options.seed, keys.shape[1]
+                pairs = zip(step.heads, step.num_seen, strict=True)
+                priority = torch.stack([random_priority(seed, h, t, size) for h, t in pairs]).to(keys.device)
                 if weights is not None:
-                    priority.masked_fill_(weights <= 0, self.options.chunk_size)
+                    priority.masked_fill_(weights <= 0, size)
                 priority.masked_fill_(is_first, torch.inf)
             else:
                 set_apart = torch.where(is_first, torch.inf, 0)
                 if weights is not None:
                     set_apart.masked_fill_((weights <= 0) & (set_apart == 0), NO_WEIGHT)
-                priority = chunk.novelty(opening, set_apart)
+                priority = scored.novelty(opening, set_apart)
             is_opener = lowest(priority, torch.tensor(opening, device=keys.device), max(opening))
             if self.options.merge == "updated":
                 _merge_updated(slots, is_opener, keys, means, existing, is_empty, weights)
@@ -103,11 +92,6 @@ class Router:
             self.is_opener = is_first | is_opener
             slots = torch.where(is_opener, first + is_opener.cumsum(-1) - 1, slots)
         return slots.masked_fill_(is_first, 0)
-
-    def _random_priority(self, heads: list[int], num_seen: list[int]) -> Tensor:
-        seed, size = self.options.seed, self.options.chunk_size
-        pairs = zip(heads, num_seen, strict=True)
-        return torch.stack([random_priority(seed, h, t, size) for h, t in pairs])
 
 
 class _Chunk:

@@ -134,6 +134,12 @@ class Step:
         own = scale[self.query_heads].view(len(self.group.heads), -1)
         return own.repeat(self.num_streams // len(own), 1)
 
+    def complete_chunk(self, k: Tensor, v: Tensor, w: Tensor | None, wide: torch.dtype) -> CompleteChunk:
+        """The part of all keys, values and weights that is of complete chunks; sums are in `wide`."""
+        keys, values = (self.take(x)[: self.num_complete].to(wide) for x in (k, v))
+        weights = None if w is None else self.take(w)[: self.num_complete, :, 0]
+        return CompleteChunk(self, keys, values, weights)
+
     def put(self, out: Tensor, x: Tensor, tokens: slice) -> None:
         """Write `x` `[S, p * w, D]` to tokens of the step in `out` `[num_chunks, W, Hkv * p, D]`."""
         heads, per_head = self.group.heads, out.shape[2] // self.group.plan.num_kv_heads
@@ -147,6 +153,27 @@ class Step:
         missing = self.num_streams - self.num_complete
         x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x
         self.put(out, x, self.tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class CompleteChunk:
+    """The complete chunk of S streams of a step.
+
+    Attributes:
+        step: the step; the streams are its first ones.
+        keys: `[S, C, K]` in the dtype of the sums. values: `[S, C, V]`.
+        weights: `[S, C]` where tokens have weights, else None.
+    """
+
+    step: Step
+    keys: Tensor
+    values: Tensor
+    weights: Tensor | None = None
+
+    @property
+    def before(self) -> list[int]:
+        """Slots in use in each stream."""
+        return self.step.before[: self.step.num_complete]
 
 
 def _progression(chunks: list[int]) -> slice | list[int]:

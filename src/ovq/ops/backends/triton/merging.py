@@ -9,7 +9,7 @@ PyTorch decides, by matrix products and selections (`ovq.ops.nearest`), and the 
 
 from __future__ import annotations
 
-import dataclasses
+from typing import NamedTuple
 
 import torch
 import triton
@@ -31,8 +31,7 @@ _ALIGNED = 16
 _KEPT = 16
 
 
-@dataclasses.dataclass
-class Gone:
+class Gone(NamedTuple):
     """Slots that chunks merged into others, as the backward needs them to undo the merges.
 
     Attributes:
@@ -63,10 +62,6 @@ class Gone:
         keys, values = (empty(x.shape[-1], dtype=torch.float32) for x in (k, v))
         weight = empty(dtype=torch.float32) if has_weights else None
         return cls(slot, into, empty(dtype=torch.int64), keys, values, weight)
-
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """The attributes, in order."""
-        return self.slot, self.into, self.count, self.keys, self.values, self.weight
 
 
 class PairRecurrence:
@@ -139,7 +134,7 @@ class PairRecurrence:
         parts = (into.key_sum, into.value_sum, into.count)
         advance_items[(num_rows * heads, triton.cdiv(work.capacity, block))](
             k, v, self.slots, *parts, work.table, *(shown or parts),
-            *gone.tensors(), self._tokens, into.weight, *kept_slots, *self._items, self._masses,
+            *gone, self._tokens, into.weight, *kept_slots, *self._items, self._masses,
             *at, num_next, 0 if self._is_kept else at.previous,
             width, self._chunk_size, heads, *self._dims, work.capacity, self._columns,
             HAS_PREVIOUS=i > 0, HAS_NEXT=has_next, HAS_READ=shown is not None,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +18,7 @@ from ovq.ops.backends.triton.work import Work
 from ovq.ops.sums import log_token_weights
 
 
-@dataclasses.dataclass(frozen=True)
-class Kept:
+class Kept(NamedTuple):
     """Slots as they were before a chunk changed them: at most as many as the chunk has tokens.
 
     Attributes:
@@ -43,10 +43,6 @@ class Kept:
 
         slot = empty(dtype=torch.int32) if work.options.merges_pairs else None
         return cls(empty(k.shape[-1]), empty(v.shape[-1]), empty(), slot)
-
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """The attributes, in order."""
-        return self.keys, self.values, self.weight, self.slot
 
 
 @dataclasses.dataclass(frozen=True)
