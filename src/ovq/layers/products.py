@@ -8,13 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ovq.ops.backends.cpu.linear import (
-    FEW_TOKENS,
-    FasterLinear,
-    few_products,
-    has_faster_products,
-    linear_in_graph,
-)
+from ovq.ops.backends.cpu.linear import FEW_TOKENS, FasterLinear, few_products, has_faster_products
 from ovq.ops.backends.cpu.tokens import can_run
 
 # Found out before anything is compiled: a graph cannot read what the processor is.
@@ -93,5 +87,5 @@ class Linear(nn.Linear):
             if num > FEW_TOKENS and has_faster_products():
                 return FasterLinear.apply(x, self.weight)
         if _HAS_FASTER_PRODUCTS and torch.compiler.is_compiling() and _is_of_kernels(x, self.weight):
-            return linear_in_graph(x, self.weight)
+            return torch.ops.ovq.linear(x, self.weight)
         return F.linear(x, self.weight)

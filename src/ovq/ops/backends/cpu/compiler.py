@@ -7,6 +7,7 @@ This file needs nothing but the standard library and imports nothing of ovq, bec
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import platform
@@ -110,7 +111,7 @@ def prebuilt_name(level: Level) -> str:
 
     It names the sources as well, because kernels of other sources expect other arguments.
     """
-    return f"kernels_{level.name}_{digest(*_command(level.flags))}.so"
+    return f"kernels_{level.name}_{digest(*_FLAGS, *level.flags)}.so"
 
 
 def digest(*parts: str) -> str:
@@ -125,7 +126,7 @@ def fingerprint(compiler: list[str], flags: tuple[str, ...]) -> str:
     """Digest of all that the compiled code depends on: sources, flags, compiler, system and processor."""
     processor = "\n".join(cpu_lines("model name", "flags", "Features", "CPU part")) or platform.processor()
     system = (*platform.libc_ver(), platform.machine(), processor)
-    return digest(*_command(flags), shlex.join(compiler), *system)
+    return digest(*_FLAGS, *flags, shlex.join(compiler), *system)
 
 
 def find_compiler() -> list[str]:
@@ -154,7 +155,7 @@ def compile_kernels(compiler: list[str], flags: tuple[str, ...], place: Path) ->
     """
     main, compiled, linked = (place / name for name in ("main.cpp", "kernels.o", "kernels.so"))
     main.write_text(_main(), encoding="utf-8")
-    _run([*compiler, *_command(flags), "-I", str(FOLDER), "-c", str(main), "-o", str(compiled)], place)
+    _run([*compiler, *_FLAGS, *flags, "-I", str(FOLDER), "-c", str(main), "-o", str(compiled)], place)
     _run([*compiler, "-shared", str(compiled), "-o", str(linked)], place)
     try:
         return linked.read_bytes()
@@ -162,20 +163,35 @@ def compile_kernels(compiler: list[str], flags: tuple[str, ...], place: Path) ->
         raise Unavailable(f"{shlex.join(compiler)} made no library, and said that it did") from None
 
 
-def _main() -> str:
-    """The file to compile: the kernels, and a table of where the fields of their structures are.
+def fields_of(structure: str) -> list[tuple[str, str, int]]:
+    """The fields of a structure of the kernels, in order, read from the headers.
 
-    The fields are read from the headers, so that nobody has to write them a third time. A field that this
-    overlooked would be missing in the table, which `mirrors.py` finds.
+    Returns:
+        Of each field its name, its type, `"*"` for all pointers, and its length, 0 if it is no array.
     """
+    fields = []
+    body = _structures()[structure]
+    for kind, names in re.findall(r"^\s*(?:const )?(\w+) ([^;]+);", body, flags=re.MULTILINE):
+        for pointer, name, length in re.findall(r"(\*?)(\w+)(?:\[(\d+)\])?", names):
+            fields.append((name, pointer or kind, int(length or 0)))
+    return fields
+
+
+@functools.cache
+def _structures() -> dict[str, str]:
+    """What stands between the braces of each structure of the sources, without comments."""
     sources = "".join(path.read_text(encoding="utf-8") for path in SOURCES)
     text = re.sub(r"/\*.*?\*/", "", sources, flags=re.DOTALL)
+    return dict(re.findall(r"^struct (\w+) {(.*?)^};", text, flags=re.DOTALL | re.MULTILINE))
+
+
+def _main() -> str:
+    """The file to compile: the kernels, and a table of where the fields of their structures are."""
     places = []
     for name in MIRRORED:
-        (body,) = re.findall(rf"^struct {name} {{(.*?)^}};", text, flags=re.DOTALL | re.MULTILINE)
-        fields = re.findall(r"(\w+)(?:\[\w+\])?\s*[,;]", body)
         places += [f'{{"{name}", 0, sizeof({name})}}']
-        places += [f'{{"{name}.{x}", offsetof({name}, {x}), sizeof({name}::{x})}}' for x in fields]
+        for x, *_ in fields_of(name):
+            places += [f'{{"{name}.{x}", offsetof({name}, {x}), sizeof({name}::{x})}}']
     return (
         '#include "kernels.cpp"\n#include <cstddef>\n'
         "struct Place { const char *name; int64_t at, size; };\n"
@@ -183,10 +199,6 @@ def _main() -> str:
         + ",\n        ".join([*places, "{nullptr, 0, 0}"])
         + "};\n    return places;\n}\n"
     )
-
-
-def _command(flags: tuple[str, ...]) -> tuple[str, ...]:
-    return (*_FLAGS, *flags)
 
 
 def _run(command: list[str], place: Path) -> None:

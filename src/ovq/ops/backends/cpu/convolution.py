@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ovq.ops.backends.cpu import build
-from ovq.ops.backends.cpu.mirrors import mirror_of
+from ovq.ops.backends.cpu.mirrors import Mirror, fields_of
 from ovq.ops.backends.cpu.tokens import call_kernel
 
 
@@ -53,29 +53,15 @@ class CompiledConvolution(torch.autograd.Function):
         return grad_x, grad_past, grad_taps.sum(0).t(), None
 
 
-@mirror_of("Convolution")
-class _Convolution(ctypes.Structure):
-    """`Convolution` of convolution.h, field by field."""
+class _Convolution(Mirror, of="Convolution"):
+    """`Convolution` of convolution.h."""
 
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("num_rows", "num_tokens", "num_channels", "num_taps")),
-        ("num_threads", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("x", "past", "taps", "offset", "y", "grad_y")),
-        *((name, ctypes.c_void_p) for name in ("grad_x", "grad_past", "grad_taps")),
-    ]
+    _fields_ = fields_of("Convolution")
 
 
 def _run(name: str, *, x: Tensor, taps: Tensor, **others: Tensor | None) -> None:
-    tensors = {"x": x, "taps": taps, **others}
-    num_rows, num_tokens, num_channels = x.shape
-    call = _Convolution(
-        num_rows=num_rows,
-        num_tokens=num_tokens,
-        num_channels=num_channels,
-        num_taps=len(taps),
-        num_threads=torch.get_num_threads(),
-        **{field: tensor.data_ptr() for field, tensor in tensors.items() if tensor is not None},
-    )
+    call = _Convolution(*x.shape, len(taps), torch.get_num_threads())
+    call.point(x=x, taps=taps, **others)
     getattr(build.load(), name)(ctypes.byref(call))
 
 

@@ -11,10 +11,14 @@ from torch import Tensor
 
 from ovq.ops.backends.cpu import build
 from ovq.ops.backends.cpu.kernels import DTYPES, dense, merge
-from ovq.ops.backends.cpu.mirrors import mirror_of
+from ovq.ops.backends.cpu.mirrors import Mirror, fields_of
 from ovq.ops.backends.torch.decode import merged_state
 from ovq.ops.options import Options
 from ovq.ops.state import OVQState
+
+_SUMS = ("key_sum", "value_sum", "count", "weight")
+_PENDING = ("pending_keys", "pending_values", "pending_weights")
+_sums_of, _pending_of = operator.attrgetter(*_SUMS), operator.attrgetter(*_PENDING)
 
 
 class PreparedStep:
@@ -42,35 +46,17 @@ class PreparedStep:
         after: OVQState,
     ) -> None:
         self.options, self.shapes, self.dtype = options, shapes, dtype
-        self._sums = after.key_sum, after.value_sum, after.count, after.weight
-        self._pending = after.pending_keys, after.pending_values, after.pending_weights
-        self._kept = [x.contiguous() for x in self._sums if x is not None]
-        rows, _, num_heads, key_dim = shapes[0]
-        num_kv_heads, value_dim = shapes[2][2:]
-        self._call = call = Decode(
-            rows,
-            num_kv_heads,
-            num_heads // num_kv_heads,
-            after.chunk_size,
-            after.count.shape[2],
-            key_dim,
-            value_dim,
-            1,
-            DTYPES.index(dtype),
-            weighs_chunk=options.weighs_chunk,
-        )
+        self._sums, self._pending = _sums_of(after), _pending_of(after)
+        (rows, _, heads, dim), (kv_heads, value_dim) = shapes[0], shapes[2][2:]
+        sizes = (after.chunk_size, after.count.shape[2], dim, value_dim)
+        self._call = call = Decode(rows, kv_heads, heads // kv_heads, *sizes, 1, DTYPES.index(dtype))
+        call.weighs_chunk = options.weighs_chunk
         # Those of contiguous tensors.
-        call.q_row, call.k_row, call.v_row = (
-            num_heads * key_dim,
-            num_kv_heads * key_dim,
-            num_kv_heads * value_dim,
-        )
-        call.q_head, call.k_head, call.v_head = key_dim, key_dim, value_dim
-        call.pending_keys = after.pending_keys.data_ptr()
-        call.pending_values = after.pending_values.data_ptr()
-        call.key_sum, call.value_sum, call.count = (x.data_ptr() for x in self._kept[:3])
-        if after.weight is not None and after.pending_weights is not None:
-            call.weight, call.pending_weights = self._kept[3].data_ptr(), after.pending_weights.data_ptr()
+        call.q_row, call.k_row, call.v_row = heads * dim, kv_heads * dim, kv_heads * value_dim
+        call.q_head, call.k_head, call.v_head = dim, dim, value_dim
+        call.point(**dict(zip(_PENDING, self._pending, strict=True)))
+        sums = (x if x is None else x.contiguous() for x in self._sums)
+        call.point(**dict(zip(_SUMS, sums, strict=True)))
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         # It says where tensors lie, and those of a copy lie elsewhere: a copy of a state has no step.
@@ -80,9 +66,7 @@ class PreparedStep:
         """Whether the next token of a state, by these options and without a gradient, is such a step."""
         if options is not self.options or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
-        key_sum, value_sum, count, weight = self._sums
-        is_same = state.key_sum is key_sum and state.value_sum is value_sum and state.count is count
-        return is_same and state.weight is weight
+        return all(map(operator.is_, self._sums, _sums_of(state)))
 
     def fits(
         self,
@@ -161,9 +145,7 @@ class PreparedStep:
 
     def _of(self, after: OVQState) -> PreparedStep:
         """The same step on the tensors of a state."""
-        own = (*self._sums, *self._pending)
-        sums = after.key_sum, after.value_sum, after.count, after.weight
-        found = (*sums, after.pending_keys, after.pending_values, after.pending_weights)
+        own, found = (*self._sums, *self._pending), (*_sums_of(after), *_pending_of(after))
         if all(map(operator.is_, own, found)):
             return self
         return PreparedStep(self.options, self.shapes, self.dtype, after)
@@ -181,17 +163,7 @@ def with_merged_chunks(after: OVQState, rows: list[int], options: Options) -> OV
     return merged_state(after, rows, options, merge) if rows else after
 
 
-@mirror_of("Decode")
-class Decode(ctypes.Structure):
-    """`Decode` of decode.h, field by field."""
+class Decode(Mirror, of="Decode"):
+    """`Decode` of decode.h."""
 
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("num_rows", "num_kv_heads", "group_size", "chunk_size")),
-        *((name, ctypes.c_int64) for name in ("capacity", "key_dim", "value_dim", "num_threads", "dtype")),
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "o", "pending_keys", "pending_values")),
-        *((name, ctypes.c_void_p) for name in ("scale", "key_sum", "value_sum", "count", "num_seen")),
-        ("first_read", ctypes.c_void_p),
-        *((f"{name}_{of}", ctypes.c_int64) for name in ("q", "k", "v") for of in ("row", "head")),
-        *((name, ctypes.c_void_p) for name in ("token_weights", "weight", "pending_weights")),
-        ("weighs_chunk", ctypes.c_int64),
-    ]
+    _fields_ = fields_of("Decode")

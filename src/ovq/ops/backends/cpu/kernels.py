@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ovq.ops.backends.cpu import build
-from ovq.ops.backends.cpu.mirrors import mirror_of
+from ovq.ops.backends.cpu.mirrors import Mirror, fields_of
 from ovq.ops.backends.dictionary import Dictionary
 from ovq.ops.backends.learned import Learned, Merging
 from ovq.ops.backends.plan import Plan
@@ -62,7 +62,7 @@ def is_memory(x: Tensor) -> bool:
 class CompiledAttention(torch.autograd.Function):
     """`ChunkAttention` run by the kernels; other arguments, results and the rewinding backward are the same.
 
-    With `fading` `[num_chunks, Hkv]` (`frames.py`) there are no gradients.
+    With `fading` `[num_chunks, Hkv]` (`with_frames`) there are no gradients.
     """
 
     @staticmethod
@@ -127,7 +127,6 @@ def merge(chunks: Merging, noted: Sequence[Tensor] = ()) -> Tensor:
     """Merge complete chunks, in place.
 
     Args:
-        chunks: see there.
         noted: tensors for the slots that chunks changed, from `_noted`, if wanted.
 
     Returns:
@@ -185,53 +184,24 @@ def _noted(k: Tensor, v: Tensor, plan: Plan, *, has_weights: bool) -> list[Tenso
     return [*noted, k.new_empty(shape, dtype=torch.float32)] if has_weights else noted
 
 
-@mirror_of("Tokens")
-class _Tokens(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), ("stride", ctypes.c_int64 * 3), ("dim", ctypes.c_int64)]
+class _Tokens(Mirror, of="Tokens"):
+    _fields_ = fields_of("Tokens")
 
 
-@mirror_of("Call")
-class _Arguments(ctypes.Structure):
-    """`Call` of call.h, field by field; keeps the tensors that it points to alive."""
+class _Arguments(Mirror, of="Call"):
+    """`Call` of call.h."""
 
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("num_rows", "num_kv_heads", "group_size", "chunk_size")),
-        *((name, ctypes.c_int64) for name in ("width", "capacity", "num_threads")),
-        *((name, ctypes.c_int64) for name in ("dtype", "merges_pairs", "num_parts", "weighs_chunk")),
-        *((name, ctypes.c_double) for name in ("tie", "value_weight", "mass_power", "least_weight")),
-        *((name, _Tokens) for name in ("q", "k", "v", "o")),
-        *((name, ctypes.c_void_p) for name in ("lse", "scale", "key_sum", "value_sum", "count")),
-        *((name, ctypes.c_void_p) for name in ("token_weights", "weight", "fading", "slots")),
-        *((name, ctypes.c_void_p) for name in ("first_chunk", "length", "schedule_start", "num_merged")),
-        ("schedule", ctypes.c_void_p),
-        ("num_noted", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in _NOTED),
-        *((name, _Tokens) for name in ("grad_o", "grad_q", "grad_k", "grad_v")),
-        *((name, ctypes.c_void_p) for name in ("key_deposit", "value_deposit", "weight_deposit")),
-        *((name, ctypes.c_void_p) for name in ("grad_weights", "grad_scale")),
-    ]
+    _fields_ = fields_of("Call")
 
     def set_tokens(self, **tensors: Tensor) -> None:
         for name, x in tensors.items():
             strides = (ctypes.c_int64 * 3)(*x.stride()[:3])
-            setattr(self, name, _Tokens(self._keep(x), strides, x.shape[-1]))
-
-    def point(self, **tensors: Tensor | None) -> None:
-        for name, x in tensors.items():
-            if x is not None:
-                assert x.is_contiguous(), name
-                setattr(self, name, self._keep(x))
+            setattr(self, name, _Tokens(self.place(x), strides, x.shape[-1]))
 
     def note(self, noted: Sequence[Tensor]) -> None:
         """Let chunks note what they change in the tensors of `_noted`, or read what they noted."""
         self.num_noted = noted[0].shape[2]
         self.point(**dict(zip(_NOTED, noted, strict=False)))
-
-    def _keep(self, x: Tensor) -> int:
-        if not hasattr(self, "kept"):
-            self.kept = []
-        self.kept.append(x)
-        return x.data_ptr()
 
 
 def _call(

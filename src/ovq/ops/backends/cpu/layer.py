@@ -18,9 +18,9 @@ from torch import Tensor
 from ovq.ops.backends.cpu.decode import Decode, PreparedStep, completed, with_merged_chunks
 from ovq.ops.backends.cpu.kernels import DTYPES
 from ovq.ops.backends.cpu.memory import HeadGroup
-from ovq.ops.backends.cpu.mirrors import mirror_of
+from ovq.ops.backends.cpu.mirrors import Mirror, fields_of
 from ovq.ops.backends.cpu.tokens import call_kernel
-from ovq.ops.backends.cpu.weights import Matrix, _Matrix
+from ovq.ops.backends.cpu.weights import Matrix
 from ovq.ops.fading import LEAST_LOG, ended, faded
 from ovq.ops.state import OVQState, advanced
 
@@ -49,41 +49,22 @@ class LayerWeights(NamedTuple):
     taps: Tensor | None = None
 
 
-class Forgetting(NamedTuple):
-    """A forget gate, and what the tokens of incomplete chunks have forgotten.
-
-    Attributes:
-        weight: `[Hkv, D]`. bias: `[Hkv]`.
-        before: `[B, Hkv]` sums of logs before the new token. after: likewise, which the kernel fills in.
-        least_log: no token forgets more than this.
-    """
-
-    weight: Tensor
-    bias: Tensor
-    before: Tensor
-    after: Tensor
-    least_log: float
-
-
 class TokenMemory(NamedTuple):
     """What one token of each row reads and becomes part of.
 
     Attributes:
         decode: exact tokens and slots, without what a layer makes of the new tokens.
         finished: to be called after the kernel: the state with the new tokens.
-        kept: tensors that the kernel needs.
-        gate: `[Hkv, D]` weight of the merge gate; None without one.
-        forgetting: of a layer with a forget gate; None without one.
-        before: keys and values `[B, Hkv, S, K]`, vectors of a head one after the other, to be copied to the
-            exact tokens before the new one; None where they are there.
+        kept: what the kernel needs to exist until then.
+        tensors: what other fields of `Layer` (step.h) point to.
+        numbers: more of its fields.
     """
 
     decode: Decode
     finished: Callable[[], Any]
     kept: Sequence[Any]
-    gate: Tensor | None = None
-    forgetting: Forgetting | None = None
-    before: tuple[Tensor, Tensor] | None = None
+    tensors: dict[str, Tensor | None]
+    numbers: dict[str, Any]
 
 
 def memory_of_slots(
@@ -96,7 +77,6 @@ def memory_of_slots(
     """The memory of a state that has just been through a decode step; with weights if there is a gate.
 
     Args:
-        state: the state.
         step: the one before, which this one is like.
         gate: `[Hkv, D]` of the merge gate, or None.
         forget_gate: `[Hkv, D]` and `[Hkv]` of the forget gate, or None.
@@ -104,13 +84,16 @@ def memory_of_slots(
     after = advanced(state)
     decode, kept = step.call_of(after, state.num_seen)
     options, complete = step.options, completed(after)
+    tensors: dict[str, Tensor | None] = {"merge_gate": gate}
     if forget_gate is None:
         return TokenMemory(
-            decode, lambda: step.leading_to(with_merged_chunks(after, complete, options)), kept, gate
+            decode, lambda: step.leading_to(with_merged_chunks(after, complete, options)), kept, tensors, {}
         )
     assert state.pending_forget is not None
-    before, now = state.pending_forget.contiguous(), torch.empty_like(state.pending_forget)
-    forgetting = Forgetting(*forget_gate, before, now, LEAST_LOG / options.chunk_size)
+    before = state.pending_forget.contiguous()
+    now = torch.empty_like(before)
+    tensors |= {"forget_gate": forget_gate[0], "forget_bias": forget_gate[1]}
+    tensors |= {"forgotten": before, "forgotten_now": now}
 
     def finished() -> OVQState:
         if not complete:
@@ -121,7 +104,7 @@ def memory_of_slots(
         merged = with_merged_chunks(faded(after, frame), complete, options)
         return step.leading_to(ended(merged, now - frame, is_complete, options))
 
-    return TokenMemory(decode, finished, kept, gate, forgetting)
+    return TokenMemory(decode, finished, kept, tensors, {"least_log": LEAST_LOG / options.chunk_size})
 
 
 def memory_of_window(
@@ -135,26 +118,25 @@ def memory_of_window(
     """The memory of a sliding window.
 
     Args:
-        keys: `[B, Hkv, S, K]` that the new token sees beside its own, as in `TokenMemory`.
-        values: likewise.
+        keys: `[B, Hkv, S, K]` that the new token sees beside its own, vectors of a head one after the other.
+            They are copied to a chunk of all that is seen. values: likewise.
         first: `[B, 1]` int64, the first of all S + 1 that it sees; None if that is the first of all.
         finished: makes the state of keys and values `[B, Hkv, S + 1, K]`.
         num_heads: query heads.
     """
     rows, num_kv_heads, num_before, dim = keys.shape
-    room, size = num_before + 1, (rows, num_kv_heads, num_before + 1, dim)
-    new_keys, new_values = keys.new_empty(size), values.new_empty(size)
-    # A chunk of all that is seen, and no slots.
+    room = num_before + 1
+    new_keys, new_values = (keys.new_empty(rows, num_kv_heads, room, dim) for _ in range(2))
     num_seen = (ctypes.c_int64 * rows)(*[num_before] * rows)
     threads, dtype = torch.get_num_threads(), DTYPES.index(keys.dtype)
     decode = Decode(rows, num_kv_heads, num_heads // num_kv_heads, room, 0, dim, dim, threads, dtype)
-    decode.pending_keys, decode.pending_values = new_keys.data_ptr(), new_values.data_ptr()
+    decode.point(pending_keys=new_keys, pending_values=new_values, first_read=first)
     decode.num_seen = ctypes.addressof(num_seen)
-    if first is not None:
-        decode.first_read = first.data_ptr()
-    return TokenMemory(
-        decode, lambda: finished(new_keys, new_values), (num_seen, first), before=(keys, values)
-    )
+    numbers = {"keys_before": keys.data_ptr(), "values_before": values.data_ptr(), "num_before": num_before}
+    for name, x in (("key", keys), ("value", values)):
+        numbers[f"{name}_row"], numbers[f"{name}_head"] = x.stride()[:2]
+    kept = (num_seen, keys, values)
+    return TokenMemory(decode, lambda: finished(new_keys, new_values), kept, {}, numbers)
 
 
 class LayerStep(NamedTuple):
@@ -164,13 +146,13 @@ class LayerStep(NamedTuple):
         call: places of tensors.
         memory: what the tokens read, and become part of.
         conv_state: `[B, (H + 2 Hkv) K, C - 1]` inputs of the convolution once the kernel has run, or None.
-        kept: other tensors that the kernel needs.
+        weights: those of the layer.
     """
 
     call: _Layer
     memory: TokenMemory
     conv_state: Tensor | None
-    kept: Sequence[Any]
+    weights: LayerWeights
 
 
 def layer_to_run(
@@ -191,7 +173,7 @@ def layer_to_run(
     """
     width, inner = weights.down.shape
     sizes = {"width": width, "inner": inner, "num_tokens": 1}
-    call = _Layer(**sizes, mixer_eps=eps[0], mlp_eps=eps[1], memory=memory.decode)
+    call = _Layer(**sizes, mixer_eps=eps[0], mlp_eps=eps[1], memory=memory.decode, **memory.numbers)
     qkv, gate_up, o, down = (
         Matrix(x, "float32", (x.shape[0], x.shape[1]))
         for x in (weights.qkv, weights.gate_up, weights.o, weights.down)
@@ -201,29 +183,16 @@ def layer_to_run(
     call.q, call.k, call.v = map(qkv.call, places)
     call.gate, call.up = (gate_up.call(first) for first in (0, inner))
     call.o, call.down = o.call(), down.call()
-    for name in ("mixer_norm", "beta", "mlp_norm"):
-        setattr(call, name, getattr(weights, name).data_ptr())
+    call.point(mixer_norm=weights.mixer_norm, beta=weights.beta, mlp_norm=weights.mlp_norm)
+    cos, sin = tables or (None, None)
+    call.point(cos=cos, sin=sin, **memory.tensors)
     conv_state = None
     if past is not None and weights.taps is not None:
         past = past.contiguous()
         conv_state = torch.empty_like(past)
-        call.num_taps, call.taps = past.shape[2] + 1, weights.taps.data_ptr()
-        call.past, call.last = past.data_ptr(), conv_state.data_ptr()
-    if tables is not None:
-        call.cos, call.sin = tables[0].data_ptr(), tables[1].data_ptr()
-    if memory.gate is not None:
-        call.merge_gate = memory.gate.data_ptr()
-    if (gate := memory.forgetting) is not None:
-        call.forget_gate, call.forget_bias = gate.weight.data_ptr(), gate.bias.data_ptr()
-        call.forgotten, call.forgotten_now = gate.before.data_ptr(), gate.after.data_ptr()
-        call.least_log = gate.least_log
-    if memory.before is not None:
-        keys, values = memory.before
-        call.keys_before, call.values_before = keys.data_ptr(), values.data_ptr()
-        call.num_before = keys.shape[2]
-        call.key_row, call.key_head = keys.stride()[:2]
-        call.value_row, call.value_head = values.stride()[:2]
-    return LayerStep(call, memory, conv_state, (weights, past, tables))
+        call.num_taps = past.shape[2] + 1
+        call.point(taps=weights.taps, past=past, last=conv_state)
+    return LayerStep(call, memory, conv_state, weights)
 
 
 class HeadsLayer(NamedTuple):
@@ -259,7 +228,6 @@ class HeadsStep:
     """Layers whose heads keep what they read in `HeadGroup`s, for a few tokens of each row after the other.
 
     Args:
-        layers: the layers.
         groups: those of each layer, which change in place, and between the calls.
         key_factors: `[Hkv, K]` of each layer, by which keys are multiplied and queries divided, or None.
         num_rows: rows B.
@@ -293,23 +261,13 @@ class HeadsStep:
             call.mixer_eps, call.mlp_eps, call.head_eps = layer.eps
             for name in ("q", "k", "v", "o", "gate", "up", "down"):
                 setattr(call, name, getattr(layer, name).call(is_rough=is_rough))
-            for name in ("mixer_norm", "mlp_norm", "q_norm", "k_norm"):
-                if (x := getattr(layer, name)) is not None:
-                    setattr(call, name, x.data_ptr())
-            call.cos, call.sin, call.angle_row = self.cos.data_ptr(), self.sin.data_ptr(), dim
-            num_kv_heads = layer.k.shape[0] // dim
-            group_size = layer.q.shape[0] // layer.k.shape[0]
-            call.memory = Decode(
-                num_rows=num_rows,
-                num_kv_heads=num_kv_heads,
-                group_size=group_size,
-                key_dim=dim,
-                value_dim=dim,
-            )
+            norms = {name: getattr(layer, name) for name in ("mixer_norm", "mlp_norm", "q_norm", "k_norm")}
+            call.point(**norms, cos=self.cos, sin=self.sin, key_factors=factors)
+            num_kv_heads, group_size = layer.k.shape[0] // dim, layer.q.shape[0] // layer.k.shape[0]
+            sizes = {"num_rows": num_rows, "num_kv_heads": num_kv_heads, "group_size": group_size}
+            call.memory, call.angle_row = Decode(**sizes, key_dim=dim, value_dim=dim), dim
             call.num_groups, call.groups = len(own), ctypes.addressof(array)
             call.score_scale = layer.score_scale
-            if factors is not None:
-                call.key_factors = factors.data_ptr()
 
     def run(self, x: Tensor) -> Tensor:
         """`[B, T, D]` float32 through the layers; the heads have read the tokens afterwards.
@@ -375,27 +333,7 @@ def _run(x: Tensor, calls: ctypes.Array[_Layer], num_lanes: int = 1) -> Tensor |
     return None if outcome == _SPOILT else y
 
 
-@mirror_of("Layer")
-class _Layer(ctypes.Structure):
-    """`Layer` of step.h, field by field."""
+class _Layer(Mirror, of="Layer"):
+    """`Layer` of step.h."""
 
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("width", "inner", "num_taps", "angle_row", "num_tokens")),
-        *((name, ctypes.c_double) for name in ("mixer_eps", "mlp_eps", "head_eps")),
-        *((name, _Matrix) for name in ("q", "k", "v", "o", "gate", "up", "down")),
-        *((name, ctypes.c_void_p) for name in ("mixer_norm", "mlp_norm", "beta", "q_norm", "k_norm")),
-        *((name, ctypes.c_void_p) for name in ("merge_gate", "forget_gate", "forget_bias", "forgotten")),
-        ("forgotten_now", ctypes.c_void_p),
-        ("least_log", ctypes.c_double),
-        *((name, ctypes.c_void_p) for name in ("cos", "sin", "taps", "past", "last")),
-        *((name, ctypes.c_void_p) for name in ("keys_before", "values_before")),
-        *(
-            (name, ctypes.c_int64)
-            for name in ("num_before", "key_row", "key_head", "value_row", "value_head")
-        ),
-        ("memory", Decode),
-        ("num_groups", ctypes.c_int64),
-        ("groups", ctypes.c_void_p),
-        ("score_scale", ctypes.c_double),
-        ("key_factors", ctypes.c_void_p),
-    ]
+    _fields_ = fields_of("Layer")

@@ -125,11 +125,6 @@ def _linear_gradients(
     return of_x, of_weight
 
 
-def linear_in_graph(x: Tensor, weight: Tensor) -> Tensor:
-    """`x weight^T` by the fastest product, with gradients, as an operator of a graph of `torch.compile`."""
-    return torch.ops.ovq.linear(x, weight)
-
-
 def _linear_of_any(x: Tensor, weight: Tensor) -> Tensor:
     if x.numel() <= FEW_TOKENS * x.shape[-1] and can_run(x, weight):
         return few_products(x, weight)
@@ -148,7 +143,8 @@ def _fake_gradients(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Te
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
-# Not by `torch.library.custom_op`, which loads the compiler.
+# `x weight^T` by the fastest product, with gradients, as an operator of a graph of `torch.compile`. Not by
+# `torch.library.custom_op`, which loads the compiler.
 _LIBRARY = torch.library.Library("ovq", "FRAGMENT")
 _LIBRARY.define("linear(Tensor x, Tensor weight) -> Tensor")
 _LIBRARY.define("linear_backward(Tensor grad, Tensor x, Tensor weight) -> (Tensor, Tensor)")

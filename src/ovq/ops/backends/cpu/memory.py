@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ovq.ops.backends.cpu import build
 from ovq.ops.backends.cpu.kernels import DTYPES
-from ovq.ops.backends.cpu.mirrors import mirror_of
+from ovq.ops.backends.cpu.mirrors import Mirror, fields_of
 from ovq.ops.options import NUM_PARTS, TIE, Options
 
 # Formats of sums: those of `DTYPES`, and `INT8` of numbers.h.
@@ -25,31 +25,14 @@ def advance_memory(groups: Sequence[HeadGroup]) -> None:
     build.load().ovq_memory(array, ctypes.c_int64(len(groups)), ctypes.c_int64(torch.get_num_threads()))
 
 
-@mirror_of("Strides")
-class _Strides(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("row", "head", "token")]
+class _Strides(Mirror, of="Strides"):
+    _fields_ = fields_of("Strides")
 
 
-@mirror_of("HeadGroup")
-class HeadGroup(ctypes.Structure):
-    """`HeadGroup` of memory.h, field by field; keeps the tensors that it points to alive."""
+class HeadGroup(Mirror, of="HeadGroup"):
+    """`HeadGroup` of memory.h."""
 
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("num_rows", "num_kv_heads", "group_size", "chunk_size")),
-        *((name, ctypes.c_int64) for name in ("capacity", "num_exact", "num_sinks", "key_dim", "value_dim")),
-        *((name, ctypes.c_int64) for name in ("dtype", "query_dtype", "state_dtype", "merges_pairs")),
-        ("num_parts", ctypes.c_int64),
-        *((name, ctypes.c_double) for name in ("tie", "value_weight", "mass_power")),
-        *((name, ctypes.c_void_p) for name in ("heads", "q", "k", "v", "o")),
-        *((f"{name}_at", _Strides) for name in ("q", "k", "v", "o")),
-        *((name, ctypes.c_void_p) for name in ("recent_keys", "recent_values", "key_sum", "value_sum")),
-        *((name, ctypes.c_void_p) for name in ("key_step", "value_step")),
-        *((name, ctypes.c_void_p) for name in ("count", "position_sum", "key_unit", "filled", "num_merged")),
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("length", "schedule_start", "schedule", "temperature", "bias", "use", "weight")
-        ),
-    ]
+    _fields_ = fields_of("HeadGroup")
 
     @classmethod
     def of(
@@ -111,8 +94,8 @@ class HeadGroup(ctypes.Structure):
             group.merges_pairs = options.merges_pairs
             group.num_parts = NUM_PARTS
             group.value_weight, group.mass_power = options.value_weight, options.mass_power
-        group._kept, group._numbers = [], {}
-        group._point(**tensors, temperature=temperature, bias=bias)
+        group._numbers = {}
+        group.point(**tensors, temperature=temperature, bias=bias)
         # Faster to make than small tensors.
         for name, kind, numbers in (
             ("heads", ctypes.c_int64, heads),
@@ -128,21 +111,12 @@ class HeadGroup(ctypes.Structure):
         for name, x in (("q", q), ("k", k), ("v", v), ("o", o)):
             if x is not None:
                 assert x.stride(-1) == 1, name
-                setattr(group, name, x.data_ptr())
+                setattr(group, name, group.place(x))
                 setattr(group, f"{name}_at", _Strides(*x.stride()[:3]))
-                group._kept.append(x)
         return group
 
-    _kept: list[Any]
     _numbers: dict[str, Any]
 
     def put(self, name: str, numbers: Sequence[int]) -> None:
         """Change `filled`, `num_merged` or `schedule` (all rows one after the other) for the next call."""
         self._numbers[name][:] = numbers
-
-    def _point(self, **tensors: Tensor | None) -> None:
-        for name, x in tensors.items():
-            if x is not None:
-                assert x.is_contiguous(), name
-                setattr(self, name, x.data_ptr())
-                self._kept.append(x)

@@ -1,28 +1,51 @@
-"""The structures that kernels are called with: those of Python are compared with those of compiled code."""
+"""The structures that kernels are called with, as their headers say.
+
+Python lays them out by itself, so they are compared with those of compiled code when it is loaded.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import itertools
-from collections.abc import Callable
-from typing import TypeVar
+from typing import Any
 
+from torch import Tensor
+
+from ovq.ops.backends.cpu import compiler
 from ovq.ops.backends.cpu.compiler import Unavailable
 
-_Structure = TypeVar("_Structure", bound=ctypes.Structure)
-
 MIRRORS: dict[str, type[ctypes.Structure]] = {}
-"""The structures of Python, by the names of those in C++ that they mirror field by field."""
+"""The structures of Python, by the names of those in C++ that they mirror."""
+_KINDS: dict[str, Any] = {"int64_t": ctypes.c_int64, "double": ctypes.c_double, "*": ctypes.c_void_p}
 
 
-def mirror_of(name: str) -> Callable[[type[_Structure]], type[_Structure]]:
-    """Decorates a structure that mirrors one of the kernels (`MIRRORED` of compiler.py)."""
+def fields_of(name: str) -> list[tuple[str, Any]]:
+    """The fields of a structure for ctypes; those of its fields that are structures are mirrored already."""
+    fields = []
+    for field, kind, length in compiler.fields_of(name):
+        own = _KINDS.get(kind) or MIRRORS[kind]
+        fields.append((field, own * length if length else own))
+    return fields
 
-    def register(structure: type[_Structure]) -> type[_Structure]:
-        MIRRORS[name] = structure
-        return structure
 
-    return register
+class Mirror(ctypes.Structure):
+    """A structure that mirrors the structure `of` the kernels (`MIRRORED` of compiler.py)."""
+
+    def __init_subclass__(cls, *, of: str, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        MIRRORS[of] = cls
+
+    def point(self, **tensors: Tensor | None) -> None:
+        """Let fields point to contiguous tensors, which are kept alive; for None a field stays as it is."""
+        for name, x in tensors.items():
+            if x is not None:
+                assert x.is_contiguous(), name
+                setattr(self, name, self.place(x))
+
+    def place(self, x: Tensor) -> int:
+        """Where the numbers of a tensor lie, which is kept alive as long as this."""
+        self.__dict__.setdefault("kept", []).append(x)
+        return x.data_ptr()
 
 
 class _Place(ctypes.Structure):

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from ovq.ops.backends.cpu import build
 from ovq.ops.backends.cpu.kernels import is_available, is_memory
-from ovq.ops.backends.cpu.mirrors import mirror_of
+from ovq.ops.backends.cpu.mirrors import Mirror, fields_of
 
 
 def can_run(*tensors: Tensor) -> bool:
@@ -137,28 +137,13 @@ class CompiledHeads(torch.autograd.Function):
         return grad, None, None, None, None
 
 
-@mirror_of("Heads")
-class _Heads(ctypes.Structure):
-    """`Heads` of tokens.h, field by field."""
+class _Heads(Mirror, of="Heads"):
+    """`Heads` of tokens.h."""
 
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("num_threads", "num_rows", "num_tokens")),
-        *((name, ctypes.c_int64) for name in ("num_q_heads", "num_kv_heads", "dim")),
-        *((name, ctypes.c_void_p) for name in ("channels", "cos", "sin", "q", "k", "v", "rates")),
-        *((name, ctypes.c_void_p) for name in ("grad_q", "grad_k", "grad_v", "grad_channels")),
-    ]
+    _fields_ = fields_of("Heads")
 
 
 def _run(name: str, *, q: Tensor, k: Tensor, **others: Tensor | None) -> None:
-    num_rows, num_tokens, num_heads, dim = q.shape
-    tensors = {"q": q, "k": k, **others}
-    call = _Heads(
-        num_threads=torch.get_num_threads(),
-        num_rows=num_rows,
-        num_tokens=num_tokens,
-        num_q_heads=num_heads,
-        num_kv_heads=k.shape[2],
-        dim=dim,
-        **{field: tensor.data_ptr() for field, tensor in tensors.items() if tensor is not None},
-    )
+    call = _Heads(torch.get_num_threads(), *q.shape[:3], k.shape[2], q.shape[3])
+    call.point(q=q, k=k, **others)
     getattr(build.load(), name)(ctypes.byref(call))

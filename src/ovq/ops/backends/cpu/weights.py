@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ovq.ops.backends.cpu.kernels import DTYPES
-from ovq.ops.backends.cpu.mirrors import mirror_of
+from ovq.ops.backends.cpu.mirrors import Mirror, fields_of
 from ovq.ops.backends.cpu.tokens import call_kernel
 
 #: Formats of weights: those of numbers, and whole numbers with factors, `INT8` and `UINT4` of matrix.h.
@@ -82,14 +82,10 @@ class Matrix(NamedTuple):
         return call
 
 
-@mirror_of("Matrix")
-class _Matrix(ctypes.Structure):
-    """`Matrix` of matrix.h, field by field."""
+class _Matrix(Mirror, of="Matrix"):
+    """`Matrix` of matrix.h."""
 
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("weight", "factors", "bias")),
-        ("format", ctypes.c_int64),
-    ]
+    _fields_ = fields_of("Matrix")
 
 
 @torch.no_grad()
