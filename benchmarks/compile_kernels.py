@@ -8,6 +8,7 @@ registers) and shared memory. Nothing runs on a GPU.
 """
 
 import argparse
+import dataclasses
 import functools
 import os
 import re
@@ -26,9 +27,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from ovq.ops import OVQState
 from ovq.ops.backends import triton as triton_backend
-from ovq.ops.backends.triton import decode, library, merging
+from ovq.ops.backends.triton import merging
 from ovq.ops.checks import checked_call
 from ovq.ops.options import Options
 
@@ -76,29 +76,13 @@ def compile_all(arch: int, dtype: str, head_dim: int, chunk_size: int = 256) -> 
 
 def _call(dtype: torch.dtype, dim: int, chunk_size: int) -> None:
     """A forward, a backward and a decoded token, without weights, with weights, and with forgetting."""
-    length, slots = 4 * chunk_size, 2 * chunk_size
+    length = 4 * chunk_size
     q, k, v = (torch.zeros(1, length, heads, dim, dtype=dtype) for heads in (2, 1, 1))
-    state = OVQState.empty(
-        batch_size=1,
-        num_kv_heads=1,
-        key_dim=dim,
-        value_dim=dim,
-        num_slots=slots,
-        chunk_size=chunk_size,
-        dtype=dtype,
-    )
-    pending = (state.pending_keys, state.pending_values)
-    bounds = torch.tensor([[0], [length]])
-    q.requires_grad_()
-    weights = torch.ones(1, length, 1)
+    weights, scale = torch.ones(1, length, 1), torch.ones(2)
     for merge in MERGES:
-        o, *rest = library.attention(
-            q, k, v, torch.ones(2), bounds, slots, chunk_size, "plateau", merge, 0.5, True
-        )
-        o.sum().backward()
-        for weighs_chunk in (False, True):
+        for has_weights, weighs_chunk in ((False, False), (True, False), (True, True)):
             options = Options(
-                num_slots=slots,
+                num_slots=2 * chunk_size,
                 chunk_size=chunk_size,
                 growth="plateau",
                 init="novelty",
@@ -106,21 +90,13 @@ def _call(dtype: torch.dtype, dim: int, chunk_size: int) -> None:
                 seed=0,
                 weighs_chunk=weighs_chunk,
             )
-            given = {"q": q, "k": k, "v": v, "scale": torch.ones(2), "token_weights": weights}
-            call = checked_call(**given, options=options, wants_state=True)
-            triton_backend.run(call)[0].sum().backward()
-    token = [x[:, :1].detach() for x in (q, k, v)]
-    places = torch.zeros(0, dtype=torch.int32)
-    key_sum, value_sum, count = (x.detach() for x in rest[:3])
-    of_token = (weights[:, :1], torch.ones(pending[0].shape[:3]))
-    for mass, more in (
-        (count, (None, None, False)),
-        (count.float(), (*of_token, False)),
-        (count.float(), (*of_token, True)),
-    ):
-        decode.read_pending_and_slots(
-            *token, torch.ones(2), key_sum, value_sum, mass, *pending, places, 0, *more
-        )
+            tokens = {"q": q, "k": k, "v": v} | ({"token_weights": weights} if has_weights else {})
+            call = checked_call(**tokens, scale=scale, options=options, wants_state=True)
+            o, state = triton_backend.run(dataclasses.replace(call, q=q.clone().requires_grad_()))
+            o.sum().backward()
+            token = {name: x[:, :1] for name, x in tokens.items()}
+            call = checked_call(**token, scale=scale, options=options, initial_state=state.detach())
+            triton_backend.run(call)
 
 
 def _resources(kernel) -> dict:

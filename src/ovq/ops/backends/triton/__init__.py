@@ -53,10 +53,10 @@ def run(call: Call) -> tuple[Tensor, OVQState | None]:
 
 def learn(chunks: Merging) -> Learned:
     """Merge complete chunks, and say where their tokens went."""
-    from ovq.ops.backends.triton import learning
+    from ovq.ops.backends.triton import launch
 
     assert chunks.fading is None, "not among `LEARNS`"
-    return learning.learn(chunks)
+    return launch.learn(chunks)
 
 
 def missing(q: Tensor, v: Tensor, options: Options) -> str | None:

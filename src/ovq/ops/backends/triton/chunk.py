@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ovq.ops.backends.dictionary import Dictionary
 from ovq.ops.backends.plan import Plan
-from ovq.ops.backends.triton.launch import Saved, backward, forward
+from ovq.ops.backends.triton import common
+from ovq.ops.backends.triton.launch import Saved, Snapshots, Walk, recurrence_of, snapshot_bytes
 from ovq.ops.backends.triton.merging import Gone
+from ovq.ops.backends.triton.read import read
 from ovq.ops.backends.triton.weights import Kept, Weights
 from ovq.ops.backends.triton.work import Work
 
@@ -26,7 +29,8 @@ class ChunkAttention(torch.autograd.Function):
         """Run the chunks of all rows."""
         q, k, v, scale = (x.contiguous() for x in (q, k, v, scale))
         sums = Dictionary(*of_sums).clone()
-        num_chunks, width, num_heads, _ = q.shape
+        num_chunks, width, num_heads, dim = q.shape
+        # Of each query, the log2-sum-exp2 of its scores; of each token of a complete chunk, its slot.
         lse = torch.zeros(num_chunks, num_heads, width, dtype=torch.float32, device=q.device)
         slots = torch.zeros(num_chunks, k.shape[2], width, dtype=torch.int32, device=q.device)
         ctx.work = Work(plan, sums.count.shape[2], q.device)
@@ -38,7 +42,26 @@ class ChunkAttention(torch.autograd.Function):
         # Slots merged into others cannot be taken out again without what was in them.
         if plan.options.merges_pairs and has_backward:
             gone = Gone.empty(ctx.work, k, v, is_kept=True, has_weights=weights is not None)
-        o = forward(q, k, v, scale, lse, slots, sums, ctx.work, gone, weights)
+        work, o = ctx.work, q.new_empty(*q.shape[:3], v.shape[-1])
+        recurrence = recurrence_of(k, v, slots, sums, work, gone, weights)
+        own_bias = None if weights is None else weights.own_bias
+        segments = work.segments(snapshot_bytes(k, v))
+        shown = Snapshots.empty(max(work.entries(s) for s in segments), work, k, v)
+        blocks = common.read_blocks(q, v)
+        query_blocks = triton.cdiv(width, blocks["BM"])
+        # Triton launches on the current device, whichever the tensors are on.
+        with torch.cuda.device_of(q):
+            for segment in segments:
+                first = work.first[segment.start]
+                for i in segment:
+                    recurrence.step(i, shown, work.at(i, first))
+                read[(work.entries(segment) * query_blocks, num_heads)](
+                    q, k, v, scale, work.table, *shown, own_bias, o, lse, first,
+                    width, num_heads, num_heads // work.num_kv_heads, dim, v.shape[-1], work.capacity,
+                    query_blocks, BK=common.padded(dim), BV=common.padded(v.shape[-1]), **blocks,
+                    **common.FUSED,
+                )  # fmt: skip
+            recurrence.step(work.num_steps)
         ctx.save_for_backward(
             q, k, v, scale, o, lse, slots, *sums.tensors, None if weights is None else weights.tokens,
             *([None] * 4 if kept is None else kept), *(gone or ()),
@@ -58,6 +81,8 @@ class ChunkAttention(torch.autograd.Function):
         saved = Saved(q, k, v, scale, o, lse, slots, Gone(*parts[4:]) if parts[4:] else None, weights)
         grad_o = torch.zeros_like(o) if grad_o is None else grad_o.contiguous()
         grads = final.gradients(grad_sums)
-        *of_inputs, of_tokens = backward(saved, grad_o, final.clone(), grads, ctx.work)
-        of_tokens = None if of_tokens is None else of_tokens[..., None]
-        return None, *of_inputs, of_tokens, grads.key_sum, grads.value_sum, None, grads.weight
+        walk = Walk(saved, grad_o, final.clone(), grads, ctx.work)
+        walk.run()
+        of_inputs, of_scale = (walk.grad_q, walk.grad_k, walk.grad_v), walk.grad_scale.sum((0, 1))
+        of_tokens = None if walk.grad_weights is None else walk.grad_weights[..., None]
+        return None, *of_inputs, of_scale, of_tokens, grads.key_sum, grads.value_sum, None, grads.weight

@@ -101,6 +101,20 @@ def means(sums, mass):
 
 
 @triton.jit
+def absorbed(scores, top, total):
+    """A step of an online softmax to base 2: takes in `scores` `[BM, BN]`, of which all may be -inf.
+
+    Returns the new largest score and total, the probabilities, and the factor of what was there before.
+    """
+    highest = tl.maximum(top, tl.max(scores, 1))
+    # If nothing has been seen yet, any finite number will do.
+    base = tl.where(highest == -float("inf"), 0.0, highest)
+    probs = tl.exp2(scores - base[:, None])
+    shrink = tl.exp2(top - base)
+    return highest, total * shrink + tl.sum(probs, 1), probs, shrink
+
+
+@triton.jit
 def place_of(slots, places, TB: tl.constexpr, C):
     """For `slots` `[BN]`, where each first stands in the list `places` of C entries; C if it does not."""
     found = slots * 0 + C

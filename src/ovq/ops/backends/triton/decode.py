@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ovq.ops.backends.torch.decode import merged_state
 from ovq.ops.backends.triton import common
-from ovq.ops.backends.triton.common import LOG2E, divisors, put_rows, rows
-from ovq.ops.backends.triton.learning import merge
+from ovq.ops.backends.triton.common import LOG2E, absorbed, divisors, put_rows, rows
+from ovq.ops.backends.triton.launch import merge
 from ovq.ops.call import Call
 from ovq.ops.options import LEAST_READ
 from ovq.ops.state import OVQState, advanced
@@ -28,15 +28,9 @@ _TILE = 8192
 
 @triton.jit
 def _absorb(scores, values, top, total, acc):
-    """Online softmax to base 2: add `scores` `[GP, BN]` and `values` `[BN, BV]`; all scores may be -inf."""
-    highest = tl.maximum(top, tl.max(scores, 1))
-    # If nothing has been seen yet, any finite number will do.
-    base = tl.where(highest == -float("inf"), 0.0, highest)
-    probs = tl.exp2(scores - base[:, None])
-    shrink = tl.exp2(top - base)
-    total = total * shrink + tl.sum(probs, 1)
-    acc = acc * shrink[:, None] + tl.sum(probs[:, :, None] * values[None, :, :], 1)
-    return highest, total, acc
+    """Add `scores` `[GP, BN]` and `values` `[BN, BV]`, without tensor cores."""
+    top, total, probs, shrink = absorbed(scores, top, total)
+    return top, total, acc * shrink[:, None] + tl.sum(probs[:, :, None] * values[None, :, :], 1)
 
 
 @triton.jit(do_not_specialize=["pending"])
@@ -138,94 +132,50 @@ def read_token(
 
 def decode_step(call: Call) -> tuple[Tensor, OVQState]:
     """Outputs `[B, 1, H, V]` for one new token per row, and the state after it."""
-    state, options, q = call.state, call.options, call.q
-    pending = state.num_pending.tolist()
-    after = advanced(state)
-    is_even = len(set(pending)) == 1
-    places = torch.tensor([] if is_even else pending, dtype=torch.int32).to(q.device)
-    sums = (state.key_sum, state.value_sum, state.mass)
-    complete = [r for r, p in enumerate(pending) if p + 1 == options.chunk_size]
-    # Triton launches on the current device, even if the tensors are on another.
-    with torch.cuda.device_of(q):
-        buffers = (after.pending_keys, after.pending_values)
-        o = read_pending_and_slots(
-            q, call.k, call.v, call.scale, *sums, *buffers, places, pending[0], call.token_weights,
-            after.pending_weights, options.weighs_chunk,
-        )  # fmt: skip
-        return o, merged_state(after, complete, options, merge) if complete else after
-
-
-def read_pending_and_slots(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: Tensor,
-    key_sum: Tensor,
-    value_sum: Tensor,
-    mass: Tensor,
-    pending_keys: Tensor,
-    pending_values: Tensor,
-    places: Tensor,
-    pending: int,
-    token_weights: Tensor | None,
-    pending_weights: Tensor | None,
-    weighs_chunk: bool,
-) -> Tensor:
-    """The read of one token per row; also writes that token into the pending buffers.
-
-    Args:
-        q: `[B, 1, H, K]`. k: `[B, 1, Hkv, K]`. v: `[B, 1, Hkv, V]`. scale: `[H]` float32.
-        key_sum: `[B, Hkv, M, K]`, from the state. value_sum: likewise. mass: `[B, Hkv, M]` counts or weights.
-        pending_keys: `[B, Hkv, C, K]`. pending_values: `[B, Hkv, C, V]`.
-        places: `[B]` int32, the place that the token of each row is written to; `[0]` if all go to `pending`.
-        pending: the place of all rows in that case.
-        token_weights: `[B, 1, Hkv]`. pending_weights: `[B, Hkv, C]`. None without.
-        weighs_chunk: whether tokens of the own chunk are read with their weights.
-
-    Returns:
-        Outputs `[B, 1, H, V]`.
-    """
+    state, options, q, k, v = call.state, call.options, call.q, call.k, call.v
+    pending, after = state.num_pending.tolist(), advanced(state)
     # The kernel writes to them in place.
-    assert pending_keys.is_contiguous()
-    assert pending_values.is_contiguous()
-    assert pending_weights is None or pending_weights.is_contiguous()
+    buffers = (after.pending_keys, after.pending_values, call.token_weights, after.pending_weights)
+    assert after.pending_keys.is_contiguous()
+    assert after.pending_values.is_contiguous()
     batch, _, num_heads, dim = q.shape
-    num_kv_heads, value_dim, slots = k.shape[2], v.shape[3], key_sum.shape[2]
+    num_kv_heads, value_dim, slots = k.shape[2], v.shape[3], state.count.shape[2]
     streams, group = batch * num_kv_heads, num_heads // num_kv_heads
     group_block = triton.next_power_of_2(group)
     widest = max(common.padded(dim), common.padded(value_dim))
     block = max(1, min(64, _TILE // (group_block * widest)))
-    splits = (
-        max(1, min(triton.cdiv(slots, block), common.programs(q.device, _PROGRAMS_EACH) // streams))
-        if slots
-        else 0
-    )
+    splits = 0
+    if slots:
+        most = common.programs(q.device, _PROGRAMS_EACH) // streams
+        splits = max(1, min(triton.cdiv(slots, block), most))
     per = triton.cdiv(triton.cdiv(slots, block), max(1, splits)) * block
     splits += 1
     tops = torch.empty(2, streams * splits * group_block, dtype=torch.float32, device=q.device)
     accs = tops.new_empty(streams * splits * group_block * value_dim)
     o = torch.empty(batch, 1, num_heads, value_dim, dtype=q.dtype, device=q.device)
-    read_token[(streams, splits)](
-        *(x.contiguous() for x in (q, k, v, scale, key_sum, value_sum, mass)), pending_keys, pending_values,
-        None if token_weights is None else token_weights.contiguous(), pending_weights,
-        places, tops[0], tops[1], accs,
-        _arrived(q.device, _cuda_stream(q.device), streams), o, pending,
-        num_kv_heads, group, dim, value_dim, slots, pending_keys.shape[2], per, splits,
-        IS_EVEN=not len(places), LEAST=LEAST_READ if weighs_chunk else None, GP=group_block, BN=block,
-        BK=common.padded(dim), BV=common.padded(value_dim), **common.FUSED,
-    )  # fmt: skip
-    return o
-
-
-def _cuda_stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    is_even = len(set(pending)) == 1
+    places = torch.tensor([] if is_even else pending, dtype=torch.int32).to(q.device)
+    sums = (state.key_sum, state.value_sum, state.mass)
+    # Triton launches on the current device, even if the tensors are on another.
+    with torch.cuda.device_of(q):
+        read_token[(streams, splits)](
+            *(x.contiguous() for x in (q, k, v, call.scale, *sums)),
+            *(x if x is None else x.contiguous() for x in buffers), places, tops[0], tops[1], accs,
+            _arrived(q.device, streams), o, pending[0],
+            num_kv_heads, group, dim, value_dim, slots, options.chunk_size, per, splits,
+            IS_EVEN=is_even, LEAST=LEAST_READ if options.weighs_chunk else None, GP=group_block, BN=block,
+            BK=common.padded(dim), BV=common.padded(value_dim), **common.FUSED,
+        )  # fmt: skip
+        complete = [r for r, p in enumerate(pending) if p + 1 == options.chunk_size]
+        return o, merged_state(after, complete, options, merge) if complete else after
 
 
 _counters: dict[tuple[torch.device, int], Tensor] = {}
 
 
-def _arrived(device: torch.device, cuda_stream: int, num: int) -> Tensor:
+def _arrived(device: torch.device, num: int) -> Tensor:
     """Counters that are zero between launches; one set per CUDA stream, because streams overlap."""
+    cuda_stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     counters = _counters.get((device, cuda_stream))
     if counters is None or len(counters) < num:
         counters = torch.zeros(triton.next_power_of_2(num), dtype=torch.int32, device=device)

@@ -20,7 +20,7 @@ from ovq.ops.backends.triton.common import (
     put_rows,
     rows,
 )
-from ovq.ops.backends.triton.recurrence import add_tokens, add_weights, keep_rows
+from ovq.ops.backends.triton.recurrence import add_tokens, keep_rows
 
 # The table of a stream is `ints`; field F of column i is at F * L + i, for L columns. Its fields: the column
 # that this one is joined with, or -1 where there is none; and what `settle` works with: free slots in order,
@@ -92,39 +92,29 @@ def advance_items(
                 key_sums = tl.where(is_gone[:, None], 0.0, key_sums)
                 value_sums = tl.where(is_gone[:, None], 0.0, value_sums)
                 counts = tl.where(is_gone, 0, counts)
-                key_sums, _ = add_tokens(
-                    key_sums, counts, slot, gone_keys, gone_into + gone, gone, 1, C, K, 1, BT, BK, gone_count
+                into = gone_into + gone
+                gone_mass = gone_count
+                if weight is not None:
+                    gone_mass = gone_weight
+                    mass = tl.where(is_gone, 0.0, mass)
+                else:
+                    mass = counts
+                key_sums, mass = add_tokens(
+                    key_sums, mass, slot, gone_keys, into, gone, 1, C, K, 1, BT, BK, gone_mass
                 )
                 value_sums, counts = add_tokens(
-                    value_sums,
-                    counts,
-                    slot,
-                    gone_values,
-                    gone_into + gone,
-                    gone,
-                    1,
-                    C,
-                    V,
-                    1,
-                    BT,
-                    BV,
-                    gone_count,
+                    value_sums, counts, slot, gone_values, into, gone, 1, C, V, 1, BT, BV, gone_count
                 )
                 chosen = slots + (chunk * H + head) * W
                 first = chunk * W * H + head
-                key_sums, _ = add_tokens(
-                    key_sums, counts, slot, k, chosen, first, H, C, K, 1, BT, BK, None, token_weights
+                key_sums, mass = add_tokens(
+                    key_sums, mass, slot, k, chosen, first, H, C, K, 1, BT, BK, token_weights, token_weights
                 )
                 value_sums, counts = add_tokens(
                     value_sums, counts, slot, v, chosen, first, H, C, V, 1, BT, BV, None, token_weights
                 )
                 is_changed = is_in & (is_gone | (counts != before))
-                if weight is None:
-                    mass = counts
-                else:
-                    mass = tl.where(is_gone, 0.0, mass)
-                    mass = add_weights(mass, slot, gone_weight, gone_into + gone, gone, 1, C, BT)
-                    mass = add_weights(mass, slot, token_weights, chosen, first, H, C, BT)
+                if weight is not None:
                     tl.store(weight + place, mass, mask=is_changed)
                 put_rows(key_sum, place, key_sums, is_changed, K, BK)
                 put_rows(value_sum, place, value_sums, is_changed, V, BV)

@@ -1,4 +1,4 @@
-"""Forward and backward over chunk-aligned rows: which kernels run, and in which order.
+"""Forward (with `chunk.py`) and backward over chunk-aligned rows: which kernels run, and in which order.
 
 Forward, for each step i of the recurrence: `advance` merges chunk i - 1 into the slots and scores the keys
 of chunk i against them; `nearest` and `open_slots` decide where those keys go. The dictionaries that the
@@ -14,16 +14,17 @@ no program waits for another.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from ovq.ops.backends.dictionary import Dictionary
+from ovq.ops.backends.learned import Learned, Merging
 from ovq.ops.backends.triton import common
 from ovq.ops.backends.triton.backward import grad_queries, grad_slots, grad_tokens
-from ovq.ops.backends.triton.merging import Gone, PairRecurrence
-from ovq.ops.backends.triton.read import read
+from ovq.ops.backends.triton.merging import Gone, PairRecurrence, Steps
 from ovq.ops.backends.triton.recurrence import advance
 from ovq.ops.backends.triton.rewind import deposit, rewind
 from ovq.ops.backends.triton.route import nearest, open_slots
@@ -42,8 +43,7 @@ ROUNDING_SPLIT = 8
 SPLIT_PARTS = 3
 
 
-@dataclasses.dataclass
-class Snapshots:
+class Snapshots(NamedTuple):
     """The means `[chunks, Hkv, M, ...]` that the queries of a segment's chunks read, and log2 counts."""
 
     keys: Tensor
@@ -66,90 +66,58 @@ def snapshot_bytes(k: Tensor, v: Tensor) -> int:
     return (k.shape[-1] + v.shape[-1]) * k.element_size() + 4
 
 
-class Recurrence:
-    """Routes and merges the chunks of a call, one step at a time.
+class Recurrence(Steps):
+    """Merges keys into slots. The arguments are those of `Steps`."""
 
-    Args:
-        k: `[num_chunks, W, Hkv, K]` keys, contiguous. v: values.
-        slots: `[num_chunks, Hkv, W]` int32, receives the slot of each token of a complete chunk.
-        into: the dictionaries, updated in place.
-        work: the chunks of the call and their order.
-        weights: of the tokens; None without.
-    """
-
-    def __init__(
-        self,
-        k: Tensor,
-        v: Tensor,
-        slots: Tensor,
-        into: Dictionary,
-        work: Work,
-        weights: Weights | None = None,
-    ) -> None:
-        self.k, self.v, self.slots, self.into, self.work = k, v, slots, into, work
-        self._tokens = None if weights is None else weights.tokens
-        self._kept = None if weights is None else weights.kept
-        self._chunk_size = chunk_size = work.options.chunk_size
+    def __init__(self, *tensors: Any) -> None:
+        super().__init__(*tensors)
+        k, v, work = self.k, self.v, self.work
         self._block = common.slot_block(k, v)
         self._num_blocks = max(1, triton.cdiv(work.capacity, self._block))
         self._parts = SPLIT_PARTS if k.dtype == torch.bfloat16 else 1
         streams = work.num_active[0] * work.num_kv_heads
-        found = (streams, self._num_blocks, chunk_size)
+        found = (streams, self._num_blocks, self._chunk_size)
 
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=k.device)
 
-        self._best, self._second, self._cosine = empty(*found), empty(*found), empty(*found)
-        self._winner = empty(*found, dtype=torch.int32)
-        self._longest = empty(*found[:2])
-        self._novelty = empty(streams, chunk_size)
+        # The best scores, the second best, their slots, the best cosines, and the length of the longest mean.
+        best, second, winner = empty(*found), empty(*found), empty(*found, dtype=torch.int32)
+        self._found = (best, second, winner, empty(*found), empty(*found[:2]))
+        self._novelty = empty(streams, self._chunk_size)
+        self._sizes = {"BN": self._block, "BK": common.padded(k.shape[-1]), **self._fused}
 
-    def step(self, i: int, shown: tuple[Tensor, Tensor, Tensor] | None = None, at: At | None = None) -> None:
-        """Merge chunk i - 1, keep the dictionary that chunk i reads and route chunk i; either may be missing.
+    def _advance(
+        self, streams: int, tables: tuple[Tensor, ...], at: At, num_next: int, kinds: dict[str, bool]
+    ) -> None:
+        """Also score the keys of the chunks against each block of slots."""
+        work, k, v, kept = self.work, self.k, self.v, self._kept
+        kept_slots = (None, None, None) if kept is None else (kept.keys, kept.values, kept.weight)
+        advance[(streams, self._num_blocks)](
+            k, v, self.slots, *tables, self._tokens, self.into.weight, *kept_slots, *self._found, *at,
+            num_next, k.shape[1], self._chunk_size, work.num_kv_heads, k.shape[-1], v.shape[-1],
+            work.capacity, self._num_blocks, PARTS=self._parts, BT=common.score_block(k),
+            BV=common.padded(v.shape[-1]), **kinds, **self._sizes, num_warps=8,
+        )  # fmt: skip
 
-        Args:
-            i: the step; one more step after the last chunk merges the last chunks.
-            shown: receives the means and log2 counts; None if nothing is read.
-            at: where the step finds its chunks; None: numbers, and `shown` begins with entry 0.
-        """
-        work, k, into = self.work, self.k, self.into
-        has_next = i < work.num_steps
-        num_next = work.num_active[i] if has_next else 0
-        num_rows = max(work.num_complete[i - 1] if i else 0, num_next)
-        if not (num_rows and work.capacity):
-            return
-        at = work.at(i) if at is None else at
-        heads, width, dim = work.num_kv_heads, k.shape[1], k.shape[-1]
-        fused = common.FUSED if self._tokens is None else common.UNFUSED
-        sizes = {"BN": self._block, "BK": common.padded(dim), **fused}
+    def _decide(self, i: int, at: At) -> None:
+        """And which of them open slots."""
+        work, k, into, size = self.work, self.k, self.into, self._chunk_size
         rounding = ROUNDING if self._parts == 1 else ROUNDING_SPLIT
         if self._parts == 2:
             # 2^-16 |k| |D| for each side of a comparison.
-            rounding += triton.cdiv(256, dim)
-        parts = (into.key_sum, into.value_sum, into.count)
-        found = (self._best, self._second, self._winner, self._cosine, self._longest)
-        kept = self._kept
-        kept_slots = (None, None, None) if kept is None else (kept.keys, kept.values, kept.weight)
-        advance[(num_rows * heads, self._num_blocks)](
-            k, self.v, self.slots, *parts, work.table, *(shown or parts), self._tokens, into.weight,
-            *kept_slots, *found, *at, num_next,
-            width, self._chunk_size, heads, dim, self.v.shape[-1], work.capacity, self._num_blocks,
-            HAS_PREVIOUS=i > 0, HAS_NEXT=has_next, HAS_READ=shown is not None, PARTS=self._parts,
-            BT=common.score_block(k), BV=common.padded(self.v.shape[-1]), **sizes, num_warps=8,
-        )  # fmt: skip
-        if not (has_next and work.num_complete[i]):
-            return
-        streams = work.num_complete[i] * heads
-        shape = (width, self._chunk_size, heads, dim, work.capacity, self._num_blocks)
-        nearest[(streams, triton.cdiv(self._chunk_size, TOKEN_BLOCK))](
-            k, self._tokens, into.key_sum, into.mass, work.table, *found, self.slots, self._novelty,
-            at.current, *shape, ROUNDING=rounding, BT=TOKEN_BLOCK, **sizes,
+            rounding += triton.cdiv(256, k.shape[-1])
+        streams = work.num_complete[i] * work.num_kv_heads
+        given = (k, self._tokens, into.key_sum, into.mass, work.table)
+        shape = (k.shape[1], size, work.num_kv_heads, k.shape[-1], work.capacity, self._num_blocks)
+        nearest[(streams, triton.cdiv(size, TOKEN_BLOCK))](
+            *given, *self._found, self.slots, self._novelty, at.current, *shape,
+            ROUNDING=rounding, BT=TOKEN_BLOCK, **self._sizes,
         )  # fmt: skip
         if work.num_opening[i] > 0:
             open_slots[(streams,)](
-                k, self._tokens, into.key_sum, into.mass, work.table, self._cosine, self.slots, self._novelty,
-                at.current, *shape, ROUNDING=rounding, BC=triton.next_power_of_2(self._chunk_size),
-                **sizes,
+                *given, self._found[3], self.slots, self._novelty, at.current, *shape,
+                ROUNDING=rounding, BC=triton.next_power_of_2(size), **self._sizes,
             )  # fmt: skip
 
 
@@ -161,70 +129,56 @@ def recurrence_of(
     work: Work,
     gone: Gone | None = None,
     weights: Weights | None = None,
-) -> Recurrence | PairRecurrence:
-    """The recurrence of a call by its merge rule; arguments as for `Recurrence`.
+) -> Steps:
+    """The recurrence of a call by its merge rule; arguments as for `Steps`.
 
     Args:
         gone: room for the slots that all chunks merge into others, if the backward needs them.
     """
     if not work.options.merges_pairs:
         return Recurrence(k, v, slots, into, work, weights)
-    kept = gone
-    if kept is None:
-        kept = Gone.empty(work, k, v, is_kept=False, has_weights=weights is not None)
-    return PairRecurrence(k, v, slots, into, work, kept, is_kept=gone is not None, weights=weights)
+    room = gone or Gone.empty(work, k, v, is_kept=False, has_weights=weights is not None)
+    return PairRecurrence(k, v, slots, into, work, weights, gone=room, is_kept=gone is not None)
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: Tensor,
-    lse: Tensor,
-    slots: Tensor,
-    into: Dictionary,
-    work: Work,
-    gone: Gone | None = None,
-    weights: Weights | None = None,
-) -> Tensor:
-    """OVQ attention over chunk-aligned rows; `into` becomes the dictionary at the end.
+def merge(chunks: Merging, work: Work | None = None, gone: Gone | None = None) -> Tensor:
+    """Merge complete chunks without reading them, in place.
 
     Args:
-        q: `[num_chunks, W, H, K]` queries, contiguous.
-        k: `[num_chunks, W, Hkv, K]` keys. v: `[num_chunks, W, Hkv, V]` values.
-        scale: `[H]` float32.
-        lse: `[num_chunks, H, W]` float32, receives each query's log2-sum-exp2 of the scores.
-        slots: `[num_chunks, Hkv, W]` int32, receives the slot of each token of a complete chunk.
-        into: sums and counts at the start.
-        work: the chunks of the call and their order.
-        gone: where pairs are merged, receives the slots merged into others, if the backward needs them.
-        weights: of the tokens; `into` has those of slots then.
+        work: that of their plan, if it is known.
+        gone: receives the slots that chunks merged into others, if wanted.
 
     Returns:
-        Outputs `[num_chunks, W, H, V]`.
+        The slot of each token, `[num_chunks, W, Hkv]`.
     """
-    _, width, num_heads, dim = q.shape
-    o = q.new_empty(*q.shape[:3], v.shape[-1])
-    recurrence = recurrence_of(k, v, slots, into, work, gone, weights)
-    own_bias = None if weights is None else weights.own_bias
-    segments = work.segments(snapshot_bytes(k, v))
-    shown = Snapshots.empty(max(work.entries(s) for s in segments), work, k, v)
-    blocks = common.read_blocks(q, v)
-    query_blocks = triton.cdiv(width, blocks["BM"])
+    k, v, sums, weights = chunks.k.contiguous(), chunks.v.contiguous(), chunks.sums, chunks.token_weights
+    work = _work(chunks) if work is None else work
+    of_tokens = None if weights is None else Weights(weights.squeeze(-1).contiguous())
+    slots = torch.zeros(k.shape[0], k.shape[2], k.shape[1], dtype=torch.int32, device=k.device)
+    recurrence = recurrence_of(k, v, slots, sums, work, gone, of_tokens)
     # Triton launches on the current device, whichever the tensors are on.
-    with torch.cuda.device_of(q):
-        for segment in segments:
-            first = work.first[segment.start]
-            for i in segment:
-                recurrence.step(i, (shown.keys, shown.values, shown.bias), work.at(i, first))
-            read[(work.entries(segment) * query_blocks, num_heads)](
-                q, k, v, scale, work.table, shown.keys, shown.values, shown.bias, own_bias, o, lse, first,
-                width, num_heads, num_heads // work.num_kv_heads, dim, v.shape[-1], work.capacity,
-                query_blocks, BK=common.padded(dim), BV=common.padded(v.shape[-1]), **blocks,
-                **common.FUSED,
-            )  # fmt: skip
-        recurrence.step(work.num_steps)
-    return o
+    with torch.cuda.device_of(k):
+        for i in range(work.num_steps + 1):
+            recurrence.step(i)
+    return slots.transpose(1, 2)
+
+
+def learn(chunks: Merging) -> Learned:
+    """Merge complete chunks without reading them, and say where their tokens went."""
+    if not chunks.plan.options.merges_pairs:
+        return Learned(merge(chunks), None)
+    work, has_weights = _work(chunks), chunks.token_weights is not None
+    gone = Gone.empty(work, chunks.k, chunks.v, is_kept=True, has_weights=has_weights)
+    # Chunks that are not complete note nothing.
+    gone.slot.fill_(-1)
+    slots = merge(chunks, work, gone)
+    # From the order of the recurrence to that of the layout.
+    order = work.table[:, 0].argsort()
+    return Learned.of_moves(slots, gone.slot[order], gone.into[order], chunks.sums.count.shape[2])
+
+
+def _work(chunks: Merging) -> Work:
+    return Work(chunks.plan, chunks.sums.count.shape[2], chunks.k.device)
 
 
 @dataclasses.dataclass
@@ -246,31 +200,20 @@ class Saved:
     weights: Weights | None = None
 
 
-def backward(
-    saved: Saved, grad_o: Tensor, final: Dictionary, grads: Dictionary, work: Work
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of q, k, v, the scale and the weights of tokens, if there are any.
-
-    `final` and `grads` are rewound in place to those of the start.
+class Walk:
+    """Runs the backward through the segments, from the last to the first.
 
     Args:
-        saved: from `forward`; contiguous tensors.
+        saved: contiguous tensors.
         grad_o: `[num_chunks, W, H, V]`.
         final: the dictionary at the end; it is rewound to that of the start.
         grads: the gradient of its sums and weights, float32, likewise (its count is not used).
         work: that of the forward.
+
+    Attributes:
+        grad_q, grad_k, grad_v, grad_scale, grad_weights: gradients of inputs, filled in by `run`; the scale
+            gets one from each chunk and block of queries.
     """
-    k, v = saved.k, saved.v
-    walk = _Walk(saved, grad_o, final, grads, work)
-    with torch.cuda.device_of(k):
-        for segment in reversed(work.segments(snapshot_bytes(k, v) + 4 * (k.shape[-1] + v.shape[-1]))):
-            walk.back(segment)
-        walk.end()
-    return walk.grad_q, walk.grad_k, walk.grad_v, walk.grad_scale.sum((0, 1)), walk.grad_weights
-
-
-class _Walk:
-    """Runs the backward through the segments, from the last to the first."""
 
     def __init__(
         self,
@@ -304,7 +247,19 @@ class _Walk:
             saved.lse.new_empty(2, streams, 0 if gone is None else size, dim) for dim in self._dims
         ]
 
-    def back(self, segment: range) -> None:
+    def run(self) -> None:
+        """Run through all segments."""
+        k, v = self.saved.k, self.saved.v
+        with torch.cuda.device_of(k):
+            for segment in reversed(
+                self.work.segments(snapshot_bytes(k, v) + 4 * (k.shape[-1] + v.shape[-1]))
+            ):
+                self._back(segment)
+            if self.saved.gone is not None and self.work.capacity:
+                # Slots that the first chunk merged into others get their gradient.
+                self._deposit_steps(range(0, 0), range(0, 0), self._passed, self._passed)
+
+    def _back(self, segment: range) -> None:
         """Compute all gradients of the tokens of a segment."""
         work, k, v = self.work, self.saved.k, self.saved.v
         num = work.entries(segment)
@@ -320,11 +275,6 @@ class _Walk:
             self._grad_slots(segment, shown, from_slots)
             self._deposit(segment, from_slots, deposits)
         self._grad_tokens(segment, deposits)
-
-    def end(self) -> None:
-        """Give slots that the first chunk merged into others their gradient."""
-        if self.saved.gone is not None and self.work.capacity:
-            self._deposit_steps(range(0, 0), range(0, 0), self._passed, self._passed)
 
     def _by_slots(self, segment: range) -> tuple[tuple[int, int], tuple[int, ...], dict[str, int]]:
         """Grid, arguments and block sizes of the kernels that run through a segment by blocks of slots."""
@@ -353,7 +303,7 @@ class _Walk:
         slots, gone = self.saved.slots, self.saved.gone
         if gone is None:
             return slots, slots, slots, slots
-        mass = gone.count if gone.weight is None else gone.weight
+        mass = gone.num if gone.weight is None else gone.weight
         return gone.slot, gone.into, mass, (gone.keys, gone.values)[i]
 
     def _kept(self, i: int) -> tuple[Tensor | None, ...]:
@@ -404,8 +354,8 @@ class _Walk:
         saved, work = self.saved, self.work
         sizes, blocks = self._sizes()
         grad_queries[(work.entries(segment) * self._query_blocks, sizes[1])](
-            saved.q, saved.k, saved.v, saved.scale, work.table, shown.keys, shown.values, shown.bias,
-            self._own_bias, saved.o, self.grad_o, saved.lse, self._delta, self.grad_q, self.grad_scale,
+            saved.q, saved.k, saved.v, saved.scale, work.table, *shown, self._own_bias,
+            saved.o, self.grad_o, saved.lse, self._delta, self.grad_q, self.grad_scale,
             work.first[segment.start], *sizes, work.capacity, self._query_blocks, **blocks,
         )  # fmt: skip
 
@@ -414,7 +364,7 @@ class _Walk:
         sizes, blocks = self._sizes()
         num_blocks = triton.cdiv(work.capacity, blocks["BN"])
         grad_slots[(work.entries(segment) * num_blocks, work.num_kv_heads)](
-            saved.q, saved.scale, work.table, shown.keys, shown.values, shown.bias, self.grad_o, saved.lse,
+            saved.q, saved.scale, work.table, *shown, self.grad_o, saved.lse,
             self._delta, *_three(from_slots), work.first[segment.start], *sizes, work.capacity, num_blocks,
             **blocks,
         )  # fmt: skip

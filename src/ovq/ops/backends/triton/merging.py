@@ -9,7 +9,9 @@ PyTorch decides, by matrix products and selections (`ovq.ops.nearest`), and the 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -37,14 +39,14 @@ class Gone(NamedTuple):
     Attributes:
         slot: `[entries, Hkv, C]` int32 slots, -1 after the last; a chunk makes at most C merges.
         into: `[entries, Hkv, C]` int32 slots that they were merged into.
-        count: `[entries, Hkv, C]` int64 tokens in them.
+        num: `[entries, Hkv, C]` int64 tokens in them.
         keys: `[entries, Hkv, C, K]` float32 sums of them. values: `[entries, Hkv, C, V]`.
         weight: `[entries, Hkv, C]` float32 total weight of the tokens; None where these have none.
     """
 
     slot: Tensor
     into: Tensor
-    count: Tensor
+    num: Tensor
     keys: Tensor
     values: Tensor
     weight: Tensor | None = None
@@ -64,42 +66,77 @@ class Gone(NamedTuple):
         return cls(slot, into, empty(dtype=torch.int64), keys, values, weight)
 
 
-class PairRecurrence:
-    """Merges the chunks of a call by merge="nearest", one step at a time.
+class Steps(ABC):
+    """Merges the chunks of a call, one step at a time.
 
     Args:
         k: `[num_chunks, W, Hkv, K]` keys, contiguous. v: values.
         slots: `[num_chunks, Hkv, W]` int32, receives the slot of each token of a complete chunk.
         into: the dictionaries, updated in place.
         work: the chunks of the call and their order.
-        gone: receives the slots merged into others.
-        is_kept: whether `gone` has room for all chunks.
         weights: of the tokens; None without.
     """
 
     def __init__(
-        self,
-        k: Tensor,
-        v: Tensor,
-        slots: Tensor,
-        into: Dictionary,
-        work: Work,
-        gone: Gone,
-        *,
-        is_kept: bool,
-        weights: Weights | None = None,
+        self, k: Tensor, v: Tensor, slots: Tensor, into: Dictionary, work: Work, weights: Weights | None
     ) -> None:
         self.k, self.v, self.slots, self.into, self.work = k, v, slots, into, work
-        self._gone, self._is_kept = gone, is_kept
         self._tokens = None if weights is None else weights.tokens
         self._kept = None if weights is None else weights.kept
-        self._chunk_size = size = work.options.chunk_size
+        self._chunk_size = work.options.chunk_size
+        self._fused = common.FUSED if weights is None else common.UNFUSED
+
+    def step(self, i: int, shown: Sequence[Tensor] | None = None, at: At | None = None) -> None:
+        """Merge chunk i - 1, keep the dictionary that chunk i reads and decide what becomes of chunk i.
+
+        Args:
+            i: the step; either chunk may be missing, and the last chunks are merged by one more step.
+            shown: receives the means and log2 counts; None if nothing is read.
+            at: where the step finds its chunks; None: numbers, and `shown` begins with entry 0.
+        """
+        work, into = self.work, self.into
+        has_next = i < work.num_steps
+        num_next = work.num_active[i] if has_next else 0
+        num_rows = max(work.num_complete[i - 1] if i else 0, num_next)
+        if not (num_rows and work.capacity):
+            return
+        at = work.at(i) if at is None else at
+        parts = (into.key_sum, into.value_sum, into.count)
+        kinds = {"HAS_PREVIOUS": i > 0, "HAS_NEXT": has_next, "HAS_READ": shown is not None}
+        tables = (*parts, work.table, *(shown or parts))
+        self._advance(num_rows * work.num_kv_heads, tables, at, num_next, kinds)
+        if has_next and work.num_complete[i]:
+            self._decide(i, at)
+
+    @abstractmethod
+    def _advance(
+        self, streams: int, tables: tuple[Tensor, ...], at: At, num_next: int, kinds: dict[str, bool]
+    ) -> None:
+        """Merge the chunks before, and prepare what `_decide` needs, of this many streams."""
+
+    @abstractmethod
+    def _decide(self, i: int, at: At) -> None:
+        """Decide where the tokens of the complete chunks of a step go."""
+
+
+class PairRecurrence(Steps):
+    """Merges by merge="nearest".
+
+    Args:
+        tensors: those of `Steps`.
+        gone: receives the slots merged into others.
+        is_kept: whether `gone` has room for all chunks.
+    """
+
+    def __init__(self, *tensors: Any, gone: Gone, is_kept: bool) -> None:
+        super().__init__(*tensors)
+        self._gone, self._is_kept, work, size = gone, is_kept, self.work, self._chunk_size
         self._columns = triton.cdiv(work.capacity + size, _ALIGNED) * _ALIGNED
-        self._dims = (k.shape[-1], v.shape[-1])
+        self._dims = (self.k.shape[-1], self.v.shape[-1])
         self._items = [self._empty(self._columns, dim, dtype=torch.float32) for dim in self._dims]
         self._ints = self._empty(INT_FIELDS.value, self._columns, dtype=torch.int32)
         self._masses = self._empty(self._columns, dtype=torch.float64)
-        self._padded = {"BK": common.padded(k.shape[-1]), "BV": common.padded(v.shape[-1])}
+        self._padded = {"BK": common.padded(self._dims[0]), "BV": common.padded(self._dims[1])}
         # A program that ranks all columns of a stream.
         self._ranking = {
             "BL": triton.next_power_of_2(self._columns),
@@ -111,40 +148,22 @@ class PairRecurrence:
         streams = max(1, self.work.num_active[0] * self.work.num_kv_heads)
         return torch.empty(streams, *shape, dtype=dtype, device=self.k.device)
 
-    def step(self, i: int, shown: tuple[Tensor, Tensor, Tensor] | None = None, at: At | None = None) -> None:
-        """Merge chunk i - 1, keep the dictionary that chunk i reads and decide what chunk i merges.
-
-        Args:
-            i: the step; one more step after the last chunk merges the last chunks.
-            shown: receives the means and log2 counts; None if nothing is read.
-            at: where the step finds its chunks; None: numbers, and `shown` begins with entry 0.
-        """
-        work, k, v, into, gone = self.work, self.k, self.v, self.into, self._gone
-        has_next = i < work.num_steps
-        num_next = work.num_active[i] if has_next else 0
-        num_rows = max(work.num_complete[i - 1] if i else 0, num_next)
-        if not (num_rows and work.capacity):
-            return
-        at = work.at(i) if at is None else at
-        heads, width = work.num_kv_heads, k.shape[1]
-        fused = common.FUSED if self._tokens is None else common.UNFUSED
+    def _advance(
+        self, streams: int, tables: tuple[Tensor, ...], at: At, num_next: int, kinds: dict[str, bool]
+    ) -> None:
+        """Also write the means of slots as items."""
+        work, k, v, kept = self.work, self.k, self.v, self._kept
         block = common.slot_block(k, v)
-        kept = self._kept
         kept_slots = (None,) * 4 if kept is None else (kept.slot, kept.keys, kept.values, kept.weight)
-        parts = (into.key_sum, into.value_sum, into.count)
-        advance_items[(num_rows * heads, triton.cdiv(work.capacity, block))](
-            k, v, self.slots, *parts, work.table, *(shown or parts),
-            *gone, self._tokens, into.weight, *kept_slots, *self._items, self._masses,
-            *at, num_next, 0 if self._is_kept else at.previous,
-            width, self._chunk_size, heads, *self._dims, work.capacity, self._columns,
-            HAS_PREVIOUS=i > 0, HAS_NEXT=has_next, HAS_READ=shown is not None,
-            BN=block, BT=common.score_block(k), **self._padded, **fused, num_warps=8,
+        advance_items[(streams, triton.cdiv(work.capacity, block))](
+            k, v, self.slots, *tables, *self._gone, self._tokens, self.into.weight, *kept_slots,
+            *self._items, self._masses, *at, num_next, 0 if self._is_kept else at.previous,
+            k.shape[1], self._chunk_size, work.num_kv_heads, *self._dims, work.capacity, self._columns,
+            BN=block, BT=common.score_block(k), **kinds, **self._padded, **self._fused, num_warps=8,
         )  # fmt: skip
-        if has_next and work.num_complete[i]:
-            self._decide(i)
 
-    def _decide(self, i: int) -> None:
-        """Decide where the tokens of a complete chunk go and which slots leave."""
+    def _decide(self, i: int, at: At) -> None:
+        """And which slots leave."""
         work, gone, entry = self.work, self._gone, self.work.first[i]
         heads, width, size = work.num_kv_heads, self.k.shape[1], self._chunk_size
         streams = work.num_complete[i] * heads
@@ -158,7 +177,7 @@ class PairRecurrence:
             self._join(i, streams)
         settle[(streams,)](
             work.table, self._ints, self.into.count, self.into.weight, self.slots, gone.slot, gone.into,
-            gone.count, gone.weight, None if self._kept is None else self._kept.slot,
+            gone.num, gone.weight, None if self._kept is None else self._kept.slot,
             entry, base, width, size, heads, work.capacity, self._columns, first,
             **self._ranking, **common.FUSED,
         )  # fmt: skip

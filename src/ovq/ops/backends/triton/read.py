@@ -3,20 +3,24 @@
 import triton
 import triton.language as tl
 
-from ovq.ops.backends.triton.common import BEFORE, CHUNK, COLUMNS, LOG2E, TOKENS, dot, put_rows, rows
+from ovq.ops.backends.triton.common import (
+    BEFORE,
+    CHUNK,
+    COLUMNS,
+    LOG2E,
+    TOKENS,
+    absorbed,
+    dot,
+    put_rows,
+    rows,
+)
 
 
 @triton.jit
 def _absorb(scores, values, top, total, acc):
-    """Online softmax to base 2: add the `scores` `[BM, BN]` of some candidates and their `values`."""
-    highest = tl.maximum(top, tl.max(scores, 1))
-    # Slots of no weight have the score -inf; if nothing else has been seen yet, any finite number will do.
-    base = tl.where(highest == -float("inf"), 0.0, highest)
-    probs = tl.exp2(scores - base[:, None])
-    shrink = tl.exp2(top - base)
-    total = total * shrink + tl.sum(probs, 1)
-    acc = dot(probs, values, acc * shrink[:, None])
-    return highest, total, acc
+    """Add the `scores` `[BM, BN]` of some candidates (-inf for slots of no weight) and their `values`."""
+    top, total, probs, shrink = absorbed(scores, top, total)
+    return top, total, dot(probs, values, acc * shrink[:, None])
 
 
 @triton.jit(do_not_specialize=["first"])

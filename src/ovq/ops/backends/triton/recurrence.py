@@ -42,8 +42,8 @@ def add_tokens(sums, counts, slot, x, slots, place, stride, C, D, SIGN: tl.const
         sums: `[BN, BD]`. counts: `[BN]`. slot: `[BN]` indices of the block's slots.
         x: rows `[:, D]`; token t of the chunk is row `place + t * stride`.
         slots: pointer to the slots of the chunk's C tokens.
-        numbers: None, or what each row counts as: row `place + t` is then that of a merged slot.
-        token_weights: None, or what each row is multiplied by, `[:]` as the rows of x.
+        numbers: None, or what each row counts as, `[:]` as the rows of x.
+        token_weights: None, or what each row is multiplied by, likewise.
     """
     for first in range(0, C, TB):
         t = first + tl.arange(0, TB)
@@ -63,26 +63,9 @@ def add_tokens(sums, counts, slot, x, slots, place, stride, C, D, SIGN: tl.const
             if numbers is None:
                 counts += SIGN * has_token.to(counts.dtype)
             else:
-                counts += SIGN * tl.load(numbers + place + token, mask=has_token, other=0)
+                counts += SIGN * tl.load(numbers + row, mask=has_token, other=0)
             token = tl.min(tl.where(is_mine & (t[None, :] > token[:, None]), t[None, :], C), 1)
     return sums, counts
-
-
-@triton.jit
-def add_weights(weights, slot, x, slots, place, stride, C, TB: tl.constexpr):
-    """Add the numbers `x`, of which that of token t is `place + t * stride`, to the weights `[BN]` of slots.
-
-    In order of position too, as floating-point numbers are added; the other arguments as for `add_tokens`.
-    """
-    for first in range(0, C, TB):
-        t = first + tl.arange(0, TB)
-        own = tl.load(slots + t, mask=t < C, other=-1)
-        is_mine = own[None, :] == slot[:, None]
-        token = tl.min(tl.where(is_mine, t[None, :], C), 1)
-        while tl.min(token, 0) < C:
-            weights += tl.load(x + place + token.to(tl.int64) * stride, mask=token < C, other=0.0)
-            token = tl.min(tl.where(is_mine & (t[None, :] > token[:, None]), t[None, :], C), 1)
-    return weights
 
 
 @triton.jit
@@ -186,18 +169,16 @@ def advance(
                 keep_rows(
                     kept_keys, kept_values, kept_weight, kept, p, C, key_sums, value_sums, mass, K, V, BK, BV
                 )
-            key_sums, _ = add_tokens(
-                key_sums, counts, slot, k, chosen, first, H, C, K, 1, BT, BK, None, token_weights
+            # The mass is the weight, or the count once more.
+            key_sums, mass = add_tokens(
+                key_sums, mass, slot, k, chosen, first, H, C, K, 1, BT, BK, token_weights, token_weights
             )
             value_sums, counts = add_tokens(
                 value_sums, counts, slot, v, chosen, first, H, C, V, 1, BT, BV, None, token_weights
             )
-            if weight is None:
-                mass = counts
-            else:
-                mass = add_weights(mass, slot, token_weights, chosen, first, H, C, BT)
-                tl.store(weight + place, mass, mask=is_in & (counts != before))
             is_changed = is_in & (counts != before)
+            if weight is not None:
+                tl.store(weight + place, mass, mask=is_changed)
             put_rows(key_sum, place, key_sums, is_changed, K, BK)
             put_rows(value_sum, place, value_sums, is_changed, V, BV)
             tl.store(count + place, counts, mask=is_changed)
