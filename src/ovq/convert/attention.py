@@ -15,7 +15,7 @@ from transformers.masking_utils import causal_mask_function
 
 from ovq.convert.cache import MemoryLayer, layer_of
 from ovq.hf.packing import PACKING_KWARGS, packed_offsets
-from ovq.ops.row_bounds import row_bounds
+from ovq.ops.checks import row_bounds
 
 #: The name under which the functions are registered.
 IMPLEMENTATION = "ovq_memory"

@@ -40,9 +40,7 @@ class MergeGate(OwnWeights):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Weights `[B, T, Hkv]` of tokens `[B, T, hidden_size]`, in float32 (float64 for float64 inputs)."""
-        wide = torch.promote_types(hidden_states.dtype, torch.float32)
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            return 1 + F.elu(F.linear(hidden_states.to(wide), self.weight.to(wide)))
+        return 1 + F.elu(_product(hidden_states, self.weight))
 
 
 class ForgetGate(OwnWeights):
@@ -82,7 +80,11 @@ class ForgetGate(OwnWeights):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Logs of factors `[B, T, Hkv]`, at most 0, in float32 (float64 for float64 inputs)."""
-        wide = torch.promote_types(hidden_states.dtype, torch.float32)
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            x = F.linear(hidden_states.to(wide), self.weight.to(wide), self.bias.to(wide))
-            return F.logsigmoid(x)
+        return F.logsigmoid(_product(hidden_states, self.weight, self.bias))
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`W x + b` in float32 or better, also under autocast."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))

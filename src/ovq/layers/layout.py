@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ovq.ops.call import RowBounds
-from ovq.ops.checks import checked_mask, masked_bounds
-from ovq.ops.row_bounds import row_bounds
+from ovq.ops.checks import checked_mask, masked_bounds, row_bounds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,33 +249,22 @@ def _masked_layout(mask: Tensor, batch_size: int, num_past: int, num_new: int) -
             f"expected an attention_mask of shape [batch, cached + new] = {expected} "
             f"({num_past} columns are cached), found {found}"
         )
+    columns: dict[str, Any] = {"num_past": num_past, "num_new": num_new, "has_mask": True}
     if torch.compiler.is_compiling():
         # A graph serves masks of any values, so it takes all of them for padded.
-        bounds, real = row_bounds(mask, None, batch_size, num_past, num_new), mask.bool()
-        return SequenceLayout(
-            num_past=num_past,
-            num_new=num_new,
-            mask=real,
-            new_mask=real[:, num_past:],
-            bounds=RowBounds(bounds),
-            has_mask=True,
-        )
+        bounds, real = RowBounds(row_bounds(mask, None, batch_size, num_past, num_new)), mask.bool()
+        return SequenceLayout(**columns, mask=real, new_mask=real[:, num_past:], bounds=bounds)
     if mask.device.type == "cpu" and bool((mask == 1).all()):
         # A mask of ones becomes longer with every step of decoding: one pass over it is enough.
-        return SequenceLayout(num_past=num_past, num_new=num_new, has_mask=True)
+        return SequenceLayout(**columns)
     # Checked on the CPU, so that there is only one wait for the device.
-    host = checked_mask(mask)
-    has_padding, has_new_padding = not bool(host.all()), not bool(host[:, num_past:].all())
-    real = mask.bool()
-    return SequenceLayout(
-        num_past=num_past,
-        num_new=num_new,
-        # Batches without padding often come with a mask of ones; for them the cheaper unmasked code runs.
-        mask=real if has_padding else None,
-        new_mask=real[:, num_past:] if has_new_padding else None,
-        bounds=RowBounds(masked_bounds(host[:, num_past:])) if has_new_padding else None,
-        has_mask=True,
-    )
+    host, real = checked_mask(mask), mask.bool()
+    # Batches without padding often come with a mask of ones; for them the cheaper unmasked code runs.
+    if not bool(host.all()):
+        columns["mask"] = real
+    if not bool((new := host[:, num_past:]).all()):
+        columns |= {"new_mask": real[:, num_past:], "bounds": RowBounds(masked_bounds(new))}
+    return SequenceLayout(**columns)
 
 
 def _packed_layout(cu_seqlens: Tensor, batch_size: int, num_past: int, num_new: int) -> SequenceLayout:

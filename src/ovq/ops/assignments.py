@@ -206,7 +206,7 @@ def _slot_assignments(given: dict[str, Any], backend: str) -> SlotAssignments:
     before, plan = chunks.before, chunks.plan
     sums = Dictionary.of(before).clone()
     merging = Merging(chunks.k, chunks.v, sums, plan, chunks.weights, chunks.fading)
-    learned = learn(merging, backend=backend)
+    learned = learn(merging, backend)
     history = _History(learned, plan, k.shape[0], k.shape[1], before.count.shape[2])
     final, origin, pending = history.carried(None)
     inverse = plan.aligned.inverse()

@@ -146,18 +146,14 @@ def ovq_attention(
         "token_weights": token_weights,
         "log_forget": log_forget,
     }
-    if torch.compiler.is_compiling():
-        if options.init == "random":
-            # A graph would hold the seed that it was made with.
-            return _uncompiled(given, backend)
+    # A graph would hold the seed that it was made with.
+    if torch.compiler.is_compiling() and options.init != "random":
         return operator.attention(**given, backend=backend)
-    call = checked_call(**given)
-    o, state = dispatch.run_of(call, backend)(call)
-    return o, state if output_final_state else None
+    return _attention(given, backend)
 
 
 @uncompiled
-def _uncompiled(given: dict[str, Any], backend: str) -> tuple[Tensor, OVQState | None]:
+def _attention(given: dict[str, Any], backend: str) -> tuple[Tensor, OVQState | None]:
     call = checked_call(**given)
     o, state = dispatch.run_of(call, backend)(call)
     return o, state if call.wants_state else None

@@ -12,8 +12,8 @@ from ovq.fields import is_finite
 from ovq.ops.call import Call, RowBounds, Rows
 from ovq.ops.fading import LEAST_LOG
 from ovq.ops.options import Options, weighing_chunk
-from ovq.ops.parts import of_rows, slot_spec
-from ovq.ops.state import OVQState, forgetting, weighted
+from ovq.ops.parts import spec_of
+from ovq.ops.state import OVQState, forgetting, tensors_of, weighted
 from ovq.ops.sums import DTYPES, state_dtype
 
 
@@ -184,10 +184,34 @@ def checked_rows(q: Tensor, attention_mask: Tensor | RowBounds | None, cu_seqlen
     return Rows.of(found_bounds(attention_mask, cu_seqlens, batch, 0, length))
 
 
+def row_bounds(
+    attention_mask: Tensor | None, cu_seqlens: Tensor | None, batch_size: int, num_past: int, num_new: int
+) -> Tensor:
+    """`RowBounds.bounds` of the new columns of a call; in a graph of `torch.compile`, an operator finds them.
+
+    Args:
+        attention_mask: `[B, P + T]` over cached and new columns, without holes in either; or None.
+        cu_seqlens: `[R + 1]` offsets of packed rows; or None.
+        batch_size: B.
+        num_past: P.
+        num_new: T.
+
+    Raises:
+        ValueError: if the mask or the offsets do not fit; in a graph, when it runs.
+
+    Example:
+        >>> row_bounds(torch.tensor([[0, 1, 1, 1]]), None, 1, 2, 2)
+        tensor([[0],
+                [2]])
+    """
+    find = torch.ops.ovq.row_bounds if torch.compiler.is_compiling() else found_bounds
+    return find(attention_mask, cu_seqlens, batch_size, num_past, num_new)
+
+
 def found_bounds(
     attention_mask: Any, cu_seqlens: Tensor | None, batch_size: int, num_past: int, num_new: int
 ) -> Tensor:
-    """See `row_bounds`. Of a mask, the past has to be without holes as well."""
+    """See `row_bounds`."""
     if attention_mask is not None and cu_seqlens is not None:
         raise ValueError("attention_mask, cu_seqlens: expected at most one of them, found both")
     if cu_seqlens is not None:
@@ -197,6 +221,23 @@ def found_bounds(
         found = tuple(attention_mask.shape) if is_tensor else type(attention_mask).__name__
         raise ValueError(f"attention_mask: expected a tensor {expected} of 0 and 1, found {found}")
     return masked_bounds(checked_mask(attention_mask)[:, num_past:])
+
+
+def _fake_bounds(
+    attention_mask: Tensor | None, cu_seqlens: Tensor | None, batch_size: int, num_past: int, num_new: int
+) -> Tensor:
+    num_rows = batch_size if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return torch.empty(2, num_rows, dtype=torch.int64, device="cpu")
+
+
+# Not by `torch.library.custom_op`, which loads the compiler.
+_LIBRARY = torch.library.Library("ovq", "FRAGMENT")
+_LIBRARY.define(
+    "row_bounds(Tensor? attention_mask, Tensor? cu_seqlens, "
+    "SymInt batch_size, SymInt num_past, SymInt num_new) -> Tensor"
+)
+_LIBRARY.impl("row_bounds", found_bounds, "CompositeExplicitAutograd")
+torch.library.register_fake("ovq::row_bounds", _fake_bounds, lib=_LIBRARY)
 
 
 def packed_bounds(batch: int, length: int, cu_seqlens: Tensor) -> Tensor:
@@ -275,18 +316,7 @@ def _check_parts(state: OVQState, dtype: torch.dtype) -> None:
         for name in ("pending_weights", "pending_forget"):
             if getattr(state, name) is not None:
                 raise ValueError(f"initial_state: {name}: expected none without weight, found some")
-    num_rows, num_kv_heads, num_slots = state.count.shape
-    spec = slot_spec(
-        num_slots,
-        num_kv_heads=num_kv_heads,
-        head_dim=state.key_sum.shape[3],
-        value_dim=state.value_sum.shape[3],
-        chunk_size=state.chunk_size,
-        dtype=dtype,
-        has_weights=state.weight is not None,
-        forgets=state.pending_forget is not None,
-    )
-    for name, (shape, kind) in of_rows(spec, num_rows).items():
+    for name, (shape, kind) in spec_of(tensors_of(state), state.chunk_size, dtype).items():
         x = getattr(state, name)
         place = torch.device("cpu") if name == "num_seen" else state.count.device
         if not isinstance(x, Tensor) or (x.shape, x.dtype, x.device) != (shape, kind, place):

@@ -43,11 +43,11 @@ def run_of(call: Call, backend: str) -> Run:
     run = backends.BACKENDS[name].run
     if not any(call.rows.lengths):
         return _nothing_read
-    if call.log_forget is None:
+    # Only the compiled kernels fade dictionaries themselves, for several tokens, and have no gradients of it.
+    does_forget = name == "cpu" and not call.is_one_token and not call.wants_gradients
+    if call.log_forget is None or does_forget:
         return run
-    # Only the compiled kernels fade dictionaries themselves, and they have no gradients of it.
-    is_one_call = name == "cpu" and not call.wants_gradients
-    return functools.partial(forgetful_attention, run=run, is_one_call=is_one_call)
+    return functools.partial(forgetful_attention, run=run)
 
 
 def _nothing_read(call: Call) -> tuple[Tensor, OVQState]:

@@ -1,5 +1,4 @@
-"""Calls of rows that forget: by any backend chunk by chunk, or at once where a backend can; `fading.py` says
-how."""
+"""Calls of rows that forget, chunk by chunk, where a backend cannot run them at once; see `fading.py`."""
 
 from __future__ import annotations
 
@@ -14,13 +13,10 @@ from ovq.ops.fading import begun, ended
 from ovq.ops.state import OVQState
 
 
-def forgetful_attention(call: Call, run: Run, *, is_one_call: bool) -> tuple[Tensor, OVQState]:
-    """Outputs `[B, T, H, V]` of a call with `log_forget`, and the state after it.
+def forgetful_attention(call: Call, run: Run) -> tuple[Tensor, OVQState]:
+    """Outputs `[B, T, H, V]` of a call with `log_forget`, and the state after it; `run` runs the chunks.
 
-    Args:
-        call: the call. Its weights are also those with which tokens are read.
-        run: what runs the chunks.
-        is_one_call: whether `run` can do all of it at once.
+    Its weights are also those with which tokens are read.
     """
     call = dataclasses.replace(call, wants_state=True)
     state, weights, log_forget, options = call.state, call.token_weights, call.log_forget, call.options
@@ -28,10 +24,6 @@ def forgetful_attention(call: Call, run: Run, *, is_one_call: bool) -> tuple[Ten
     assert log_forget is not None
     if call.is_one_token:
         return _piece(call, run)
-    if is_one_call:
-        o, after = run(call)
-        assert after is not None
-        return o, after
     aligned = AlignedRows(
         call.rows,
         pending=state.num_pending.tolist(),

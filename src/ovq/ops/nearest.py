@@ -15,13 +15,24 @@ import itertools
 import torch
 from torch import Tensor
 
-from ovq.ops.options import MASS_POWER, NO_DISTANCE, NUM_PARTS, ORDINARY, TIE
+from ovq.ops.options import (
+    MASS_POWER,
+    NO_DISTANCE,
+    NUM_PARTS,
+    ORDINARY,
+    TIE,
+    check_sizes,
+    check_value_weight,
+)
 from ovq.ops.selection import best_two, lowest, padded_to_blocks
-from ovq.ops.sums import divisor
+from ovq.ops.sums import added_up, divisor, slot_means
 
 # Most pairs of items whose distances are computed one by one. Where there are more, as with repeated keys,
 # one float64 matrix product is cheaper.
 _PAIRS = 1 << 15
+# One in so many slots is merged before all look for their nearest again. Where all that is due is merged at
+# once, slots that have become means of many attract still more (docs/results/memory.md).
+_PART = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -275,9 +286,9 @@ class _Clusters:
         distance, error = torch.full_like(self.mass, NO_DISTANCE), torch.zeros_like(self.mass)
         if bool(is_mover.any()):
             order = (~is_mover).byte().argsort(dim=-1, stable=True)[:, : int(is_mover.sum(-1).max())]
-            near = self._nearest(order)
-            is_found = near.is_found & is_mover.gather(1, order)
-            for of_items, found in ((target, near.target), (distance, near.distance), (error, near.error)):
+            is_found, *near = self._nearest(order)
+            is_found &= is_mover.gather(1, order)
+            for of_items, found in zip((target, distance, error), near, strict=True):
                 of_items.scatter_(1, order, torch.where(is_found, found, of_items.gather(1, order)))
         has_edge = is_target.sum(-1, keepdim=True) > is_target.long()
         has_edge &= is_mover | (self.is_there & ~has_mass)
@@ -315,8 +326,13 @@ class _Clusters:
         priority[s, a] = self._distances(s, a, edges.target[s, a]) * weight[s, a]
         return lowest(priority, num, most)
 
-    def _nearest(self, order: Tensor) -> _Near:
-        """What is nearest to the items `order` `[S, A]`, by a product in float32 where that can tell."""
+    def _nearest(self, order: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What is nearest to the items `order` `[S, A]`, by a product in float32 where that can tell.
+
+        Returns:
+            Whether an item is a point, and there is another; of these the nearest, of equally near ones the
+            first; its distance, and error, as in `_Edges`.
+        """
         num, size = self.mass.shape[1], self.size[:, None]
         rows = _rows(self._x, order)
         is_point = rows[..., -1] > -torch.inf
@@ -331,7 +347,7 @@ class _Clusters:
             s, t = is_found.nonzero(as_tuple=True)
             distance = torch.zeros_like(best)
             distance[s, t] = self._distances(s, order[s, t], place[s, t])
-            return _Near(place, is_found, distance, torch.zeros_like(best))
+            return is_found, place, distance, torch.zeros_like(best)
         place, best, second = best_two(scores)
         # On both sides of a comparison, of half the distances.
         tolerance = ((self._error / 2 + 2 * TIE) * size).float()
@@ -347,24 +363,7 @@ class _Clusters:
         place[s, t] = place[s, t].fill_(num).scatter_reduce_(0, row[is_tied], item[is_tied], "amin")
         distance = (squares - 2 * best).double() / size
         error = torch.full_like(distance, self._error)
-        return _Near(place, is_point & (best > -torch.inf), distance, error)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Near:
-    """The point nearest to each of some items, of equally near ones the first.
-
-    Attributes:
-        target: `[S, A]` the point.
-        is_found: `[S, A]` whether the item is a point, and there is another.
-        distance: `[S, A]` float64 squared distance, relative to `_Clusters.size`.
-        error: `[S, A]` the most by which it is wrong.
-    """
-
-    target: Tensor
-    is_found: Tensor
-    distance: Tensor
-    error: Tensor
+        return is_point & (best > -torch.inf), place, distance, error
 
 
 def _are_ordinary(size: Tensor, factor: Tensor) -> bool:
@@ -400,3 +399,35 @@ def _lowest_of_tree(parent: Tensor) -> Tensor:
         root = above
     index = torch.arange(parent.shape[1], device=parent.device).expand(parent.shape)
     return index.scatter_reduce(1, root, index, "amin").gather(1, root)
+
+
+def shrunk(slots: dict[str, Tensor], num_slots: int, *, value_weight: float) -> dict[str, Tensor]:
+    """The slots of a state (by name), merged until at most `num_slots` per head are left."""
+    check_sizes(1, num_slots=num_slots)
+    check_value_weight("value_weight", value_weight)
+    while slots["count"].shape[2] > num_slots:
+        num_open = (slots["count"][:, 0] > 0).sum(-1).tolist()
+        due = [min(max(0, n - num_slots), max(1, n // _PART)) for n in num_open]
+        # Room for as many slots as are wanted, or for those that are left.
+        capacity = max([num_slots, *(n - merges for n, merges in zip(num_open, due, strict=True))])
+        slots = _merged(slots, due, capacity, value_weight)
+    return slots
+
+
+def _merged(
+    slots: dict[str, Tensor], due: list[int], capacity: int, value_weight: float
+) -> dict[str, Tensor]:
+    """`slots` after `due[r]` merges in each head of row r, with room for `capacity`."""
+    rows, heads = slots["count"].shape[:2]
+    streams = {name: x.flatten(0, 1) for name, x in slots.items()}
+    count = streams["count"]
+    with torch.no_grad():
+        mass = streams.get("weight", count)
+        keys, values = (slot_means(streams[name], mass) for name in ("key_sum", "value_sum"))
+        items = Items.of(keys, values, mass, count, value_weight=value_weight)
+        roots = nearest_roots(items, count > 0, [merges for merges in due for _ in range(heads)])
+    is_kept = (roots == torch.arange(count.shape[1], device=count.device)) & (count > 0)
+    # Spare slots hold zeros, so they can be added to the last slot that is kept.
+    place = (is_kept.cumsum(-1) - 1).clamp(min=0).gather(1, roots)
+    totals = {name: added_up(parts, place, capacity) for name, parts in streams.items()}
+    return {name: total.unflatten(0, (rows, heads)) for name, total in totals.items()}

@@ -18,10 +18,9 @@ from torch import Tensor
 from ovq.ops import dispatch
 from ovq.ops.ablation import Ablation
 from ovq.ops.call import RowBounds
-from ovq.ops.checks import check_state, checked_call
+from ovq.ops.checks import check_state, checked_call, row_bounds
 from ovq.ops.options import Options
 from ovq.ops.parts import of_rows, slot_spec
-from ovq.ops.row_bounds import row_bounds
 from ovq.ops.state import OVQState, with_capacity
 
 # The differentiable inputs in the order of the operator; those of a state by their names in it.

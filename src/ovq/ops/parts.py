@@ -57,6 +57,31 @@ def slot_spec(
     return spec
 
 
+def spec_of(tensors: Mapping[str, Tensor], chunk_size: int, dtype: torch.dtype) -> StateSpec:
+    """The tensors of a state of several rows that has the sizes of these, and their optional parts.
+
+    Args:
+        tensors: by name; the sizes are those of `count`, `key_sum` and `value_sum`.
+        chunk_size: C.
+        dtype: of the inputs.
+    """
+    num_rows, num_kv_heads, num_slots = tensors["count"].shape
+    # Of another number of dimensions they do not fit the specification.
+    sums = (tensors["key_sum"], tensors["value_sum"])
+    head_dim, value_dim = (x.shape[3] if x.dim() == 4 else 0 for x in sums)
+    spec = slot_spec(
+        num_slots,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        value_dim=value_dim,
+        chunk_size=chunk_size,
+        dtype=dtype,
+        has_weights="weight" in tensors,
+        forgets="pending_forget" in tensors,
+    )
+    return of_rows(spec, num_rows)
+
+
 def of_rows(spec: StateSpec, num_rows: int) -> StateSpec:
     """The specification of `num_rows` rows, from that of one row; rows are the first dimension.
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ovq.ops.parts import check_tensors, of_rows, slot_spec
+from ovq.ops.parts import check_tensors, slot_spec, spec_of
 from ovq.ops.sums import DTYPES
 from ovq.runtime.files import atomic_path
 
@@ -81,7 +81,6 @@ def read_file(
     """Metadata and tensors of a safetensors file, read only if its header says that it is one of ours.
 
     Args:
-        path: the file.
         what: what it should be, for error messages.
         file_format: the `format` that its metadata must name.
         version: the `version` that its metadata must name.
@@ -121,22 +120,16 @@ def load_state(path: str | os.PathLike, *, device: torch.device | str) -> dict[s
     )
     tensors = upgraded(tensors)
     # The names alone matter here, and no size.
-    names = slot_spec(
-        0,
-        num_kv_heads=0,
-        head_dim=0,
-        chunk_size=0,
-        dtype=torch.float32,
-        has_weights="weight" in tensors,
-        forgets="pending_forget" in tensors,
-    ).keys()
+    sizes: dict[str, Any] = {"num_kv_heads": 0, "head_dim": 0, "chunk_size": 0, "dtype": torch.float32}
+    has_weights, forgets = "weight" in tensors, "pending_forget" in tensors
+    names = slot_spec(0, **sizes, has_weights=has_weights, forgets=forgets).keys()
     if tensors.keys() != names:
         raise ValueError(f"{path}: expected tensors {sorted(names)}, found {sorted(tensors)}")
     # Earlier versions wrote these where they were not 0.
     for name in ("window", "num_sinks"):
         if name in metadata:
             raise ValueError(f"{path}: {name} was removed; expected 0, found {metadata[name][:40]}")
-    sizes: dict[str, Any] = {name: positive_int(path, metadata, name) for name in ("num_slots", "chunk_size")}
+    sizes = {name: positive_int(path, metadata, name) for name in ("num_slots", "chunk_size")}
     check_state_tensors(str(path), tensors, **sizes)
     moved = {name: t if name == "num_seen" else t.to(device) for name, t in tensors.items()}
     return moved | sizes
@@ -187,23 +180,9 @@ def check_state_tensors(
     expect(dtype in DTYPES, f"pending_keys in one of {DTYPES}", dtype)
     is_shaped = count.dim() == 3 and count.shape[1] > 0
     expect(is_shaped, "count of shape [B, Hkv, M], Hkv at least 1", tuple(count.shape))
-    num_rows, num_kv_heads, capacity = count.shape
-    expect(capacity <= num_slots, f"at most {num_slots} slots", capacity)
-    # Of another number of dimensions they are refused below.
-    key_dim, value_dim = (
-        tensors[name].shape[3] if tensors[name].dim() == 4 else 0 for name in ("key_sum", "value_sum")
-    )
-    spec = slot_spec(
-        capacity,
-        num_kv_heads=num_kv_heads,
-        head_dim=key_dim,
-        value_dim=value_dim,
-        chunk_size=chunk_size,
-        dtype=dtype,
-        has_weights="weight" in tensors,
-        forgets="pending_forget" in tensors,
-    )
-    check_tensors(where, tensors, of_rows(spec, num_rows))
+    expect(count.shape[2] <= num_slots, f"at most {num_slots} slots", count.shape[2])
+    spec = spec_of(tensors, chunk_size, dtype)
+    check_tensors(where, tensors, spec)
     is_countable = bool(((num_seen >= 0) & (num_seen <= MAX_TOKENS)).all())
     expect(is_countable, "num_seen from 0 to 2^62", num_seen.tolist())
     check_counts(where, count, total=num_seen // chunk_size * chunk_size)

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ovq.ops.nearest import shrunk
 from ovq.ops.options import VALUE_WEIGHT, check_sizes
 from ovq.ops.parts import of_rows, slot_spec
 from ovq.ops.pending import PendingBuffers
-from ovq.ops.resize import shrunk
 from ovq.ops.serialization import load_state, save_state
 from ovq.ops.summary import StateSummary, effective_slots
 from ovq.ops.sums import slot_means

@@ -75,7 +75,6 @@ def chosen(name: str, call: Call) -> str:
 
     Args:
         name: the one requested, or `"auto"`.
-        call: the call.
 
     Raises:
         ValueError: if the requested backend, or for `"auto"` every backend, cannot run the call; says why.
@@ -98,14 +97,14 @@ def chosen_to_learn(name: str, k: Tensor, v: Tensor, options: Options, gates: It
     return _first(name, _fastest(k), reason_against)
 
 
-def learn(chunks: Merging, *, backend: str = "auto") -> Learned:
+def learn(chunks: Merging, name: str | None = None) -> Learned:
     """Merge complete chunks into dictionaries without reading, and say where their tokens went.
 
     Args:
-        chunks: see there.
-        backend: as for `chosen_to_learn`, which raises the same errors.
+        name: what `chosen_to_learn` returned for them; None to ask it for the fastest backend.
     """
-    name = chosen_to_learn(backend, chunks.k, chunks.v, chunks.plan.options, chunks.gates)
+    if name is None:
+        name = chosen_to_learn("auto", chunks.k, chunks.v, chunks.plan.options, chunks.gates)
     with full_precision(chunks.k.device):
         return LEARNING[name].learn(chunks)
 

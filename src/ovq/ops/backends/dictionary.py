@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +35,7 @@ class Dictionary:
         return cls(state.key_sum, state.value_sum, state.count, state.weight)
 
     @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """The fields in order."""
         return self.key_sum, self.value_sum, self.count, self.weight
 
@@ -56,11 +55,13 @@ class Dictionary:
 
     def gradients(self, given: Sequence[Tensor | None]) -> Dictionary:
         """The gradients of these tensors, as autograd gives them (None for zeros), to be updated in place."""
-        grads = [
-            x if x is None else torch.zeros_like(x) if grad is None else dense_copy(grad)
-            for x, grad in zip(self.tensors, given, strict=True)
-        ]
-        return Dictionary(*grads[:2], self.count, grads[3])
+
+        def own(x: Tensor, grad: Tensor | None) -> Tensor:
+            return torch.zeros_like(x) if grad is None else dense_copy(grad)
+
+        key_sum, value_sum, _, weight = given
+        of_weight = None if self.weight is None else own(self.weight, weight)
+        return Dictionary(own(self.key_sum, key_sum), own(self.value_sum, value_sum), self.count, of_weight)
 
     def index(self, slots: Tensor) -> Tensor:
         """Rows of the flattened sums for the slots `[S, C]` of the first S streams."""
@@ -83,22 +84,3 @@ class Dictionary:
         if weights is not None:
             assert self.weight is not None
             self.weight.view(-1).index_add_(0, index, weights.flatten(), alpha=sign)
-
-
-def replaced(state: OVQState, rows: list[int], sums: Dictionary) -> OVQState:
-    """`state` with the dictionaries of some rows replaced, each of which has merged a chunk.
-
-    Args:
-        state: the state, with room for the new slots.
-        rows: the rows whose dictionaries are replaced.
-        sums: their new sums, `[len(rows) ..., M, K]`, and so on.
-    """
-    index = torch.tensor(rows, device=state.count.device)
-    changed: dict[str, Any] = {}
-    for name, rows_of_sums in vars(sums).items():
-        # New tensors throughout: the old ones belong to the states before this step.
-        if (x := getattr(state, name)) is None:
-            continue
-        new = rows_of_sums.view(len(rows), *x.shape[1:])
-        changed[name] = new if len(rows) == len(x) else x.index_copy(0, index, new)
-    return dataclasses.replace(state, **changed)

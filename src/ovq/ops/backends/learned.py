@@ -20,7 +20,7 @@ class Merging:
         sums: `[R, Hkv, M, ...]`, contiguous; updated in place.
         plan: what is done, with one query head per key/value head.
         token_weights: `[num_chunks, W, Hkv, 1]` where tokens have weights.
-        fading: `[num_chunks, Hkv]` where tokens forget (`frames.py`): what slots hold is multiplied by that
+        fading: `[num_chunks, Hkv]` where tokens forget (`with_frames`): what slots hold is multiplied by that
             when a chunk is complete.
     """
 

@@ -138,8 +138,6 @@ class _Backward:
     """The backward of a group: all its chunks, in reverse.
 
     Args:
-        group: the group.
-        saved: the call.
         final: the dictionaries at its end.
         deposits: the gradient of the sums, updated in place.
         grads: the gradients of inputs, filled in.

@@ -7,12 +7,14 @@ complete chunk is merged into new ones.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ovq.ops.backends.dictionary import Dictionary, dense_copy, replaced
+from ovq.ops.backends.dictionary import Dictionary, dense_copy
 from ovq.ops.backends.learned import Merging
 from ovq.ops.backends.plan import Plan
 from ovq.ops.backends.torch.learn import learn
@@ -119,4 +121,9 @@ def merged_state(
         None if weights is None else weights.transpose(1, 2)[..., None],
     )
     merge(chunks)
-    return replaced(state, complete, chunks.sums)
+    changed: dict[str, Any] = {name: x for name, x in vars(sums).items() if x is not None}
+    if not is_all:
+        # New tensors here too: the old ones belong to the states before this step.
+        index = torch.tensor(complete, device=state.count.device)
+        changed = {name: getattr(state, name).index_copy(0, index, x) for name, x in changed.items()}
+    return dataclasses.replace(state, **changed)

@@ -87,7 +87,6 @@ def merge_chunk(
 
     Args:
         sums: dictionaries `[S', M, ...]`; streams beyond the S of the chunk stay as they are.
-        chunk: the chunk.
         options: the layer's settings.
         router: decides where keys go, unless pairs are merged.
         means: `[S, padded M, K]` means of all slots, zero beyond those in use; may be overwritten.

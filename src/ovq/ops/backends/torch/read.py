@@ -95,7 +95,6 @@ class Reader:
         """Put the step's keys and values and the current means side by side.
 
         Args:
-            step: the step.
             k: all keys. v: all values.
             sums: the dictionaries that its queries see.
             token_weights: all weights, where tokens of the own chunk are read with them.
@@ -162,8 +161,6 @@ class Reader:
         """Gradients `[S, G * b, R]` of the scores of the block attended last, dS = P (dP - sum(P dP)).
 
         Args:
-            step: the step.
-            block: the block.
             grad_o: `[S, G * b, V]` gradient of its outputs.
             inner: `[S, G * b, 1]` sum(P dP), in the dtype of the sums.
 

@@ -44,7 +44,6 @@ class Router:
         """Slots `[S, C]` of the chunk's keys; keys of weight 0 are the last to open one.
 
         Args:
-            chunk: the chunk.
             means: `[S, padded, K]` slot means, or of more streams, zero beyond each stream's slots. For a
                 stream without slots the first row is overwritten by its first key, which opens slot 0.
             mass: `[S, M]` weights of the slots, likewise; None without. Slots of weight 0 attract no key.
