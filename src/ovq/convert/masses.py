@@ -67,7 +67,7 @@ def fitted_bias(
     """
     if not texts:
         raise ValueError("texts: expected at least one, found none")
-    left = right = torch.zeros(())
+    left = right = torch.zeros((), dtype=torch.float64, device="cpu")
     with captures_of(model, captures) as kept:
         for i, text in enumerate(texts):
             layers = kept.of(text, seed=seed)
