@@ -41,6 +41,12 @@ def test_assistants_give_the_greedy_answer(model):
     assert torch.equal(answer(full, assistant_model=model), answer(full))
 
 
+def test_what_a_given_cache_has_read_is_not_read_again(model):
+    expected, cache = answer(model), model.make_cache()
+    model(PROMPT[:, :-3], **{CACHE_KEY: cache})
+    assert torch.equal(answer(model, prompt_lookup_num_tokens=6, **{CACHE_KEY: cache}), expected)
+
+
 def states(cache):
     for layer in cache.layers:
         yield from layer.parts().values()

@@ -67,6 +67,18 @@ def test_a_cache_that_was_given_goes_on_after_drafts(model):
     assert not cache.is_recording
 
 
+def test_what_a_given_cache_has_read_is_not_read_again(model):
+    expected = answer(model)
+    for num_unread, drafts in (
+        (1, {"prompt_lookup_num_tokens": 6}),
+        (4, {"prompt_lookup_num_tokens": 6}),
+        (4, {"assistant_model": make_model(seed=1)}),
+    ):
+        cache = OVQCache(model.config)
+        model(PROMPT[:, :-num_unread], past_key_values=cache)
+        assert torch.equal(answer(model, **drafts, **{CACHE_KEY: cache}), expected)
+
+
 @pytest.mark.parametrize("most", [256, 7])
 @pytest.mark.parametrize("sizes", [[11], [1] * 7, [4, 1, 2]], ids=str)
 def test_what_is_cropped_was_never_read(model, sizes, most, monkeypatch):

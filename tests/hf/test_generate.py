@@ -104,6 +104,22 @@ def test_continuing_from_a_prefix_shared_by_many(model):
     assert torch.equal(out, model.generate(text, attention_mask=mask, **GREEDY))
 
 
+@pytest.mark.parametrize("length", [7, 10])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 3}])
+def test_a_prompt_that_was_read_is_refused(model, length, options):
+    """There would be nothing to go on from; transformers would read all of it a second time."""
+    prompt, cache = random_ids(1, 10), OVQCache(model.config)
+    model(prompt, past_key_values=cache)
+    before = cache.snapshot()
+    for name, inputs in (("inputs", prompt), ("inputs_embeds", model.get_input_embeddings()(prompt))):
+        with pytest.raises(ValueError, match=f"more tokens than the 10 columns .*, found {length}"):
+            model.generate(**{name: inputs[:, :length], CACHE_KEY: cache}, **GREEDY, **options)
+    # Nothing was read, so that the cache goes on.
+    question = torch.tensor([[3]])
+    outs = [model(question, past_key_values=c).logits for c in (cache, before)]
+    assert torch.equal(*outs)
+
+
 def test_scores_with_cache_are_those_without(model, batch):
     outs = [
         model.generate(

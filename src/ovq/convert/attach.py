@@ -21,8 +21,9 @@ from ovq.convert.context import KIND
 from ovq.convert.packed import PACKED, can_pack, pack_
 from ovq.convert.rotary import with_reach
 from ovq.convert.step import checked_weight_dtype, token_output
-from ovq.hf.cache import CACHE_KEY, CachedGeneration, one_of
+from ovq.hf.cache import CACHE_KEY, one_of
 from ovq.hf.context_file import digest, weights_of
+from ovq.hf.generation import CachedGeneration
 from ovq.runtime.files import read_json
 
 # The model is compared before and after on so many tokens. Logits may differ by so much: the root of the mean

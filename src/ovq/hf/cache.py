@@ -1,4 +1,4 @@
-"""Caches of models in transformers, and all code that depends on the version of transformers.
+"""Caches of models in transformers; with `generation.py`, all code that depends on its version.
 
 Version 5.24 renamed `past_key_values` to `cache` nearly everywhere; `CACHE_KEY` is the name that the
 installed version uses.
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, GenerationConfig, GenerationMixin
+from transformers import Cache, GenerationMixin
 from transformers.cache_utils import CacheLayerMixin
 
 from ovq.hf.configuration_ovq import OVQConfig
@@ -411,71 +411,3 @@ def one_of(past_key_values: Any, cache: Any) -> Any:
             "expected one of past_key_values and cache, which are the same argument; found two caches"
         )
     return cache if past_key_values is None else past_key_values
-
-
-class CachedGeneration:
-    """What `generate` asks of models with caches of their own.
-
-    These have `make_cache()`, and `checked_cache(cache)`, which raises ValueError for one of another model.
-    """
-
-    def _prepare_cache_for_generation(
-        self,
-        generation_config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-        generation_mode: Any,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> Any:
-        """Add a new cache to the arguments of `forward` where a cache is used but none was given.
-
-        A cache that was given with one row per prompt gets one row per beam or returned sequence.
-
-        Raises:
-            ValueError: a `cache_implementation` that cannot hold a state.
-        """
-        model: Any = self
-        implementation = generation_config.cache_implementation
-        if implementation not in (None, "dynamic"):
-            raise ValueError(
-                f"expected cache_implementation None or 'dynamic', found {implementation!r}: "
-                "this model has a cache of its own, which is small already"
-            )
-        given = one_of(model_kwargs.pop("past_key_values", None), model_kwargs.pop("cache", None))
-        if given is not None or generation_config.use_cache is not False:
-            cache = model.make_cache() if given is None else model.checked_cache(given)
-            model_kwargs[CACHE_KEY] = cache
-            if not generation_config.is_assistant:
-                # Assisted decoding begins to record what it reads, and other decoding need not pay for it.
-                for layer in cache.layers:
-                    layer.record_past = False
-            elif given is None:
-                # What the large model rejects must be taken out again.
-                cache.activate_past_recording()
-            if given is None:
-                return
-            # transformers repeats inputs, but not a cache, for beams and for several returned sequences.
-            repeats = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-            if given.num_rows == batch_size and repeats > 1:
-                given.batch_repeat_interleave(repeats)
-        # It marks a cache as the caller's, and makes none.
-        own: Any = super()
-        own._prepare_cache_for_generation(
-            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-        )
-
-    # `inputs_embeds` is a named parameter because `generate` looks for it in the signature.
-    def prepare_inputs_for_generation(
-        self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
-    ) -> dict[str, Any]:
-        """The arguments of `forward` for the next step of `generate`.
-
-        The caller may pass a cache and the mask of all columns, but only the last columns of token ids.
-        transformers then treats all of these as new, although the cache may have read the first of them.
-        """
-        cache, mask = kwargs.get(CACHE_KEY), kwargs.get("attention_mask")
-        if cache is not None and mask is not None:
-            num_unread = mask.shape[1] - cache.get_seq_length()
-            input_ids = input_ids[:, -num_unread:] if 0 < num_unread < input_ids.shape[1] else input_ids
-        own: Any = super()
-        return own.prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)

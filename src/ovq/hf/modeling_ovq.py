@@ -1,6 +1,6 @@
 """The OVQ language model for transformers: one pre-norm backbone for all mixers.
 
-Everything that depends on the version of transformers is in `cache.py`.
+Everything that depends on the version of transformers is in `cache.py` and `generation.py`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from ovq.hf.block import OVQBlock, with_steps
 from ovq.hf.cache import (
     CACHE_KEY,
     MOST_CROPPED,
-    CachedGeneration,
     OVQCache,
     one_cache,
 )
 from ovq.hf.configuration_ovq import OVQConfig
+from ovq.hf.generation import CachedGeneration
 from ovq.hf.loss import can_be_pieced, loss_in_pieces
 from ovq.hf.packing import PACKING_KWARGS, packed_offsets
 from ovq.hf.pretrained import OVQPreTrainedModel
