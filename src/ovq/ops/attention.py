@@ -146,14 +146,18 @@ def ovq_attention(
         "token_weights": token_weights,
         "log_forget": log_forget,
     }
-    # A graph would hold the seed that it was made with.
-    if torch.compiler.is_compiling() and options.init != "random":
+    if torch.compiler.is_compiling():
+        if options.init == "random":
+            # A graph would hold the seed that it was made with.
+            return _uncompiled(given, backend)
         return operator.attention(**given, backend=backend)
-    return _attention(given, backend)
+    call = checked_call(**given)
+    o, state = dispatch.run_of(call, backend)(call)
+    return o, state if output_final_state else None
 
 
 @uncompiled
-def _attention(given: dict[str, Any], backend: str) -> tuple[Tensor, OVQState | None]:
+def _uncompiled(given: dict[str, Any], backend: str) -> tuple[Tensor, OVQState | None]:
     call = checked_call(**given)
     o, state = dispatch.run_of(call, backend)(call)
     return o, state if call.wants_state else None
