@@ -152,7 +152,7 @@ def _calls(merge: str, length: int, *, has_weights: bool = False) -> dict[str, C
 def rules() -> Iterator[Row]:
     """Each rule of merging by itself, and the paper's by the way that waits for a GPU to choose it."""
     # Imported only where there is Triton.
-    from ovq.ops.backends.triton import launch
+    from ovq.ops.backends.triton import passes
 
     for length, merge in itertools.product((4096, 16384), RULES):
         for what, call in _calls(merge, length).items():
@@ -162,7 +162,7 @@ def rules() -> Iterator[Row]:
         for what, call in _calls(merge, 4096, has_weights=True).items():
             times = gpu.flushed_times([call], max_rounds=5, seconds=1.0)[0]
             yield {"merge": merge, "length": 4096, "what": f"{what}, weights", **spread(times)}
-    with mock.patch.object(launch, "SPLIT_PARTS", 2):
+    with mock.patch.object(passes, "SPLIT_PARTS", 2):
         times = gpu.flushed_times([_calls("existing", 16384)["forward"]], max_rounds=10, seconds=2.0)[0]
     yield {"merge": "existing", "length": 16384, "what": "forward, two products", **spread(times)}
 

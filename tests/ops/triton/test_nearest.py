@@ -170,15 +170,15 @@ def test_merged_slots_are_kept_only_for_a_backward():
 
     q, k, v = inputs(1, 6, 1, 1, 4, 4, dtype=torch.float32)
     made = []
-    original = merging.Gone.empty.__func__
+    original = merging.MergedSlots.empty.__func__
 
     def empty(cls, *args, **options):
         made.append(original(cls, *args, **options))
         return made[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(merging.Gone, "empty", classmethod(empty))
+        patch.setattr(merging.MergedSlots, "empty", classmethod(empty))
         for tokens in ((q, k, v), (q.clone().requires_grad_(), k, v)):
             attend(*tokens, merge="nearest", num_slots=4, chunk_size=3, backend="triton")
     # One step, or both chunks.
-    assert [len(gone.slot) for gone in made] == [1, 2]
+    assert [len(merged.slot) for merged in made] == [1, 2]

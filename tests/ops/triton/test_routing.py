@@ -46,9 +46,9 @@ def test_near_ties_are_decided_as_in_float64(dtype):
 
 def test_two_products_route_as_three_do(monkeypatch):
     """Pairs of slots whose means differ by what two bfloat16 parts leave of a float32 number."""
-    from ovq.ops.backends.triton import launch
+    from ovq.ops.backends.triton import passes
 
-    monkeypatch.setattr(launch, "SPLIT_PARTS", 2)
+    monkeypatch.setattr(passes, "SPLIT_PARTS", 2)
     generator = torch.Generator().manual_seed(0)
     means = normalize(torch.randn(12, 16, generator=generator), dim=-1).repeat(2, 1)
     means += 4e-6 * torch.randn(24, 16, generator=generator)

@@ -179,8 +179,8 @@ def test_rows_are_kept_only_for_a_backward(monkeypatch):
         made.append(original(*args))
         return made[-1]
 
-    original = chunk.Kept.empty
-    monkeypatch.setattr(chunk.Kept, "empty", empty)
+    original = chunk.ChangedSlots.empty
+    monkeypatch.setattr(chunk.ChangedSlots, "empty", empty)
     tensors = call((1, 6, 1, 1, 4, 4), "positive")
     for is_leaf in (False, True):
         tensors["token_weights"].requires_grad_(is_leaf)

@@ -75,17 +75,17 @@ def test_what_was_done_is_kept(program, tmp_path):
 def test_parity_is_checked(program, monkeypatch):
     """In the interpreter: a row passes, and does not once the kernels lose a token."""
     pytest.importorskip("triton", reason="the extra ovq[triton] is not installed")
-    from ovq.ops.backends.triton import launch
+    from ovq.ops.backends.triton import passes
 
     arguments = ("existing", "float32", 5, 12, 4, 4, "cpu")
     assert program["parity_row"](*arguments)["is_passed"]
-    step = launch.Recurrence.step
+    step = passes.Recurrence.step
 
     def forgetful(self, i, *shown):
         step(self, i, *shown)
         self.slots.clamp_(max=0)
 
-    monkeypatch.setattr(launch.Recurrence, "step", forgetful)
+    monkeypatch.setattr(passes.Recurrence, "step", forgetful)
     row = program["parity_row"](*arguments)
     assert not row["is_passed"]
     assert not row["are_counts_equal"]

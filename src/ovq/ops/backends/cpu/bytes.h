@@ -91,15 +91,15 @@ struct Bytes : InSteps {
     };
     const int32_t *first;
 
-    INLINE_MEMBER Words begin(int64_t, int64_t j) const { return InSteps::several((const uint32_t *)first + j); }
-    static INLINE_MEMBER Factor several(const uint32_t *x) {
+    INLINE_MEMBER Words begin(int64_t, int64_t j) const { return InSteps::load_factors((const uint32_t *)first + j); }
+    static INLINE_MEMBER Factor load_factors(const uint32_t *x) {
         Factor y;
-        for (int i = 0; i < BYTE_WORDS; i++) y.words[i] = InSteps::several(x + i * NR);
+        for (int i = 0; i < BYTE_WORDS; i++) y.words[i] = InSteps::load_factors(x + i * NR);
         return y;
     }
-    static INLINE_MEMBER Factor one(const uint32_t *x) {
+    static INLINE_MEMBER Factor broadcast(const uint32_t *x) {
         Factor y;
-        for (int i = 0; i < BYTE_WORDS; i++) y.words[i] = InSteps::one(x + i);
+        for (int i = 0; i < BYTE_WORDS; i++) y.words[i] = InSteps::broadcast(x + i);
         return y;
     }
     static INLINE_MEMBER Words add(Words sum, const Factor &left, const Factor &right) {

@@ -162,11 +162,11 @@ def dense(x: Tensor) -> Tensor:
 
 # Slots that chunks changed, the slots they went into, and what was in them (merged_slots.h): with these, the
 # backward undoes the merges.
-_NOTED = ("merged_slot", "merged_into", "merged_key", "merged_value", "merged_count", "merged_weight")
+_MERGED_SLOTS = ("merged_slot", "merged_into", "merged_key", "merged_value", "merged_count", "merged_weight")
 
 
 def _noted(k: Tensor, v: Tensor, plan: Plan, *, has_weights: bool) -> list[Tensor]:
-    """Allocate `_NOTED` for every chunk.
+    """Allocate `_MERGED_SLOTS` for every chunk.
 
     A chunk merges at most as many slots as it has tokens. Where tokens have weights all slots that it changes
     are noted, at most two for each of these merges, or one where no slots are merged. Mostly they are fewer,
@@ -201,7 +201,7 @@ class _Arguments(Mirror, of="Call"):
     def note(self, noted: Sequence[Tensor]) -> None:
         """Let chunks note what they change in the tensors of `_noted`, or read what they noted."""
         self.num_noted = noted[0].shape[2]
-        self.point(**dict(zip(_NOTED, noted, strict=False)))
+        self.point(**dict(zip(_MERGED_SLOTS, noted, strict=False)))
 
 
 def _call(

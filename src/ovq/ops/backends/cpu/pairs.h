@@ -106,8 +106,8 @@ struct Pairs {
     float *c;
     int64_t ldc;
     INLINE_MEMBER Sum begin(int64_t i, int64_t j) const { return from ? (Sum)load(from + i * ldc + j) : Sum{}; }
-    static INLINE_MEMBER Factor several(const uint32_t *x) { return (Factor)_mm512_loadu_si512(x); }
-    static INLINE_MEMBER Factor one(const uint32_t *x) { return (Factor)_mm512_set1_epi32((int)*x); }
+    static INLINE_MEMBER Factor load_factors(const uint32_t *x) { return (Factor)_mm512_loadu_si512(x); }
+    static INLINE_MEMBER Factor broadcast(const uint32_t *x) { return (Factor)_mm512_set1_epi32((int)*x); }
     static INLINE_MEMBER Sum add(Sum sum, Factor left, Factor right) { return _mm512_dpbf16_ps(sum, left, right); }
     INLINE_MEMBER void end(int64_t i, int64_t j, Sum sum) const {
         store(c + i * ldc + j, finish.bias ? (Vector)sum * finish.factor + load(finish.bias + j) : (Vector)sum);

@@ -15,9 +15,9 @@ INLINE void product_tile(const Kind &kind, int64_t i0, int64_t j0, int64_t k, co
         for (int j = 0; j < nv; j++) sum[i][j] = kind.begin(i0 + i, j0 + j * VL);
     for (int64_t p = 0; p < k; p++) {
         typename Kind::Factor right[nv];
-        for (int j = 0; j < nv; j++) right[j] = Kind::several(b + p * ldb + j * VL);
+        for (int j = 0; j < nv; j++) right[j] = Kind::load_factors(b + p * ldb + j * VL);
         for (int i = 0; i < mr; i++) {
-            const auto left = Kind::one(a + i * row + p * col);
+            const auto left = Kind::broadcast(a + i * row + p * col);
             for (int j = 0; j < nv; j++) sum[i][j] = Kind::add(sum[i][j], left, right[j]);
         }
     }
@@ -56,8 +56,8 @@ struct Floats {
     float *c;
     int64_t ldc;
     INLINE_MEMBER Vector begin(int64_t i, int64_t j) const { return from ? load(from + i * ldf + j) : Vector{}; }
-    static INLINE_MEMBER Vector several(const float *x) { return load(x); }
-    static INLINE_MEMBER float one(const float *x) { return *x; }
+    static INLINE_MEMBER Vector load_factors(const float *x) { return load(x); }
+    static INLINE_MEMBER float broadcast(const float *x) { return *x; }
     static INLINE_MEMBER Vector add(Vector sum, float left, Vector right) { return sum + right * left; }
     INLINE_MEMBER void end(int64_t i, int64_t j, Vector sum) const { store(c + i * ldc + j, sum); }
 };

@@ -32,12 +32,12 @@ struct InSteps {
     int64_t ldf;
     float *c;
     int64_t ldc;
-    static INLINE_MEMBER Words several(const uint32_t *x) {
+    static INLINE_MEMBER Words load_factors(const uint32_t *x) {
         Words y;
         memcpy(&y, x, sizeof(y));
         return y;
     }
-    static INLINE_MEMBER Words one(const uint32_t *x) { return *x - Words{}; }
+    static INLINE_MEMBER Words broadcast(const uint32_t *x) { return *x - Words{}; }
     INLINE_MEMBER void end(int64_t i, int64_t j, Words sum) const {
         const Vector steps = load(right_steps + j) * left_steps[i];
         const Vector more = from ? load(from + i * ldf + j) : Vector{};

@@ -1,7 +1,7 @@
 """The `triton` backend: kernels for GPUs, imported only when a call asks for them.
 
 This file imports neither Triton nor the kernels: it says whether they can run a call, and if not, why.
-Start reading at `launch.py`; `docs/method/triton.md` says how the work is divided and what limits its speed.
+Start reading at `passes.py`; `docs/method/triton.md` says how the work is divided and what limits its speed.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ def run(call: Call) -> tuple[Tensor, OVQState | None]:
 
 def learn(chunks: Merging) -> Learned:
     """Merge complete chunks, and say where their tokens went."""
-    from ovq.ops.backends.triton import launch
+    from ovq.ops.backends.triton import passes
 
     assert chunks.fading is None, "not among `LEARNS`"
-    return launch.learn(chunks)
+    return passes.learn(chunks)
 
 
 def missing(q: Tensor, v: Tensor, options: Options) -> str | None:

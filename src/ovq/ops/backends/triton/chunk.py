@@ -12,10 +12,10 @@ from torch.autograd.function import once_differentiable
 from ovq.ops.backends.dictionary import Dictionary
 from ovq.ops.backends.plan import Plan
 from ovq.ops.backends.triton import common
-from ovq.ops.backends.triton.launch import Saved, Snapshots, Walk, recurrence_of, snapshot_bytes
-from ovq.ops.backends.triton.merging import Gone
+from ovq.ops.backends.triton.merging import MergedSlots
+from ovq.ops.backends.triton.passes import Saved, Snapshots, Walk, recurrence_of, snapshot_bytes
 from ovq.ops.backends.triton.read import read
-from ovq.ops.backends.triton.weights import Kept, Weights
+from ovq.ops.backends.triton.weights import ChangedSlots, Weights
 from ovq.ops.backends.triton.work import Work
 
 
@@ -35,15 +35,15 @@ class ChunkAttention(torch.autograd.Function):
         slots = torch.zeros(num_chunks, k.shape[2], width, dtype=torch.int32, device=q.device)
         ctx.work = Work(plan, sums.count.shape[2], q.device)
         has_backward = any(ctx.needs_input_grad)
-        kept = gone = None
+        kept = merged = None
         if weights is not None:
-            kept = Kept.empty(ctx.work, k, v) if has_backward else None
+            kept = ChangedSlots.empty(ctx.work, k, v) if has_backward else None
             weights = Weights(weights.squeeze(-1).contiguous(), kept, plan.options.weighs_chunk)
         # Slots merged into others cannot be taken out again without what was in them.
         if plan.options.merges_pairs and has_backward:
-            gone = Gone.empty(ctx.work, k, v, is_kept=True, has_weights=weights is not None)
+            merged = MergedSlots.empty(ctx.work, k, v, is_kept=True, has_weights=weights is not None)
         work, o = ctx.work, q.new_empty(*q.shape[:3], v.shape[-1])
-        recurrence = recurrence_of(k, v, slots, sums, work, gone, weights)
+        recurrence = recurrence_of(k, v, slots, sums, work, merged, weights)
         own_bias = None if weights is None else weights.own_bias
         segments = work.segments(snapshot_bytes(k, v))
         shown = Snapshots.empty(max(work.entries(s) for s in segments), work, k, v)
@@ -64,7 +64,7 @@ class ChunkAttention(torch.autograd.Function):
             recurrence.step(work.num_steps)
         ctx.save_for_backward(
             q, k, v, scale, o, lse, slots, *sums.tensors, None if weights is None else weights.tokens,
-            *([None] * 4 if kept is None else kept), *(gone or ()),
+            *([None] * 4 if kept is None else kept), *(merged or ()),
         )  # fmt: skip
         ctx.mark_non_differentiable(sums.count)
         ctx.set_materialize_grads(False)
@@ -77,8 +77,8 @@ class ChunkAttention(torch.autograd.Function):
         q, k, v, scale, o, lse, slots, *parts = ctx.saved_tensors
         final, (tokens, *parts) = Dictionary(*parts[:4]), parts[4:]
         is_read = ctx.work.options.weighs_chunk
-        weights = None if tokens is None else Weights(tokens, Kept(*parts[:4]), is_read)
-        saved = Saved(q, k, v, scale, o, lse, slots, Gone(*parts[4:]) if parts[4:] else None, weights)
+        weights = None if tokens is None else Weights(tokens, ChangedSlots(*parts[:4]), is_read)
+        saved = Saved(q, k, v, scale, o, lse, slots, MergedSlots(*parts[4:]) if parts[4:] else None, weights)
         grad_o = torch.zeros_like(o) if grad_o is None else grad_o.contiguous()
         grads = final.gradients(grad_sums)
         walk = Walk(saved, grad_o, final.clone(), grads, ctx.work)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ovq.ops.backends.torch.decode import merged_state
 from ovq.ops.backends.triton import common
 from ovq.ops.backends.triton.common import LOG2E, absorbed, divisors, put_rows, rows
-from ovq.ops.backends.triton.launch import merge
+from ovq.ops.backends.triton.passes import merge
 from ovq.ops.call import Call
 from ovq.ops.options import LEAST_READ
 from ovq.ops.state import OVQState, advanced

@@ -32,12 +32,12 @@ HAS_MORE = tl.constexpr(3)
 INT_FIELDS = tl.constexpr(4)
 
 
-@triton.jit(do_not_specialize=["previous", "current", "base", "num_next", "gone_base"])
+@triton.jit(do_not_specialize=["previous", "current", "base", "num_next", "merged_base"])
 def advance_items(
     k, v, slots, key_sum, value_sum, count, table, snap_keys, snap_values, snap_bias,
-    gone_slot, gone_into, gone_count, gone_keys, gone_values, gone_weight,
+    merged_slot, merged_into, merged_count, merged_keys, merged_values, merged_weight,
     token_weights, weight, kept_slot, kept_keys, kept_values, kept_weight, item_keys, item_values, masses,
-    previous, current, base, num_next, gone_base, W, C, H, K, V, M, L,
+    previous, current, base, num_next, merged_base, W, C, H, K, V, M, L,
     HAS_PREVIOUS: tl.constexpr, HAS_NEXT: tl.constexpr, HAS_READ: tl.constexpr,
     BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
@@ -47,15 +47,15 @@ def advance_items(
     added in order of position. In the place of scores, the means are written as items.
 
     Args:
-        gone_slot: `[entries, H, C]` int32 slots merged into others; -1 after the last. gone_into: the slots
-            that they were merged into. gone_count: `[entries, H, C]`, and gone_keys: `[entries, H, C, K]`,
-            what was in them. gone_values, gone_weight: likewise.
+        merged_slot: `[entries, H, C]` int32 slots merged into others; -1 after the last. merged_into: the
+            slots that they were merged into. merged_count: `[entries, H, C]`, and merged_keys:
+            `[entries, H, C, K]`, what was in them. merged_values, merged_weight: likewise.
         token_weights, weight: as in `advance`.
         kept_slot: `[entries, H, C]` int32 the slots that each chunk adds to; -1 after the last. kept_keys:
             `[entries, H, C, K]` receives them as they were before. kept_values, kept_weight: likewise.
         item_keys: `[streams, L, K]` float32, receives the means. item_values: likewise.
         masses: `[streams, L]` float64, receives counts or weights.
-        gone_base: the entry that `gone_slot` starts with.
+        merged_base: the entry that `merged_slot` starts with.
     """
     stream = tl.program_id(0)
     block = tl.program_id(1)
@@ -80,30 +80,30 @@ def advance_items(
             entry = previous + row
             if tl.load(table + entry * COLUMNS + IS_COMPLETE) != 0:
                 chunk = tl.load(table + entry * COLUMNS + CHUNK).to(tl.int64)
-                gone = ((entry - gone_base).to(tl.int64) * H + head) * C
+                merged_at = ((entry - merged_base).to(tl.int64) * H + head) * C
                 before = counts
                 if kept_keys is not None:
-                    p = place_of(slot, kept_slot + gone, BT, C)
+                    p = place_of(slot, kept_slot + merged_at, BT, C)
                     keep_rows(
-                        kept_keys, kept_values, kept_weight, gone, p, C, key_sums, value_sums, mass, K, V, BK,
-                        BV,
+                        kept_keys, kept_values, kept_weight, merged_at, p, C, key_sums, value_sums, mass, K,
+                        V, BK, BV,
                     )  # fmt: skip
-                is_gone = place_of(slot, gone_slot + gone, BT, C) < C
-                key_sums = tl.where(is_gone[:, None], 0.0, key_sums)
-                value_sums = tl.where(is_gone[:, None], 0.0, value_sums)
-                counts = tl.where(is_gone, 0, counts)
-                into = gone_into + gone
-                gone_mass = gone_count
+                is_merged = place_of(slot, merged_slot + merged_at, BT, C) < C
+                key_sums = tl.where(is_merged[:, None], 0.0, key_sums)
+                value_sums = tl.where(is_merged[:, None], 0.0, value_sums)
+                counts = tl.where(is_merged, 0, counts)
+                into = merged_into + merged_at
+                merged_mass = merged_count
                 if weight is not None:
-                    gone_mass = gone_weight
-                    mass = tl.where(is_gone, 0.0, mass)
+                    merged_mass = merged_weight
+                    mass = tl.where(is_merged, 0.0, mass)
                 else:
                     mass = counts
                 key_sums, mass = add_tokens(
-                    key_sums, mass, slot, gone_keys, into, gone, 1, C, K, 1, BT, BK, gone_mass
+                    key_sums, mass, slot, merged_keys, into, merged_at, 1, C, K, 1, BT, BK, merged_mass
                 )
                 value_sums, counts = add_tokens(
-                    value_sums, counts, slot, gone_values, into, gone, 1, C, V, 1, BT, BV, gone_count
+                    value_sums, counts, slot, merged_values, into, merged_at, 1, C, V, 1, BT, BV, merged_count
                 )
                 chosen = slots + (chunk * H + head) * W
                 first = chunk * W * H + head
@@ -113,7 +113,7 @@ def advance_items(
                 value_sums, counts = add_tokens(
                     value_sums, counts, slot, v, chosen, first, H, C, V, 1, BT, BV, None, token_weights
                 )
-                is_changed = is_in & (is_gone | (counts != before))
+                is_changed = is_in & (is_merged | (counts != before))
                 if weight is not None:
                     tl.store(weight + place, mass, mask=is_changed)
                 put_rows(key_sum, place, key_sums, is_changed, K, BK)
@@ -177,10 +177,10 @@ def prepare(
     tl.store(ints + INT_FIELDS * columns + L * INTO + i, tl.where(is_there, i, -1), mask=i < L)
 
 
-@triton.jit(do_not_specialize=["current", "gone_base", "PS"])
+@triton.jit(do_not_specialize=["current", "merged_base", "PS"])
 def settle(
-    table, ints, count, weight, slots, gone_slot, gone_into, gone_count, gone_weight, kept_slot,
-    current, gone_base, W, C, H, M, L, PS, BL: tl.constexpr,
+    table, ints, count, weight, slots, merged_slot, merged_into, merged_count, merged_weight, kept_slot,
+    current, merged_base, W, C, H, M, L, PS, BL: tl.constexpr,
 ):  # fmt: skip
     """Say which slot each token goes to, and which slots leave; grid (streams,).
 
@@ -189,8 +189,8 @@ def settle(
 
     Args:
         slots: `[num_chunks, H, W]` receives the slots of the tokens.
-        gone_slot, gone_into, gone_count, gone_weight: `[entries, H, C]` as in `advance_items`, receive the
-            slots that leave. kept_slot: likewise, those that take in others.
+        merged_slot, merged_into, merged_count, merged_weight: `[entries, H, C]` as in `advance_items`,
+            receive the slots that leave. kept_slot: likewise, those that take in others.
     """
     stream = tl.program_id(0)
     row = stream // H
@@ -216,19 +216,19 @@ def settle(
     tl.debug_barrier()
     chosen = tl.load(home + lowest, mask=is_token, other=0)
     tl.store(slots + (chunk * H + head) * W + i - PS, chosen, mask=is_token)
-    gone = ((current + row - gone_base).to(tl.int64) * H + head) * C
-    is_gone = is_slot & (lowest != i)
-    p = gone + tl.cumsum(is_gone.to(tl.int32), 0) - 1
-    tl.store(gone_slot + p, i, mask=is_gone)
-    tl.store(gone_into + p, lowest, mask=is_gone)
-    counts = tl.load(count + stream.to(tl.int64) * M + i, mask=is_gone, other=0)
-    tl.store(gone_count + p, counts, mask=is_gone)
+    merged_at = ((current + row - merged_base).to(tl.int64) * H + head) * C
+    is_merged = is_slot & (lowest != i)
+    p = merged_at + tl.cumsum(is_merged.to(tl.int32), 0) - 1
+    tl.store(merged_slot + p, i, mask=is_merged)
+    tl.store(merged_into + p, lowest, mask=is_merged)
+    counts = tl.load(count + stream.to(tl.int64) * M + i, mask=is_merged, other=0)
+    tl.store(merged_count + p, counts, mask=is_merged)
     if weight is not None:
-        own = tl.load(weight + stream.to(tl.int64) * M + i, mask=is_gone, other=0.0)
-        tl.store(gone_weight + p, own, mask=is_gone)
-    is_rest = (i < C) & (i >= tl.sum(is_gone.to(tl.int32), 0))
-    tl.store(gone_slot + gone + i, -1 + 0 * i, mask=is_rest)
-    tl.store(gone_into + gone + i, -1 + 0 * i, mask=is_rest)
+        own = tl.load(weight + stream.to(tl.int64) * M + i, mask=is_merged, other=0.0)
+        tl.store(merged_weight + p, own, mask=is_merged)
+    is_rest = (i < C) & (i >= tl.sum(is_merged.to(tl.int32), 0))
+    tl.store(merged_slot + merged_at + i, -1 + 0 * i, mask=is_rest)
+    tl.store(merged_into + merged_at + i, -1 + 0 * i, mask=is_rest)
     if kept_slot is not None:
         has_more = ints + L * HAS_MORE
         tl.store(has_more + i, 0 * i, mask=i < L)
@@ -237,14 +237,14 @@ def settle(
         tl.debug_barrier()
         # Each takes a merge, so there are no more than tokens.
         is_changed = is_slot & (lowest == i) & (tl.load(has_more + i, mask=is_slot, other=0) > 0)
-        tl.store(kept_slot + gone + tl.cumsum(is_changed.to(tl.int32), 0) - 1, i, mask=is_changed)
+        tl.store(kept_slot + merged_at + tl.cumsum(is_changed.to(tl.int32), 0) - 1, i, mask=is_changed)
         is_rest = (i < C) & (i >= tl.sum(is_changed.to(tl.int32), 0))
-        tl.store(kept_slot + gone + i, -1 + 0 * i, mask=is_rest)
+        tl.store(kept_slot + merged_at + i, -1 + 0 * i, mask=is_rest)
 
 
-@triton.jit(do_not_specialize=["current", "gone_base"])
+@triton.jit(do_not_specialize=["current", "merged_base"])
 def keep(
-    key_sum, value_sum, gone_slot, gone_keys, gone_values, current, gone_base, C, H, K, V, M,
+    key_sum, value_sum, merged_slot, merged_keys, merged_values, current, merged_base, C, H, K, V, M,
     BN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Keep the sums of slots that leave; grid (streams, blocks of such slots)."""
@@ -252,10 +252,10 @@ def keep(
     row = stream // H
     head = stream % H
     p = tl.program_id(1) * BN + tl.arange(0, BN)
-    place = ((current + row - gone_base).to(tl.int64) * H + head) * C + p
-    slot = tl.load(gone_slot + place, mask=p < C, other=-1)
-    is_gone = slot >= 0
-    if tl.max(is_gone.to(tl.int32), 0) > 0:
+    place = ((current + row - merged_base).to(tl.int64) * H + head) * C + p
+    slot = tl.load(merged_slot + place, mask=p < C, other=-1)
+    is_merged = slot >= 0
+    if tl.max(is_merged.to(tl.int32), 0) > 0:
         source = stream.to(tl.int64) * M + slot
-        put_rows(gone_keys, place, rows(key_sum, source, is_gone, K, BK), is_gone, K, BK)
-        put_rows(gone_values, place, rows(value_sum, source, is_gone, V, BV), is_gone, V, BV)
+        put_rows(merged_keys, place, rows(key_sum, source, is_merged, K, BK), is_merged, K, BK)
+        put_rows(merged_values, place, rows(value_sum, source, is_merged, V, BV), is_merged, V, BV)

@@ -33,7 +33,7 @@ _ALIGNED = 16
 _KEPT = 16
 
 
-class Gone(NamedTuple):
+class MergedSlots(NamedTuple):
     """Slots that chunks merged into others, as the backward needs them to undo the merges.
 
     Attributes:
@@ -52,7 +52,9 @@ class Gone(NamedTuple):
     weight: Tensor | None = None
 
     @classmethod
-    def empty(cls, work: Work, k: Tensor, v: Tensor, *, is_kept: bool, has_weights: bool = False) -> Gone:
+    def empty(
+        cls, work: Work, k: Tensor, v: Tensor, *, is_kept: bool, has_weights: bool = False
+    ) -> MergedSlots:
         """Room for all chunks of a call if they are kept, else for those of a step."""
         num = work.first[-1] if is_kept else work.num_active[0]
         shape = (num, work.num_kv_heads, work.options.chunk_size)
@@ -124,13 +126,13 @@ class PairRecurrence(Steps):
 
     Args:
         tensors: those of `Steps`.
-        gone: receives the slots merged into others.
-        is_kept: whether `gone` has room for all chunks.
+        merged: receives the slots merged into others.
+        is_kept: whether `merged` has room for all chunks.
     """
 
-    def __init__(self, *tensors: Any, gone: Gone, is_kept: bool) -> None:
+    def __init__(self, *tensors: Any, merged: MergedSlots, is_kept: bool) -> None:
         super().__init__(*tensors)
-        self._gone, self._is_kept, work, size = gone, is_kept, self.work, self._chunk_size
+        self._merged, self._is_kept, work, size = merged, is_kept, self.work, self._chunk_size
         self._columns = triton.cdiv(work.capacity + size, _ALIGNED) * _ALIGNED
         self._dims = (self.k.shape[-1], self.v.shape[-1])
         self._items = [self._empty(self._columns, dim, dtype=torch.float32) for dim in self._dims]
@@ -156,7 +158,7 @@ class PairRecurrence(Steps):
         block = common.slot_block(k, v)
         kept_slots = (None,) * 4 if kept is None else (kept.slot, kept.keys, kept.values, kept.weight)
         advance_items[(streams, triton.cdiv(work.capacity, block))](
-            k, v, self.slots, *tables, *self._gone, self._tokens, self.into.weight, *kept_slots,
+            k, v, self.slots, *tables, *self._merged, self._tokens, self.into.weight, *kept_slots,
             *self._items, self._masses, *at, num_next, 0 if self._is_kept else at.previous,
             k.shape[1], self._chunk_size, work.num_kv_heads, *self._dims, work.capacity, self._columns,
             BN=block, BT=common.score_block(k), **kinds, **self._padded, **self._fused, num_warps=8,
@@ -164,7 +166,7 @@ class PairRecurrence(Steps):
 
     def _decide(self, i: int, at: At) -> None:
         """And which slots leave."""
-        work, gone, entry = self.work, self._gone, self.work.first[i]
+        work, merged, entry = self.work, self._merged, self.work.first[i]
         heads, width, size = work.num_kv_heads, self.k.shape[1], self._chunk_size
         streams = work.num_complete[i] * heads
         base, first = 0 if self._is_kept else entry, max(work.before[i])
@@ -176,13 +178,13 @@ class PairRecurrence(Steps):
         if work.num_due[i]:
             self._join(i, streams)
         settle[(streams,)](
-            work.table, self._ints, self.into.count, self.into.weight, self.slots, gone.slot, gone.into,
-            gone.num, gone.weight, None if self._kept is None else self._kept.slot,
+            work.table, self._ints, self.into.count, self.into.weight, self.slots, merged.slot, merged.into,
+            merged.num, merged.weight, None if self._kept is None else self._kept.slot,
             entry, base, width, size, heads, work.capacity, self._columns, first,
             **self._ranking, **common.FUSED,
         )  # fmt: skip
         keep[(streams, triton.cdiv(size, _KEPT))](
-            self.into.key_sum, self.into.value_sum, gone.slot, gone.keys, gone.values, entry, base,
+            self.into.key_sum, self.into.value_sum, merged.slot, merged.keys, merged.values, entry, base,
             size, heads, *self._dims, work.capacity, BN=_KEPT, **self._padded, **common.FUSED,
         )  # fmt: skip
 

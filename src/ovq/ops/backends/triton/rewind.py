@@ -34,9 +34,9 @@ def _put_back(total, mass, kept_rows, kept_mass, place, p, C, D, BD: tl.constexp
 @triton.jit(do_not_specialize=["start", "stop", "base"])
 def rewind(
     x, slots, sums, mass, mass_before, table, first, num_active, snaps, snap_bias,
-    gone_slot, gone_into, gone_mass, gone_rows, kept_slot, kept_mass, kept_rows,
+    merged_slot, merged_into, merged_mass, merged_rows, kept_slot, kept_mass, kept_rows,
     start, stop, base, W, C, H, D, M,
-    HAS_BIAS: tl.constexpr, HAS_GONE: tl.constexpr, BN: tl.constexpr, TB: tl.constexpr, BD: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_MERGED: tl.constexpr, BN: tl.constexpr, TB: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Take a segment's chunks out of the sums of a block of slots, the last first; grid (streams, blocks).
 
@@ -49,8 +49,8 @@ def rewind(
             step.
         snaps: `[entries, H, M, D]` receives the means that each chunk read.
         snap_bias: `[entries, H, M]` receives the log2 of counts or weights (HAS_BIAS).
-        gone_slot: `[entries, H, C]` slots merged into others, of all chunks (HAS_GONE). gone_into,
-            gone_mass: likewise, as in `merging.Gone`. gone_rows: `[entries, H, C, D]`.
+        merged_slot: `[entries, H, C]` slots merged into others, of all chunks (HAS_MERGED). merged_into,
+            merged_mass: likewise, as in `merging.MergedSlots`. merged_rows: `[entries, H, C, D]`.
         kept_rows: `[entries, H, C, D]` where tokens have weights, what chunks changed as it was before, of
             the slots kept_slot `[entries, H, C]`, or, if that is None, in the place of their first token.
             kept_mass: likewise.
@@ -77,17 +77,17 @@ def rewind(
                     total, own_mass = add_tokens(
                         total, own_mass, slot, x, chosen, chunk * W * H + head, H, C, D, -1, TB, BD
                     )
-                    if HAS_GONE:
+                    if HAS_MERGED:
                         total, own_mass = add_tokens(
-                            total, own_mass, slot, gone_rows, gone_into + local, local, 1, C, D, -1, TB, BD,
-                            gone_mass,
+                            total, own_mass, slot, merged_rows, merged_into + local, local, 1, C, D, -1, TB,
+                            BD, merged_mass,
                         )  # fmt: skip
                 else:
                     p = place_of(slot, chosen if kept_slot is None else kept_slot + local, TB, C)
                     total, own_mass = _put_back(total, own_mass, kept_rows, kept_mass, local, p, C, D, BD)
-                if HAS_GONE:
-                    p = place_of(slot, gone_slot + local, TB, C)
-                    total, own_mass = _put_back(total, own_mass, gone_rows, gone_mass, local, p, C, D, BD)
+                if HAS_MERGED:
+                    p = place_of(slot, merged_slot + local, TB, C)
+                    total, own_mass = _put_back(total, own_mass, merged_rows, merged_mass, local, p, C, D, BD)
                 # In slots that the chunk opened, only rounding errors are left.
                 total = tl.where((slot < num)[:, None], total, 0.0)
                 own_mass = tl.where(slot < num, own_mass, 0)
@@ -114,13 +114,13 @@ def _give(out, place, total, slot, slots, C, D, TB: tl.constexpr, BD: tl.constex
 
 @triton.jit(do_not_specialize=["start", "stop", "base"])
 def deposit(
-    slots, accumulated, table, first, num_active, grads, deposits, gone_slot, gone_into, passed,
+    slots, accumulated, table, first, num_active, grads, deposits, merged_slot, merged_into, passed,
     start, stop, base, W, C, H, D, M,
-    HAS_GONE: tl.constexpr, BN: tl.constexpr, TB: tl.constexpr, BD: tl.constexpr,
+    HAS_MERGED: tl.constexpr, BN: tl.constexpr, TB: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Accumulate the gradient of a block's sums, chunk by chunk from the last; grid (streams, blocks).
 
-    Where slots were merged into others (HAS_GONE), a launch takes one step, and first completes the one
+    Where slots were merged into others (HAS_MERGED), a launch takes one step, and first completes the one
     before: a slot that was merged gets the gradient that the other's program has passed on.
 
     Args:
@@ -129,7 +129,7 @@ def deposit(
         grads: `[entries, H, M, D]` float32, the contribution of each chunk's queries.
         deposits: `[entries, H, W, D]` float32, the gradient that each token of a complete chunk gets from its
             sum.
-        gone_slot, gone_into: as in `rewind`.
+        merged_slot, merged_into: as in `rewind`.
         passed: `[2, streams, C, D]` float32, gradients of slots that were merged, of even and odd steps.
     """
     stream = tl.program_id(0)
@@ -140,11 +140,11 @@ def deposit(
     place = stream.to(tl.int64) * M + slot
     total = rows(accumulated, place, is_in, D, BD)
     streams = tl.num_programs(0).to(tl.int64)
-    if HAS_GONE:
+    if HAS_MERGED:
         if row < tl.load(num_active + stop):
             entry = tl.load(first + stop) + row
             if tl.load(table + entry * COLUMNS + IS_COMPLETE) != 0:
-                p = place_of(slot, gone_slot + (entry.to(tl.int64) * H + head) * C, TB, C)
+                p = place_of(slot, merged_slot + (entry.to(tl.int64) * H + head) * C, TB, C)
                 total += rows(passed, (stop % 2 * streams + stream) * C + p, p < C, D, BD)
     for back in range(0, stop - start):
         step = stop - 1 - back
@@ -155,13 +155,12 @@ def deposit(
             local = (entry - base).to(tl.int64) * H + head
             if tl.load(table + entry * COLUMNS + IS_COMPLETE) != 0:
                 _give(deposits, local * W, total, slot, slots + (chunk * H + head) * W, C, D, TB, BD)
-                if HAS_GONE:
-                    gone = (entry.to(tl.int64) * H + head) * C
-                    _give(
-                        passed, (step % 2 * streams + stream) * C, total, slot, gone_into + gone, C, D, TB, BD
-                    )
-                    is_gone = place_of(slot, gone_slot + gone, TB, C) < C
-                    total = tl.where(is_gone[:, None], 0.0, total)
+                if HAS_MERGED:
+                    merged_at = (entry.to(tl.int64) * H + head) * C
+                    to = (step % 2 * streams + stream) * C
+                    _give(passed, to, total, slot, merged_into + merged_at, C, D, TB, BD)
+                    is_merged = place_of(slot, merged_slot + merged_at, TB, C) < C
+                    total = tl.where(is_merged[:, None], 0.0, total)
             # The gradient of slots that the chunk opened ends here: no earlier chunk has read them.
             is_used = slot < num
             total = tl.where(is_used[:, None], total + rows(grads, local * M + slot, is_used, D, BD), 0.0)

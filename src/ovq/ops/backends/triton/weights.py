@@ -18,7 +18,7 @@ from ovq.ops.backends.triton.work import Work
 from ovq.ops.sums import log_token_weights
 
 
-class Kept(NamedTuple):
+class ChangedSlots(NamedTuple):
     """Slots as they were before a chunk changed them: at most as many as the chunk has tokens.
 
     Attributes:
@@ -34,7 +34,7 @@ class Kept(NamedTuple):
     slot: Tensor | None
 
     @classmethod
-    def empty(cls, work: Work, k: Tensor, v: Tensor) -> Kept:
+    def empty(cls, work: Work, k: Tensor, v: Tensor) -> ChangedSlots:
         """Room for all chunks of a call."""
         shape = (work.first[-1], work.num_kv_heads, work.options.chunk_size)
 
@@ -56,7 +56,7 @@ class Weights:
     """
 
     tokens: Tensor
-    kept: Kept | None = None
+    kept: ChangedSlots | None = None
     is_read: bool = False
 
     @property

@@ -24,7 +24,7 @@ from ovq.ops.backends.dictionary import Dictionary
 from ovq.ops.backends.learned import Learned, Merging
 from ovq.ops.backends.triton import common
 from ovq.ops.backends.triton.backward import grad_queries, grad_slots, grad_tokens
-from ovq.ops.backends.triton.merging import Gone, PairRecurrence, Steps
+from ovq.ops.backends.triton.merging import MergedSlots, PairRecurrence, Steps
 from ovq.ops.backends.triton.recurrence import advance
 from ovq.ops.backends.triton.rewind import deposit, rewind
 from ovq.ops.backends.triton.route import nearest, open_slots
@@ -127,26 +127,26 @@ def recurrence_of(
     slots: Tensor,
     into: Dictionary,
     work: Work,
-    gone: Gone | None = None,
+    merged: MergedSlots | None = None,
     weights: Weights | None = None,
 ) -> Steps:
     """The recurrence of a call by its merge rule; arguments as for `Steps`.
 
     Args:
-        gone: room for the slots that all chunks merge into others, if the backward needs them.
+        merged: room for the slots that all chunks merge into others, if the backward needs them.
     """
     if not work.options.merges_pairs:
         return Recurrence(k, v, slots, into, work, weights)
-    room = gone or Gone.empty(work, k, v, is_kept=False, has_weights=weights is not None)
-    return PairRecurrence(k, v, slots, into, work, weights, gone=room, is_kept=gone is not None)
+    room = merged or MergedSlots.empty(work, k, v, is_kept=False, has_weights=weights is not None)
+    return PairRecurrence(k, v, slots, into, work, weights, merged=room, is_kept=merged is not None)
 
 
-def merge(chunks: Merging, work: Work | None = None, gone: Gone | None = None) -> Tensor:
+def merge(chunks: Merging, work: Work | None = None, merged: MergedSlots | None = None) -> Tensor:
     """Merge complete chunks without reading them, in place.
 
     Args:
         work: that of their plan, if it is known.
-        gone: receives the slots that chunks merged into others, if wanted.
+        merged: receives the slots that chunks merged into others, if wanted.
 
     Returns:
         The slot of each token, `[num_chunks, W, Hkv]`.
@@ -155,7 +155,7 @@ def merge(chunks: Merging, work: Work | None = None, gone: Gone | None = None) -
     work = _work(chunks) if work is None else work
     of_tokens = None if weights is None else Weights(weights.squeeze(-1).contiguous())
     slots = torch.zeros(k.shape[0], k.shape[2], k.shape[1], dtype=torch.int32, device=k.device)
-    recurrence = recurrence_of(k, v, slots, sums, work, gone, of_tokens)
+    recurrence = recurrence_of(k, v, slots, sums, work, merged, of_tokens)
     # Triton launches on the current device, whichever the tensors are on.
     with torch.cuda.device_of(k):
         for i in range(work.num_steps + 1):
@@ -168,13 +168,13 @@ def learn(chunks: Merging) -> Learned:
     if not chunks.plan.options.merges_pairs:
         return Learned(merge(chunks), None)
     work, has_weights = _work(chunks), chunks.token_weights is not None
-    gone = Gone.empty(work, chunks.k, chunks.v, is_kept=True, has_weights=has_weights)
+    merged = MergedSlots.empty(work, chunks.k, chunks.v, is_kept=True, has_weights=has_weights)
     # Chunks that are not complete note nothing.
-    gone.slot.fill_(-1)
-    slots = merge(chunks, work, gone)
+    merged.slot.fill_(-1)
+    slots = merge(chunks, work, merged)
     # From the order of the recurrence to that of the layout.
     order = work.table[:, 0].argsort()
-    return Learned.of_moves(slots, gone.slot[order], gone.into[order], chunks.sums.count.shape[2])
+    return Learned.of_moves(slots, merged.slot[order], merged.into[order], chunks.sums.count.shape[2])
 
 
 def _work(chunks: Merging) -> Work:
@@ -196,7 +196,7 @@ class Saved:
     o: Tensor
     lse: Tensor
     slots: Tensor
-    gone: Gone | None = None
+    merged: MergedSlots | None = None
     weights: Weights | None = None
 
 
@@ -239,12 +239,12 @@ class Walk:
         self.grad_scale = torch.zeros(shape, dtype=torch.float32, device=grad_o.device)
 
         # Gradients on their way from slots to those merged into them, of this step and the one after it.
-        gone = saved.gone
+        merged = saved.merged
         streams, size = work.num_active[0] * work.num_kv_heads, work.options.chunk_size
         # Of keys and values, and of weights as rows of one number.
         self._dims = [saved.k.shape[-1], saved.v.shape[-1], *([] if self._tokens is None else [1])]
         self._passed = [
-            saved.lse.new_empty(2, streams, 0 if gone is None else size, dim) for dim in self._dims
+            saved.lse.new_empty(2, streams, 0 if merged is None else size, dim) for dim in self._dims
         ]
 
     def run(self) -> None:
@@ -255,7 +255,7 @@ class Walk:
                 self.work.segments(snapshot_bytes(k, v) + 4 * (k.shape[-1] + v.shape[-1]))
             ):
                 self._back(segment)
-            if self.saved.gone is not None and self.work.capacity:
+            if self.saved.merged is not None and self.work.capacity:
                 # Slots that the first chunk merged into others get their gradient.
                 self._deposit_steps(range(0, 0), range(0, 0), self._passed, self._passed)
 
@@ -292,19 +292,19 @@ class Walk:
         for i, (x, sums, snaps) in enumerate(parts):
             rewind[grid](
                 x, self.saved.slots, sums, after, before, work.table, work.first_of_step, work.rows_of_step,
-                snaps, shown.bias, *self._gone(i), *self._kept(i), *arguments, x.shape[-1], work.capacity,
-                HAS_BIAS=i == 0, HAS_GONE=self.saved.gone is not None,
+                snaps, shown.bias, *self._merged(i), *self._kept(i), *arguments, x.shape[-1], work.capacity,
+                HAS_BIAS=i == 0, HAS_MERGED=self.saved.merged is not None,
                 BD=common.padded(x.shape[-1]), **blocks,
             )  # fmt: skip
         self._masses = before, after
 
-    def _gone(self, i: int) -> tuple[Tensor, ...]:
+    def _merged(self, i: int) -> tuple[Tensor, ...]:
         """Arguments of `rewind` about slots merged into others, for keys (0) or values (1)."""
-        slots, gone = self.saved.slots, self.saved.gone
-        if gone is None:
+        slots, merged = self.saved.slots, self.saved.merged
+        if merged is None:
             return slots, slots, slots, slots
-        mass = gone.num if gone.weight is None else gone.weight
-        return gone.slot, gone.into, mass, (gone.keys, gone.values)[i]
+        mass = merged.num if merged.weight is None else merged.weight
+        return merged.slot, merged.into, mass, (merged.keys, merged.values)[i]
 
     def _kept(self, i: int) -> tuple[Tensor | None, ...]:
         """Arguments of `rewind` about slots as they were, likewise."""
@@ -315,7 +315,7 @@ class Walk:
         return kept.slot, kept.weight, (kept.keys, kept.values)[i]
 
     def _deposit(self, segment: range, from_slots: list[Tensor], deposits: list[Tensor]) -> None:
-        if self.saved.gone is None:
+        if self.saved.merged is None:
             self._deposit_steps(segment, segment, from_slots, deposits)
         else:
             for i in reversed(segment):
@@ -334,8 +334,8 @@ class Walk:
         for total, added, given, passed in zip(totals, from_slots, deposits, self._passed, strict=True):
             deposit[grid](
                 self.saved.slots, total, work.table, work.first_of_step, work.rows_of_step, added, given,
-                *self._gone(0)[:2], passed, *arguments, total.shape[-1], work.capacity,
-                HAS_GONE=self.saved.gone is not None, BD=common.padded(total.shape[-1]), **blocks,
+                *self._merged(0)[:2], passed, *arguments, total.shape[-1], work.capacity,
+                HAS_MERGED=self.saved.merged is not None, BD=common.padded(total.shape[-1]), **blocks,
             )  # fmt: skip
 
     def _sizes(self) -> tuple[tuple[int, ...], dict[str, int]]:
