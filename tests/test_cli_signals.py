@@ -88,18 +88,24 @@ def end(process, number, folder):
 
 
 def with_a_text_that_takes_long():
-    """The probe has made its temporary folder when it begins to read a text."""
+    """The probe has made its temporary folder when it begins to read a text, and says so by another one."""
     as_in_the_foreground()
     from ovq.convert import captures
 
-    captures.capture = lambda *_: time.sleep(60)
+    def capture(*_):
+        os.mkdir(os.path.join(os.environ["TMPDIR"], os.pardir, "begun"))
+        time.sleep(60)
+
+    captures.capture = capture
 
 
 @pytest.mark.parametrize("number", ENDINGS)
 def test_what_is_temporary_goes_with_a_command_that_a_signal_ends(number, models, tmp_path):
     process = begun("convert", models, tmp_path, with_a_text_that_takes_long)
-    while not list((tmp_path / "temporary").glob("ovq-*")):
+    while not (tmp_path / "begun").exists():
+        assert process.is_alive()
         time.sleep(0.005)
+    assert list((tmp_path / "temporary").glob("ovq-*"))
     end(process, number, tmp_path)
     assert not (tmp_path / "out").exists()
 

@@ -96,7 +96,7 @@ def chat(
     if text is not None:
         ids = encode(text, tokenizer, vocab_size=loaded.config.vocab_size, flag="--document")
         talk.go_on_from(_read(loaded, ids, f"read {document}"))
-    if context is not None and talk.open(context).note and system is not None:
+    if context is not None and talk.begin_with(context).note and system is not None:
         raise ValueError("--system: expected none with a saved chat, which has its own, found one")
     _Terminal(talk, document).run()
 
@@ -203,7 +203,7 @@ class _Terminal:
         elif command == "/save" and file:
             self._save(Path(file).expanduser())
         elif command == "/load" and file:
-            self._talk.open(Path(file).expanduser())
+            self._talk.begin_with(Path(file).expanduser())
             self._notes.print(f"{self._talk.cache.num_columns:,} tokens read")
         else:
             found = f"{command} {file}".strip()

@@ -88,7 +88,7 @@ class Conversation:
         self.num_before, self._tokens = context.num_tokens - len(tokens), tokens
         self._states = [_State(num_tokens=len(tokens), cache=context.cache())]
 
-    def open(self, path: Path) -> Context:
+    def begin_with(self, path: Path) -> Context:
         """Go on from a file as `go_on_from` does; returns the context in it.
 
         Raises:
