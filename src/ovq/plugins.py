@@ -164,25 +164,6 @@ def import_module(name: str) -> Any:
     return _loaded(lambda: importlib.import_module(name), name)
 
 
-def import_class(path: str) -> Any:
-    """What `module:Class` names, from the current folder too.
-
-    Raises:
-        ValueError: If it is not of this form, or cannot be imported.
-
-    Example:
-        >>> import_class("collections:Counter")
-        <class 'collections.Counter'>
-    """
-    module, colon, name = path.partition(":")
-    if not (colon and name and module):
-        raise ValueError(f"expected module:Class, found {path!r}")
-    found = import_module(module)
-    if not hasattr(found, name):
-        raise ValueError(f"{path}: expected a class {name} in {module}, found none")
-    return getattr(found, name)
-
-
 def _loaded(load: Callable[[], Any], what: str) -> Any:
     try:
         return load()

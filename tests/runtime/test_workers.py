@@ -12,9 +12,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from ovq.runtime.allocator import keep_freed_memory
 from ovq.runtime.progress import Reporter
 from ovq_lab.runtime import workers
+from ovq_lab.runtime.allocator import keep_freed_memory
 from ovq_lab.runtime.workers import run_jobs
 
 

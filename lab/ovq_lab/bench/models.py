@@ -12,7 +12,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.hf.cache import CACHE_KEY
 from ovq.hf.equal_sizes import equal_sizes
-from ovq.runtime.allocator import keep_freed_memory
+from ovq_lab.runtime.allocator import keep_freed_memory
 
 VOCAB_SIZE, NUM_SLOTS, CHUNK_SIZE = 4096, 1024, 256
 #: Name of a size -> hidden size, layers, heads and intermediate size.

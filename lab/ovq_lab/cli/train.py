@@ -97,8 +97,8 @@ def train(
     check_folder("--out", out)
     check_model_path("--out", out)
 
-    from ovq.runtime.allocator import keep_freed_memory
     from ovq.runtime.progress import Reporter
+    from ovq_lab.runtime.allocator import keep_freed_memory
     from ovq_lab.tasks import TextTask
     from ovq_lab.train import loop
     from ovq_lab.train.card import save_run_card
@@ -132,11 +132,16 @@ def train(
 
 def _own_task(path: str) -> Task:
     """A task of the user's with its defaults, which is registered by its name."""
-    from ovq.plugins import import_class
+    from ovq.plugins import import_module
     from ovq_lab.tasks import register_task
 
     try:
-        cls = import_class(path)
+        module, colon, name = path.partition(":")
+        if not (colon and name and module):
+            raise ValueError(f"expected module:Class, found {path!r}")
+        cls = getattr(import_module(module), name, None)
+        if cls is None:
+            raise ValueError(f"expected a class {name} in {module}, found none")
         register_task(cls)
         return cls()
     except (TypeError, ValueError) as error:

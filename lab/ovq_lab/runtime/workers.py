@@ -14,15 +14,15 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
 import torch
 
-from ovq.runtime.allocator import keep_freed_memory
-from ovq.runtime.progress import Reporter
+from ovq.runtime.progress import Reporter, Work
+from ovq_lab.runtime.allocator import keep_freed_memory
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -99,6 +99,7 @@ def run_jobs(
     context = multiprocessing.get_context("spawn")
     # A queue without a thread, so that the messages of a job arrive before its result.
     messages = context.SimpleQueue()
+    works: dict[Hashable, Work] = {}
     with ProcessPoolExecutor(num_workers, context, _begin, (messages, num_threads)) as executor:
         try:
             with _ctrl_c_waits():
@@ -107,7 +108,7 @@ def run_jobs(
             running = set(futures)
             while running:
                 done, running = wait(running, _SECONDS_BETWEEN_LOOKS, FIRST_COMPLETED)
-                _show(messages, reporter)
+                _show(messages, reporter, works)
                 for future in done:
                     future.result()
                 if done and work is not None:
@@ -140,14 +141,18 @@ def _ctrl_c_waits() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _show(messages: Any, reporter: Reporter) -> None:
-    """Pass on all messages that there are."""
+def _show(messages: Any, reporter: Reporter, works: dict[Hashable, Work]) -> None:
+    """Pass on all messages that there are; `works` has the pieces of work that they have told of, by key."""
     while not messages.empty():
         message = messages.get()
         if isinstance(message, str):
             reporter.say(message)
         else:
-            reporter.show(**message)
+            key, done = message["key"], message["done"]
+            if key not in works:
+                works[key] = reporter.start(message["label"], total=message["total"])
+            if done:
+                works[key].update(done, note=message["note"])
 
 
 def _begin(messages: Any, num_threads: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable
 from typing import Protocol
 
 from rich.console import Console
@@ -56,7 +55,6 @@ class Reporter:
     def __init__(self, console: Console | None = None, *, is_long: bool = False) -> None:
         self.console = console or Console(stderr=True, quiet=is_quiet())
         self._is_long = is_long
-        self._works: dict[Hashable, Work] = {}
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -87,14 +85,6 @@ class Reporter:
         """Print a line above the bars."""
         # A path broken over two lines could not be copied.
         self.console.print(text, highlight=False, soft_wrap=True)
-
-    def show(self, *, key: Hashable, label: str, total: int, done: int, note: str) -> None:
-        """Show work that is done elsewhere: started at the first call with its key, and updated by later
-        ones."""
-        if key not in self._works:
-            self._works[key] = self.start(label, total=total)
-        if done:
-            self._works[key].update(done, note=note)
 
 
 class Work:
