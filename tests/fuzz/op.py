@@ -406,8 +406,6 @@ class _Tokens:
             used = int(state.num_pending)
             loss = loss + _weighted(state.pending_keys[:, :, :used])
             loss = loss + _weighted(state.pending_values[:, :, :used])
-        if not loss.requires_grad:  # no token anywhere
-            return [torch.zeros_like(x) for x in self.leaves]
         return torch.autograd.grad(loss, self.leaves, allow_unused=True, materialize_grads=True)
 
 

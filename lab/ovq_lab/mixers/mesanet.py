@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ovq.fields import ConfigField
 from ovq.layers.base import Mixer, checked_head_dim
@@ -19,6 +18,7 @@ from ovq.layers.common import OwnWeights, l2_normalize
 from ovq.layers.constant import ConstantStateMixer, sum_dtype, without_autocast
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.memory import StateSpec
+from ovq.ops.first_order import first_order
 from ovq_lab.mixers.norms import WideRMSNorm
 
 STEPS = 30
@@ -241,7 +241,7 @@ class _Solution(torch.autograd.Function):
         return solved.clone()
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         matrix = ctx.saved_tensors
         with without_autocast(upstream):

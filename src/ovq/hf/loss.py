@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ovq.layers.products import Linear, is_plain
 from ovq.ops.backends.cpu.linear import product
+from ovq.ops.first_order import first_order
 
 # Logits of a piece, and the fewest tokens: each piece reads and writes the gradient of the output layer.
 _PIECE, _ROWS = 1 << 21, 256
@@ -97,7 +97,7 @@ class _SummedLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         of_hidden, of_weight = ctx.saved_tensors
         return (

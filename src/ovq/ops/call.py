@@ -95,14 +95,17 @@ class Call:
     @property
     def wants_gradients(self) -> bool:
         """Whether any of the tensors is to get a gradient."""
-        if not torch.is_grad_enabled():
-            return False
+        return torch.is_grad_enabled() and any(x.requires_grad for x in self.floats)
+
+    @property
+    def floats(self) -> list[Tensor]:
+        """The tensors that can have gradients."""
         state = self.state
         memory = (state.key_sum, state.value_sum, state.pending_keys, state.pending_values)
         more = (state.weight, state.pending_weights, self.token_weights)
         forgetting = (state.pending_forget, self.log_forget)
         tensors = (self.q, self.k, self.v, self.scale, *memory, *more, *forgetting)
-        return any(x is not None and x.requires_grad for x in tensors)
+        return [x for x in tensors if x is not None]
 
 
 #: Runs a call: `run` of a `Backend`, or what goes through a call in its place.

@@ -51,5 +51,9 @@ def run_of(call: Call, backend: str) -> Run:
 
 
 def _nothing_read(call: Call) -> tuple[Tensor, OVQState]:
-    """What becomes of a call without a token, by any backend."""
-    return call.q.new_zeros(*call.q.shape[:3], call.v.shape[3]), call.state
+    """What becomes of a call without a token, by any backend; all gradients are zero."""
+    o = call.q.new_zeros(*call.q.shape[:3], call.v.shape[3])
+    if call.wants_gradients:
+        # Sums of no element, which a NaN at padding does not reach.
+        o = o + sum(x.flatten()[:0].sum() for x in call.floats)
+    return o, call.state

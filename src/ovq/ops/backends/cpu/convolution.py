@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ovq.ops.backends.cpu import build
 from ovq.ops.backends.cpu.mirrors import Mirror, fields_of
 from ovq.ops.backends.cpu.tokens import call_kernel
+from ovq.ops.first_order import first_order
 
 
 class CompiledConvolution(torch.autograd.Function):
@@ -33,7 +33,7 @@ class CompiledConvolution(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         """Compute all gradients in one pass over the tokens."""
         x, past, taps, offset = ctx.saved_tensors

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ovq.ops.backends.cpu import build
 from ovq.ops.backends.cpu.mirrors import Mirror, fields_of
@@ -18,6 +17,7 @@ from ovq.ops.backends.dictionary import Dictionary
 from ovq.ops.backends.learned import Learned, Merging
 from ovq.ops.backends.plan import Plan
 from ovq.ops.fading import LEAST_WEIGHT
+from ovq.ops.first_order import first_order
 from ovq.ops.options import NUM_PARTS, TIE
 
 # What inputs may be, each by its number in numbers.h.
@@ -96,7 +96,7 @@ class CompiledAttention(torch.autograd.Function):
         return o, *sums.tensors
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_o: Tensor | None, *grad_sums: Tensor | None) -> tuple[Tensor | None, ...]:
         """One call of the kernels: the gradient of the final sums becomes that of the initial ones."""
         assert ctx.fading is None, "`forget.py` hands over what has gradients chunk by chunk"

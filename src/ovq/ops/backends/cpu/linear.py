@@ -14,11 +14,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ovq.ops.backends.cpu import build
 from ovq.ops.backends.cpu.compiler import cpu_lines, processor_features
 from ovq.ops.backends.cpu.tokens import call_kernel, can_run
+from ovq.ops.first_order import first_order
 
 #: The most vectors that are multiplied while the matrix passes by.
 FEW_TOKENS = 4
@@ -101,7 +101,7 @@ class FasterLinear(torch.autograd.Function):
         return _linear(x, weight)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients that are needed."""
         return _linear_gradients(grad, *ctx.saved_tensors, *ctx.needs_input_grad)

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ovq.ops.backends.cpu import build
 from ovq.ops.backends.cpu.kernels import is_available, is_memory
 from ovq.ops.backends.cpu.mirrors import Mirror, fields_of
+from ovq.ops.first_order import first_order
 
 
 def can_run(*tensors: Tensor) -> bool:
@@ -68,7 +68,7 @@ class CompiledRMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         """Both gradients in one pass."""
         x, weight, rates = ctx.saved_tensors
@@ -93,7 +93,7 @@ class CompiledSwiGLU(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_y: Tensor) -> Tensor:
         """The gradient of both halves in one pass."""
         (x,) = ctx.saved_tensors
@@ -126,7 +126,7 @@ class CompiledHeads(torch.autograd.Function):
         return q, k, v
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of the channels in one pass."""
         q, k, rates, cos, sin = ctx.saved_tensors

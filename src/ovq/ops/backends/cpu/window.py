@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ovq.ops.backends.cpu import build
 from ovq.ops.backends.cpu.kernels import dense
 from ovq.ops.backends.cpu.mirrors import Mirror, fields_of
+from ovq.ops.first_order import first_order
 
 
 class CompiledWindow(torch.autograd.Function):
@@ -38,7 +38,7 @@ class CompiledWindow(torch.autograd.Function):
         return o
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_o: Tensor) -> tuple[Tensor | None, ...]:
         """Scores are computed again, block by block."""
         q, k, v, scale, first, o, lse = ctx.saved_tensors

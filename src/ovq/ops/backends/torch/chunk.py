@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ovq.ops.backends.dictionary import Dictionary
 from ovq.ops.backends.plan import Plan
@@ -26,6 +25,7 @@ from ovq.ops.backends.torch.merge import MergedSlots, Snapshot, merge_chunk, par
 from ovq.ops.backends.torch.read import Reader
 from ovq.ops.backends.torch.route import Router
 from ovq.ops.backends.torch.streams import Group, Step, groups_of
+from ovq.ops.first_order import first_order
 from ovq.ops.options import LEAST_READ
 
 
@@ -66,7 +66,7 @@ class ChunkAttention(torch.autograd.Function):
         return o, *sums.tensors
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_o: Tensor | None, *grad_sums: Tensor | None) -> tuple[Tensor | None, ...]:
         """Rewind all groups of streams."""
         # Once: under checkpointing each access computes the layer again.

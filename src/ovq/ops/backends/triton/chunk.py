@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ovq.ops.backends.dictionary import Dictionary
 from ovq.ops.backends.plan import Plan
@@ -17,6 +16,7 @@ from ovq.ops.backends.triton.passes import Saved, Snapshots, Walk, recurrence_of
 from ovq.ops.backends.triton.read import read
 from ovq.ops.backends.triton.weights import ChangedSlots, Weights
 from ovq.ops.backends.triton.work import Work
+from ovq.ops.first_order import first_order
 
 
 class ChunkAttention(torch.autograd.Function):
@@ -71,7 +71,7 @@ class ChunkAttention(torch.autograd.Function):
         return o, *sums.tensors
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_o: Tensor | None, *grad_sums: Tensor | None) -> tuple[Tensor | None, ...]:
         """Rewind the chunks of all rows."""
         q, k, v, scale, o, lse, slots, *parts = ctx.saved_tensors

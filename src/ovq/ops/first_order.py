@@ -1,0 +1,40 @@
+"""`first_order`: for gradients that are computed by kernels and cannot be differentiated again."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """The `backward` of an autograd function, refusing to be part of a graph.
+
+    PyTorch's `once_differentiable` refuses only where the gradient of the outputs has a graph itself. That of
+    a sum of outputs has none, and a penalty on the gradients would count for nothing, without a word.
+
+    Raises:
+        RuntimeError: `backward`, where a graph of the gradients is asked for (`create_graph=True`).
+
+    Example:
+        >>> from ovq.ops import ovq_attention
+        >>> x = torch.randn(1, 8, 1, 4, requires_grad=True)
+        >>> o, _ = ovq_attention(x, x, x, num_slots=4, chunk_size=4, backend="torch")
+        >>> torch.autograd.grad(o.sum(), x, create_graph=True)
+        Traceback (most recent call last):
+        ...
+        RuntimeError: expected create_graph=False, found True: kernels give no gradients of gradients. ...
+    """
+
+    @functools.wraps(backward)
+    def refusing(ctx: Any, *grads: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "expected create_graph=False, found True: kernels give no gradients of gradients. "
+                "ovq_attention and layers do with backend='naive', models also need OVQ_CPU_KERNELS=0"
+            )
+        return backward(ctx, *grads)
+
+    return refusing
