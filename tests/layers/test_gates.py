@@ -109,6 +109,23 @@ def test_a_padded_batch_in_parts_and_its_bytes(gates):
 
 
 @each_gate
+@pytest.mark.parametrize("num_new", [1, 6])
+def test_what_inference_mode_has_read_is_trained_on(gates, num_new):
+    mixer, x = layer(**gates), torch.randn(1, 13, 16, dtype=torch.float64)
+
+    def gradients(reading):
+        mixer.zero_grad()
+        with reading():
+            _, _, cache = mixer(x[:, :7], use_cache=True)
+        o, _, _ = mixer(x[:, 7 : 7 + num_new], past_key_values=cache)
+        o.square().sum().backward()
+        return [p.grad.clone() for p in mixer.parameters()]
+
+    found, expected = map(gradients, (torch.inference_mode, torch.no_grad))
+    assert all(map(torch.equal, found, expected))
+
+
+@each_gate
 def test_generation_and_contexts_of_a_model(gates, tmp_path):
     own = model(gates)
     ids = torch.randint(0, 20, (1, 30), generator=torch.Generator().manual_seed(1))

@@ -18,10 +18,13 @@ def forgetful_attention(call: Call, run: Run) -> tuple[Tensor, OVQState]:
 
     Its weights are also those with which tokens are read.
     """
-    call = dataclasses.replace(call, wants_state=True)
     state, weights, log_forget, options = call.state, call.token_weights, call.log_forget, call.options
     assert weights is not None
     assert log_forget is not None
+    if call.wants_gradients and any(x.is_inference() for x in call.floats):
+        # Autograd saves what is faded, and takes nothing that was made in inference mode.
+        state = state.clone()
+    call = dataclasses.replace(call, state=state, wants_state=True)
     if call.is_one_token:
         return _piece(call, run)
     aligned = AlignedRows(
