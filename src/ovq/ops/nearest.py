@@ -387,7 +387,11 @@ def _is_lowest_of_circle(target: Tensor) -> Tensor:
     # Where 1, 2, 4, ... steps lead, and the lowest item on the way.
     ahead, least = target, torch.minimum(index, target)
     for _ in range(target.shape[1].bit_length()):
-        least, ahead = torch.minimum(least, least.gather(1, ahead)), ahead.gather(1, ahead)
+        least, before = torch.minimum(least, least.gather(1, ahead)), ahead
+        ahead = ahead.gather(1, ahead)
+        # All are on circles, mostly of two items that are nearest to each other, and back where they were.
+        if torch.equal(ahead, before):
+            break
     is_on_circle = torch.zeros_like(target, dtype=torch.bool).scatter_(1, ahead, True)
     return is_on_circle & (least == index)
 
