@@ -54,6 +54,22 @@ def test_assistants_give_the_greedy_answer(model, num_tokens):
     assert len(num_tokens) <= 5
 
 
+def test_an_assistant_reads_pad_tokens_that_were_drawn():
+    """Without a mask transformers would take them for padding, in the middle of what the assistant reads."""
+    model, twin = make_model(), make_model()
+    expected = answer(model)
+    said = expected[0, PROMPT.shape[1] :].tolist()
+    pad = next(token for token in said[:20] if token not in PROMPT)
+    for each in (model, twin):
+        each.generation_config.pad_token_id = pad
+        each.generation_config.assistant_confidence_threshold = 0
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    assert torch.equal(model.generate(PROMPT, assistant_model=twin, **GREEDY), expected)
+    # All drafts are accepted, so the assistant has read what the model has.
+    assert len(calls) <= 5
+
+
 def test_a_cache_that_was_given_goes_on_after_drafts(model):
     expected, cache = answer(model), OVQCache(model.config)
     options = {"prompt_lookup_num_tokens": 6, CACHE_KEY: cache}

@@ -1,4 +1,4 @@
-"""The cache of a call of `generate`: which one it is, and what it has read of the prompt."""
+"""The cache of a call of `generate`: which one it is, what it has read of the prompt, and what is padding."""
 
 from __future__ import annotations
 
@@ -65,6 +65,18 @@ class CachedGeneration:
         own._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
+
+    def _prepare_attention_mask_for_generation(
+        self, inputs_tensor: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
+    ) -> Any:
+        """The mask of a prompt without one.
+
+        Where pad tokens were drawn, transformers would let an assistant take them for padding, and leave a
+        hole.
+        """
+        own: Any = super()
+        mask = own._prepare_attention_mask_for_generation(inputs_tensor, generation_config, model_kwargs)
+        return mask.cummax(1).values if generation_config.is_assistant else mask
 
     # `inputs_embeds` is a named parameter because `generate` looks for it in the signature.
     def prepare_inputs_for_generation(
