@@ -202,6 +202,26 @@ static void set_order(const Joining &all) {
     nearest->second = is_any ? of_mass[1] : num > 1 ? nearest->order[1] : -1;
 }
 
+/* x to a power. Items count for whole numbers, most of them small, of which few powers are ever asked for. */
+static double power_of(double x, double power) {
+    static thread_local struct {
+        double power, known[256], result[256];
+    } powers;
+    if (!(x > 0)) return pow(x, power);
+    if (powers.power != power) {
+        memset(&powers, 0, sizeof(powers));
+        powers.power = power;
+    }
+    uint64_t bits;
+    memcpy(&bits, &x, sizeof(bits));
+    const uint64_t place = bits * 0x9e3779b97f4a7c15 >> 56;
+    if (powers.known[place] != x) {
+        powers.known[place] = x;
+        powers.result[place] = pow(x, power);
+    }
+    return powers.result[place];
+}
+
 /* An edge, of a squared length, inf where that is not finite. The shorter it is, and the less both items weigh, the earlier
    it is taken. */
 static void set_edge(const Joining &all, int64_t i, int64_t target, double square) {
@@ -210,7 +230,7 @@ static void set_edge(const Joining &all, int64_t i, int64_t target, double squar
     nearest->priority[i] = INFINITY;
     if (target < 0) return;
     const double m = nearest->mass[i], total = m + nearest->mass[target], distance = square / nearest->size;
-    const double weight = pow(m * (nearest->mass[target] / (total > 0 ? total : 1)), all.call->mass_power);
+    const double weight = power_of(m * (nearest->mass[target] / (total > 0 ? total : 1)), all.call->mass_power);
     const double priority = weight * (std::isfinite(distance) ? distance : NO_DISTANCE);
     nearest->priority[i] = priority < INFINITY ? priority : DBL_MAX;
 }

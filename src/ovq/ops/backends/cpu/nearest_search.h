@@ -176,11 +176,13 @@ static void set_left(const Joining &all, const int32_t *items, int64_t num, cons
             continue;
         }
 #endif
-        float *key = left.keys + i * k, *value = left.values + i * v;
-        memcpy(key, all.key(items[i]), sizeof(float) * k);
-        for (int64_t j = 0; j < v; j++) value[j] = factor * all.value(items[i])[j];
-        if (!words) continue;
-        round_row(key, k, words);
+        float *value = left.values + i * v;
+        for (int64_t j = 0; j < v; j += VL) store(value + j, load(all.value(items[i]) + j) * factor);
+        if (!words) {
+            memcpy(left.keys + i * k, all.key(items[i]), sizeof(float) * k);
+            continue;
+        }
+        round_row(all.key(items[i]), k, words);
         round_row(value, v, words + key_words(call));
     }
 }
