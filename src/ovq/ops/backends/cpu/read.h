@@ -98,12 +98,12 @@ static float exponential_pairs(float *scores, int64_t n, float *best) {
     return total(sum + more);
 }
 
-/* `weigh` with probabilities as words. */
+/* `weigh` with probabilities as words. Tiles have room for all queries, and go through values once. */
 static void weigh_pairs(const Call *call, const Rows *rows, int64_t n, const uint32_t *probs, int64_t ld, int64_t num,
                         float *out) {
-    const int64_t width = value_ld(call);
-    for (int64_t j = 0; j < n / 2; j += VALUES)
-        pairs_product(num, width, least(VALUES, n / 2 - j), probs + j, ld, 1, rows->value_pairs + j * width, NR,
+    const int64_t width = value_ld(call), most = HAS_TILES ? n / 2 : VALUES;
+    for (int64_t j = 0; j < n / 2; j += most)
+        pairs_product(num, width, least(most, n / 2 - j), probs + j, ld, 1, rows->value_pairs + j * width, NR,
                       width, out, Finish{}, out, width);
 }
 #endif

@@ -31,8 +31,13 @@ static const int are_tiles_allowed = ARE_TILES_ALLOWED;
 /* The intrinsics do not tell every compiler that they read and write memory. */
 #define MEMORY_IS_USED __asm__ volatile("" ::: "memory")
 
+/* How many rows the tiles of this thread have, 0 where they are released. To shape them takes as long as a small product. */
+static thread_local int64_t tile_rows;
+
 /* Registers 0 to 3 are sums, of two tiles of rows by two of columns; 4 and 5 are rows on the left; 6 and 7 are on the right. */
 static void shape_tiles(int64_t num_rows) {
+    if (tile_rows == num_rows) return;
+    tile_rows = num_rows;
     const uint8_t first = (uint8_t)least(TILE, num_rows), second = (uint8_t)(num_rows > TILE ? num_rows - TILE : first);
     TileShapes shapes = {};
     shapes.palette = 1;
@@ -42,6 +47,14 @@ static void shape_tiles(int64_t num_rows) {
     }
     MEMORY_IS_USED;
     _tile_loadconfig(&shapes);
+}
+
+/* For when a kernel ends: PyTorch's own products shape tiles for themselves. */
+static void release_tiles() {
+    if (!tile_rows) return;
+    tile_rows = 0;
+    _tile_release();
+    MEMORY_IS_USED;
 }
 
 /* c = from + a b of one or two tiles of rows by one or two of columns; `from` is c or NULL. */
@@ -91,7 +104,7 @@ static void tiles_product(int64_t m, int64_t n, int64_t k, const uint32_t *a, in
                           int64_t panel, int64_t ldb, const float *from, float *c, int64_t ldc) {
     for (int64_t i = 0; i < m; i += 2 * TILE) {
         const int64_t num = least(2 * TILE, m - i);
-        if (!i || num < 2 * TILE) shape_tiles(num);
+        shape_tiles(num);
         for (int64_t j = 0; j < n; j += NR) {
             const uint32_t *left = a + i * row, *right = b + j / NR * panel;
             float *out = c + i * ldc + j;
@@ -102,8 +115,8 @@ static void tiles_product(int64_t m, int64_t n, int64_t k, const uint32_t *a, in
             else multiply_tiles<0, 0>(k, left, row, col, num, right, ldb, from, out, ldc);
         }
     }
-    /* PyTorch's own products shape tiles for themselves. */
-    _tile_release();
     MEMORY_IS_USED;
 }
+#else
+INLINE void release_tiles() {}
 #endif

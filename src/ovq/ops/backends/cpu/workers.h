@@ -5,7 +5,7 @@
    know what GCC calls. Where torch has none, all is done by the thread that calls. */
 #pragma once
 
-#include <cstdint>
+#include "tiles.h"
 
 struct OpenMP {
     void (*parallel)(void (*function)(void *), void *argument, unsigned num_threads, unsigned flags);
@@ -52,10 +52,13 @@ struct Worker {
 
 /* Runs function(worker) by up to `num_threads` workers, and returns when all are done. */
 template <typename Function> static void parallel(int64_t num_threads, const Function &function) {
-    if (num_threads <= 1 || !openmp.parallel) return function(Worker{0, 1});
-    openmp.parallel(
-        [](void *each) { (*(const Function *)each)(Worker{openmp.thread(), openmp.num_threads()}); },
-        (void *)&function, (unsigned)num_threads, 0);
+    const auto run = [&](Worker worker) {
+        function(worker);
+        release_tiles();
+    };
+    if (num_threads <= 1 || !openmp.parallel) return run(Worker{0, 1});
+    openmp.parallel([](void *each) { (*(decltype(run) *)each)(Worker{openmp.thread(), openmp.num_threads()}); },
+                    (void *)&run, (unsigned)num_threads, 0);
 }
 
 /* Runs task(i) for all i below `count`, shared among up to `num_threads` threads. */
