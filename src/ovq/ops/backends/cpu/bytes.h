@@ -14,6 +14,9 @@
 #define HAS_BYTES 0
 #endif
 
+/* Whether there are products of pairs that take half the time and are rough. */
+#define HAS_ROUGH (HAS_BYTES || HAS_PAIRS)
+
 /* The largest number. Without VNNI, sums of four products have 16 bits. */
 #if defined(__AVX512VNNI__)
 #define LARGEST_BYTE 127

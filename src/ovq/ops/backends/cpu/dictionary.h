@@ -10,6 +10,8 @@ struct Rows {
     float *values;        /* [M, value_ld] */
     float *key_panels;    /* Keys as columns, [M / NR, K, NR], or NULL. */
     float *value_panels;  /* Values likewise, [M / NR, V, NR]: the backward's, or where pairs are merged, else NULL. */
+    int32_t *is_exact;    /* [1]: whether panels are kept that only exact products of pairs read; NULL where they are. */
+    int reads_keys;       /* Whether queries read `key_panels`, or routes do. */
     float *bias;          /* [M]: log count, -inf for what is not there. */
     int32_t *is_finite;   /* [1]: of a chunk's tokens, whether all values were, and keys too where tokens have weights;
                              zero stands for values that were not. */
@@ -65,6 +67,8 @@ static Rows take_rows(Arena *arena, const Call *call, int64_t num, int is_backwa
     rows.values = TAKE(arena, float, num * value_ld(call));
     rows.key_panels = is_in_pairs && !merges_pairs ? nullptr : TAKE(arena, float, num * call->k.dim);
     rows.value_panels = has_value_panels ? TAKE(arena, float, num * call->v.dim) : nullptr;
+    rows.is_exact = HAS_ROUGH && merges_pairs ? TAKE(arena, int32_t, 1) : nullptr;
+    rows.reads_keys = !is_in_pairs;
     rows.bias = TAKE(arena, float, num);
     rows.is_finite = TAKE(arena, int32_t, 1);
     rows.weights = nullptr;
@@ -93,6 +97,8 @@ INLINE Rows rows_from(const Rows *rows, const Call *call, int64_t i) {
             from_row(rows->values, i * value_ld(call)),
             from_row(rows->key_panels, i * call->k.dim),
             from_row(rows->value_panels, i * call->v.dim),
+            rows->is_exact,
+            rows->reads_keys,
             from_row(rows->bias, i),
             rows->is_finite,
             from_row(rows->weights, i),
@@ -126,10 +132,23 @@ INLINE void round_key(const Call *call, const float *key, uint32_t *words, float
     round_row(key, key_ld(call), words);
 }
 
+/* Keep the panels that only exact products read, from `num` rows that are there on. */
+static void keep_panels(const Rows *rows, const Call *call, int64_t num) {
+    if (*rows->is_exact) return;
+    *rows->is_exact = 1;
+    for (int64_t i = 0; i < num; i++) {
+        if (!rows->reads_keys) put_column(rows->key_panels, call->k.dim, i, rows->keys + i * key_ld(call));
+        put_column(rows->value_panels, call->v.dim, i, rows->values + i * value_ld(call));
+    }
+}
+
 /* Row i from its key and value, which it may already hold. */
 static void set_row(Rows *rows, const Call *call, int64_t i, float bias) {
-    if (rows->key_panels) put_column(rows->key_panels, call->k.dim, i, rows->keys + i * key_ld(call));
-    if (rows->value_panels) put_column(rows->value_panels, call->v.dim, i, rows->values + i * value_ld(call));
+    const int is_exact = !rows->is_exact || *rows->is_exact;
+    if (rows->key_panels && (is_exact || rows->reads_keys))
+        put_column(rows->key_panels, call->k.dim, i, rows->keys + i * key_ld(call));
+    if (rows->value_panels && is_exact)
+        put_column(rows->value_panels, call->v.dim, i, rows->values + i * value_ld(call));
     if (rows->words) {
         uint32_t words[row_words(call)];
         /* Steps are those of bytes where there are any. */

@@ -158,10 +158,15 @@ static void add_joined(Nearest *nearest, int64_t first) {
 }
 
 /* Whether products are to be rough from here on, by how many candidates items have so. */
-static void choose_products(Nearest *nearest) {
+static void choose_products(const Joining &all) {
+    Nearest *nearest = all.nearest;
     int64_t num = 0, tiles = 0;
     for (; tiles * QUERIES < nearest->num_searching; tiles++) num += nearest->num_near[tiles];
     nearest->is_rough = num <= tiles * MOST_CANDIDATES;
+    if (nearest->is_rough) return;
+    keep_panels(&all.dictionary->rows, all.call, nearest->first_token);
+    keep_panels(all.tokens, all.call, nearest->first_joined - nearest->first_token);
+    keep_panels(&nearest->joined, all.call, 0);
 }
 
 /* Once items have searched: take the next part of the edges, the `part`-th one, half of what is due or, at last, all, and
@@ -171,7 +176,7 @@ static void take_part(const Joining &all, int64_t part) {
     Nearest *nearest = all.nearest;
     const int64_t due = nearest->num_due, is_last = part >= all.call->num_parts;
     const int64_t first = nearest->first_joined + nearest->num_joined;
-    if (HAS_ROUGH && part == 1 && !nearest->is_wide) choose_products(nearest);
+    if (HAS_ROUGH && part == 1 && !nearest->is_wide) choose_products(all);
     open_circles(nearest);
     nearest->num_due -= take_edges(all, is_last ? due : (due + 1) / 2);
     join_all(all);

@@ -93,6 +93,7 @@ static Nearest take_nearest(Arena *arena, const Call *call) {
     nearest.num_near = TAKE(arena, int32_t, n / QUERIES + 1);
     nearest.mean = TAKE(arena, double, size * (call->k.dim + call->v.dim));
     nearest.joined = take_rows(arena, call, size, 0, 1);
+    nearest.joined.reads_keys = 0;
     nearest.moved = TAKE(arena, int32_t, slots);
     nearest.changed = TAKE(arena, int32_t, slots);
     nearest.searched = TAKE(arena, int32_t, slots);

@@ -6,9 +6,6 @@
 
 /* Columns of a block of products. */
 #define COLUMN_BLOCK 128
-/* Whether there are products that take half the time and are rough. */
-#define HAS_ROUGH (HAS_BYTES || HAS_PAIRS)
-
 INLINE double token_mass(const Rows *tokens, int64_t t) { return tokens->weights ? tokens->weights[t] : 1; }
 
 typedef double EightDoubles __attribute__((vector_size(64), aligned(8), may_alias));
