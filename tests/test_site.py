@@ -156,7 +156,7 @@ def test_a_first_model_has_the_losses_that_the_page_names(tmp_path):
     printed = subprocess.run(
         command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True, check=True
     ).stdout
-    [named] = re.findall(r"\nOther processors and numbers of threads give (.*?) \(", page)
+    [named] = re.findall(r"\nOther processors and threads give (.*?) \(", page)
     bounds = [text.split(" to ") for text in re.split(", | and ", named)]
     for text in (page, printed):
         losses = re.findall(r"\n1,024 letters, \d+ slots, merged by \w+: loss ([\d.]+)", text)
