@@ -17,9 +17,9 @@ import typer
 from transformers import PreTrainedModel
 
 from ovq.hf.cache import CACHE_KEY
-from ovq.runtime.allocator import keep_freed_memory
 from ovq_lab.bench.measure import interleaved
 from ovq_lab.bench.models import ModelWorkload
+from ovq_lab.runtime.allocator import keep_freed_memory
 
 
 def steps(

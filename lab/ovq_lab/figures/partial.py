@@ -89,6 +89,11 @@ def joined_results(
     swept = {entry["line"] for entry in made["sweep"]}
     found = {row["line"] for row in rows}
     missing = [label for label in dict.fromkeys(line.label for line in figure.lines) if label not in found]
+    # What is left of earlier updates: lines that are neither gone nor made once more.
+    updates = []
+    for each in earlier.get("updates", []):
+        lines = [label for label in each["lines"] if label in found and label not in update["lines"]]
+        updates += [each | {"lines": lines}] if lines else []
     return {
         **made,
         "note": made["note"] + (f" Not made yet: {', '.join(missing)}." if missing else ""),
@@ -96,7 +101,7 @@ def joined_results(
         "command": earlier["command"],
         "sweep": [entry for entry in earlier["sweep"] if entry["line"] not in swept] + made["sweep"],
         "environments": earlier["environments"],
-        "updates": [*earlier.get("updates", []), update],
+        "updates": [*updates, update],
         "rows": rows,
     }
 

@@ -160,7 +160,12 @@ def test_lines_made_anew_join_those_that_are_there(made, monkeypatch, tmp_path):
     ]
     for row in earlier:
         del row["merge"]
-    save_results(path, {**results, "rows": earlier, "environments": ["somewhere else"]})
+    # Of these lines one is there, one is gone, and one is made once more.
+    lines = [results["rows"][0]["line"], "a line of earlier", "OVQ, nearest, 4 slots"]
+    updates = [{"lines": lines, "command": "as then", "environments": ["there"]}]
+    updates.append({"lines": lines[1:], "command": "before", "environments": ["there"]})
+    marks = {"environments": ["somewhere else"], "updates": updates}
+    save_results(path, {**results, "rows": earlier, **marks})
     begun = run_here(monkeypatch)
     joined = reproduce(FIGURE, workshop(copy), lines=["OVQ, nearest, *"])
     assert begun == []
@@ -173,7 +178,8 @@ def test_lines_made_anew_join_those_that_are_there(made, monkeypatch, tmp_path):
     for field in ("panels", "sweep", "seeds", "command"):
         assert joined[field] == results[field]
     assert joined["environments"] == ["somewhere else"]
-    [update] = joined["updates"]
+    old, update = joined["updates"]
+    assert old == updates[0] | {"lines": lines[:1]}
     assert update["lines"] == ["OVQ, nearest, 4 slots", "OVQ, nearest, a slot for 4.2 tokens"]
     assert update["command"].endswith(" --lines 'OVQ, nearest, *'")
     assert update["environments"] == results["environments"]
