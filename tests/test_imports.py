@@ -1,8 +1,9 @@
-"""Imports go one way, and nowhere in a circle."""
+"""Imports go one way, and nowhere in a circle; what programs import is there."""
 
 import ast
 import functools
 import graphlib
+import importlib.util
 import re
 import subprocess
 import sys
@@ -133,3 +134,18 @@ def test_layers_import_without_transformers_triton_matplotlib_or_the_compiler_of
         "assert not found, found"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_programs_import_is_there():
+    """No other test runs all of `benchmarks/`."""
+    imported = [
+        (path.name, node.module, alias.name)
+        for path in (ROOT / "benchmarks").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("ovq", "ovq_lab")
+        for alias in node.names
+    ]
+    assert len({name for name, _, _ in imported}) > 3
+    for name, module, attribute in imported:
+        is_there = hasattr(importlib.import_module(module), attribute)
+        assert is_there or importlib.util.find_spec(f"{module}.{attribute}"), f"{name}: {module}.{attribute}"
