@@ -71,8 +71,8 @@ class CachedGeneration:
     ) -> Any:
         """The mask of a prompt without one.
 
-        Where pad tokens were drawn, transformers would let an assistant take them for padding, and leave a
-        hole.
+        An assistant reads what was drawn before, pad tokens included, which transformers would take for
+        padding.
         """
         own: Any = super()
         mask = own._prepare_attention_mask_for_generation(inputs_tensor, generation_config, model_kwargs)

@@ -132,7 +132,7 @@ INLINE void round_key(const Call *call, const float *key, uint32_t *words, float
     round_row(key, key_ld(call), words);
 }
 
-/* Keep the panels that only exact products read, from `num` rows that are there on. */
+/* From here on, keep the panels that only exact products read; the first `num` rows are there already. */
 static void keep_panels(const Rows *rows, const Call *call, int64_t num) {
     if (*rows->is_exact) return;
     *rows->is_exact = 1;

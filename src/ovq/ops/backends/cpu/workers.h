@@ -50,7 +50,7 @@ struct Worker {
     }
 };
 
-/* Runs function(worker) by up to `num_threads` workers, and returns when all are done. */
+/* Runs function(worker) by up to `num_threads` workers, and returns when all are done. Tiles are released then. */
 template <typename Function> static void parallel(int64_t num_threads, const Function &function) {
     const auto run = [&](Worker worker) {
         function(worker);
