@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 # The order in each package, written once: a module imports from its own group or from those before it.
 ORDER = {
     "ovq": [
-        ["runtime", "fields"],
+        ["runtime", "fields", "byte_tokens", "hidden_values"],
         ["plugins"],
         ["moved"],
         ["ops"],
@@ -126,10 +126,11 @@ def test_a_circle_would_be_found(back, tmp_path):
         order_of({"ovq.ops.call": {"ovq.ops.state"}, "ovq.ops.state": {*imported(low)}})
 
 
-def test_layers_import_without_transformers_triton_matplotlib_or_the_compiler_of_torch():
-    """The last takes as long as all the rest."""
+def test_layers_and_recipes_import_without_transformers_matplotlib_or_the_compiler_of_torch():
+    """The last takes as long as all the rest, and a recipe with a wrong word is to be refused at once."""
     code = (
-        "import sys, torch; before = set(sys.modules); import ovq.ops, ovq.layers; "
+        "import sys, torch; before = set(sys.modules); "
+        "import ovq.ops, ovq.layers, ovq_lab.train.recipe_file; "
         "found = {'transformers', 'triton', 'matplotlib', 'torch._dynamo'} & (set(sys.modules) - before); "
         "assert not found, found"
     )

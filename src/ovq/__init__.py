@@ -1,8 +1,9 @@
 """OVQ: online vector-quantized attention for PyTorch and Hugging Face.
 
-The package is layered, and imports go one way: runtime, fields <- plugins <- moved <- ops <- layers <- hf <-
-parallel <- convert <- inspect, serve <- cli. `import ovq` is light; `import ovq.hf` registers the models with
-transformers' Auto classes. What makes the figures is another package, `ovq_lab`, which imports this one.
+The package is layered, and imports go one way: runtime, fields, byte_tokens, hidden_values <- plugins <-
+moved <- ops <- layers <- hf <- parallel <- convert <- inspect, serve <- cli. `import ovq` is light; `import
+ovq.hf` registers the models with transformers' Auto classes. What makes the figures is another package,
+`ovq_lab`, which imports this one.
 """
 
 from ovq import moved

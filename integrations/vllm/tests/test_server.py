@@ -9,7 +9,7 @@ import time
 import httpx
 import pytest
 
-from ovq.hf.byte_tokens import byte_tokenizer
+from ovq.byte_tokens import byte_tokenizer
 
 
 @pytest.mark.parametrize("fields", [{}, {"family": "llama"}], ids=str)

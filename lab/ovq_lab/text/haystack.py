@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ovq.convert.needles import NEEDLE, VALUES, HiddenValues, sentences
+from ovq.hidden_values import NEEDLE, VALUES, HiddenValues, sentences
 from ovq_lab.text.documents import split_of
 from ovq_lab.text.readers import read_documents
 from ovq_lab.text.source import TextSource, check_split

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ovq.hf.byte_tokens import byte_tokenizer, byte_vocabulary, wrapped
+from ovq.byte_tokens import byte_tokenizer, byte_vocabulary, wrapped
 from ovq_lab.text.cache import cached_folder
 from ovq_lab.text.documents import Document, split_of
 from ovq_lab.text.source import TextSource, source_content, source_readers

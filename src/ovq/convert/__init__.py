@@ -14,11 +14,11 @@ from ovq.convert.cache import MemoryCache
 from ovq.convert.captures import Captures
 from ovq.convert.config import MemoryConfig
 from ovq.convert.masses import fitted_bias
-from ovq.convert.needles import hidden_numbers
 from ovq.convert.probe import Probe, default_options, probe
 from ovq.convert.trials import Option
 from ovq.hf.context import build_context, load_context, save_context
 from ovq.hf.context_file import context_info
+from ovq.hidden_values import hidden_numbers
 
 __all__ = [
     "Captures",

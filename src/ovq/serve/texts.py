@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
-from ovq.hf.byte_tokens import token_bytes
+from ovq.byte_tokens import token_bytes
 from ovq.hf.streaming import IdStream, TextStream
 from ovq.serve.errors import bad_field
 from ovq.serve.tools import begun, told_in_text

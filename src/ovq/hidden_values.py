@@ -82,7 +82,7 @@ class HiddenValues:
             ValueError: If not even one needle fits.
 
         Example:
-            >>> from ovq.hf.byte_tokens import byte_tokenizer
+            >>> from ovq.byte_tokens import byte_tokenizer
             >>> sky = ["The grass is green.", "The sky is blue.", "The sun is yellow."]
             >>> builder = HiddenValues(byte_tokenizer(), sky, value="word", is_shifted=False)
             >>> ids, is_answer = builder.repeat(320, num_needles=2, random=np.random.default_rng(0))
@@ -186,7 +186,7 @@ def hidden_numbers(
         ValueError: a text without sentences, or a length at which no number fits.
 
     Example:
-        >>> from ovq.hf.byte_tokens import byte_tokenizer
+        >>> from ovq.byte_tokens import byte_tokenizer
         >>> found = hidden_numbers(byte_tokenizer(), "It is. So?", 200, random=np.random.default_rng(0))
         >>> print(bytes(found[0].astype("uint8")).decode()[-63:])
         One of the special magic numbers for rapid-mirror is: 5600228.
