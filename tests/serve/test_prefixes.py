@@ -243,7 +243,7 @@ def test_without_room_everything_is_read():
 
 @pytest.mark.parametrize(
     ("name", "num_arrivals"),
-    [("ovq", 60), ("converted", 20), pytest.param("ovq", 10_000, marks=pytest.mark.slow)],
+    [("ovq", 40), ("converted", 12), pytest.param("ovq", 10_000, marks=pytest.mark.slow)],
 )
 def test_random_arrivals_get_what_each_would_get_alone(name, num_arrivals):
     """Prompts that begin alike, answers that are given up, room for a few states only."""

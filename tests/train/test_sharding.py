@@ -25,7 +25,7 @@ from ovq_lab.train import loop
 from ovq_lab.train.checkpoints import SEAL_FILE, fault
 from ovq_lab.train.recipes import get_recipe
 
-STEPS = 6
+STEPS = 4
 SETTINGS = [
     *TINY,
     f"train.steps={STEPS}",
