@@ -2,14 +2,66 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 
+from ovq_lab.bench.measure import timed_rows
+from ovq_lab.bench.rivals import RIVALS
+from ovq_lab.bench.workloads import Workload
+
+# Kernels of `ovq.ops.backends.triton`, as they are named in the trace.
+_OVQ_KERNELS = r"^(advance|nearest|read|read_token|grad_queries|grad_slots)$"
+# Errors of mixers that cannot run: not installed, a dtype or size that is not supported, too little memory.
+_REFUSALS = (ImportError, RuntimeError, ValueError, NotImplementedError)
 # Calls before the first one that counts; the first of them compiles and tunes kernels.
 WARM_UP = 3
+
+
+def measure(
+    part: str, candidates: Sequence[Workload], matrix_rate: float, copy_rate: float, left_out: list[dict]
+) -> list[dict[str, Any]]:
+    """The rows of one part at one length, with a check of the kernels that ran.
+
+    Args:
+        part: `"forward"`, `"forward_backward"`, `"decode"` or `"memory"`.
+        candidates: The workloads to measure.
+        matrix_rate: FLOP/s of matrix products in their dtype.
+        copy_rate: Bytes per second of a copy.
+        left_out: What cannot run here is added to it, `{"label", "what", "length", "dtype", "reason"}`.
+    """
+    rows, ready, functions, kernels = [], [], [], []
+    for workload in candidates:
+        if part == "decode" and not workload.has_decode:
+            continue
+        row = workload.row(part)
+        try:
+            if part == "memory":
+                peak = peak_allocated(functools.partial(workload.forward_backward, "cuda"))
+                rows.append(row | {"peak_bytes": peak})
+                continue
+            function = getattr(workload, part)("cuda")
+            kernels.append(kernel_names(function))
+        except _REFUSALS as error:
+            [reason, *_] = str(error).strip().splitlines() or [""]
+            found = {name: row[name] for name in ("label", "what", "length", "dtype")}
+            left_out.append(found | {"reason": f"{type(error).__name__}: {reason}"})
+        else:
+            ready.append(workload)
+            functions.append(function)
+    if not ready:
+        return rows
+    # Enough steps to pass the end of a chunk, where OVQ merges.
+    run = {"max_rounds": 3, "run": ready[0].chunk_size} if part == "decode" else {}
+    rows = timed_rows(part, ready, flushed_times(functions, **run), matrix_rate, copy_rate)
+    for row, workload, names in zip(rows, ready, kernels, strict=True):
+        pattern = _OVQ_KERNELS if workload.mixer == "ovq" else RIVALS[workload.mixer].kernels
+        row |= {"kernels": names[:4], "is_intended": runs_intended(names, pattern)}
+    return rows
 
 
 def flushed_times(

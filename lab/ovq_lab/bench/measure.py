@@ -16,8 +16,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ovq.ops import cpu_kernels
 from ovq.ops.backends.cpu.roof import product_loop
+from ovq.runtime.progress import WorkReporter
 from ovq_lab.bench.workloads import Workload
+from ovq_lab.runtime.environment import environment
+
+Piece = tuple[str, Callable[[], list[dict]]]
+"""A piece of work by its name in the progress; returns rows of the report."""
+
+
+def do_pieces(pieces: Sequence[Piece], reporter: WorkReporter) -> list[dict]:
+    """The rows of all pieces of work, which are done one after the other."""
+    work = reporter.start("measuring", total=len(pieces))
+    rows: list[dict] = []
+    for done, (note, piece) in enumerate(pieces):
+        work.update(done, note=note)
+        rows += piece()
+    work.update(len(pieces), note="done")
+    return rows
+
+
+def as_report(
+    rows: Sequence[dict],
+    *,
+    suite: dict[str, Any],
+    matrix_rate: dict[str, float],
+    device: str = "cpu",
+    backends: dict[str, str | None] | None = None,
+    **others: Any,
+) -> dict[str, Any]:
+    """A report, as JSON types: where it was measured, what was asked for, and the rows."""
+    return {
+        "environment": environment(device) | {"backends": backends or {}, "cpu_kernels": cpu_kernels()},
+        "suite": suite,
+        "matrix_rate": matrix_rate,
+        "rows": rows,
+        "crossover": [],
+    } | others
 
 
 def interleaved(
@@ -137,7 +173,7 @@ def timed_rows(
         >>> [row["speedup"] for row in timed_rows("forward", workloads, [[2e-3] * 3, [1e-3] * 3], 1e12)]
         [1.0, 2.0]
     """
-    rows: list[dict[str, Any]] = [dict(spread(times)) for times in all_times]
+    rows = [w.row(part) | spread(times) for w, times in zip(workloads, all_times, strict=True)]
     exact = [row["seconds"] for row, w in zip(rows, workloads, strict=True) if w.cost == "exact"]
     for row, workload, times in zip(rows, workloads, all_times, strict=True):
         if exact:

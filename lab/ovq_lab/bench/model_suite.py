@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 
-from ovq.ops import cpu_kernels
-from ovq_lab.bench.measure import interleaved, matrix_rate, peak_bytes, spread
+from ovq.runtime.progress import WorkReporter
+from ovq_lab.bench.measure import (
+    Piece,
+    as_report,
+    do_pieces,
+    interleaved,
+    matrix_rate,
+    peak_bytes,
+    spread,
+)
 from ovq_lab.bench.models import MODELS, SIZES, ModelWorkload
-from ovq_lab.runtime.environment import environment
 
 # Tokens of a turn of `generate`, and turns: together as many tokens as a chunk has, to include a merge.
 NEW_TOKENS, TURNS = 64, 4
@@ -28,9 +36,8 @@ class ModelSuite:
         lengths: tokens of a training step.
         prompts: tokens before generation.
 
-    Example:
-        >>> ModelSuite(models=("llama", "ovq"), sizes=("2M",), lengths=(64, 128), prompts=(32,)).total
-        5
+    Raises:
+        ValueError: a value is not one of these; names the option of the command.
     """
 
     models: Sequence[str]
@@ -49,11 +56,6 @@ class ModelSuite:
             if min(lengths, default=2) < 2:
                 raise ValueError(f"{flag}: expected at least 2 tokens, found {min(lengths)}")
 
-    @property
-    def total(self) -> int:
-        """Number of pieces of work, for a progress bar."""
-        return len(self.sizes) * (2 * len(self.lengths) + len(self.prompts))
-
     def workloads(self, size: str, length: int) -> list[ModelWorkload]:
         """All models of one size."""
         threads = torch.get_num_threads()
@@ -62,78 +64,54 @@ class ModelSuite:
         ]
 
 
-def run_models(suite: ModelSuite, progress: Callable[[int, str], None]) -> dict:
+def run_models(suite: ModelSuite, reporter: WorkReporter) -> dict[str, Any]:
     """Measure everything.
 
     Args:
         suite: what to measure.
-        progress: called with the number of finished pieces and a note.
+        reporter: shows the progress.
 
     Returns:
         A report in the form of `ovq_lab.bench.suite.run_suite`. Rows also have `size` and `parameters`.
     """
     rate = matrix_rate("float32")
-    rows: list[dict] = []
-    done = 0
-
-    def note(text: str) -> None:
-        nonlocal done
-        progress(done, text)
-        done += 1
-
+    pieces: list[Piece] = []
     for size in suite.sizes:
         for length in suite.lengths:
-            note(f"training {size} {length}")
-            rows += _training_rows(suite.workloads(size, length), rate)
-            note(f"memory {size} {length}")
-            rows += [
-                _row("model_memory", w) | peak_bytes({"what": "model", "workload": dataclasses.asdict(w)})
-                for w in suite.workloads(size, length)
-            ]
+            workloads = suite.workloads(size, length)
+            pieces.append((f"training {size} {length}", partial(_training_rows, workloads, rate)))
+            pieces.append((f"memory {size} {length}", partial(_memory_rows, workloads)))
         for length in suite.prompts:
-            note(f"generate {size} {length}")
-            rows += _generation_rows(suite.workloads(size, length))
-    progress(done, "done")
-    return {
-        "environment": environment("cpu") | {"backends": {}, "cpu_kernels": cpu_kernels()},
-        "suite": dataclasses.asdict(suite) | {"dtypes": ["float32"]},
-        "matrix_rate": {"float32": rate},
-        "rows": rows,
-        "crossover": [],
-    }
-
-
-def _row(what: str, workload: ModelWorkload) -> dict:
-    return {
-        "what": what,
-        "mixer": workload.model,
-        "label": workload.label,
-        "num_slots": None,
-        "length": workload.length,
-        "dtype": "float32",
-        "size": workload.size,
-        "parameters": workload.num_parameters(),
-    }
+            workloads = suite.workloads(size, length)
+            pieces.append((f"generate {size} {length}", partial(_generation_rows, workloads)))
+    return as_report(
+        do_pieces(pieces, reporter),
+        suite=dataclasses.asdict(suite) | {"dtypes": ["float32"]},
+        matrix_rate={"float32": rate},
+    )
 
 
 def _training_rows(workloads: list[ModelWorkload], rate: float) -> list[dict]:
     """Training steps of all models, which take turns."""
-    all_times = interleaved([w.training() for w in workloads], max_rounds=5, seconds=30)
-    first = spread(all_times[0])["seconds"]
     rows = []
-    for workload, times in zip(workloads, all_times, strict=True):
-        row = _row("model_training", workload) | spread(times)
+    for row in _rows(
+        "model_training",
+        workloads,
+        interleaved([w.training() for w in workloads], max_rounds=5, seconds=30),
+    ):
         # The products with weights, forward and backward; attention is not counted.
-        flops = 6 * row["parameters"] * workload.length
-        rows.append(
-            row
-            | {
-                "speedup": first / row["seconds"],
-                "tokens_per_second": workload.length / row["seconds"],
-                "roofline_share": flops / row["seconds"] / rate,
-            }
-        )
+        flops = 6 * row["parameters"] * row["length"]
+        per_second = {"tokens_per_second": row["length"] / row["seconds"]}
+        rows.append(row | per_second | {"roofline_share": flops / row["seconds"] / rate})
     return rows
+
+
+def _memory_rows(workloads: list[ModelWorkload]) -> list[dict]:
+    """Peak bytes of two training steps, each model in a process of its own."""
+    return [
+        w.row("model_memory") | peak_bytes({"what": "model", "workload": dataclasses.asdict(w)})
+        for w in workloads
+    ]
 
 
 def _generation_rows(workloads: list[ModelWorkload]) -> list[dict]:
@@ -147,14 +125,13 @@ def _generation_rows(workloads: list[ModelWorkload]) -> list[dict]:
             start = time.perf_counter()
             function()
             times.append((time.perf_counter() - start) / NEW_TOKENS)
-    first = statistics.median(all_times[0])
     return [
-        _row("model_generate", workload)
-        | spread(times)
-        | {
-            "speedup": first / statistics.median(times),
-            "seconds_mean": sum(times) / len(times),
-            "tokens_per_second": 1 / statistics.median(times),
-        }
-        for workload, times in zip(workloads, all_times, strict=True)
+        row | {"seconds_mean": sum(times) / len(times), "tokens_per_second": 1 / row["seconds"]}
+        for row, times in zip(_rows("model_generate", workloads, all_times), all_times, strict=True)
     ]
+
+
+def _rows(what: str, workloads: list[ModelWorkload], all_times: list[list[float]]) -> list[dict]:
+    """What the seconds of calls say of some models, the first of which the others are compared with."""
+    rows = [w.row(what) | spread(times) for w, times in zip(workloads, all_times, strict=True)]
+    return [row | {"speedup": rows[0]["seconds"] / row["seconds"]} for row in rows]

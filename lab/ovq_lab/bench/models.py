@@ -55,6 +55,19 @@ class ModelWorkload:
         """Its name in tables."""
         return f"{MODELS[self.model]}, {self.size}"
 
+    def row(self, what: str) -> dict[str, Any]:
+        """The first fields of a row of the report."""
+        return {
+            "what": what,
+            "mixer": self.model,
+            "label": self.label,
+            "num_slots": None,
+            "length": self.length,
+            "dtype": "float32",
+            "size": self.size,
+            "parameters": self.num_parameters(),
+        }
+
     def build(self) -> PreTrainedModel:
         """The model, in float32, with weights from one seed."""
         hidden_size, num_layers, num_heads, intermediate_size = SIZES[self.size]

@@ -7,16 +7,16 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ovq.convert.attach import memory_config_in
-from ovq.ops import cpu_kernels
+from ovq.runtime.progress import WorkReporter
 from ovq_lab.bench import pretrained_peer
-from ovq_lab.runtime.environment import environment
+from ovq_lab.bench.measure import as_report
 
 # Written after each length; the first is not counted.
 NUM_WRITTEN = 17
@@ -80,41 +80,35 @@ class PretrainedSuite:
         full = {"kind": "transformers", "model": str(self.model), "dtype": "float32"}
         yield "transformers, float32, full cache", sys.executable, full
 
-    @property
-    def total(self) -> int:
-        """Number of pieces of work, for a progress bar."""
-        return len(self.lengths) * sum(1 for _ in self.peers())
 
-
-def run_pretrained(suite: PretrainedSuite, progress: Callable[[int, str], None]) -> dict[str, Any]:
+def run_pretrained(suite: PretrainedSuite, reporter: WorkReporter) -> dict[str, Any]:
     """Measure each way in a process of its own, one after the other.
 
     Args:
         suite: what to measure.
-        progress: called with the pieces of work that are done, and what is next.
+        reporter: shows the progress.
 
     Raises:
         ValueError: a way that fails; says what it wrote last.
     """
-    lengths, rows, num_done = sorted(suite.lengths), list[dict[str, Any]](), 0
+    peers, lengths, rows, num_done = list(suite.peers()), sorted(suite.lengths), list[dict[str, Any]](), 0
+    work = reporter.start("measuring", total=len(peers) * len(lengths))
     with tempfile.TemporaryDirectory() as folder:
         tokens = Path(folder) / "tokens.json"
         tokens.write_text(json.dumps(list(suite.tokens[: max(lengths)])), encoding="utf-8")
         common = {"tokens": str(tokens), "lengths": lengths, "num_written": NUM_WRITTEN}
         common["threads"] = torch.get_num_threads()
-        for label, python, arguments in suite.peers():
-            progress(num_done, label)
+        for label, python, arguments in peers:
+            work.update(num_done, note=label)
             for found in _run(python, arguments | common):
                 rows += _rows(label, arguments["kind"], found)
                 num_done += 1
-                progress(num_done, f"{label}, {found['length']:,} tokens")
-    return {
-        "environment": environment("cpu") | {"cpu_kernels": cpu_kernels(), "backends": {}},
-        "suite": {"dtypes": ["float32"], "lengths": lengths, "num_written": NUM_WRITTEN - 1},
-        "matrix_rate": {},
-        "crossover": [],
-        "rows": rows,
-    }
+                work.update(num_done, note=f"{label}, {found['length']:,} tokens")
+    return as_report(
+        rows,
+        suite={"dtypes": ["float32"], "lengths": lengths, "num_written": NUM_WRITTEN - 1},
+        matrix_rate={},
+    )
 
 
 def _rows(label: str, kind: str, found: dict[str, Any]) -> list[dict[str, Any]]:

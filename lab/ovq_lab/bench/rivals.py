@@ -1,6 +1,7 @@
-"""What `ovq bench --device cuda` compares OVQ with, each pinned to one implementation and named after it.
+"""What `ovq bench` compares OVQ with: on a CPU PyTorch's exact attention and a sliding window, with
+`--device cuda` others, each pinned to one implementation and named after it.
 
-PyTorch's exact attention with each of its backends, FlexAttention over a sliding window, and, where
+Those are PyTorch's exact attention with each of its backends, FlexAttention over a sliding window, and, where
 flash-linear-attention is installed, Gated DeltaNet and Mamba2 (whose state-space recurrence is linear
 attention with one decay per head, fla's `simple_gla`).
 """
@@ -9,11 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import logsigmoid, scaled_dot_product_attention
+
+from ovq.layers.softmax import windowed_read
 
 Read = Callable[[Tensor, Tensor, Tensor], Tensor]
 Steps = Iterator[list[Tensor]]
@@ -24,8 +28,9 @@ class Rival:
     """Another mixer.
 
     Attributes:
-        label: Its name in tables.
-        kernels: A regular expression that one of its kernels must match, as proof that it was measured.
+        label: Its name in tables, where `{window}` stands for the width of a window.
+        kernels: On a GPU, a regular expression that one of its kernels must match, as proof that it was
+            measured.
         cost: How its products are counted: `"exact"`, `"window"`, or `"state"` for those of a state.
         products: Products with its `[K, V]` state per token, if it has one.
         is_token_first: Whether it takes `[B, T, H, D]` rather than `[B, H, T, D]`.
@@ -35,7 +40,7 @@ class Rival:
     """
 
     label: str
-    kernels: str
+    kernels: str = ""
     cost: str
     products: int = 0
     is_token_first: bool = False
@@ -43,27 +48,33 @@ class Rival:
     decode: Callable[[Steps, float], Callable[[], Tensor]] | None = None
 
 
-def _pinned(backend: SDPBackend) -> Callable[[float, int], Read]:
-    def make(scale: float, window: int) -> Read:
-        def read(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            with sdpa_kernel(backend):
+def _exact(label: str, backend: SDPBackend | None = None, kernels: str = "") -> Rival:
+    """PyTorch's exact attention, by one of its backends or the one that it chooses."""
+
+    def pinned() -> AbstractContextManager[None]:
+        return nullcontext() if backend is None else sdpa_kernel(backend)
+
+    def read(scale: float, window: int) -> Read:
+        def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with pinned():
                 return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
 
-        return read
+        return call
 
-    return make
-
-
-def _pinned_decode(backend: SDPBackend) -> Callable[[Steps, float], Callable[[], Tensor]]:
-    def make(steps: Steps, scale: float) -> Callable[[], Tensor]:
+    def decode(steps: Steps, scale: float) -> Callable[[], Tensor]:
         def call() -> Tensor:
             q, k, v = next(steps)
-            with sdpa_kernel(backend):
+            with pinned():
                 return scaled_dot_product_attention(q, k, v, scale=scale)
 
         return call
 
-    return make
+    return Rival(label=label, kernels=kernels, cost="exact", read=read, decode=decode)
+
+
+def _window(scale: float, window: int) -> Read:
+    # It takes queries that are already scaled.
+    return lambda q, k, v: windowed_read(q * scale, k, v, None, window=window)
 
 
 def _flex_window(scale: float, window: int) -> Read:
@@ -146,20 +157,14 @@ def _last(steps: Steps) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return q, k, v, state
 
 
-def _sdpa(label: str, backend: SDPBackend, kernels: str) -> Rival:
-    return Rival(
-        label=f"exact, {label}",
-        kernels=kernels,
-        cost="exact",
-        read=_pinned(backend),
-        decode=_pinned_decode(backend),
-    )
-
+_SDPA = _exact("exact (SDPA)")
 
 RIVALS = {
-    "sdpa_flash": _sdpa("flash", SDPBackend.FLASH_ATTENTION, r"flash"),
-    "sdpa_cudnn": _sdpa("cuDNN", SDPBackend.CUDNN_ATTENTION, r"cudnn"),
-    "sdpa_efficient": _sdpa("efficient", SDPBackend.EFFICIENT_ATTENTION, r"fmha|efficient"),
+    "sdpa": _SDPA,
+    "window": Rival(label="window of {window}", cost="window", read=_window, decode=_SDPA.decode),
+    "sdpa_flash": _exact("exact, flash", SDPBackend.FLASH_ATTENTION, r"flash"),
+    "sdpa_cudnn": _exact("exact, cuDNN", SDPBackend.CUDNN_ATTENTION, r"cudnn"),
+    "sdpa_efficient": _exact("exact, efficient", SDPBackend.EFFICIENT_ATTENTION, r"fmha|efficient"),
     "flex_window": Rival(
         label="window, FlexAttention", kernels=r"flex_attention|triton_tem", cost="window", read=_flex_window
     ),
@@ -182,3 +187,7 @@ RIVALS = {
         decode=_mamba2_decode,
     ),
 }
+"""Each by its name, which is `mixer` in rows."""
+
+ON_CPU = ("sdpa", "window")
+"""Those that are measured on a CPU; on a GPU it is all others."""

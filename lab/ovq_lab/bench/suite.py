@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 
-from ovq.ops import backend_used, cpu_kernels
-from ovq_lab.bench import gpu, gpu_suite
-from ovq_lab.bench.measure import interleaved, matrix_rate, peak_bytes, timed_rows
-from ovq_lab.bench.rivals import RIVALS
+from ovq.ops import backend_used
+from ovq.runtime.progress import WorkReporter
+from ovq_lab.bench import gpu
+from ovq_lab.bench.measure import (
+    Piece,
+    as_report,
+    do_pieces,
+    interleaved,
+    matrix_rate,
+    peak_bytes,
+    timed_rows,
+)
+from ovq_lab.bench.rivals import ON_CPU, RIVALS
 from ovq_lab.bench.workloads import Shape, Workload, contenders
-from ovq_lab.runtime.environment import environment
 
 PARTS = ("forward", "forward_backward", "decode", "memory", "stream")
 STREAM_TOKENS = 1 << 20
@@ -35,9 +45,8 @@ class Suite:
         head_dim: K = V.
         device: `"cpu"` or `"cuda"`.
 
-    Example:
-        >>> Suite(parts=("forward",), lengths=(1024,), dtypes=("float32",), num_slots=(64,)).total
-        1
+    Raises:
+        ValueError: If a value is not one of these; names the option of the command.
     """
 
     parts: Sequence[str]
@@ -71,15 +80,8 @@ class Suite:
             if "stream" in self.parts:
                 raise ValueError("--what: expected no stream with --device cuda, found stream")
 
-    @property
-    def total(self) -> int:
-        """Number of pieces of work, for a progress bar."""
-        timed = [p for p in self.parts if p not in ("stream",)]
-        return len(timed) * len(self.dtypes) * len(self.lengths) + ("stream" in self.parts)
-
     def workloads(self, length: int, dtype: str) -> list[Workload]:
-        """Exact attention, the window (on a GPU: all rivals), and OVQ at every size and by every rule, at one
-        length."""
+        """Other mixers, and OVQ at every size and by every rule, at one length."""
         shape: Shape = {
             "length": length,
             "dtype": dtype,
@@ -87,16 +89,16 @@ class Suite:
             "num_heads": self.num_heads,
             "head_dim": self.head_dim,
         }
-        others = ("sdpa", "window") if self.device == "cpu" else RIVALS
+        others = [name for name in RIVALS if (name in ON_CPU) == (self.device == "cpu")]
         return contenders(others, shape, self.num_slots, self.merges)
 
 
-def run_suite(suite: Suite, progress: Callable[[int, str], None]) -> dict:
+def run_suite(suite: Suite, reporter: WorkReporter) -> dict[str, Any]:
     """Measure everything.
 
     Args:
         suite: What to measure.
-        progress: Called with the number of finished pieces and a note.
+        reporter: Shows the progress.
 
     Returns:
         `{"environment", "suite", "matrix_rate", "rows", "crossover"}`: the report, as JSON types. A row has
@@ -108,80 +110,62 @@ def run_suite(suite: Suite, progress: Callable[[int, str], None]) -> dict:
     rates = {
         dtype: matrix_rate(dtype, device=suite.device, num_heads=suite.num_heads) for dtype in suite.dtypes
     }
-    copy_rate = None if suite.device == "cpu" else gpu.copy_rate(suite.device)
-    rows: list[dict] = []
-    left_out: list[dict] = []
+    of_gpu: dict[str, Any] = {}
+    if suite.device != "cpu":
+        of_gpu = {"copy_rate": gpu.copy_rate(suite.device), "left_out": []}
     backends: dict[str, str | None] = {}
-    done = 0
-    for part, dtype, length in itertools.product(suite.parts, suite.dtypes, suite.lengths):
-        if part == "stream":
-            continue
-        progress(done, f"{part} {dtype} {length}")
+
+    def measure(part: str, dtype: str, length: int) -> list[dict]:
         workloads = suite.workloads(length, dtype)
-        if copy_rate is None:
-            measure = _memory_rows if part == "memory" else _timed_rows
-            rows += measure(part, workloads, suite.device, rates[dtype])
+        if of_gpu:
+            rows = gpu.measure(part, workloads, rates[dtype], **of_gpu)
+        elif part == "memory":
+            return _memory_rows(workloads)
         else:
-            found, refused = gpu_suite.measure(part, workloads, rates[dtype], copy_rate)
-            rows += [{**_row(part, row.pop("workload")), **row} for row in found]
-            left_out += refused
-        if part != "memory":
-            # Memory is measured in separate processes, and so is the stream.
-            backends[part] = backend_used()
-        done += 1
+            rows = _timed_rows(part, workloads, rates[dtype])
+        backends[part] = backend_used()
+        return rows
+
+    parts = [part for part in suite.parts if part != "stream"]
+    pieces: list[Piece] = [
+        (f"{part} {dtype} {length}", partial(measure, part, dtype, length))
+        for part, dtype, length in itertools.product(parts, suite.dtypes, suite.lengths)
+    ]
     if "stream" in suite.parts:
-        progress(done, f"stream {STREAM_TOKENS}")
-        rows.append(_stream_row(suite))
-        done += 1
-    progress(done, "done")
-    return {
-        "environment": environment(suite.device) | {"backends": backends, "cpu_kernels": cpu_kernels()},
-        "suite": dataclasses.asdict(suite),
-        "matrix_rate": rates,
-        **({} if copy_rate is None else {"copy_rate": copy_rate, "left_out": left_out}),
-        "rows": rows,
-        "crossover": crossovers(rows),
-    }
+        pieces.append((f"stream {STREAM_TOKENS}", partial(_stream_rows, suite)))
+    rows = do_pieces(pieces, reporter)
+    return as_report(
+        rows,
+        suite=dataclasses.asdict(suite),
+        matrix_rate=rates,
+        device=suite.device,
+        backends=backends,
+        crossover=crossovers(rows),
+        **of_gpu,
+    )
 
 
-def _row(what: str, workload: Workload) -> dict:
-    return {
-        "what": what,
-        "mixer": workload.mixer,
-        "label": workload.label,
-        "num_slots": workload.num_slots,
-        "merge": workload.merge if workload.mixer == "ovq" else None,
-        "length": workload.length,
-        "dtype": workload.dtype,
-    }
-
-
-def _timed_rows(part: str, workloads: list[Workload], device: str, rate: float) -> list[dict]:
+def _timed_rows(part: str, workloads: list[Workload], rate: float) -> list[dict]:
     """Times of one part at one length; mixers take turns."""
-    functions = [getattr(w, part)(device) for w in workloads]
+    functions = [getattr(w, part)("cpu") for w in workloads]
     # A merge comes once per chunk, so each turn of decode takes as many tokens as a chunk has, to include
     # one. There are few turns, because exact attention over a long cache takes long.
     rounds, run = (3, workloads[0].chunk_size) if part == "decode" else (9, 1)
-    all_times = interleaved(functions, device=device, max_rounds=rounds, run=run)
-    rows = timed_rows(part, workloads, all_times, rate)
-    return [{**_row(part, w), **row} for w, row in zip(workloads, rows, strict=True)]
+    return timed_rows(part, workloads, interleaved(functions, max_rounds=rounds, run=run), rate)
 
 
-def _memory_rows(part: str, workloads: list[Workload], device: str, rate: float) -> list[dict]:
+def _memory_rows(workloads: list[Workload]) -> list[dict]:
     """Peak bytes of a forward and backward, everything included, each in a process of its own."""
     return [
-        {
-            **_row(part, w),
-            **peak_bytes({"what": "forward_backward", "workload": dataclasses.asdict(w)}),
-        }
+        w.row("memory") | peak_bytes({"what": "forward_backward", "workload": dataclasses.asdict(w)})
         for w in workloads
     ]
 
 
-def _stream_row(suite: Suite) -> dict:
+def _stream_rows(suite: Suite) -> list[dict]:
     workload = suite.workloads(STREAM_TOKENS, "float32")[2]
     call = {"what": "stream", "workload": dataclasses.asdict(workload), "piece": STREAM_PIECE}
-    return {**_row("stream", workload), **peak_bytes(call)}
+    return [workload.row("stream") | peak_bytes(call)]
 
 
 def crossovers(rows: Sequence[dict]) -> list[dict]:

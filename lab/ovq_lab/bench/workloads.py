@@ -1,23 +1,22 @@
-"""What `ovq bench` runs: one attention read by OVQ, by PyTorch's exact attention, and over a window."""
+"""What `ovq bench` runs: one attention read by OVQ or another mixer."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, scaled_dot_product_attention
+from torch.nn.functional import normalize
 
-from ovq.layers.softmax import windowed_read
 from ovq.ops import OVQState, ovq_attention, slots_by_chunk
 from ovq.ops.options import current_merge, default_growth
 from ovq_lab.bench.rivals import RIVALS
 from ovq_lab.eval.rows import model_label
 
-MIXERS = ("ovq", "sdpa", "window", *RIVALS)
+MIXERS = ("ovq", *RIVALS)
 
 
 class Shape(TypedDict):
@@ -43,8 +42,7 @@ class Workload:
     """An attention read to be measured.
 
     Attributes:
-        mixer: `"ovq"`, `"sdpa"` (`scaled_dot_product_attention`, causal), `"window"` (sliding window) or one
-            of `rivals.RIVALS`.
+        mixer: `"ovq"` or one of `rivals.RIVALS`.
         length: Tokens T.
         dtype: Dtype of queries, keys and values: `"float32"` or `"bfloat16"`.
         num_slots: N, for OVQ.
@@ -80,9 +78,19 @@ class Workload:
         """
         if self.mixer == "ovq":
             return model_label("ovq", self.num_slots, merge=self.merge)
-        if self.mixer in RIVALS:
-            return RIVALS[self.mixer].label
-        return "exact (SDPA)" if self.mixer == "sdpa" else f"window of {self.chunk_size}"
+        return RIVALS[self.mixer].label.format(window=self.chunk_size)
+
+    def row(self, what: str) -> dict[str, Any]:
+        """The first fields of a row of the report."""
+        return {
+            "what": what,
+            "mixer": self.mixer,
+            "label": self.label,
+            "num_slots": self.num_slots,
+            "merge": self.merge if self.mixer == "ovq" else None,
+            "length": self.length,
+            "dtype": self.dtype,
+        }
 
     @property
     def options(self) -> DictionaryOptions:
@@ -104,19 +112,14 @@ class Workload:
 
     @property
     def _is_token_first(self) -> bool:
-        return self.mixer == "ovq" or (self.mixer in RIVALS and RIVALS[self.mixer].is_token_first)
+        return self.mixer == "ovq" or RIVALS[self.mixer].is_token_first
 
     def read(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """The function of q, k and v that is measured."""
         scale = self.head_dim**0.5
-        if self.mixer in RIVALS:
-            return RIVALS[self.mixer].read(scale, self.chunk_size)
         if self.mixer == "ovq":
             return lambda q, k, v: ovq_attention(q, k, v, scale=scale, **self.options)[0]
-        if self.mixer == "sdpa":
-            return lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-        # The windowed read takes queries that are already scaled.
-        return lambda q, k, v: windowed_read(q * scale, k, v, None, window=self.chunk_size)
+        return RIVALS[self.mixer].read(scale, self.chunk_size)
 
     def forward(self, device: str) -> Callable[[], object]:
         """A function that runs the forward once."""
@@ -144,50 +147,32 @@ class Workload:
         """
         if self.mixer == "ovq":
             return self._decode_ovq(device)
-        if self.mixer in RIVALS:
-            return self._decode_rival(device)
-        steps = self._window(device) if self.mixer == "window" else self._caches(device)
-
-        def call() -> object:
-            q, k, v = next(steps)
-            with torch.no_grad():
-                return scaled_dot_product_attention(q, k, v, scale=self.head_dim**0.5)
-
-        return call
-
-    def _caches(self, device: str) -> Iterator[list[Tensor]]:
-        """A query with the keys and values up to its own, for each token after the first `length`.
-
-        These are parts of a cache that has room for all, cut beforehand so that this is not measured.
-        """
-        q, *cache = dataclasses.replace(self, length=self.length + self.chunk_size).inputs(device=device)
-        places = range(self.length, self.length + self.chunk_size)
-        return itertools.cycle([[q[:, :, t : t + 1], *(x[:, :, : t + 1] for x in cache)] for t in places])
-
-    def _window(self, device: str) -> Iterator[list[Tensor]]:
-        """The last token with the keys and values of its window, again and again."""
-        kept = min(self.length, self.chunk_size)
-        q, k, v = dataclasses.replace(self, length=kept).inputs(device=device)
-        return itertools.repeat([q[:, :, -1:], k, v])
-
-    @property
-    def has_decode(self) -> bool:
-        """Whether decoding one token after a context can be measured."""
-        return self.mixer not in RIVALS or RIVALS[self.mixer].decode is not None
-
-    def _decode_rival(self, device: str) -> Callable[[], object]:
-        rival = RIVALS[self.mixer]
-        assert rival.decode is not None, "asked for where has_decode is true"
-        # The size of a state does not depend on what was read into it.
-        token = dataclasses.replace(self, length=1).inputs(device=device)
-        steps = self._caches(device) if rival.cost == "exact" else itertools.repeat(token)
-        step = rival.decode(steps, self.head_dim**0.5)
+        make = RIVALS[self.mixer].decode
+        assert make is not None, "asked for where has_decode is true"
+        step = make(self._steps(device), self.head_dim**0.5)
 
         def call() -> object:
             with torch.no_grad():
                 return step()
 
         return call
+
+    def _steps(self, device: str) -> Iterator[list[Tensor]]:
+        """A query with the keys and values that it reads, for each token after the first `length`."""
+        if self.cost == "exact":
+            q, *cache = dataclasses.replace(self, length=self.length + self.chunk_size).inputs(device=device)
+            places = range(self.length, self.length + self.chunk_size)
+            # Parts of a cache that has room for all, cut beforehand so that this is not measured.
+            return itertools.cycle([[q[:, :, t : t + 1], *(x[:, :, : t + 1] for x in cache)] for t in places])
+        # One window is as good as another, and the size of a state does not depend on what was read into it.
+        kept = min(self.length, self.chunk_size) if self.cost == "window" else 1
+        q, k, v = dataclasses.replace(self, length=kept).inputs(device=device)
+        return itertools.repeat([q[:, :, -1:] if self.cost == "window" else q, k, v])
+
+    @property
+    def has_decode(self) -> bool:
+        """Whether decoding one token after a context can be measured."""
+        return self.mixer == "ovq" or RIVALS[self.mixer].decode is not None
 
     def _decode_ovq(self, device: str) -> Callable[[], object]:
         inputs = self.inputs(device=device)
@@ -267,9 +252,7 @@ class Workload:
     @property
     def cost(self) -> str:
         """What the mixer reads: `"exact"`, `"window"`, `"slots"` or a `"state"`."""
-        if self.mixer in RIVALS:
-            return RIVALS[self.mixer].cost
-        return {"ovq": "slots", "sdpa": "exact", "window": "window"}[self.mixer]
+        return "slots" if self.mixer == "ovq" else RIVALS[self.mixer].cost
 
     def bytes(self, part: str) -> float:
         """The fewest bytes that must be read and written, whatever the implementation.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,7 @@ from ovq.cli.loading import load_tokenizer
 from ovq_lab.cli import dictionaries
 
 if TYPE_CHECKING:
+    from ovq.runtime.progress import WorkReporter
     from ovq_lab.bench.pretrained_suite import PretrainedSuite
 
 _LENGTHS = "1024, 2048, 4096, 8192, 16384, 32768, 65536"
@@ -121,12 +123,7 @@ def bench(
         suite_of_peers = _pretrained_suite(model, text, peers, at_lengths)
         from ovq_lab.bench.pretrained_suite import run_pretrained
 
-        _measure(
-            suite_of_peers.total,
-            lambda progress: run_pretrained(suite_of_peers, progress),
-            out,
-            as_json=as_json,
-        )
+        _measure(partial(run_pretrained, suite_of_peers), out, as_json=as_json)
         return
     own = {"--model": model, "--text": text, "--gguf": gguf, "--llama-cpp": llama_cpp}
     for flag, found in (own | {"--openvino": openvino, "--genai": genai}).items():
@@ -144,9 +141,7 @@ def bench(
             lengths=at_lengths,
             prompts=sorted(parse_ints(prompts, flag="--prompts")),
         )
-        _measure(
-            models_suite.total, lambda progress: run_models(models_suite, progress), out, as_json=as_json
-        )
+        _measure(partial(run_models, models_suite), out, as_json=as_json)
         return
     parts = [name for name in PARTS if device == "cpu" or name != "stream"]
     suite = Suite(
@@ -159,7 +154,7 @@ def bench(
         head_dim=head_dim,
         device=device,
     )
-    _measure(suite.total, lambda progress: run_suite(suite, progress), out, as_json=as_json)
+    _measure(partial(run_suite, suite), out, as_json=as_json)
 
 
 def _pretrained_suite(
@@ -193,9 +188,7 @@ def _pretrained_suite(
     return PretrainedSuite(model=model, tokens=ids, lengths=lengths, **given)
 
 
-def _measure(
-    total: int, run: Callable[[Callable[[int, str], None]], dict], out: Path, *, as_json: bool
-) -> None:
+def _measure(run: Callable[[WorkReporter], dict], out: Path, *, as_json: bool) -> None:
     """Run a suite, write its report and figures, and print it."""
     from ovq.runtime.files import write_atomic
     from ovq.runtime.progress import Reporter
@@ -203,8 +196,7 @@ def _measure(
 
     out.mkdir(parents=True, exist_ok=True)
     with Reporter() as reporter:
-        work = reporter.start("measuring", total=total)
-        report = run(lambda done, note: work.update(done, note=note))
+        report = run(reporter)
     write_atomic(out / "bench.json", json.dumps(report, indent=1))
     paths = save_figures(report, out)
     if as_json:

@@ -5,11 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ovq_lab.bench import gpu, gpu_suite
+from ovq_lab.bench import gpu
 from ovq_lab.bench.rivals import RIVALS
 from ovq_lab.bench.show import sentences, tables
 from ovq_lab.bench.suite import Suite, run_suite
 from ovq_lab.bench.workloads import Workload
+from tests.research.bench.common import Seen
 
 SMALL = {"length": 48, "dtype": "float32", "chunk_size": 16, "num_heads": 2, "head_dim": 16}
 
@@ -60,7 +61,7 @@ def as_if_on_a_gpu(monkeypatch):
     monkeypatch.setattr(gpu, "flushed_times", lambda functions, **_: [[2.0, 1.0, 3.0] for _ in functions])
     monkeypatch.setattr(gpu, "copy_rate", lambda device: 1e9)
     monkeypatch.setattr("ovq_lab.bench.suite.matrix_rate", lambda *_, **__: 1e9)
-    monkeypatch.setattr("ovq_lab.bench.suite.environment", lambda device: {"device": device})
+    monkeypatch.setattr("ovq_lab.bench.measure.environment", lambda device: {"device": device})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for name in ("sdpa_cudnn", "sdpa_efficient", "flex_window"):
         monkeypatch.delitem(RIVALS, name)
@@ -76,7 +77,7 @@ def test_a_report_tells_what_ran_and_what_did_not(as_if_on_a_gpu):
         device="cuda",
         **small,
     )
-    report = run_suite(suite, lambda done, note: None)
+    report = run_suite(suite, Seen())
     by_mixer = {(r["what"], r["mixer"]): r for r in report["rows"]}
     assert {mixer for _, mixer in by_mixer} == {"sdpa_flash", "ovq"}
     row = by_mixer["forward", "sdpa_flash"]
@@ -106,6 +107,6 @@ def test_out_of_memory_leaves_one_row_out(as_if_on_a_gpu, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 
     monkeypatch.setattr(Workload, "forward", exhausted)
-    rows, left_out = gpu_suite.measure("forward", [Workload(mixer="sdpa_flash", **SMALL)], 1e10, 1e9)
-    assert rows == []
+    left_out = []
+    assert gpu.measure("forward", [Workload(mixer="sdpa_flash", **SMALL)], 1e10, 1e9, left_out) == []
     assert left_out[0]["reason"] == "OutOfMemoryError: CUDA out of memory."

@@ -12,6 +12,7 @@ from ovq_lab.bench.measure import matrix_rate
 from ovq_lab.bench.model_suite import ModelSuite, run_models
 from ovq_lab.bench.models import MODELS, ModelWorkload
 from ovq_lab.bench.show import save_figures, tables
+from tests.research.bench.common import Seen
 
 
 def workload(model, length=40):
@@ -46,9 +47,8 @@ def test_a_report_is_whole_and_can_be_shown(tmp_path, monkeypatch):
     monkeypatch.setattr(model_suite, "matrix_rate", lambda dtype: 1e11)
     monkeypatch.setattr(model_suite, "peak_bytes", lambda call: {"peak_bytes": call["workload"]["length"]})
     suite = ModelSuite(models=("llama", "ovq"), sizes=("2M",), lengths=(32,), prompts=(16,))
-    seen = []
-    report = json.loads(json.dumps(run_models(suite, lambda done, note: seen.append(done))))
-    assert seen[-1] == suite.total == 3
+    report = json.loads(json.dumps(run_models(suite, seen := Seen())))
+    assert seen.done[-1] == seen.total == 3
     assert [(row["what"], row["mixer"]) for row in report["rows"]] == [
         (what, model)
         for what in ("model_training", "model_memory", "model_generate")

@@ -12,6 +12,7 @@ from ovq_lab.bench import pretrained_peer
 from ovq_lab.bench.pretrained_suite import PretrainedSuite, run_pretrained
 from ovq_lab.bench.show import save_figures, tables
 from tests.convert.common import converted
+from tests.research.bench.common import Seen
 from tests.test_cli import fail
 
 # Stands in for an interpreter: it prints what a peer prints.
@@ -109,8 +110,7 @@ def test_every_way_is_measured_at_every_length(folder, tmp_path, monkeypatch):
         openvino=tmp_path,
         genai=peer,
     )
-    seen = []
-    report = json.loads(json.dumps(run_pretrained(suite, lambda done, note: seen.append(done))))
+    report = json.loads(json.dumps(run_pretrained(suite, seen := Seen())))
     rows = report["rows"]
     assert list(dict.fromkeys((row["label"], row["mixer"]) for row in rows)) == [
         ("ovq, float32", "ovq"),
@@ -125,7 +125,7 @@ def test_every_way_is_measured_at_every_length(folder, tmp_path, monkeypatch):
         ),
         ("transformers, float32, full cache", "transformers"),
     ]
-    assert seen[-1] == suite.total == 18
+    assert seen.done[-1] == seen.total == 18
     for what, found in (("read", [1.0, 6.0]), ("write", [2.0, 7.0]), ("memory", [4, 9])):
         of = [row for row in rows if row["what"] == f"converted_{what}"]
         assert [row.get("seconds", row.get("peak_bytes")) for row in of] == found * 9
@@ -147,7 +147,7 @@ def test_a_way_that_fails_says_why(folder, tmp_path):
         llama_cpp=peer,
     )
     with pytest.raises(ValueError, match=r"llama_cpp: expected .* found exit code 3, no such module"):
-        run_pretrained(suite, lambda done, note: None)
+        run_pretrained(suite, Seen())
     with pytest.raises(ValueError, match="--text: expected at least 9 tokens, found 8"):
         PretrainedSuite(model=folder, tokens=[1] * 8, lengths=[9])
 

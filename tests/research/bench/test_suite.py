@@ -13,6 +13,7 @@ from ovq_lab.bench.measure import interleaved, peak_bytes
 from ovq_lab.bench.show import save_figures, sentences, tables
 from ovq_lab.bench.suite import Suite, run_suite
 from ovq_lab.bench.workloads import Workload
+from tests.research.bench.common import Seen
 
 SMALL = {"chunk_size": 16, "num_heads": 2, "head_dim": 8}
 
@@ -75,9 +76,8 @@ def test_peak_memory_sees_what_a_call_holds():
 def test_a_report_is_whole_and_can_be_shown(tmp_path):
     sizes = {"lengths": (32, 64), "dtypes": ("float32",), "num_slots": (4, 8), **SMALL}
     suite = Suite(parts=("forward", "decode"), merges=("existing", "nearest"), **sizes)
-    seen = []
-    report = run_suite(suite, lambda done, note: seen.append(done))
-    assert seen[-1] == suite.total == 4
+    report = run_suite(suite, seen := Seen())
+    assert seen.done[-1] == seen.total == 4
     assert len(report["rows"]) == 2 * 2 * 6
     rules = {row["label"]: row["merge"] for row in report["rows"]}
     assert rules.pop("exact (SDPA)") is rules.pop("window of 16") is None

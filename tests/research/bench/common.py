@@ -1,0 +1,12 @@
+"""What the tests of the measurements share."""
+
+
+class Seen:
+    """A reporter that remembers how far its work has come."""
+
+    def start(self, label, *, total):
+        self.total, self.done = total, []
+        return self
+
+    def update(self, done, *, note=""):
+        self.done.append(done)
