@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from ovq.hf import OVQForCausalLM
 from ovq.runtime.progress import AnyWork, WorkReporter
 from ovq_lab.eval.dictionaries import Dictionary, dictionaries_to_test, each_dictionary
-from ovq_lab.eval.models import long_range_mixer
+from ovq_lab.eval.models import row_fields
 from ovq_lab.eval.rows import ResultRow
 from ovq_lab.tasks import IGNORE_INDEX, Task, TaskBatch
 
@@ -38,10 +37,8 @@ def evaluate(
         model: Tested on the device and in the dtype that it has; its dictionary is restored afterwards.
         task: The kind of data; its own length is ignored.
         lengths: Tokens per example, one test for each.
-        num_slots: Sizes of the dictionary to test; if empty, the one that the model has.
-        merges: Merge rules to test, as `OVQConfig.merge` names them; if empty, the one
-            that the model has. The model's own rule keeps its growth, the others have the growth that they
-            are meant for.
+        num_slots: Sizes of the dictionary to test, see `dictionaries_to_test`.
+        merges: Merge rules to test, likewise.
         num_examples: Examples per length: one number for all lengths, or one for each.
         seed: Seed of the test data.
         reporter: Shows the progress.
@@ -94,55 +91,38 @@ def _evaluate_at(
 ) -> ResultRow:
     """One row: all test examples of one length, with the current dictionary."""
     batch_size = max(1, TOKENS_PER_BATCH // task.length)
-    tally = _Tally()
+    # Of each batch, what is known of each asked token.
+    right, errors, slices = [], [], []
     for first in range(0, num_examples, batch_size):
         indices = range(first, min(first + batch_size, num_examples))
-        tally.add(model, task, task.build(seed, indices=indices, split="test"))
-        accuracy = tally.right / tally.asked
-        note = f"{dictionary.note}length {task.length}, accuracy {accuracy:.3f}"
+        batch = task.build(seed, indices=indices, split="test")
+        is_asked = batch.labels != IGNORE_INDEX
+        answers, labels = answers_of(model, batch), batch.labels[is_asked]
+        right.append(answers == labels)
+        if task.error_name is not None:
+            errors.append(task.errors(answers, labels))
+        slices.append({name: mask[is_asked] for name, mask in batch.slices.items()})
+        note = f"{dictionary.note}length {task.length}, accuracy {np.concatenate(right).mean():.3f}"
         work.update(done + indices[-1] + 1, note=note)
-    asked_slices = {name: asked for name, asked in tally.asked_by_slice.items() if asked}
-    has_errors = task.error_name is not None
+    masks = {name: np.concatenate([each[name] for each in slices]) for name in slices[0]}
+    accuracy, by_slice = _means(right, masks)
+    mean_error, slice_errors = _means(errors, masks) if errors else (None, {})
     return ResultRow(
-        mixer=long_range_mixer(model.config),
-        num_slots=dictionary.num_slots,
-        merge=dictionary.merge,
-        logn_length=model.config.logn_length,
-        length=task.length,
-        accuracy=tally.right / tally.asked,
-        state_bytes=model.state_bytes(task.length),
-        num_questions=tally.asked,
-        slices={name: tally.right_by_slice[name] / asked for name, asked in asked_slices.items()},
-        mean_error=tally.error / tally.asked if has_errors else None,
-        slice_errors={name: tally.error_by_slice[name] / asked for name, asked in asked_slices.items()}
-        if has_errors
-        else {},
+        **row_fields(model, dictionary, task.length),
+        accuracy=accuracy,
+        num_questions=sum(map(len, right)),
+        slices=by_slice,
+        mean_error=mean_error,
+        slice_errors=slice_errors,
     )
 
 
-class _Tally:
-    """Asked tokens, right answers and errors, in total and by slice, summed over batches."""
-
-    def __init__(self) -> None:
-        self.asked, self.right, self.error = 0, 0, 0.0
-        self.asked_by_slice: Counter[str] = Counter()
-        self.right_by_slice: Counter[str] = Counter()
-        self.error_by_slice: defaultdict[str, float] = defaultdict(float)
-
-    def add(self, model: OVQForCausalLM, task: Task, batch: TaskBatch) -> None:
-        """Answer the questions of a batch, and count."""
-        is_asked = batch.labels != IGNORE_INDEX
-        answers, labels = answers_of(model, batch), batch.labels[is_asked]
-        is_right = answers == labels
-        errors = np.zeros(len(labels)) if task.error_name is None else task.errors(answers, labels)
-        self.asked += len(labels)
-        self.right += int(is_right.sum())
-        self.error += float(errors.sum())
-        for name, mask in batch.slices.items():
-            in_slice = mask[is_asked]
-            self.asked_by_slice[name] += int(in_slice.sum())
-            self.right_by_slice[name] += int(is_right[in_slice].sum())
-            self.error_by_slice[name] += float(errors[in_slice].sum())
+def _means(batches: Sequence[np.ndarray], masks: dict[str, np.ndarray]) -> tuple[float, dict[str, float]]:
+    """The mean over all asked tokens, and over those of each slice that has some."""
+    values = np.concatenate(batches)
+    return float(values.mean()), {
+        name: float(values[mask].mean()) for name, mask in masks.items() if mask.any()
+    }
 
 
 def answers_of(model: OVQForCausalLM, batch: TaskBatch) -> np.ndarray:

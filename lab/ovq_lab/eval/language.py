@@ -20,30 +20,24 @@ from ovq_lab.eval.dictionaries import dictionaries_to_test, each_dictionary
 from ovq_lab.eval.models import (
     check_logits,
     chunk_size_of,
-    logn_length_of,
     long_range_mixer,
-    state_bytes,
+    row_fields,
 )
 from ovq_lab.eval.reading import PIECE_SIZE, token_losses
-from ovq_lab.eval.rows import model_label
+from ovq_lab.eval.rows import NamedRow, model_label
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LanguageRow:
+class LanguageRow(NamedRow):
     """The loss of one model on windows of one length.
 
     A position is that of the last token read: the loss at p is the loss on token p + 1.
 
     Attributes:
-        name: The model's name; empty if its mixer is name enough.
-        mixer: The long-range mixer, as `mixer_types` names it; `"converted"` or `"pretrained"`.
-        num_slots: Slots of its dictionary during the test; `None` if it has none.
-        length: Tokens per window.
         num_windows: Windows, the same for all models that are given the same documents.
         loss: Mean over all positions of all windows, in nats per token.
         bits_per_byte: The loss in bits per byte of text; `None` where the bytes are not known.
         tokens_per_second: Tokens read per second of wall-clock time, computing the losses included.
-        state_bytes: Bytes that the model carries from token to token for one sequence of this length.
         block_size: Positions per block.
         window_losses: For each window, the mean loss of each block of positions, first block first.
         chunk_size: Tokens per chunk of the OVQ layers, C; that of the config for models without them.
@@ -51,35 +45,18 @@ class LanguageRow:
         sawtooth: Mean loss in the second half of a chunk minus that in the first half; 0 if the ends of
             chunks have no effect. `None` without whole chunks, or with chunks of one token.
         sawtooth_error: Standard error of `sawtooth` over chunks; `None` for fewer than two of them.
-        merge: The rule that kept the dictionary during the test, as `OVQConfig.merge` names it; `None` if
-            there is none.
-        logn_length: Tokens beyond which logits were scaled, as `OVQConfig.logn_length`; `None` for nowhere.
     """
 
-    name: str = ""
-    mixer: str
-    num_slots: int | None
-    length: int
     num_windows: int
     loss: float
     bits_per_byte: float | None
     tokens_per_second: float
-    state_bytes: int
     block_size: int
     window_losses: tuple[tuple[float, ...], ...]
     chunk_size: int
     phase_losses: tuple[float, ...]
     sawtooth: float | None
     sawtooth_error: float | None
-    merge: str | None = None
-    logn_length: int | None = None
-
-    @property
-    def label(self) -> str:
-        """The model's display name."""
-        return model_label(
-            self.mixer, self.num_slots, self.name, merge=self.merge, logn_length=self.logn_length
-        )
 
     @property
     def block_losses(self) -> tuple[float, ...]:
@@ -148,10 +125,8 @@ def evaluate_language(
             and in the dtype that it has; its dictionary is restored afterwards.
         documents: `[T]` token ids of each.
         lengths: Tokens per window, one test for each.
-        num_slots: Sizes of the dictionary to test; if empty, the one that the model has. A model without OVQ
-            layers is tested once.
-        merges: Merge rules to test, as `OVQConfig.merge` names them; if empty, the one
-            that the model has.
+        num_slots: Sizes of the dictionary to test, see `dictionaries_to_test`.
+        merges: Merge rules to test, likewise.
         num_windows: The most windows per length.
         block_size: Positions per block.
         piece_size: Tokens read at a time, which limits the memory needed.
@@ -178,8 +153,8 @@ def evaluate_language(
     }
     tested = dictionaries_to_test(model.config, num_slots=num_slots, merges=merges)
     total = len(tested) * sum(length * len(windows) for length, windows in by_length.items())
-    mixer = long_range_mixer(model.config)
-    work, done = reporter.start(f"read {model_label(mixer, None, name)}", total=total), 0
+    label = model_label(long_range_mixer(model.config), None, name)
+    work, done = reporter.start(f"read {label}", total=total), 0
     rows: list[LanguageRow] = []
     for dictionary in each_dictionary(model, tested):
         check_logits(model)
@@ -199,12 +174,7 @@ def evaluate_language(
             rows.append(
                 LanguageRow(
                     name=name,
-                    mixer=mixer,
-                    num_slots=dictionary.num_slots,
-                    merge=dictionary.merge,
-                    logn_length=logn_length_of(model),
-                    length=length,
-                    state_bytes=state_bytes(model, length),
+                    **row_fields(model, dictionary, length),
                     tokens_per_second=(length - 1) * len(losses) / seconds,
                     **_summary(losses, num_bytes, block_size, chunk_size_of(model)),
                 )

@@ -12,6 +12,7 @@ from ovq.convert import ConvertedMixin
 from ovq.convert.config import CONFIG_KEY
 from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.hf.cache import CACHE_KEY, StateCache
+from ovq_lab.eval.dictionaries import Dictionary
 
 CONVERTED = "converted"
 """What stands in the place of a mixer for a model that `ovq convert` has written."""
@@ -78,9 +79,16 @@ def state_bytes(model: PreTrainedModel, num_tokens: int) -> int:
     return total
 
 
-def logn_length_of(model: PreTrainedModel) -> int | None:
-    """Tokens beyond which the logits of a model are scaled; `None` for nowhere, and other kinds of models."""
-    return model.config.logn_length if isinstance(model.config, OVQConfig) else None
+def row_fields(model: PreTrainedModel, dictionary: Dictionary, length: int) -> dict[str, Any]:
+    """The fields of a `ModelRow` for a model that has this dictionary."""
+    return {
+        "mixer": long_range_mixer(model.config),
+        "num_slots": dictionary.num_slots,
+        "merge": dictionary.merge,
+        "logn_length": model.config.logn_length if isinstance(model.config, OVQConfig) else None,
+        "length": length,
+        "state_bytes": state_bytes(model, length),
+    }
 
 
 def chunk_size_of(model: PreTrainedModel) -> int:

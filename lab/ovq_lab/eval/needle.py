@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 from ovq.hf.cache import CACHE_KEY
 from ovq.runtime.progress import WorkReporter
 from ovq_lab.eval.dictionaries import dictionaries_to_test, each_dictionary
-from ovq_lab.eval.models import branch, check_logits, logn_length_of, long_range_mixer, new_cache, state_bytes
+from ovq_lab.eval.models import branch, check_logits, long_range_mixer, new_cache, row_fields
 from ovq_lab.eval.reading import PIECE_SIZE, read_pieces, target_losses
-from ovq_lab.eval.rows import model_label
+from ovq_lab.eval.rows import NamedRow, model_label
 from ovq_lab.text.haystack import Needle, NeedleBuilder
 
 _EXTRA_TOKENS = 16
@@ -28,16 +28,12 @@ _EXTRA_TOKENS = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NeedleRow:
-    """The scores of one model at one length and depth.
+class NeedleRow(NamedRow):
+    """The scores of one model at one length, the most tokens of prompt and answer together, and depth.
 
     Attributes:
-        name: The model's name; empty if its mixer is name enough.
-        mixer: The long-range mixer, as `mixer_types` names it; `"converted"` or `"pretrained"`.
-        num_slots: Slots of its dictionary during the test; `None` if it has none.
         haystack: Kind of text, `"noise"` or `"essay"`.
         value: Kind of value, `"word"`, `"number"` or `"uuid"`.
-        length: Largest number of tokens of prompt and answer together.
         depth: Where the needle was, from 0 (the beginning) to 1 (right before the question).
         num_examples: Questions.
         num_distractors: Other values beside the right one.
@@ -45,34 +41,16 @@ class NeedleRow:
         token_accuracy: Share of the values' tokens that the model ranks first, given those before them.
         choice: Share of questions whose value is more likely than each of the distractors; `1 / (1 +
             num_distractors)` by guessing.
-        state_bytes: Bytes that the model carries from token to token for one sequence of this length.
-        merge: The rule that kept the dictionary during the test, as `OVQConfig.merge` names it; `None` if
-            there is none.
-        logn_length: Tokens beyond which logits were scaled, as `OVQConfig.logn_length`; `None` for nowhere.
     """
 
-    name: str = ""
-    mixer: str
-    num_slots: int | None
     haystack: str
     value: str
-    length: int
     depth: float
     num_examples: int
     num_distractors: int
     generated: float
     token_accuracy: float
     choice: float
-    state_bytes: int
-    merge: str | None = None
-    logn_length: int | None = None
-
-    @property
-    def label(self) -> str:
-        """The model's display name."""
-        return model_label(
-            self.mixer, self.num_slots, self.name, merge=self.merge, logn_length=self.logn_length
-        )
 
 
 class Score(NamedTuple):
@@ -105,10 +83,8 @@ def evaluate_needle(
         builder: Builds the questions, with the model's tokenizer.
         lengths: Largest numbers of tokens of prompt and answer together, one test for each.
         depths: Where the needle is, from 0 to 1.
-        num_slots: Sizes of the dictionary to test; if empty, the one that the model has. A model without OVQ
-            layers is tested once.
-        merges: Merge rules to test, as `OVQConfig.merge` names them; if empty, the one
-            that the model has.
+        num_slots: Sizes of the dictionary to test, see `dictionaries_to_test`.
+        merges: Merge rules to test, likewise.
         num_examples: Questions per length and depth; they are the same at every length and depth.
         seed: Seed of the questions.
         piece_size: Tokens read at a time, which limits the memory needed.
@@ -131,10 +107,10 @@ def evaluate_needle(
     for index in range(num_examples):
         for depth in {min(depths), max(depths)}:
             builder.build(min(lengths), depth=depth, seed=seed, index=index)
-    mixer = long_range_mixer(model.config)
     tested = dictionaries_to_test(model.config, num_slots=num_slots, merges=merges)
     total = len(tested) * sum(lengths) * len(depths) * num_examples
-    work, done = reporter.start(f"needles {model_label(mixer, None, name)}", total=total), 0
+    label = model_label(long_range_mixer(model.config), None, name)
+    work, done = reporter.start(f"needles {label}", total=total), 0
     rows = []
     for dictionary in each_dictionary(model, tested):
         check_logits(model)
@@ -148,20 +124,15 @@ def evaluate_needle(
             rows.append(
                 NeedleRow(
                     name=name,
-                    mixer=mixer,
-                    num_slots=dictionary.num_slots,
-                    merge=dictionary.merge,
-                    logn_length=logn_length_of(model),
+                    **row_fields(model, dictionary, length),
                     haystack=builder.haystack,
                     value=builder.value,
-                    length=length,
                     depth=depth,
                     num_examples=num_examples,
                     num_distractors=builder.num_distractors,
                     generated=fmean(score.is_generated for score in scores),
                     token_accuracy=fmean(score.token_accuracy for score in scores),
                     choice=fmean(score.is_chosen for score in scores),
-                    state_bytes=state_bytes(model, length),
                 )
             )
     return rows

@@ -31,19 +31,15 @@ LOGN = "log-n"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ResultRow:
-    """The accuracy of one model at one length.
+class ModelRow:
+    """What any result of a model is about.
 
     Attributes:
-        mixer: The long-range mixer, as `mixer_types` names it.
+        mixer: The long-range mixer, as `mixer_types` names it; `"converted"` or `"pretrained"` for models of
+            other libraries.
         num_slots: Slots of its dictionary during the test; `None` if it has none.
         length: Tokens per example.
-        accuracy: Share of the asked tokens that were answered right.
         state_bytes: Bytes that the model carries from token to token for one sequence of this length.
-        num_questions: Asked tokens.
-        slices: Accuracy on the slices of the task, by name.
-        mean_error: Mean error, for tasks that have one (`Task.error_name`); `None` for others.
-        slice_errors: Mean error on each slice, by name; empty for others.
         merge: The rule that kept the dictionary during the test, as `OVQConfig.merge` names it; `None` if
             there is none, and in files written before rows had this field.
         logn_length: Tokens beyond which logits were scaled, as `OVQConfig.logn_length`; `None` for nowhere.
@@ -52,29 +48,56 @@ class ResultRow:
     mixer: str
     num_slots: int | None
     length: int
-    accuracy: float
     state_bytes: int
-    num_questions: int
-    slices: dict[str, float]
-    mean_error: float | None = None
-    slice_errors: dict[str, float] = dataclasses.field(default_factory=dict)
     merge: str | None = None
     logn_length: int | None = None
 
     @property
     def label(self) -> str:
-        """The model's display name.
-
-        Example:
-            >>> fields = dict(length=256, accuracy=1.0, state_bytes=0, num_questions=1, slices={})
-            >>> ResultRow(mixer="ovq", num_slots=64, **fields).label
-            'OVQ, 64 slots'
-            >>> ResultRow(mixer="ovq", num_slots=64, merge="nearest", **fields).label
-            'OVQ, nearest, 64 slots'
-            >>> ResultRow(mixer="sliding_attention", num_slots=None, **fields).label
-            'window alone'
-        """
+        """The model's display name."""
         return model_label(self.mixer, self.num_slots, merge=self.merge, logn_length=self.logn_length)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NamedRow(ModelRow):
+    """A result of one of several models that a user compares.
+
+    Attributes:
+        name: The model's name; empty if its mixer is name enough.
+    """
+
+    name: str = ""
+
+    @property
+    def label(self) -> str:
+        """The model's display name."""
+        return model_label(
+            self.mixer, self.num_slots, self.name, merge=self.merge, logn_length=self.logn_length
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ResultRow(ModelRow):
+    """The accuracy of one model at one length.
+
+    Attributes:
+        accuracy: Share of the asked tokens that were answered right.
+        num_questions: Asked tokens.
+        slices: Accuracy on the slices of the task, by name.
+        mean_error: Mean error, for tasks that have one (`Task.error_name`); `None` for others.
+        slice_errors: Mean error on each slice, by name; empty for others.
+
+    Example:
+        >>> fields = dict(length=256, accuracy=1.0, state_bytes=0, num_questions=1, slices={})
+        >>> ResultRow(mixer="ovq", num_slots=64, merge="nearest", **fields).label
+        'OVQ, nearest, 64 slots'
+    """
+
+    accuracy: float
+    num_questions: int
+    slices: dict[str, float]
+    mean_error: float | None = None
+    slice_errors: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 def model_label(
@@ -87,12 +110,7 @@ def model_label(
 ) -> str:
     """What a model is called in tables, figures and sentences.
 
-    Args:
-        mixer: The long-range mixer, as `mixer_types` names it.
-        num_slots: Slots of its dictionary; `None` if it has none.
-        name: Used instead of the name of its mixer.
-        merge: Its merge rule; `None` if it has none.
-        logn_length: Tokens beyond which its logits are scaled; `None` for nowhere.
+    The name stands in the place of its mixer's, the other arguments are fields of `ModelRow`.
 
     Example:
         >>> model_label("gated_deltanet", None), model_label("ovq", 64, "big", logn_length=256)
