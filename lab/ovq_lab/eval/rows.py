@@ -5,22 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-MIXER_NAMES = {
-    "ovq": "OVQ",
-    "full_attention": "full attention",
-    "sliding_attention": "window alone",
-    "sink_attention": "window and sinks",
-    "vq": "VQ",
-    "kvm": "KVM",
-    "raven": "Raven",
-    "linear_attention": "linear attention",
-    "gated_deltanet": "Gated DeltaNet",
-    "fox": "FoX",
-    "kda": "KDA",
-    "mesanet": "MesaNet",
-    "mamba2": "Mamba2",
-}
-"""Display names of mixers; the others are shown by their name in `mixer_types`."""
+from ovq_lab.mixers.names import MIXER_NAMES
 
 MERGE_NAMES = {"updated": "updated", "ward": "Ward", "ward-sqrt": "Ward-sqrt", "nearest": "nearest"}
 """Display names of the rules that keep a dictionary; the paper's, `"existing"`, goes without saying. Files of

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from ovq.ops.options import BEST_MERGE
-from ovq_lab.eval.rows import MERGE_NAMES, MIXER_NAMES
+from ovq_lab.eval.rows import MERGE_NAMES
 from ovq_lab.figures.plan import Figure, Line, Panel
 from ovq_lab.figures.presets import Preset
+from ovq_lab.mixers.names import MIXER_NAMES
 
 
 def _ablation(

@@ -28,7 +28,8 @@ from ovq.runtime.files import write_atomic
 from ovq.runtime.progress import Reporter
 from ovq.runtime.units import format_bytes
 from ovq_lab.eval.accuracy import evaluate
-from ovq_lab.eval.rows import MIXER_NAMES, ResultRow
+from ovq_lab.eval.rows import ResultRow
+from ovq_lab.mixers.names import MIXER_NAMES
 from ovq_lab.plots.figures import save_figures
 from ovq_lab.plots.tables import result_table
 from ovq_lab.runtime.environment import environment

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 
 from ovq.fields import did_you_mean
 from ovq.ops.options import BEST_MERGE
-from ovq_lab.eval.rows import MIXER_NAMES
 from ovq_lab.figures import ablations, rivals, scaled
 from ovq_lab.figures.evaluations import Evaluation, TaskEvaluation
 from ovq_lab.figures.fidelity import fidelity_rows
@@ -15,6 +14,7 @@ from ovq_lab.figures.kept import kept
 from ovq_lab.figures.plan import Figure, Line, Panel
 from ovq_lab.figures.presets import TOKENS_PER_SLOT, Preset
 from ovq_lab.figures.text_figures import hybrids, language, longer, needle, of_corpus, partners
+from ovq_lab.mixers.names import MIXER_NAMES
 from ovq_lab.plots.fidelity import fidelity_figure
 from ovq_lab.tasks import PositionalRecallTask, RegressionTask, Task
 

@@ -8,10 +8,10 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from ovq.ops.options import BEST_MERGE
-from ovq_lab.eval.rows import MIXER_NAMES
 from ovq_lab.figures.evaluations import Evaluation, LossEvaluation, NeedlesEvaluation
 from ovq_lab.figures.plan import Figure, Line, Panel, Variant
 from ovq_lab.figures.presets import Preset
+from ovq_lab.mixers.names import MIXER_NAMES
 from ovq_lab.train.config import RunConfig
 from ovq_lab.train.recipes import beside
 

@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from ovq.ops.options import BEST_MERGE
-from ovq_lab.eval.rows import LOGN, MIXER_NAMES
+from ovq_lab.eval.rows import LOGN
 from ovq_lab.figures.evaluations import Evaluation
 from ovq_lab.figures.plan import Figure, Line, Panel
 from ovq_lab.figures.presets import TOKENS_PER_SLOT, Preset
 from ovq_lab.figures.rivals import NEEDLE_FACTORS, needle_evaluation
+from ovq_lab.mixers.names import MIXER_NAMES
 from ovq_lab.train.config import RunConfig
 
 _FULL = MIXER_NAMES["full_attention"]

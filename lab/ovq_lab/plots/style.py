@@ -1,10 +1,8 @@
 """How lines look: one colour and one marker per mixer, the same in every figure of the project.
 
-The hues are Okabe and Ito's, which colour-blind readers can tell apart too, with a grey and a brown for the
-two windows, a magenta for KVM, an olive for Raven, a plum for KDA, a moss green for MesaNet and a crimson
-for FoX. Lines of one mixer keep its hue and differ in shade, marker and dashes. OVQ has a second blue, with
-filled markers, for dictionaries whose cheapest pairs are merged. Where all lines have the same mixer, as in
-an ablation, they have colours that belong to no mixer.
+Hues and markers are those of `ovq_lab.mixers.names`. Lines of one mixer keep its hue and differ in shade,
+marker and dashes. OVQ has a second blue, with filled markers, for dictionaries whose cheapest pairs are
+merged. Where all lines have the same mixer, as in an ablation, they have colours that belong to no mixer.
 """
 
 from __future__ import annotations
@@ -14,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ovq.ops.options import PAIR_MERGES
+from ovq_lab.mixers.names import KNOWN
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,45 +55,14 @@ class Style:
 PAIRS = "ovq, pairs"
 """The name of OVQ with a dictionary in which pairs are merged, where this module asks for a mixer."""
 
-# Light, normal and dark shade; black has no darker one.
-_SHADES = {
-    "ovq": ("#6DB6E3", "#0072B2", "#08306B"),
-    PAIRS: ("#9FA0FF", "#4B3CF0", "#35108F"),
-    "full_attention": ("#F3C35C", "#E69F00", "#8F6300"),
-    "fox": ("#EE7A90", "#D00030", "#6E0019"),
-    "sliding_attention": ("#A8A8A8", "#5F5F5F", "#3A3A3A"),
-    "sink_attention": ("#B57A52", "#6E2C00", "#3B1800"),
-    "vq": ("#6CCBAF", "#009E73", "#005C43"),
-    "kvm": ("#FFAEFF", "#FF60FF", "#A312A3"),
-    "raven": ("#CFCF95", "#B0B060", "#70702C"),
-    "linear_attention": ("#F0996B", "#D55E00", "#853B00"),
-    "gated_deltanet": ("#E3B5D0", "#CC79A7", "#8C4A70"),
-    "kda": ("#A86AA8", "#691E69", "#3A0C3A"),
-    "mesanet": ("#8DB37F", "#4B783C", "#2A4720"),
-    "mamba2": ("#8C8C8C", "#000000", "#444444"),
-}
-_MARKERS = {
-    "ovq": "o",
-    PAIRS: "*",
-    "full_attention": "s",
-    "fox": "h",
-    "sliding_attention": "^",
-    "sink_attention": "<",
-    "vq": "v",
-    "kvm": "p",
-    "raven": "H",
-    "linear_attention": ">",
-    "gated_deltanet": "P",
-    "kda": "D",
-    "mesanet": "8",
-    "mamba2": "X",
-}
+_LOOKS = {mixer: (known.marker, known.shades) for mixer, known in KNOWN.items()}
+_LOOKS[PAIRS] = ("*", ("#9FA0FF", "#4B3CF0", "#35108F"))
 _DASHES = ("--", "-", "-.")
 _OTHER_MARKERS = ("D", "h", "p", "d", "*", "8", "H")
 
 MIXER_STYLES = {
-    mixer: Style(color=shades[1], marker=_MARKERS[mixer], is_filled=mixer == PAIRS)
-    for mixer, shades in _SHADES.items()
+    mixer: Style(color=shades[1], marker=marker, is_filled=mixer == PAIRS)
+    for mixer, (marker, shades) in _LOOKS.items()
 }
 """The style of each mixer of `ovq_lab.mixers.MIXERS`, and of `PAIRS`, in figures with one line per mixer."""
 
@@ -150,8 +118,8 @@ def line_styles(models: Mapping[str, tuple[str, int | None]]) -> dict[str, Style
     mixers = {"ovq" if mixer == PAIRS else mixer for mixer, _ in models.values()}
     if len(mixers) == 1 and len(set(models.values())) < len(models):
         return _in_turn(list(models))
-    styles = _in_turn([label for label, (mixer, _) in models.items() if mixer not in _SHADES])
-    for mixer in _SHADES:
+    styles = _in_turn([label for label, (mixer, _) in models.items() if mixer not in _LOOKS])
+    for mixer in _LOOKS:
         labels = [label for label, model in models.items() if model[0] == mixer]
         labels.sort(key=lambda label: models[label][1] or 0)
         styles |= zip(labels, _variants(mixer, len(labels)), strict=True)
@@ -170,15 +138,16 @@ def _in_turn(labels: list[str]) -> dict[str, Style]:
 
 def _variants(mixer: str, count: int) -> list[Style]:
     """Styles of one hue, from light to dark."""
+    marker, shades = _LOOKS[mixer]
     # One line gets the normal shade, two get the light and the normal one.
     last = {1: 1, 2: 1}.get(count, 2)
     first = 1 if count == 1 else 0
     places = [first + round(i * (last - first) / max(1, count - 1)) for i in range(count)]
     return [
         Style(
-            color=_SHADES[mixer][shade],
+            color=shades[shade],
             # The first line in the normal shade has the mixer's own marker.
-            marker=_MARKERS[mixer]
+            marker=marker
             if shade == 1 and shade not in places[:i]
             else _OTHER_MARKERS[i % len(_OTHER_MARKERS)],
             # Where markers lie on those of other lines, dots tell two lines of one shade apart.

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ovq.fields import did_you_mean
+from ovq_lab.mixers.names import KNOWN
 from ovq_lab.tasks import MQARTask, PositionalRecallTask, RecallTask, RegressionTask, TextTask
 from ovq_lab.train.config import ModelArgs, RunConfig, TrainArgs
 
@@ -124,21 +125,9 @@ def _lm_for_gpus(
 ) -> Callable[[str], RunConfig]:
     """Language modelling on books, for GPUs: windows of subword tokens.
 
-    Args:
-        width: Width of the residual stream.
-        inner: Width of the SwiGLU.
-        num_pairs: Number of pairs of a sliding-window layer and a long-range layer.
-        steps: As in `TrainArgs`, like the three that follow.
-        micro_batches: Likewise.
-        learning_rate: Likewise.
-        batch_size: Likewise.
-        vocab_size: Byte pairs of the tokenizer.
-        length: Tokens per window of text.
-        head_dim: As in `ModelArgs`, like the three that follow.
-        num_slots: Likewise.
-        chunk_size: Likewise.
-        kvm_chunk_size: Likewise.
-        train: Fields of `TrainArgs` that the paper's sizes have otherwise.
+    There are `num_pairs` pairs of a sliding-window layer and a long-range layer, of this width, with a SwiGLU
+    of `inner`. `vocab_size` are byte pairs of the tokenizer, and `length` is that of a window of text; the
+    other arguments are fields of `ModelArgs` and `TrainArgs`.
     """
 
     def build(long_range_mixer: str) -> RunConfig:
@@ -244,31 +233,12 @@ _BUILDERS: dict[str, Callable[[str], RunConfig]] = {
     **{f"{TextTask.name}-{name}": build for name, build in _SIZES.items()},
 }
 
-_MIXERS = {
-    "ovq": "ovq",
-    "full": "full_attention",
-    "fox": "fox",
-    "sliding": "sliding_attention",
-    "sinks": "sink_attention",
-    "vq": "vq",
-    "kvm": "kvm",
-    "raven": "raven",
-    "linear": "linear_attention",
-    "gdn": "gated_deltanet",
-    "kda": "kda",
-    "mesanet": "mesanet",
-    "mamba2": "mamba2",
-}
+_MIXERS = {known.short: mixer for mixer, known in KNOWN.items()}
 """How the names of recipes abbreviate the long-range mixers."""
 
 
 def recipe_for(task: str, long_range_mixer: str) -> RunConfig:
     """The recipe of a task with any mixer in its long-range layers; nothing else differs between mixers.
-
-    Args:
-        task: A name in `ovq_lab.tasks.TASKS`; `"lm"`, or for GPUs `"lm-70m"`, `"lm-150m"` and `"lm-480m"`,
-            and `"lm-120m"` and `"lm-350m"` with the training of KVM's comparison.
-        long_range_mixer: A name in `ovq_lab.mixers.MIXERS`.
 
     Raises:
         ValueError: If there is no recipe for the task. The mixer is checked when the model is built.
@@ -285,11 +255,7 @@ def recipe_for(task: str, long_range_mixer: str) -> RunConfig:
 
 
 def beside(mixer: str, config: RunConfig) -> RunConfig:
-    """The same run with a mixer in place of its windows.
-
-    Args:
-        mixer: A name in `ovq_lab.mixers.MIXERS`, of a mixer that is good at what is near.
-        config: A run whose layers are windows and long-range mixers.
+    """The same run with a mixer that is good at what is near in place of its windows.
 
     Example:
         >>> beside("mamba2", recipe_for("lm", "ovq")).model.mixer_types
