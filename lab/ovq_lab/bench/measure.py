@@ -158,7 +158,7 @@ def timed_rows(
     matrix_rate: float,
     copy_rate: float | None = None,
 ) -> list[dict[str, Any]]:
-    """What the seconds of calls say of some workloads; speeds are relative to the fastest exact attention.
+    """What the seconds of each call say of each workload; speeds are relative to the fastest exact attention.
 
     Args:
         part: `"forward"`, `"forward_backward"` or `"decode"`.

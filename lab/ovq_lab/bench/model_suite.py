@@ -65,15 +65,7 @@ class ModelSuite:
 
 
 def run_models(suite: ModelSuite, reporter: WorkReporter) -> dict[str, Any]:
-    """Measure everything.
-
-    Args:
-        suite: what to measure.
-        reporter: shows the progress.
-
-    Returns:
-        A report in the form of `ovq_lab.bench.suite.run_suite`. Rows also have `size` and `parameters`.
-    """
+    """Measure everything; the report is like that of `run_suite`, with `size` and `parameters` in rows."""
     rate = matrix_rate("float32")
     pieces: list[Piece] = []
     for size in suite.sizes:

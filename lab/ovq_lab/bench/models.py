@@ -38,7 +38,6 @@ class ModelWorkload:
             and this mixer in turn (`"full_attention"`: in every layer).
         size: one of `SIZES`.
         length: tokens of a training step, or of the prompt.
-        num_threads: threads to compute with.
 
     Example:
         >>> ModelWorkload(model="ovq", size="2M", length=64, num_threads=1).label

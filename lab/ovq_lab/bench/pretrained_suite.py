@@ -84,10 +84,6 @@ class PretrainedSuite:
 def run_pretrained(suite: PretrainedSuite, reporter: WorkReporter) -> dict[str, Any]:
     """Measure each way in a process of its own, one after the other.
 
-    Args:
-        suite: what to measure.
-        reporter: shows the progress.
-
     Raises:
         ValueError: a way that fails; says what it wrote last.
     """

@@ -96,10 +96,6 @@ class Suite:
 def run_suite(suite: Suite, reporter: WorkReporter) -> dict[str, Any]:
     """Measure everything.
 
-    Args:
-        suite: What to measure.
-        reporter: Shows the progress.
-
     Returns:
         `{"environment", "suite", "matrix_rate", "rows", "crossover"}`: the report, as JSON types. A row has
         `what`, `mixer`, `label`, `num_slots`, `merge`, `length`, `dtype` and, depending on what was measured,

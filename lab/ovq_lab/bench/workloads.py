@@ -106,13 +106,10 @@ class Workload:
         for is_value in (False, False, True):
             x = torch.randn(shape, generator=generator)
             x = (x if is_value else normalize(x, dim=-1)).to(device, getattr(torch, self.dtype))
-            x = x if self._is_token_first else x.transpose(1, 2).contiguous()
+            is_token_first = self.mixer == "ovq" or RIVALS[self.mixer].is_token_first
+            x = x if is_token_first else x.transpose(1, 2).contiguous()
             tensors.append(x.requires_grad_(requires_grad))
         return tensors
-
-    @property
-    def _is_token_first(self) -> bool:
-        return self.mixer == "ovq" or RIVALS[self.mixer].is_token_first
 
     def read(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """The function of q, k and v that is measured."""
@@ -222,27 +219,20 @@ class Workload:
             >>> w.flops() == 2 * 1024 * 512 * 128
             True
         """
-        both = 2 * self.head_dim
-        seen: float
-        per_token: float
+        per_key, routing = 2 * self.head_dim, 0.0
         if self.cost == "state":
             # Products with a [K, V] state as the recurrence needs them; in chunks there are more.
-            per_token = (2 if backward else 1) * RIVALS[self.mixer].products * self.head_dim**2
-            return 2 * self.num_heads * self.length * per_token
-        if self.cost == "exact":
-            seen = self.length / 2
+            read: float = RIVALS[self.mixer].products * self.head_dim**2
+        elif self.cost == "exact":
+            read = self.length / 2 * per_key
         elif self.cost == "window":
-            seen = min(self.chunk_size, self.length / 2)
+            read = min(self.chunk_size, self.length / 2) * per_key
         else:
             sizes = self._sizes(-(-self.length // self.chunk_size) - 1)
-            seen = sum(sizes) / len(sizes)
-        if self.cost == "slots":
-            routing = 0.0 if backward else seen * self.head_dim
-            seen += min(self.chunk_size, self.length) / 2
-        else:
-            routing = 0.0
-        per_token = (2 if backward else 1) * seen * both + routing
-        return 2 * self.num_heads * self.length * per_token
+            num_slots = sum(sizes) / len(sizes)
+            read = (num_slots + min(self.chunk_size, self.length) / 2) * per_key
+            routing = 0.0 if backward else num_slots * self.head_dim
+        return 2 * self.num_heads * self.length * ((2 if backward else 1) * read + routing)
 
     def _sizes(self, num_chunks: int) -> list[int]:
         """Slots of OVQ before each of so many chunks, and after the last."""
