@@ -22,14 +22,8 @@ def _ablation(
 ) -> Figure:
     """OVQ on basic recall with fields of the model changed, evaluated with two sizes of the dictionary.
 
-    Args:
-        preset: The sizes.
-        name: That of the figure.
-        title: That of the figure.
-        variants: What is changed in each, by its label; `mixer` stands for the long-range mixer.
-        note: What a reader has to know beside the title.
-        rules: The rule that keeps the dictionary while a variant is evaluated, by the variant's label; that
-            of its training if not given.
+    `variants` say by a label what is changed, where `mixer` stands for the long-range mixer, and `rules` by
+    the same label which rule keeps the dictionary in the evaluation, if not that of training.
     """
     usual = preset.config("recall")
     tasks = [preset.task("recall").at_length(length) for length in preset.near_lengths("recall")]

@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -51,7 +51,7 @@ _TEST_TOKENS_PER_LENGTH = 65536
 def run_demo(
     out: Path, *, seed: int = 0, is_quick: bool = False, console: Console | None = None
 ) -> dict[str, Any]:
-    """Train, test, draw, and report the result.
+    """Train, test, draw, and report the result; returns the content of `results.json`.
 
     Args:
         out: Folder for `results.json`, `accuracy.png`, `state.png` and the OVQ model (`ovq/`); created if
@@ -60,12 +60,6 @@ def run_demo(
         is_quick: Cut training and tests down to seconds. The models then learn nothing, and the conclusion
             says so.
         console: Where to print the results; standard output if None.
-
-    Returns:
-        The content of `results.json`.
-
-    Raises:
-        OSError: If the folder cannot be written.
     """
     console = console or Console()
     out.mkdir(parents=True, exist_ok=True)
@@ -74,16 +68,16 @@ def run_demo(
     # In `out`, so that a folder that cannot be written is noticed before minutes of work, and the model can
     # be moved by a rename.
     with tempfile.TemporaryDirectory(dir=out, prefix=".runs-") as runs, Reporter() as reporter:
-        jobs = [
-            _Job(config=config, folder=Path(runs) / config.mixer, is_quick=is_quick) for config in configs
-        ]
+        jobs = [_Job(config, Path(runs) / config.mixer, is_quick) for config in configs]
         outcomes = run_jobs(_train_and_test, jobs, reporter=reporter)
-        _replace_folder(Path(runs) / "ovq", out / "ovq")
-    rows = [row for outcome in outcomes for row in outcome.rows]
+        if (out / "ovq").exists():
+            shutil.rmtree(out / "ovq")
+        os.replace(Path(runs) / "ovq", out / "ovq")
+    rows = [row for of_model, _ in outcomes for row in of_model]
     seconds = {
-        f"{what} {job.config.mixer}": round(value, 1)
-        for job, outcome in zip(jobs, outcomes, strict=True)
-        for what, value in outcome.seconds.items()
+        f"{what} {config.mixer}": round(value, 1)
+        for config, (_, taken) in zip(configs, outcomes, strict=True)
+        for what, value in taken.items()
     }
     seconds["total"] = round(time.monotonic() - begun, 1)
 
@@ -112,13 +106,7 @@ def run_demo(
 
 
 def conclusion(rows: Sequence[ResultRow], *, train_length: int, is_quick: bool = False) -> str:
-    """The result in a few sentences, made from the numbers.
-
-    Args:
-        rows: Results of the three mixers; those at the longest length are used.
-        train_length: The longest length of the training.
-        is_quick: Whether training was cut short; the text then says so.
-    """
+    """The result at the longest length in a few sentences, made from the numbers."""
     longest = max(row.length for row in rows)
     rows = [row for row in rows if row.length == longest]
     papers, ours = (
@@ -152,8 +140,7 @@ def _configure(recipe: str, seed: int, *, is_quick: bool) -> RunConfig:
     return get_recipe(recipe).override(changes)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Job:
+class _Job(NamedTuple):
     """One model to train and test."""
 
     config: RunConfig
@@ -161,16 +148,12 @@ class _Job:
     is_quick: bool
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Outcome:
-    """The results of a job."""
+def _train_and_test(job: _Job, reporter: RemoteReporter) -> tuple[list[ResultRow], dict[str, float]]:
+    """Train a model, and test it at every length, and with every dictionary if it has one.
 
-    rows: list[ResultRow]
-    seconds: dict[str, float]
-
-
-def _train_and_test(job: _Job, reporter: RemoteReporter) -> _Outcome:
-    """Train a model, and test it at every length, and with every dictionary if it has one."""
+    Returns:
+        The rows, and the seconds that each took.
+    """
     config = job.config
     name = MIXER_NAMES[config.mixer]
     begun = time.monotonic()
@@ -178,24 +161,19 @@ def _train_and_test(job: _Job, reporter: RemoteReporter) -> _Outcome:
     trained = time.monotonic()
     assert isinstance(config.task, RecallTask)
     lengths = [max(config.train.lengths) * factor for factor in LENGTH_FACTORS]
+    sizes = [config.model.num_slots * factor for factor in SLOT_FACTORS]
     rows = evaluate(
         model,
         config.task,
         lengths=lengths,
-        **_dictionaries(config),
+        num_slots=sizes if config.mixer == "ovq" else (),
+        merges=MERGES if config.mixer == "ovq" else (),
         num_examples=1 if job.is_quick else [_TEST_TOKENS_PER_LENGTH // length for length in lengths],
         seed=config.train.seed,
         reporter=reporter,
         label=f"test {name}",
     )
-    return _Outcome(rows=rows, seconds={"train": trained - begun, "test": time.monotonic() - trained})
-
-
-def _dictionaries(config: RunConfig) -> dict[str, Sequence[Any]]:
-    """What `evaluate` is to try."""
-    if config.mixer != "ovq":
-        return {}
-    return {"num_slots": [config.model.num_slots * factor for factor in SLOT_FACTORS], "merges": MERGES}
+    return rows, {"train": trained - begun, "test": time.monotonic() - trained}
 
 
 def _one_answer(folder: Path, seed: int) -> str:
@@ -239,10 +217,3 @@ def _listed(parts: Sequence[str]) -> str:
 
 def _words(ids: Sequence[int]) -> str:
     return " ".join(map(str, ids))
-
-
-def _replace_folder(source: Path, target: Path) -> None:
-    """Move a folder to its place and replace an earlier one."""
-    if target.exists():
-        shutil.rmtree(target)
-    os.replace(source, target)

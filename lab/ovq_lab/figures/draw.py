@@ -27,7 +27,6 @@ class Point(NamedTuple):
     mean: float
     low: float
     high: float
-    num_seeds: int
 
 
 AXIS_NAMES = {
@@ -67,12 +66,7 @@ _Values = dict[float | str, dict[int, float]]
 
 
 def points(results: dict[str, Any], panel: dict[str, Any]) -> dict[str, list[Point]]:
-    """What a panel shows: the points of each line by its label, from left to right.
-
-    Args:
-        results: What the JSON file of a figure holds.
-        panel: One of its panels.
-    """
+    """What a panel of a figure shows: the points of each line by its label, from left to right."""
     values: dict[str, _Values] = {}
     for row in results["rows"]:
         if row["group"] != panel["group"] or panel["at_length"] not in (None, row["length"]):
@@ -94,7 +88,7 @@ def points(results: dict[str, Any], panel: dict[str, Any]) -> dict[str, list[Poi
         places = list(by_x) if panel["x"] == "slices" else sorted(by_x)
         seeds = [list(by_x[x].values()) for x in places]
         lines[label] = [
-            Point(x, sum(each) / len(each), min(each), max(each), len(each))
+            Point(x, sum(each) / len(each), min(each), max(each))
             for x, each in zip(places, seeds, strict=True)
         ]
     return lines
@@ -114,12 +108,7 @@ def _per_cent_above(base: _Values, values: _Values) -> _Values:
 
 
 def save_figure(results: dict[str, Any], path: Path) -> None:
-    """Draw the panels of a figure into a PNG file, one below the other.
-
-    Args:
-        results: What the JSON file of a figure holds.
-        path: Where to put it; its folder must exist.
-    """
+    """Draw the panels of a figure, as `load_results` reads it, into a PNG file, one below the other."""
     models = models_of(results)
     styles = _styles(models)
     canvas, places = new_panels(len(results["panels"]))
@@ -200,12 +189,8 @@ def y_name(panel: dict[str, Any]) -> str:
 
 
 def save_heat_maps(results: dict[str, Any], path: Path) -> None:
-    """Draw a map for each line into a PNG file: panels from top to bottom, places from left to right.
-
-    Args:
-        results: What the JSON file of a figure holds; its panels share their places.
-        path: Where to put it; its folder must exist.
-    """
+    """Draw a map for each line into a PNG file: panels, which share their places, from top to bottom, places
+    from left to right."""
     panels = results["panels"]
     found = [points(results, panel) for panel in panels]
     means = {
@@ -242,11 +227,7 @@ def _scale(axes: Axes, which: str, field: str, places: Sequence[float] = ()) -> 
     (axes.set_xscale if which == "x" else axes.set_yscale)("log", base=2)
     axis.set_major_locator(LogLocator(base=2, numticks=_MOST_TICKS))
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: _tick(field)(value)))
-
-
-def _tick(field: str) -> Callable[[float], str]:
-    """How a value of a field is written at an axis."""
-    if field == "state_bytes":
-        return lambda value: format_bytes(value).replace(".0 ", " ")
-    return short_number
+    is_bytes = field == "state_bytes"
+    axis.set_major_formatter(
+        FuncFormatter(lambda x, _: format_bytes(x).replace(".0 ", " ") if is_bytes else short_number(x))
+    )

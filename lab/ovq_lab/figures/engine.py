@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ovq.runtime.progress import Reporter
 from ovq_lab.figures.evaluations import Evaluation
@@ -31,7 +32,6 @@ class Workshop:
         preset: The name of the sizes in use, for the record.
         num_seeds: Repetitions of each run; their seeds are 0, 1 and so on.
         num_workers: Runs side by side; `None` for as many as there are cores to use.
-        reporter: Where to show progress.
     """
 
     out: Path
@@ -67,7 +67,7 @@ class Workshop:
 
 
 def reproduce(figure: Figure, shop: Workshop, *, lines: Sequence[str] = ()) -> dict[str, Any]:
-    """Make a figure: `rows/NAME.json` and `figures/NAME.png`.
+    """Make a figure: `rows/NAME.json`, whose content it returns, and `figures/NAME.png`.
 
     Args:
         figure: What to make.
@@ -76,20 +76,16 @@ def reproduce(figure: Figure, shop: Workshop, *, lines: Sequence[str] = ()) -> d
             others, and the settings that were chosen for a model before, are those of `rows/NAME.json`. None
             to make all lines.
 
-    Returns:
-        What `load_results` reads from the JSON file.
-
     Raises:
         ValueError: If a run cannot be trained as it is configured, the folder has results of another preset,
             or `lines` match none of the figure or leave some out that `rows/NAME.json` lacks.
-        OSError: If the folder cannot be written.
     """
     _check_preset(shop)
     path = shop.out / "rows" / f"{figure.name}.json"
     part = chosen_lines(figure, lines)
     earlier = earlier_results(path, figure, shop.seeds) if lines else None
     sweep, chosen = _sweep(figure, part, shop, known=earlier["sweep"] if earlier else ())
-    trained, measured = _trained(part, chosen, shop), _measured(part, shop)
+    rows, environments = map(operator.add, _trained(part, chosen, shop), _measured(part, shop))
     only = "".join(f" --lines {shlex.quote(pattern)}" for pattern in lines)
     results = {
         "figure": figure.name,
@@ -101,8 +97,9 @@ def reproduce(figure: Figure, shop: Workshop, *, lines: Sequence[str] = ()) -> d
         "seeds": list(shop.seeds),
         "panels": [dataclasses.asdict(panel) for panel in figure.panels],
         "sweep": sweep,
-        "rows": trained.rows + measured.rows,
-        "environments": _distinct(trained.environments + measured.environments),
+        "rows": rows,
+        # Each hardware and version once.
+        "environments": [each for i, each in enumerate(environments) if each not in environments[:i]],
     }
     if earlier:
         results = joined_results(figure, part, earlier, results)
@@ -113,17 +110,14 @@ def reproduce(figure: Figure, shop: Workshop, *, lines: Sequence[str] = ()) -> d
     return results
 
 
-class _Found(NamedTuple):
-    """Rows, and the hardware and versions that they come from."""
-
-    rows: list[dict[str, Any]]
-    environments: list[dict[str, Any]]
+_Found = tuple[list[dict[str, Any]], list[dict[str, Any]]]
+"""Rows, and the hardware and versions that they come from."""
 
 
 def _measured(figure: Figure, shop: Workshop) -> _Found:
     """The rows that a figure measures without training; missing seeds are measured now."""
     if figure.measure is None:
-        return _Found([], [])
+        return [], []
     jobs = [
         MeasureJob(
             figure=figure.name,
@@ -136,10 +130,8 @@ def _measured(figure: Figure, shop: Workshop) -> _Found:
         for seed in shop.seeds
     ]
     shop.do(jobs, f"{figure.name}: seeds")
-    records = [_written(job.record()) for job in jobs]
-    return _Found(
-        [row for record in records for row in record["rows"]], [record["environment"] for record in records]
-    )
+    records = [job.record() for job in jobs]
+    return [row for record in records for row in record["rows"]], [each["environment"] for each in records]
 
 
 def _trained(figure: Figure, chosen: dict[str, Trial], shop: Workshop) -> _Found:
@@ -157,14 +149,11 @@ def _trained(figure: Figure, chosen: dict[str, Trial], shop: Workshop) -> _Found
             jobs[run_name(config)] = dataclasses.replace(known or job, evaluations=tuple(evaluations))
     _check_data(jobs.values())
     shop.do(list(jobs.values()), f"{figure.name}: runs")
-    return _Found(
-        [row for line, job in by_line for row in _rows(line, job)],
-        [
-            _written(record)["environment"]
-            for job in jobs.values()
-            for record in (job.training_record(), *job.outcomes())
-        ],
-    )
+    records = [
+        _written(record) for job in jobs.values() for record in (job.training_record(), *job.outcomes())
+    ]
+    rows = [row for line, job in by_line for row in _rows(line, job)]
+    return rows, [record["environment"] for record in records]
 
 
 def _written(record: dict[str, Any] | None) -> dict[str, Any]:
@@ -197,13 +186,7 @@ def _check_preset(shop: Workshop) -> None:
 def _sweep(
     figure: Figure, part: Figure, shop: Workshop, *, known: Sequence[dict[str, Any]] = ()
 ) -> tuple[list[dict[str, Any]], dict[str, Trial]]:
-    """Try each model of some lines of a figure with each trial on the first seed.
-
-    Args:
-        figure: The whole figure.
-        part: The lines to make.
-        shop: Where to.
-        known: What came out before; models in it are not tried again.
+    """Try each model of a part of a figure with each trial on the first seed, but those that are `known`.
 
     Returns:
         What came out, for the record, and the trial to go on with by the name of the run as configured.
@@ -223,31 +206,25 @@ def _sweep(
     }
     swept = {name: line for name, line in swept.items() if name not in decided}
     first_seed = shop.seeds[0]
-    evaluations: dict[str, Evaluation] = {}
+    tried: dict[str, dict[Trial, RunJob]] = {}
     for name, line in swept.items():
         assert line.validation is not None, "a figure with trials has validations"
-        evaluations[name] = dataclasses.replace(line.validation, seed=_VALIDATION_SEEDS)
-    jobs = {
-        name: [
-            shop.job(
+        evaluation = dataclasses.replace(line.validation, seed=_VALIDATION_SEEDS)
+        tried[name] = {
+            trial: shop.job(
                 with_seed(with_trial(line.swept, trial), first_seed),
-                (evaluations[name],),
+                (evaluation,),
                 f"{figure.name}: {line.label}",
             )
             for trial in figure.trials_of(line)
-        ]
-        for name, line in swept.items()
-    }
-    shop.do([job for tried in jobs.values() for job in tried], f"{figure.name}: trials")
+        }
+    shop.do([job for jobs in tried.values() for job in jobs.values()], f"{figure.name}: trials")
     sweep, chosen = [], decided
     for name, line in swept.items():
-        judged_by = evaluations[name].judged_by
+        assert line.validation is not None
+        judged_by = line.validation.judged_by
         is_loss = judged_by == "loss"
-        found = {
-            trial: _written(outcome)[judged_by]
-            for trial, job in zip(figure.trials_of(line), jobs[name], strict=True)
-            for outcome in job.outcomes()
-        }
+        found = {trial: _written(*job.outcomes())[judged_by] for trial, job in tried[name].items()}
         chosen[name] = choose_trial(
             {trial: -value if is_loss else value for trial, value in found.items()}, Trial.of(line.swept)
         )
@@ -256,8 +233,8 @@ def _sweep(
                 "line": line.label,
                 "mixer": line.config.mixer,
                 "seed": first_seed,
-                "length": evaluations[name].num_tokens,
-                "num_slots": evaluations[name].num_slots,
+                "length": line.validation.num_tokens,
+                "num_slots": line.validation.num_slots,
                 "losses" if is_loss else "accuracies": {trial.label: value for trial, value in found.items()},
                 "chosen": chosen[name].label,
             }
@@ -306,15 +283,6 @@ def _rows(line: Line, job: RunJob) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def _distinct(environments: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each hardware and version that a part of the results comes from, once."""
-    found = []
-    for environment in environments:
-        if environment not in found:
-            found.append(environment)
-    return found
 
 
 def count_runs(figure: Figure, num_seeds: int) -> int:

@@ -119,23 +119,16 @@ class Evaluation(ABC):
 
     @abstractmethod
     def check(self) -> None:
-        """Check that there is enough data, as far as that can be known without a model.
-
-        Raises:
-            ValueError: If its corpus cannot be read, or too little of it is held out for tests.
-        """
+        """Raise ValueError if there is too little data, as far as that can be known without a model."""
 
     @abstractmethod
     def evaluate(self, model: OVQForCausalLM, folder: Path, reporter: WorkReporter) -> dict[str, Any]:
-        """Evaluate a model.
+        """Evaluate a model; returns the outcome, as JSON can hold it.
 
         Args:
             model: Run where it is, in its dtype.
             folder: Where it was loaded from, with its tokenizer if it reads text.
             reporter: Where to show progress, in `num_steps` steps.
-
-        Returns:
-            The outcome, as JSON can hold it.
 
         Raises:
             ValueError: If the model cannot be evaluated.

@@ -30,6 +30,9 @@ _COMPARED = (
     "sliding_attention",
 )
 
+# As it was trained, and by the best rule of ours on the same weights.
+_RULES = (("OVQ", None), ("OVQ, nearest", BEST_MERGE))
+
 _VALIDATION_FACTOR = 4
 """Trials are judged at so many times the training length: at that length itself several are perfect."""
 
@@ -78,16 +81,12 @@ def _by_both_rules(preset: Preset, name: str, tasks: Sequence[Task]) -> dict[str
     """OVQ as it was trained and by the best rule of ours, with the slots of training and with more."""
     trained = preset.configs[name].model.num_slots
     evaluations = {}
-    for rule, merge in (("OVQ", None), ("OVQ, nearest", BEST_MERGE)):
+    for rule, merge in _RULES:
         evaluations[f"{rule}, {trained} slots"] = [preset.evaluation(each, merge=merge) for each in tasks]
-    for rule, merge in (("OVQ", None), ("OVQ, nearest", BEST_MERGE)):
-        tokens = TOKENS_PER_SLOT[merge or "existing"]
-        evaluations[f"{rule}, a slot for {tokens} tokens"] = [
-            preset.evaluation(
-                each,
-                num_slots=preset.enlarged(name, each.length, merge or "existing"),
-                merge=merge,
-            )
+    for rule, merge in _RULES:
+        keeps = merge or "existing"
+        evaluations[f"{rule}, a slot for {TOKENS_PER_SLOT[keeps]} tokens"] = [
+            preset.evaluation(each, num_slots=preset.enlarged(name, each.length, keeps), merge=merge)
             for each in tasks
         ]
     return evaluations
@@ -203,7 +202,7 @@ def state_size(preset: Preset) -> Figure:
                 group=group,
                 validation=_validation(preset, "recall", "ovq"),
             )
-            for rule, merge in (("OVQ", None), ("OVQ, nearest", BEST_MERGE))
+            for rule, merge in _RULES
         ]
     return Figure(
         name="bytes",
@@ -299,14 +298,8 @@ GROUPS = {
 def get_figure(
     name: str, preset: Preset, *, dataset: str | None = None, held_out: float | None = None
 ) -> Figure:
-    """The figure of this name.
-
-    Args:
-        name: One of `FIGURES`.
-        preset: Its sizes.
-        dataset: For figures of language models, the corpus; `None` for that of the preset. A figure of a
-            chosen corpus has the corpus in its name.
-        held_out: Likewise, the share of the documents that are not trained on.
+    """The figure of this name in `FIGURES`; of language models also for a corpus and held-out share of one's
+    own, which its name then says.
 
     Raises:
         ValueError: If there is none, lists those there are; if it has no corpus to choose; or if the share is

@@ -57,7 +57,6 @@ class Job(ABC):
 
         Raises:
             ValueError: If it cannot be done as it is configured.
-            OSError: If its files cannot be written.
         """
 
 
@@ -225,7 +224,6 @@ class MeasureJob(Job):
 
         Raises:
             ValueError: If a package is missing that only this figure needs.
-            OSError: If the folder cannot be written.
         """
         self.root.mkdir(parents=True, exist_ok=True)
         work = reporter.start(self.label, total=1)

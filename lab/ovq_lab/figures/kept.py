@@ -50,21 +50,15 @@ def kept(preset: Preset) -> Figure:
     config = preset.config("recall")
     trained = config.model.num_slots
     lengths = [preset.train_length("recall") * factor for factor in _LENGTH_FACTORS]
-    lines = []
+    tasks, lines = [preset.task("recall").at_length(n) for n in lengths], []
     for merge in _RULES:
         for num_slots in (trained * factor for factor in _SLOT_FACTORS):
-            usual = [
-                preset.evaluation(preset.task("recall").at_length(n), num_slots=num_slots, merge=merge)
-                for n in lengths
+            evaluations = [
+                preset.evaluation(task, num_slots=num_slots, merge=merge, kind=KeptEvaluation)
+                for task in tasks
             ]
-            fields = [{f.name: getattr(each, f.name) for f in dataclasses.fields(each)} for each in usual]
-            lines.append(
-                Line(
-                    label=model_label("ovq", num_slots, merge=merge),
-                    config=config,
-                    evaluations=tuple(KeptEvaluation(**each) for each in fields),
-                )
-            )
+            label = model_label("ovq", num_slots, merge=merge)
+            lines.append(Line(label=label, config=config, evaluations=tuple(evaluations)))
     longest = max(lengths)
     part = f"{longest} tokens: by sixteenth of the context"
     assert NUM_PARTS == 16, "the titles of panels say so"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,17 +51,10 @@ class Summary(NamedTuple):
 
 
 def write_report(out: Path) -> Path:
-    """Write `report.html` from all rows and figures in a folder of results.
-
-    Args:
-        out: The folder; holds `rows/` and `figures/`.
-
-    Returns:
-        The path of the page.
+    """Write `report.html` from `rows/` and `figures/` of a folder of results; returns its path.
 
     Raises:
         ValueError: If there are no rows, or a file of them cannot be read.
-        OSError: If the page cannot be written.
     """
     order = list(FIGURES)
 
@@ -107,10 +100,11 @@ def _figure(results: dict[str, Any], pictures: Path) -> dict[str, Any]:
         "summary": _summary(results, results["panels"][0]),
         "tables": tables,
         "models": _model_table(results["rows"]),
-        "environments": _environments(
-            results["environments"]
-            + [each for update in results.get("updates", []) for each in update["environments"]]
-        ),
+        "environments": [
+            ", ".join(f"{name} {value}" for name, value in environment.items())
+            for part in (results, *results.get("updates", []))
+            for environment in part["environments"]
+        ],
     }
 
 
@@ -210,10 +204,6 @@ def _model_table(rows: Sequence[dict[str, Any]]) -> Table | None:
         )
         body.append([Cell(text) for text in cells])
     return Table(["run", "first line with it", "learning rate", "parameters", "seconds of training"], body)
-
-
-def _environments(environments: Iterable[dict[str, Any]]) -> list[str]:
-    return [", ".join(f"{name} {value}" for name, value in each.items()) for each in environments]
 
 
 def _cell(point: Point, field: str, best: str | None = None) -> Cell:

@@ -13,11 +13,7 @@ from ovq_lab.figures.results import load_results
 
 
 def chosen_lines(figure: Figure, patterns: Sequence[str]) -> Figure:
-    """A figure with some of its lines.
-
-    Args:
-        figure: The whole figure.
-        patterns: What their labels match, with `*` for any text; none for all lines.
+    """A figure with those of its lines whose labels match, with `*` for any text; with none, all lines.
 
     Raises:
         ValueError: If a pattern matches no line; lists the labels.
@@ -40,11 +36,6 @@ def chosen_lines(figure: Figure, patterns: Sequence[str]) -> Figure:
 def earlier_results(path: Path, figure: Figure, seeds: Sequence[int]) -> dict[str, Any]:
     """What a file of results has, of which some lines are made anew.
 
-    Args:
-        path: The file.
-        figure: What it is of.
-        seeds: The seeds of the lines made anew.
-
     Raises:
         ValueError: If there is no such file, or it is of other seeds.
     """
@@ -61,17 +52,10 @@ def earlier_results(path: Path, figure: Figure, seeds: Sequence[int]) -> dict[st
 def joined_results(
     figure: Figure, part: Figure, earlier: dict[str, Any], made: dict[str, Any]
 ) -> dict[str, Any]:
-    """The results of a figure, some lines of which have been made anew.
+    """The results of a figure, of which a part has been made anew.
 
-    Args:
-        figure: The whole figure.
-        part: What was made anew.
-        earlier: The results it was part of before.
-        made: The results of `part`.
-
-    Returns:
-        As `load_results` gives them, where `updates` records what was made anew, by which command and where,
-        and `note` names the lines that neither of them has.
+    `updates` records what was made anew, by which command and where, and `note` names the lines that neither
+    the earlier results nor those made now have.
     """
     anew = set(map(_place, part.lines))
     rows = []

@@ -26,12 +26,10 @@ class TextEvaluations:
     Attributes:
         length: Tokens a window of held-out text; documents are joined to volumes of as many bytes.
         num_windows: Windows, the same for all models.
-        num_long_windows: Windows for models of subword tokens that are trained longer.
         slot_factors: Sizes of the dictionary, in sizes of the trained one.
         needle_lengths: Tokens of texts that a needle is hidden in.
         needle_depths: Where it is hidden, from 0 to 1.
         num_needles: Needles a length and depth.
-        needle_value: Kind of the hidden value.
     """
 
     length: int
@@ -40,8 +38,6 @@ class TextEvaluations:
     needle_lengths: tuple[int, ...]
     needle_depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     num_needles: int = 5
-    needle_value: str = "number"
-    num_long_windows: int = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,11 +95,7 @@ class Preset:
         return dataclasses.replace(usual, model=dataclasses.replace(usual.model, **fields))
 
     def on_corpus(self, dataset: str | None = None, held_out: float | None = None) -> Preset:
-        """The same sizes for language models of another corpus.
-
-        Args:
-            dataset: The corpus, see `TextSource`; `None` for that of each configuration.
-            held_out: Share of its documents that are not trained on; `None` for that of each configuration.
+        """The same sizes for language models of another corpus, or with another share held out.
 
         Raises:
             ValueError: If the share is not in [0, 1).
@@ -152,13 +144,7 @@ class Preset:
         return sorted({*self.near_lengths(task), *self.far_lengths.get(task, ())})
 
     def enlarged(self, task: str, length: int, merge: str = "existing") -> int:
-        """Slots that are a fixed share of the length, but never fewer than in training.
-
-        Args:
-            task: What `configs` calls the task.
-            length: Tokens.
-            merge: The rule that keeps the slots.
-        """
+        """Slots that are a fixed share of the length by a rule, but never fewer than in training."""
         return max(self.configs[task].model.num_slots, int(length / TOKENS_PER_SLOT[merge]))
 
     def evaluation(
@@ -167,23 +153,11 @@ class Preset:
         *,
         num_slots: int | None = None,
         merge: str | None = None,
-        logn_length: int | None = None,
+        kind: type[TaskEvaluation] = TaskEvaluation,
     ) -> TaskEvaluation:
-        """An evaluation on examples of a task, as many as `evaluation_tokens` allow.
-
-        Args:
-            task: The task at the length to evaluate at.
-            num_slots: Slots while evaluating; `None` for as many as in training.
-            merge: The rule that keeps them meanwhile; `None` for that of training.
-            logn_length: Tokens beyond which logits are scaled meanwhile; `None` for nowhere.
-        """
-        return TaskEvaluation(
-            task=task,
-            num_examples=max(1, self.evaluation_tokens // task.length),
-            num_slots=num_slots,
-            merge=merge,
-            logn_length=logn_length,
-        )
+        """An evaluation on examples of a task at its length, as many as `evaluation_tokens` allow."""
+        num_examples = max(1, self.evaluation_tokens // task.length)
+        return kind(task=task, num_examples=num_examples, num_slots=num_slots, merge=merge)
 
 
 def _cpu_config(task: str, *changes: str) -> RunConfig:

@@ -73,14 +73,7 @@ _EXPECTED = ("figure", "title", "rows", "panels", "seeds", "command", "environme
 
 
 def save_results(path: Path, results: dict[str, Any]) -> None:
-    """Write the results of a figure in one piece.
-
-    Args:
-        path: Where to; its folder must exist.
-        results: What a figure has, with its `rows` as dicts.
-
-    Raises:
-        OSError: If the file cannot be written.
+    """Write the results of a figure, whose `rows` are dicts, in one piece.
 
     Example:
         >>> import tempfile
@@ -120,17 +113,10 @@ def save_results(path: Path, results: dict[str, Any]) -> None:
 
 
 def load_results(path: Path) -> dict[str, Any]:
-    """Read the results of a figure.
-
-    Args:
-        path: A file that `save_results` has written.
-
-    Returns:
-        The results, with each row as a dict of all that was measured and of what it belongs to.
+    """Read what `save_results` has written: each row is a dict of all that was measured and what it is of.
 
     Raises:
         ValueError: If the file holds something else; names it.
-        OSError: If it cannot be read.
     """
     try:
         results = json.loads(path.read_text(encoding="utf-8"))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from ovq.ops.options import BEST_MERGE
 from ovq_lab.figures.evaluations import Evaluation, LossEvaluation, NeedlesEvaluation
@@ -61,37 +61,47 @@ _NOTE = (
 _ACCURACY = Panel(title="accuracy")
 
 
-class _Contender(NamedTuple):
-    """What a line is called, its run, the rule it is evaluated with, the run whose settings it takes, and the
-    ways to set its mixer up that are tried."""
+def _lines(
+    preset: Preset,
+    task: str,
+    evaluations: Sequence[Evaluation],
+    validation: Evaluation,
+    *,
+    group: str = "",
+    partner: str | None = None,
+) -> list[Line]:
+    """A line for each model of a task, with a partner in the place of its windows if one is given.
 
-    label: str
-    config: RunConfig
-    merge: str | None = None
-    trial_of: RunConfig | None = None
-    variants: tuple[Variant, ...] = ((),)
+    All that is evaluated, and what decides between trials, is the same for all.
+    """
 
+    def line(label: str, mixer: str, merge: str | None = None, gate: str | None = None) -> Line:
+        def config(**fields: Any) -> RunConfig:
+            found = preset.config(task, mixer, **fields)
+            return found if partner is None else beside(partner, found)
 
-def _contenders(preset: Preset, task: str, partner: str | None = None) -> Iterator[_Contender]:
-    """All models of a task, with a mixer in the place of their windows if it is given."""
-
-    def config(mixer: str, **fields: Any) -> RunConfig:
-        found = preset.config(task, mixer, **fields)
-        return found if partner is None else beside(partner, found)
+        return Line(
+            label=label,
+            config=config(**({} if gate is None else {gate.replace(" ", "_"): True})),
+            evaluations=tuple(dataclasses.replace(each, merge=merge) for each in evaluations),
+            group=group,
+            trial_of=None if gate is None else config(),
+            validation=validation,
+            variants=_variants(preset, task).get(mixer, ((),)),
+        )
 
     slots = f"{preset.configs[task].model.num_slots} slots"
+    lines = []
     for mixer in RIVALS:
-        if mixer == "ovq":
-            usual = config(mixer)
-            yield _Contender(f"OVQ, {slots}", usual)
-            yield _Contender(f"OVQ, nearest, {slots}", usual, _RULE)
-            for gate in ("merge gate", "forget gate"):
-                gated = config(mixer, **{gate.replace(" ", "_"): True})
-                yield _Contender(f"OVQ, {gate}, nearest, {slots}", gated, _RULE, usual)
+        if mixer != "ovq":
+            lines.append(line(MIXER_NAMES.get(mixer, mixer), mixer))
             continue
-        yield _Contender(
-            MIXER_NAMES.get(mixer, mixer), config(mixer), variants=_variants(preset, task).get(mixer, ((),))
-        )
+        lines += [line(f"OVQ, {slots}", mixer), line(f"OVQ, nearest, {slots}", mixer, _RULE)]
+        lines += [
+            line(f"OVQ, {gate}, nearest, {slots}", mixer, _RULE, gate)
+            for gate in ("merge gate", "forget gate")
+        ]
+    return lines
 
 
 def _variants(preset: Preset, task: str) -> dict[str, tuple[Variant, ...]]:
@@ -109,29 +119,6 @@ def _variants(preset: Preset, task: str) -> dict[str, tuple[Variant, ...]]:
     }
 
 
-def _lines(
-    contenders: Iterator[_Contender],
-    evaluations: Sequence[Evaluation],
-    validation: Evaluation,
-    group: str = "",
-) -> list[Line]:
-    """A line for each model; all that is evaluated, and what decides between trials, is the same for all."""
-    return [
-        Line(
-            label=each.label,
-            config=each.config,
-            evaluations=tuple(
-                dataclasses.replace(evaluation, merge=each.merge) for evaluation in evaluations
-            ),
-            group=group,
-            trial_of=each.trial_of,
-            validation=validation,
-            variants=each.variants,
-        )
-        for each in contenders
-    ]
-
-
 def _by_length(
     preset: Preset, name: str, title: str, quality: Panel = _ACCURACY, note: str = _NOTE
 ) -> Figure:
@@ -143,7 +130,8 @@ def _by_length(
         note=note,
         lines=tuple(
             _lines(
-                _contenders(preset, name),
+                preset,
+                name,
                 [preset.evaluation(task.at_length(length)) for length in preset.near_lengths(name)],
                 preset.evaluation(task.at_length(longest)),
             )
@@ -161,10 +149,11 @@ def _needles(preset: Preset) -> Figure:
         # What all kinds are judged by: numbers and uuids have been learned on essays.
         validation = dataclasses.replace(evaluation, split="validation", haystack="essay", value="number")
         lines += _lines(
-            _contenders(preset, "needles"),
+            preset,
+            "needles",
             [dataclasses.replace(evaluation, length=trained * factor) for factor in NEEDLE_FACTORS],
             validation,
-            group,
+            group=group,
         )
     return Figure(
         name="rivals-needles",
@@ -212,7 +201,7 @@ def _by_position(preset: Preset, name: str, partner: str | None = None) -> Figur
         title=f"Loss on held-out text ({source.dataset}) beside {near}, at equal bytes or fewer, by position",
         note="Each point is the mean over the octave of positions that ends there, in windows of "
         f"{text.length} tokens that all models of a seed read alike. {_NOTE}",
-        lines=tuple(_lines(_contenders(preset, "lm", partner), [evaluation], validation)),
+        lines=tuple(_lines(preset, "lm", [evaluation], validation, partner=partner)),
         panels=(
             Panel(title="loss", **by_position),
             Panel(title=f"per cent above {_FULL}", relative_to=_FULL, **by_position),

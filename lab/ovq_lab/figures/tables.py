@@ -101,17 +101,13 @@ _OPTIONS = {field.name for field in dataclasses.fields(Column)} - {"where"}
 
 
 def update_tables(paths: Sequence[Path]) -> list[Path]:
-    """Fill in the tables of Markdown files; files are written whole, and only after all tables could be made.
-
-    Args:
-        paths: The files.
+    """Fill in the tables of Markdown files, which are written once all tables could be made.
 
     Returns:
-        Those that were not up to date.
+        The files that were not up to date.
 
     Raises:
         ValueError: If a file has no tables, or one cannot be made; names the file and the table.
-        OSError: If a file cannot be read or written.
     """
     texts = {path: with_tables(path) for path in paths}
     changed = [path for path, text in texts.items() if path.read_text(encoding="utf-8") != text]
@@ -124,8 +120,7 @@ def with_tables(path: Path) -> str:
     """The text of a Markdown file, with its tables filled in from the results.
 
     Raises:
-        ValueError: If it has no tables, or one cannot be made; names the file and the table.
-        OSError: If a file cannot be read.
+        ValueError: See `update_tables`.
     """
     text = path.read_text(encoding="utf-8")
     num_marked = len(_MARKED.findall(text))
@@ -150,15 +145,10 @@ def with_tables(path: Path) -> str:
 
 
 def make_table(description: Path, name: str) -> str:
-    """A table in Markdown.
-
-    Args:
-        description: The JSON file that describes it.
-        name: Its name in that file.
+    """A table in Markdown, by its name in the JSON file that describes it.
 
     Raises:
         ValueError: If it is not described, or the results lack what it shows.
-        OSError: If a file cannot be read.
     """
     tables = read_json(description)
     if name not in tables:

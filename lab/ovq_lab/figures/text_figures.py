@@ -33,6 +33,10 @@ _MOST_BYTES_PER_TOKEN = 5
 """So many bytes of text per token of a window are joined where tokens are subwords: never fewer tokens."""
 
 
+_NUM_LONG_WINDOWS = 4
+"""Windows for models of subword tokens that are trained longer."""
+
+
 class _Model(NamedTuple):
     """What a compared model is called, its run, and the dictionary that it is evaluated with."""
 
@@ -147,7 +151,7 @@ def longer(preset: Preset) -> Figure:
         models,
         relative_to=exact,
         task="long",
-        num_windows=preset.text.num_long_windows,
+        num_windows=_NUM_LONG_WINDOWS,
     )
 
 
@@ -204,13 +208,7 @@ def needle(preset: Preset) -> Figure:
     lines = []
     for depth in text.needle_depths:
         evaluations = [
-            NeedleEvaluation(
-                source=source,
-                length=length,
-                depth=depth,
-                value=text.needle_value,
-                num_examples=text.num_needles,
-            )
+            NeedleEvaluation(source=source, length=length, depth=depth, num_examples=text.num_needles)
             for length in text.needle_lengths
         ]
         lines += [
@@ -228,7 +226,7 @@ def needle(preset: Preset) -> Figure:
     longest = preset.train_length("needle")
     return Figure(
         name="needle",
-        title=f"A {text.needle_value} hidden in held-out text ({source.dataset})",
+        title=f"A number hidden in held-out text ({source.dataset})",
         note=f"Share of questions that a model answers with the value. Models were trained on texts of up to "
         f"{longest} tokens that have needles in them.",
         lines=tuple(lines),

@@ -72,7 +72,7 @@ def test_points_are_means_between_the_lowest_and_the_highest_seed():
     found = points(RESULTS, PANEL)
     assert list(found) == ["OVQ", "full attention"]
     assert [point.x for point in found["OVQ"]] == [256, 4096]
-    assert found["OVQ"][0] == pytest.approx(Point(256, 0.85, 0.8, 0.9, 2))
+    assert found["OVQ"][0] == pytest.approx(Point(256, 0.85, 0.8, 0.9))
     assert [point.x for point in points(RESULTS, {**PANEL, "at_length": 256})["OVQ"]] == [256]
     assert points(RESULTS, {**PANEL, "group": "other"}) == {}
     assert [point.x for point in points(RESULTS, {**PANEL, "x": "task.num_functions"})["OVQ"]] == [32, 512]
@@ -217,6 +217,6 @@ def test_what_has_no_counterpart_is_not_shown_beside_it():
         for line, seed, length, loss in places
     ]
     panel = {"x": "length", "y": "loss", "group": "", "at_length": None, "relative_to": "base"}
-    base = [Point(8, 0, 0, 0, 1)]
-    assert points({"rows": rows}, panel) == {"base": base, "other": [Point(8, 50, 50, 50, 1)]}
+    base = [Point(8, 0, 0, 0)]
+    assert points({"rows": rows}, panel) == {"base": base, "other": [Point(8, 50, 50, 50)]}
     assert points({"rows": rows[1:]}, panel) == {"other": []}

@@ -45,11 +45,11 @@ class Memory(ABC):
         self.key_dim, self.value_dim = sample.keys.shape[1], sample.values.shape[1]
         self.num_numbers = num_bytes // _NUMBER_BYTES
         self.generator = torch.Generator().manual_seed(seed)
-        self.prepare(sample)
+        self.nbytes = _NUMBER_BYTES * self.prepare(sample)
 
     @abstractmethod
-    def prepare(self, sample: Stream) -> None:
-        """Fit what is fixed beforehand, and begin empty."""
+    def prepare(self, sample: Stream) -> int:
+        """Fit what is fixed beforehand, and begin empty; returns how many numbers it will hold."""
 
     @abstractmethod
     def append(self, keys: Tensor, values: Tensor) -> None:
@@ -59,10 +59,16 @@ class Memory(ABC):
     def read(self, queries: Tensor) -> Tensor:
         """Answer queries `[Q, K]` with `[Q, V]` from what is kept."""
 
-    @property
-    @abstractmethod
-    def nbytes(self) -> int:
-        """Bytes that it holds once it is full."""
+    def cluster(self, keys: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
+        """Centres `[num_clusters, K]` of k-means, and the nearest one `[T]` of each key."""
+        try:
+            from sklearn.cluster import KMeans
+        except ImportError as error:
+            raise ImportError("k-means needs scikit-learn: pip install './lab[theory]'") from error
+        seed = int(torch.randint(2**31, (), generator=self.generator))
+        kmeans = KMeans(num_clusters, n_init=1, max_iter=_KMEANS_ITERATIONS, random_state=seed, init="random")
+        labels = kmeans.fit(keys.numpy()).labels_
+        return torch.from_numpy(kmeans.cluster_centers_), torch.from_numpy(labels).long()
 
 
 def softmax_read(
@@ -87,11 +93,12 @@ class OVQMemory(Memory):
     name = "OVQ"
     merge: ClassVar[str] = "existing"
 
-    def prepare(self, sample: Stream) -> None:
-        """Begin without slots."""
-        self.slot_numbers = self.key_dim + self.value_dim + _COUNT_NUMBERS
-        self.num_slots = self.num_numbers // self.slot_numbers
+    def prepare(self, sample: Stream) -> int:
+        """Begin without slots; at the ends of chunks no tokens are pending."""
+        slot_numbers = self.key_dim + self.value_dim + _COUNT_NUMBERS
+        self.num_slots = self.num_numbers // slot_numbers
         self.state: OVQState | None = None
+        return self.num_slots * slot_numbers
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Read as a layer would; the outputs are not needed."""
@@ -115,11 +122,6 @@ class OVQMemory(Memory):
         keys, values, count = (tensor[0, 0, is_open] for tensor in (state.keys, state.values, state.count))
         return softmax_read(queries, keys, values, self.scale, count)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all slots; at the ends of chunks no tokens are pending."""
-        return self.num_slots * self.slot_numbers * _NUMBER_BYTES
-
 
 class NearestMemory(OVQMemory):
     """The same number of slots, of which those nearest to each other are merged."""
@@ -133,12 +135,13 @@ class RandomMerging(OVQMemory):
 
     name = "random merging"
 
-    def prepare(self, sample: Stream) -> None:
+    def prepare(self, sample: Stream) -> int:
         """Begin without slots."""
-        super().prepare(sample)
+        num_numbers = super().prepare(sample)
         self.num_seen, self.num_open = 0, 0
         self.sums = torch.zeros(self.num_slots, self.key_dim + self.value_dim)
         self.count = torch.zeros(self.num_slots)
+        return num_numbers
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Merge chunk by chunk."""
@@ -169,10 +172,10 @@ class OfflineKMeans(OVQMemory):
 
     name = "offline k-means"
 
-    def prepare(self, sample: Stream) -> None:
-        """Begin with no tokens."""
-        super().prepare(sample)
+    def prepare(self, sample: Stream) -> int:
+        """Begin with no tokens; it is allowed what the slots take, as if it were a memory."""
         self.keys, self.values = sample.keys[:0], sample.values[:0]
+        return super().prepare(sample)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Keep all tokens."""
@@ -182,9 +185,7 @@ class OfflineKMeans(OVQMemory):
         """Cluster all tokens so far into as many slots as fit the budget, and attend to the means."""
         if len(self.keys) <= self.num_slots:
             return softmax_read(queries, self.keys, self.values, self.scale)
-        _, labels = _cluster(
-            self.keys, self.num_slots, int(torch.randint(2**31, (), generator=self.generator))
-        )
+        _, labels = self.cluster(self.keys, self.num_slots)
         count = torch.bincount(labels, minlength=self.num_slots)
         keys, values = (
             torch.zeros(self.num_slots, tensor.shape[1]).index_add_(0, labels, tensor) / count[:, None]
@@ -201,14 +202,14 @@ class StaticVQ(Memory):
 
     name = "static VQ"
 
-    def prepare(self, sample: Stream) -> None:
-        """Fit the slots."""
-        self.num_codes = min(self.num_numbers // (self.value_dim + _COUNT_NUMBERS), len(sample.keys) // 2)
-        self.codes, _ = _cluster(
-            sample.keys, self.num_codes, int(torch.randint(2**31, (), generator=self.generator))
-        )
-        self.value_sum = torch.zeros(self.num_codes, self.value_dim)
-        self.count = torch.zeros(self.num_codes)
+    def prepare(self, sample: Stream) -> int:
+        """Fit the slots, whose keys are fixed: sums and counts are what is held."""
+        slot_numbers = self.value_dim + _COUNT_NUMBERS
+        num_slots = min(self.num_numbers // slot_numbers, len(sample.keys) // 2)
+        self.codes, _ = self.cluster(sample.keys, num_slots)
+        self.value_sum = torch.zeros(num_slots, self.value_dim)
+        self.count = torch.zeros(num_slots)
+        return num_slots * slot_numbers
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add each value to the slot that is nearest to its key."""
@@ -223,11 +224,6 @@ class StaticVQ(Memory):
         values = self.value_sum[is_used] / count[:, None]
         return softmax_read(queries, self.codes[is_used], values, self.scale, count)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of sums and counts."""
-        return self.num_codes * (self.value_dim + _COUNT_NUMBERS) * _NUMBER_BYTES
-
 
 class LinearAttention(Memory):
     """Linear attention with positive random features of the softmax kernel, as many as the bytes allow.
@@ -237,11 +233,12 @@ class LinearAttention(Memory):
 
     name = "linear attention"
 
-    def prepare(self, sample: Stream) -> None:
+    def prepare(self, sample: Stream) -> int:
         """Draw the features."""
-        self.num_features = self.num_numbers // (self.value_dim + 1)
-        self.directions = torch.randn(self.num_features, self.key_dim, generator=self.generator)
-        self.state = torch.zeros(self.num_features, self.value_dim + 1)
+        num_features = self.num_numbers // (self.value_dim + 1)
+        self.directions = torch.randn(num_features, self.key_dim, generator=self.generator)
+        self.state = torch.zeros(num_features, self.value_dim + 1)
+        return self.state.numel()
 
     def _features(self, x: Tensor) -> Tensor:
         # exp(|x|^2 / 2) is left out: it is the same for all vectors of length 1 and cancels.
@@ -256,11 +253,6 @@ class LinearAttention(Memory):
         read = self._features(queries) @ self.state
         return read[:, :-1] / read[:, -1:]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the sums."""
-        return self.state.numel() * _NUMBER_BYTES
-
 
 class DeltaRule(Memory):
     """The delta rule S <- S + b phi(k) (v - S^T phi(k))^T on random Fourier features of the keys.
@@ -272,7 +264,7 @@ class DeltaRule(Memory):
 
     name = "delta rule"
 
-    def prepare(self, sample: Stream) -> None:
+    def prepare(self, sample: Stream) -> int:
         """Draw features of a Gaussian kernel, which is exp(scale q.k) on the sphere; choose the rate."""
         num_pairs = self.num_numbers // self.value_dim // 2
         self.directions = self.scale**0.5 * torch.randn(num_pairs, self.key_dim, generator=self.generator)
@@ -287,6 +279,7 @@ class DeltaRule(Memory):
             errors[self.rate] = float((self.read(queries) - exact).square().sum())
         self.rate = min(errors, key=errors.__getitem__)
         self.state = torch.zeros(2 * num_pairs, self.value_dim)
+        return self.state.numel()
 
     def _features(self, x: Tensor) -> Tensor:
         """Features `[T, F]` of length 1."""
@@ -308,11 +301,6 @@ class DeltaRule(Memory):
         """Read what is stored under the queries."""
         return self._features(queries) @ self.state
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the matrix."""
-        return self.state.numel() * _NUMBER_BYTES
-
 
 class WindowAndSinks(Memory):
     """The first four tokens and the newest ones, exact.
@@ -322,10 +310,11 @@ class WindowAndSinks(Memory):
 
     name = "window + sinks"
 
-    def prepare(self, sample: Stream) -> None:
+    def prepare(self, sample: Stream) -> int:
         """Begin with no tokens."""
         self.num_kept = self.num_numbers // (self.key_dim + self.value_dim)
         self.keys, self.values = sample.keys[:0], sample.values[:0]
+        return self.num_kept * (self.key_dim + self.value_dim)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Drop the oldest tokens, but keep the sinks."""
@@ -342,11 +331,6 @@ class WindowAndSinks(Memory):
         """Attention over the tokens kept."""
         return softmax_read(queries, self.keys, self.values, self.scale)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tokens kept."""
-        return self.num_kept * (self.key_dim + self.value_dim) * _NUMBER_BYTES
-
 
 MEMORIES: tuple[type[Memory], ...] = (
     OVQMemory,
@@ -359,14 +343,3 @@ MEMORIES: tuple[type[Memory], ...] = (
     OfflineKMeans,
 )
 """All memories, in the order of legends."""
-
-
-def _cluster(keys: Tensor, num_clusters: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Centres `[num_clusters, K]` of k-means, and the nearest one `[T]` of each key."""
-    try:
-        from sklearn.cluster import KMeans
-    except ImportError as error:
-        raise ImportError("k-means needs scikit-learn: pip install './lab[theory]'") from error
-    kmeans = KMeans(num_clusters, n_init=1, max_iter=_KMEANS_ITERATIONS, random_state=seed, init="random")
-    labels = kmeans.fit(keys.numpy()).labels_
-    return torch.from_numpy(kmeans.cluster_centers_), torch.from_numpy(labels).long()
