@@ -24,7 +24,7 @@ from ovq.runtime.files import read_json
 from ovq.runtime.progress import AnyReporter
 from ovq_lab.text.cache import cached_folder
 from ovq_lab.text.documents import Document, split_of
-from ovq_lab.text.source import ALL, TextSource, check_split, source_content, source_readers
+from ovq_lab.text.source import ALL, TextSource, check_split, source_content, source_documents
 from ovq_lab.text.tokenizers import encode_bytes, is_byte_tokenizer, source_tokenizer, tokenizer_content
 
 if TYPE_CHECKING:
@@ -195,15 +195,12 @@ def _stored(
     progress: Callable[[int], None] | None,
 ) -> _Stored:
     """The corpus from the cache; it is put there first if necessary."""
-    readers = source_readers(source)
-    depends_on = [*source_content(source, readers), tokenizer_content(tokenizer)]
+    depends_on = [*source_content(source), tokenizer_content(tokenizer)]
 
     def fill(folder: Path) -> None:
-        documents = (d for reader in readers for d in reader.documents() if d.text)
-        _store(folder, itertools.islice(documents, source.max_documents), encode, tokenizer, progress)
+        _store(folder, source_documents(source), encode, tokenizer, progress)
 
-    folder = cached_folder(depends_on, fill)
-    return _Stored.load(folder)
+    return _Stored.load(cached_folder(depends_on, fill))
 
 
 def _store(

@@ -10,7 +10,6 @@ except for the noise, which goes back to arXiv 2305.16300.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,8 +17,7 @@ import numpy as np
 
 from ovq.hidden_values import NEEDLE, VALUES, HiddenValues, sentences
 from ovq_lab.text.documents import split_of
-from ovq_lab.text.readers import read_documents
-from ovq_lab.text.source import TextSource, check_split
+from ovq_lab.text.source import TextSource, check_split, source_documents
 
 HAYSTACKS = ("noise", "essay")
 """Kinds of text around the needle."""
@@ -156,13 +154,7 @@ class NeedleBuilder(HiddenValues):
 
     def repeat_bare(self, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """The shortest text to learn copying from: a needle without the words before its key, and the same
-        again.
-
-        Args:
-            random: What everything is drawn from.
-
-        Returns:
-            As `repeat` does.
+        again; as `repeat` returns it.
 
         Example:
             >>> from ovq_lab.text import byte_tokenizer
@@ -195,12 +187,8 @@ class NeedleBuilder(HiddenValues):
 
 
 def essay_texts(source: TextSource, split: str, length: int) -> list[str]:
-    """Documents to make essays of: those of a split from the first on, until there are enough.
-
-    Args:
-        source: The corpus; its documents are taken as they are, neither joined nor encoded.
-        split: `"train"`, `"validation"`, `"test"` or `"all"`.
-        length: Tokens of the longest essay that will be made.
+    """Documents to make essays of: those of a split from the first on, until there are enough for essays of
+    so many tokens.
 
     Raises:
         ValueError: If there are no such documents.
@@ -208,10 +196,7 @@ def essay_texts(source: TextSource, split: str, length: int) -> list[str]:
     check_split(split)
     texts: list[str] = []
     missing = max(_CHARACTERS_PER_TOKEN * length, _FEWEST_CHARACTERS)
-    documents = read_documents(
-        source.dataset, text_field=source.text_field, subset=source.subset, hub_split=source.hub_split
-    )
-    for document in itertools.islice(documents, source.max_documents):
+    for document in source_documents(source):
         if split in ("all", split_of(document.name, held_out=source.held_out)):
             texts.append(document.text)
             missing -= len(document.text)

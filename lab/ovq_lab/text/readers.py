@@ -70,14 +70,7 @@ class FileReader:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HubReader:
-    """Documents streamed from a data set of the hub, one row after the other.
-
-    Attributes:
-        dataset: Its name.
-        subset: Its configuration, if it has several.
-        hub_split: Its split.
-        text_field: The column with the text.
-    """
+    """Documents streamed from a data set of the hub, one row after the other; see `read_documents`."""
 
     dataset: str
     subset: str | None
@@ -109,7 +102,8 @@ class HubReader:
         except (OSError, RuntimeError, ValueError) as error:
             raise ValueError(
                 f"dataset: expected a file, a folder, one of {', '.join(INSTALLED)}, or a data set that the "
-                f"hub has and this machine can reach, found {self.dataset!r} ({_first_line(error)})"
+                f"hub has and this machine can reach, found {self.dataset!r} "
+                f"({(str(error) or type(error).__name__).splitlines()[0]})"
                 f"{did_you_mean(self.dataset, INSTALLED)}"
             ) from error
 
@@ -149,9 +143,8 @@ def find_readers(dataset: str, *, text_field: str, subset: str | None, hub_split
     Raises:
         ValueError: If a part neither exists nor can be the name of a data set on the hub.
     """
-    parts = [dataset] if Path(dataset).exists() else dataset.split("+")
     readers: list[Reader] = []
-    for part in parts:
+    for part in parts_of(dataset):
         if not part:
             raise ValueError(f"dataset: expected names with + between them, found {dataset!r}")
         if part in INSTALLED:
@@ -165,6 +158,11 @@ def find_readers(dataset: str, *, text_field: str, subset: str | None, hub_split
     return readers
 
 
+def parts_of(dataset: str) -> list[str]:
+    """The names that a data set is made of; an existing path is one, whatever is in its name."""
+    return [dataset] if Path(dataset).exists() else dataset.split("+")
+
+
 def _local(path: Path, text_field: str) -> FileReader:
     """A file of the user, or all files of a folder."""
     endings = (_PLAIN, *_TABLES)
@@ -174,28 +172,18 @@ def _local(path: Path, text_field: str) -> FileReader:
         entries = _files(path, endings)
     if not entries:
         raise ValueError(f"dataset: expected {', '.join(endings)} files, found none in {path}")
-    return FileReader(entries=tuple(entries), parse=_LocalFile(text_field))
+    return FileReader(entries=tuple(entries), parse=partial(_parsed, text_field=text_field))
 
 
-@dataclasses.dataclass(frozen=True)
-class _LocalFile:
-    """Reads a file according to its ending.
-
-    Attributes:
-        text_field: The field of a row that holds the text.
-    """
-
-    text_field: str
-
-    def __call__(self, name: str, path: Path) -> Iterator[Document]:
-        """The documents of a file."""
-        if path.suffix == _PLAIN:
-            yield from _whole(name, path)
-            return
-        kind = _TABLES[path.suffix]
-        rows = _load_dataset()(kind, data_files=str(path), split="train", streaming=True)
-        for number, row in enumerate(rows):
-            yield Document(name=f"{name}#{number}", text=_text_of(row, self.text_field, f"{path}#{number}"))
+def _parsed(name: str, path: Path, *, text_field: str) -> Iterator[Document]:
+    """The documents of a file, read according to its ending."""
+    if path.suffix == _PLAIN:
+        yield from _whole(name, path)
+        return
+    kind = _TABLES[path.suffix]
+    rows = _load_dataset()(kind, data_files=str(path), split="train", streaming=True)
+    for number, row in enumerate(rows):
+        yield Document(name=f"{name}#{number}", text=_text_of(row, text_field, f"{path}#{number}"))
 
 
 def _whole(name: str, path: Path) -> Iterator[Document]:
@@ -323,7 +311,3 @@ def _text_of(row: Mapping[str, Any], field: str, where: str) -> str:
             f"text_field: expected text in {field!r} of {where}, found {type(row[field]).__name__}"
         )
     return row[field]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator
 
 from ovq.fields import check_fields
-from ovq_lab.text.documents import SPLITS
-from ovq_lab.text.readers import Reader, find_readers
+from ovq_lab.text.documents import SPLITS, Document
+from ovq_lab.text.readers import find_readers, read_documents
 
 ALL = "all"
 """Stands for all documents where a split is expected."""
@@ -85,17 +86,25 @@ def check_split(split: str) -> None:
         raise ValueError(f"split: expected one of {', '.join((*SPLITS, ALL))}, found {split!r}")
 
 
-def source_readers(source: TextSource) -> list[Reader]:
-    """The readers of a corpus.
+def source_documents(source: TextSource) -> Iterator[Document]:
+    """The documents of a corpus that are not empty, as they are: neither joined nor encoded.
 
     Raises:
         ValueError: If there is no such corpus.
     """
-    return find_readers(
+    documents = read_documents(
         source.dataset, text_field=source.text_field, subset=source.subset, hub_split=source.hub_split
     )
+    return itertools.islice(documents, source.max_documents)
 
 
-def source_content(source: TextSource, readers: Sequence[Reader]) -> list[str]:
-    """All that determines which documents a corpus has, as texts."""
+def source_content(source: TextSource) -> list[str]:
+    """All that determines which documents a corpus has, as texts.
+
+    Raises:
+        ValueError: If there is no such corpus.
+    """
+    readers = find_readers(
+        source.dataset, text_field=source.text_field, subset=source.subset, hub_split=source.hub_split
+    )
     return [source.dataset, source.text_field, str(source.max_documents), *(r.version() for r in readers)]

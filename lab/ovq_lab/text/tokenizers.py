@@ -7,7 +7,6 @@ batches as well.
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 from ovq.byte_tokens import byte_tokenizer, byte_vocabulary, wrapped
 from ovq_lab.text.cache import cached_folder
 from ovq_lab.text.documents import Document, split_of
-from ovq_lab.text.source import TextSource, source_content, source_readers
+from ovq_lab.text.source import TextSource, source_content, source_documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -111,11 +110,10 @@ def source_tokenizer(source: TextSource) -> PreTrainedTokenizerBase:
     num_tokens = source.num_trained_tokens
     if num_tokens is None:
         return get_tokenizer(source.tokenizer)
-    readers = source_readers(source)
-    depends_on = [*source_content(source, readers), source.tokenizer, repr(source.held_out)]
+    depends_on = [*source_content(source), source.tokenizer, repr(source.held_out)]
 
     def fill(folder: Path) -> None:
-        documents = itertools.islice((d for r in readers for d in r.documents()), source.max_documents)
+        documents = source_documents(source)
         training = (d for d in documents if split_of(d.name, held_out=source.held_out) == "train")
         train_tokenizer(_first_bytes(training), num_tokens).save_pretrained(folder)
 

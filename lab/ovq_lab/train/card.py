@@ -11,7 +11,7 @@ from ovq.hf import OVQForCausalLM
 from ovq.hf.card import markdown_table, model_card, save_card
 from ovq_lab.runtime.environment import environment
 from ovq_lab.tasks import TextTask
-from ovq_lab.text.readers import INSTALLED, LICENSES
+from ovq_lab.text.readers import INSTALLED, LICENSES, parts_of
 from ovq_lab.train.config import CONFIG_FILE, RunConfig
 from ovq_lab.train.history import History
 
@@ -33,7 +33,7 @@ def save_run_card(
         model: The trained model.
         config: The run.
         run: Its folder.
-        picture: A figure of its losses, in the folder; None for none.
+        picture: A figure of its losses.
         out: Where to write instead.
         name: Of the model; None for that of the folder.
         results: What tests have found, as Markdown.
@@ -102,14 +102,14 @@ def _data(config: RunConfig) -> str:
     task = config.task
     if not isinstance(task, TextTask):
         return f"the synthetic task `{task.name}`"
-    parts = ", ".join(f"`{_public_name(part)}`" for part in _parts(task.dataset))
+    parts = ", ".join(f"`{_public_name(part)}`" for part in parts_of(task.dataset))
     held_out = f"; {task.held_out:.0%} of the documents are held out" if task.held_out else ""
     return f"{parts}, tokenizer `{_public_name(task.tokenizer)}`{held_out}"
 
 
 def _licenses(config: RunConfig) -> dict[str, str]:
     """What is known of the licences of a corpus."""
-    parts = _parts(config.task.dataset) if isinstance(config.task, TextTask) else []
+    parts = parts_of(config.task.dataset) if isinstance(config.task, TextTask) else []
     known = {f"`{part}`: {LICENSES[part]}": None for part in parts if part in LICENSES}
     return {"licence of the data": "; ".join(known)} if known else {}
 
@@ -120,13 +120,9 @@ def _hub_datasets(config: RunConfig) -> list[str]:
         return []
     return [
         part
-        for part in _parts(config.task.dataset)
+        for part in parts_of(config.task.dataset)
         if part not in INSTALLED and not Path(part).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", part)
     ]
-
-
-def _parts(dataset: str) -> list[str]:
-    return [dataset] if Path(dataset).exists() else dataset.split("+")
 
 
 def _public_name(source: str) -> str:
