@@ -37,8 +37,8 @@ def harness(
 ) -> None:
     """Run tasks of the lm-evaluation-harness (pip install './lab\\[harness]').
 
-    The harness's own tasks read their data from the hub. To use all options of the harness: [bold]python -m
-    ovq_lab.eval.harness run --model hf --model_args pretrained=DIR --tasks ...[/bold]
+    The harness's own tasks read their data from the hub. To use all options of the harness: [bold]lm_eval
+    --model hf --model_args pretrained=DIR,trust_remote_code=True --tasks ...[/bold]
 
     Example: [bold]ovq eval harness --model runs/ovq --tasks piqa,hellaswag,arc_easy --batch-size 8[/bold]
     """

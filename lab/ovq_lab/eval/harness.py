@@ -1,13 +1,8 @@
 """EleutherAI's lm-evaluation-harness on OVQ models and converted ones (`pip install './lab[harness]'`).
 
-The harness runs transformers models without changes; nothing here computes a score. With all of its own
-options:
-
-    python -m ovq_lab.eval.harness run --model hf --model_args pretrained=runs/ovq --tasks piqa
-
-This is the harness's command line, run after OVQ has been registered with the Auto classes. `lm_eval` itself
-works too, with `trust_remote_code=True` among its `--model_args`. Both would load a converted model with full
-attention: `ovq eval harness` and `evaluate_tasks` keep its memory.
+The harness runs transformers models without changes; nothing here computes a score. Its own command line,
+`lm_eval`, works too, with `trust_remote_code=True` among its `--model_args`, but would load a converted model
+with full attention: `ovq eval harness` and `evaluate_tasks` keep its memory.
 """
 
 from __future__ import annotations
@@ -17,9 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
-
-# It registers OVQ with the Auto classes.
-import ovq.hf  # noqa: F401
 
 MAX_LENGTH = 8192
 """Default for the most tokens that the harness shows a model; longer texts lose their beginning. Models here
@@ -72,7 +64,13 @@ def evaluate_tasks(
     if include_path is not None and not Path(include_path).is_dir():
         # The harness would go on without the tasks in it.
         raise ValueError(f"include_path: expected a folder with tasks, found none at {include_path}")
-    lm_eval = _import_harness()
+    try:
+        # It takes seconds to import.
+        import lm_eval
+    except ImportError as error:
+        raise ValueError(
+            "expected the package lm-eval to be installed, found it is not: pip install './lab[harness]'"
+        ) from error
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
@@ -104,26 +102,3 @@ def evaluate_tasks(
         task_manager=manager,
         metadata=metadata,
     )
-
-
-def _import_harness() -> Any:
-    """The package lm_eval, which takes seconds to import."""
-    try:
-        import lm_eval
-    except ImportError as error:
-        raise ValueError(
-            "expected the package lm-eval to be installed, found it is not: pip install './lab[harness]'"
-        ) from error
-    return lm_eval
-
-
-def main() -> None:
-    """The harness's own command line; importing this module has registered OVQ with the Auto classes."""
-    _import_harness()
-    from lm_eval.__main__ import cli_evaluate
-
-    cli_evaluate()
-
-
-if __name__ == "__main__":
-    main()
