@@ -31,12 +31,8 @@ MaxDocuments = Annotated[int | None, typer.Option(help="Read only the first docu
 
 
 def corpus_to_read(folder: Path, dataset: str | None, **options: Any) -> TextSource:
-    """The requested corpus, or the one that a model was trained on, with some fields changed.
-
-    Args:
-        folder: Folder of the model.
-        dataset: The corpus; `None` for that of the model's training.
-        options: Fields of `TextSource`; those that are `None` were not given.
+    """The requested corpus, or the one that the model in a folder was trained on, with those fields of
+    `TextSource` changed that are not `None`.
 
     Raises:
         ValueError: If no corpus is given, and the folder is not that of a run on text.

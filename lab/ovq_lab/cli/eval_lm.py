@@ -11,7 +11,7 @@ from ovq.cli.common import check_folder, parse_ints
 from ovq.cli.loading import check_any_folder, is_own, load_any_model
 from ovq.cli.options import LognLength
 from ovq_lab.cli import corpus, dictionaries
-from ovq_lab.cli.results import model_names, show_results, text_tokenizer
+from ovq_lab.cli.results import Models, PieceSize, model_names, show_results, text_tokenizer
 
 if TYPE_CHECKING:
     from ovq_lab.eval.language import LanguageRow
@@ -19,10 +19,7 @@ if TYPE_CHECKING:
 
 
 def language(
-    model: Annotated[
-        list[Path],
-        typer.Option(help="Folder of a trained, converted or pretrained model; can be given several times."),
-    ],
+    model: Models,
     dataset: corpus.Dataset = None,
     split: corpus.Split = "test",
     held_out: corpus.HeldOut = None,
@@ -37,9 +34,7 @@ def language(
     logn_length: LognLength = None,
     windows: Annotated[int, typer.Option(min=1, help="Most windows per length.")] = 8,
     block_size: Annotated[int, typer.Option(min=1, help="Positions that share a mean.")] = 1024,
-    piece_size: Annotated[
-        int, typer.Option(min=1, help="Tokens read at a time, which limits the memory needed.")
-    ] = 2048,
+    piece_size: PieceSize = 2048,
     out: Annotated[Path | None, typer.Option(help="Folder for lm.json, loss.png and chunk.png.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:

@@ -11,17 +11,14 @@ from ovq.cli.common import check_folder, parse_ints
 from ovq.cli.loading import check_any_folder, load_any_model
 from ovq.cli.options import LognLength
 from ovq_lab.cli import corpus, dictionaries
-from ovq_lab.cli.results import model_names, show_results, text_tokenizer
+from ovq_lab.cli.results import Models, PieceSize, model_names, show_results, text_tokenizer
 
 if TYPE_CHECKING:
     from ovq_lab.eval.needle import NeedleRow
 
 
 def needle(
-    model: Annotated[
-        list[Path],
-        typer.Option(help="Folder of a trained, converted or pretrained model; can be given several times."),
-    ],
+    model: Models,
     lengths: Annotated[
         str, typer.Option(help="Most tokens of text, question and answer together.")
     ] = "1024,4096",
@@ -43,9 +40,7 @@ def needle(
     examples: Annotated[int, typer.Option(min=1, help="Questions per length and depth.")] = 5,
     distractors: Annotated[int, typer.Option(min=1, help="Other values to tell the right one from.")] = 7,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the questions.")] = 0,
-    piece_size: Annotated[
-        int, typer.Option(min=1, help="Tokens read at a time, which limits the memory needed.")
-    ] = 2048,
+    piece_size: PieceSize = 2048,
     out: Annotated[
         Path | None, typer.Option(help="Folder for needle.json and heat maps needle_*.png.")
     ] = None,

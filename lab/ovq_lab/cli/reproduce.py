@@ -92,8 +92,11 @@ def reproduce(
     if list_:
         _print_list(figures, num_seeds=seeds)
         return
-    if figures:
-        _check_gpu(sizes)
+    if figures and sizes.needs_gpu:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ValueError(f"--preset {sizes.name}: expected a CUDA device, found none")
     out = out or Path("reproduce-out") / sizes.name
     check_model_path("--out", out)
 
@@ -117,22 +120,11 @@ def reproduce(
     if report:
         out_console.print(f"Wrote {write_report(out)}", soft_wrap=True)
     if tables:
-        _update_tables(tables)
+        from ovq_lab.figures.tables import update_tables
 
-
-def _update_tables(paths: list[Path]) -> None:
-    from ovq_lab.figures.tables import update_tables
-
-    changed = update_tables(paths)
-    for path in paths:
-        out_console.print(f"Wrote {path}" if path in changed else f"{path} is up to date", soft_wrap=True)
-
-
-def _check_gpu(sizes: Any) -> None:
-    import torch
-
-    if sizes.needs_gpu and not torch.cuda.is_available():
-        raise ValueError(f"--preset {sizes.name}: expected a CUDA device, found none")
+        changed = update_tables(tables)
+        for path in tables:
+            out_console.print(f"Wrote {path}" if path in changed else f"{path} is up to date", soft_wrap=True)
 
 
 def _print_list(figures: list[Any], *, num_seeds: int) -> None:

@@ -1,4 +1,4 @@
-"""What the tests of language models share: showing results, names and tokenizers of models."""
+"""What the tests of language models share: options, showing results, names and tokenizers of models."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.console import Console
 
 from ovq.cli.common import out_console
@@ -15,6 +16,12 @@ from ovq.cli.loading import load_any_config, load_tokenizer
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+Models = Annotated[
+    list[Path],
+    typer.Option(help="Folder of a trained, converted or pretrained model; can be given several times."),
+]
+PieceSize = Annotated[int, typer.Option(min=1, help="Tokens read at a time, which limits the memory needed.")]
 
 
 def show_results(
@@ -26,15 +33,10 @@ def show_results(
     out: Path | None,
     is_json: bool,
 ) -> None:
-    """Print results as tables or as JSON; if there is an output folder, write JSON and figures to it.
+    """Print results, which are dataclasses, as tables or as JSON with `about` beside the rows.
 
-    Args:
-        about: What the JSON contains beside the rows.
-        rows: Dataclasses.
-        tables: The rows as tables for the terminal.
-        draw: Draws figures of the rows into a folder; returns their paths.
-        out: The JSON file; the figures go to its folder, which is created if necessary.
-        is_json: Print the JSON instead of the tables.
+    If there is an output file, the JSON is written there, and figures of the rows are drawn into its folder,
+    which is created if necessary.
     """
     results = json.dumps(about | {"rows": [dataclasses.asdict(row) for row in rows]}, indent=2)
     paths = []

@@ -63,12 +63,7 @@ def dictionaries_to_test(
 def each_dictionary(model: Any, tested: Sequence[Dictionary]) -> Iterator[Dictionary]:
     """Give a model one dictionary after the other, in evaluation mode, and at the end what it had.
 
-    Args:
-        model: Its own rule keeps its growth; the others have the growth that they are meant for.
-        tested: See `dictionaries_to_test`.
-
-    Yields:
-        The dictionary that the model has now.
+    Its own rule keeps its growth; the others have the growth that they are meant for.
 
     Raises:
         ValueError: If a rule does not exist or does not fit the model.

@@ -195,14 +195,9 @@ class _Pairs:
     def owned(self, found: SlotAssignments, offset: int, chunk_size: int) -> tuple[np.ndarray, np.ndarray]:
         """Of each question `[B, Q]`, in how many heads its pair has a slot of its own.
 
-        Args:
-            found: The assignments of the layer that reads.
-            offset: The token of a pair that it reads.
-            chunk_size: Tokens per chunk.
-
         Returns:
-            In how many heads no such token of another pair is in the slot, and in how many no token of
-            another pair at all.
+            In how many heads the slot has no token of another pair that the layer reads, which is the one
+            with this offset, and in how many it has no token of another pair at all.
         """
         read, own_tokens = self.tokens(offset), [self.tokens(i) for i in range(self._task.pair_length)]
         # The token that is read comes last: it may also be the first token of the next pair.

@@ -142,11 +142,7 @@ def evaluate_needle(
 def ask(model: PreTrainedModel, tokenizer: Any, needle: Needle, *, piece_size: int = PIECE_SIZE) -> Score:
     """Ask one question: the text is read once, and everything asked continues from that cache.
 
-    Args:
-        model: Used on the device and in the dtype that it has; call `eval()` on it first.
-        tokenizer: The model's.
-        needle: The question.
-        piece_size: Tokens read at a time.
+    Call `eval()` on the model first; it is used on the device and in the dtype that it has.
 
     Raises:
         ValueError: If there are token ids that the model does not know.

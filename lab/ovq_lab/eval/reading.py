@@ -30,16 +30,13 @@ by far the largest tensor."""
 def read_pieces(
     model: PreTrainedModel, ids: Tensor, cache: Any, *, piece_size: int = PIECE_SIZE
 ) -> Iterator[Tensor]:
-    """The last hidden states of a document, piece by piece.
+    """The last hidden states of a document, `[t, hidden_size]` for each piece of t tokens.
 
     Args:
-        model: Used on the device and in the dtype that it has.
+        model: Used in the dtype that it has.
         ids: `[T]` token ids on its device.
         cache: Of the tokens before them, such as `new_cache` makes; updated in place.
         piece_size: Tokens read at a time.
-
-    Yields:
-        `[t, hidden_size]` for each piece of t tokens.
 
     Raises:
         ValueError: If `piece_size` is below 1.
@@ -52,12 +49,7 @@ def read_pieces(
 
 @torch.no_grad()
 def target_losses(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The losses on the tokens that follow hidden states.
-
-    Args:
-        model: The model whose output layer to use.
-        hidden: `[t, hidden_size]`.
-        targets: `[t]` the tokens that follow.
+    """The losses on the tokens `[t]` that follow hidden states `[t, hidden_size]`.
 
     Returns:
         `[t]` float32 losses in nats, and `[t]` bool whether the token was the most likely one.
@@ -114,9 +106,6 @@ def token_losses(model: PreTrainedModel, ids: np.ndarray, *, piece_size: int = P
 def start_token(tokenizer: Any) -> int | None:
     """The token that a tokenizer puts before a text; None if it puts none there.
 
-    Args:
-        tokenizer: One of transformers.
-
     Example:
         >>> from ovq_lab.text import byte_tokenizer
         >>> start_token(byte_tokenizer())
@@ -127,16 +116,10 @@ def start_token(tokenizer: Any) -> int | None:
 
 
 def token_bytes(tokenizer: Any) -> np.ndarray:
-    """The number of bytes of text that each token stands for.
+    """The number of bytes of text that each token stands for, `[V]` int64; 0 for special tokens.
 
     Exact for tokenizers of bytes and of byte pairs. For others, it is the text that a token adds when it
     follows a word.
-
-    Args:
-        tokenizer: One of transformers.
-
-    Returns:
-        `[V]` int64; 0 for special tokens.
 
     Example:
         >>> from ovq_lab.text import byte_tokenizer

@@ -19,15 +19,12 @@ Row = TypeVar("Row", LanguageRow, NeedleRow, ResultRow)
 
 
 def results_as_markdown(path: Path, *, model: Path) -> str:
-    """A table of the results in a file, with a sentence before it that says what was tested.
+    """A table of the results of a model, with a sentence before it that says what was tested.
 
-    Args:
-        path: `lm.json`, `needle.json` or `harness.json` of `ovq eval ... --out`, or what `ovq eval --json`
-            prints.
-        model: The folder of the model that must be the one tested.
+    The file is `lm.json`, `needle.json` or `harness.json` of `ovq eval ... --out`, or what `ovq eval --json`
+    prints.
 
     Raises:
-        OSError: If the file cannot be read.
         ValueError: If it holds no such results, or those of another model or of several.
     """
     found = read_json(path)

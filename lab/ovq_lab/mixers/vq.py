@@ -296,18 +296,8 @@ class VQAttention(ConstantStateMixer, AttentionMixer):
         auxiliary_losses: MutableSequence[Tensor] | None = None,
         step: DictionaryStep | None = None,
     ) -> Tensor:
-        """See `AttentionMixer.attend`.
-
-        Args:
-            q: see there.
-            k: see there.
-            v: see there.
-            scale: see there.
-            layout: see there.
-            cache: see there.
-            auxiliary_losses: a list (or deque) that the commitment loss is added to.
-            step: the result of `begin_step`; None: `begin_step` is called here.
-        """
+        """See `AttentionMixer.attend`; options beside those are a list (or deque) that the commitment loss is
+        added to, and the result of `begin_step`, which is called here if it is None."""
         rows = layout.rows()
         step = self.begin_step() if step is None else step
         q = q * scale[:, None]

@@ -38,12 +38,7 @@ _OFFSET = 0.04
 
 
 def fidelity_figure(results: Mapping[str, Any], path: Path) -> None:
-    """Draw one panel for each stream, with a line for each memory and its standard deviation over seeds.
-
-    Args:
-        results: Its `rows` are those of `ovq_lab.figures.fidelity.fidelity_rows`.
-        path: Where to write the picture, as PNG.
-    """
+    """Draw one panel for each stream, with a line for each memory and its standard deviation over seeds."""
     rows = results["rows"]
     streams = list(dict.fromkeys(row["stream"] for row in rows))
     # Each panel has its own axis: on random keys exact attention is nearly 0, and errors are far larger.

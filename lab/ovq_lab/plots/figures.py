@@ -21,17 +21,8 @@ _LEAST_GAP = 0.06
 def save_figures(
     rows: Sequence[ResultRow], folder: Path, *, train_length: int, prefix: str = ""
 ) -> list[Path]:
-    """Draw the results into `accuracy.png` and `state.png`.
-
-    Args:
-        rows: Results of all models.
-        folder: Where to put the figures; must exist.
-        train_length: The longest length of the training, marked in the figures.
-        prefix: Beginning of the figures' file names.
-
-    Returns:
-        The paths of the figures.
-    """
+    """Draw the results into `accuracy.png` and `state.png`, whose names begin with the prefix; the longest
+    length of the training is marked."""
     paths = []
     for name, title, draw in (
         ("accuracy", "In-context recall beyond the training length", _draw_accuracy),

@@ -25,14 +25,14 @@ def draw_heat_maps(
     """Draw one map for each model, framed in the colour of its mixer, with the share written into each cell.
 
     Args:
-        maps: For each model's name, the shares from 0 to 1 of each row and column; NaN where there is none.
-        models: For each model's name, its mixer and slots, as `line_styles` takes them.
+        maps: By the name of a model, the shares from 0 to 1 of each row and column; NaN where there is none.
+        models: Likewise its mixer and slots, as `line_styles` takes them.
         columns: Labels of the columns.
         rows: Labels of the rows, from top to bottom.
-        column_name: What the columns are; written below all maps.
-        value_name: What the shares are; written beside the colour bar.
+        column_name: What the columns are.
+        value_name: What the shares are.
         title: Written above the maps.
-        row_name: What the rows are; written beside the maps.
+        row_name: What the rows are.
     """
     height = 0.55 + 0.27 * len(rows)
     figure = Figure(figsize=(WIDTH, height * len(maps) + 1.5), layout="constrained")

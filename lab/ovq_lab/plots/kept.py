@@ -21,12 +21,7 @@ _NAMES = {"existing": "OVQ, paper's rule", "nearest": "OVQ, nearest", "ward": "O
 
 
 def kept_figure(results: Mapping[str, Any], path: Path) -> None:
-    """Draw a line for each rule, with bars from the lowest to the highest seed.
-
-    Args:
-        results: Its `rows` are the fields of `KeptRow`s as dicts; its `title` is written above.
-        path: Where to write the picture, as PNG.
-    """
+    """Draw a line for each rule, with bars from the lowest to the highest seed."""
     rows = results["rows"]
     # From the dictionary with the most room to that with the least.
     sizes = sorted({(row["num_slots"], row["length"]) for row in rows}, key=lambda s: (s[1] / s[0], s[1]))

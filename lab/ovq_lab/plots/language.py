@@ -72,20 +72,8 @@ def octave_losses(row: LanguageRow) -> list[tuple[int, int, float]]:
 
 
 def save_language_figures(rows: Sequence[LanguageRow], folder: Path) -> list[Path]:
-    """Draw `loss.png` and `chunk.png` from the results of each model at its longest length.
-
-    Args:
-        rows: Results of all models.
-        folder: Where to put the figures; must exist.
-
-    Returns:
-        The paths of the figures; only the first if no window holds whole chunks.
-
-    Raises:
-        ValueError: If there are no rows.
-    """
-    if not rows:
-        raise ValueError("expected rows to draw, found none")
+    """Draw the results at the longest length into `loss.png` and, if a window holds whole chunks,
+    `chunk.png`; returns their paths."""
     rows = _longest(rows)
     paths = []
     for name, draw in (("loss.png", _draw_positions), ("chunk.png", _draw_chunk)):

@@ -25,12 +25,7 @@ SCORES = {
 
 
 def needle_table(rows: Sequence[NeedleRow], *, title: str) -> Table:
-    """One line for each model and depth, one column for each length, and the three scores in each cell.
-
-    Args:
-        rows: Results; models come in the order in which they first occur.
-        title: Written above the table.
-    """
+    """One line for each model and depth, one column for each length, and the three scores in each cell."""
     lengths = sorted({row.length for row in rows})
     table = Table(title=title)
     table.add_column("model", no_wrap=True)
@@ -47,20 +42,8 @@ def needle_table(rows: Sequence[NeedleRow], *, title: str) -> Table:
 
 
 def save_needle_figures(rows: Sequence[NeedleRow], folder: Path) -> list[Path]:
-    """Draw one figure per score, with a heat map of length and depth for each model.
-
-    Args:
-        rows: Results of all models.
-        folder: Where to put `needle_SCORE.png`; must exist.
-
-    Returns:
-        The paths of the figures, one for each of `SCORES`.
-
-    Raises:
-        ValueError: If there are no rows.
-    """
-    if not rows:
-        raise ValueError("expected rows to draw, found none")
+    """Draw `needle_SCORE.png` for each of `SCORES`, with a heat map of length and depth for each model;
+    returns their paths."""
     lengths = sorted({row.length for row in rows})
     depths = sorted({row.depth for row in rows})
     labels = list(dict.fromkeys(row.label for row in rows))

@@ -20,12 +20,7 @@ _LEGEND = 0.9
 
 
 def new_panels(count: int, *, height: float = 3.3) -> tuple[Figure, list[Axes]]:
-    """A figure with a number of panels, each with light grid lines.
-
-    Args:
-        count: How many panels.
-        height: Inches per panel.
-    """
+    """A figure with a number of panels, each `height` inches high and with light grid lines."""
     # Leaves room between one panel's axis and the title of the next.
     layout = ConstrainedLayoutEngine(h_pad=0.08, hspace=0.02)
     figure = Figure(figsize=(WIDTH, height * count + _LEGEND), layout=layout)

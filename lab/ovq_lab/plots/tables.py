@@ -14,12 +14,7 @@ from ovq_lab.eval.rows import ResultRow
 def result_table(
     rows: Sequence[ResultRow], *, title: str, value: Callable[[ResultRow], float] = attrgetter("accuracy")
 ) -> Table:
-    """Accuracy by model and length in tokens, with the bytes of state at the longest length.
-
-    Args:
-        rows: Results; models come in the order in which they first occur.
-        title: Written above the table.
-        value: Which field to show instead of the accuracy.
+    """Accuracy, or another value, by model and length in tokens, and the bytes of state at the longest one.
 
     Example:
         >>> row = ResultRow(mixer="ovq", num_slots=64, length=256, accuracy=0.5, state_bytes=2048,

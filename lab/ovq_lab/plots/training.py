@@ -10,13 +10,7 @@ from ovq_lab.train.history import History
 
 
 def save_loss_curve(history: History, path: Path, *, mixer: str) -> None:
-    """Draw the losses of a run.
-
-    Args:
-        history: The losses.
-        path: The PNG file.
-        mixer: The long-range mixer of the model, whose colour the lines have if it is one of ours.
-    """
+    """Draw the losses of a run, in the colour of its long-range mixer if that is one of ours."""
     figure, [axes] = new_panels(1)
     style = line_styles({mixer: (mixer, None)})[mixer].options()
     plain = style | {"marker": "", "linewidth": 1.0, "alpha": 0.6}

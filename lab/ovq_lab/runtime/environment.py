@@ -17,23 +17,19 @@ import ovq
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Where and with which software this process computes.
+    """Where, on `"cpu"` or `"cuda"`, and with which software this process computes, as JSON types.
 
-    Args:
-        device: `"cpu"` or `"cuda"`, the device that is used.
-
-    Returns:
-        Processor and those of its features that say how fast it multiplies, device, cores, threads, versions
-        and commit by name, as JSON types.
+    Features are those of the processor that say how fast it multiplies.
 
     Example:
         >>> found = environment("cpu")
         >>> found["device"], found["cores"] == os.cpu_count()
         ('cpu', True)
     """
+    features = f"{_cpu_line('flags')} {_cpu_line('Features')}".split()
     return {
-        "processor": _processor(),
-        "features": _features(),
+        "processor": _cpu_line("model name") or platform.processor() or platform.machine(),
+        "features": [name for name in _FEATURES if name in features],
         "device": "cpu" if device == "cpu" else torch.cuda.get_device_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -48,15 +44,6 @@ def environment(device: str) -> dict[str, Any]:
 
 # Of all that processors can do, in the words of Linux.
 _FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16", "asimd", "bf16", "sve")
-
-
-def _processor() -> str:
-    return _cpu_line("model name") or platform.processor() or platform.machine()
-
-
-def _features() -> list[str]:
-    found = f"{_cpu_line('flags')} {_cpu_line('Features')}".split()
-    return [name for name in _FEATURES if name in found]
 
 
 def _cpu_line(name: str) -> str:

@@ -74,8 +74,8 @@ class Task(ABC):
             indices: Which examples of the data set, B of them, each non-negative.
             split: `"train"` or `"test"`.
 
-        Returns:
-            The batch: inputs, labels and slices.
+        Raises:
+            ValueError: If `split` is unknown, or `seed` or an index is negative.
         """
 
     def errors(self, answers: np.ndarray, labels: np.ndarray) -> np.ndarray:

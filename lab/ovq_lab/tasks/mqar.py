@@ -115,11 +115,7 @@ class MQARTask(Task):
         return self.num_stored * _TOKENS_PER_PAIR
 
     def build(self, seed: int, *, indices: Sequence[int] = (0,), split: str = "train") -> TaskBatch:
-        """Build the examples with these indices; see `Task.build` and the example of the class.
-
-        Raises:
-            ValueError: If `split` is unknown, or `seed` or an index is negative.
-        """
+        """Build the examples with these indices; see `Task.build` and the example of the class."""
         first_value = self.vocab_size // 2
         num_places = (self.length - self.context_length) // _TOKENS_PER_PAIR
         weights = np.arange(1, num_places + 1) ** (self.power - 1.0)

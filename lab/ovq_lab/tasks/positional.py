@@ -152,11 +152,7 @@ class PositionalRecallTask(Task):
         return NUM_SPECIAL + self.num_key_tokens
 
     def build(self, seed: int, *, indices: Sequence[int] = (0,), split: str = "train") -> TaskBatch:
-        """Build the examples with these indices; see `Task.build` and the example of the class.
-
-        Raises:
-            ValueError: If `split` is unknown, or `seed` or an index is negative.
-        """
+        """Build the examples with these indices; see `Task.build` and the example of the class."""
         keys, values, starts, asked = self._draw(seed, indices, split)
         rows = np.arange(len(indices))[:, None]
         # `[B, number of keys, occurrences, pair_length]`

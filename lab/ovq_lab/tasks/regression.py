@@ -162,11 +162,7 @@ class RegressionTask(Task):
         return np.where(answers >= self.first_y_token, distance, 2.0 * self.max_y + 1)
 
     def build(self, seed: int, *, indices: Sequence[int] = (0,), split: str = "train") -> TaskBatch:
-        """Build the examples with these indices; see `Task.build` and the example of the class.
-
-        Raises:
-            ValueError: If `split` is unknown, or `seed` or an index is negative.
-        """
+        """Build the examples with these indices; see `Task.build` and the example of the class."""
         num_points = self.num_points
         points = np.empty((len(indices), num_points, _TOKENS_PER_POINT), dtype=np.int64)
         seen = np.empty((len(indices), num_points), dtype=np.int64)

@@ -90,12 +90,7 @@ def fault(folder: Path) -> str | None:
 
 
 def newest_checkpoint(out: Path, say: Callable[[str], None]) -> Path | None:
-    """The newest undamaged checkpoint in the folder of a run, or None; reports which newer ones are left out.
-
-    Args:
-        out: The folder of the run.
-        say: Called with a sentence for each checkpoint that is left out.
-    """
+    """The newest undamaged checkpoint in the folder of a run, or None; says which newer ones are left out."""
     for folder in reversed(_by_step(out)):
         found = fault(folder)
         if found is None:

@@ -36,13 +36,11 @@ class TrainingData:
     Attributes:
         examples: Builds whole batches by index.
         tokenizer: The tokenizer of real text, to be saved beside the model; None for synthetic tasks.
-        is_carrying: Whether the state is carried from one example to the next.
         held_out: Windows of text on which the loss is measured during training; None for no measurements.
     """
 
     examples: Dataset
     tokenizer: Any | None = None
-    is_carrying: bool = False
     held_out: Dataset | None = None
 
 
@@ -72,7 +70,11 @@ def training_data(
         return TrainingData(examples=CurriculumDataset(config))
     tokenizer = source_tokenizer(task) if checkpoint is None else get_tokenizer(str(checkpoint))
     corpus = load_corpus(task, "train", tokenizer=tokenizer, progress=say_progress(task.dataset, reporter))
-    examples = _text_examples(config, corpus, tokenizer)
+    if task.carry_state:
+        examples: Dataset = CarriedTextDataset(config, corpus)
+    else:
+        needles = NeedleWindows(config, corpus, tokenizer) if task.needle_share else None
+        examples = PackedTextDataset(config, corpus, needles)
     is_new = checkpoint is None and not (is_resumed and (out / CORPUS_FILE).exists())
     if not is_new:
         _check_corpus(out / CORPUS_FILE, corpus)
@@ -86,18 +88,7 @@ def training_data(
             length=max(config.train.lengths),
             num_windows=_NUM_HELD_OUT,
         )
-    return TrainingData(
-        examples=examples, tokenizer=tokenizer, is_carrying=task.carry_state, held_out=held_out
-    )
-
-
-def _text_examples(config: RunConfig, corpus: Corpus, tokenizer: Any) -> Dataset:
-    """Windows of a corpus, in the order that the configuration determines."""
-    assert isinstance(config.task, TextTask)
-    if config.task.carry_state:
-        return CarriedTextDataset(config, corpus)
-    needles = NeedleWindows(config, corpus, tokenizer) if config.task.needle_share else None
-    return PackedTextDataset(config, corpus, needles)
+    return TrainingData(examples=examples, tokenizer=tokenizer, held_out=held_out)
 
 
 def _check_corpus(path: Path, corpus: Corpus) -> None:
@@ -118,9 +109,6 @@ class CurriculumDataset(Dataset):
 
     An example and its length depend only on its index. Reading in sequence can therefore resume at any step,
     and several processes that take batches in turn train on what a single process would.
-
-    Args:
-        config: The run.
 
     Example:
         >>> from ovq_lab.train.recipes import get_recipe

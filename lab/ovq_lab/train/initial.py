@@ -52,10 +52,6 @@ _WITHOUT_EFFECT = {
 def check_initial(source: str, config: OVQConfig) -> list[str]:
     """Check that a run can begin with the weights of a model, before anything else is read.
 
-    Args:
-        source: Folder, or name on the hub, of the model.
-        config: The model of the run.
-
     Returns:
         In words, what the run sets otherwise than the model has it.
 
@@ -110,12 +106,7 @@ def check_initial(source: str, config: OVQConfig) -> list[str]:
 
 
 def load_initial(source: str, model: OVQForCausalLM, tokenizer: Any | None) -> None:
-    """Give the model of a run the weights of a saved one.
-
-    Args:
-        source: Folder, or name on the hub, of the saved model.
-        model: The model of the run, changed in place.
-        tokenizer: That of the run, if it reads text.
+    """Give the model of a run, whose tokenizer it is if it reads text, the weights of a saved one.
 
     Raises:
         OSError: If there are no weights.

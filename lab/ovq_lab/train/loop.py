@@ -37,6 +37,7 @@ from ovq_lab.train.sharding import (
     prepare_sharding,
     sharding_arguments,
 )
+from ovq_lab.train.text import CarriedTextDataset
 from ovq_lab.train.values import parse_value
 
 
@@ -69,9 +70,7 @@ def model_config(config: RunConfig) -> OVQConfig:
 def build_model(config: RunConfig, checkpoint: Path | None = None) -> OVQForCausalLM:
     """The untrained model of a run, with weights determined by the run's seed.
 
-    Args:
-        config: The run.
-        checkpoint: One of the run's, whose sizes the model gets: `equal_sizes` may have had another rule.
+    It gets the sizes of a checkpoint of the run if there is one: `equal_sizes` may have had another rule.
 
     Raises:
         ValueError: If `OVQConfig` refuses a setting.
@@ -215,9 +214,10 @@ def _run(
         for name in ("eos_token_id", "pad_token_id"):
             for config_of in (model.config, model.generation_config):
                 setattr(config_of, name, getattr(data.tokenizer, name))
-    trainer = (CarryTrainer if data.is_carrying else SealingTrainer)(
+    is_carrying = isinstance(data.examples, CarriedTextDataset)
+    trainer = (CarryTrainer if is_carrying else SealingTrainer)(
         model=model,
-        args=_training_arguments(config, out, is_carrying=data.is_carrying),
+        args=_training_arguments(config, out, is_carrying=is_carrying),
         train_dataset=data.examples,
         eval_dataset=data.held_out,
         data_collator=_as_it_is,

@@ -30,14 +30,9 @@ class NeedleWindows:
     In the steps of `task.bare_needle_share`, texts are one needle without its first words, and its
     repetition, as many as fit. Then, up to six tenths of the steps, all texts have the shortest possible
     length. After that each window has texts of a length between that and its own, drawn uniformly on a
-    logarithmic scale. A text has one
-    needle per 144 tokens, or per 216 if its values are uuids. Only the repeated values are predicted; when
-    all tokens were predicted, a small model took twice as long to learn to look back.
-
-    Args:
-        config: The run.
-        corpus: Its training documents, in which needles are hidden.
-        tokenizer: The tokenizer of the corpus.
+    logarithmic scale. A text has one needle per 144 tokens, or per 216 if its values are uuids. Only the
+    repeated values are predicted; when all tokens were predicted, a small model took twice as long to learn
+    to look back.
 
     Example:
         >>> from ovq_lab.text import TextSource, byte_tokenizer, load_corpus

@@ -31,11 +31,6 @@ class PackedTextDataset(Dataset):
     window depends only on the seed and its index, as in `CurriculumDataset`. With needles, texts that contain
     them replace some of the windows.
 
-    Args:
-        config: The run.
-        corpus: Its training documents.
-        needles: The windows of the run that have needles; `None` for none.
-
     Raises:
         ValueError: If all documents together are shorter than a window.
 
@@ -68,9 +63,7 @@ class PackedTextDataset(Dataset):
     def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         """Build these windows as one packed row: `input_ids`, targets and `cu_seqlens`; no collation is
         needed."""
-        inputs, targets = zip(*(row for index in indices for row in self._rows(index)), strict=True)
-        ends = np.cumsum([0, *map(len, inputs)], dtype=np.int32)
-        return _batch(inputs, targets) | {"cu_seqlens": torch.from_numpy(ends)}
+        return _packed([row for index in indices for row in self._rows(index)])
 
     def _rows(self, index: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """What the rows of a window read and predict."""
@@ -91,14 +84,7 @@ class PackedTextDataset(Dataset):
 
 
 class _Epoch:
-    """Where each window of an epoch lies.
-
-    Args:
-        num_positions: `[D]` of each document.
-        length: Length of a window.
-        seed: Seed of the run.
-        number: Number of the epoch.
-    """
+    """Where each window of an epoch of a run lies, for documents with `num_positions` `[D]`."""
 
     def __init__(self, num_positions: np.ndarray, length: int, seed: int, number: int) -> None:
         random = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(length, number)))
@@ -122,12 +108,7 @@ class HeldOutWindows(Dataset):
     """Windows of documents that are not trained on, each built as in `PackedTextDataset`.
 
     The documents are concatenated in their order and cut into windows, of which some are taken, evenly
-    spread.
-
-    Args:
-        corpus: The documents.
-        length: Length of a window; fewer if all documents together are shorter.
-        num_windows: How many windows to take, if there are as many.
+    spread: `num_windows` of them if there are as many, of less than `length` if all together are shorter.
 
     Example:
         >>> from ovq_lab.text import TextSource, load_corpus
@@ -156,9 +137,7 @@ class HeldOutWindows(Dataset):
             for index in indices
             for piece in _pieces(self._ends, self._starts[index], self._starts[index] + self._length)
         ]
-        inputs, targets = zip(*(read_positions(self._corpus, *piece) for piece in pieces), strict=True)
-        ends = np.cumsum([0, *map(len, inputs)], dtype=np.int32)
-        return _batch(inputs, targets) | {"cu_seqlens": torch.from_numpy(ends)}
+        return _packed([read_positions(self._corpus, *piece) for piece in pieces])
 
 
 class CarriedTextDataset(Dataset):
@@ -168,10 +147,6 @@ class CarriedTextDataset(Dataset):
     the other, each from its first window to its last; the last window is only as long as what is left. Window
     i belongs to lane `i % batch_size`. The next document of the epoch goes to the lane that has the least
     left to read. Lanes depend only on the seed, not on the processes that share them.
-
-    Args:
-        config: The run, with windows of one length.
-        corpus: Its training documents.
 
     Example:
         >>> from ovq_lab.text import TextSource, load_corpus
@@ -279,6 +254,13 @@ def positions(
     parts = [end if start == 0 else [], tokens[max(start - 1, 0) : stop], end if stop > len(tokens) else []]
     read = np.concatenate([np.asarray(part, dtype=np.int64) for part in parts])
     return read[:-1], read[1:]
+
+
+def _packed(rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, torch.Tensor]:
+    """Rows that do not see each other as one, with their bounds."""
+    inputs, targets = zip(*rows, strict=True)
+    ends = np.cumsum([0, *map(len, inputs)], dtype=np.int32)
+    return _batch(inputs, targets) | {"cu_seqlens": torch.from_numpy(ends)}
 
 
 def _batch(inputs: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:

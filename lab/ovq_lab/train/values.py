@@ -17,14 +17,7 @@ if TYPE_CHECKING:
 def type_of_field(
     section: type[DataclassInstance], name: str, where: str, others: Mapping[str, ConfigField] | None = None
 ) -> Any:
-    """The type of a field of a section.
-
-    Args:
-        section: The class of the section.
-        name: Of the field.
-        where: What the error begins with if there is no such field.
-        others: Fields beside those of the class.
-    """
+    """The type of a field of a section, or of `others` beside its own; the error begins with `where`."""
     of_others = {name: field.kind for name, field in (others or {}).items()}
     types_of_fields = of_others | field_types(section)
     if name not in types_of_fields:
