@@ -79,6 +79,9 @@ def bench(
         str | None,
         typer.Option(help="Python of an environment that has openvino-genai; this one if not given."),
     ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the report as JSON instead of tables.")
+    ] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     out: Annotated[Path, typer.Option(help="Folder for bench.json and bench.png.")] = Path("bench-out"),
 ) -> None:
@@ -120,7 +123,7 @@ def bench(
         suite_of_peers = _pretrained_suite(model, text, peers, at_lengths)
         from ovq_lab.bench.pretrained_suite import run_pretrained
 
-        _measure(partial(run_pretrained, suite_of_peers), out)
+        _measure(partial(run_pretrained, suite_of_peers), out, as_json=as_json)
         return
     own = {"--model": model, "--text": text, "--gguf": gguf, "--llama-cpp": llama_cpp}
     for flag, found in (own | {"--openvino": openvino, "--genai": genai}).items():
@@ -138,7 +141,7 @@ def bench(
             lengths=at_lengths,
             prompts=sorted(parse_ints(prompts, flag="--prompts")),
         )
-        _measure(partial(run_models, models_suite), out)
+        _measure(partial(run_models, models_suite), out, as_json=as_json)
         return
     parts = [name for name in PARTS if device == "cpu" or name != "stream"]
     suite = Suite(
@@ -151,7 +154,7 @@ def bench(
         head_dim=head_dim,
         device=device,
     )
-    _measure(partial(run_suite, suite), out)
+    _measure(partial(run_suite, suite), out, as_json=as_json)
 
 
 def _pretrained_suite(
@@ -185,7 +188,7 @@ def _pretrained_suite(
     return PretrainedSuite(model=model, tokens=ids, lengths=lengths, **given)
 
 
-def _measure(run: Callable[[WorkReporter], dict], out: Path) -> None:
+def _measure(run: Callable[[WorkReporter], dict], out: Path, *, as_json: bool) -> None:
     """Run a suite, write its report and figures, and print it."""
     from ovq.runtime.files import write_atomic
     from ovq.runtime.progress import Reporter
@@ -196,6 +199,9 @@ def _measure(run: Callable[[WorkReporter], dict], out: Path) -> None:
         report = run(reporter)
     write_atomic(out / "bench.json", json.dumps(report, indent=1))
     paths = save_figures(report, out)
+    if as_json:
+        typer.echo(json.dumps(report, indent=1))
+        return
     env = report["environment"]
     rates = ", ".join(f"{rate / 1e9:.0f} GFLOP/s {dtype}" for dtype, rate in report["matrix_rate"].items())
     where = env["device"]
