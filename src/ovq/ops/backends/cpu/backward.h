@@ -1,13 +1,13 @@
-/* The backward of one chunk: rewinds the dictionary, then goes through it tile of slots by tile of slots.
+/* The backward of one chunk: rewinds the dictionary, then processes it in tiles of slots.
 
    Probabilities are computed again from the log-sum-exp of each query (docs/method/math.md). A tile of slots stays in the
-   cache while all queries of the chunk pass over it; what queries collect adds up over the tiles. */
+   cache while all queries of the chunk pass over it; gradients of queries add up over the tiles. */
 #pragma once
 
 #include "merged_slots.h"
 #include "read.h"
 
-/* What the threads of a team share. */
+/* Shared by the threads of a team. */
 struct Gradients {
     float *queries;  /* [G * width, key_ld]: scale * q. */
     float *grad_o;   /* [G * width, value_ld] */
@@ -17,21 +17,22 @@ struct Gradients {
     uint32_t *query_pairs, *grad_o_pairs;
     float *lse;      /* [G * width] */
     float *inner;    /* [G * width]: sum of o grad_o. */
-    float *grad_k;   /* [width, key_ld]: the chunk's tokens, as parts of the sums and as candidates. */
+    float *grad_k;   /* [width, key_ld]: of the chunk's tokens, both as parts of slots and as rows of their own. */
     float *grad_v;   /* [width, value_ld] */
     uint8_t *is_done; /* [M]: scratch, zero between uses. */
     int32_t *slot;   /* [width]: where the chunk's tokens went. */
 };
 
-/* What each thread has for itself. */
+/* Private to each thread. */
 struct Share {
     float *grad_q;   /* [G * width, key_ld]: its share of the gradient of scale * q. */
     float *grad_k;   /* [SLOTS, key_ld] */
     float *grad_v;   /* [SLOTS, value_ld] */
     float *probs;    /* [READERS, SLOTS] */
     float *grads;    /* [READERS, SLOTS]: gradient of the probabilities, then of the scores. */
-    float *sums;     /* [SLOTS]: of the gradients of scores over the queries, where tokens have weights; else NULL. */
-    uint32_t *prob_pairs, *grad_pairs; /* The same in pairs of queries, [READERS / 2, SLOTS], where these are multiplied. */
+    float *sums;     /* [SLOTS]: gradients of scores summed over the queries, if tokens have weights; else NULL. */
+    uint32_t *prob_pairs, *grad_pairs; /* `probs` and `grads` in pairs of queries, [READERS / 2, SLOTS], where these are
+                                          multiplied. */
 };
 
 INLINE int64_t num_pairs(int64_t num) { return (num + 1) / 2; }
@@ -69,7 +70,7 @@ static Share take_share(Arena *arena, const Call *call) {
     return share;
 }
 
-/* The gradient of a stream's sums. */
+/* Gradients of a stream's sums. */
 struct Deposits {
     float *key, *value;
     float *weight; /* NULL where tokens have none. */
@@ -81,7 +82,7 @@ INLINE Deposits deposits_of(const Call *call, int64_t row, int64_t head) {
             from_row(call->weight_deposit, first)};
 }
 
-/* The queries of a chunk with the gradients of their outputs, those of a query head together. */
+/* Load the queries of a chunk and the gradients of their outputs, for query head g of the group. */
 static void load_queries(const Call *call, const Chunk *chunk, int64_t head, int64_t g, Gradients *all) {
     const int64_t query_head = head * call->group_size + g, num_heads = call->num_kv_heads * call->group_size;
     const int64_t start = g * chunk->num, width = value_ld(call);
@@ -110,7 +111,7 @@ static void load_queries(const Call *call, const Chunk *chunk, int64_t head, int
     }
 }
 
-/* The slots that the forward noted are themselves again; what a sum is worth, each part is. */
+/* Restore the slots that the forward saved. Each part of a merged sum gets the gradient of that sum. */
 static void part_slots(const Call *call, const Chunk *chunk, int64_t head, const Sums *sums, const Deposits *deposits,
                        Dictionary *dictionary) {
     const int64_t k = call->k.dim, v = call->v.dim;
@@ -134,7 +135,8 @@ static void part_slots(const Call *call, const Chunk *chunk, int64_t head, const
     }
 }
 
-/* Token t, of a weight, gets what its part in the sums of a slot is worth; `grad_k` and `grad_v` are that of the sums. */
+/* The gradients of the weight, the key and the value of token t; on entry, `grad_k` and `grad_v` are those of its slot's
+   sums, and `of_weight` is that of the slot's weight. */
 static void weigh_gradients(const Call *call, const Chunk *chunk, int64_t head, int64_t t, const Rows *tokens,
                             float of_weight, float *grad_k, float *grad_v) {
     const int64_t k = call->k.dim, v = call->v.dim, place = chunk->index * call->width + t;
@@ -145,7 +147,7 @@ static void weigh_gradients(const Call *call, const Chunk *chunk, int64_t head, 
     weighted_row(tokens->weights[t], grad_v, v, grad_v);
 }
 
-/* The chunk's tokens get the gradient of the sums they were added to, and are taken out of the sums again. */
+/* Give the chunk's tokens the gradient of the sums they were added to, and subtract them from the sums. */
 static void rewind_chunk(const Call *call, const Chunk *chunk, int64_t row, int64_t head, const Rows *tokens,
                          Dictionary *dictionary, Gradients *all) {
     const Sums sums = sums_of(call, row, head);
@@ -163,7 +165,7 @@ static void rewind_chunk(const Call *call, const Chunk *chunk, int64_t row, int6
     for (int64_t t = 0; t < chunk->num; t++) {
         const int64_t slot = all->slot[t];
         if (sums.count[slot]) continue;
-        /* A slot that the chunk opened is gone: what rounding left of its sums goes too. */
+        /* The chunk opened this slot: clear it, and the rounding errors left in its sums. */
         memset(sums.key + slot * call->k.dim, 0, sizeof(float) * call->k.dim);
         memset(sums.value + slot * call->v.dim, 0, sizeof(float) * call->v.dim);
         memset(deposits.key + slot * call->k.dim, 0, sizeof(float) * call->k.dim);
@@ -180,9 +182,9 @@ static void add_gradients(const float *grads, int64_t num, int64_t n, float *sum
         for (int64_t j = 0; j < n; j += VL) store(sums + j, load(sums + j) + load(grads + t * SLOTS + j));
 }
 
-/* One tile of queries with one tile of slots or tokens: `start` is the queries' place among those of the chunk,
-   `first` their position in it, `rows` begins at the tile and has n of them, the first at position `place`;
-   place < 0 for slots, which every query sees. */
+/* One tile of queries with one tile of slots or tokens. `start` is the place of the queries among all of the chunk, `first`
+   their position in it. `rows` are the tile's n rows, from position `place` on; for slots, which all queries see, place <
+   0. */
 static void backward_tile(const Call *call, const Rows *rows, int64_t n, int64_t place, int64_t start, int64_t first,
                           int64_t num, const Gradients *all, Share *share) {
     const int64_t key_width = key_ld(call), value_width = value_ld(call);
@@ -208,8 +210,8 @@ static void backward_tile(const Call *call, const Rows *rows, int64_t n, int64_t
 }
 
 #if HAS_PAIRS
-/* From scores and gradients of probabilities [num, n]: probabilities and gradients of scores in pairs of queries, and
-   the latter as words of neighbours, in the first half of their place. */
+/* From scores and gradients of probabilities [num, n]: probabilities and gradients of scores in bfloat16 query pairs, and the
+   latter also as words of neighbours, in the first half of their place. */
 static void differentiate_pairs(int64_t num, int64_t n, const float *lse, const float *inner, Share *share) {
     for (int64_t t = 0; t < num; t += 2) {
         const int is_pair = t + 1 < num;
@@ -260,8 +262,8 @@ static void backward_tile_pairs(const Call *call, const Rows *rows, int64_t n, i
 }
 #endif
 
-/* Half of a tensor that the chunk before this one will read, into the cache, with each tile of slots:
-   memory answers slowly, and takes so many questions at a time. */
+/* Prefetch half of a tensor of the previous chunk with each tile of slots: memory answers slowly, and serves a limited number
+   of requests at a time. */
 static void fetch_before(const Call *call, const Chunk *chunk, int64_t head, int64_t tile) {
     const Tokens *tensors[] = {&call->q, &call->o, &call->grad_o, &call->k, &call->v};
     if (tile >= 10) return;
@@ -271,7 +273,7 @@ static void fetch_before(const Call *call, const Chunk *chunk, int64_t head, int
             fetch_token(call, tensors[tile / 2], chunk->index - 1, tile % 2 * half + t, head * group + g);
 }
 
-/* All queries of a chunk with SLOTS slots, or tokens, from `at` on. */
+/* Gradients from all queries of a chunk and SLOTS slots, or tokens, from `at` on. */
 static void backward_rows(const Call *call, const Rows *rows, int64_t head, int64_t at, int64_t num_rows,
                           int is_tokens, const Chunk *chunk, const Gradients *all, Share *share) {
     const Rows tile = rows_from(rows, call, at);
@@ -296,12 +298,12 @@ static void backward_rows(const Call *call, const Rows *rows, int64_t head, int6
         }
 }
 
-/* out [num] += factor * x, rows of `dim`. */
+/* out [dim] += factor * x [dim]. */
 INLINE void deposit(float *out, const float *x, float factor, int64_t dim) {
     for (int64_t j = 0; j < dim; j++) out[j] += factor * x[j];
 }
 
-/* The share of a tile in the gradient of the sums of `slots`, or of the chunk's own tokens. */
+/* Add a tile's gradients to those of the sums of `slots`, or of the chunk's own tokens. */
 static void collect_rows(const Call *call, const Rows *slots, const Rows *tokens, const Chunk *chunk, int64_t row,
                          int64_t head, int64_t at, int64_t num_rows, int is_tokens, Gradients *all,
                          const Share *share) {
@@ -318,12 +320,12 @@ static void collect_rows(const Call *call, const Rows *slots, const Rows *tokens
                     share->sums[i - at] / tokens->weights[i];
         } else {
             const float mass = mass_of(&sums, i), factor = fminf(1 / mass, FLT_MAX);
-            /* Nobody reads a slot that weighs nothing. */
+            /* No query attends to a slot without mass. */
             if (!(mass > 0)) continue;
             deposit(deposits.key + i * call->k.dim, grad_k, factor, call->k.dim);
             deposit(deposits.value + i * call->v.dim, grad_v, factor, call->v.dim);
             if (!sums.weight) continue;
-            /* The weight is in the score, and divides the sums. */
+            /* The weight enters the score, and divides the sums. */
             const double of_means = exact_dot(grad_k, slots->keys + i * key_ld(call), call->k.dim) +
                                     exact_dot(grad_v, slots->values + i * value_ld(call), call->v.dim);
             deposits.weight[i] += (float)((share->sums[i - at] - of_means) / mass);
@@ -331,7 +333,7 @@ static void collect_rows(const Call *call, const Rows *slots, const Rows *tokens
     }
 }
 
-/* Gradients of the chunk's tokens, and its share in that of the scale, once all tiles are done. */
+/* Write the gradients of the chunk's tokens, and add its part of the scale's, once all tiles are done. */
 static void write_gradients(const Call *call, const Chunk *chunk, int64_t row, int64_t head, const Gradients *all,
                             Share *const *shares, int num_shares) {
     const int64_t dim = call->k.dim, ld = key_ld(call), num_heads = call->num_kv_heads * call->group_size;

@@ -1,9 +1,9 @@
-/* Products of vectors rounded to whole numbers of a byte, summed exactly in int32, on processors that multiply many of those
-   at once. They are rougher than pairs of bfloat16; how far each vector is off is measured as it is rounded, which leaves
-   few doubts about what is nearest.
+/* Products of vectors quantized to int8, with exact int32 sums, on processors that multiply many bytes at once. They are less
+   precise than bfloat16 pairs, but each vector's rounding error is measured when it is quantized, which leaves few candidates
+   for the nearest item undecided.
 
-   A word has four neighbours. Processors want numbers without a sign on one side: those on the left have BYTE_ZERO added,
-   which sums on the right begin without. */
+   A word packs four neighbours. Processors want unsigned numbers on one side: those on the left have BYTE_ZERO added, and
+   sums begin with a correction for it that the right side brings along. */
 #pragma once
 
 #include "shorts.h"
@@ -14,10 +14,10 @@
 #define HAS_BYTES 0
 #endif
 
-/* Whether there are products of pairs that take half the time and are rough. */
+/* Whether there are approximate products, of int8 or bfloat16, that take half the time. */
 #define HAS_ROUGH (HAS_BYTES || HAS_PAIRS)
 
-/* The largest number. Without VNNI, sums of four products have 16 bits. */
+/* Largest quantized number. Without VNNI, sums of four products must fit in 16 bits. */
 #if defined(__AVX512VNNI__)
 #define LARGEST_BYTE 127
 #else
@@ -25,8 +25,8 @@
 #endif
 #define BYTE_ZERO (LARGEST_BYTE + 1)
 
-/* Of vectors rounded to whole steps, [M]: how long a step is; in bytes, also the length of what rounding left over, and the
-   sum that products begin with. */
+/* Quantization parameters of M vectors: the scale; for int8 also the norm of the rounding error and the initial accumulator
+   (the zero-point correction). */
 struct Steps {
     float *size, *error;
     int32_t *begin;
@@ -40,8 +40,7 @@ INLINE void copy_step(const Steps &from, int64_t i, const Steps &to, int64_t j) 
 #if HAS_BYTES
 INLINE int64_t byte_words(int64_t n) { return padded(n, VL) / 4; }
 
-/* Round n numbers to words of four, n a multiple of VL, as vector i of those with `steps`. What is not finite becomes
-   anything. */
+/* Quantizes n numbers into words of four, n a multiple of VL, as vector i of `steps`. Non-finite numbers become arbitrary. */
 static void round_to_bytes(const float *x, int64_t n, uint32_t *words, const Steps &steps, int64_t i) {
     const Rounding rounding = rounding_of(x, n, LARGEST_BYTE);
     Vector total_number = {}, total_error = {};
@@ -54,19 +53,19 @@ static void round_to_bytes(const float *x, int64_t n, uint32_t *words, const Ste
         memcpy(words + j / 4, &bytes, sizeof(bytes));
     }
     steps.size[i] = rounding.size;
-    /* A thousandth for the roundings of float32 in it. */
+    /* A thousandth more covers the float32 roundings of this sum. */
     steps.error[i] = sqrtf(total(total_error)) * 1.001f;
     steps.begin[i] = -BYTE_ZERO * (int32_t)total(total_number);
 }
 
-/* The n words of column j of a matrix cut into panels, as those on the left. */
+/* Words [n] of column j of a matrix cut into panels, made unsigned for the left side of a product. */
 INLINE void take_left(const uint32_t *panels, int64_t n, int64_t j, uint32_t *words) {
     const uint32_t each = 0x01010101;
     take_words(panels, n, j, words);
     for (int64_t i = 0; i < n; i++) words[i] = (words[i] & each * (2 * BYTE_ZERO - 1)) ^ each * BYTE_ZERO;
 }
 
-/* Sums of products of BYTE_WORDS words, those on the left of numbers without a sign. */
+/* sum + the products of BYTE_WORDS words of int8, unsigned on the left. */
 #if defined(__AVX512VNNI__)
 #define BYTE_WORDS 1
 #define BYTE_ROWS MR
@@ -110,8 +109,8 @@ struct Bytes : InSteps {
     }
 };
 
-/* c [m, n] = from + steps of rows and columns, times a [m, k words] b [k words, n] in steps. Rows of a, whose numbers have
-   BYTE_ZERO added, are `row` words apart; b is in panels, `panel` words apart; `from` is c or NULL. */
+/* c [m, n] = from + scales of rows and columns * a b, with a [m, k words] and b [k words, n] quantized. Rows of a, whose
+   numbers have BYTE_ZERO added, are `row` words apart; b is in panels, `panel` words apart; `from` is c or NULL. */
 static void bytes_product(int64_t m, int64_t n, int64_t k, const uint32_t *a, int64_t row, const float *left_size,
                           const uint32_t *b, int64_t panel, const Steps &right, const float *from, float *c,
                           int64_t ldc) {

@@ -1,4 +1,4 @@
-/* What a call hands over (mirrored by `_Arguments` in kernels.py), the threads it runs on, and its memory. */
+/* Arguments of a call (mirrored by `_Arguments` in kernels.py), the threads it runs on, and its memory. */
 #pragma once
 
 #include <sched.h>
@@ -8,7 +8,7 @@
 #include "numbers.h"
 #include "product.h"
 
-/* Queries, or keys, of a tile; and of one of the backward, with its slots. */
+/* Queries, or keys, per tile; and queries and slots per tile of the backward. */
 #define QUERIES 32
 #define READERS 256
 #define SLOTS 64
@@ -23,36 +23,36 @@ struct Tokens {
 struct Call {
     int64_t num_rows, num_kv_heads, group_size, chunk_size, width, capacity, num_threads;
     int64_t dtype;
-    int64_t merges_pairs;     /* Whether pairs are merged, by "nearest". */
-    int64_t num_parts;        /* Of "nearest": how many parts edges are taken in. */
-    int64_t weighs_chunk;     /* Whether tokens of the own chunk are read with the log of their weights. */
+    int64_t merges_pairs;     /* Whether pairs are merged (merge="nearest"). */
+    int64_t num_parts;        /* For "nearest": number of parts in which edges are taken. */
+    int64_t weighs_chunk;     /* Whether scores of the own chunk's tokens include the log of their weights. */
     double tie, value_weight;
-    double mass_power;        /* Of "nearest": the power of masses in what edges are ranked by. */
-    double least_weight;      /* A slot that has faded to less is dropped, by "nearest", or fades no further. */
+    double mass_power;        /* For "nearest": exponent of the masses in the priority of an edge. */
+    double least_weight;      /* Slots that fade below it are dropped by "nearest", else kept at this weight. */
     Tokens q, k, v, o;
-    float *lse;         /* [num_chunks, width, H]: log of the sum of the exponentials of each query. */
+    float *lse;         /* [num_chunks, width, H]: log-sum-exp of the scores of each query. */
     const float *scale; /* [H] */
     float *key_sum, *value_sum;       /* [R, Hkv, M, K], [R, Hkv, M, V] */
     int64_t *count;                   /* [R, Hkv, M] */
-    /* Where tokens have weights, these and what the slots weigh: [num_chunks, width, Hkv] and [R, Hkv, M]; else NULL. */
+    /* Weights of tokens, [num_chunks, width, Hkv], and of slots, [R, Hkv, M]; NULL if tokens have none. */
     const float *token_weights;
     float *weight;
-    /* Where tokens forget: what slots are multiplied by before a chunk, [num_chunks, Hkv]; else NULL. */
+    /* With forgetting, the factor on all slots before each chunk, [num_chunks, Hkv]; else NULL. */
     const float *fading;
     int32_t *slots;                   /* [num_chunks, width, Hkv] */
-    const int64_t *first_chunk, *length; /* [R]: each row's first chunk and its tokens. */
-    const int64_t *schedule_start;    /* [R]: where the row's part of the schedule begins. */
+    const int64_t *first_chunk, *length; /* [R]: each row's first chunk and number of tokens. */
+    const int64_t *schedule_start;    /* [R]: where the row begins in `schedule`. */
     const int64_t *num_merged;        /* [R]: tokens merged before the call. */
-    const int32_t *schedule;          /* Its slots before each complete chunk and after the last. */
-    /* What chunks changed (merged_slots.h): [num_chunks, Hkv, num_noted] and, of sums, [..., K] and [..., V], or NULL. */
+    const int32_t *schedule;          /* Per row, slots before each complete chunk and after the last. */
+    /* Slots that chunks changed (merged_slots.h): [num_chunks, Hkv, num_noted], sums with [..., K] and [..., V]; or NULL. */
     int64_t num_noted;
     int32_t *merged_slot, *merged_into;
     float *merged_key, *merged_value;
     int64_t *merged_count;
     float *merged_weight;
-    /* The backward's. */
+    /* For the backward. */
     Tokens grad_o, grad_q, grad_k, grad_v;
-    float *key_deposit, *value_deposit, *weight_deposit; /* The gradient of the sums and weights, as they are. */
+    float *key_deposit, *value_deposit, *weight_deposit; /* Gradient of the current sums and weights. */
     float *grad_weights;                /* [num_chunks, width, Hkv] */
     double *grad_scale;                 /* [R, H] */
 };
@@ -74,7 +74,7 @@ static void wait_for_all(Barrier *barrier, int size) {
         if (spins > 4096) sched_yield();
 }
 
-/* Threads that work on a stream together, as one of them sees it. */
+/* A team of threads that work on a stream together, as seen by one of them. */
 struct Team {
     int rank, size;
     Barrier *barrier;
@@ -82,7 +82,7 @@ struct Team {
 
 INLINE void sync(const Team *team) { wait_for_all(team->barrier, team->size); }
 
-/* Memory handed out in aligned pieces; `base` is NULL to find out how much is needed. */
+/* Memory handed out in aligned pieces. With `base` NULL, only adds up how much is needed. */
 struct Arena {
     char *base;
     size_t used;
@@ -100,7 +100,7 @@ INLINE int64_t offset(const Tokens *x, int64_t chunk, int64_t token, int64_t hea
     return chunk * x->stride[0] + token * x->stride[1] + head * x->stride[2];
 }
 
-/* Fetch a token into the cache. */
+/* Prefetch a token. */
 INLINE void fetch_token(const Call *call, const Tokens *x, int64_t chunk, int64_t token, int64_t head) {
     const int64_t size = call->dtype == FLOAT32 ? 4 : 2;
     const char *data = (const char *)x->data + offset(x, chunk, token, head) * size;
@@ -114,7 +114,7 @@ static void read_tokens(const Call *call, const Tokens *x, int64_t chunk, int64_
         read_numbers(call->dtype, x->data, offset(x, chunk, first + t, head), x->dim, factor, out, ld);
 }
 
-/* `factor` times one vector, into its place. */
+/* Writes factor * one vector to its place. */
 static void write_token(const Call *call, const Tokens *x, int64_t chunk, int64_t token, int64_t head, float factor,
                         const float *from) {
     write_numbers(call->dtype, x->data, offset(x, chunk, token, head), x->dim, factor, from);

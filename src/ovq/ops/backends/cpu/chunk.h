@@ -1,5 +1,5 @@
-/* One chunk of a stream: queries read, where there are any, and a complete chunk is merged. By a team of threads, or by
-   one alone. */
+/* One chunk of a stream: its queries attend, if there are any, and a complete chunk is merged. A team of threads shares the
+   work, or one thread does it alone. */
 #pragma once
 
 #include "learn.h"
@@ -8,14 +8,14 @@
 
 INLINE int64_t num_tiles(int64_t num) { return (num + QUERIES - 1) / QUERIES; }
 
-/* The searches of a chunk's items, each tile by one of a team. */
+/* Searches of a chunk's items for their nearest; the team shares the tiles. */
 static void search_together(const Joining &all, const Team *team, float *scores) {
     const int64_t num = all.nearest->num_searching;
     for (int64_t tile = team->rank; tile < num_tiles(num); tile += team->size)
         search_tile(all, tile * QUERIES, least(QUERIES, num - tile * QUERIES), scores);
 }
 
-/* Join items by their edges, part by part, once those of finite chunks have searched. */
+/* Join items along their edges, part by part. Items of a finite chunk have searched before; those of others search here. */
 static void join_together(const Joining &all, Dictionary *dictionary, Rows *tokens, const Chunk *chunk, int64_t head,
                           int64_t due, int64_t num_merged, const Team *team, Learner *learner, float *scores) {
     if (team->rank == 0 && !*tokens->is_finite) {
@@ -27,7 +27,7 @@ static void join_together(const Joining &all, Dictionary *dictionary, Rows *toke
     for (int64_t part = 1, is_over = !due; !is_over; part++) {
         if (team->rank == 0) take_part(all, part);
         sync(team);
-        /* The first of the team goes on to the next chunk only when all have seen this. */
+        /* Rank 0 changes `num_due` only after the sync below, when all have seen it. */
         is_over = !all.nearest->num_due;
         if (!is_over) search_together(all, team, scores);
         sync(team);
@@ -35,9 +35,9 @@ static void join_together(const Joining &all, Dictionary *dictionary, Rows *toke
     if (team->rank == 0) learn_by_edges(all, dictionary, chunk, head, due > 0, learner);
 }
 
-/* Let the queries of a chunk read, if the call has any, and merge the chunk if it is complete.
-   `all` has the same dictionary and tokens, and what knows of nearest items where pairs are merged, else NULL. The row has
-   merged `num_merged` tokens before. `fading` is what slots are multiplied by if the chunk is complete, or NULL. */
+/* Attention of a chunk's queries, if the call has any, and the merge of the chunk if it is complete. `all` refers to the same
+   dictionary and tokens; its `nearest` is NULL unless pairs are merged. The row has merged `num_merged` tokens before.
+   `fading` is the factor on all slots if the chunk is complete, or NULL. */
 static void run_chunk(const Joining &all, Dictionary *dictionary, Rows *tokens, const Chunk *chunk, int64_t head,
                       int64_t num_merged, const float *fading, const Team *team, Learner *learner, Reader *reader) {
     const Call *call = all.call;

@@ -1,15 +1,14 @@
-/* Clusters of the slots and tokens of a chunk, once it is known what they are: each gets a slot, and what was in slots and
-   tokens goes there. */
+/* Clusters of a chunk's slots and tokens: each cluster gets a slot, and the contents of its slots and tokens move there. */
 #pragma once
 
 #include "learn.h"
 
-/* Columns are [slots | tokens | merged]; those of tokens begin at `first_token`. */
+/* Columns are [slots | tokens | joined]; those of tokens begin at `first_token`. */
 struct Clusters {
     int64_t first_token;
-    int32_t *into;  /* [columns]: the column that each was merged into, in the end itself. */
-    int32_t *index; /* [columns]: its lowest slot or token. */
-    int32_t *home;  /* [columns]: the slot of each column that is left. */
+    int32_t *into;  /* [columns]: the column that each was merged into; roots point to themselves. */
+    int32_t *index; /* [columns]: lowest slot or token of each. */
+    int32_t *home;  /* [columns]: the slot of each remaining column. */
     int32_t *moved; /* [M]: scratch. */
 };
 
@@ -18,7 +17,7 @@ INLINE int64_t cluster_of(const Clusters &clusters, int64_t i) {
     return i;
 }
 
-/* Say which slot each cluster gets: that of its lowest slot, or else a free one, in order of their first tokens. */
+/* Assign a slot to each cluster: its lowest slot, or else a free one, in order of first tokens. */
 static void find_homes(const Clusters &clusters, int64_t num, int64_t size) {
     const int64_t start = clusters.first_token;
     int64_t free = 0;
@@ -34,7 +33,8 @@ static void find_homes(const Clusters &clusters, int64_t num, int64_t size) {
     }
 }
 
-/* Say where each token goes, and which slots go elsewhere, `moved`, and where, `near` of the learner; their number. */
+/* Find the slot of each token, the slots that move (`moved`), and where they go (`near` of the learner). Returns the number
+   of moved slots. */
 static int64_t find_moves(const Clusters &clusters, int64_t num, int64_t size, Learner *learner) {
     int64_t num_moved = 0;
     find_homes(clusters, num, size);
@@ -49,7 +49,7 @@ static int64_t find_moves(const Clusters &clusters, int64_t num, int64_t size, L
     return num_moved;
 }
 
-/* Note what the backward will want, and merge the slots that lost their place. */
+/* Save what the backward needs, and merge the moved slots into their targets. */
 static void move_slots(const Call *call, const Sums *sums, const int32_t *moved, const Chunk *chunk, int64_t head,
                        int64_t num_moved, Learner *learner) {
     if (call->merged_slot) {
@@ -69,7 +69,7 @@ static void move_slots(const Call *call, const Sums *sums, const int32_t *moved,
     for (int64_t i = 0; i < num_moved; i++) merge_slot(call, sums, moved[i], learner->near[i]);
 }
 
-/* Once it is known where everything goes: move it there, and say where the tokens went. */
+/* Carry out the moves: merge slots, add tokens, and write the slot of each token. */
 static void move_all(const Call *call, Dictionary *dictionary, const Rows *tokens, const Sums *sums,
                      const int32_t *moved, const Chunk *chunk, int64_t head, int64_t num_moved, Learner *learner) {
     const int64_t size = call->chunk_size;

@@ -8,9 +8,9 @@
 #include "vector.h"
 #include "workers.h"
 
-/* Mirrored by `_Convolution` in convolution.py. Tensors are dense; `taps` are [num_taps, channels], the last one that
-   of the token itself; `past` are [rows, num_taps - 1, channels], the tokens before the first, or NULL for zeros;
-   `offset` says how many tokens of its own sequence come before each token of a row, or is NULL for all of them. */
+/* Mirrored by `_Convolution` in convolution.py. Tensors are dense; `taps` are [num_taps, channels], the last one for the
+   token itself; `past` are [rows, num_taps - 1, channels], the tokens before the first, or NULL for zeros; `offset` is the
+   number of tokens of the same sequence before each token of a row, or NULL if that is all of them. */
 struct Convolution {
     int64_t num_rows, num_tokens, num_channels, num_taps, num_threads;
     const float *x, *past, *taps;
@@ -18,10 +18,10 @@ struct Convolution {
     float *y;
     const float *grad_y;
     float *grad_x, *grad_past; /* `grad_past` is NULL where `past` is. */
-    float *grad_taps;          /* [rows, num_taps, channels]: that of each row by itself, zero before. */
+    float *grad_taps;          /* [rows, num_taps, channels]: one gradient per row, zero before. */
 };
 
-/* Tokens whose gradients are computed at a time, so that those of the taps stay in registers meanwhile. */
+/* Tokens per block of the backward, during which the gradients of the taps stay in registers. */
 #define TOKENS_TOGETHER 8
 
 /* Whether a token sees the one `back` before it. */
@@ -37,7 +37,7 @@ static const float *token_at(const Convolution *call, int64_t row, int64_t token
     return call->past + (row * num_past + num_past + token) * call->num_channels;
 }
 
-/* One token: all channels. `taps` is the number of taps, or 0 where it is not known in advance. */
+/* One token, all channels. `taps` is the number of taps, or 0 if it is not known at compile time. */
 template <int64_t taps> static void convolve(const Convolution *call, int64_t row, int64_t t) {
     const int64_t last_tap = call->num_taps - 1, width = call->num_channels;
     float *y = call->y + (row * call->num_tokens + t) * width;
@@ -59,14 +59,14 @@ template <int64_t taps> static void convolve(const Convolution *call, int64_t ro
     }
 }
 
-/* The gradients of token t: channels from `first` to before `end`. */
+/* The gradients of token t, channels first..end-1. */
 static void convolve_backward(const Convolution *call, int64_t row, int64_t t, int64_t first, int64_t end) {
     const int64_t last_tap = call->num_taps - 1, width = call->num_channels;
     float *grad_x = t < 0 ? call->grad_past + (row * last_tap + last_tap + t) * width
                           : call->grad_x + (row * call->num_tokens + t) * width;
     memset(grad_x + first, 0, sizeof(float) * (end - first));
     const float *x = token_at(call, row, t);
-    /* Every later token that has this one in sight. */
+    /* Every token that sees this one. */
     for (int64_t back = t < 0 ? -t : 0; back <= last_tap && t + back < call->num_tokens; back++) {
         if (!is_seen(call, t + back, back)) continue;
         const float *grad_y = call->grad_y + (row * call->num_tokens + t + back) * width;
@@ -79,8 +79,8 @@ static void convolve_backward(const Convolution *call, int64_t row, int64_t t, i
     }
 }
 
-/* The same for several tokens, from t on, that are in sight of as many later ones as there are taps. Everything is
-   added in the same order. */
+/* `convolve_backward` for several tokens, from t on, each seen by as many tokens as there are taps. Everything is added in
+   the same order. */
 template <int64_t taps>
 static void convolve_backward_together(const Convolution *call, int64_t row, int64_t t, int64_t first, int64_t end) {
     const int64_t width = call->num_channels, place = (row * call->num_tokens + t) * width;
@@ -114,8 +114,8 @@ template <int64_t taps> static void convolve_all(const Convolution *call, int is
                      [=](int64_t i) { convolve<taps>(call, i / num_tokens, i % num_tokens); });
         return;
     }
-    /* Tokens one after the other, as the taps get their gradients from all. Channels are divided only where there are
-       not as many rows as threads, since memory is read fastest from one end to the other; and into whole lines. */
+    /* Tokens run in order, as all add to the gradients of the taps. Channels are split, into whole cache lines, only where
+       rows do not divide evenly among threads: memory is read fastest from one end to the other. */
     const int64_t threads = call->num_threads > 1 ? call->num_threads : 1;
     const int64_t num_parts = threads / std::gcd(call->num_rows, threads);
     const int64_t part_width = padded((width + num_parts - 1) / num_parts, 16);
@@ -132,7 +132,7 @@ template <int64_t taps> static void convolve_all(const Convolution *call, int is
     });
 }
 
-/* As many taps as layers usually have are known in advance. */
+/* The usual numbers of taps are known at compile time. */
 static void convolve_all(const Convolution *call, int is_backward) {
     if (call->num_taps == 4) return convolve_all<4>(call, is_backward);
     if (call->num_taps == 3) return convolve_all<3>(call, is_backward);

@@ -1,7 +1,7 @@
-/* One token per row, without gradients: a softmax over [tokens of the chunk | dictionary], read where they lie.
+/* A decode step, one token per row, without gradients: a softmax over [tokens of the chunk | dictionary], read in place.
 
-   A slot's mean is its sums over its count c, so that exp(q.D + log c) D_v = exp(q.S / c) S_v: neither the means nor
-   the logs of counts are needed. The time is that of reading the sums from memory once. */
+   A slot's mean is its sums over its count c, so that exp(q.D + log c) D_v = exp(q.S / c) S_v: neither the means nor the logs
+   of counts are needed. The time is that of reading the sums from memory once. */
 #pragma once
 
 #include "numbers.h"
@@ -17,22 +17,22 @@ struct Decode {
     const float *key_sum, *value_sum;    /* [R, Hkv, M, ...] */
     const int64_t *count;                /* [R, Hkv, M] */
     const int64_t *num_seen;             /* [R]: tokens before this one. */
-    const int64_t *first_read;           /* [R]: the first pending token that is read; NULL for the first of all. */
+    const int64_t *first_read;           /* [R]: the first pending token that is read; NULL to read all. */
     int64_t q_row, q_head, k_row, k_head, v_row, v_head; /* Strides. */
-    /* Where tokens have weights: [R, Hkv], those of slots [R, Hkv, M], and of pending tokens [R, Hkv, C]; else NULL. */
+    /* Weights of the new tokens [R, Hkv], of slots [R, Hkv, M], and of pending tokens [R, Hkv, C]; NULL without weights. */
     const float *token_weights, *weight;
     float *pending_weights;
-    int64_t weighs_chunk; /* Whether tokens of the own chunk are read with their weights. */
+    int64_t weighs_chunk; /* Whether scores of the own chunk's tokens include the log of their weights. */
 };
 
-/* Rows that are read at once: they stay in the first-level cache for all queries of a group. */
+/* Rows per block, which stay in the L1 cache for all queries of a group. */
 #define READ_AT_ONCE 64
 /* Vectors of outputs that are summed in registers. */
 #define WIDE (64 / VL)
 /* Fewer bytes than this are not worth waking other threads for. */
 #define SHARED_BYTES (1 << 18)
 
-/* Of two vectors [items, width], lane i of the first halves of all items, those of the second vector last. */
+/* Lane i of a shuffle of two vectors [items, width]: the first halves of all items, the second vector's last. */
 template <int width> constexpr int half_at(int i) {
     constexpr int items = VL / width;
     const int item = i / (width / 2), lane = i % (width / 2);
@@ -44,8 +44,8 @@ template <int width, int... i> INLINE Vector fold(Vector a, Vector b, std::integ
     return pick<half_at<width>(i)...>(a, b) + pick<half_at<width>(i) + width / 2 ...>(a, b);
 }
 
-/* Products of x [dim] with `num` rows of numbers from `first` on, each as VL / num terms; the last row stands for
-   those from `end` on. */
+/* Products of x [dim] with `num` rows from `first` on, each as VL / num partial sums; row end - 1 stands in for rows beyond
+   it. */
 template <int num, typename T>
 INLINE Vector products(const float *x, int64_t dim, const T *rows, int64_t first, int64_t end) {
     if constexpr (num == 1) {
@@ -64,45 +64,45 @@ INLINE Vector products(const float *x, int64_t dim, const T *rows, int64_t first
     }
 }
 
-/* A query's softmax so far, relative to its largest score. */
+/* A query's online softmax so far, relative to its largest score. */
 struct Softmax {
     float best, total;
     float *out; /* [V] */
 };
 
-/* What rows weigh: their `count`, or their `weight`, or 1 where both are NULL. Means are sums divided by that, or by the
-   `divisor` where there is one; sums that are whole numbers are in steps. */
+/* Mass of rows: their `weight`, or their `count`, or 1 if both are NULL. Means are sums divided by the `divisor`, or by the
+   mass if that is NULL. Quantized sums have scales `key_step` and `value_step`. */
 struct Mass {
     const int64_t *count;
     const float *weight, *divisor;
     const Bfloat16 *key_step, *value_step;
 
-    /* Whether a row's share of the outputs is another than what it counts for. */
+    /* Whether sums are multiplied by more than exp(score). */
     INLINE_MEMBER int has_shares() const { return weight || divisor || value_step; }
 };
 
-/* The steps j..j+num-1, and 0 beyond. */
+/* Scales j..j+num-1, and 0 beyond. */
 INLINE Vector some_steps(const Bfloat16 *step, int64_t j, int64_t num) {
     float y[VL] = {};
     for (int64_t i = 0; i < num; i++) y[i] = as_float(step[j + i]);
     return load(y);
 }
 
-/* Scores of the rows first..end-1, -inf for empty slots and beyond. exp(score) times `masses` is what a row counts for,
-   and that times `shares`, where they differ, what its sums are multiplied by. The power of 2 in a weight
-   is part of the score, as its log is by the definition: a row of next to no weight may have a score that is so much
-   higher than the others' that these would vanish beside it, and the largest weights may count for more than scores. */
+/* Scores of the rows first..end-1, -inf for empty slots and beyond. exp(score) * masses is a row's term of the softmax
+   denominator; exp(score) * shares, or exp(score) without `has_shares`, is the factor of its sums. The power of 2 in a weight
+   is part of the score, as its log is by definition: a row of tiny weight may have a score so much higher than the others'
+   that these would vanish beside it, and the largest weights may count for more than scores. */
 template <typename T>
 INLINE void score_rows(const float *query, int64_t dim, const T *keys, const Mass *mass, int64_t first, int64_t end,
                        float *scores, float *masses, float *shares) {
     const int64_t *count = mass->count;
     const float *weight = mass->weight;
     for (int64_t j = first; j < end; j += VL, scores += VL, masses += VL, shares += VL) {
-        /* The usual size as a constant is unrolled. */
+        /* The usual size is a constant, so that loops are unrolled. */
         Vector x = dim == 64 ? products<VL>(query, 64, keys, j, end) : products<VL>(query, dim, keys, j, end);
         float c[VL] = {}, d[VL] = {};
         const int64_t num = least(VL, end - j);
-        /* Whole vectors by themselves, with a number of steps that compilers see. */
+        /* Whole vectors separately, so that compilers know the number of iterations. */
         if (num == VL)
             for (int64_t i = 0; i < VL; i++) c[i] = weight ? weight[j + i] : count ? (float)count[j + i] : 1;
         else
@@ -129,8 +129,8 @@ INLINE void score_rows(const float *query, int64_t dim, const T *keys, const Mas
     }
 }
 
-/* out [num] += weights [n] values [n, dim], `num` vectors, or numbers, wide. Where registers allow it, every second row
-   has sums of its own, which need not wait for those before. */
+/* out += weights [n] values [n, dim], in `num` vectors of columns. If registers allow it, odd rows have sums of their own,
+   which need not wait for those of even rows. */
 template <int num, typename T>
 INLINE void add_vectors(const float *weights, int64_t n, const T *values, int64_t dim, float *out) {
     constexpr int sets = num > 4 ? 1 : 2;
@@ -153,13 +153,13 @@ template <typename T> INLINE void add_values(const float *weights, int64_t n, co
         for (int64_t j = 0; j < n; j++) out[i] += weights[j] * as_float(values[j * dim + i]);
 }
 
-/* Asks for numbers that are wanted soon. */
+/* Prefetches numbers. */
 template <typename T> INLINE void fetch(const T *x, int64_t num) {
     for (int64_t i = 0; i < num; i += 64 / (int64_t)sizeof(T)) __builtin_prefetch(x + i);
 }
 
-/* Adds `num` rows to the softmax of each query of a group. Scores of slots of several tokens are multiplied by
-   `temperature` [group], and get `bias` [group] added, where these are not NULL. */
+/* Adds `num` rows to the softmax of each query of a group. Scores of slots of several tokens are multiplied by `temperature`
+   [group] and increased by `bias` [group], unless NULL. */
 template <typename T>
 static void absorb(const Decode *call, const float *queries, const T *keys, const T *values, Mass mass, int64_t num,
                    Softmax *softmax, const float *temperature = nullptr, const float *bias = nullptr) {
@@ -199,7 +199,7 @@ static void absorb(const Decode *call, const float *queries, const T *keys, cons
     }
 }
 
-/* Puts a vector of inputs into its place among the pending ones. */
+/* Copies an input vector to its place in a pending buffer. */
 INLINE void keep(int64_t size, const void *x, int64_t at, void *pending, int64_t place, int64_t dim) {
     memcpy((char *)pending + place * dim * size, (const char *)x + at * size, (size_t)(dim * size));
 }
@@ -227,7 +227,7 @@ static void decode_stream(const Decode *call, int64_t row, int64_t head) {
             weights[i] = fmaxf(call->pending_weights[from + i], 1e-37f);
             ones[i] = 1;
         }
-        /* Keys and values of tokens are not sums: they are divided by 1. */
+        /* Keys and values of tokens are no sums: their divisor is 1. */
         const Mass mass = call->weighs_chunk ? Mass{nullptr, weights, ones} : Mass{};
         absorb(call, x, keys, (decltype(keys))call->pending_values + from * v, mass, num, y);
     });

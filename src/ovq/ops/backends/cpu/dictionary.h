@@ -10,34 +10,34 @@ struct Rows {
     float *values;        /* [M, value_ld] */
     float *key_panels;    /* Keys as columns, [M / NR, K, NR], or NULL. */
     float *value_panels;  /* Values likewise, [M / NR, V, NR]: the backward's, or where pairs are merged, else NULL. */
-    int32_t *is_exact;    /* [1]: whether panels are kept that only exact products of pairs read; NULL where they are. */
-    int reads_keys;       /* Whether queries read `key_panels`, or routes do. */
-    float *bias;          /* [M]: log count, -inf for what is not there. */
-    int32_t *is_finite;   /* [1]: of a chunk's tokens, whether all values were, and keys too where tokens have weights;
-                             zero stands for values that were not. */
-    float *weights;       /* [M]: of a chunk's tokens, what each counts for; NULL for 1. */
-    uint32_t *words;      /* Keys, and values to merge, as columns, rounded, [M / NR, row_words, NR], or NULL. */
-    uint32_t *bytes;      /* The same in bytes, where items are searched for by these, [M / NR, item_bytes, NR]; or NULL. */
-    Steps of_keys, of_values; /* The steps of `bytes`, or of keys as `words`, where these are whole numbers; else NULL. */
-    uint32_t *value_pairs; /* Values, rounded, in pairs of rows, [M / 2, value_ld], where these are read; else NULL. */
-    uint32_t *value_words; /* Values as columns, [M / NR, value_words, NR], and keys in pairs of rows: the backward's */
-    uint32_t *key_pairs;   /* of bfloat16, else NULL. */
+    int32_t *is_exact;    /* [1]: whether panels that only exact products read are kept; NULL if they always are. */
+    int reads_keys;       /* Whether queries or routing read `key_panels`. */
+    float *bias;          /* [M]: log of the count or weight, -inf for unused rows. */
+    int32_t *is_finite;   /* [1]: for a chunk, whether all values, and with token weights all keys, were finite; values that
+                             were not are stored as 0. */
+    float *weights;       /* [M]: for a chunk, the weights of tokens; NULL for 1. */
+    uint32_t *words;      /* Rounded keys, and values if pairs are merged, as columns, [M / NR, row_words, NR], or NULL. */
+    uint32_t *bytes;      /* The same in int8, if searches use it, [M / NR, item_bytes, NR]; or NULL. */
+    Steps of_keys, of_values; /* Quantization of `bytes`, or of keys in `words` if these are int16; else NULL. */
+    uint32_t *value_pairs; /* bfloat16 values in row pairs, [M / 2, value_ld], for the forward; else NULL. */
+    uint32_t *value_words; /* Backward of bfloat16: values as columns, [M / NR, value_words, NR], and keys in row pairs, */
+    uint32_t *key_pairs;   /* [M / 2, key_ld]; else NULL. */
 };
 
 struct Dictionary {
     Rows rows;
-    float *is_open;  /* [M]: 0 for a slot in use, of a weight above 0; -inf else. */
+    float *is_open;  /* [M]: 0 for a slot in use with weight above 0, else -inf. */
     double *norm;    /* [M]: length of the mean key. */
     float *inverse;  /* [M]: 1 / length; 1 for a slot that is not in use. */
-    int64_t num;     /* Slots in use, as each thread of a team counts them. */
+    int64_t num;     /* Slots in use; each thread of a team has its own copy. */
 };
 
 /* Lengths are clamped to this before a division, here and in the reference. */
 #define TINY 1e-30
-/* The least weight with which a token of the own chunk is read, where it is read with its weight. */
+/* Lower bound of the weight of a token of the own chunk in its score, where that includes weights. */
 #define TOKEN_WEIGHT 1e-37f
 
-/* Too short or too long for float32 products, or not finite; zero is neither (`ORDINARY` of options.py). */
+/* Whether a length is extreme for float32 products, or not finite; zero is neither (`ORDINARY` of options.py). */
 INLINE int is_extreme(double length) { return !(length == 0 || (length >= 1e-15 && length <= 1e15)); }
 
 INLINE int64_t key_ld(const Call *call) { return padded(call->k.dim, VL); }
@@ -84,7 +84,7 @@ static Rows take_rows(Arena *arena, const Call *call, int64_t num, int is_backwa
     return rows;
 }
 
-/* `x` moved on, unless it is NULL. */
+/* x + n, or NULL if x is NULL. */
 template <typename T> INLINE T *from_row(T *x, int64_t n) { return x ? x + n : nullptr; }
 
 INLINE Steps steps_from(const Steps &steps, int64_t i) {
@@ -121,7 +121,7 @@ static Dictionary take_dictionary(Arena *arena, const Call *call, int is_backwar
     return dictionary;
 }
 
-/* Round a key to words: to whole steps where there is a place for how long these are. */
+/* Round a key to words: quantized if `step`, a place for the scale, is given, else in bfloat16. */
 INLINE void round_key(const Call *call, const float *key, uint32_t *words, float *step) {
 #if HAS_SHORTS
     if (step) {
@@ -132,7 +132,7 @@ INLINE void round_key(const Call *call, const float *key, uint32_t *words, float
     round_row(key, key_ld(call), words);
 }
 
-/* From here on, keep the panels that only exact products read; the first `num` rows are there already. */
+/* From here on, keep the panels that only exact products read; fills in those of the first `num` rows. */
 static void keep_panels(const Rows *rows, const Call *call, int64_t num) {
     if (*rows->is_exact) return;
     *rows->is_exact = 1;
@@ -142,7 +142,7 @@ static void keep_panels(const Rows *rows, const Call *call, int64_t num) {
     }
 }
 
-/* Row i from its key and value, which it may already hold. */
+/* Set all layouts of row i from its key and value in `keys` and `values`. */
 static void set_row(Rows *rows, const Call *call, int64_t i, float bias) {
     const int is_exact = !rows->is_exact || *rows->is_exact;
     if (rows->key_panels && (is_exact || rows->reads_keys))
@@ -151,7 +151,7 @@ static void set_row(Rows *rows, const Call *call, int64_t i, float bias) {
         put_column(rows->value_panels, call->v.dim, i, rows->values + i * value_ld(call));
     if (rows->words) {
         uint32_t words[row_words(call)];
-        /* Steps are those of bytes where there are any. */
+        /* With `bytes`, the scales are theirs. */
         float *of_key = rows->bytes ? nullptr : from_row(rows->of_keys.size, i);
         round_key(call, rows->keys + i * key_ld(call), words, of_key);
         if (row_words(call) > key_words(call))
@@ -177,14 +177,14 @@ static void set_row(Rows *rows, const Call *call, int64_t i, float bias) {
     rows->bias[i] = bias;
 }
 
-/* A row that nothing attends to; finite, as zero probabilities are multiplied with it. */
+/* A row that nothing attends to; finite, as it is multiplied by zero probabilities. */
 static void clear_row(Rows *rows, const Call *call, int64_t i) {
     memset(rows->keys + i * key_ld(call), 0, sizeof(float) * key_ld(call));
     memset(rows->values + i * value_ld(call), 0, sizeof(float) * value_ld(call));
     set_row(rows, call, i, -INFINITY);
 }
 
-/* Slot i from its sums, its count and what it weighs. A slot that weighs nothing is there, but attracts nothing. */
+/* Set slot i from its sums, count and mass. A slot without mass is in use, but attracts nothing. */
 static void set_slot(Dictionary *dictionary, const Call *call, int64_t i, const float *key_sum, const float *value_sum,
                      int64_t count, float mass) {
     if (!count) {
@@ -204,13 +204,13 @@ static void set_slot(Dictionary *dictionary, const Call *call, int64_t i, const 
     dictionary->inverse[i] = (float)(1 / fmax(dictionary->norm[i], TINY));
 }
 
-/* The sums of a stream, where the call keeps them. */
+/* The sums of a stream, in the tensors of the call. */
 struct Sums {
     float *key, *value;
     int64_t *count;
-    float *weight;     /* NULL where it is the count. */
+    float *weight;     /* NULL if it equals the count. */
     int64_t *position; /* Sums of positions, where these are kept; else NULL. */
-    int64_t format;    /* That in which sums are kept: numbers of this format, as float32. */
+    int64_t format;    /* Storage format: sums here are float32, rounded to what this format can hold. */
 };
 
 INLINE float mass_of(const Sums *sums, int64_t i) { return sums->weight ? sums->weight[i] : (float)sums->count[i]; }
@@ -226,14 +226,14 @@ static void update_slot(Dictionary *dictionary, const Call *call, int64_t i, con
              mass_of(sums, i));
 }
 
-/* Multiply what a slot holds by a factor. */
+/* Multiply sums and weight of a slot by a factor. */
 INLINE void scale_sums(const Call *call, const Sums *sums, int64_t i, float factor) {
     for (int64_t j = 0; j < call->k.dim; j++) sums->key[i * call->k.dim + j] *= factor;
     for (int64_t j = 0; j < call->v.dim; j++) sums->value[i * call->v.dim + j] *= factor;
     sums->weight[i] *= factor;
 }
 
-/* Let all slots weigh less, as `faded` of fading.py does. */
+/* Fade all slots by a factor, as `faded` of fading.py does. */
 static void fade_slots(Dictionary *dictionary, const Call *call, const Sums *sums, float factor) {
     for (int64_t i = 0; i < dictionary->num; i++) {
         scale_sums(call, sums, i, factor);
@@ -241,7 +241,7 @@ static void fade_slots(Dictionary *dictionary, const Call *call, const Sums *sum
     }
 }
 
-/* Let slot i fade no further, or drop it, if it weighs too little, as `bounded` of fading.py does. */
+/* Drop slot i if it weighs too little, or raise it to the least weight, as `bounded` of fading.py does. */
 static void bound_slot(Dictionary *dictionary, const Call *call, const Sums *sums, int64_t i) {
     const float weight = sums->weight[i], least = (float)call->least_weight;
     if (!(weight > 0 && weight < least)) return;
@@ -261,16 +261,16 @@ INLINE void add_sums(const Call *call, float *key_sum, float *value_sum, const f
     for (int64_t j = 0; j < call->v.dim; j++) value_sum[j] += sign * values[j];
 }
 
-/* out [n] = weight x. A call of its own, so that no compiler makes one rounding of this product and a sum that follows:
-   sums are those of the other backends to the last bit. */
+/* out [n] = weight x. Not inlined, so that no compiler fuses this product with a following sum into one rounding: sums equal
+   those of the other backends to the last bit. */
 static __attribute__((noinline)) void weighted_row(float weight, const float *x, int64_t n, float *out) {
     for (int64_t j = 0; j < n; j++) out[j] = weight * x[j];
 }
 
-/* Whether token t of a chunk leaves no trace. */
+/* Whether token t of a chunk has weight 0, and so leaves no trace. */
 INLINE int is_weightless(const Rows *tokens, int64_t t) { return tokens->weights && !(tokens->weights[t] > 0); }
 
-/* What is not finite in tokens of weight 0 becomes 0, as they are merged: 0 times NaN is NaN. */
+/* Zeroes non-finite numbers in tokens of weight 0 before they are merged: 0 times NaN is NaN. */
 static void clear_weightless(Rows *tokens, const Call *call, int64_t num) {
     for (int64_t t = 0; t < num; t++) {
         if (!is_weightless(tokens, t)) continue;
@@ -282,7 +282,7 @@ static void clear_weightless(Rows *tokens, const Call *call, int64_t num) {
     }
 }
 
-/* How many tokens before its sums are changed a slot is fetched into the cache. */
+/* Prefetch distance: a slot's sums are fetched so many tokens before they are changed. */
 #define AHEAD 8
 
 INLINE void fetch_sums(const Sums *sums, const Call *call, int64_t i) {
@@ -305,7 +305,7 @@ static void add_token(const Sums *sums, const Call *call, int64_t i, const Rows 
     sums->count[i] += sign;
 }
 
-/* The length of a step of `dim` sums in INT8, as `steps_of` of narrow.py has it; NaN if one is not finite. */
+/* INT8 scale of `dim` sums, as `steps_of` of narrow.py computes it; NaN if a sum is not finite. */
 static float step_of(const float *sums, int64_t dim) {
     float most = 0;
     int is_finite = 1;
@@ -318,7 +318,7 @@ static float step_of(const float *sums, int64_t dim) {
     return is_finite ? as_float(step) : NAN;
 }
 
-/* How many steps a sum has. */
+/* A sum quantized by its scale. */
 INLINE float steps_in(float sum, float step) { return step > 0 ? nearbyintf(sum / step) : 0; }
 
 /* Round sums to what their format can hold. */
@@ -334,7 +334,7 @@ static void round_sums(float *sums, int64_t dim, int64_t format) {
     for (int64_t i = 0; i < dim; i++) sums[i] = steps_in(sums[i], step) * step;
 }
 
-/* Bring the slots of a chunk's tokens up to date with their sums, each once. */
+/* Update the slots of a chunk's tokens from their sums, each once. */
 static void update_slots(Dictionary *dictionary, const Call *call, const Sums *sums, const int32_t *slots, int64_t num,
                          uint8_t *is_done) {
     int64_t end = 0;
@@ -342,7 +342,7 @@ static void update_slots(Dictionary *dictionary, const Call *call, const Sums *s
         is_done[slots[t]] = 1;
         if (slots[t] >= end) end = slots[t] + 1;
     }
-    /* Neighbours, which share lines of a panel, one after the other. */
+    /* In order, as neighbours share cache lines of a panel. */
     for (int64_t i = 0; i < end; i++) {
         if (is_done[i]) {
             round_sums(sums->key + i * call->k.dim, call->k.dim, sums->format);
@@ -357,8 +357,8 @@ static void load_values(Rows *tokens, const Call *call, int64_t chunk, int64_t h
     read_tokens(call, &call->v, chunk, head, 0, num, 1, tokens->values, value_ld(call));
 }
 
-/* The `num` tokens of a chunk. Zero times NaN is NaN, and would reach the queries before it: values that are not finite
-   are left out of products. */
+/* Loads the `num` tokens of a chunk. Non-finite values are left out of products: zero times NaN is NaN, and would reach the
+   queries before it. */
 static void load_chunk(Rows *tokens, const Call *call, int64_t chunk, int64_t head, int64_t num) {
     const int64_t numbers = num * value_ld(call);
     read_tokens(call, &call->k, chunk, head, 0, num, 1, tokens->keys, key_ld(call));
@@ -374,7 +374,7 @@ static void load_chunk(Rows *tokens, const Call *call, int64_t chunk, int64_t he
     for (int64_t t = num; t < padded(num, NR); t++) clear_row(tokens, call, t);
 }
 
-/* How a row's i-th chunk lies, and what its dictionary holds before and after it. */
+/* The i-th chunk of a row, and the number of slots before and after it. */
 struct Chunk {
     int64_t index, num, before, after;
     int is_complete;

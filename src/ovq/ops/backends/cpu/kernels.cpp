@@ -1,7 +1,7 @@
-/* OVQ attention on a CPU: all chunks of all streams in one call, forward and backward. The short convolution, too.
+/* OVQ attention on a CPU: all chunks of all streams in one call, forward and backward; and the entry points of the kernels.
 
-   Each stream (a key/value head of a row) is worked through by a team of threads, one thread to a team where there
-   are streams enough, so that its dictionary stays in that core's cache. Compiled by compiler.py. */
+   A team of threads processes each stream (a key/value head of a row). With enough streams, a team is one thread, so that the
+   dictionary stays in its core's cache. Compiled by compiler.py. */
 
 #include "backward.h"
 #include "chunk.h"
@@ -15,7 +15,7 @@
 #include "tokens.h"
 #include "window.h"
 
-/* How the threads share the streams. */
+/* Teams of threads, which share the streams. */
 struct Teams {
     int num_teams, size;
 };
@@ -23,7 +23,8 @@ struct Teams {
 static Teams make_teams(const Call *call, int num_threads) {
     const int64_t streams = call->num_rows * call->num_kv_heads;
     int64_t teams = num_threads, rest = streams;
-    /* Many streams even out; few are shared evenly, by as many teams as divide both. */
+    /* Many streams even out. Few are shared evenly: the number of teams is the largest that divides both streams and
+       threads. */
     if (streams < 4 * teams)
         while (rest) {
             const int64_t next = teams % rest;
@@ -33,12 +34,12 @@ static Teams make_teams(const Call *call, int num_threads) {
     return {(int)teams, (int)(num_threads / teams)};
 }
 
-/* The memory of a team and of its threads. */
+/* The memory of a team, and of each of its threads. */
 struct Shared {
     Dictionary dictionary;
     Rows tokens;
     Learner learner;
-    Nearest layout, *nearest; /* As each thread knows it, and as all of them do; NULL by other rules. */
+    Nearest layout, *nearest; /* A copy per thread, and the one that all share; NULL with other merge rules. */
     Gradients gradients;
     Barrier *barrier;
 };
@@ -146,7 +147,7 @@ static int run(const Call *call, int is_backward) {
             if (memory) memset(memory, 0, bytes * teams.num_teams);
         }
         worker.wait();
-        /* A thread that the teams leave over has nothing to do. */
+        /* Threads left over by the teams have nothing to do. */
         if (memory && rank < teams.size) {
             Arena arena = {memory + bytes * team, 0};
             take_team(&arena, call, teams.size, is_backward, &shared, own);
@@ -165,7 +166,7 @@ static int run(const Call *call, int is_backward) {
     return is_out_of_memory;
 }
 
-/* 0, or 1 if there is no memory for it. */
+/* Returns 0, or 1 if out of memory. */
 extern "C" int ovq_forward(const Call *call) { return run(call, 0); }
 extern "C" int ovq_backward(const Call *call) { return run(call, 1); }
 extern "C" void ovq_convolution_forward(const Convolution *call) { convolve_all(call, 0); }

@@ -1,13 +1,13 @@
-/* Which slot each key of a complete chunk goes to, and the merge.
+/* Routing: the slot of each key of a complete chunk; and the merge.
 
-   Scores are products in float32; whatever lies within their rounding error of the best is decided again in
-   float64, so that every backend assigns alike (docs/method/math.md). */
+   Scores are float32 products; slots within their rounding error of the best are compared again in float64, so that every
+   backend assigns alike (docs/method/math.md). */
 #pragma once
 
 #include "merged_slots.h"
 #include "read.h"
 
-/* Keys that are not finite have no cosine: they are the last to open a slot, but for those of weight 0. */
+/* Priorities of keys that open slots last: non-finite ones, which have no cosine, and after them those of weight 0. */
 #define NO_COSINE 2.0
 #define NO_WEIGHT 3.0
 
@@ -31,7 +31,7 @@ static Learner take_learner(Arena *arena, const Call *call) {
     return learner;
 }
 
-/* The columns whose score is at least `floor`; their number. n is a multiple of NR. */
+/* Writes the columns whose score is at least `floor` to `near`; returns their number. n is a multiple of NR. */
 static int64_t columns_from(const float *scores, int64_t n, float floor, int32_t *near) {
     const Vector least_score = splat(floor);
     int64_t num = 0;
@@ -43,7 +43,7 @@ static int64_t columns_from(const float *scores, int64_t n, float floor, int32_t
     return num;
 }
 
-/* The largest of n scores, and of their products with `factors`. */
+/* Returns the largest of n scores; `of_products` gets the largest of their products with `factors`. */
 static float highest_with(const float *scores, const float *factors, int64_t n, float *of_products) {
     Vector best = splat(-INFINITY), product = best;
     for (int64_t j = 0; j < n; j += VL) {
@@ -55,17 +55,17 @@ static float highest_with(const float *scores, const float *factors, int64_t n, 
     return highest(best);
 }
 
-/* By how much a score of `score_keys` is off at most, over the product of the lengths. */
+/* Upper bound of the error of a score of `score_keys`, relative to the product of the lengths. */
 INLINE double score_error(const Call *call) {
     const double of_sums = (double)call->k.dim * FLT_EPSILON;
     if (HAS_SHORTS) return short_roughness(call->k.dim);
     if (!HAS_PAIRS) return of_sums / 2;
-    /* Two roundings, or one where keys are bfloat16. */
+    /* Two roundings to bfloat16, or one where keys are bfloat16. */
     return of_sums + (call->dtype == BFLOAT16 ? ROUGHNESS / 2 + FLT_EPSILON : ROUGHNESS);
 }
 
-/* Scores [num, n] of at most QUERIES keys [num, key_ld] with all slots, rough where pairs are multiplied: they only say
-   which slots are worth a second look. */
+/* Scores [num, n] of at most QUERIES keys [num, key_ld] with all slots. They are approximate where int16 or bfloat16 is
+   multiplied, and only select the slots to compare again. */
 static void score_keys(const Call *call, const Dictionary *dictionary, const float *keys, int64_t num, Reader *reader) {
     const int64_t n = padded(dictionary->num, NR), ld = key_ld(call);
     const int64_t size = key_words(call);
@@ -83,7 +83,7 @@ static void score_keys(const Call *call, const Dictionary *dictionary, const flo
 #endif
 }
 
-/* What is known of the lengths of a dictionary's means. */
+/* The longest mean of a dictionary, and whether any length is extreme. */
 struct Lengths {
     double longest;
     int has_extremes;
@@ -98,12 +98,12 @@ static Lengths lengths_of(const Dictionary *dictionary) {
     return lengths;
 }
 
-/* Whether slot i attracts keys: it weighs something. */
+/* Whether slot i attracts keys: it is in use and has mass. */
 INLINE int is_open(const Dictionary *dictionary, int64_t i) { return dictionary->is_open[i] == 0; }
 
 INLINE double length_of(const Call *call, const float *key) { return sqrt(exact_dot(key, key, call->k.dim)); }
 
-/* `nearest` where float32 scores mean nothing: float64 throughout; 0 for a key that is not finite. */
+/* `nearest` for extreme lengths, where float32 scores are useless: float64 throughout; 0 for a non-finite key. */
 static int32_t nearest_of_all(const Call *call, const Dictionary *dictionary, const float *key, double tie) {
     double best = -INFINITY;
     for (int64_t i = 0; i < dictionary->num; i++) {
@@ -125,7 +125,7 @@ static int32_t nearest_of_all(const Call *call, const Dictionary *dictionary, co
 static int32_t nearest(const Call *call, const Dictionary *dictionary, const float *key, double own,
                        const float *scores, float best, int64_t n, const Lengths *lengths, int32_t *near) {
     const double length = own * lengths->longest;
-    /* Both sides of a comparison are off. */
+    /* Twice, as both sides of a comparison have the error. */
     const double tolerance = 2 * (score_error(call) + call->tie) * length;
     const int64_t num = columns_from(scores, n, best - (float)tolerance * 1.001f, near);
     if (num == 1) return near[0];
@@ -139,7 +139,7 @@ static int32_t nearest(const Call *call, const Dictionary *dictionary, const flo
     return 0;
 }
 
-/* The best cosine, in float64, of a key with `num` slots: those of `near`, or the first ones. */
+/* Best cosine, in float64, of a key with the `num` slots in `near`, or with the first `num` if it is NULL. */
 static double exact_cosine(const Call *call, const Dictionary *dictionary, const float *key, const int32_t *near,
                            int64_t num) {
     const double length = fmax(length_of(call, key), TINY);
@@ -155,8 +155,7 @@ static double exact_cosine(const Call *call, const Dictionary *dictionary, const
     return best > -INFINITY ? best : NO_COSINE;
 }
 
-/* Score the keys first..first+num-1 of a chunk: the nearest slot of each and, if keys are to open slots, its best
-   cosine. */
+/* Routes the keys first..first+num-1 of a chunk: the nearest slot of each and, if keys are to open slots, its best cosine. */
 static void route_tile(const Call *call, const Dictionary *dictionary, const Rows *tokens, int64_t first, int64_t num,
                        int has_openers, const Lengths *lengths, Learner *learner, Reader *reader) {
     const int64_t n = padded(dictionary->num, NR), ld = key_ld(call);
@@ -175,7 +174,7 @@ static void route_tile(const Call *call, const Dictionary *dictionary, const Row
         float best, best_product = 0;
         if (has_openers) best = highest_with(own, dictionary->inverse, n, &best_product);
         else best = highest_of(own, n);
-        /* No slot attracts any key. */
+        /* No slot attracts keys. */
         const int is_alone = best == -INFINITY;
         *slot = is_alone ? 0 : nearest(call, dictionary, key, length, own, best, n, lengths, reader->near);
         if (has_openers) *priority = is_alone ? NO_COSINE : best_product / (float)fmax(length, TINY);
@@ -210,7 +209,7 @@ static double boundary(const Call *call, Learner *learner, int64_t num) {
     return learner->ranked[num - 1];
 }
 
-/* Best cosines in float64 of some keys of a chunk, at most QUERIES. */
+/* Recomputes the best cosines of some keys of a chunk, at most QUERIES, in float64. */
 static void settle_cosines(const Call *call, const Dictionary *dictionary, const Rows *tokens, const int32_t *some,
                            int64_t num, double tolerance, Learner *learner, Reader *reader) {
     const int64_t n = padded(dictionary->num, NR), ld = key_ld(call);
@@ -227,11 +226,11 @@ static void settle_cosines(const Call *call, const Dictionary *dictionary, const
     }
 }
 
-/* The same where the choice of the `num` most novel keys turns on it. */
+/* Recomputes the cosines in float64 on which the choice of the `num` most novel keys depends. */
 static void settle_novelty(const Call *call, const Dictionary *dictionary, const Rows *tokens, int64_t num,
                            int has_extremes, Learner *learner, Reader *reader) {
     const double last = boundary(call, learner, num);
-    /* Cosines are at most 1 long; a few more roundings than a dot product go into one. */
+    /* Cosines are at most 1, and have a few more roundings than a dot product. */
     const double tolerance = 2 * (score_error(call) + (double)(call->k.dim + 16) * FLT_EPSILON + call->tie);
     double next = INFINITY;
     for (int64_t t = num; t < call->chunk_size; t++) next = fmin(next, learner->ranked[t]);
@@ -240,7 +239,7 @@ static void settle_novelty(const Call *call, const Dictionary *dictionary, const
     int64_t count = 0;
     for (int64_t t = 0; t < call->chunk_size; t++) {
         const double priority = learner->priority[t];
-        /* What is extreme was decided so from the start, and so was what has no cosine. */
+        /* Cosines of extreme lengths were float64 from the start, and keys without a cosine need none. */
         if (!(fabs(priority - last) <= 2 * tolerance) || has_extremes || priority >= NO_COSINE ||
             is_extreme(length_of(call, tokens->keys + t * key_ld(call))))
             continue;
@@ -252,7 +251,7 @@ static void settle_novelty(const Call *call, const Dictionary *dictionary, const
     settle_cosines(call, dictionary, tokens, some, count, tolerance, learner, reader);
 }
 
-/* Mark the `num` keys of lowest priority; of equal ones, the earliest. */
+/* Mark the `num` keys of lowest priority, ties to the earliest. */
 static void choose_openers(const Call *call, int64_t num, Learner *learner) {
     const double last = boundary(call, learner, num);
     int64_t left = num;
@@ -265,7 +264,7 @@ static void choose_openers(const Call *call, int64_t num, Learner *learner) {
     }
 }
 
-/* Once a chunk's keys are routed: open slots, merge the other tokens, say where each went. */
+/* Once a chunk's keys are routed: open slots, merge the other tokens, and write the slot of each. */
 static void learn(const Call *call, Dictionary *dictionary, Rows *tokens, const Sums *sums, const Chunk *chunk,
                   int64_t head, Learner *learner, Reader *reader) {
     const int64_t size = call->chunk_size;
@@ -274,10 +273,10 @@ static void learn(const Call *call, Dictionary *dictionary, Rows *tokens, const 
     int64_t opener = 0;
     while (opener < size && is_weightless(tokens, opener)) opener++;
     opener %= size;
-    /* The sums get all of them. */
+    /* Sums include non-finite values. */
     if (!*tokens->is_finite) load_values(tokens, call, chunk->index, head, size);
     if (is_fresh) {
-        /* The others are compared with it, as it will be read. */
+        /* The others are compared with the slot that it opens, rounded as in the dictionary. */
         const float *key = tokens->keys + opener * key_ld(call), *value = tokens->values + opener * value_ld(call);
         float of_key[key_ld(call)], of_value[value_ld(call)];
         const float weight = tokens->weights ? tokens->weights[opener] : 1;

@@ -1,8 +1,8 @@
-/* Products of large matrices: tokens with weights, and, for gradients of weights, tokens with tokens.
+/* Products of large matrices: activations with weights and, for gradients of weights, activations with activations.
 
-   c [m, n] = a [m, k] b [k, n]. Of b, DEPTH rows at a time are copied into panels of NR columns. A panel is read from
-   front to back and stays in the second-level cache, or the first, while all rows of a meet it. Each number of c is
-   summed in an order that depends on k alone. */
+   c [m, n] = a [m, k] b [k, n]. DEPTH rows of b at a time are copied into panels of NR columns. A panel is read from front to
+   back and stays in the L2 or L1 cache while all rows of a are multiplied with it. The order in which each number of c is
+   summed depends on k alone. */
 #pragma once
 
 #include <utility>
@@ -11,13 +11,13 @@
 #include "workers.h"
 
 #define DEPTH (16 * NR)
-/* Terms that are summed one after the other before their sum is added to that of those before: roundings grow with the
-   root of this number, not with that of k. */
+/* Terms of a partial sum: rounding errors grow with the root of this number, not of k. */
 #define TERMS 128
 /* Rows of a that one thread multiplies with all panels. */
 #define ROWS (16 * MR)
 
-/* Lane i of two vectors of which each second block of `width` lanes changes places with the other's first. */
+/* Lane i of a shuffle: two vectors exchange blocks of `width` lanes, each odd block of the first for the even one of the
+   second. */
 template <int width> constexpr int swapped(int i, int is_high) {
     return i & width ? VL + i - (is_high ? 0 : width) : i + (is_high ? width : 0);
 }
@@ -53,7 +53,7 @@ static void copy_panel(const float *b, int64_t row, int64_t col, int64_t k, int6
         for (int64_t j = 0; j < NR; j++) panel[p * NR + j] = j < n ? b[p * row + j * col] : 0;
 }
 
-/* Copies the transpose of [k, m], rows `ld` apart, MR columns after MR columns. */
+/* Copies the transpose of [k, m], rows `ld` apart, in groups of MR columns. */
 static void copy_columns(const float *a, int64_t ld, int64_t k, int64_t m, float *out) {
     for (int64_t i = 0; i < m; i += MR, a += MR)
         for (int64_t p = 0; p < k; p++, out += MR) {
@@ -67,7 +67,7 @@ static void copy_columns(const float *a, int64_t ld, int64_t k, int64_t m, float
 template <int mr>
 INLINE void large_tile(int64_t k, const float *a, int64_t row, int64_t col, const float *panel, int is_added, float *c,
                        int64_t ldc) {
-    /* Fetched while the sums are made, not waited for after them. */
+    /* Prefetch c while the sums are computed, so as not to wait for it afterwards. */
     for (int64_t i = 0; i < mr; i++)
         for (int64_t j = 0; j < NR; j += VL) __builtin_prefetch(c + i * ldc + j, 1);
     Vector total[mr][NV] = {};
@@ -96,7 +96,7 @@ template <int mr, typename... Rest> INLINE void large_rows(int64_t num, Rest... 
     else if constexpr (mr > 1) large_rows<mr - 1>(num, rest...);
 }
 
-/* The same for `num` rows, at most MR, of a and the `n` columns that c has. */
+/* `large_tile` for `num` rows of a, at most MR, and the `n` columns that c has left. */
 static void large_block(int64_t num, int64_t n, int64_t k, const float *a, int64_t row, int64_t col, const float *panel,
                         int is_added, float *c, int64_t ldc) {
     if (n >= NR) return large_rows<MR>(num, k, a, row, col, panel, is_added, c, ldc);
@@ -106,17 +106,16 @@ static void large_block(int64_t num, int64_t n, int64_t k, const float *a, int64
         for (int64_t j = 0; j < n; j++) c[i * ldc + j] = whole[i * NR + j] + (is_added ? c[i * ldc + j] : 0);
 }
 
-/* Floats of scratch that a product takes. */
+/* Floats of scratch that a product needs. */
 extern "C" int64_t ovq_matmul_scratch(int64_t num_threads, int64_t n) {
     return DEPTH * (padded(n, NR) + num_threads * ROWS);
 }
 
-/* c [m, n] = a [m, k] b [k, n], or c + a b if it `is_added`. Of the strides of rows and columns of a and of b, one is
-   1; c is dense. */
+/* c [m, n] = a [m, k] b [k, n], or c + a b if it `is_added`. One of the strides of a is 1, and one of b's; c is dense. */
 extern "C" void ovq_matmul(int64_t num_threads, int64_t m, int64_t n, int64_t k, const float *a, int64_t a_row,
                            int64_t a_col, const float *b, int64_t b_row, int64_t b_col, int64_t is_added, float *c,
                            float *scratch) {
-    /* Where there are more threads than blocks of rows, columns are shared as well. */
+    /* With more threads than blocks of rows, columns are split as well. */
     const int64_t blocks = (m + ROWS - 1) / ROWS, parts = num_threads > 1 ? (2 * num_threads + blocks - 1) / blocks : 1;
     const int64_t width = padded((n + parts - 1) / parts, NR);
     int64_t next = 0;

@@ -1,15 +1,15 @@
-/* Matrices of weights in the formats that decoding reads, and their products with a few tokens. */
+/* Weight matrices in the formats of the decoding kernels, and their products with a few tokens. */
 #pragma once
 
 #include "dictionary.h"
 #include "numbers.h"
 #include "whole.h"
 
-/* Formats of weights that those of numbers.h lack, and whole numbers once more, for products with inputs of bytes.
+/* Weight formats that numbers.h lacks. ROUGH_ formats are the same weights, multiplied with int8 in place of int16 inputs.
    Mirrored by `FORMATS` in weights.py. */
 enum { UINT4 = INT8 + 1, ROUGH_INT8, ROUGH_UINT4 };
 
-/* Mirrored by `_Matrix` in weights.py: rows of numbers, or whole numbers as whole.h has them. */
+/* Mirrored by `_Matrix` in weights.py: rows of numbers, or quantized weights in the layout of whole.h. */
 struct Matrix {
     const void *weight, *factors;
     const float *bias; /* [rows], or NULL. */
@@ -24,10 +24,10 @@ template <typename T> struct NumberRow {
     const float *x;
     int64_t dim;
 
-    /* Vectors that a row is multiplied with while it lies in registers. */
+    /* Tokens that are multiplied with a row while it is in registers. */
     static constexpr int rows = 1, tokens = VL == 16 ? 4 : 2;
 
-    /* The products of `num` tokens from t on, by sums that do not wait for each other. */
+    /* The products of `num` tokens from t0 on, as independent partial sums. */
     template <int num> INLINE_MEMBER void dots(int64_t t0, float *y) const {
         const float *from = x + t0 * dim;
         Vector sums[num][4] = {};
@@ -58,8 +58,8 @@ template <int most, class Tile> INLINE void some_dots(const Tile &tile, int64_t 
     else if constexpr (most > 1) some_dots<most - 1>(tile, num, t, y);
 }
 
-/* Products of num tokens with the rows first..end-1 of a matrix, plus `added` if there is any, into y [num, ldy].
-   `tile_of` gives a tile from a row on; they are read from front to back, which memory does fastest. */
+/* Products of num tokens with the rows first..end-1 of a matrix, plus `added` if there is any, into y [num, ldy]. `tile_of`
+   makes the tile that begins at a row; tiles are read in order of memory, which is fastest. */
 template <typename TileOf>
 static void multiply_row_tiles(const Matrix *matrix, int64_t first, int64_t end, int64_t num, const float *added,
                                float *y, int64_t ldy, TileOf tile_of) {
@@ -98,7 +98,7 @@ static void multiply_whole(const Matrix *matrix, int64_t first, int64_t end, int
     });
 }
 
-/* From a row on that is a multiple of ABREAST. */
+/* `multiply_row_tiles` by the matrix's format; `first` is a multiple of ABREAST. */
 static void multiply_part(const Matrix *matrix, int64_t first, int64_t end, int64_t num, int64_t dim, const float *x,
                           const float *added, float *y, int64_t ldy) {
     auto whole = [=](auto *multiply) { multiply(matrix, first, end, num, dim, x, added, y, ldy); };

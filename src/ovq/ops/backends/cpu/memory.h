@@ -1,17 +1,17 @@
-/* The memory of a converted model (`ovq.convert`): heads that keep their first tokens and their last ones exactly, and
-   slots for all between. Reads new tokens and merges what leaves the windows, in place.
+/* The memory of a converted model (`ovq.convert`): heads keep their first tokens (sinks) and their last ones (window)
+   exactly, and slots for all between. Reads new tokens and merges those that leave the windows, in place.
 
-   One softmax goes over [sinks | slots | window]. A few tokens are read one by one, where rows lie; many in blocks
-   that end where a chunk is merged, so that a block reads one dictionary. What is laid out for products, and what the
-   rules of merging know of their slots, lasts for the whole call. */
+   One softmax goes over [sinks | slots | window]. A few new tokens are read one by one, from the stored rows; many are read
+   in blocks that end where a chunk is merged, so that a block sees one dictionary. Layouts for products, and what merging by
+   pairs remembers of slots, last for the whole call. */
 #pragma once
 
 #include "chunk.h"
 #include "decode.h"
 
-/* No more new tokens than this are read one by one, where nothing else is said. */
+/* Up to this many new tokens are read one by one, unless a caller says otherwise. */
 #define FEW_TOKENS 4
-/* Weights of tokens are from 2 to the power of - this to 2 to the power of this (`MOST_USE` of use.py). */
+/* Token weights are from 2^-MOST_USE to 2^MOST_USE (`MOST_USE` of use.py). */
 #define MOST_USE 8
 /* Tokens that a window's layout holds beyond the window. */
 #define SPARE_TOKENS 512
@@ -26,22 +26,22 @@ struct HeadGroup {
     int64_t num_rows, num_kv_heads, group_size, chunk_size, capacity, num_exact, num_sinks, key_dim, value_dim;
     int64_t dtype, query_dtype, state_dtype, merges_pairs, num_parts;
     double tie, value_weight, mass_power;
-    const int64_t *heads;       /* [h]: which of the key/value heads of k and v. */
-    const void *q, *k, *v;      /* q is NULL if nobody reads. */
+    const int64_t *heads;       /* [h]: the key/value heads of k and v that these are. */
+    const void *q, *k, *v;      /* q is NULL if no queries attend. */
     void *o;
     Strides q_at, k_at, v_at, o_at;
     void *recent_keys, *recent_values; /* [R, h, num_exact, ...] */
     void *key_sum, *value_sum;  /* [R, h, M, ...], keys in units of `key_unit`. */
-    Bfloat16 *key_step, *value_step; /* [R, h, M]: the length of their steps, if they are INT8. */
+    Bfloat16 *key_step, *value_step; /* [R, h, M]: scales of INT8 sums. */
     int64_t *count, *position_sum; /* [R, h, M] */
     float *key_unit;            /* [R, h], 0 before the first merge. */
     const int64_t *filled, *num_merged; /* [R]: exact tokens before the call, and merged or dropped ones. */
     const int64_t *length;              /* [R]: new tokens. */
     const int64_t *schedule_start;  /* [R] */
-    const int32_t *schedule;        /* Slots in use in a row, and after each merge. */
-    const float *temperature, *bias; /* [H]: of slots of several tokens; or NULL. */
-    const float *use;           /* [R, h, K + V + 1]: what is expected of a token's use, see `expected_use`; or NULL. */
-    float *weight;              /* [R, h, M]: total weights of slots, where there is `use`; else NULL. */
+    const int32_t *schedule;        /* Per row, slots in use before the call and after each merge. */
+    const float *temperature, *bias; /* [H]: factor and offset of the scores of slots of several tokens; or NULL. */
+    const float *use;           /* [R, h, K + V + 1]: linear predictor of log2 weights, see `expected_use`; or NULL. */
+    float *weight;              /* [R, h, M]: total weights of slots, with `use`; else NULL. */
 };
 
 struct HeadScratch {
@@ -51,10 +51,10 @@ struct HeadScratch {
     Learner learner;
     Nearest nearest;
     Reader reader;
-    float *queries, *keys, *values; /* [QUERIES, key_ld]; [C, ...], those that leave. */
-    float *key_sum, *value_sum;     /* [M, ...]: those of narrow formats, as float32. */
-    float *weights;                 /* [C]: theirs, if tokens have weights. */
-    float *log_count;               /* [M]: by how much the scores of slots are raised, if tokens have weights. */
+    float *queries, *keys, *values; /* [QUERIES, key_ld]; [C, ...], of tokens that leave the window. */
+    float *key_sum, *value_sum;     /* [M, ...]: float32 copies of sums in narrow formats. */
+    float *weights;                 /* [C]: their weights, if tokens have any. */
+    float *log_count;               /* [M]: log counts, added to the scores of slots if tokens have weights. */
     int32_t *slots;
     int64_t room; /* Tokens that the window's layout holds. */
 };
@@ -62,20 +62,20 @@ struct HeadScratch {
 /* One head of a row in a call. */
 struct HeadStream {
     const HeadGroup *group;
-    Call call; /* As merging wants it: one chunk of one head, float32. */
+    Call call; /* The arguments of merging: one chunk of one head, float32. */
     Sums sums;
     HeadScratch own;
-    char *memory; /* Of `own`, or NULL. */
+    char *memory; /* The allocation behind `own`, or NULL. */
     int64_t row, head;
-    int64_t start, length, before; /* Where new tokens start, how many they are, and exact ones before them. */
+    int64_t start, length, before; /* The first new token, their number, and the number of exact tokens before them. */
     int64_t filled, done, num_merges; /* Exact tokens, new tokens read, merges so far. */
-    int64_t earlier_merges;           /* Merges of the call before. */
+    int64_t earlier_merges;           /* Merges earlier in the call. */
     const int32_t *schedule;
-    int64_t origin, num_laid; /* Tokens of the window before its layout, and up to its end. */
+    int64_t origin, num_laid; /* Tokens of the window before its layout begins, and up to its end. */
     int has_exact, has_slots; /* Whether exact tokens, and slots, are laid out. */
 };
 
-/* Exact tokens are numbered as they would lie if none was merged: first the recent ones, then the new ones. */
+/* Reads an exact token. They are numbered as if none was merged: first the recent ones, then the new ones. */
 INLINE void read_exact(const HeadStream *s, int64_t token, int is_value, float factor, float *out, int64_t ld) {
     const HeadGroup *g = s->group;
     const int64_t dim = is_value ? g->value_dim : g->key_dim;
@@ -155,10 +155,10 @@ static void put_exact(HeadStream *s, Rows *rows, int64_t i, int64_t token) {
     read_exact(s, token, 1, 1, rows->values + i * value_ld(&s->call), value_ld(&s->call));
 }
 
-/* Tokens of the window are counted from the first that was there before the call. */
+/* First token of the window now. Tokens are counted from the first of the window before the call. */
 INLINE int64_t window_begin(const HeadStream *s) { return s->num_merges * s->group->chunk_size; }
 
-/* Slots are read by how many tokens they hold, whatever these weighed when they were merged. */
+/* Scores of slots use the number of their tokens, whatever these weighed when they were merged. */
 static void take_counts(HeadStream *s) {
     for (int64_t i = 0; s->own.log_count && i < padded(s->group->capacity, NR); i++) {
         const int64_t count = i < s->group->capacity ? s->sums.count[i] : 0;
@@ -174,7 +174,7 @@ static void lay_out_slots(HeadStream *s) {
     take_counts(s);
 }
 
-/* Lay out what is exact, the next `num` tokens included. */
+/* Lay out the exact tokens, including the next `num`. */
 static void lay_out(HeadStream *s, int64_t num) {
     const int64_t sinks = s->group->num_sinks, k = s->group->key_dim, v = value_ld(&s->call);
     HeadScratch *own = &s->own;
@@ -195,8 +195,8 @@ static void lay_out(HeadStream *s, int64_t num) {
         put_exact(s, &own->window, s->num_laid - s->origin, sinks + s->num_laid);
 }
 
-/* Scores of slots, whose products with a query are in units of the keys': those of several tokens are read as
-   learned. */
+/* Finishes the scores of slots, given as products with queries scaled to the unit of the keys. Slots of several tokens use
+   the learned temperature and bias. */
 INLINE void score_slots(const HeadStream *s, int64_t query_head, int64_t num, int64_t n, float *scores, int64_t ld) {
     const HeadGroup *g = s->group;
     const float *logs = s->own.log_count ? s->own.log_count : s->own.dictionary.rows.bias;
@@ -232,7 +232,7 @@ static void read_block(HeadStream *s, int64_t g, int64_t num) {
     window.bias = own->window.bias + from;
     score(call, &window, columns, own->queries, num, scores + sinks + slots, n);
     if (slots) {
-        /* A power of 2, so that nothing is rounded. */
+        /* A power of 2, so that the product is exact. */
         const float unit = group->key_unit[s->row * group->num_kv_heads + s->head];
         for (int64_t j = 0; j < num * ld; j++) own->queries[j] *= unit;
         product(num, slots, group->key_dim, own->queries, ld, 1, own->dictionary.rows.key_panels, group->key_dim * NR,
@@ -257,7 +257,7 @@ static void read_block(HeadStream *s, int64_t g, int64_t num) {
                       group->value_dim, 1 / sums[t], own->reader.out + t * width);
 }
 
-/* The length of keys that counts as 1: that of those in the first full window, to a power of 2. */
+/* The unit of key lengths: root mean square length of the keys in the first full window, rounded to a power of 2. */
 static float typical_length(const HeadStream *s) {
     const HeadGroup *g = s->group;
     const int64_t window = g->num_exact - g->num_sinks;
@@ -271,8 +271,8 @@ static float typical_length(const HeadStream *s) {
     return exp2f(nearbyintf(log2f(length > FLT_MIN ? length : FLT_MIN)));
 }
 
-/* The weight of a token by its key, in units of `unit`, and its value: a power of 2. What is expected of its use is
-   summed in float64, so that it is the same in PyTorch. */
+/* The weight of a token, a power of 2, predicted from its key, in units of `unit`, and its value. The predictor is summed in
+   float64, so that PyTorch gets the same weight. */
 static float expected_use(const HeadStream *s, const float *key, float unit, const float *value) {
     const HeadGroup *g = s->group;
     const float *use = g->use + (s->row * g->num_kv_heads + s->head) * (g->key_dim + g->value_dim + 1);
@@ -306,7 +306,7 @@ static void merge_oldest(HeadStream *s) {
     take_counts(s);
 }
 
-/* Count `num` tokens as read, and merge where the places are full. */
+/* Count `num` tokens as read, and merge if all exact places are full. */
 static void advance(HeadStream *s, int64_t num) {
     const HeadGroup *g = s->group;
     s->filled += num;
@@ -317,8 +317,7 @@ static void advance(HeadStream *s, int64_t num) {
     s->num_merges++;
 }
 
-/* Put exact tokens from place `first` on where they belong after the call: recent ones that stay move up, new ones
-   follow. */
+/* Store the exact tokens of places first..end-1: recent ones that stay move up, new ones follow. */
 static void put_recent(const HeadStream *s, int64_t first, int64_t end) {
     const HeadGroup *g = s->group;
     const int64_t stream = s->row * g->num_kv_heads + s->head, size = g->dtype == FLOAT32 ? 4 : 2;
@@ -333,12 +332,12 @@ static void put_recent(const HeadStream *s, int64_t first, int64_t end) {
             const char *x = token < s->before ? out + token * dim * size : from + (token - s->before) * at.token * size;
             if (x != out + i * dim * size) memcpy(out + i * dim * size, x, (size_t)(dim * size));
         }
-        /* What is kept must not depend on how a text is split. */
+        /* The stored state must not depend on how a text is split. */
         if (s->num_merges) memset(out + end * dim * size, 0, (size_t)((g->num_exact - end) * dim * size));
     }
 }
 
-/* Calls `function` with the sums of keys and values from slot `first` on, of their type. */
+/* Calls `function` with typed pointers to the sums of keys and values from slot `first` on. */
 template <typename Function> INLINE void with_sums(const HeadGroup *g, int64_t first, Function function) {
     const int64_t key = first * g->key_dim, value = first * g->value_dim;
     if (g->state_dtype == INT8) function((int8_t *)g->key_sum + key, (int8_t *)g->value_sum + value);
@@ -363,7 +362,7 @@ template <typename T> INLINE void narrow(const float *x, int64_t num, int64_t di
     }
 }
 
-/* Narrow sums of a stream as float32, and back. */
+/* Convert narrow sums of a stream to float32, and back. */
 static void load_sums(HeadStream *s) {
     const HeadGroup *g = s->group;
     const int64_t first = (s->row * g->num_kv_heads + s->head) * g->capacity;
@@ -384,7 +383,7 @@ static void store_sums(const HeadStream *s) {
     });
 }
 
-/* The outputs of the last exact token, read where rows lie. */
+/* The outputs of the last exact token, from the stored rows. */
 static void read_one(const HeadStream *s) {
     const HeadGroup *g = s->group;
     Decode shape = {};
@@ -423,7 +422,7 @@ static void read_one(const HeadStream *s) {
                       1 / softmax[i].total, out + i * v);
 }
 
-/* What a head needs to lay things out and to merge; 1 if there is no memory for it. */
+/* Allocates a head's scratch for layouts and merging; returns 1 if out of memory. */
 static int take_memory(HeadStream *s) {
     Arena arena = {};
     take_head(&arena, s->group, &s->call, s->length);
@@ -440,8 +439,8 @@ static int take_memory(HeadStream *s) {
     return 0;
 }
 
-/* A head of a row reads its new tokens from `done` on, `length` of them, and keeps them; 1 if there is no memory for
-   it. `num_exact` and `num_merges` count what was exact, and merged in this call, before that and after it. */
+/* A head of a row reads `length` new tokens from `done` on, and stores them; returns 1 if out of memory. Updates `num_exact`,
+   the number of exact tokens, and `num_merges`, the merges in this call. */
 static int read_tokens_of(const HeadGroup *g, int64_t row, int64_t head, int64_t done, int64_t length,
                           int64_t *num_exact, int64_t *num_merges) {
     HeadStream s = {};
@@ -459,7 +458,7 @@ static int read_tokens_of(const HeadGroup *g, int64_t row, int64_t head, int64_t
     s.schedule = g->schedule + g->schedule_start[row] + *num_merges;
     s.earlier_merges = *num_merges;
     const int is_one = length == 1, is_full = g->capacity && s.filled + length >= g->num_exact;
-    /* One token is read where rows lie. */
+    /* One token is read from the stored rows. */
     if ((is_full || (g->q && !is_one)) && take_memory(&s)) return 1;
     const int is_narrow = s.memory && g->capacity && g->state_dtype != FLOAT32;
     if (is_narrow) load_sums(&s);
@@ -486,7 +485,7 @@ static int read_tokens_of(const HeadGroup *g, int64_t row, int64_t head, int64_t
     return 0;
 }
 
-/* No more than `few` new tokens are read one by one. */
+/* All new tokens of a head of a row; at most `few` are read one by one. */
 static int read_stream(const HeadGroup *g, int64_t row, int64_t head, int64_t few) {
     int64_t num_exact = g->filled[row], num_merges = 0, is_out_of_memory = 0;
     const int64_t length = g->length[row], step = g->q && length <= few ? 1 : length;
@@ -495,12 +494,12 @@ static int read_stream(const HeadGroup *g, int64_t row, int64_t head, int64_t fe
     return (int)is_out_of_memory;
 }
 
-/* 0, or 1 if there is no memory for it. */
+/* Returns 0, or 1 if out of memory. */
 extern "C" int ovq_memory(const HeadGroup *groups, int64_t num, int64_t num_threads) {
     int64_t streams = 0, next = 0;
     int is_out_of_memory = 0;
     for (int64_t i = 0; i < num; i++) streams += groups[i].num_rows * groups[i].num_kv_heads;
-    /* Heads differ in what they cost. */
+    /* Heads differ in cost. */
     parallel(least(num_threads, streams), [&](Worker worker) {
         worker.take(streams, &next, [&](int64_t own) {
             const HeadGroup *g = groups;

@@ -1,8 +1,8 @@
-/* What a chunk changes and the backward cannot compute: noted by the forward, put back by the backward.
+/* What a chunk changes and the backward cannot recompute: saved by the forward, restored by the backward.
 
    Where pairs are merged, these are the slots merged into others. Where tokens have weights, they are all slots that the
-   chunk changed: taking a weighted token back leaves the rounding of a float32 sum, beside which a slot of little weight
-   is nothing. */
+   chunk changed: subtracting a weighted token leaves the rounding error of a float32 sum, which can exceed all that a slot of
+   little weight holds. */
 #pragma once
 
 #include "dictionary.h"
@@ -31,7 +31,7 @@ static void note_slot(const Call *call, const Sums *sums, int64_t slot, int64_t 
     if (sums->weight) merged->weight[place] = sums->weight[slot];
 }
 
-/* Note those of n slots that are among the `num` there are, each once; `is_noted` says which were. The next place. */
+/* Saves those of n slots that are among the first `num`, each once; `is_noted` marks saved ones. Returns the next place. */
 static int64_t note_slots(const Call *call, const Sums *sums, const int32_t *slots, int64_t n, int64_t num,
                           const Merged *merged, int64_t place, uint8_t *is_noted) {
     for (int64_t i = 0; i < n; i++) {
@@ -42,7 +42,7 @@ static int64_t note_slots(const Call *call, const Sums *sums, const int32_t *slo
     return place;
 }
 
-/* Nothing more to note of a chunk; `is_noted` is zero again. */
+/* Ends the list of a chunk's saved slots, and resets `is_noted` to zero. */
 static void end_notes(const Call *call, const Merged *merged, int64_t place, uint8_t *is_noted) {
     for (int64_t i = 0; i < place; i++) is_noted[merged->slot[i]] = 0;
     if (place < call->num_noted) merged->slot[place] = -1;

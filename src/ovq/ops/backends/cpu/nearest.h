@@ -1,22 +1,22 @@
-/* merge="nearest": after a chunk, some slots and all tokens look for the item nearest to them, and the shortest of these
-   edges are taken, in a few parts: what has joined looks again before the next (docs/method/math.md, section 5).
+/* merge="nearest" (docs/method/math.md, section 5): after a chunk, some slots and all tokens search for their nearest item.
+   Their edges are taken in a few parts, lowest priority first; joined items search again before the next part.
 
-   Searches are in nearest_search.h and shared by a team of threads; what is here is done by one of them. */
+   A team of threads shares the searches (nearest_search.h); one of the threads does what is in this file. */
 #pragma once
 
 #include "nearest_search.h"
 
-/* Marks of items on circles, and of the ones whose edges are not taken. */
+/* Marks of items on a cycle of edges, and of the lowest item of each cycle, whose edge is dropped. */
 #define ON_CIRCLE INT32_MAX
 #define LOWEST_OF_CIRCLE (INT32_MAX - 1)
 
-/* Of each circle of edges, the one of its lowest item is not taken. Most are of two items, each other's nearest. */
+/* Each cycle of edges drops the edge of its lowest item. Most cycles are two items, each other's nearest. */
 static void open_circles(Nearest *nearest) {
     for (int64_t j = 0; j < nearest->num_edges; j++) nearest->mark[nearest->edges[j]] = -1;
     for (int64_t j = 0; j < nearest->num_edges; j++) {
         int32_t i = nearest->edges[j];
         for (; nearest->target[i] >= 0 && nearest->mark[i] < 0; i = nearest->target[i]) nearest->mark[i] = (int32_t)j;
-        /* A circle, if this way has been here before. Later ways that lead here end here. */
+        /* A cycle, if this walk has been here before. Later walks that lead here end here. */
         if (nearest->target[i] < 0 || nearest->mark[i] != j) continue;
         int32_t lowest = i;
         do {
@@ -28,7 +28,7 @@ static void open_circles(Nearest *nearest) {
     }
 }
 
-/* Take the `most` edges of lowest priority, or all, of equal ones the first. Returns how many they are. */
+/* Take the `most` edges of lowest priority, or all if there are fewer; ties to the first. Returns their number. */
 static int64_t take_edges(const Joining &all, int64_t most) {
     Nearest *nearest = all.nearest;
     int64_t num = 0;
@@ -82,7 +82,7 @@ static void join(const Joining &all, int64_t i, int64_t m) {
     clear_column(nearest, i, m);
 }
 
-/* The mean of what has joined in column m. */
+/* Finish joined column m: its mean, its float32 row, its squared length. */
 static void end_column(const Joining &all, int64_t m) {
     Nearest *nearest = all.nearest;
     const Call *call = all.call;
@@ -98,7 +98,7 @@ static void end_column(const Joining &all, int64_t m) {
     set_column(all, m);
 }
 
-/* Join what the edges that are taken lead to the same item. */
+/* Join items whose taken edges lead to the same root: each tree becomes a new column. */
 static void join_all(const Joining &all) {
     Nearest *nearest = all.nearest;
     const int64_t begin = nearest->num_joined, dim = all.call->k.dim + all.call->v.dim;
@@ -122,7 +122,7 @@ INLINE Clusters clusters_of(const Nearest *nearest) {
     return {nearest->first_token, nearest->into, nearest->index, nearest->home, nearest->moved};
 }
 
-/* What has not joined keeps to what its target is in. */
+/* Edges of items that have not joined now lead to the columns that hold their targets. */
 static void follow_targets(const Joining &all) {
     Nearest *nearest = all.nearest;
     const Clusters clusters = clusters_of(nearest);
@@ -138,7 +138,7 @@ static void follow_targets(const Joining &all) {
     nearest->num_edges = num;
 }
 
-/* Let what has joined from column `first` on have edges, which it is to search for. */
+/* Columns joined from `first` on get edges, in order of items, and are to search. */
 static void add_joined(Nearest *nearest, int64_t first) {
     int32_t *joined = nearest->searching;
     int64_t num = 0;
@@ -157,7 +157,7 @@ static void add_joined(Nearest *nearest, int64_t first) {
     }
 }
 
-/* Whether products are to be rough from here on, by how many candidates items have so. */
+/* Choose between approximate and float32 products from here on, by how many candidates approximate ones leave. */
 static void choose_products(const Joining &all) {
     Nearest *nearest = all.nearest;
     int64_t num = 0, tiles = 0;
@@ -169,9 +169,9 @@ static void choose_products(const Joining &all) {
     keep_panels(&nearest->joined, all.call, 0);
 }
 
-/* Once items have searched: take the next part of the edges, the `part`-th one, half of what is due or, at last, all, and
-   join what they connect. Then, if more is due, what has joined is to search again, or, where edges were too few for all
-   parts, all that is left. */
+/* Once items have searched: take the `part`-th part of the edges, half of the merges due or, in the last part, all of them,
+   and join what they connect. If merges are still due, the joined items search again; after the last part, when edges were
+   too few, all remaining items do. */
 static void take_part(const Joining &all, int64_t part) {
     Nearest *nearest = all.nearest;
     const int64_t due = nearest->num_due, is_last = part >= all.call->num_parts;
@@ -191,7 +191,7 @@ static void take_part(const Joining &all, int64_t part) {
         follow_targets(all);
         add_joined(nearest, first);
     }
-    /* What weighs nothing need not search. */
+    /* Items without mass need not search. */
     int64_t num = 0;
     for (int64_t j = 0; j < nearest->num_searching; j++) {
         const int32_t i = nearest->searching[j];
@@ -201,7 +201,7 @@ static void take_part(const Joining &all, int64_t part) {
     nearest->num_searching = num;
 }
 
-/* Merge what was joined, and say where each token went. */
+/* Merge the joined items into slots, and write the slot of each token. */
 static void learn_by_edges(const Joining &all, Dictionary *dictionary, const Chunk *chunk, int64_t head, int is_due,
                            Learner *learner) {
     Nearest *nearest = all.nearest;
@@ -219,7 +219,7 @@ static void learn_by_edges(const Joining &all, Dictionary *dictionary, const Chu
     }
 }
 
-/* Chunks that are not finite are laid out anew: the sums get all values, and so do distances. */
+/* Load the values of a non-finite chunk again, as `load_chunk` zeroed some: sums and distances use them all. */
 static void reload(const Joining &all, Rows *tokens, const Chunk *chunk, int64_t head) {
     load_values(tokens, all.call, chunk->index, head, chunk->num);
     clear_weightless(tokens, all.call, chunk->num);

@@ -1,68 +1,68 @@
-/* merge="nearest": the items of a chunk, and what is known of them before they search.
+/* merge="nearest": the items of a chunk, and their data before they search.
 
-   Items are columns: [slots | tokens | joined], each part padded to whole panels. What has joined is a new column, its
-   mean; the columns of its parts are gone.
+   Items are columns: [slots | tokens | joined], each part padded to whole panels. Items that join become a new column, their
+   mean, and their own columns are cleared.
 
-   A slot that has searched before need not be compared with what has not changed since: of all that but the slot that it
-   found, its partner, it is known how far it is at least. If what it finds among the others is nearer, that is the nearest
-   of all. */
+   A slot that has searched before need not be compared with slots that have not changed since. The distance to each of these,
+   except its partner (the slot that it found), has a known lower bound. If the nearest of all others is closer, it is the
+   nearest of all. */
 #pragma once
 
 #include "clusters.h"
 #include "points.h"
 
-/* Stands for a squared distance that is not finite, relative to the largest squared length (`NO_DISTANCE` of options.py). */
+/* Stands in for a non-finite squared distance, relative to the largest squared length (`NO_DISTANCE` of options.py). */
 #define NO_DISTANCE 5.0
-/* Columns that items are compared with: `rows` stand from column `first` on, a multiple of NR. */
+/* Columns that items are compared with: `rows` begin at column `first`, a multiple of NR. */
 struct Columns {
     const Rows *rows;
     int64_t first, num;
-    const float *start, *length, *error; /* As those of `Nearest`, by column. */
+    const float *start, *length, *error; /* As in `Nearest`, by column. */
 };
 
 struct Nearest {
     int64_t num_columns, first_token, first_joined, num_joined;
-    int64_t num_due;      /* Merges that are still to be made. */
-    int has_squares;      /* Whether `key_square` and `value_square` hold for the dictionary as it is. */
-    int is_wide;          /* Whether float32 products mean nothing for this chunk. */
-    int is_rough;         /* Whether its products are rough. */
-    double value_factor;  /* f^2: what squared distances of values are multiplied with. */
-    double size;          /* The largest squared length of an item that weighs something, or 1. */
+    int64_t num_due;      /* Merges still to be made. */
+    int has_squares;      /* Whether `key_square` and `value_square` are up to date. */
+    int is_wide;          /* Whether float32 products are useless for this chunk: extreme lengths or non-finite values. */
+    int is_rough;         /* Whether products are approximate. */
+    double value_factor;  /* f^2: the factor of squared distances of values. */
+    double size;          /* The largest squared length of an item with mass, or 1. */
     float longest;        /* The largest length. */
-    int64_t first, second; /* The lowest items of those that others may go to; -1 if there are none. */
+    int64_t first, second; /* The two lowest items that others may join at any distance; -1 if missing. */
     double *key_square, *value_square; /* [M]: squared lengths of the means of slots. */
     /* [columns] */
     double *mass, *square; /* Count or weight; squared length. */
-    float *start, *length; /* -|x|^2 / 2, or -inf where no other may go; |x|, or 0 there. */
-    float *error;         /* How far an item in bytes is off, a length. */
-    int32_t *index, *into, *home; /* As those of `Clusters`. */
-    int32_t *target;      /* Where an item's edge leads, or -1 where it has none. */
-    double *priority;     /* Edges of lowest priority are taken first; inf where there is none. */
+    float *start, *length; /* -|x|^2 / 2, the search offset, or -inf where no other may join; |x|, or 0 there. */
+    float *error;         /* Length of the rounding error of an int8 item. */
+    int32_t *index, *into, *home; /* As in `Clusters`. */
+    int32_t *target;      /* Target of an item's edge, or -1 if it has none. */
+    double *priority;     /* Priority of the edge, lowest taken first; inf without an edge. */
     int32_t *edges;       /* Items that may have an edge, in order. */
     int64_t num_edges;
-    int32_t *root;        /* Where an edge leads that is taken, else the item itself. */
+    int32_t *root;        /* Target of a taken edge, else the item itself. */
     int32_t *mark;        /* Scratch. */
-    int32_t *order;       /* The columns that are left, by their lowest items, where `needs_order`. */
+    int32_t *order;       /* The remaining columns, by their lowest items, where `needs_order`. */
     int64_t num_left;
-    int needs_order;      /* Whether something weighs nothing, or products mean nothing. */
+    int needs_order;      /* Whether items without mass exist, or the chunk `is_wide`. */
     int32_t *taken;       /* Items whose edges are taken, in order. */
     int64_t num_taken;
     double *ranked;       /* Scratch. */
-    int32_t *searching;   /* Items that are to look for the nearest one. */
+    int32_t *searching;   /* Items that are to search for their nearest. */
     int64_t num_searching;
-    int32_t *num_near;    /* [tiles]: candidates that the first item of each tile has if products are rough. */
-    double *mean;         /* [C, K + V]: of joined columns. */
+    int32_t *num_near;    /* [tiles]: candidates of each tile's first item by approximate products. */
+    double *mean;         /* [C, K + V]: means of joined columns. */
     Rows joined;          /* [C]: the same in float32, for products. */
     int32_t *moved;       /* [M] */
-    /* Where a slot has searched before, what has not changed since is known to be far. Chunks that merge are counted: */
-    int32_t now, *changed, *searched; /* [M]: when a slot changed last, and when it searched, as it is; or -1. */
-    int32_t *partner;     /* [M]: what it found then. */
-    double *beyond;       /* [M]: all else was at least as far, a squared distance ... */
-    double *factor;       /* [M]: ... by this `value_factor`. */
-    int64_t num_again;    /* How many of `searching`, the first ones, are compared with the changed slots alone. */
-    int64_t num_recent;   /* How many these are. Here they stand in the place of the slots: */
-    int32_t *recent, *recent_place; /* [M]: which they are; and for each slot, where it stands, or -1. */
-    Rows recent_rows;     /* [M]: their bytes alone. */
+    /* Earlier searches of slots bound the distances to slots unchanged since. `now` counts chunks that merge. */
+    int32_t now, *changed, *searched; /* [M]: when a slot last changed, and when it last searched since then, or -1. */
+    int32_t *partner;     /* [M]: the slot that it found then, or -1. */
+    double *beyond;       /* [M]: lower bound of the squared distances to all others ... */
+    double *factor;       /* [M]: ... with this `value_factor`. */
+    int64_t num_again;    /* So many of `searching`, the first ones, are compared with changed slots only, not all slots. */
+    int64_t num_recent;   /* Number of changed slots, padded. These replace the slots: */
+    int32_t *recent, *recent_place; /* [M]: the changed slots; and the place of each slot among them, or -1. */
+    Rows recent_rows;     /* [M]: int8 rows only. */
     float *recent_start, *recent_length, *recent_error; /* [M] */
 };
 
@@ -131,7 +131,7 @@ struct Joining {
     const double *mean(int64_t i) const { return nearest->mean + place(i) * (call->k.dim + call->v.dim); }
 };
 
-/* The squared distance of two items, in float64 from differences; inf where that is not finite. */
+/* Squared distance of two items, in float64 from differences; inf if not finite. */
 static double distance_of(const Joining &all, int64_t a, int64_t b) {
     const int64_t k = all.call->k.dim, v = all.call->v.dim;
     const double factor = all.nearest->value_factor;
@@ -152,12 +152,12 @@ static double distance_of(const Joining &all, int64_t a, int64_t b) {
 
 INLINE int has_mass(const Nearest *nearest, int64_t i) { return nearest->mass[i] > 0; }
 
-/* Whether others may search for an item. What weighs nothing is not there for them. */
+/* Whether searches may find an item: it has mass and a finite length. */
 INLINE int is_point(const Nearest *nearest, int64_t i) {
     return has_mass(nearest, i) && std::isfinite(nearest->square[i]);
 }
 
-/* What others need to know of a column once its mass and square are known. */
+/* Derived per-column values: search offset, length and quantization error. */
 INLINE void set_column(const Joining &all, int64_t i) {
     Nearest *nearest = all.nearest;
     nearest->start[i] = is_point(nearest, i) ? (float)(nearest->square[i] / -2) : -INFINITY;
@@ -172,7 +172,7 @@ INLINE void set_column(const Joining &all, int64_t i) {
     nearest->target[i] = -1;
 }
 
-/* A column that is not there, or no longer. */
+/* Clear a column that is unused, or was joined into column `into`. */
 INLINE void clear_column(Nearest *nearest, int64_t i, int64_t into) {
     nearest->start[i] = -INFINITY;
     nearest->length[i] = nearest->error[i] = 0;
@@ -180,12 +180,11 @@ INLINE void clear_column(Nearest *nearest, int64_t i, int64_t into) {
     nearest->target[i] = -1;
 }
 
-/* List the columns that are left, and those of them that others may go to at any distance: what weighs nothing is none of
-   these, unless nothing weighs anything. */
+/* List the remaining columns, and the first two that others may join at any distance: with mass, unless no item has any. */
 static void set_order(const Joining &all) {
     Nearest *nearest = all.nearest;
     const int64_t num_items = nearest->first_token + all.call->chunk_size;
-    /* Of each lowest item, the column that it is in. */
+    /* The column that holds each lowest item. */
     for (int64_t i = 0; i < num_items; i++) nearest->mark[i] = -1;
     for (int64_t i = 0; i < nearest->first_joined + nearest->num_joined; i++)
         if (nearest->into[i] == i) nearest->mark[nearest->index[i]] = (int32_t)i;
@@ -203,7 +202,7 @@ static void set_order(const Joining &all) {
     nearest->second = is_any ? of_mass[1] : num > 1 ? nearest->order[1] : -1;
 }
 
-/* x to a power. Items count for whole numbers, most of them small, of which few powers are ever asked for. */
+/* x^power, cached: most masses are small integers, so few different powers are asked for. */
 static double power_of(double x, double power) {
     static thread_local struct {
         double power, known[256], result[256];
@@ -223,8 +222,8 @@ static double power_of(double x, double power) {
     return powers.result[place];
 }
 
-/* An edge, of a squared length, inf where that is not finite. The shorter it is, and the less both items weigh, the earlier
-   it is taken. */
+/* Sets the edge of item i, of a squared length (inf if not finite). Its priority is lower, and it is taken earlier, the
+   shorter it is and the less mass both items have. */
 static void set_edge(const Joining &all, int64_t i, int64_t target, double square) {
     Nearest *nearest = all.nearest;
     nearest->target[i] = (int32_t)target;
@@ -236,17 +235,16 @@ static void set_edge(const Joining &all, int64_t i, int64_t target, double squar
     nearest->priority[i] = priority < INFINITY ? priority : DBL_MAX;
 }
 
-/* The edge of an item that goes to the first that there is: it weighs nothing, and is at no distance from any other, or is
-   further than anything from all others. */
+/* Sets the edge to the first other item: i has no mass (distance 0), or is at no finite distance from any other (inf). */
 static void set_first(const Joining &all, int64_t i) {
     const Nearest *nearest = all.nearest;
     set_edge(all, i, nearest->first == i ? nearest->second : nearest->first, has_mass(nearest, i) ? INFINITY : 0);
 }
 
-/* Whether a squared length is of a length that is extreme. */
+/* `is_extreme` of the length, from its square. */
 INLINE int is_extreme_square(double square) { return !(square == 0 || (square >= 1e-30 && square <= 1e30)); }
 
-/* What the next chunk needs to know of a slot that changed. */
+/* Updates what the next chunk needs of a changed slot; its earlier search no longer counts. */
 static void note_change(const Joining &all, int64_t i) {
     Nearest *nearest = all.nearest;
     const Rows *rows = &all.dictionary->rows;
@@ -257,7 +255,7 @@ static void note_change(const Joining &all, int64_t i) {
     nearest->searched[i] = -1;
 }
 
-/* What is known of slot i, which has searched and not joined. */
+/* Remembers the search of slot i, which has not joined. */
 static void note_search(Nearest *nearest, int64_t i) {
     const int32_t target = nearest->target[i];
     nearest->searched[i] = nearest->now;
@@ -265,7 +263,7 @@ static void note_search(Nearest *nearest, int64_t i) {
     nearest->factor[i] = nearest->value_factor;
 }
 
-/* Lay out the slots that changed since any of those to search again did so last. */
+/* Lay out the slots that changed since the oldest search among those that search again. */
 static void set_recent(const Joining &all) {
     Nearest *nearest = all.nearest;
     int32_t oldest = nearest->now;
@@ -294,14 +292,14 @@ static void set_recent(const Joining &all) {
     }
 }
 
-/* Lay out the items of a chunk of which `due` are to be merged away, `num_merged` tokens being merged before it. */
+/* Lay out the items of a chunk with `due` merges to make; the row has merged `num_merged` tokens before it. */
 static void prepare_nearest(const Joining &all, int64_t due, int64_t num_merged) {
     Nearest *nearest = all.nearest;
     const Call *call = all.call;
     const int64_t num = all.dictionary->num, size = call->chunk_size;
     nearest->first_token = padded(num, NR);
     nearest->first_joined = nearest->first_token + padded(size, NR);
-    /* One vector more than is needed: rows a power of two apart would share few lines of the cache. */
+    /* One vector more than needed: rows a power of two apart would compete for few lines of the cache. */
     nearest->num_columns = nearest->first_joined + padded(due, NR) + VL;
     nearest->num_joined = 0;
     nearest->num_due = due;
@@ -314,7 +312,7 @@ static void prepare_nearest(const Joining &all, int64_t due, int64_t num_merged)
     for (int64_t i = 0; !nearest->has_squares && i < num; i++) note_change(all, i);
     nearest->has_squares = 1;
     nearest->now++;
-    /* The mean squared length of values, of items whose values are finite. */
+    /* The mean squared length of values, over items with finite values. */
     for (int64_t i = 0; i < num + size; i++) {
         const double square = i < num ? nearest->value_square[i] : values[i - num];
         const double mass = i < num ? mass_of(all.sums, i) : token_mass(all.tokens, i - num);
@@ -345,7 +343,7 @@ static void prepare_nearest(const Joining &all, int64_t due, int64_t num_merged)
         const int weighs = has_mass(nearest, i);
         nearest->needs_order |= !weighs;
         if (is_point(nearest, i)) nearest->size = fmax(nearest->size, nearest->square[i]);
-        /* Slots search in turn. */
+        /* Slots search in turn, as many as a chunk has tokens. */
         const int64_t after = is_slot ? i - turn : 0;
         if (weighs && is_slot && (after < 0 ? after + num : after) >= size) continue;
         nearest->edges[nearest->num_edges++] = (int32_t)i;

@@ -1,20 +1,20 @@
-/* merge="nearest": the search for the items nearest to some of them.
+/* merge="nearest": the searches for nearest items.
 
-   A tile of items is multiplied with all columns, block by block, and nothing of that is kept but what may be nearest,
-   which is decided in float64 (docs/method/math.md, section 5). */
+   A tile of items is multiplied with all columns, block by block. Only columns that may be nearest are kept, and float64
+   decides among them (docs/method/math.md, section 5). */
 #pragma once
 
 #include "nearest_items.h"
 
-/* Rough products will do unless an item has more candidates than this on average. To tell so many apart takes as long as
-   products in float32 take longer. */
+/* Approximate products are used up to this average number of candidates per item: to settle so many in float64 costs the time
+   that they save over float32. */
 #define MOST_CANDIDATES 32
 
-/* The nearest of `num` > 0 candidates of an item, of equally near ones the first; how far it is. */
+/* Sets the edge of item i to the exact nearest of `num` > 0 candidates (ties: lowest index); returns the squared distance. */
 static double settle(const Joining &all, int64_t i, int32_t *near, int64_t num) {
     const Nearest *nearest = all.nearest;
     const double tie = all.call->tie * nearest->size;
-    /* In order of items, which is that of columns but for those that joined. */
+    /* Sort by item, which is the order of columns except for joined ones. */
     for (int64_t j = 1; j < num; j++) {
         const int32_t column = near[j];
         int64_t place = j;
@@ -25,7 +25,7 @@ static double settle(const Joining &all, int64_t i, int32_t *near, int64_t num) 
     double best = INFINITY, distance[num];
     for (int64_t j = 0; j < num; j++) {
         distance[j] = distance_of(all, i, near[j]);
-        /* Where items are repeated, the rest need not be looked at. */
+        /* For a duplicate of the item, the other candidates need no look. */
         if (distance[j] <= tie && best > 2 * tie) num = j + 1;
         best = fmin(best, distance[j]);
     }
@@ -35,7 +35,7 @@ static double settle(const Joining &all, int64_t i, int32_t *near, int64_t num) 
     return distance[j];
 }
 
-/* The search of an item among all others, in float64. */
+/* Search of an item among all others, in float64. */
 static void search_all(const Joining &all, int64_t i) {
     const Nearest *nearest = all.nearest;
     int32_t near[nearest->num_left];
@@ -48,7 +48,7 @@ static void search_all(const Joining &all, int64_t i) {
     else set_first(all, i);
 }
 
-/* By how much a score, x.y - |y|^2 / 2, is off at most: so many times |y|, and so many times the error of y. */
+/* Upper bound of the error of a score x.y - |y|^2 / 2: a multiple of |y| plus a multiple of the rounding error of y. */
 struct Slack {
     float of_length, of_error;
 
@@ -67,15 +67,15 @@ INLINE Slack slack_of(const Joining &all, int64_t i, int is_rough) {
     return {ROUGHNESS * 1.001f * length + of_sums, 0};
 }
 
-/* A search of an item, and what is known of its scores. */
+/* The search of an item, with bounds of its scores. */
 struct Search {
-    int32_t item, column; /* Itself among the columns, or -1 where it is not there. */
+    int32_t item, column; /* Its own column, or -1 if it is not among them. */
     Slack slack;
-    Vector least;         /* The highest that scores are at least. */
-    Vector *blocks;       /* The highest that they may be, of each block. */
+    Vector least;         /* Lower bound of the highest score, per lane. */
+    Vector *blocks;       /* Upper bound of the scores of each block, per lane. */
 };
 
-/* Calls `function` with each block of columns in turn, its first column and where it ends, and its number. */
+/* Calls function(columns, begin, end, number) for each block of columns in turn. */
 template <typename Function> INLINE void for_blocks(const Columns *parts, Function function) {
     int64_t block = 0;
     for (int part = 0; part < 3; part++) {
@@ -85,7 +85,7 @@ template <typename Function> INLINE void for_blocks(const Columns *parts, Functi
     }
 }
 
-/* Scores of `num` items, a block at a time while it lies in the first-level cache. */
+/* Scores of `num` items and their bounds, one block at a time while it is in the L1 cache. */
 static void score_blocks(const Joining &all, const Columns *parts, Search *searches, int64_t num, const Left &left,
                          float *scores) {
     const int64_t n = all.nearest->num_columns;
@@ -109,12 +109,12 @@ static void score_blocks(const Joining &all, const Columns *parts, Search *searc
     });
 }
 
-/* What score there may be at most. */
+/* Upper bounds of the scores of columns j..j+VL-1. */
 INLINE Vector highest_at(const Columns &columns, const float *row, const Slack &slack, int64_t j) {
     return load(row + j) + load(columns.start + j) + slack.at(columns, j);
 }
 
-/* The columns that may be nearest to an item, `near`; their number. */
+/* Writes the columns that may be nearest to an item to `near`; returns their number. */
 static int64_t candidates_of(const Joining &all, const Columns *parts, const float *row, const Search &search,
                              int32_t *near) {
     const float best = highest(search.least);
@@ -131,7 +131,7 @@ static int64_t candidates_of(const Joining &all, const Columns *parts, const flo
     return num;
 }
 
-/* The highest that scores may be, but for that of one column. */
+/* Upper bound of all scores except that of one column. */
 static float highest_but(const Columns *parts, float *row, const Search &search, int64_t column) {
     Vector high = splat(-INFINITY);
     for_blocks(parts, [&](const Columns &columns, int64_t begin, int64_t end, int64_t block) {
@@ -145,7 +145,7 @@ static float highest_but(const Columns *parts, float *row, const Search &search,
     return highest(high);
 }
 
-/* How many columns might be nearest to an item by rough products, about. */
+/* About how many candidates an item would have by approximate products. */
 static int32_t count_near(const Joining &all, const Columns *parts, const float *row, const Search &search) {
     const Nearest *nearest = all.nearest;
     const Slack slack = slack_of(all, search.item, 1);
@@ -159,7 +159,7 @@ static int32_t count_near(const Joining &all, const Columns *parts, const float 
     return (int32_t)num;
 }
 
-/* Items to the left of a product. */
+/* Lay out items as the left factor of a product. */
 static void set_left(const Joining &all, const int32_t *items, int64_t num, const Left &left) {
     const Call *call = all.call;
     const float factor = (float)all.nearest->value_factor;
@@ -187,8 +187,8 @@ static void set_left(const Joining &all, const int32_t *items, int64_t num, cons
     }
 }
 
-/* Search for what is nearest to `num` items, at most QUERIES: among all columns or, `is_again`, in the place of slots those
-   that changed. Items for which these do not decide it are left in `items`; returns their number. */
+/* Searches for the nearest of `num` items, at most QUERIES: among all columns or, if `is_again`, with changed slots in place
+   of all slots. Items that these do not decide are left in `items`; returns their number. */
 static int64_t search_items(const Joining &all, int32_t *items, int64_t num, int is_again, float *scores,
                             int32_t *num_near) {
     Nearest *nearest = all.nearest;
@@ -251,7 +251,7 @@ static int64_t search_items(const Joining &all, int32_t *items, int64_t num, int
     return num_left;
 }
 
-/* The searches first..first+num-1 of those that are due, at most QUERIES; `scores` holds as many rows of columns. */
+/* Searches first..first+num-1 of `searching`, at most QUERIES; `scores` has room for QUERIES rows of columns. */
 static void search_tile(const Joining &all, int64_t first, int64_t num, float *scores) {
     Nearest *nearest = all.nearest;
     int32_t items[QUERIES], *num_near = nearest->num_near + first / QUERIES;

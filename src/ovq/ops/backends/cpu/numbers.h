@@ -1,11 +1,11 @@
-/* The number formats of inputs and outputs; all arithmetic is in float32. */
+/* Number formats of inputs and outputs; all arithmetic is in float32. */
 #pragma once
 
 #include <type_traits>
 
 #include "vector.h"
 
-/* Mirrored by `DTYPES` in kernels.py. Whole numbers come with the length of their steps. */
+/* Mirrored by `DTYPES` in kernels.py, except INT8, whose vectors come with a quantization scale. */
 enum { FLOAT32, BFLOAT16, FLOAT16, INT8 };
 
 struct Bfloat16 {
@@ -37,7 +37,7 @@ INLINE float as_float(float x) { return x; }
 INLINE float as_float(int8_t x) { return x; }
 INLINE float as_float(Bfloat16 x) { return float_of((uint32_t)x.bits << 16); }
 
-/* 2^112 takes the exponent of float16, and its numbers that are not normal, to that of float32. */
+/* Multiplying by 2^112 moves the exponent bias from float16 to float32, for subnormal numbers too. */
 INLINE float as_float(Float16 x) {
     const uint32_t size = x.bits & 0x7fffu, sign = (uint32_t)(x.bits & 0x8000u) << 16;
     const uint32_t finite = bits_of(float_of(size << 13) * 0x1p112f);
@@ -50,7 +50,7 @@ INLINE Words words_of(const void *x) {
     return __builtin_convertvector(bits, Words);
 }
 
-/* The next VL numbers. */
+/* Load VL numbers as float32. */
 INLINE Vector load_numbers(const float *x) { return load(x); }
 INLINE Vector load_numbers(const Bfloat16 *x) { return (Vector)(words_of(x) << 16); }
 
@@ -62,7 +62,7 @@ INLINE Vector load_numbers(const int8_t *x) {
 #else
     ByteVector bits;
     memcpy(&bits, x, sizeof(bits));
-    /* In steps, each of which GCC knows an instruction for. */
+    /* Step by step: GCC has an instruction for each step. */
     return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(bits, ShortVector), IntVector), Vector);
 #endif
 }
@@ -79,7 +79,7 @@ INLINE Vector load_numbers(const Float16 *x) {
 #endif
 }
 
-/* To the nearest, ties to even; a NaN stays one. */
+/* Store a number, rounded to nearest, ties to even; NaN stays NaN. */
 INLINE void put(float *out, float x) { *out = x; }
 
 INLINE void put(Bfloat16 *out, float x) {
@@ -90,7 +90,7 @@ INLINE void put(Bfloat16 *out, float x) {
 
 INLINE void put(Float16 *out, float x) {
     const uint32_t bits = bits_of(x), size = bits & 0x7fffffff;
-    /* Adding 1/2 leaves a float16 number below 2^-14, and zero, in the lowest bits. */
+    /* For numbers below 2^-14 (subnormal in float16), adding 1/2 leaves the float16 in the lowest bits. */
     const uint32_t small = bits_of(float_of(size) + 0.5f) - 0x3f000000;
     const uint32_t normal = (size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13;
     const uint32_t large = size > 0x7f800000 ? 0x7e00 : 0x7c00;
@@ -98,7 +98,7 @@ INLINE void put(Float16 *out, float x) {
     out->bits = (uint16_t)(rounded | (bits >> 16 & 0x8000));
 }
 
-/* Calls `function` with a pointer to number `at` of `data`, of its type. */
+/* Calls `function` with a typed pointer to number `at` of `data`. */
 template <typename Function>
 INLINE void with_type(int64_t dtype, const void *data, int64_t at, Function function) {
     if (dtype == BFLOAT16) function((const Bfloat16 *)data + at);
@@ -106,7 +106,7 @@ INLINE void with_type(int64_t dtype, const void *data, int64_t at, Function func
     else function((const float *)data + at);
 }
 
-/* out [ld] = factor * n numbers, zero beyond. */
+/* out [ld] = factor * the n numbers from number `at` on, padded with zeros. */
 static void read_numbers(int64_t dtype, const void *data, int64_t at, int64_t n, float factor, float *out, int64_t ld) {
     with_type(dtype, data, at, [=](auto *x) {
         int64_t i = 0;
@@ -116,7 +116,7 @@ static void read_numbers(int64_t dtype, const void *data, int64_t at, int64_t n,
     for (int64_t i = n; i < ld; i++) out[i] = 0;
 }
 
-/* `factor` times n numbers, into their place. */
+/* Writes factor * n numbers to `data` from number `at` on. */
 static void write_numbers(int64_t dtype, void *data, int64_t at, int64_t n, float factor, const float *from) {
     with_type(dtype, data, at, [=](auto *x) {
         auto *out = const_cast<std::remove_const_t<std::remove_reference_t<decltype(*x)>> *>(x);

@@ -1,7 +1,7 @@
-/* Products of bfloat16 numbers, summed in float32, on processors that multiply pairs of them: twice as fast as those in
-   float32. For bfloat16 inputs they are as good; for others they are rough.
+/* Products of bfloat16 numbers with float32 sums, on processors that multiply pairs of them: twice as fast as float32. They
+   are as good for bfloat16 inputs, and approximate for others.
 
-   A vector is kept as words of two numbers: of each 2 VL numbers, the i-th and the (i + VL)-th share a word. */
+   A vector is packed in words of two numbers: of each 2 VL numbers, the i-th and the (i + VL)-th share a word. */
 #pragma once
 
 #include "numbers.h"
@@ -14,13 +14,14 @@
 #define HAS_PAIRS 0
 #endif
 
-/* How far a product of two rough vectors is off at most, over the product of their lengths: two roundings to 8 bits. */
+/* Upper bound of the error of a product of two vectors rounded to bfloat16, relative to the product of their lengths: two
+   roundings to 8 bits. */
 #define ROUGHNESS 0.003915f
 
 INLINE int64_t num_words(int64_t n) { return padded(n, 2 * VL) / 2; }
 
 #if HAS_PAIRS
-/* Words of the lower and the upper half of 2 VL bfloat16 numbers: word i has number i of both. */
+/* Packs 2 VL bfloat16 numbers: word i has number i of the lower and of the upper half. */
 INLINE Words words_of_halves(__m512i x) {
     typedef uint16_t Places __attribute__((vector_size(64)));
     const Places places = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
@@ -28,7 +29,7 @@ INLINE Words words_of_halves(__m512i x) {
     return (Words)_mm512_permutexvar_epi16((__m512i)places, x);
 }
 
-/* n bfloat16 numbers as words. */
+/* Packs n bfloat16 numbers into words. */
 INLINE void arrange_row(const uint16_t *x, int64_t n, uint32_t *words) {
     for (int64_t i = 0; i < n; i += 2 * VL, words += VL) {
         const int64_t left = n - i;
@@ -38,8 +39,7 @@ INLINE void arrange_row(const uint16_t *x, int64_t n, uint32_t *words) {
 }
 #endif
 
-/* Finite numbers rounded to bfloat16, to the nearest, ties to even: word i has lane i of `low`, and of `high` in its
-   upper half. */
+/* Rounds finite numbers to bfloat16, ties to even: word i has lane i of `low` and, in its upper half, of `high`. */
 INLINE Words words_from(Vector low, Vector high) {
 #if HAS_PAIRS
     return words_of_halves((__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
@@ -49,7 +49,7 @@ INLINE Words words_from(Vector low, Vector high) {
 #endif
 }
 
-/* Round `n` numbers, n a multiple of VL, to words. */
+/* Round `n` numbers to bfloat16 words, n a multiple of VL. */
 static void round_row(const float *x, int64_t n, uint32_t *words) {
     for (int64_t i = 0; i < n; i += 2 * VL, words += VL) {
         const Words both = words_from(load(x + i), i + VL < n ? load(x + i + VL) : Vector{});
@@ -57,7 +57,7 @@ static void round_row(const float *x, int64_t n, uint32_t *words) {
     }
 }
 
-/* Put words [n] into column j of a matrix cut into panels of NR columns, and take them from there. */
+/* Put words [n] into column j of a matrix cut into panels of NR columns, or take them out. */
 INLINE void put_words(uint32_t *panels, int64_t n, int64_t j, const uint32_t *words) {
     uint32_t *out = panels + j / NR * n * NR + j % NR;
     for (int64_t i = 0; i < n; i++) out[i * NR] = words[i];
@@ -68,7 +68,7 @@ INLINE void take_words(const uint32_t *panels, int64_t n, int64_t j, uint32_t *w
     for (int64_t i = 0; i < n; i++) words[i] = from[i * NR];
 }
 
-/* Round row i of a matrix [n] to bfloat16 in pairs of rows, which share words. */
+/* Round row i [n] to bfloat16 in a matrix of row pairs: rows 2 j and 2 j + 1 share words. */
 INLINE void put_pair(uint32_t *pairs, int64_t n, int64_t i, const float *x) {
     uint32_t *out = pairs + i / 2 * n;
     for (int64_t j = 0; j < n; j += VL, x += VL, out += VL) {
@@ -80,7 +80,7 @@ INLINE void put_pair(uint32_t *pairs, int64_t n, int64_t i, const float *x) {
     }
 }
 
-/* `num` rows in pairs of rows; zero stands for a missing last one. */
+/* Round `num` rows to bfloat16 row pairs; zeros stand in for a missing last row. */
 INLINE void put_rows(uint32_t *pairs, int64_t num, int64_t ld, const float *rows) {
     for (int64_t t = 0; t < num; t += 2)
         for (int64_t j = 0; j < ld; j += VL) {
@@ -90,7 +90,7 @@ INLINE void put_rows(uint32_t *pairs, int64_t num, int64_t ld, const float *rows
         }
 }
 
-/* What becomes of the sums of a product: factor * sum + bias, a row; or nothing, if `bias` is NULL. */
+/* Last step of a product: factor * sum + bias, a row; or the sum itself, if `bias` is NULL. */
 struct Finish {
     const float *bias;
     float factor;
@@ -130,7 +130,7 @@ static void pairs_product(int64_t m, int64_t n, int64_t k, const uint32_t *a, in
     multiply(Pairs{from, finish, c, ldc}, m, n, k, a, row, col, b, panel, ldb);
 }
 
-/* Round 2 VL numbers to words of neighbours. */
+/* Round 2 VL numbers to bfloat16 words of neighbours. */
 INLINE void put_neighbours(uint32_t *words, Vector low, Vector high) {
     _mm512_storeu_si512(words, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
 }

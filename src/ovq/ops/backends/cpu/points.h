@@ -1,5 +1,4 @@
-/* Slots and tokens as points (keys, factor * values), for the rules that merge pairs of them: distances in float64, and
-   products of tiles. */
+/* Items as points (key, factor * value), for the rules that merge pairs of them: float64 distances, and products of tiles. */
 #pragma once
 
 #include "learn.h"
@@ -35,17 +34,17 @@ INLINE double exact_square(const double *x, int64_t n) {
     return sum;
 }
 
-/* Points to the left of a product, their values scaled by the square of the factor; with `words`, the product is rough. */
+/* Points as the left factor of a product, values multiplied by the square of the factor. With `words`, it is approximate. */
 struct Left {
     float *keys, *values;
     uint32_t *words;
-    float *key_steps, *value_steps; /* How long the steps of their bytes are. */
+    float *key_steps, *value_steps; /* Scales of the int8 keys and values. */
 };
 
-/* Words of a point on the left. */
+/* Words per point of the left factor. */
 INLINE int64_t left_words(const Call *call) { return HAS_BYTES ? item_bytes(call) : row_words(call); }
 
-/* Products of the words of `count` points with those of `num` columns. */
+/* Approximate products of `count` points with `num` columns, from their words. */
 static void multiply_words(const Call *call, const Rows *columns, int64_t num, int64_t count, const Left &left,
                            float *out, int64_t ld) {
     const int64_t own = left_words(call);

@@ -3,13 +3,13 @@
 
 #include "vector.h"
 
-/* A tile of sums [mr, nv vectors], of the rows from i0 and the columns from j0 on, all of it in registers. `Kind` says
-   what numbers are multiplied, what sums begin with, and what becomes of them. */
+/* One tile of a product, of the rows from i0 and the columns from j0 on: sums [mr, nv vectors], all in registers. `Kind`
+   defines the number format, the initial sums and what is done with the final ones. */
 template <int mr, int nv, class Kind>
 INLINE void product_tile(const Kind &kind, int64_t i0, int64_t j0, int64_t k, const typename Kind::Number *a, int64_t row,
                          int64_t col, const typename Kind::Number *b, int64_t ldb) {
     typename Kind::Sum sum[mr][nv];
-    /* Unrolled, sums never leave their registers. */
+    /* Unrolled, so that the sums stay in registers. */
 #pragma GCC unroll 8
     for (int i = 0; i < mr; i++)
         for (int j = 0; j < nv; j++) sum[i][j] = kind.begin(i0 + i, j0 + j * VL);
@@ -26,7 +26,7 @@ INLINE void product_tile(const Kind &kind, int64_t i0, int64_t j0, int64_t k, co
         for (int j = 0; j < nv; j++) kind.end(i0 + i, j0 + j * VL, sum[i][j]);
 }
 
-/* The same for as many rows, at most mr. */
+/* `product_tile` of `num` rows, at most mr. */
 template <int mr, int nv, class Kind, typename... Rest>
 INLINE void product_rows(int64_t num, const Kind &kind, Rest... rest) {
     if (num == mr) product_tile<mr, nv>(kind, rest...);

@@ -3,14 +3,14 @@
 
 #include "dictionary.h"
 
-/* Slots whose values a product goes through while they lie in the first-level cache. */
+/* Slots per product with values, which stay in the L1 cache meanwhile. */
 #define VALUES 128
 
 struct Reader {
     float *queries;  /* [QUERIES, key_ld] */
     uint32_t *words; /* [QUERIES, key_words]: queries, or keys to route, rounded. */
-    float *steps;    /* [QUERIES]: how long the steps of these keys are, if they are whole numbers. */
-    float *scores;   /* [QUERIES, slots and tokens]; and what joins, where items look for the nearest. */
+    float *steps;    /* [QUERIES]: scales of these keys, if they are int16. */
+    float *scores;   /* [QUERIES, slots and tokens, and joined items where pairs are merged] */
     float *out;      /* [QUERIES, value_ld] */
     int32_t *near;   /* [M]: scratch of routing. */
 };
@@ -34,7 +34,7 @@ INLINE void score(const Call *call, const Rows *rows, int64_t n, const float *qu
     product(num, n, dim, queries, key_ld(call), 1, rows->key_panels, dim * NR, NR, rows->bias, 0, scores, ld);
 }
 
-/* Tokens after the query's own, `first` being the position of the first query, take no part. */
+/* Causal mask: -inf for tokens after the query's own. `first` is the position of the first query. */
 INLINE void mask_future(float *scores, int64_t ld, int64_t num, int64_t n, int64_t first) {
     for (int64_t t = 0; t < num; t++)
         for (int64_t j = first + t + 1; j < n; j++) scores[t * ld + j] = -INFINITY;
@@ -50,7 +50,7 @@ INLINE float highest_of(const float *scores, int64_t n) {
     return highest(higher_of(high, more));
 }
 
-/* Turns n scores into exponentials relative to their largest, `best`; their sum. */
+/* Replaces n scores by exponentials relative to their largest, `best`; returns their sum. */
 static float exponentials(float *scores, int64_t n, float *best) {
     *best = highest_of(scores, n);
     const Vector shift = bits_of(*best, scores, n);
@@ -75,14 +75,14 @@ static void weigh(const Call *call, const Rows *rows, int64_t n, const float *pr
 }
 
 #if HAS_PAIRS
-/* `score` of queries as words, `scale` times their products. */
+/* `score` of queries in bfloat16 words; their products are multiplied by `scale`. */
 INLINE void score_pairs(const Call *call, const Rows *rows, int64_t n, const uint32_t *queries, int64_t num,
                         float scale, float *scores, int64_t ld) {
     pairs_product(num, n, key_words(call), queries, key_words(call), 1, rows->words, row_words(call) * NR, NR,
                   nullptr, Finish{rows->bias, scale}, scores, ld);
 }
 
-/* `exponentials` that are rounded to words of neighbours, in the first half of their place. */
+/* `exponentials`, rounded to bfloat16 words of neighbours in the first half of their place. */
 static float exponential_pairs(float *scores, int64_t n, float *best) {
     *best = highest_of(scores, n);
     const Vector shift = bits_of(*best, scores, n);
@@ -98,7 +98,7 @@ static float exponential_pairs(float *scores, int64_t n, float *best) {
     return total(sum + more);
 }
 
-/* `weigh` with probabilities as words. Tiles have room for all queries, and go through values once. */
+/* `weigh` with probabilities in bfloat16 words. AMX tiles hold all queries, and so read values once. */
 static void weigh_pairs(const Call *call, const Rows *rows, int64_t n, const uint32_t *probs, int64_t ld, int64_t num,
                         float *out) {
     const int64_t width = value_ld(call), most = HAS_TILES ? n / 2 : VALUES;
@@ -108,7 +108,7 @@ static void weigh_pairs(const Call *call, const Rows *rows, int64_t n, const uin
 }
 #endif
 
-/* Values that are not finite are not among those of the tokens (`load_chunk`): each query that sees one gets it here. */
+/* Adds the non-finite values, which `load_chunk` has set to 0, to each query that sees them. */
 static void add_spoilt(const Call *call, const Chunk *chunk, int64_t head, int64_t first, int64_t num, float *out) {
     const int64_t width = value_ld(call);
     float value[width], seen[width];
@@ -121,8 +121,8 @@ static void add_spoilt(const Call *call, const Chunk *chunk, int64_t head, int64
     }
 }
 
-/* What will be read soon, into the cache: for query t of a tile, that of the next tile, and a key and a
-   value of the next chunk. Memory answers slowly, so a few are asked for at a time; beyond the end this does nothing. */
+/* Prefetch, for query t of a tile, a query of the next tile, and a key and a value of the next chunk. Memory answers slowly,
+   so only a few are requested at a time; beyond the end this does nothing. */
 INLINE void fetch_next(const Call *call, const Chunk *chunk, int64_t query_head, int64_t first, int64_t t) {
     const int64_t next = first + QUERIES + t, head = query_head / call->group_size;
     const int is_over = next >= call->width;

@@ -1,4 +1,4 @@
-/* The roof of `ovq bench`: what the loop of all products (product.h) reaches if it does nothing else. */
+/* The roof of `ovq bench`: the rate of the loop of all products (product.h) when it does nothing else. */
 #pragma once
 
 #include "product.h"

@@ -1,7 +1,7 @@
-/* Products of vectors rounded to whole numbers, summed exactly in int32, on processors that multiply pairs of those and
-   not of bfloat16: about twice as fast as in float32. They are rough, and good enough to say which slots a key may go to.
+/* Products of vectors quantized to int16, with exact int32 sums, on processors that multiply pairs of int16 but not of
+   bfloat16: about twice as fast as float32. They are approximate: good enough to find the candidate slots of a key.
 
-   As in pairs.h, a word has two numbers: of each 2 VL, the i-th and the (i + VL)-th. */
+   As in pairs.h, a word packs two numbers: of each 2 VL, the i-th and the (i + VL)-th. */
 #pragma once
 
 #include "pairs.h"
@@ -12,22 +12,22 @@
 #define HAS_SHORTS 0
 #endif
 
-/* The largest whole number of vectors of `dim`: sums of their products stay below 2^31. */
+/* Largest quantized number for vectors of `dim`: sums of products stay below 2^31. */
 INLINE float largest_short(int64_t dim) { return fminf(floorf(sqrtf(2147483000.0f / (float)padded(dim, 2 * VL))), 32767); }
 
-/* How far a product of two rounded vectors is off at most, over the product of their lengths: each number of a vector is
-   off by half a step, and a step is at most the length over the largest whole number. The rest is for the roundings of
-   float32. */
+/* Upper bound of the error of a product of two quantized vectors, relative to the product of their lengths. Each number is
+   off by at most half a step, and a step is at most the length of the vector over the largest quantized number. The rest
+   covers float32 roundings. */
 INLINE double short_roughness(int64_t dim) {
     const double of_one = 0.5005 * sqrt((double)dim) / largest_short(dim);
     return 2 * of_one + of_one * of_one + 4 * FLT_EPSILON;
 }
 
-/* Sums of products in steps. */
+/* Products of quantized vectors: integer sums times the scales of row and column. */
 struct InSteps {
     typedef uint32_t Number;
     typedef Words Factor, Sum;
-    const float *left_steps, *right_steps; /* How long the steps of a row on the left are, and of a column on the right. */
+    const float *left_steps, *right_steps; /* Scales of the rows on the left and of the columns on the right. */
     const float *from;
     int64_t ldf;
     float *c;
@@ -45,18 +45,18 @@ struct InSteps {
     }
 };
 
-/* Adding 1.5 * 2^23 rounds to a whole number, in the lowest bits. */
+/* Adding 1.5 * 2^23 rounds to an integer, which is then in the lowest bits. */
 #define ROUNDS 12582912.0f
 
-/* How vectors are rounded to whole steps. What is not finite becomes anything. */
+/* Symmetric quantization of a vector. Non-finite numbers become arbitrary integers. */
 struct Rounding {
-    float per_number, size; /* Steps per number; how long a step is. */
+    float per_number, size; /* The inverse scale; the scale. */
 
-    /* A number of steps in the lowest bits, beside those of ROUNDS. */
+    /* Quantized numbers in the lowest bits, above them the bits of ROUNDS. */
     INLINE_MEMBER IntVector bits_of(Vector x) const { return (IntVector)(x * per_number + ROUNDS); }
 };
 
-/* Of n numbers to at most `most` steps, n a multiple of VL. */
+/* Quantization of n numbers to integers of magnitude at most `most`, n a multiple of VL. */
 INLINE Rounding rounding_of(const float *x, int64_t n, float most) {
     Vector high = {};
     for (int64_t i = 0; i < n; i += VL) high = higher_of(load(x + i), higher_of(-load(x + i), high));
@@ -65,7 +65,7 @@ INLINE Rounding rounding_of(const float *x, int64_t n, float most) {
 }
 
 #if HAS_SHORTS
-/* Round n numbers to words of whole steps, n a multiple of VL; how long a step is. */
+/* Quantizes n numbers into words, n a multiple of VL; returns the scale. */
 static float round_to_steps(const float *x, int64_t n, float most, uint32_t *words) {
     const Rounding rounding = rounding_of(x, n, most);
     for (int64_t i = 0; i < n; i += 2 * VL, words += VL) {
@@ -78,7 +78,7 @@ static float round_to_steps(const float *x, int64_t n, float most, uint32_t *wor
 }
 #endif
 
-/* Sums of products of pairs of whole numbers. */
+/* sum + the products of int16 pairs, in each 32-bit lane. */
 #if defined(__AVX512VNNI__)
 INLINE Words add_shorts(Words sum, Words left, Words right) {
     return (Words)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)left, (__m512i)right);
@@ -104,8 +104,8 @@ struct Shorts : InSteps {
     static INLINE_MEMBER Words add(Words sum, Words left, Words right) { return add_shorts(sum, left, right); }
 };
 
-/* c [m, n] = from + steps of rows and columns, times a [m, k words] b [k words, n] in steps. Rows of a are `row` words apart;
-   b is in panels, `panel` words apart; `from` is c, a row that is repeated (ldf = 0), or NULL. */
+/* c [m, n] = from + scales of rows and columns * a b, with a [m, k words] and b [k words, n] quantized. Rows of a are `row`
+   words apart; b is in panels, `panel` words apart; `from` is c, a row that is repeated (ldf = 0), or NULL. */
 static void shorts_product(int64_t m, int64_t n, int64_t k, const uint32_t *a, int64_t row, const float *left_steps,
                            const uint32_t *b, int64_t panel, const float *right_steps, const float *from, int64_t ldf,
                            float *c, int64_t ldc) {

@@ -1,4 +1,4 @@
-/* A few tokens at a time, as when decoding: products that read each weight once, and what layers do between them. */
+/* Layers for a few tokens at a time, as in decoding: products that read each weight once, and the operations between them. */
 #pragma once
 
 #include "call.h"
@@ -7,7 +7,7 @@
 #include "memory.h"
 #include "tokens.h"
 
-/* No more tokens of all rows than this are few; many are multiplied TOKEN_BLOCK at a time. */
+/* Up to this many tokens of all rows are few; many are multiplied TOKEN_BLOCK at a time. */
 #define FEW_ROWS 32
 #define TOKEN_BLOCK 64
 
@@ -20,14 +20,14 @@ static void multiply(Worker worker, int64_t num, int64_t dim, int64_t num_out, c
     });
 }
 
-/* Here, and in the following, all wait for all at the end. */
+/* Ends with a barrier, as `multiply_gated` and `add_mlp` do. */
 static void normalise(Worker worker, int64_t num, int64_t dim, float eps, const float *x, const float *weight, float *y) {
     worker.share(num, [=](int64_t t) { rms_norm(dim, eps, x + t * dim, weight, y + t * dim); });
     worker.wait();
 }
 
-/* y [num, inner] = silu(gate x) up x of x [num, dim]. A thread gets the same rows of both matrices, and of what follows.
-   `halves` has num 2 inner floats. */
+/* y [num, inner] = silu(gate x) up x of x [num, dim]. A thread computes the same rows of both products and of y. `halves` has
+   num 2 inner floats. */
 static void multiply_gated(Worker worker, int64_t num, int64_t dim, int64_t inner, const float *x, const Matrix *gate,
                            const Matrix *up, float *halves, float *y) {
     worker.part((inner + ABREAST - 1) / ABREAST, [=](int64_t begin, int64_t end) {
@@ -49,8 +49,8 @@ extern "C" void ovq_linear(int64_t num_threads, int64_t num, int64_t dim, int64_
              [=, &matrix](Worker worker) { multiply(worker, num, dim, num_out, x, &matrix, nullptr, y, num_out); });
 }
 
-/* y [num, num_out] = matrix norm(x) of tokens x [num, dim]; `norm` is NULL for x itself, or the weight of an RMS norm,
-   and `scratch` has num dim floats then. Of many tokens each worker takes some, of few some rows of the matrix. */
+/* y [num, num_out] = matrix norm(x) of tokens x [num, dim]. `norm` is the weight of an RMS norm, with num dim floats of
+   `scratch`, or NULL for x itself. Workers share the tokens if there are many, else the rows of the matrix. */
 extern "C" void ovq_matrix_product(int64_t num_threads, int64_t num, int64_t dim, int64_t num_out, float eps,
                                    const float *x, const float *norm, const Matrix *matrix, float *scratch, float *y) {
     parallel(threads_for(num_threads, num_out * dim), [=](Worker worker) {
@@ -65,8 +65,8 @@ extern "C" void ovq_matrix_product(int64_t num_threads, int64_t num, int64_t dim
     });
 }
 
-/* The short convolution of one token x [num] of `num` channels: y from x and `past` [num, taps - 1], the inputs before
-   it, of which `last` are those after it. `weight` is [num, taps]; y may be x. */
+/* The short convolution of one token x [num] of `num` channels: y from x and the inputs before it, `past` [num, taps - 1];
+   `last` gets the inputs before the next token. `weight` is [num, taps]; y may be x. */
 INLINE void convolve_token(int64_t num, int64_t num_taps, const float *x, const float *past, const float *weight,
                            float *y, float *last) {
     const int64_t num_past = num_taps - 1;
@@ -89,30 +89,31 @@ extern "C" void ovq_convolution_step(int64_t num_rows, int64_t num_channels, int
 }
 
 /* Mirrored by `_Layer` in layer.py: a layer of attention and MLP, for one token of each row; in a converted model, for
-   `num_tokens` of each. Tensors are dense but for the strides given. Of `memory`, the kernel makes q, k, v, o, their strides, the scale and the weights of tokens. */
+   `num_tokens` of each. Tensors are dense but for the strides given. The kernel sets q, k, v, o, their strides, the scale and
+   the token weights of `memory`. */
 struct Layer {
     int64_t width, inner, num_taps, angle_row, num_tokens;
     double mixer_eps, mlp_eps, head_eps;
     Matrix q, k, v, o, gate, up, down;
     const float *mixer_norm, *mlp_norm;
-    const float *beta;           /* [H], temperatures of heads of length 1; NULL where heads are not normalised so. */
+    const float *beta;           /* [H], temperatures of heads with q and k of length 1; NULL without this normalisation. */
     const float *q_norm, *k_norm; /* [K] of RMS norms of heads, or NULL. */
     const float *merge_gate;     /* [Hkv, width], or NULL. */
-    /* Of the forget gate, [Hkv, width] and [Hkv], or NULL; what the pending tokens have forgotten before and with the new
-       one, [R, Hkv], and the least that a token may forget. */
+    /* The forget gate's weight [Hkv, width] and bias [Hkv], or NULL; the sum of log_forget over the pending tokens, without
+       and with the new one, [R, Hkv]; and the lower bound of a token's log_forget. */
     const float *forget_gate, *forget_bias;
     const double *forgotten;
     double *forgotten_now;
     double least_log;
     const float *cos, *sin;     /* [K / 2] angles of a token, `angle_row` apart, or NULL. */
-    const float *taps, *past;   /* Of the convolution: [channels, taps], [R, channels, taps - 1]; NULL without one. */
+    const float *taps, *past;   /* Convolution: [channels, taps], [R, channels, taps - 1]; NULL without one. */
     float *last;
-    /* Exact tokens that are to be copied in front of the new one: [R, Hkv, num_before, ...], vectors dense; or NULL. */
+    /* Exact tokens to copy in front of the new one: [R, Hkv, num_before, ...], vectors dense; or NULL. */
     const float *keys_before, *values_before;
     int64_t num_before, key_row, key_head, value_row, value_head;
     Decode memory;
-    /* The heads of a converted model, in place of all but the sizes in `memory`: queries are multiplied by `score_scale`
-       and keys by `key_factors` [Hkv, K] or NULL, by which queries are divided. */
+    /* Heads of a converted model; only the sizes in `memory` are used then. Queries are multiplied by `score_scale`. Keys are
+       multiplied, and queries divided, by `key_factors` [Hkv, K], unless NULL. */
     int64_t num_groups;
     const HeadGroup *groups;
     double score_scale;
@@ -122,10 +123,10 @@ struct Layer {
 /* What `ovq_layers_step` returns. Mirrored in layer.py. */
 enum { DONE, SPOILT, OUT_OF_MEMORY };
 
-/* What a layer makes, all [R tokens, ...] but the scale [H]. */
+/* Intermediate results of a layer, all [R tokens, ...] but the scale [H]. */
 struct Made {
     float *normed, *channels, *read, *mixed, *of_mlp, *weights, *scale;
-    uint16_t *narrow; /* Keys and values where memories keep them in 2 bytes. */
+    uint16_t *narrow; /* Keys and values in 2 bytes, if memories store them so. */
 };
 
 static Made take_made(Arena *arena, const Layer *layer) {
@@ -143,7 +144,7 @@ static Made take_made(Arena *arena, const Layer *layer) {
     return made;
 }
 
-/* Bytes of scratch that layers take, one after the other, in each of the lanes. */
+/* Bytes of scratch that layers need in each lane; they use it one after the other. */
 extern "C" int ovq_layers_scratch(int64_t num_layers, const Layer *layers) {
     size_t most = 0;
     for (int64_t i = 0; i < num_layers; i++) {
@@ -154,8 +155,8 @@ extern "C" int ovq_layers_scratch(int64_t num_layers, const Layer *layers) {
     return (int)most;
 }
 
-/* Convolves, normalises and rotates `num` heads of the token of a row from `head` on; values are only convolved. `norm`
-   is that of an RMS norm, or NULL. */
+/* Convolves, normalises and rotates `num` heads of the token of a row from `head` on; values are only convolved. `norm` is
+   the weight of an RMS norm, or NULL. */
 static void make_heads(const Layer *layer, int64_t row, int64_t head, int64_t num, int is_value, const float *norm,
                        float *channels) {
     const int64_t dim = layer->memory.key_dim, taps = layer->num_taps;
@@ -174,7 +175,7 @@ static void make_heads(const Layer *layer, int64_t row, int64_t head, int64_t nu
     }
 }
 
-/* The queries, the key and the values of a key/value head of a row, in their places among the channels. */
+/* Makes the queries, the key and the value of a key/value head of a row, in place among the channels. */
 static void make_stream(const Layer *layer, int64_t row, int64_t head, float *channels) {
     const int64_t group = layer->memory.group_size, num_kv = layer->memory.num_kv_heads, first = num_kv * group;
     make_heads(layer, row, head * group, group, 0, layer->q_norm, channels);
@@ -182,7 +183,7 @@ static void make_stream(const Layer *layer, int64_t row, int64_t head, float *ch
     make_heads(layer, row, first + num_kv + head, 1, 1, nullptr, channels);
 }
 
-/* What the token of a row counts for in a head: what the gates say (docs/method/math.md, sections 8 and 10). */
+/* The weight of the token of a row in a head, from the gates (docs/method/math.md, sections 8 and 10). */
 static float token_weight(const Layer *layer, const float *x, int64_t stream, int64_t head) {
     float weight = 1;
     if (layer->merge_gate) {
@@ -204,7 +205,7 @@ static void copy_before(const float *from, int64_t num, int64_t dim, void *to, i
     memcpy((float *)to + place * dim, from, sizeof(float) * num * dim);
 }
 
-/* One key/value head of a row, from channels to what its queries read. */
+/* One key/value head of a row, from channels to attention outputs. */
 static void read_stream(const Layer *layer, const Decode *memory, int64_t row, int64_t head, Made made,
                         int *outcome) {
     const int64_t stream = row * memory->num_kv_heads + head;
@@ -224,7 +225,7 @@ static void read_stream(const Layer *layer, const Decode *memory, int64_t row, i
     decode_stream(memory, row, head);
 }
 
-/* Head number `place` of a group, in a converted model; 1 if there is no memory for it. */
+/* `read_stream` for head `place` of a group, in a converted model; returns 1 if out of memory. */
 static int read_group(const Layer *layer, const HeadGroup *group, int64_t row, int64_t place, Made made) {
     const int64_t dim = layer->memory.key_dim, num_kv = layer->memory.num_kv_heads, size = layer->memory.group_size;
     const int64_t num_heads = num_kv * size, num_channels = (num_heads + 2 * num_kv) * dim, head = group->heads[place];
@@ -255,7 +256,7 @@ static int read_group(const Layer *layer, const HeadGroup *group, int64_t row, i
         own.k = made.narrow, own.v = made.narrow + num_kv * dim;
         own.k_at = own.v_at = {num_tokens * num_narrow, dim, num_narrow};
     }
-    /* Few one by one, so that a token reads the same, bit by bit, however many come with it. */
+    /* Few are read one by one, so that a token's output is the same, bit by bit, however many come with it. */
     return read_stream(&own, row, place, FEW_ROWS);
 }
 
@@ -282,7 +283,7 @@ static void make_channels(Worker worker, const Layer *layer, const Made &made, i
     multiply(worker, num, width, num_kv, normed, &layer->v, nullptr, channels + num_q + num_kv, num_channels);
 }
 
-/* What follows it, x in place. */
+/* The rest of the layer after its memory, x in place. */
 static void finish_layer(Worker worker, const Layer *layer, const Made &made, int64_t first, int64_t num, float *x) {
     const int64_t width = layer->width, num_read = layer->memory.num_kv_heads * layer->memory.group_size *
                                                    layer->memory.value_dim;
@@ -292,13 +293,13 @@ static void finish_layer(Worker worker, const Layer *layer, const Made &made, in
     add_mlp(worker, layer, num, mixed, made.of_mlp + first * (width + 3 * layer->inner), own);
 }
 
-/* Who of the workers is to do what next of a layer: numbers that are common to all, zero before. */
+/* Counters of the next tasks of a layer, shared by all workers, zero before. */
 struct Next {
     int64_t channels, stream, rest;
 };
 
-/* A layer that workers run, for tokens x [R tokens, width] in place. Of many tokens each worker takes some, with all
-   weights; of few it takes some of the weights. */
+/* A layer that workers run, for tokens x [R tokens, width] in place. Workers share the tokens if there are many, and the
+   weights if there are few. */
 struct Run {
     const Layer *layer;
     Made made;
@@ -309,7 +310,7 @@ struct Run {
     int64_t num_tokens() const { return layer->memory.num_rows * layer->num_tokens; }
     bool is_many() const { return num_tokens() > FEW_ROWS; }
 
-    /* half(worker, first token, number of tokens) of all. */
+    /* Runs half(worker, first token, number of tokens) over all tokens. */
     template <typename Half> void halve(Worker worker, int64_t *next_block, const Half &half) const {
         const int64_t num = num_tokens();
         if (!is_many()) return half(worker, 0, num);
@@ -330,7 +331,7 @@ struct Run {
         Decode memory = layer->memory;
         const int64_t dim = memory.key_dim, num_kv = memory.num_kv_heads, num_heads = num_kv * memory.group_size;
         if (layer->num_groups) {
-            /* Heads differ in what they cost. */
+            /* Heads differ in cost. */
             return worker.take(memory.num_rows * num_kv, &next->stream, [&](int64_t stream) {
                 int64_t place = stream % num_kv;
                 const HeadGroup *group = layer->groups;
@@ -359,10 +360,10 @@ struct Run {
     }
 };
 
-/* The tokens of each row through layers of one width, x [R tokens, width] in place. Where there are two lanes, the layers
-   once more and the tokens that follow, [2, layers] and [2, R tokens, width]; they are a layer behind, so that workers
-   whose number does not divide that of heads have as much to do. Returns DONE; or SPOILT if the weight of a token is none
-   that a memory can hold, in which case nothing of the result is of use; or OUT_OF_MEMORY. */
+/* Runs the tokens of each row through layers of one width, x [R tokens, width] in place. With two lanes, [2, layers] and [2,
+   R tokens, width], the second lane runs the tokens that follow through the same layers, a layer behind: this balances the
+   load if the number of workers does not divide that of heads. Returns DONE; SPOILT if a token gets a weight that no memory
+   can hold, which makes the result useless; or OUT_OF_MEMORY. */
 extern "C" int ovq_layers_step(int64_t num_threads, int64_t num_layers, int64_t num_lanes, const Layer *layers,
                                char *scratch, float *x) {
     int outcome = DONE;
@@ -385,7 +386,7 @@ extern "C" int ovq_layers_step(int64_t num_threads, int64_t num_layers, int64_t 
             for (int j = 0; j < num; j++) runs[j].read(worker);
             worker.wait();
             for (int j = 0; j < num; j++) runs[j].finish(worker);
-            /* After few, all have waited for all. */
+            /* With few tokens, the layer has ended with a barrier. */
             if (runs[0].is_many()) worker.wait();
         }
     });

@@ -1,4 +1,4 @@
-/* Products of pairs of bfloat16 numbers on AMX, whose registers are tiles of 16 rows of 16 words. */
+/* Products of bfloat16 pairs on AMX, whose registers are tiles of 16 rows of 16 words (32 bits). */
 #pragma once
 
 #include "product.h"
@@ -15,26 +15,26 @@
 
 #define TILE 16
 
-/* As the processor reads it. */
+/* In the processor's own layout. */
 struct TileShapes {
     uint8_t palette, first_row, reserved[14];
     uint16_t row_bytes[16];
     uint8_t num_rows[16];
 };
 
-/* Linux lets a process use tiles if it asks: they take 8 KB more of each thread's memory. Tests may decide themselves. */
+/* Linux lets a process use tiles on request, as they take 8 KB more memory per thread. Tests may set this themselves. */
 #ifndef ARE_TILES_ALLOWED
 #define ARE_TILES_ALLOWED (!syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */))
 #endif
 static const int are_tiles_allowed = ARE_TILES_ALLOWED;
 
-/* The intrinsics do not tell every compiler that they read and write memory. */
+/* A compiler barrier: not every compiler knows that the intrinsics read and write memory. */
 #define MEMORY_IS_USED __asm__ volatile("" ::: "memory")
 
-/* How many rows the tiles of this thread have, 0 where they are released. To shape them takes as long as a small product. */
+/* Rows of this thread's tiles, 0 if released. Kept because configuring tiles takes as long as a small product. */
 static thread_local int64_t tile_rows;
 
-/* Registers 0 to 3 are sums, of two tiles of rows by two of columns; 4 and 5 are rows on the left; 6 and 7 are on the right. */
+/* Registers 0 to 3 are the sums, of two tiles of rows by two of columns; 4 and 5 the left factor; 6 and 7 the right one. */
 static void shape_tiles(int64_t num_rows) {
     if (tile_rows == num_rows) return;
     tile_rows = num_rows;
@@ -49,7 +49,7 @@ static void shape_tiles(int64_t num_rows) {
     _tile_loadconfig(&shapes);
 }
 
-/* For when a kernel ends: PyTorch's own products shape tiles for themselves. */
+/* For the end of a kernel: PyTorch's own products configure tiles themselves. */
 static void release_tiles() {
     if (!tile_rows) return;
     tile_rows = 0;

@@ -1,4 +1,4 @@
-/* What layers do to each token by itself, in one pass over memory: RMS norm, SwiGLU, and making heads of channels. */
+/* Per-token operations of layers, in one pass over memory: RMS norm, SwiGLU, and splitting channels into heads. */
 #pragma once
 
 #include "vector.h"
@@ -7,7 +7,7 @@
 /* Fewer floats than this are not worth a second thread. */
 #define FEW 32768
 
-/* Threads for work that grows with a number of floats. */
+/* Number of threads for work on `num_floats` floats. */
 INLINE int64_t threads_for(int64_t num_threads, int64_t num_floats) { return num_floats > FEW ? num_threads : 1; }
 
 INLINE float dot(const float *a, const float *b, int64_t n) {
@@ -26,14 +26,14 @@ INLINE float rms_norm(int64_t dim, float eps, const float *x, const float *weigh
     return rate;
 }
 
-/* The same for `num` vectors of `dim` floats; `rates` keeps what is returned for the backward. */
+/* `rms_norm` of `num` vectors of `dim` floats; `rates` keeps 1 / rms(x) for the backward. */
 extern "C" void ovq_rms_norm(int64_t num_threads, int64_t num, int64_t dim, float eps, const float *x,
                              const float *weight, float *y, float *rates) {
     parallel_for(threads_for(num_threads, num * dim), num,
                  [=](int64_t t) { rates[t] = rms_norm(dim, eps, x + t * dim, weight, y + t * dim); });
 }
 
-/* `grad_weight` is [num_threads, dim], zero before: the share of each thread. */
+/* `grad_weight` is [num_threads, dim], zero before: a partial sum per thread. */
 extern "C" void ovq_rms_norm_backward(int64_t num_threads, int64_t num, int64_t dim, const float *x,
                                       const float *weight, const float *rates, const float *grad_y, float *grad_x,
                                       float *grad_weight) {
@@ -89,7 +89,7 @@ INLINE void swiglu(const float *gate, const float *up, int64_t dim, float *y) {
     }
 }
 
-/* The same for y [num, dim] of x [num, 2 dim] = [gate | up]. */
+/* `swiglu` of x [num, 2 dim] = [gate | up] into y [num, dim]. */
 extern "C" void ovq_swiglu(int64_t num_threads, int64_t num, int64_t dim, const float *x, float *y) {
     parallel_for(threads_for(num_threads, num * dim), num,
                  [=](int64_t t) { swiglu(x + t * 2 * dim, x + t * 2 * dim + dim, dim, y + t * dim); });
@@ -121,9 +121,9 @@ extern "C" void ovq_swiglu_backward(int64_t num_threads, int64_t num, int64_t di
     });
 }
 
-/* Mirrored by `_Heads` in tokens.py: channels [rows, tokens, (q heads + 2 kv heads) dim] and what is made of them, all
-   dense: q [rows, tokens, q heads, dim], k and v [rows, tokens, kv heads, dim]. Queries and keys are scaled to length
-   1 by `rates` [rows, tokens, q heads + kv heads], then rotated by the angles of their token (cos, sin [tokens, dim /
+/* Mirrored by `_Heads` in tokens.py: channels [rows, tokens, (q heads + 2 kv heads) dim] and what they are split into, all
+   dense: q [rows, tokens, q heads, dim], k and v [rows, tokens, kv heads, dim]. Queries and keys are normalised to length 1,
+   with factors `rates` [rows, tokens, q heads + kv heads], then rotated by the angles of their token (cos, sin [tokens, dim /
    2]; NULL for none). */
 struct Heads {
     int64_t num_threads, num_rows, num_tokens, num_q_heads, num_kv_heads, dim;
@@ -173,7 +173,7 @@ extern "C" void ovq_heads(const Heads *call) {
     });
 }
 
-/* Rotations keep dot products, so the gradient along a vector is taken off before it is rotated back. */
+/* Rotations preserve dot products, so the gradient's component along the vector is removed before rotating back. */
 extern "C" void ovq_heads_backward(const Heads *call) {
     const int64_t num_q = call->num_q_heads, num_kv = call->num_kv_heads, dim = call->dim, half = dim / 2;
     const int64_t num_tokens = call->num_tokens, width = (num_q + 2 * num_kv) * dim;

@@ -1,4 +1,4 @@
-/* Vectors as wide as the machine's, in the portable notation of GCC and Clang, and what is done with them. */
+/* SIMD vectors of the machine's width, in the portable notation of GCC and Clang, and their operations. */
 #pragma once
 
 #include <cfloat>
@@ -11,7 +11,7 @@
 #include <immintrin.h>
 #endif
 
-/* Lanes of a vector, and the tile of a product that is held in registers: MR rows by NV vectors. */
+/* Lanes of a vector (VL), and the tile of a product that is held in registers: MR rows by NV vectors. */
 #if defined(__AVX512F__)
 #define VL 16
 #define MR 8
@@ -61,7 +61,7 @@ INLINE Vector higher_of(Vector x, Vector y) {
 #endif
 }
 
-/* Lanes of two vectors, numbered one after the other. */
+/* Shuffle of the lanes of two vectors; those of b are numbered from VL on. */
 template <int... places> INLINE Vector pick(Vector a, Vector b) {
 #if defined(__clang__) || __GNUC__ >= 12
     return __builtin_shufflevector(a, b, places...);
@@ -74,8 +74,7 @@ template <int by, int... lane> INLINE Vector rotated(Vector x, std::integer_sequ
     return pick<(lane + by) % VL...>(x, x);
 }
 
-/* All lanes of a vector in one, by a function of two vectors. Halving it takes fewer steps, one after the other, than
-   going through it. */
+/* Reduces the lanes of a vector by a binary function. Halving takes fewer dependent steps than going lane by lane. */
 template <int half = VL / 2, class Function> INLINE float folded(Vector x, Function function) {
     const Vector y = function(rotated<half>(x, std::make_integer_sequence<int, VL>()), x);
     if constexpr (half > 1) return folded<half / 2>(y, function);
@@ -85,7 +84,7 @@ template <int half = VL / 2, class Function> INLINE float folded(Vector x, Funct
 INLINE float highest(Vector x) { return folded(x, [](Vector a, Vector b) { return higher_of(a, b); }); }
 INLINE float total(Vector x) { return folded(x, [](Vector a, Vector b) { return a + b; }); }
 
-/* Bit i says whether lane i of x is at least that of y. */
+/* Bit i is set if lane i of x is at least that of y. */
 INLINE uint32_t lanes_at_least(Vector x, Vector y) {
 #if defined(__AVX512F__)
     return _mm512_cmp_ps_mask((__m512)x, (__m512)y, _CMP_GE_OQ);
@@ -118,15 +117,15 @@ INLINE int is_any(IntVector x) {
 
 /* Whether n numbers are finite, n a multiple of VL. */
 static int are_finite(const float *x, int64_t n) {
-    /* Zero for every finite number, NaN for others. */
+    /* x - x is 0 for finite x, else NaN. */
     Vector sum = {};
     for (int64_t i = 0; i < n; i += VL) sum += load(x + i) - load(x + i);
     return total(sum) == 0;
 }
 
-/* Numbers x >= 0 as significands, from 1 to below 2 but for 0, and powers of 2. */
+/* Splits x >= 0 into a significand in [1, 2), or 0 for 0, and the exponent of 2, `power`. */
 INLINE Vector significand(Vector x, Vector *power) {
-    /* Those that are not normal have no exponent of their own. */
+    /* Subnormal numbers are scaled to normal ones first. */
     const IntVector is_small = x < FLT_MIN;
     const IntVector bits = (IntVector)(is_small ? x * 0x1p64f : x);
     *power = __builtin_convertvector((bits >> 23) - (is_small ? IntVector{} + 191 : IntVector{} + 127), Vector);
@@ -136,7 +135,7 @@ INLINE Vector significand(Vector x, Vector *power) {
 #define LOG2_E 1.44269504f
 #define LN_2 0.693147181f
 
-/* The polynomials in r, |r| <= 1/2, of least relative error from 2^r among those that are 1 at 0. */
+/* Minimax polynomials for 2^r, |r| <= 1/2: least relative error among those that are 1 at r = 0. */
 template <int degree> INLINE Vector power_series(Vector r) {
     if constexpr (degree == 6) {
         const Vector sum = (splat(1.53458124e-4f) * r + 1.33999309e-3f) * r + 9.61848907e-3f;
@@ -145,7 +144,7 @@ template <int degree> INLINE Vector power_series(Vector r) {
     return ((splat(5.50090596e-2f) * r + 2.42210969e-1f) * r + 6.93282902e-1f) * r + 1.0f;
 }
 
-/* 2^x, x at most about 0; exactly 0 below -126, where float32 has no normal numbers left; NaN of NaN. */
+/* 2^x for x up to about 0; exactly 0 below -126, where float32 has no normal numbers left; NaN for NaN. */
 template <int degree> INLINE Vector power_of_2(Vector x) {
     const Vector low = splat(-126.0f);
 #if defined(__AVX512F__)
@@ -160,18 +159,18 @@ template <int degree> INLINE Vector power_of_2(Vector x) {
 #endif
 }
 
-/* exp(x - y), x at most about y, to an ulp but for the rounding of y in `bits`, which is y LOG2_E. */
+/* exp(x - y) for x up to about y, exact to an ulp except for the rounding of `bits`, which is y LOG2_E. */
 INLINE Vector exponential(Vector x, Vector bits) { return power_of_2<6>(x * LOG2_E - bits); }
 INLINE Vector exponential(Vector x) { return exponential(x, Vector{}); }
 
-/* The same to 2^-13, enough for bfloat16. */
+/* `exponential` with a relative error of 2^-13, enough for bfloat16. */
 INLINE Vector rough_exponential(Vector x, Vector bits) { return power_of_2<3>(x * LOG2_E - bits); }
 
-/* Beyond this, the rounding of y LOG2_E is no longer small beside 1, and in the end larger than any exponent. */
+/* Above this, the rounding error of y LOG2_E is no longer small against 1; for larger y it exceeds any exponent. */
 #define VAST 1e6f
 
-/* The `bits` of y for n numbers x, n a multiple of VL; where y is vast, it is subtracted from them instead, and none is
-   left above 0, where a rounding of x may be. NaN stays NaN. */
+/* The `bits` of y for n numbers x, n a multiple of VL. If |y| is at least VAST, subtracts y from x in place instead and
+   returns 0; the differences are capped at 0, as rounding of x may lift them above it. NaN stays NaN. */
 INLINE Vector bits_of(float y, float *x, int64_t n) {
     if (fabsf(y) < VAST) return splat(y * LOG2_E);
     for (int64_t i = 0; i < n; i += VL) store(x + i, lower_of(Vector{}, load(x + i) - y));
@@ -186,7 +185,7 @@ INLINE EightWide widened(const float *x) {
 #endif
 }
 
-/* The dot product of K floats in float64. */
+/* Dot product of k floats, in float64. */
 static double exact_dot(const float *a, const float *b, int64_t k) {
     EightWide sums = {}, more = {};
     int64_t i = 0;

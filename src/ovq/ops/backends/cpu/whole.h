@@ -1,26 +1,26 @@
-/* Weights that are whole numbers, and their products with a few tokens, whose inputs are made whole numbers too.
+/* Quantized weights, and their products with a few tokens, whose inputs are quantized too.
 
-   Rows lie side by side, ABREAST of them: four columns of the first row, the same of the second, and so on, then the next
-   four columns. So a lane adds up one row, and what becomes of a sum is done for all rows at once. Sums of whole numbers
-   are exact; all processors have the same ones. */
+   ABREAST rows are interleaved: four columns of the first row, the same four of the second, and so on, then the next four
+   columns. So each lane sums one row, and scales apply to all rows at once. Integer sums are exact, and so the same on all
+   processors. */
 #pragma once
 
 #include "shorts.h"
 
-/* Mirrored in weights.py: rows of a tile, and columns that have one step; matrices are filled up to both. */
+/* Mirrored in weights.py: rows per tile, and columns per quantization group; matrices are padded to both. */
 #define ABREAST 16
 #define GROUP 64
 #define QUADS (GROUP / 4)
 
-/* All lanes with the four bytes of x. */
+/* The four bytes of x, in every lane. */
 INLINE IntVector four_bytes(const void *x) {
     int32_t bytes;
     memcpy(&bytes, x, sizeof(bytes));
     return bytes - IntVector{};
 }
 
-/* The inputs of four columns, whole numbers of 16 bits, as processors multiply them best, and sums of products with
-   weights, four bytes in each lane. */
+/* int16 inputs of four columns, in the layout that the processor multiplies fastest, and sums of their products with weights,
+   four bytes in each lane. */
 #if defined(__AVX512VNNI__)
 struct Quad {
     int8_t high[4], low[4];
@@ -58,13 +58,13 @@ struct WholeSums {
 };
 #endif
 
-/* Inputs of 16 bits: of tokens that are written. */
+/* int16 inputs, for generated tokens. */
 struct Exact {
     typedef ::Quad Quad;
     typedef WholeSums Sums;
-    /* The largest number with a high byte once its low one is signed. */
+    /* The largest number whose high byte fits, as the low byte is signed. */
     static constexpr float most = 32639;
-    /* Tokens that a tile is multiplied with while its sums lie in registers. */
+    /* Tokens that are multiplied with a tile while its sums are in registers. */
     static constexpr int tokens = VL == 16 ? 4 : 2;
 
     static void put(Quad *to, int i, IntVector numbers) {
@@ -72,7 +72,7 @@ struct Exact {
     }
 };
 
-/* Inputs of 8 bits, of prompts: in half the time, where processors multiply bytes. */
+/* int8 inputs, for prompts: half the time on processors that multiply bytes. */
 #if defined(__AVX512VNNI__)
 struct Rough {
     typedef int8_t Quad[4];
@@ -98,7 +98,7 @@ struct Rough : Exact {
 };
 #endif
 
-/* Inputs [num, groups], and of half a group each the length of their steps and the sum of the numbers. */
+/* Quantized inputs [num, groups]; for each half group, the scale and the sum of the integers. */
 template <class Format> struct WholeInputs {
     int64_t groups;
     typename Format::Quad (*quads)[QUADS];
@@ -130,9 +130,9 @@ static void round_inputs(const WholeInputs<Format> *in, int64_t num, int64_t dim
     }
 }
 
-/* A tile of a matrix. INT8: of each group 4 bytes of each row 16 times, unsigned, of which 128 is zero, and a float32 step
-   per row. UINT4: the low bits of 4 bytes 8 times are the first half of a group, the high ones the second; both halves
-   have float16 steps, and what is added to their products, per row. */
+/* A tile of a matrix. INT8: a group has 16 times 4 unsigned bytes per row, zero point 128, and a float32 scale per row.
+   UINT4: a group has 8 times 4 bytes per row, with the first half of the group in the low bits and the second in the high
+   bits; each half has a float16 scale and minimum per row. */
 template <typename Factor, class Format> struct WholeTile {
     const uint8_t *weights;
     const Factor *factors;
@@ -140,7 +140,7 @@ template <typename Factor, class Format> struct WholeTile {
 
     static constexpr bool is_int8 = std::is_same_v<Factor, float>;
     static constexpr int rows = ABREAST, tokens = Format::tokens, parts = ABREAST / VL;
-    /* Of a group. */
+    /* Per group. */
     static constexpr int num_bytes = GROUP * ABREAST / (is_int8 ? 1 : 2), num_factors = ABREAST * (is_int8 ? 1 : 4);
 
     /* The products of `num` tokens from t0 on, y [num, ABREAST]. */
@@ -151,7 +151,7 @@ template <typename Factor, class Format> struct WholeTile {
             const uint8_t *from = weights + g * num_bytes;
             const typename Format::Quad *x[num];
             for (int t = 0; t < num; t++) x[t] = in->quads[(t0 + t) * in->groups + g];
-            /* From front to back, which memory does fastest. */
+            /* In order of memory, which is read fastest. */
 #pragma GCC unroll 2
             for (int first = 0; first < num_bytes; first += GROUP * ABREAST / 2)
 #pragma GCC unroll 4

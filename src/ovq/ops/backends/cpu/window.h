@@ -6,18 +6,18 @@
 #include "product.h"
 #include "tokens.h"
 
-/* Queries that read together. Their windows overlap, so that few keys are read in vain. */
+/* Queries per block. Their windows overlap, so that few keys are loaded in vain. */
 #define TOGETHER 64
 
-/* Floats at `data`, vectors of `dim` with the given distances between rows, tokens and heads. */
+/* A float tensor with dense vectors, and its strides of rows, tokens and heads. */
 struct Strided {
     float *data;
     int64_t row, token, head;
 };
 
-/* Mirrored by `_Window` in window.py. q [rows, tokens, heads, dim] reads k and v [rows, tokens before + tokens, kv
-   heads, ...]: token t the keys from t - window + 1, or from `first` [rows, tokens], to t. `lse` [rows, heads, tokens]
-   is kept for the backward, whose `grad_k` and `grad_v` [rows, kv heads, keys, padded to whole vectors] are zero
+/* Mirrored by `_Window` in window.py. q [rows, tokens, heads, dim] attends to k and v [rows, tokens before + tokens, kv
+   heads, ...]: token t to the keys from t - window + 1, or from `first` [rows, tokens] if later, to t. `lse` [rows, heads,
+   tokens] is kept for the backward, whose `grad_k` and `grad_v` [rows, kv heads, keys, padded to whole vectors] are zero
    before. */
 struct Window {
     int64_t num_threads, num_rows, num_tokens, num_keys, num_heads, num_kv_heads, key_dim, value_dim, window;
@@ -30,7 +30,7 @@ struct Window {
     double *grad_scale; /* [rows, heads] */
 };
 
-/* The memory of a thread. `num` keys at most are read by a block of queries. */
+/* Scratch of a thread, for one block of queries. */
 struct WindowScratch {
     float *key_columns, *keys, *value_columns, *values, *queries, *scores, *grads, *outs, *grad_outs, *inner;
 };
@@ -39,7 +39,7 @@ INLINE float *vector_at(Strided x, int64_t row, int64_t token, int64_t head) {
     return x.data + row * x.row + token * x.token + head * x.head;
 }
 
-/* The first key that a query sees. No later query sees an earlier one. */
+/* The first key that a query sees, never earlier than that of the query before. */
 INLINE int64_t first_key(const Window *call, int64_t row, int64_t token) {
     const int64_t last = call->num_keys - call->num_tokens + token, from = last - call->window + 1;
     const int64_t own = call->first ? call->first[row * call->num_tokens + token] : 0;
@@ -67,7 +67,7 @@ static WindowScratch take_scratch(const Window *call, float **memory) {
     return {parts[0], parts[1], parts[2], parts[3], parts[4], parts[5], parts[6], parts[7], parts[8], parts[9]};
 }
 
-/* Vectors [num, dim] into panels of columns, and into rows of `ld` floats where those are wanted. */
+/* Copies vectors [num, dim] into panels of columns and into rows of `ld` floats, each unless NULL. */
 static void load_vectors(Strided x, int64_t row, int64_t head, int64_t from, int64_t num, int64_t dim, float *columns,
                          float *rows, int64_t ld) {
     for (int64_t j = 0; j < num; j++) {
@@ -129,7 +129,7 @@ static void window_forward(const Window *call, int64_t row, int64_t kv_head, int
     }
 }
 
-/* The read of the single token of a call, as when decoding: keys and values are read where they are. */
+/* Attention of the only token of a call, as in decoding; keys and values are read in place. */
 static void window_read_one(const Window *call, int64_t row, int64_t head, float *scores) {
     const int64_t kv_head = head / (call->num_heads / call->num_kv_heads);
     const int64_t from = first_key(call, row, 0), num = call->num_keys - from;
@@ -171,7 +171,7 @@ static void window_backward(const Window *call, int64_t row, int64_t kv_head, in
             float inner = 0;
             for (int64_t d = 0; d < value_dim; d++) inner += o[d] * grad[d];
             own->inner[i] = inner;
-            /* Rounding may put a score a little above the log of the sum. */
+            /* Rounding may put a score a little above the log-sum-exp. */
             for (int64_t j = 0; j < n; j += VL)
                 store(scores + j, exponential(lower_of(load(scores + j) - lse[i], Vector{})));
         }
@@ -201,10 +201,10 @@ static void window_backward(const Window *call, int64_t row, int64_t kv_head, in
     }
 }
 
-/* 0, or 1 if there is no memory for it. */
+/* Returns 0, or 1 if out of memory. */
 static int run_window(const Window *call, int is_backward) {
     const int64_t streams = call->num_rows * call->num_kv_heads, blocks = (call->num_tokens + TOGETHER - 1) / TOGETHER;
-    /* In the backward, the blocks of a head add to the same keys, one after the other. */
+    /* In the backward, the blocks of a head run one after the other, as they add to the same keys. */
     const int64_t tasks = is_backward ? streams : streams * blocks;
     int is_out_of_memory = 0;
     parallel(call->num_tokens > 1 ? call->num_threads : 1, [&](Worker worker) {

@@ -1,8 +1,8 @@
-/* Threads: those of the OpenMP library that torch has loaded, because two sets of threads would wait for each other.
+/* Threads of the OpenMP library that torch has loaded: two sets of threads would wait for each other.
 
-   build.py hands its functions over once the kernels are loaded. There are no pragmas of OpenMP, as each compiler makes
-   calls of its own library of them: what Clang makes of them no other library than its own has. All OpenMP libraries
-   know what GCC calls. Where torch has none, all is done by the thread that calls. */
+   build.py passes the library's functions once the kernels are loaded. There are no OpenMP pragmas, because each compiler
+   turns them into calls of its own library, and what Clang calls exists only in Clang's. All OpenMP libraries have the
+   functions that GCC calls. If torch has none, the calling thread does everything. */
 #pragma once
 
 #include "tiles.h"
@@ -21,7 +21,7 @@ extern "C" void ovq_use_threads(void *parallel, void *num_threads, void *thread,
               (decltype(OpenMP::thread))thread, (decltype(OpenMP::barrier))barrier};
 }
 
-/* A thread of those that run a function together. */
+/* One of the threads that run a function together. */
 struct Worker {
     int rank, num;
 
@@ -30,27 +30,28 @@ struct Worker {
         if (num > 1) openmp.barrier();
     }
 
-    /* task(first, end): this one's part of `count`, the same whenever as many share as many. */
+    /* task(first, end) for this worker's part of `count`, which depends on its rank, `count` and the number of workers
+       alone. */
     template <typename Task> void part(int64_t count, const Task &task) const {
         const int64_t each = count / num, rest = count % num;
         const int64_t first = rank * each + (rank < rest ? rank : rest);
         task(first, first + each + (rank < rest));
     }
 
-    /* This one's part of `count` tasks, one after the other. */
+    /* task(i) for every i in this worker's part of `count`. */
     template <typename Task> void share(int64_t count, const Task &task) const {
         part(count, [&](int64_t first, int64_t end) {
             for (int64_t i = first; i < end; i++) task(i);
         });
     }
 
-    /* Tasks of unequal cost, each for who is free first. `next` is common to all, and zero before. */
+    /* Dynamic scheduling for tasks of unequal cost: a free worker takes the next. `next` is shared by all and 0 before. */
     template <typename Task> void take(int64_t count, int64_t *next, const Task &task) const {
         for (int64_t i; (i = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) < count;) task(i);
     }
 };
 
-/* Runs function(worker) by up to `num_threads` workers, and returns when all are done. Tiles are released then. */
+/* Runs function(worker) on up to `num_threads` workers, returns when all are done, and releases their AMX tiles. */
 template <typename Function> static void parallel(int64_t num_threads, const Function &function) {
     const auto run = [&](Worker worker) {
         function(worker);
