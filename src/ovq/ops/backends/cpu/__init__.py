@@ -1,8 +1,8 @@
 """The `cpu` backend: the algorithm of `torch`, compiled for this processor if there is a compiler.
 
-`kernels.py` passes a call to `kernels.cpp`; `build.py` finds it compiled in a wheel, or has `compiler.py`
-compile it on first use, together with what the layers do beside their products: short convolution, norms,
-SwiGLU, heads (`tokens.py`) and sliding windows (`window.py`).
+`kernels.py` passes a call to `kernels.cpp`. `build.py` finds this compiled in a wheel, or has `compiler.py`
+compile it on first use, together with the layers' operations other than matrix products: short convolution,
+norms, SwiGLU, heads (`tokens.py`) and sliding windows (`window.py`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ovq.ops.backends.chunks import Chunks
 
-# Kernels are compared with the structures of all of these when they are loaded (`mirrors.py`).
+# When kernels are loaded, their structures are compared with those of all these modules (`mirrors.py`).
 from ovq.ops.backends.cpu import convolution, layer, memory, tokens, weights, window  # noqa: F401
 from ovq.ops.backends.cpu.decode import PreparedStep
 from ovq.ops.backends.cpu.kernels import (
@@ -41,7 +41,7 @@ LEARNS = KNOWN
 
 
 def missing(q: Tensor, v: Tensor, options: Options) -> str | None:
-    """What the kernels lack to run a call that they know: tensors on a CPU, a compiler; None if nothing."""
+    """Why the kernels cannot run a call that they know: other tensors, no compiler; None if they can."""
     if q.device.type != "cpu":
         return f"expected tensors on a CPU, found them on {q.device}"
     if not (is_memory(q) and is_memory(v)):

@@ -1,8 +1,8 @@
-"""Finds the kernels: those that came with the package, those compiled before, or a compiler to make them.
+"""Finds the kernels: those of the package, those compiled before, or a compiler to make them.
 
-A wheel for this system brings kernels that were compiled in advance for several levels of processors
-(`compiler.py`); the fastest level that this processor can run is taken. Without them, the kernels are
-compiled for exactly this processor on first use and kept in the user's cache.
+A wheel for this system brings kernels compiled in advance for several levels of processors (`compiler.py`),
+of which the fastest that this processor can run is taken. Without them, the kernels are compiled for exactly
+this processor on first use and kept in the user's cache.
 
 If anything goes wrong here, only speed is lost: the op then runs without kernels, and warns once.
 """
@@ -35,9 +35,9 @@ _logger = logging.getLogger(__name__)
 # Where a wheel carries what was compiled in advance. No such folder is in the repository.
 _PREBUILT = compiler.FOLDER / "prebuilt"
 _SWITCH = "OVQ_CPU_KERNELS"
-# What `ovq_use_threads` of workers.h is given, in its order.
+# Arguments of `ovq_use_threads` of workers.h, in its order.
 _OPENMP = ("GOMP_parallel", "omp_get_num_threads", "omp_get_thread_num", "GOMP_barrier")
-# The kernels that ask for scratch, and return another number than 0 where there is none.
+# Kernels that allocate scratch, and return another number than 0 if out of memory.
 _WITH_SCRATCH = ("ovq_forward", "ovq_backward", "ovq_window_forward", "ovq_window_backward", "ovq_memory")
 # An upper bound on the bytes that the compiler writes while it works.
 _ROOM = 2**22
@@ -52,7 +52,7 @@ class MissingKernelsWarning(UserWarning):
 
 
 class Kernels(NamedTuple):
-    """Loaded kernels, and in words where they are from."""
+    """Loaded kernels, and a description of where they are from."""
 
     library: ctypes.CDLL
     origin: str
@@ -119,7 +119,7 @@ def _attempt() -> Kernels | Unavailable:
 
 
 def _asked_for() -> Kernels:
-    """The kernels that the environment asks for: any, those of this very processor, or those of a level."""
+    """The kernels that the environment asks for: any, those for exactly this CPU, or those of a level."""
     wish = os.environ.get(_SWITCH, "").strip() or "1"
     if wish == "0":
         raise SwitchedOff(f"switched off by {_SWITCH}=0")
@@ -146,7 +146,7 @@ def _prebuilt(levels: list[Level]) -> Kernels | None:
     """The first of the levels for which the package brings kernels that can be loaded, or None."""
     for level in levels:
         path = _PREBUILT / compiler.prebuilt_name(level)
-        # Most installations have none; where they cannot be executed, the user's cache may do.
+        # Most installations have none. If they cannot be executed, those in the user's cache may.
         if path.is_file():
             try:
                 return _loaded(path, f"compiled in advance for {level.name}")
@@ -158,8 +158,8 @@ def _prebuilt(levels: list[Level]) -> Kernels | None:
 def _loaded(path: Path, how: str) -> Kernels:
     """The kernels of a file, with the threads of the OpenMP library that torch has loaded.
 
-    Its functions are asked for by torch's own module, not looked up among all that is loaded: torch's wheels
-    for arm64 show that library to nobody else, and another package may have brought another one.
+    Its functions are looked up in torch's own module, not among all loaded libraries: torch's wheels for
+    arm64 hide the library from others, and another package may have loaded another one.
 
     Raises:
         OSError: if the file cannot be loaded, or has no kernels.
@@ -223,7 +223,7 @@ def _first_of_all(folder: Path, stem: str) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        # It compiles and links.
+        # Compiling and linking may each take `TIMEOUT`.
         with contextlib.suppress(OSError), lock.acquire(timeout=2 * compiler.TIMEOUT):
             pass
     except (OSError, NotImplementedError) as error:

@@ -3,7 +3,7 @@
    for the nearest item undecided.
 
    A word packs four neighbours. Processors want unsigned numbers on one side: those on the left have BYTE_ZERO added, and
-   sums begin with a correction for it that the right side brings along. */
+   sums begin with the correction for it (`begin` of the right side). */
 #pragma once
 
 #include "shorts.h"

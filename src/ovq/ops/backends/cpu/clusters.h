@@ -33,8 +33,7 @@ static void find_homes(const Clusters &clusters, int64_t num, int64_t size) {
     }
 }
 
-/* Find the slot of each token, the slots that move (`moved`), and where they go (`near` of the learner). Returns the number
-   of moved slots. */
+/* Find each token's slot, the slots that move (`moved`), and where they go (`near` of the learner). Returns how many move. */
 static int64_t find_moves(const Clusters &clusters, int64_t num, int64_t size, Learner *learner) {
     int64_t num_moved = 0;
     find_homes(clusters, num, size);

@@ -1,4 +1,4 @@
-"""How the kernels are compiled: the commands, and the kinds of processors to compile for in advance.
+"""How the kernels are compiled: commands, and the levels of processors to compile for in advance.
 
 This file needs nothing but the standard library and imports nothing of ovq, because the build of a wheel
 (`hatch_build.py`) reads it where neither ovq nor torch is installed.
@@ -22,20 +22,20 @@ from typing import NamedTuple
 
 FOLDER = Path(__file__).parent
 SOURCES = sorted(path for path in FOLDER.iterdir() if path.suffix in (".cpp", ".h"))
-# The structures that Python hands over (`mirrors.py`).
+# The structures that Python passes to kernels (`mirrors.py`).
 MIRRORED = (
     *("Call", "Convolution", "Decode", "HeadGroup", "Heads"),
     *("Layer", "Matrix", "Strided", "Strides", "Tokens", "Window"),
 )
 # Arithmetic follows IEEE 754; only errno, traps and C++ exceptions are given up. Some vectors are wider than
-# the registers of some processors; only inline functions pass them, so that warnings about that are void.
+# the registers of some processors. Only inline functions pass them, so the warnings about that do not apply.
 _FLAGS = (
     *("-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fno-exceptions", "-fno-rtti"),
     "-Wno-psabi",
 )
 _ARM64 = ("arm64", "aarch64")
-# For the processor that the compiler runs on. For arm64, not all compilers know "native" as the name of an
-# architecture; all know it as that of a processor.
+# For the processor that the compiler runs on. For arm64, not all compilers accept "native" as the name of an
+# architecture, but all accept it as that of a processor.
 NATIVE = ("-mcpu=native",) if platform.machine() in _ARM64 else ("-march=native",)
 # Seconds that a compiler may take.
 TIMEOUT = 300
@@ -52,7 +52,7 @@ class Level(NamedTuple):
     machines: tuple[str, ...]
     """Names of `platform.machine()`."""
     features: frozenset[str]
-    """What the processor must be able to do, in the words of Linux's /proc/cpuinfo."""
+    """CPU flags that it needs, by their names in Linux's /proc/cpuinfo."""
     flags: tuple[str, ...]
     """For the compiler."""
 
@@ -73,7 +73,7 @@ LEVELS = (
     Level("avx512bf16", _X86, _BF16, ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni")),
     Level("avx512", _X86, _AVX512, ("-march=x86-64-v4",)),
     Level("avx2", _X86, _AVX2, ("-march=x86-64-v3",)),
-    # Every one of them has the same vectors; it is what compilers assume unasked.
+    # All of them have the same vectors, which compilers use by default.
     Level("arm64", _ARM64, frozenset(), ()),
 )
 
@@ -91,7 +91,7 @@ def processor_levels() -> list[Level]:
 
 
 def processor_features() -> frozenset[str]:
-    """What this processor can do, in the words of Linux; empty where the system does not say."""
+    """CPU flags of this processor, as Linux names them; empty where the system does not say."""
     for line in cpu_lines("flags"):
         return frozenset(line.partition(":")[2].split())
     return frozenset()
@@ -115,7 +115,7 @@ def prebuilt_name(level: Level) -> str:
 
 
 def digest(*parts: str) -> str:
-    """16 hex digits that stand for the sources and for further texts."""
+    """Hash of the sources and of further texts, 16 hex digits."""
     total = hashlib.sha256("\0".join((*parts, _main())).encode(errors="replace"))
     for path in SOURCES:
         total.update(path.name.encode() + path.read_bytes())
@@ -167,7 +167,7 @@ def fields_of(structure: str) -> list[tuple[str, str, int]]:
     """The fields of a structure of the kernels, in order, read from the headers.
 
     Returns:
-        Of each field its name, its type, `"*"` for all pointers, and its length, 0 if it is no array.
+        Name, type (`"*"` for all pointers) and length (0 if it is no array) of each field.
     """
     fields = []
     body = _structures()[structure]
@@ -179,7 +179,7 @@ def fields_of(structure: str) -> list[tuple[str, str, int]]:
 
 @functools.cache
 def _structures() -> dict[str, str]:
-    """What stands between the braces of each structure of the sources, without comments."""
+    """The body of each structure of the sources, without comments."""
     sources = "".join(path.read_text(encoding="utf-8") for path in SOURCES)
     text = re.sub(r"/\*.*?\*/", "", sources, flags=re.DOTALL)
     return dict(re.findall(r"^struct (\w+) {(.*?)^};", text, flags=re.DOTALL | re.MULTILINE))
@@ -204,8 +204,8 @@ def _main() -> str:
 def _run(command: list[str], place: Path) -> None:
     """Run a command that keeps its temporary files in a given folder.
 
-    After the time that it may take, and after Ctrl-C, what it has started itself ends with it: the compiler
-    behind a driver would go on, and write to a folder that is being removed.
+    On a timeout, and on Ctrl-C, its child processes are killed as well: the compiler behind a driver would go
+    on, and write to a folder that is being removed.
     """
     environment = {**os.environ, "TMPDIR": str(place)}
     nothing, pipe = subprocess.DEVNULL, subprocess.PIPE

@@ -17,9 +17,9 @@ from ovq.ops.first_order import first_order
 class CompiledConvolution(torch.autograd.Function):
     """Causal depthwise convolution of x `[B, T, D]` to the same shape.
 
-    Past `[B, C - 1, D]` holds the tokens before the first; None stands for zeros. The last tap of weight
-    `[D, C]` belongs to the token itself. Offset `[T]` int64 says for each token how many tokens of its own
-    packed row precede it.
+    Past `[B, C - 1, D]` holds the tokens before the first; None stands for zeros. The last tap of weight `[D,
+    C]` belongs to the token itself. Offset `[T]` int64 is the number of tokens before each token in its own
+    packed row.
     """
 
     @staticmethod
@@ -66,7 +66,7 @@ def _run(name: str, *, x: Tensor, taps: Tensor, **others: Tensor | None) -> None
 
 
 def convolution_step(x: Tensor, state: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The convolution of one token x `[B, 1, D]` of each row, and the state after it, without a gradient.
+    """The convolution of one token x `[B, 1, D]` per row, and the state after it, without a gradient.
 
     The state `[B, D, C - 1]` holds the inputs before; weight is `[D, C]`.
     """

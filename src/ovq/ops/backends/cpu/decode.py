@@ -22,12 +22,12 @@ _sums_of, _pending_of = operator.attrgetter(*_SUMS), operator.attrgetter(*_PENDI
 
 
 class PreparedStep:
-    """A decode step whose arguments need not be checked, nor laid out for the kernel, when it is repeated.
+    """A decode step that is repeated without checking arguments or preparing those of the kernel again.
 
-    One token takes a few microseconds of arithmetic. Checking the arguments, finding out which backend runs
-    the call, and telling the kernel where all tensors are takes several times as long and gives the same
-    answer at every token. So the state that a step leads to remembers it, until its tensors are others: when
-    a chunk is merged, or states branch.
+    One token takes a few microseconds of arithmetic. Checking the arguments, finding the backend of the call
+    and passing the addresses of all tensors takes several times as long, and gives the same result for every
+    token. So a state keeps the step that led to it, until its tensors change: when a chunk is merged, or
+    states branch.
 
     Args:
         options: the settings of the dictionary.
@@ -51,7 +51,7 @@ class PreparedStep:
         sizes = (after.chunk_size, after.count.shape[2], dim, value_dim)
         self._call = call = Decode(rows, kv_heads, heads // kv_heads, *sizes, 1, DTYPES.index(dtype))
         call.weighs_chunk = options.weighs_chunk
-        # Those of contiguous tensors.
+        # Strides of contiguous tensors.
         call.q_row, call.k_row, call.v_row = heads * dim, kv_heads * dim, kv_heads * value_dim
         call.q_head, call.k_head, call.v_head = dim, dim, value_dim
         call.point(**dict(zip(_PENDING, self._pending, strict=True)))
@@ -59,11 +59,11 @@ class PreparedStep:
         call.point(**dict(zip(_SUMS, sums, strict=True)))
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        # It says where tensors lie, and those of a copy lie elsewhere: a copy of a state has no step.
+        # It holds addresses of tensors, and a copy has other tensors: a copied state has no step.
         return type(None), ()
 
     def continues(self, state: OVQState, options: Options) -> bool:
-        """Whether the next token of a state, by these options and without a gradient, is such a step."""
+        """Whether this step serves the next token of a state: same options and tensors, no gradient."""
         if options is not self.options or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
         return all(map(operator.is_, self._sums, _sums_of(state)))
@@ -77,7 +77,7 @@ class PreparedStep:
         state: OVQState,
         options: Options,
     ) -> bool:
-        """Whether these arguments of `ovq_attention` are those of such a step, and so need no other check."""
+        """Whether these arguments of `ovq_attention` fit this step, so that nothing else need be checked."""
         if not self.continues(state, options):
             return False
         for x, shape in zip((q, k, v), self.shapes, strict=True):
@@ -86,13 +86,13 @@ class PreparedStep:
         return self._fits_weights(token_weights)
 
     def _fits_weights(self, token_weights: Tensor | None) -> bool:
-        """Whether there are weights as there were, and such as may be."""
+        """Whether weights are given as before, on the CPU, non-negative and finite."""
         own = self._sums[3]
         if token_weights is None or own is None:
             return token_weights is own
         x = token_weights
         is_alike = isinstance(x, Tensor) and x.shape == self.shapes[1][:3] and x.dtype == own.dtype
-        # As plain numbers, which takes less time than operations on tensors.
+        # Plain numbers take less time than operations on tensors.
         return is_alike and x.is_cpu and all(0 <= w < math.inf for w in x.flatten().tolist())
 
     def run(
@@ -107,8 +107,8 @@ class PreparedStep:
     ) -> tuple[Tensor, OVQState]:
         """Outputs `[B, 1, H, V]` of checked tensors, and the state after them, which can repeat the step.
 
-        The kernel puts the new token into the pending buffers of `after`, the `advanced` state of one with
-        `num_seen` tokens, and reads these and the sums where they lie.
+        The kernel writes the new token to the pending buffers of `after`, the `advanced` state of one with
+        `num_seen` tokens, and reads these and the sums in place.
         """
         o = q.new_empty(*q.shape[:3], v.shape[3])
         call, _kept = self.call_of(after, num_seen)
@@ -126,7 +126,7 @@ class PreparedStep:
         return o, self.leading_to(with_merged_chunks(after, completed(after), self.options))
 
     def call_of(self, after: OVQState, num_seen: Tensor) -> tuple[Decode, tuple[PreparedStep, Tensor]]:
-        """The step as a kernel takes it, without queries and the new token, and what to keep meanwhile.
+        """Kernel arguments of the step, except queries and the new token, and what to keep alive meanwhile.
 
         Args:
             after: the state, with room for the new token.
@@ -139,12 +139,12 @@ class PreparedStep:
         return call, (step, num_seen)
 
     def leading_to(self, after: OVQState) -> OVQState:
-        """The state after such a step, which can repeat it; its tensors may be new."""
+        """The state `after` this step, prepared to repeat it; its tensors may be new."""
         after._step = self._of(after)
         return after
 
     def _of(self, after: OVQState) -> PreparedStep:
-        """The same step on the tensors of a state."""
+        """This step with the tensors of a state."""
         own, found = (*self._sums, *self._pending), (*_sums_of(after), *_pending_of(after))
         if all(map(operator.is_, own, found)):
             return self
@@ -152,7 +152,7 @@ class PreparedStep:
 
 
 def completed(after: OVQState) -> list[int]:
-    """The rows whose chunk the new token of an `advanced` state completes."""
+    """The rows whose chunk is complete with the new token of an `advanced` state."""
     assert after._buffers is not None, "`advanced` makes them"
     size = after.chunk_size
     return [r for r, num in enumerate(after._buffers.written) if num == size]

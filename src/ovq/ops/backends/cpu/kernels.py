@@ -1,4 +1,4 @@
-"""The kernels as an autograd function: the work of `torch/chunk.py`, for all streams in one call."""
+"""The kernels as an autograd function: what `torch/chunk.py` does, for all streams in one call."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from ovq.ops.fading import LEAST_WEIGHT
 from ovq.ops.first_order import first_order
 from ovq.ops.options import NUM_PARTS, TIE
 
-# What inputs may be, each by its number in numbers.h.
+# Dtypes of inputs, in the order of numbers.h.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def cpu_kernels() -> str:
-    """Whether there are compiled kernels for this CPU, the backend `cpu`, and where from; if not, why.
+    """Where the compiled kernels of the backend `cpu` are from, or why there are none.
 
     The answer is "compiled for this processor" (here, on first use), "compiled in advance for LEVEL" (they
     came with the package), "compiled for LEVEL" (`OVQ_CPU_KERNELS` asked for a level) or "not available:
@@ -55,7 +55,7 @@ def is_available() -> bool:
 
 
 def is_memory(x: Tensor) -> bool:
-    """Whether a tensor is numbers in memory, and no class of its own around some, or around none."""
+    """Whether a tensor is plain data in memory: no subclass, which may wrap tensors or hold no data."""
     return type(x) is Tensor or type(x) is torch.nn.Parameter
 
 
@@ -127,14 +127,14 @@ def merge(chunks: Merging, noted: Sequence[Tensor] = ()) -> Tensor:
     """Merge complete chunks, in place.
 
     Args:
-        noted: tensors for the slots that chunks changed, from `_noted`, if wanted.
+        noted: tensors of `_noted` for the slots that chunks change; empty if not wanted.
 
     Returns:
         The slot of each token, `[num_chunks, W, Hkv]`.
     """
     k, v = dense(chunks.k), dense(chunks.v)
     nothing, slots = k.new_empty(0), k.new_zeros(k.shape[:3], dtype=torch.int32)
-    # Without query heads nothing is read.
+    # Without query heads there is no attention.
     plan = dataclasses.replace(chunks.plan, group_size=0)
     given = (chunks.sums, slots, plan, chunks.token_weights, chunks.fading)
     call = _call(k, k, v, v, nothing, nothing, *given)
@@ -145,12 +145,12 @@ def merge(chunks: Merging, noted: Sequence[Tensor] = ()) -> Tensor:
 
 
 def learn(chunks: Merging) -> Learned:
-    """Merge complete chunks, and say where their tokens went."""
+    """Merge complete chunks; return the slot of each token and the moves of slots."""
     if not chunks.plan.options.merges_pairs:
         return Learned(merge(chunks), None)
     noted = _noted(chunks.k, chunks.v, chunks.plan, has_weights=chunks.token_weights is not None)
     source, target = noted[:2]
-    # Chunks write no more than what they changed, and -1 after it.
+    # Chunks write only the slots that they changed, and -1 after them.
     source.fill_(-1)
     return Learned.of_moves(merge(chunks, noted), source, target, chunks.sums.count.shape[2])
 
@@ -160,17 +160,17 @@ def dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-# Slots that chunks changed, the slots they went into, and what was in them (merged_slots.h): with these, the
-# backward undoes the merges.
+# Slots that chunks changed, the slots they were merged into, and their contents before (merged_slots.h), with
+# which the backward undoes the merges.
 _MERGED_SLOTS = ("merged_slot", "merged_into", "merged_key", "merged_value", "merged_count", "merged_weight")
 
 
 def _noted(k: Tensor, v: Tensor, plan: Plan, *, has_weights: bool) -> list[Tensor]:
     """Allocate `_MERGED_SLOTS` for every chunk.
 
-    A chunk merges at most as many slots as it has tokens. Where tokens have weights all slots that it changes
-    are noted, at most two for each of these merges, or one where no slots are merged. Mostly they are fewer,
-    but the system provides memory only once it is written to.
+    A chunk merges at most as many slots as it has tokens. With token weights, all slots that it changes are
+    saved: at most two per such merge, or one per token where no slots are merged. Mostly they are fewer, but
+    the system provides memory only once it is written to.
     """
     num = plan.options.chunk_size * (2 if has_weights and plan.options.merges_pairs else 1)
     shape = (k.shape[0], k.shape[2], num)
@@ -199,7 +199,7 @@ class _Arguments(Mirror, of="Call"):
             setattr(self, name, _Tokens(self.place(x), strides, x.shape[-1]))
 
     def note(self, noted: Sequence[Tensor]) -> None:
-        """Let chunks note what they change in the tensors of `_noted`, or read what they noted."""
+        """Pass the tensors of `_noted`, which the forward writes and the backward reads."""
         self.num_noted = noted[0].shape[2]
         self.point(**dict(zip(_MERGED_SLOTS, noted, strict=False)))
 

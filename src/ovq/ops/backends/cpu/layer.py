@@ -1,7 +1,7 @@
-"""One token of each row through whole layers, attention and MLP, in one call of a kernel.
+"""Whole layers, attention and MLP, for one token of each row, in one call of a kernel.
 
-Decoding streams all weights through the caches, which evicts all else: what runs between two kernels then
-costs several times what it costs alone. So all that Python does for a token comes before the call, or after
+Decoding streams all weights through the caches, which evicts everything else: what runs between two kernels
+then costs several times what it costs alone. So all work of Python for a token comes before the call or after
 it.
 """
 
@@ -50,14 +50,14 @@ class LayerWeights(NamedTuple):
 
 
 class TokenMemory(NamedTuple):
-    """What one token of each row reads and becomes part of.
+    """The attention memory of a layer, for one new token of each row.
 
     Attributes:
-        decode: exact tokens and slots, without what a layer makes of the new tokens.
-        finished: to be called after the kernel: the state with the new tokens.
-        kept: what the kernel needs to exist until then.
-        tensors: what other fields of `Layer` (step.h) point to.
-        numbers: more of its fields.
+        decode: kernel arguments of exact tokens and slots, without what a layer computes for the new tokens.
+        finished: makes the state with the new tokens; to be called after the kernel.
+        kept: objects to keep alive until then.
+        tensors: tensors that other fields of `Layer` (step.h) point to.
+        numbers: more fields of `Layer`.
     """
 
     decode: Decode
@@ -74,10 +74,10 @@ def memory_of_slots(
     gate: Tensor | None,
     forget_gate: tuple[Tensor, Tensor] | None = None,
 ) -> TokenMemory:
-    """The memory of a state that has just been through a decode step; with weights if there is a gate.
+    """The memory of a state after the decode step `step`; its tokens have weights if there is a gate.
 
     Args:
-        step: the one before, which this one is like.
+        step: the step before, which this one repeats.
         gate: `[Hkv, D]` of the merge gate, or None.
         forget_gate: `[Hkv, D]` and `[Hkv]` of the forget gate, or None.
     """
@@ -118,10 +118,10 @@ def memory_of_window(
     """The memory of a sliding window.
 
     Args:
-        keys: `[B, Hkv, S, K]` that the new token sees beside its own, vectors of a head one after the other.
-            They are copied to a chunk of all that is seen. values: likewise.
-        first: `[B, 1]` int64, the first of all S + 1 that it sees; None if that is the first of all.
-        finished: makes the state of keys and values `[B, Hkv, S + 1, K]`.
+        keys: `[B, Hkv, S, K]` before the new token's own, vectors of a head contiguous. They are copied to a
+            buffer that also gets the new one. values: likewise.
+        first: `[B, 1]` int64, index of the first of the S + 1 keys that it sees; None for 0.
+        finished: makes the state from keys and values `[B, Hkv, S + 1, K]`.
         num_heads: query heads.
     """
     rows, num_kv_heads, num_before, dim = keys.shape
@@ -140,12 +140,12 @@ def memory_of_window(
 
 
 class LayerStep(NamedTuple):
-    """A layer as the kernel takes it, for one token of each row.
+    """A layer as an argument of the kernel, for one token of each row.
 
     Attributes:
-        call: places of tensors.
-        memory: what the tokens read, and become part of.
-        conv_state: `[B, (H + 2 Hkv) K, C - 1]` inputs of the convolution once the kernel has run, or None.
+        call: sizes and addresses.
+        memory: its attention memory.
+        conv_state: `[B, (H + 2 Hkv) K, C - 1]` last convolution inputs once the kernel has run, or None.
         weights: those of the layer.
     """
 
@@ -162,14 +162,14 @@ def layer_to_run(
     past: Tensor | None,
     tables: tuple[Tensor, Tensor] | None,
 ) -> LayerStep:
-    """A layer and what its tokens read.
+    """A layer with its memory, as an argument of the kernel.
 
     Args:
         weights: those of the layer.
         eps: of both norms.
-        memory: what the tokens read; it has them afterwards.
-        past: `[B, (H + 2 Hkv) K, C - 1]` inputs of the convolution before them; None without one.
-        tables: `[1, K / 2]` cosines and sines to rotate queries and keys by; None to leave them.
+        memory: its attention memory, which gets the new tokens.
+        past: `[B, (H + 2 Hkv) K, C - 1]` last inputs of the convolution; None without one.
+        tables: `[1, K / 2]` cosines and sines that rotate queries and keys; None for no rotation.
     """
     width, inner = weights.down.shape
     sizes = {"width": width, "inner": inner, "num_tokens": 1}
@@ -196,13 +196,13 @@ def layer_to_run(
 
 
 class HeadsLayer(NamedTuple):
-    """A layer of a converted model (`ovq.convert`): all but what its heads remember. Norms are float32.
+    """A layer of a converted model (`ovq.convert`), without its memory. Norms are float32.
 
     Attributes:
         q: `[H K, D]`. k: `[Hkv K, D]`. v: likewise. o: `[D, H K]`.
         gate: `[I, D]`. up: likewise. down: `[D, I]`.
         mixer_norm: `[D]` of the RMS norm before attention. mlp_norm: of that before the MLP.
-        q_norm: `[K]` of the RMS norm of each query, or None. k_norm: of each key.
+        q_norm: `[K]` of the RMS norm of each query, or None. k_norm: of each key, or None.
         eps: of the norms before attention and the MLP, and of those of heads.
         head_dim: K.
         score_scale: factor of scores.
@@ -225,14 +225,14 @@ class HeadsLayer(NamedTuple):
 
 
 class HeadsStep:
-    """Layers whose heads keep what they read in `HeadGroup`s, for a few tokens of each row after the other.
+    """Layers of a converted model, run on a few tokens of each row at a time; `HeadGroup`s are their memory.
 
     Args:
-        groups: those of each layer, which change in place, and between the calls.
+        groups: those of each layer; the calls, and callers between them, change these in place.
         key_factors: `[Hkv, K]` of each layer, by which keys are multiplied and queries divided, or None.
         num_rows: rows B.
-        most: the most tokens of all rows in a call.
-        is_rough: whether whole numbers are multiplied with inputs of 8 bits, see `Matrix.call`.
+        most: maximum number of tokens of all rows in a call.
+        is_rough: whether quantized weights are multiplied with int8 inputs, see `Matrix.call`.
 
     Attributes:
         cos: `[most, K]` cosines of the next tokens' angles, of which the kernel reads the first half; to be
@@ -270,7 +270,7 @@ class HeadsStep:
             call.score_scale = layer.score_scale
 
     def run(self, x: Tensor) -> Tensor:
-        """`[B, T, D]` float32 through the layers; the heads have read the tokens afterwards.
+        """Outputs `[B, T, D]` of the layers for float32 inputs; their memory has the tokens afterwards.
 
         Raises:
             MemoryError: no memory for the kernel's scratch.
@@ -281,10 +281,10 @@ class HeadsStep:
         return done
 
     def run_before(self, after: HeadsStep, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """`run(x)` and `after.run(y)`, where y are the tokens after x: side by side, y a layer behind.
+        """`run(x)` and `after.run(y)` at once, where y are the tokens that follow x: y runs one layer behind.
 
-        In the groups of `after`, tokens are counted as they are after x. Both are many (`FEW_ROWS`), or
-        neither.
+        The groups of `after` count tokens as they are after x. Either both x and y have more than `FEW_ROWS`
+        tokens, or neither.
         """
         calls: list[_Layer] = []
         for step, tokens in ((self, x), (after, y)):
@@ -296,7 +296,7 @@ class HeadsStep:
         return first.view_as(x), second.view_as(y)
 
     def _set_length(self, num_tokens: int) -> None:
-        """How many tokens of each row the layers read."""
+        """Set the number of tokens of each row."""
         if num_tokens != self._num_tokens:
             self._num_tokens = num_tokens
             for call in self._calls:
@@ -311,12 +311,12 @@ def run_layers(x: Tensor, layers: Sequence[LayerStep]) -> Tensor | None:
         layers: the layers, all of width D.
 
     Returns:
-        `[B, 1, D]`; None if gates give a weight that no token can have, as where `x` is not finite.
+        `[B, 1, D]`; None if the gates give an invalid weight, as where `x` is not finite.
     """
     return _run(x, (_Layer * len(layers))(*[layer.call for layer in layers]))
 
 
-# What the kernel returns beside 0.
+# Outcomes of the kernel other than 0.
 _SPOILT, _OUT_OF_MEMORY = 1, 2
 
 

@@ -1,8 +1,8 @@
-"""Products of activations with a weight matrix, where PyTorch's library is not the fastest that there is.
+"""Products of activations with a weight matrix, where PyTorch's library is not the fastest.
 
-A few tokens, as in decoding, only have to read the matrix, which PyTorch's library does at half the speed of
-memory. And on AMD's processors it neither uses AVX-512 nor keeps their multiply-add units busy, which the
-kernel of linear.h does. For fewer tokens oneDNN, which comes with PyTorch, has the faster forward.
+With a few tokens, as in decoding, the time is that of reading the matrix, which PyTorch's library does at
+half the speed of memory. On AMD's processors, it neither uses AVX-512 nor keeps the multiply-add units busy;
+the kernel of linear.h does both. Below `_MANY_TOKENS`, oneDNN of PyTorch has the faster forward.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from ovq.ops.backends.cpu.compiler import cpu_lines, processor_features
 from ovq.ops.backends.cpu.tokens import call_kernel, can_run
 from ovq.ops.first_order import first_order
 
-#: The most vectors that are multiplied while the matrix passes by.
+#: Maximum number of vectors multiplied in one pass over the matrix.
 FEW_TOKENS = 4
-# From how many tokens on it pays to copy a matrix into the order in which the kernel reads its transpose.
+# Number of tokens from which it pays to copy a matrix into the order in which the kernel reads its transpose.
 _MANY_TOKENS = 512
 
 
@@ -37,7 +37,7 @@ def few_products(x: Tensor, weight: Tensor) -> Tensor:
 
 @functools.cache
 def has_faster_products() -> bool:
-    """Whether the kernel is faster than PyTorch's library here. On other processors nobody has compared them.
+    """Whether the kernel is faster than PyTorch's library: on AMD; on others it has not been measured.
 
     Example:
         >>> has_faster_products() == any("AuthenticAMD" in line for line in cpu_lines("vendor_id"))
@@ -48,13 +48,13 @@ def has_faster_products() -> bool:
 
 @functools.cache
 def _has_faster_library() -> bool:
-    """Whether oneDNN is here and uses instructions that the library of `torch.mm` leaves unused."""
+    """Whether oneDNN is available and uses instructions that the library of `torch.mm` does not."""
     has_onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     return has_onednn and has_faster_products() and "avx512f" in processor_features()
 
 
 def product(a: Tensor, b: Tensor, *, added_to: Tensor | None = None) -> Tensor:
-    """`a b` of matrices, without a gradient, by the kernel where it is faster and by PyTorch elsewhere.
+    """The matrix product `a b`, without a gradient, by the kernel where it is faster, else by PyTorch.
 
     Args:
         a: `[M, K]`. b: `[K, N]`.
@@ -85,14 +85,14 @@ def product(a: Tensor, b: Tensor, *, added_to: Tensor | None = None) -> Tensor:
 
 @functools.cache
 def _scratch_of(threads: int, num_columns: int) -> int:
-    """Floats of scratch that the kernel takes."""
+    """Floats of scratch that the kernel needs."""
     function = build.load().ovq_matmul_scratch
     function.argtypes, function.restype = [ctypes.c_int64] * 2, ctypes.c_int64
     return function(threads, num_columns)
 
 
 class FasterLinear(torch.autograd.Function):
-    """`x weight^T` of x `[..., D]` and weight `[V, D]` by the fastest product, and both gradients."""
+    """`x weight^T` of x `[..., D]` and weight `[V, D]`, and both gradients, by the fastest product."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -143,8 +143,8 @@ def _fake_gradients(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Te
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
-# `x weight^T` by the fastest product, with gradients, as an operator of a graph of `torch.compile`. Not by
-# `torch.library.custom_op`, which loads the compiler.
+# `x weight^T` by the fastest product, with gradients, as an operator in graphs of `torch.compile`. Registered
+# without `torch.library.custom_op`, which loads the compiler.
 _LIBRARY = torch.library.Library("ovq", "FRAGMENT")
 _LIBRARY.define("linear(Tensor x, Tensor weight) -> Tensor")
 _LIBRARY.define("linear_backward(Tensor grad, Tensor x, Tensor weight) -> (Tensor, Tensor)")

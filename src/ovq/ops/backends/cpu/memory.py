@@ -20,7 +20,7 @@ _STATE_DTYPES = (*DTYPES, torch.int8)
 
 
 def advance_memory(groups: Sequence[HeadGroup]) -> None:
-    """Let groups of heads read their new tokens; `HeadGroup` says what changes in place."""
+    """Groups of heads read their new tokens and merge old ones, in place (see `HeadGroup.of`)."""
     array = (HeadGroup * len(groups))(*groups)
     build.load().ovq_memory(array, ctypes.c_int64(len(groups)), ctypes.c_int64(torch.get_num_threads()))
 
@@ -54,25 +54,25 @@ class HeadGroup(Mirror, of="HeadGroup"):
         temperature: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> HeadGroup:
-        """What some key/value heads h of B rows are to read.
+        """Kernel arguments of a group of h key/value heads of B rows.
 
         Args:
             tensors: `recent_keys` `[B, h, P, K]` and `recent_values`, the exact tokens, in the dtype of k;
                 `key_sum` `[B, h, N, K]` and `value_sum`, float32, bfloat16, or int8 with `key_step`
                 `[B, h, N]` and `value_step`, bfloat16; `count` `[B, h, N]` and `position_sum`, int64;
-                `key_unit` `[B, h]`, float32. They are contiguous and change in place. Where tokens
-                have weights, `use` `[B, h, K + V + 1]` says which, and `weight` `[B, h, N]`, float32, are
-                those of slots.
-            heads: which of the key/value heads of k and v they are.
-            num_sinks: first tokens that stay. chunk_size: tokens that are merged when P are exact.
-            options: how slots are learned; None if there are none, N = 0.
+                `key_unit` `[B, h]`, float32. They are contiguous and change in place. With token weights,
+                `use` `[B, h, K + V + 1]` predicts these from keys and values, and `weight` `[B, h, N]`,
+                float32, holds those of slots.
+            heads: the key/value heads of k and v that these are.
+            num_sinks: first tokens that stay. chunk_size: number of tokens merged once P are exact.
+            options: the update rule of the slots; None if there are none, N = 0.
             filled: exact tokens of each row. num_merged: tokens merged, or dropped, of each row.
             lengths: new tokens of each row, which come first.
             schedule: for each row, slots in use before and after each merge of the call.
             k: `[B, Hkv, T, K]`. v: `[B, Hkv, T, V]`. q: `[B, H, T, K]`, scaled; None if nothing is read.
             o: `[B, H, T, V]` in the dtype of q, which gets the outputs.
-            temperature: `[H]` float32, factor of the scores of slots of several tokens. bias: `[H]`, what is
-                added to them.
+            temperature: `[H]` float32, factor of the scores of slots of several tokens. bias: `[H]`, added to
+                them.
         """
         starts = itertools.accumulate((len(sizes) for sizes in schedule), initial=0)
         group = cls(

@@ -1,6 +1,6 @@
-"""The structures that kernels are called with, as their headers say.
+"""ctypes structures of the kernels' arguments, with fields read from the C++ headers.
 
-Python lays them out by itself, so they are compared with those of compiled code when it is loaded.
+ctypes computes their layout by itself, so it is compared with that of the compiled code on loading.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from ovq.ops.backends.cpu import compiler
 from ovq.ops.backends.cpu.compiler import Unavailable
 
 MIRRORS: dict[str, type[ctypes.Structure]] = {}
-"""The structures of Python, by the names of those in C++ that they mirror."""
+"""The ctypes structures, by the names of those in C++ that they mirror."""
 _KINDS: dict[str, Any] = {"int64_t": ctypes.c_int64, "double": ctypes.c_double, "*": ctypes.c_void_p}
 
 
 def fields_of(name: str) -> list[tuple[str, Any]]:
-    """The fields of a structure for ctypes; those of its fields that are structures are mirrored already."""
+    """The ctypes fields of a structure. Structures among them must be mirrored already."""
     fields = []
     for field, kind, length in compiler.fields_of(name):
         own = _KINDS.get(kind) or MIRRORS[kind]
@@ -29,35 +29,35 @@ def fields_of(name: str) -> list[tuple[str, Any]]:
 
 
 class Mirror(ctypes.Structure):
-    """A structure that mirrors the structure `of` the kernels (`MIRRORED` of compiler.py)."""
+    """A ctypes structure that mirrors the C++ structure `of` (`MIRRORED` of compiler.py)."""
 
     def __init_subclass__(cls, *, of: str, **options: Any) -> None:
         super().__init_subclass__(**options)
         MIRRORS[of] = cls
 
     def point(self, **tensors: Tensor | None) -> None:
-        """Let fields point to contiguous tensors, which are kept alive; for None a field stays as it is."""
+        """Let fields point to contiguous tensors, which are kept alive; None leaves a field as it is."""
         for name, x in tensors.items():
             if x is not None:
                 assert x.is_contiguous(), name
                 setattr(self, name, self.place(x))
 
     def place(self, x: Tensor) -> int:
-        """Where the numbers of a tensor lie, which is kept alive as long as this."""
+        """The address of a tensor's data; the tensor is kept alive as long as this structure."""
         self.__dict__.setdefault("kept", []).append(x)
         return x.data_ptr()
 
 
 class _Place(ctypes.Structure):
-    """`Place` of the file that compiler.py writes: of a structure or of one of its fields."""
+    """`Place` of the file that compiler.py writes: offset and size of a structure or a field."""
 
     _fields_ = [("name", ctypes.c_char_p), ("at", ctypes.c_int64), ("size", ctypes.c_int64)]
 
 
 def check_mirrors(library: ctypes.CDLL) -> None:
-    """Raise Unavailable, naming the first difference, unless loaded kernels have the structures of Python.
+    """Raise Unavailable, naming the first difference, unless loaded kernels have the layouts of Python.
 
-    A field that is missing or in another place would be read as another one, with any result.
+    A field that is missing or at another offset would be read as another one, with arbitrary results.
     """
     try:
         table = library.ovq_places

@@ -59,7 +59,7 @@ struct Nearest {
     int32_t *partner;     /* [M]: the slot that it found then, or -1. */
     double *beyond;       /* [M]: lower bound of the squared distances to all others ... */
     double *factor;       /* [M]: ... with this `value_factor`. */
-    int64_t num_again;    /* So many of `searching`, the first ones, are compared with changed slots only, not all slots. */
+    int64_t num_again;    /* The first so many of `searching` are compared with changed slots only, not all slots. */
     int64_t num_recent;   /* Number of changed slots, padded. These replace the slots: */
     int32_t *recent, *recent_place; /* [M]: the changed slots; and the place of each slot among them, or -1. */
     Rows recent_rows;     /* [M]: int8 rows only. */

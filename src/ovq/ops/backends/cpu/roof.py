@@ -1,4 +1,4 @@
-"""The rate of the kernels' own products, alone: the roof that `ovq bench` compares them with."""
+"""The rate of the kernels' own product loop alone: the roof that `ovq bench` compares them with."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ovq.ops.backends.cpu.tokens import call_kernel
 
 
 def product_loop() -> tuple[Callable[[], None], float] | None:
-    """A function that multiplies float32 matrices on all threads, and its operations; or None."""
+    """A function that multiplies float32 matrices on all threads, and its FLOPs; None without kernels."""
     if not is_available():
         return None
     sizes = torch.zeros(3, dtype=torch.int64)

@@ -1,7 +1,7 @@
-"""What layers do to each token by itself, in compiled code that passes over memory once.
+"""Per-token operations of layers (RMS norm, SwiGLU, heads), in one pass over memory each.
 
-PyTorch's own operations take five to ten passes for the same, which is most of what a layer does beside its
-products.
+PyTorch's own operations take five to ten passes for the same, which is most of a layer's time outside of its
+matrix products.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def can_run(*tensors: Tensor) -> bool:
 
 
 class _NoContext:
-    """Takes the place of a context of autograd where no gradient is wanted."""
+    """Stands in for an autograd context where no gradient is wanted."""
 
     def save_for_backward(self, *tensors: Tensor | None) -> None:
         """Keep nothing."""
@@ -44,10 +44,10 @@ def applied(function: type[torch.autograd.Function], *arguments: Any) -> Any:
 
 
 def call_kernel(name: str, *arguments: float | Tensor) -> int:
-    """Call a function with integers, floats and the places of dense tensors, and return what it returns."""
+    """Call a function with integers, floats and addresses of dense tensors; return what it returns."""
     function = getattr(build.load(), name)
     if function.argtypes is None:
-        # Places are integers of as many bytes.
+        # Addresses are integers of as many bytes.
         function.argtypes = [ctypes.c_float if isinstance(x, float) else ctypes.c_int64 for x in arguments]
     return function(*[x.data_ptr() if isinstance(x, Tensor) else x for x in arguments])
 

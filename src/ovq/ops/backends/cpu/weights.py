@@ -1,4 +1,4 @@
-"""Weights in the formats that kernels read when decoding, which has to read all of them for every token."""
+"""Weight matrices in the formats of decoding kernels, which read all weights for every token."""
 
 from __future__ import annotations
 
@@ -12,31 +12,30 @@ from ovq.ops.backends.cpu.kernels import DTYPES
 from ovq.ops.backends.cpu.mirrors import Mirror, fields_of
 from ovq.ops.backends.cpu.tokens import call_kernel
 
-#: Formats of weights: those of numbers, and whole numbers with factors, `INT8` and `UINT4` of matrix.h.
+#: Formats of weights: dtypes, and quantized ones with scales, `INT8` and `UINT4` of the headers.
 FORMATS = (*(str(dtype).removeprefix("torch.") for dtype in DTYPES), "int8", "int4")
-# Whole numbers lie in tiles of so many rows and groups of so many columns, four columns of all rows after the
-# other; `ABREAST` and `GROUP` of whole.h. Matrices are filled up to them.
+# Quantized weights lie in tiles of so many rows and groups of so many columns, four columns of all rows after
+# the other; `ABREAST` and `GROUP` of whole.h. Matrices are padded to both.
 _TILE, _GROUP = 16, 64
-# Rows that are rounded at a time: all of an output matrix at once would take several times its bytes.
+# Rows that are quantized at a time: all of an output matrix at once would take several times its bytes.
 _ROWS = 1024
-# The largest int8 number that has a negative, and the largest of 4 bits.
+# The largest int8 number that has a negative, and the largest number of 4 bits.
 _MOST = {"int8": 127, "int4": 15}
-# The byte that stands for 0 in int8: kernels multiply numbers without a sign.
+# Zero point of int8: kernels multiply unsigned numbers.
 _ZERO = 128
 
 
 class Matrix(NamedTuple):
-    """A weight matrix on the CPU as kernels read it.
+    """A weight matrix on the CPU, in a format of the kernels.
 
     Attributes:
-        weight: dense `[N, D]` numbers; or whole numbers, uint8 `[tiles, groups, quads, 16, 4]`: in int8 a
-            byte is 128 more than its number, and in 4 bits it has one of the first half of a group of columns
-            in its low bits and one of the second in its high ones.
+        weight: dense `[N, D]` in a dtype; or quantized, uint8 `[tiles, groups, quads, 16, 4]`. An int8 byte
+            is its number plus 128. With 4 bits, a byte has a number of the first half of a group of columns
+            in its low bits and one of the second half in its high bits.
         format: one of `FORMATS`.
         shape: N and D.
-        factors: of int8 `[tiles, groups, 16]` float32, by which numbers are multiplied; of 4 bits
-            `[tiles, groups, 2, 2, 16]` float16, by which those of half a group are multiplied and what is
-            added then; None for other formats.
+        factors: for int8, scales `[tiles, groups, 16]` float32; for 4 bits, scale and minimum of each half
+            group, `[tiles, groups, 2, 2, 16]` float16, the first 2 being the halves; None for other formats.
         bias: `[N]` float32, or None.
     """
 
@@ -47,7 +46,7 @@ class Matrix(NamedTuple):
     bias: Tensor | None = None
 
     def dequantised(self) -> Tensor:
-        """`[N, D]` float32: the weights that products are made with.
+        """`[N, D]` float32: the weights that products use.
 
         Example:
             >>> packed(torch.tensor([[1.27, 0.012]]), None, "int8").dequantised()
@@ -55,7 +54,7 @@ class Matrix(NamedTuple):
         """
         if self.factors is None:
             return self.weight.float()
-        # Rows, then groups, the halves of 4 bits, and columns.
+        # Axes: rows, groups, halves of a group (4 bits), columns.
         numbers = self.weight.permute(0, 3, 1, 2, 4).flatten(3).flatten(0, 1)
         if self.format == "int8":
             numbers = (numbers.float() - _ZERO)[:, :, None]
@@ -67,14 +66,14 @@ class Matrix(NamedTuple):
         return (numbers * steps + lows).flatten(1)[: self.shape[0], : self.shape[1]]
 
     def call(self, first: int = 0, *, is_rough: bool = False) -> _Matrix:
-        """The matrix as kernels take it; its tensors must be kept alive.
+        """The matrix as an argument of kernels; its tensors must be kept alive.
 
         Args:
-            first: the row to begin at, of numbers.
-            is_rough: whether to multiply whole numbers with inputs of 8 bits in place of 16.
+            first: the first row, in formats without scales.
+            is_rough: whether to multiply quantized weights with int8 in place of int16 inputs.
         """
         assert not first or self.factors is None
-        # The same formats once more.
+        # Formats with int8 inputs follow in the same order.
         call = _Matrix(format=FORMATS.index(self.format) + is_rough * len(_MOST))
         for name in ("weight", "factors", "bias"):
             if (x := getattr(self, name)) is not None:
@@ -90,11 +89,11 @@ class _Matrix(Mirror, of="Matrix"):
 
 @torch.no_grad()
 def packed(weight: Tensor, bias: Tensor | None, format: str | None) -> Matrix:
-    """A weight `[N, D]` and its bias `[N]` in a format; a copy only where that is another than the weight's.
+    """A weight `[N, D]` and its bias `[N]` in a format; a copy only if that is not the weight's own.
 
-    In int8, 64 neighbours in a row are rounded to steps of equal length, of which the largest number has 127.
-    In int4, 32 neighbours are rounded to 15 steps between the lowest and the highest of them. Blocks `Q4_1`
-    of GGUF are such numbers, and stay as they are.
+    int8 has one scale per 64 neighbours in a row, whose largest magnitude becomes 127. int4 has a scale and a
+    minimum per 32 neighbours, with 15 steps between the lowest and the highest. Blocks `Q4_1` of GGUF are
+    such numbers, and stay as they are.
 
     Args:
         weight: dense. bias: its bias, or None.
@@ -112,7 +111,7 @@ def packed(weight: Tensor, bias: Tensor | None, format: str | None) -> Matrix:
     parts = []
     for first in range(0, num, _ROWS):
         rows = weight[first : first + _ROWS].float()
-        # Filled up with numbers that do not widen the range of their neighbours.
+        # Padded with numbers that do not widen the range of their neighbours.
         rows = torch.cat([rows, rows[:, -1:].expand(-1, -dim % _GROUP)], 1)
         rows = torch.cat([rows, rows.new_zeros(-len(rows) % _TILE, rows.shape[1])])
         parts.append((_rounded_to_int8 if format == "int8" else _rounded_to_int4)(rows))
@@ -121,28 +120,28 @@ def packed(weight: Tensor, bias: Tensor | None, format: str | None) -> Matrix:
 
 
 def _rounded_to_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows `[16 tiles, 64 groups]` as whole numbers and their factors, as in `Matrix`."""
+    """Quantized rows `[16 tiles, 64 groups]` and their factors, as in `Matrix`."""
     groups = rows.unflatten(1, (-1, _GROUP))
-    # Zeros have any factor.
+    # Zeros may have any scale.
     factors = (groups.abs().amax(2) / _MOST["int8"]).clamp(min=torch.finfo(torch.float32).tiny)
     numbers = (groups / factors[..., None]).round() + _ZERO
     return _tiled(numbers), factors.unflatten(0, (-1, _TILE)).mT.contiguous()
 
 
 def _rounded_to_int4(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows `[16 tiles, 64 groups]` as numbers of 4 bits and their factors, as in `Matrix`."""
+    """Rows `[16 tiles, 64 groups]` quantized to 4 bits and their factors, as in `Matrix`."""
     halves = rows.unflatten(1, (-1, 2, _GROUP // 2))
     low, high = halves.aminmax(dim=3)
     factors = torch.stack([(high - low) / _MOST["int4"], low], 3).half()
     steps, low = factors.float()[..., None].unbind(3)
-    # Equal ones have any step.
+    # Equal numbers may have any scale.
     numbers = ((halves - low) / steps.masked_fill(steps == 0, 1)).round().clamp(0, _MOST["int4"])
     tiles = factors.unflatten(0, (-1, _TILE)).permute(0, 2, 3, 4, 1)
     return _tiled(numbers[:, :, 0] + 16 * numbers[:, :, 1]), tiles.contiguous()
 
 
 def _tiled(numbers: Tensor) -> Tensor:
-    """Whole numbers `[16 tiles, groups, columns]` from 0 to 255 as bytes `[tiles, groups, quads, 16, 4]`."""
+    """Integers `[16 tiles, groups, columns]` from 0 to 255 as bytes `[tiles, groups, quads, 16, 4]`."""
     tiles = numbers.to(torch.uint8).unflatten(0, (-1, _TILE)).unflatten(3, (-1, 4))
     return tiles.permute(0, 2, 3, 1, 4).contiguous()
 

@@ -18,8 +18,8 @@ class CompiledWindow(torch.autograd.Function):
     """Softmax attention of q `[B, T, H, K]` over the window of each query in k, v `[B, S, Hkv, ...]`.
 
     The last T of the S keys are the queries' own. Scale `[H]` is the factor on the logits of each head. First
-    `[B, T]` int64 is the first key that a query may see, which never falls from one query to the next; None
-    if that is the first of all.
+    `[B, T]` int64 is the first key that a query may see and must not decrease from one query to the next;
+    None for 0.
     """
 
     @staticmethod
@@ -75,7 +75,7 @@ class _Window(Mirror, of="Window"):
 def _call(
     window: int, q: Tensor, k: Tensor, v: Tensor, scale: Tensor, first: Tensor | None, o: Tensor, lse: Tensor
 ) -> _Window:
-    """The call of a forward; the caller keeps q, k, v and o alive."""
+    """Arguments of a forward; the caller keeps q, k, v and o alive."""
     num_rows, num_tokens, num_heads, dim = q.shape
     sizes = (num_rows, num_tokens, k.shape[1], num_heads, k.shape[2], dim, v.shape[3], window)
     call = _Window(torch.get_num_threads(), *sizes)
