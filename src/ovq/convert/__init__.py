@@ -1,4 +1,4 @@
-"""Any pretrained decoder in constant memory: slots, sinks and a window in the place of a cache that grows.
+"""Any pretrained decoder in constant memory: slots, sinks and a window instead of a growing KV cache.
 
     model = AutoModelForCausalLM.from_pretrained(NAME)
     model = ovq.convert.attach(model, num_slots=256, window=256, num_sinks=4)

@@ -1,4 +1,4 @@
-"""`attach`: give a pretrained model a memory of constant size; `load`: such a model from its folder."""
+"""`attach` gives a pretrained model a memory of constant size; `load` loads a converted model."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from ovq.hf.context_file import digest, weights_of
 from ovq.hf.generation import CachedGeneration
 from ovq.runtime.files import read_json
 
-# The model is compared before and after on so many tokens. Logits may differ by so much: the root of the mean
-# square of the differences, relative to that of logits. A single logit of bfloat16 may differ by far more.
+# Tokens on which the model is compared before and after, and tolerances: the root mean square of the logit
+# differences relative to that of the logits. A single bfloat16 logit may differ by far more.
 _CHECK_TOKENS = 6
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _TOLERANCE_OF_NARROW = 0.1
 
 
 class ConvertedMixin(CachedGeneration):
-    """What a converted model can do besides what its own class can.
+    """Methods that conversion adds to a model's own class.
 
     Attributes:
-        memory_config: the sizes and settings of its memory.
-        weight_dtype: the format of the weights, see `attach`.
-        weights_digest: SHA-256 of the base model's weights before they were packed; None if they are not.
+        memory_config: sizes and settings of the memory.
+        weight_dtype: format of the weights, see `attach`.
+        weights_digest: SHA-256 of the base model's weights before packing; None if they are not packed.
     """
 
     context_kind = KIND
@@ -53,7 +53,7 @@ class ConvertedMixin(CachedGeneration):
         return MemoryCache(self.memory_config)
 
     def memory_fields(self) -> dict[str, Any]:
-        """What a memory depends on beside weights: the fields of its config."""
+        """Everything besides the weights that a memory depends on: the fields of its config."""
         return self.memory_config.to_dict()
 
     def row_inputs(self, cache: MemoryCache, lengths: Sequence[int], num_new: int) -> dict[str, Tensor]:
@@ -76,15 +76,15 @@ class ConvertedMixin(CachedGeneration):
         own.save_pretrained(*args, **kwargs)
 
     def checked_cache(self, cache: Any) -> MemoryCache:
-        """The same; ValueError unless it is a `MemoryCache` of a model with as many layers and heads."""
+        """`cache`; ValueError unless it is a `MemoryCache` for the same numbers of layers and heads."""
         return _checked(cache, self.memory_config)
 
     def __reduce_ex__(self, protocol: Any) -> str | tuple[Any, ...]:
-        """For pickle and copies: the class is made anew, as no module has it by its name."""
+        """Support pickle and copy: the class is created again, as it cannot be imported by name."""
         classes = type(self).__mro__
         own_class = classes[classes.index(CachedGeneration) + 1]
         if type(self) is not _converted_class(own_class):
-            # Somebody has changed the class again, and it would be lost.
+            # The class was changed after `attach`, which re-creating it would lose.
             return super().__reduce_ex__(protocol)
         return _empty, (own_class,), super().__reduce_ex__(max(int(protocol), 2))[2]
 
@@ -103,39 +103,39 @@ def attach(
     config: MemoryConfig | None = None,
     weight_dtype: str | None = None,
 ) -> Any:
-    """Give a pretrained decoder a memory of constant size, in place of a cache that grows, without training.
+    """Replace the growing KV cache of a pretrained decoder by a memory of constant size, without training.
 
-    Each key/value head keeps the first `num_sinks` tokens and the last `window` ones exactly. What leaves
-    the window is merged into `num_slots` slots. As long as nothing has been merged, the model computes what
-    it computed before. `forward` and `generate` are called as before; the cache is a `MemoryCache`.
+    Each key/value head keeps the first `num_sinks` and the last `window` tokens exactly. Tokens that leave
+    the window are merged into `num_slots` slots. Until the first merge, the outputs are those of the original
+    model. `forward` and `generate` are called as before; the cache is a `MemoryCache`.
 
     Args:
         model: a causal language model of transformers, such as `AutoModelForCausalLM` loads. Its attention
             must go through transformers' attention functions, without soft caps, sliding windows or learned
             sinks: Llama, Qwen2, Qwen3, Mistral (without `sliding_window`) and models like them. It is changed
             in place.
-        num_slots: slots per head: a number, or one for each layer and key/value head.
-        window: last tokens per head, a multiple of `chunk_size`, likewise.
+        num_slots: slots per head: one number, or one per layer and key/value head.
+        window: last tokens per head, a multiple of `chunk_size`: one number, or one per layer and head.
         num_sinks: first tokens per head.
-        chunk_size: tokens that are merged at a time.
-        merge: the rule by which the slots are learned, `"nearest"` or the paper's `"existing"`.
-        value_weight: the weight of distances between values relative to those between keys.
-        max_distance: how many tokens away queries see sinks and slots, at most, once a text is longer than
-            the model was trained for (its `max_position_embeddings`). None for a quarter of that, or for no
-            limit if it is not known how the model turns keys by their positions.
-        state_dtype: the format of the slots: `"float32"` (the default, needed for gradients), `"bfloat16"`
+        chunk_size: tokens merged at a time.
+        merge: update rule of the slots, `"nearest"` or the paper's `"existing"`.
+        value_weight: weight of distances between values relative to those between keys.
+        max_distance: largest distance, in tokens, at which queries see sinks and slots once a text exceeds
+            the trained length of the model (its `max_position_embeddings`). None for a quarter of that
+            length, or for no limit if the model's rotary frequencies are not known.
+        state_dtype: format of the slots: `"float32"` (the default, needed for gradients), `"bfloat16"`
             or `"int8"`, a half and 28 % of its bytes. A slot is rounded each time tokens are merged into it.
-        config: all of these in one object instead, such as `ovq.convert.load` and `probe` use.
-        weight_dtype: the format of weights on a CPU where kernels are compiled. `"int8"` or `"int4"` (the
-            output layer then in int8) take the place of the model's own, which are gone then: the model can
-            be neither saved nor trained. `"float32"` or `"bfloat16"` are a copy with which tokens are written
-            one by one. None or `"auto"` for the model's own. It is not saved.
+        config: all of the above in one object instead, as `ovq.convert.load` and `probe` use it.
+        weight_dtype: format of the weights on a CPU with compiled kernels. `"int8"` or `"int4"` (the output
+            layer then in int8) replace the model's own weights, after which it can be neither saved nor
+            trained. `"float32"` or `"bfloat16"` make a copy that is used for decoding. None or `"auto"` for
+            the model's own. It is not saved.
 
     Returns:
-        The model, whose class is now a subclass of its own with `make_cache` and `memory_config`.
+        The model itself; its class is now a subclass of its own class, with `ConvertedMixin`.
 
     Raises:
-        ValueError: a number out of range, or a model that cannot be converted; says why.
+        ValueError: a number out of range, or a model that cannot be converted (the message says why).
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -201,10 +201,10 @@ def attach(
 
 
 def load(folder: str | os.PathLike, *, weight_dtype: str | None = None, **options: Any) -> PreTrainedModel:
-    """Load a converted model: its weights, and its memory as it was set and probed.
+    """Load a converted model: its weights, and the saved settings of its memory.
 
-    The folder holds the model that was converted, whose config has one field more. So
-    `AutoModelForCausalLM.from_pretrained` loads it as well, with full attention.
+    The folder holds the original model with one more field in its config, so
+    `AutoModelForCausalLM.from_pretrained` loads it too, with full attention.
 
     Args:
         folder: where `save_pretrained` of a converted model, or `ovq convert`, has written.
@@ -237,7 +237,7 @@ def load(folder: str | os.PathLike, *, weight_dtype: str | None = None, **option
 
 
 def memory_config_in(folder: str | os.PathLike) -> MemoryConfig | None:
-    """The memory's config in the folder of a model; None if there is none.
+    """The `MemoryConfig` in the folder of a model; None if there is none.
 
     Raises:
         ValueError: a damaged config.
@@ -253,27 +253,27 @@ def memory_config_in(folder: str | os.PathLike) -> MemoryConfig | None:
 
 
 def set_weight_dtype(model: Any, weight_dtype: str | None) -> Any:
-    """The same converted model, whose weights are its own, with the format of weights that `attach` takes."""
+    """Apply `weight_dtype` (see `attach`) to a converted model with its own weights; returns the model."""
     model.weight_dtype = checked_weight_dtype(weight_dtype)
     if weight_dtype in PACKED and can_pack(model):
-        # Contexts are of the model, whatever its weights are rounded to.
+        # Contexts belong to the original model, whatever format its weights are rounded to.
         model.weights_digest = digest(weights_of(model.base_model))
         pack_(model, weight_dtype)
     return model
 
 
 def _empty(own_class: Any) -> Any:
-    """A converted model without any content, which pickle fills."""
+    """An uninitialised converted model, which pickle fills."""
     return object.__new__(_converted_class(own_class))
 
 
 @functools.cache
 def _converted_class(own_class: type[PreTrainedModel]) -> type:
-    """A subclass of a model's class, of the same name, so that it is saved as what it was."""
+    """A subclass of a model's class with the same name, so that the saved config names the original class."""
 
     @functools.wraps(own_class.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # Versions of transformers differ in the name of the cache; here both are good.
+        # Versions of transformers differ in the name of the cache argument; both are accepted.
         if kwargs.keys() & {"past_key_values", "cache"}:
             kwargs[CACHE_KEY] = one_of(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
         done = token_output(self, own_class, args, kwargs)
@@ -286,10 +286,10 @@ def _converted_class(own_class: type[PreTrainedModel]) -> type:
 
 
 def kv_heads(model: PreTrainedModel) -> list[int]:
-    """Key/value heads of each layer.
+    """Number of key/value heads of each layer.
 
     Raises:
-        ValueError: a model of another kind than decoders of one kind of attention.
+        ValueError: the model is not a decoder with full attention in every layer.
     """
     config, name = model.config, type(model).__name__
     if config.model_type == "ovq":
@@ -331,7 +331,7 @@ def kv_heads(model: PreTrainedModel) -> list[int]:
 
 
 def _with_cache(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Before a forward pass of the base model: make the cache that it would make, or check the one given."""
+    """Forward pre-hook of the base model: check the given cache, or make a `MemoryCache` if one is used."""
     names = list(inspect.signature(module.forward).parameters)
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     if (packed := packed_arguments(given)) is not None:
@@ -349,11 +349,7 @@ def _with_cache(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple
 
 
 def _checked(cache: Any, config: MemoryConfig) -> MemoryCache:
-    """The cache, of a model with as many layers and heads as the config has.
-
-    Raises:
-        ValueError: another one.
-    """
+    """`cache`; ValueError unless it is a `MemoryCache` with the layers and heads of the config."""
     if not isinstance(cache, MemoryCache):
         raise ValueError(
             f"expected a MemoryCache (model.make_cache()) as cache of a converted model, "
@@ -388,17 +384,17 @@ def _size(x: Tensor) -> float:
 
 
 def _difference(found: Tensor, before: Tensor) -> float:
-    """How far logits `[1, T, vocab_size]` are apart."""
+    """Root-mean-square difference of logits `[1, T, vocab_size]`; median over tokens for narrow dtypes."""
     change = found - before
     if change.dtype in _TOLERANCE:
         return _size(change)
-    # Rounding can turn a single token's logits into quite others, where the first token's huge activations
-    # are about to tip over: that of half of the tokens.
+    # The median, because rounding can change a single token's logits entirely where the huge activations of
+    # the first token are at a tipping point.
     return float(change.double().square().mean(-1).sqrt().quantile(0.5))
 
 
 def _check_equal(model: Any, before: Tensor) -> None:
-    """Raise ValueError unless the model computes what it did, as long as nothing has been merged."""
+    """Raise ValueError unless the logits equal those from before, as long as nothing has been merged."""
     num_kept = min(model.memory_config.num_sinks + min(map(min, model.memory_config.window)), _CHECK_TOKENS)
     name = type(model).__name__
     tolerance = _TOLERANCE.get(before.dtype, _TOLERANCE_OF_NARROW) * max(1.0, _size(before))

@@ -1,6 +1,6 @@
 """The attention function and the mask function that transformers calls in converted models.
 
-Rows that are packed into one have a memory each, for the length of the call.
+Sequences packed into one row get a memory each, for the duration of the call.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from ovq.convert.cache import MemoryLayer, layer_of
 from ovq.hf.packing import PACKING_KWARGS, packed_offsets
 from ovq.ops.checks import row_bounds
 
-#: The name under which the functions are registered.
+#: Name under which the functions are registered with transformers.
 IMPLEMENTATION = "ovq_memory"
 
-#: The attribute of a converted model's attention modules that says what the layer keeps.
+#: Attribute of a converted model's attention modules that holds the layer's `LayerConfig`.
 LAYER_CONFIG = "_ovq_layer_config"
 
-#: The keyword argument by which `memory_attention` learns how many tokens each packed row has.
+#: Keyword argument of `memory_attention` with the number of tokens of each packed row.
 ROW_LENGTHS = "_ovq_row_lengths"
 
 
@@ -40,22 +40,22 @@ def memory_attention(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention to what a layer remembers and to the new tokens, in the signature that transformers calls.
+    """Attention over a layer's memory and the new tokens, with the signature of transformers.
 
     Args:
         module: the attention module.
         query: `[B, H, T, K]`. key: `[B, Hkv, T, K]`. value: `[B, Hkv, T, V]`.
         attention_mask: `[B, T]`, which of the new tokens are real; None for all.
         scaling: factor of the scores; None for `K ** -0.5`.
-        dropout: must be 0. sliding_window, softcap, s_aux: must be None: windows, soft caps and sinks of
-            models are not supported.
-        kwargs: what models pass besides; of these, `ROW_LENGTHS` says how many tokens packed rows have.
+        dropout: must be 0. sliding_window, softcap, s_aux: must be None; a model's own windows, soft caps
+            and learned sinks are not supported.
+        kwargs: other arguments that models pass; only `ROW_LENGTHS` is used.
 
     Returns:
-        `[B, T, H, V]`, and None in the place of attention weights.
+        `[B, T, H, V]`, and None instead of attention weights.
 
     Raises:
-        ValueError: what the memory cannot do.
+        ValueError: an argument that the memory does not support.
     """
     for name, found in (("sliding_window", sliding_window), ("softcap", softcap), ("s_aux", s_aux)):
         if found is not None:
@@ -96,11 +96,11 @@ def memory_mask(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """Which of the new tokens are real, `[B, T]`, or None for all, in the signature that transformers calls.
+    """Mask `[B, T]` of the real new tokens, None if all are; with the signature of transformers.
 
     Raises:
-        ValueError: a mask other than causal with padding, as for a window or positions with gaps; or one with
-            other rows or too few columns.
+        ValueError: a mask that is not causal with padding, such as for a window or positions with gaps; or
+            one with a wrong number of rows or too few columns.
     """
     if mask_function is not causal_mask_function:
         raise ValueError(
@@ -119,19 +119,19 @@ def memory_mask(
 
 
 def packed_arguments(given: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The arguments of a base model's `forward` where rows are packed into one; None where none are.
+    """Arguments of the base model's `forward` for a call with packed rows; None if no rows are packed.
 
     Args:
-        given: those of the call, by name: `cu_seqlens`, `PACKING_KWARGS` and restarting `position_ids`, as
-            models of `ovq.hf` take them.
+        given: arguments of the call by name. `cu_seqlens`, `PACKING_KWARGS` and restarting `position_ids`
+            describe packing, as in models of `ovq.hf`.
 
     Raises:
-        ValueError: packed rows with a mask or a cache, in a batch of several, or that contradict each other.
+        ValueError: packed rows with a mask or a cache, in a batch of several, or contradictory offsets.
     """
     names = ("input_ids", "inputs_embeds")
     inputs = next((given[name] for name in names if given.get(name) is not None), None)
     if inputs is None:
-        # The model says that it has nothing to read.
+        # The model itself raises the error for missing inputs.
         return None
     positions, has_mask = given.get("position_ids"), given.get("attention_mask") is not None
     offsets = packed_offsets(given.get("cu_seqlens"), positions, given, inputs=inputs, is_continued=has_mask)
@@ -150,7 +150,7 @@ def packed_arguments(given: Mapping[str, Any]) -> dict[str, Any] | None:
     if positions is None:
         positions = torch.cat([torch.arange(num, device=inputs.device) for num in lengths])[None]
     others = {name: x for name, x in given.items() if name not in {"cu_seqlens", *PACKING_KWARGS}}
-    # With a mask of no padding, transformers makes no mask of its own from the positions.
+    # Given a mask without padding, transformers derives none from the positions.
     mask = torch.ones(1, num_tokens, dtype=torch.int64, device=inputs.device)
     own = {"position_ids": positions, "attention_mask": mask, "use_cache": False}
     return others | own | {ROW_LENGTHS: [num for num in lengths if num]}

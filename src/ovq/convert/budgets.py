@@ -1,4 +1,4 @@
-"""`allocate`: which head gets which budget, when the sum of rows is given."""
+"""`allocate`: distribute a total number of rows over heads so that the sum of their losses is small."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from torch import Tensor
 
 
 def allocate(losses: Tensor, rows: Sequence[int], total: float) -> list[int]:
-    """For each head an option, so that the sum of losses is small and the sum of rows at most `total`.
+    """One option per head, chosen greedily for a small sum of losses with at most `total` rows.
 
-    Starts with the fewest rows for every head. Then it makes, again and again, the change that lowers the
-    loss by most per row, as long as there are rows left.
+    Starts with the fewest rows for every head. Then it repeatedly makes the change that lowers the loss most
+    per row, while rows are left.
 
     Args:
-        losses: `[heads, options]` what each head loses by each option.
-        rows: the rows that each option takes.
-        total: most rows of all heads together.
+        losses: `[heads, options]` loss of each head with each option.
+        rows: rows that each option takes.
+        total: largest number of rows of all heads together.
 
     Returns:
-        The index of an option per head.
+        Index of an option per head.
 
     Raises:
-        ValueError: if even the options of fewest rows take more than `total`.
+        ValueError: if even the smallest options take more than `total`.
 
     Example:
         >>> losses = torch.tensor([[9.0, 1.0, 0.0], [1.0, 0.9, 0.8]])
@@ -36,13 +36,13 @@ def allocate(losses: Tensor, rows: Sequence[int], total: float) -> list[int]:
 
 
 def changes(losses: Tensor, rows: Sequence[int], total: float) -> Iterator[tuple[int, int]]:
-    """The heads with their first options, and then each change that `allocate` makes: a head, and its next.
+    """The steps of `allocate` as pairs (head, option): first the start of every head, then each change.
 
-    A loss that is not known may be given as 0, which no loss is below. Its option is then taken no later than
-    it would be, so as long as it is not taken, all changes are those of the true losses.
+    An unknown loss may be given as its lower bound 0. Its option is then chosen no later than with the true
+    loss, so until it is chosen, all changes are those of the true losses.
 
     Raises:
-        ValueError: as there.
+        ValueError: as `allocate`.
     """
     fewest = min(rows)
     cheapest = [i for i, r in enumerate(rows) if r == fewest]
@@ -61,7 +61,7 @@ def changes(losses: Tensor, rows: Sequence[int], total: float) -> Iterator[tuple
         gain = table.gather(1, current[:, None]) - table
         rate = gain / more.clamp(min=1e-9)
         is_possible = (gain > 0) & (more <= left)
-        # A better option of no more rows is taken at once.
+        # A better option that takes no more rows comes first.
         rate = torch.where((more <= 0) & (gain > 0), torch.inf, rate).masked_fill(~is_possible, -torch.inf)
         best = int(rate.argmax())
         head, option = divmod(best, len(rows))

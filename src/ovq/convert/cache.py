@@ -1,7 +1,7 @@
 """`MemoryCache`: the cache of a converted model, of constant size, for transformers.
 
-transformers calls `Cache.update` before the attention function. A layer here only hands the new keys and
-values on, marked as its own; the attention function finds the memory by that mark and reads and updates it.
+transformers calls `Cache.update` before the attention function. A layer here only passes the new keys and
+values on, marked as its own; the attention function finds the memory by that mark, then reads and updates it.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _MARK = "_ovq_memory_layer"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeadMemories(Memory):
-    """States that are lists of `HeadMemory`, one for each group of heads with equal budgets.
+    """Handles states that are lists of `HeadMemory`, one per group of heads with equal budgets.
 
-    A layer that owns such a list changes the memories in it, see `MemoryLayer.branch`.
+    A layer that owns such a list changes its memories in place, see `MemoryLayer.branch`.
 
     Attributes:
-        config: what the layer keeps.
-        observer: who is told of what an empty memory reads and merges from then on, see `HeadMemory`.
+        config: sizes and settings of the layer.
+        observer: makes the observer of each new memory, see `HeadMemory`.
     """
 
     kind: str = "sinks, windows and slots"
@@ -41,7 +41,7 @@ class HeadMemories(Memory):
     observer: Callable[[Budget], Observer] | None = dataclasses.field(default=None, compare=False)
 
     def empty(self, k: Tensor, v: Tensor) -> list[HeadMemory]:
-        """The memory of rows that have read nothing, for keys `[B, Hkv, T, K]` and values like these."""
+        """Empty memories for keys like `k` `[B, Hkv, T, K]` and values like `v` (sizes, dtype, device)."""
         made = []
         for budget in self.config.budgets:
             own_k, own_v = (x[:, : len(budget.heads)] for x in (k, v))
@@ -63,7 +63,7 @@ class HeadMemories(Memory):
         }
 
     def spec(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> StateSpec:
-        """The tensors of a row, whose keys and values have as many components as those among `tensors`."""
+        """Shapes and dtypes of one row's tensors; the sizes K and V are taken from `tensors`."""
         found = [tensors.get(f"0.recent_{name}") for name in ("keys", "values")]
         sizes = [0 if x is None or x.dim() != 4 else x.shape[3] for x in found]
         heads = self.config.num_kv_heads
@@ -92,7 +92,7 @@ class HeadMemories(Memory):
         return [memory.detached() for memory in state]
 
     def concatenate(self, states: Sequence[list[HeadMemory]], num_missing: Sequence[int]) -> list[HeadMemory]:
-        """See `Memory.concatenate`. A row remembers what it did, wherever the others are."""
+        """See `Memory.concatenate`. Padding does not matter: memories hold no padding columns."""
         return [HeadMemory.joined(memories) for memories in zip(*states, strict=True)]
 
     def without_columns(self, state: list[HeadMemory], num_dropped: int, num_left: int) -> list[HeadMemory]:
@@ -102,11 +102,11 @@ class HeadMemories(Memory):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Recorded:
-    """What a layer keeps so that its last tokens can be taken out again.
+    """What a layer keeps so that its last tokens can be cropped.
 
     Attributes:
-        num_columns: those that were read before.
-        before: copies of the memories before the first call that merged, or brought rows nearer.
+        num_columns: columns read before recording.
+        before: copies of the memories before the first recorded call that merged or re-positioned.
         tokens: keys and values `[1, Hkv, T, D]` of the real tokens from that call on; None if there was none.
     """
 
@@ -122,15 +122,15 @@ class MemoryLayer(OVQCacheLayer):
 
     def __init__(self, config: LayerConfig) -> None:
         super().__init__(HeadMemories(config=config))
-        # Whether keys are on their way to the attention function.
+        # Whether keys were passed on that the attention function has not received yet.
         self.has_staged = False
-        # Whether another layer holds the same memories.
+        # Whether another layer shares the memories.
         self._is_shared = False
         self._recorded = Recorded(0)
 
     @property
     def config(self) -> LayerConfig:
-        """What the layer keeps."""
+        """Sizes and settings of the layer."""
         return self.memory.config
 
     @property
@@ -144,10 +144,7 @@ class MemoryLayer(OVQCacheLayer):
         return 0 if self.state is None else len(self.state[0].filled)
 
     def branch(self, config: LayerConfig | None = None) -> MemoryLayer:
-        """A layer that has read the same and goes on by itself, with another config if one is given.
-
-        Whichever of the two reads next copies the memories.
-        """
+        """An independent layer with the same content, optionally with another config (copy on write)."""
         other = copy.copy(self)
         self._is_shared = other._is_shared = True
         if config is not None:
@@ -155,7 +152,7 @@ class MemoryLayer(OVQCacheLayer):
         return other
 
     def own_(self) -> list[HeadMemory]:
-        """The memories, which no other layer holds afterwards."""
+        """The memories, copied first if another layer shares them."""
         if self._is_shared:
             self.state, self._is_shared = [memory.clone() for memory in self.state], False
         return self.state
@@ -163,7 +160,7 @@ class MemoryLayer(OVQCacheLayer):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices`, in their order."""
         super().batch_select_indices(indices)
-        # They are copies.
+        # The selected rows are copies.
         self._is_shared, self._recorded = False, Recorded(self.num_columns)
 
     def reset(self) -> None:
@@ -177,20 +174,20 @@ class MemoryLayer(OVQCacheLayer):
         self.record_past, self._recorded = True, Recorded(self.num_columns)
 
     def can_record(self, num_new: int) -> bool:
-        """Whether so many tokens that a kernel reads can be taken out again, if they are to be."""
+        """Whether a kernel may read `num_new` tokens: they can be cropped later, or nothing is recorded."""
         if not self.record_past or not self._changes_after(num_new):
             return not self.record_past or self._recorded.tokens is None
-        # What was read is found among the last tokens.
+        # `record_read` then finds the tokens among the last ones of the window.
         kept = min(memory.budget.window - memory.budget.chunk_size for memory in self.state)
         return self._recorded.tokens is None and self.num_rows == 1 and num_new <= kept
 
     def copies_before(self, num_new: int) -> list[HeadMemory]:
-        """Copies of the memories, where they are needed to take the next tokens out again."""
+        """Copies of the memories if cropping the next tokens will need them, else an empty list."""
         is_needed = self.record_past and self._changes_after(num_new)
         return [memory.clone() for memory in self.state] if is_needed else []
 
     def record_read(self, before: list[HeadMemory], num_new: int) -> None:
-        """Keep these copies with the last tokens, which a kernel has read since."""
+        """Record the copies `before` with the last `num_new` tokens, which a kernel has read since."""
         if not before:
             return
         heads = [head for memory in self.state for head in memory.budget.heads]
@@ -205,13 +202,13 @@ class MemoryLayer(OVQCacheLayer):
         self._recorded = Recorded(self._recorded.num_columns, before, (k, v))
 
     def _changes_after(self, num_new: int) -> bool:
-        """Whether so many tokens change anything but the places after those in use."""
+        """Whether `num_new` tokens cause a merge or re-positioning, which `HeadMemory.drop_` cannot undo."""
         return num_new >= self.until_turn() or any(
             max(memory.filled) + num_new >= memory.budget.num_exact for memory in self.state
         )
 
     def _record(self, k: Tensor, v: Tensor, num_new: int) -> None:
-        """Keep what is needed to take the tokens `[1, Hkv, T, K]` of `num_new` new columns out again."""
+        """Keep what is needed to crop the tokens `[1, Hkv, T, K]` of `num_new` new columns."""
         recorded = self._recorded
         if recorded.tokens is not None:
             keys, values = recorded.tokens
@@ -226,12 +223,12 @@ class MemoryLayer(OVQCacheLayer):
 
     @torch.no_grad()
     def crop(self, tokens_to_remove: int) -> None:
-        """Take the last `-tokens_to_remove` tokens out again, of those read since the last crop.
+        """Remove the last `-tokens_to_remove` of the tokens read since the last crop.
 
         Raises:
             ValueError: more tokens than were recorded, a number above 0, or more than one row.
         """
-        # Earlier versions of transformers give a tensor, to which the tokens of later calls would be added.
+        # Earlier versions of transformers pass a tensor: `+=` on the column count would change it in place.
         tokens_to_remove = int(tokens_to_remove)
         recorded, num_left = self._recorded, self.num_columns + tokens_to_remove
         num_recorded = self.num_columns - recorded.num_columns if self.record_past else 0
@@ -252,10 +249,10 @@ class MemoryLayer(OVQCacheLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Hand keys and values on to the attention function, marked as those of this layer.
+        """Pass keys and values on to the attention function, marked as belonging to this layer.
 
         Raises:
-            ValueError: the keys handed on before have not reached the attention function of this package.
+            ValueError: the keys passed on before have not reached the attention function of this package.
         """
         if self.has_staged:
             raise ValueError(
@@ -268,7 +265,7 @@ class MemoryLayer(OVQCacheLayer):
         return key_states, value_states
 
     def learn(self, k: Tensor, v: Tensor) -> None:
-        """Read tokens `[B, Hkv, T, K]`, `[B, Hkv, T, V]` without queries, all of them real.
+        """Read keys `[B, Hkv, T, K]` and values `[B, Hkv, T, V]` of real tokens, without queries.
 
         Raises:
             ValueError: as `attend`.
@@ -284,7 +281,7 @@ class MemoryLayer(OVQCacheLayer):
             self.bring_nearer(now)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """Outputs `[B, H, T, V]` of new tokens, which the layer then remembers.
+        """Attention outputs `[B, H, T, V]` of new tokens, which are added to the memory.
 
         Args:
             q: `[B, H, T, K]` queries, scaled. k: `[B, Hkv, T, K]`. v: `[B, Hkv, T, V]`.
@@ -295,7 +292,7 @@ class MemoryLayer(OVQCacheLayer):
         """
         self.has_staged = False
         if self.record_past and (cut := q.shape[2] - MOST_CROPPED) > 0:
-            # Of a long prompt, only the last tokens.
+            # Only the last tokens of a long prompt are recorded.
             masks = [None, None] if mask is None else [mask[:, :cut], mask[:, cut:]]
             self.record_past = False
             first = self.attend(q[:, :, :cut], k[:, :, :cut], v[:, :, :cut], masks[0])
@@ -308,7 +305,7 @@ class MemoryLayer(OVQCacheLayer):
         lengths = [q.shape[2]] * len(q) if mask is None else mask.sum(-1).tolist()
         order = None
         if mask is not None:
-            # Real tokens first; where none is missing, this changes nothing.
+            # Real tokens first; without padding, this changes nothing.
             order = (~mask).byte().argsort(dim=-1, stable=True)
             q, k, v = (_take(x, order) for x in (q, k, v))
         if self.record_past and len(k) == 1:
@@ -316,7 +313,7 @@ class MemoryLayer(OVQCacheLayer):
         if self.config.key_exponents is not None:
             per_head = q.shape[1] // self.config.num_kv_heads
             factor = key_factors(self.config.key_exponents, k)
-            # By powers of 2, so that scores do not change, bit by bit.
+            # The factors are powers of 2, so scores stay bit-identical.
             q, k = q / factor.repeat_interleave(per_head, 0), k * factor
         learned = {"temperature": self.config.slot_temperature, "bias": self.config.slot_bias}
         factors = {
@@ -325,7 +322,7 @@ class MemoryLayer(OVQCacheLayer):
         }
 
         def outputs(lengths: Sequence[int], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            """Of tokens after which, at the earliest, something is brought nearer."""
+            """Outputs of tokens up to the next re-positioning."""
             o = advance(parts, k, v, lengths, q=q, **factors)
             assert o is not None
             return o
@@ -349,9 +346,9 @@ class MemoryLayer(OVQCacheLayer):
         return o if order is None else _take(o, order.argsort(-1))
 
     def _check(self, k: Tensor, v: Tensor, q: Tensor | None = None) -> None:
-        """Raise ValueError unless tokens are of the model and the rows whose memory this is.
+        """Raise ValueError unless heads, rows and sizes of the tokens are those of the memory.
 
-        Compiled kernels would read and write beyond the tensors.
+        Otherwise compiled kernels would read and write out of bounds.
         """
         num_heads = self.config.num_kv_heads
         if k.shape[1] != num_heads or v.shape[:3] != k.shape[:3]:
@@ -377,20 +374,20 @@ class MemoryLayer(OVQCacheLayer):
             )
 
     def begin(self, k: Tensor, v: Tensor) -> list[tuple[HeadMemory, tuple[int, ...]]]:
-        """The memories, into which keys and values like these are read next, and the heads of each."""
+        """The memories with their heads, created on first use with the sizes of `k` and `v`."""
         if self.state is None:
             self.set_state(self.memory.empty(k, v), 0)
         return [(memory, memory.budget.heads) for memory in self.own_()]
 
     def until_turn(self) -> float:
-        """The fewest tokens until something is brought nearer in a row."""
+        """Fewest tokens until a row is re-positioned; inf if that never happens."""
         reach = self.config.reach
         if reach is None or self.state is None:
             return math.inf
         return min(reach.until_turn(self.state[0].num_read(row)) for row in range(self.num_rows))
 
     def _parts(self, lengths: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
-        """Tokens of each row that are done, and how many are next until something is brought nearer."""
+        """Pairs, per row, of the tokens done and the next tokens up to a re-positioning."""
         reach, done = self.config.reach, [0] * len(lengths)
         while done != list(lengths):
             now = [n - d for n, d in zip(lengths, done, strict=True)]
@@ -401,7 +398,7 @@ class MemoryLayer(OVQCacheLayer):
             done = [d + n for d, n in zip(done, now, strict=True)]
 
     def bring_nearer(self, now: Sequence[int]) -> None:
-        """Bring nearer what has come to lie too far away in rows that have just read `now` tokens each."""
+        """Re-position sinks and slots that are too far away, in rows that have just read `now` tokens."""
         reach, first = self.config.reach, self.state[0]
         if reach is None:
             return
@@ -419,10 +416,10 @@ class MemoryLayer(OVQCacheLayer):
 
 
 class MemoryCache(StateCache):
-    """The cache of a converted model: its size does not depend on the number of tokens read.
+    """The cache of a converted model; its size does not depend on the number of tokens read.
 
     Args:
-        config: what the layers keep. Or use `model.make_cache()`.
+        config: sizes and settings of the layers. `model.make_cache()` passes the model's.
 
     Example:
         >>> config = MemoryConfig.uniform(num_layers=2, num_kv_heads=1, num_slots=8, window=16, chunk_size=8)
@@ -438,10 +435,10 @@ class MemoryCache(StateCache):
 
     @classmethod
     def concatenate(cls, caches: Sequence[MemoryCache], config: Any = None) -> MemoryCache:
-        """The rows of several caches in one, see `StateCache.concatenate`.
+        """One cache with the rows of several, see `StateCache.concatenate`.
 
         Raises:
-            ValueError: as there; also memories of different sizes or settings.
+            ValueError: as there; also for memories of different sizes or settings.
 
         Example:
             >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -464,15 +461,15 @@ class MemoryCache(StateCache):
 
 
 def layer_of(keys: Tensor) -> MemoryLayer | None:
-    """The layer that has handed on these keys; None if no cache has."""
+    """The layer whose `update` passed these keys on; None without a cache."""
     return getattr(keys, _MARK, None)
 
 
 def key_factors(exponents: Sequence[Sequence[int]], k: Tensor) -> Tensor:
-    """Factors `[Hkv, 1, K]` of keys like `k`, before distances between them are compared."""
+    """Factors `2 ** exponent` `[Hkv, 1, K]` that scale keys for distances; dtype and device of `k`."""
     return torch.exp2(torch.tensor(exponents, dtype=torch.float32, device=k.device))[:, None].to(k.dtype)
 
 
 def _take(x: Tensor, order: Tensor) -> Tensor:
-    """Tokens of `x` `[B, H, T, D]` in the order `[B, T]`."""
+    """Tokens of `x` `[B, H, T, D]` gathered by the indices `order` `[B, T]`."""
     return x.gather(2, order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))

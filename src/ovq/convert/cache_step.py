@@ -1,4 +1,4 @@
-"""The memories of a cache as kernels take them that do whole layers (`HeadsStep`)."""
+"""Memories of a cache in the form that the whole-layer kernels take (`HeadsStep`)."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from ovq.convert.memory import HeadMemory
 from ovq.ops.backends.cpu.layer import HeadsLayer, HeadsStep
 from ovq.ops.backends.cpu.memory import HeadGroup
 
-#: More tokens of all rows than this are not written ones. Mirrored by `FEW_ROWS` of step.h.
+#: Most tokens, over all rows, that count as decoding; more are a prompt. Mirrored by `FEW_ROWS` of step.h.
 MOST_ROWS = 32
 
-# Tokens of a prompt, of all rows, in a call: what is made of them fits into the caches beside the weights.
+# Prompt tokens per call, over all rows: few enough that activations and weights fit into the CPU's caches.
 _PIECE = 512
 
 
 class CacheStep:
-    """The memories of a cache as kernels take them, from one token to the next."""
+    """The kernel arguments for the memories of a cache, reused from one decoding step to the next."""
 
     def __init__(self, cache: MemoryCache, layers: Sequence[HeadsLayer]) -> None:
         self._memories = [memory for layer in cache.layers for memory in layer.own_()]
@@ -37,7 +37,7 @@ class CacheStep:
         self._num_tokens = 1
 
     def is_current(self, cache: MemoryCache) -> bool:
-        """Whether the cache still has these memories, and they their tensors."""
+        """Whether the cache still has the same memories, and these the same tensors."""
         memories = [memory for layer in cache.layers for memory in layer.state]
         if len(memories) != len(self._memories):
             return False
@@ -55,7 +55,7 @@ class CacheStep:
         return True
 
     def run(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """`[B, T, D]` through the layers, with angles `[B or 1, T, K]`; the memories have read the tokens."""
+        """Outputs `[B, T, D]` of the layers, with rotary `cos`, `sin` `[B or 1, T, K]`; updates memories."""
         rows, num, _ = x.shape
         before = [layer.copies_before(num) for layer in self._layers]
         if num != self._num_tokens:
@@ -81,9 +81,9 @@ class CacheStep:
 def read_pieces(
     cache: MemoryCache, layers: Sequence[HeadsLayer], x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """What `CacheStep.run` does, for any number of tokens `[B, T, D]` in float32, piece by piece.
+    """`CacheStep.run` for any number of tokens `[B, T, D]` in float32, in pieces.
 
-    The cache has read nothing yet, or as much in all layers. It keeps keys in `dtype`.
+    All layers of the cache must have read equally many tokens, or none. It keeps keys in `dtype`.
     """
     rows, num, _ = x.shape
     is_rough = rows * num > MOST_ROWS and layers[0].q.factors is not None
@@ -113,13 +113,13 @@ def read_pieces(
 
 
 def _pieces(cache: MemoryCache, num_rows: int, num: int) -> Iterator[list[slice]]:
-    """Tokens to be read one after the other, two pieces side by side, if they are many.
+    """Ranges of tokens to read in turn; a long range is split into two pieces that run side by side.
 
-    After them, at the latest, something is brought nearer.
+    No range goes beyond the next re-positioning.
     """
     done, most = 0, 2 * max(1, _PIECE // num_rows)
     while done < num:
-        # All layers turn at the same places.
+        # All layers re-position after the same tokens.
         end = done + int(min(num - done, most, cache.layers[0].until_turn()))
         middle = (done + end) // 2
         is_many = (middle - done) * num_rows > MOST_ROWS
@@ -133,16 +133,16 @@ def _put_angles(step: HeadsStep, cos: Tensor, sin: Tensor, num_rows: int, num: i
 
 
 def _now_and_next(memory: HeadMemory) -> list[list[int]]:
-    """Slots in use of each row now, and after the next merge."""
+    """Number of slots in use, per row: now, and after the next merge."""
     budget = memory.budget
     return [[budget.num_open(num + more) for more in (0, budget.chunk_size)] for num in memory.num_merged]
 
 
 def _groups(layer: MemoryLayer, of: HeadsLayer, num: int) -> list[HeadGroup]:
-    """The heads of a layer as kernels take them, to read `num` tokens of each row."""
+    """Kernel arguments of a layer's groups of heads, for reading `num` tokens per row."""
     config, dim = layer.config, of.head_dim
     lengths = [num] * layer.num_rows
-    # The kernel puts in its own queries, keys and values.
+    # Placeholders: the kernel computes queries, keys and values itself.
     k = layer.state[0].recent_keys.new_empty(layer.num_rows, config.num_kv_heads, 1, dim)
     given: dict[str, Any] = {
         "k": k,
@@ -163,7 +163,7 @@ def _groups(layer: MemoryLayer, of: HeadsLayer, num: int) -> list[HeadGroup]:
 
 
 def _factors(configs: Sequence[LayerConfig], dim: int) -> list[Tensor | None]:
-    """`[Hkv, K]` of each layer, by which keys are multiplied, or None."""
+    """Factors of the keys `[Hkv, K]`, per layer; None for 1."""
     like = torch.empty(1, 1, 1, dim, dtype=torch.float32, device="cpu")
     return [None if x.key_exponents is None else key_factors(x.key_exponents, like)[:, 0] for x in configs]
 

@@ -1,9 +1,9 @@
-"""`Captures`: what a model's heads do with texts, each of which is read once.
+"""`Captures`: queries, keys, values, outputs and gradients of all heads on texts, each read once.
 
-`capture` reads a text with full attention and goes back once through the model, for the gradient of the loss
-with respect to the output of every head. `probe` and `fitted_bias` ask for each text several times, so what
-was found is kept in a temporary folder and not in memory: of the tokens whose prediction counts, queries and
-outputs in float32 and gradients, of all tokens keys and values.
+`capture` runs one forward pass with full attention and one backward pass, for the gradient of the loss with
+respect to the output of every head. `probe` and `fitted_bias` need each text several times, so the results
+are kept on disk, in a temporary folder: keys and values of all tokens; float32 queries and outputs, and
+gradients, of the tokens whose prediction counts.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from ovq.ops.sums import state_dtype
 from ovq.runtime.files import TemporaryFolder
 
 _IMPLEMENTATION = "ovq_probe"
-# Logits are computed for so many tokens at a time.
+# Tokens whose logits are computed at a time.
 _TOKENS_AT_ONCE = 256
-# Only the answers to queries in this last part of a text count: before, little is merged.
+# Only queries in this last part of a text count: before, little is merged.
 _LAST_PART = 1 / 3
 _TENSORS = ("q", "k", "v", "o", "g")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Captured:
-    """A layer on a text, from the first token on whose prediction counts: t of T tokens.
+    """One layer on a text of T tokens; queries are those of the last t, from the first counted token on.
 
     Attributes:
         q: `[1, H, t, K]` queries, scaled. k: `[1, Hkv, T, K]`. v: `[1, Hkv, T, V]`.
-        o: `[1, H, t, V]` outputs. g: `[1, H, t, V]` their gradients.
-        num_targets: tokens whose prediction counts.
+        o: `[1, H, t, V]` outputs. g: `[1, H, t, V]` gradients of the loss with respect to `o`.
+        num_targets: number of tokens whose prediction counts.
     """
 
     q: Tensor
@@ -53,16 +53,16 @@ class Captured:
 
 
 class Captures:
-    """What the heads of a model do with texts; each is read when it is first asked for.
+    """Captured tensors of a model's heads on texts; a text is read when first requested.
 
-    It is kept in a temporary folder (see `tempfile.gettempdir`), which goes with this object or at the end of
-    the block, or, if the process is killed, when another one makes its own. For SmolLM2-135M and texts of
-    which the last third counts these are 81 KB per token.
+    They are kept in a temporary folder (see `tempfile.gettempdir`), which is deleted with this object or at
+    the end of the `with` block; that of a killed process, when another process makes its own. SmolLM2-135M
+    takes 81 KB per token if the last third of each text counts.
 
     Args:
-        model: as for `probe`; it is as before afterwards.
-        progress: called after each layer, with how many there have been so far; a text passes each three
-            times (before the tokens that count, there, and back).
+        model: as for `probe`; unchanged afterwards.
+        progress: called after each layer with the number of layer passes so far; a text passes each layer
+            three times (prefix forward, counted tokens forward, backward).
 
     Attributes:
         model: the same.
@@ -90,20 +90,20 @@ class Captures:
         self._folder.cleanup()
 
     def of(self, text: Tensor, mask: Tensor | None = None, seed: int = 0) -> list[Captured]:
-        """All layers on a text.
+        """The captured tensors of all layers on a text.
 
         Args:
             text: `[T]` token ids.
-            mask: `[T]` bool, the tokens whose prediction matters, None for all of the last third. With a mask
-                the loss is that on the text itself and not on tokens drawn from the model.
-            seed: of those.
+            mask: `[T]` bool, the tokens whose prediction counts; None for the last third. With a mask, the
+                loss is on the tokens of the text, otherwise on tokens sampled from the model.
+            seed: seed of the sampled tokens.
 
         Raises:
             OSError: no room in the temporary folder.
         """
         path = self.read(text, mask, seed)
         num_layers, num_targets = self._numbers[path.name]
-        # Read anew also the first time, so that memory is freed, and nothing depends on how often it is read.
+        # Loaded from disk the first time too, so that memory is freed and every call returns the same.
         tensors = load_file(path, device=str(self.model.device))
         return [
             Captured(**{n: tensors[f"{n}{i}"] for n in _TENSORS}, num_targets=num_targets)
@@ -111,7 +111,7 @@ class Captures:
         ]
 
     def read(self, text: Tensor, mask: Tensor | None = None, seed: int = 0) -> Path:
-        """Read a text, unless it has been read; the file that has what was found, as in `of`."""
+        """Path of the file with the tensors of a text, which is read if necessary; arguments as in `of`."""
         given = (text.tolist(), None if mask is None else mask.tolist(), seed)
         name = hashlib.sha256(repr(given).encode()).hexdigest()
         path = Path(self._folder.name) / name
@@ -124,7 +124,7 @@ class Captures:
 
 
 def counted(progress: Callable[[int], None] | None) -> Callable[[int], None]:
-    """To be called with how many more there are; calls `progress` with how many there have been."""
+    """A function that adds its argument to a total and calls `progress` with the total."""
     total = 0
 
     def add(num: int) -> None:
@@ -139,7 +139,7 @@ def counted(progress: Callable[[int], None] | None) -> Callable[[int], None]:
 def captures_of(
     model: PreTrainedModel, captures: Captures | None
 ) -> contextlib.AbstractContextManager[Captures]:
-    """Those that were given, which stay when the block ends, or new ones, which do not.
+    """Context manager: the given captures, kept at its end, or new ones, deleted at its end.
 
     Raises:
         ValueError: captures of another model.
@@ -160,8 +160,8 @@ def capture(
 ) -> list[Captured]:
     """Queries, keys, values, outputs and gradients of all layers on a text.
 
-    What comes before the first token on whose prediction counts is read first, without gradients: no later
-    gradient depends on those of earlier tokens.
+    The tokens before the first counted one are read first, without gradients, which later gradients do not
+    depend on.
     """
     calls: list[tuple[Tensor, ...]] = []
     ids = text[None].to(model.device)
@@ -173,7 +173,7 @@ def capture(
         targets = mask.to(model.device)[1:].nonzero()[:, 0]
         start = int(targets.min()) if len(targets) else start
     places = torch.arange(num_tokens, device=model.device)
-    # One for all layers, which autograd saves.
+    # One mask for all layers, as autograd saves it.
     causal = torch.zeros(num_tokens - start, num_tokens, dtype=state_dtype(model.dtype), device=model.device)
     causal = causal.masked_fill(places > places[start:, None], -torch.inf)
 
@@ -181,7 +181,7 @@ def capture(
         module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float | None = None, **kwargs: Any
     ) -> tuple[Tensor, None]:
         scale = q.shape[3] ** -0.5 if scaling is None else scaling
-        # In float32, because outputs with a memory, which are compared with these, are computed in it.
+        # In float32, like the outputs with a memory that these are compared with.
         wide_q, wide_k, wide_v = (x.to(state_dtype(x.dtype)) for x in (q, k, v))
         is_first = q.shape[2] == k.shape[2]
         exact = F.scaled_dot_product_attention(
@@ -229,9 +229,7 @@ def capture(
 def _gradient(
     model: PreTrainedModel, hidden: Tensor, places: Tensor, labels: Tensor | None, seed: int
 ) -> Tensor:
-    """Gradient `[1, t, hidden_size]` of the sum of the losses at some places, whose labels are drawn from the
-    model if there are none.
-    """
+    """Gradient `[1, t, hidden_size]` of the summed losses at `places`; without labels, tokens are sampled."""
     generator = torch.Generator(hidden.device).manual_seed(seed)
     output = model.get_output_embeddings()
     gradient = torch.zeros_like(hidden)

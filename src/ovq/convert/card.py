@@ -40,7 +40,7 @@ def converted_card(model: Any, *, original: str, name: str, how: str) -> str:
         model: what `attach` returned.
         original: the model's name on the hub, or its folder or file.
         name: that of the converted model.
-        how: how rows were shared out among heads.
+        how: how rows were allocated to heads.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -58,7 +58,7 @@ def converted_card(model: Any, *, original: str, name: str, how: str) -> str:
     is_on_hub = not Path(original).exists() and original.count("/") == 1
     return _CARD.format(
         name=name,
-        # Where it lay on somebody's disk is nobody's business.
+        # Without the local path, which is private.
         model=f"[{original}](https://huggingface.co/{original})" if is_on_hub else Path(original).name,
         base=f"\nbase_model: {original}" if is_on_hub else "",
         version=ovq.__version__,

@@ -1,4 +1,4 @@
-"""`advance`: memories of a layer read new tokens, by compiled kernels where these can."""
+"""`advance`: read new tokens into the memories of a layer, with compiled kernels where possible."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from ovq.ops.backends.cpu.memory import advance_memory
 
 
 def is_compiled(memories: Sequence[HeadMemory], k: Tensor, v: Tensor, *tensors: Tensor | None) -> bool:
-    """Whether compiled kernels can let memories read `tensors` (queries, and what is learned) with k and v.
+    """Whether compiled kernels support these memories, k, v and `tensors` (queries, temperatures, biases).
 
-    They know no gradients, and tell no observer.
+    They support neither gradients nor observers.
     """
     if memories[0].budget.merge not in KNOWN.merge or memories[0].observer is not None:
         return False
@@ -41,11 +41,11 @@ def advance(
     temperature: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor | None:
-    """`HeadMemory.attend` of several memories of a layer at once.
+    """`HeadMemory.attend` for all memories of a layer at once.
 
     Args:
-        parts: memories, each with its places among the key/value heads of k and v, of which each is in one.
-        k: `[B, Hkv, T, K]`. v: `[B, Hkv, T, V]`. q: `[B, H, T, K]`, scaled; None if nothing is read.
+        parts: memories with the indices of their key/value heads, which partition those of k and v.
+        k: `[B, Hkv, T, K]`. v: `[B, Hkv, T, V]`. q: `[B, H, T, K]`, scaled; None for no outputs.
         lengths: real tokens of each row, which come first.
         temperature: `[H]`, see `HeadMemory.attend`. bias: `[H]`.
 

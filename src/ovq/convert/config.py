@@ -1,4 +1,4 @@
-"""`MemoryConfig`: how large the memory of each key/value head of a converted model is, and how it is kept."""
+"""`MemoryConfig`: sizes and settings of the memory of each key/value head of a converted model."""
 
 from __future__ import annotations
 
@@ -21,49 +21,48 @@ from ovq.ops.options import (
 )
 from ovq.ops.schedule import grown_slots
 
-#: The field of a model's config in which a `MemoryConfig` is saved.
+#: Field of a model's config in which a `MemoryConfig` is saved.
 CONFIG_KEY = "ovq_memory"
 
-#: The shortest `trained_length`.
+#: Smallest `trained_length`.
 LEAST_LENGTH = 32
 
-# The power of masses in what edges are ranked by: weights of expected use say more than counts do.
+# Power of the masses in the rank of edges: weights of expected use carry more information than counts.
 MASS_POWER = 1.0
 
-# Keys are multiplied by powers of 2, which does not round as long as float16 can hold them.
+# Multiplying keys by powers of 2 does not round as long as float16 can hold them.
 _MOST_EXPONENT = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MemoryConfig:
-    """The memory of a converted model, for every layer and key/value head.
+    """Sizes and settings of a converted model's memory, for every layer and key/value head.
 
-    A head keeps `num_sinks + num_slots + window` rows of a key and a value each, whatever it has read.
+    A head keeps `num_sinks + num_slots + window` rows of a key and a value, however long the text is.
 
     Attributes:
         num_slots: slots per head, `num_slots[layer][head]`; 0 for a head that forgets what leaves its window.
-        window: last tokens that a head keeps exactly, the current one included; a multiple of `chunk_size`.
-            When as many are there, the oldest `chunk_size` of them are merged into the slots.
+        window: last tokens that a head keeps exactly, including the current one; a multiple of `chunk_size`.
+            When the window is full, its oldest `chunk_size` tokens are merged into the slots.
         num_sinks: first tokens of a text that every head keeps exactly.
-        chunk_size: tokens that are merged at a time.
-        merge: the rule by which the slots are learned, as in `ovq_attention`.
-        value_weight: the weight of distances between values relative to those between keys, where both have
-            a mean squared length of about 1; a number for all heads, or `value_weight[layer][head]`.
-        state_dtype: the format of the slots: `"float32"`, `"bfloat16"`, or `"int8"` with a step per slot.
-        key_exponents: `key_exponents[layer][head][i]`, where number i of a head's keys counts
-            `2 ** exponent` times as much as it is when distances are compared; None for 0. What a model
-            computes from keys does not depend on it: queries are divided by what keys are multiplied by.
-        token_use: `token_use[layer][head]`, numbers by which tokens are weighed when they are merged: as many
-            as a key and a value have, and one more (`ovq.convert.use`); None for equal weights.
-        slot_temperature: per layer and *query* head, the factor of the scores of slots that hold more than
-            one token; None for 1. Nothing here fits it, but models that were trained once converted
-            have it.
-        slot_bias: per layer and query head, what is added to these scores; None for 0.
-        trained_length: once a text is longer than this, sinks and slots that are far away are brought nearer,
-            since a model does badly at distances that it was not trained on. None for never; `attach` then
-            puts in what the model's config says, if it knows how the model turns keys.
-        max_distance: how many tokens away they are then, at most; None for a quarter of `trained_length`.
-        rotary_frequencies: how keys are turned, see `Reach`; `attach` puts them in.
+        chunk_size: tokens merged at a time.
+        merge: update rule of the slots, as in `ovq_attention`.
+        value_weight: weight of distances between values relative to those between keys, where both have
+            a mean squared length of about 1; one number, or `value_weight[layer][head]`.
+        state_dtype: format of the slots: `"float32"`, `"bfloat16"`, or `"int8"` with a scale per slot.
+        key_exponents: `key_exponents[layer][head][i]`: distances use component i of a head's keys times
+            `2 ** exponent`; None for 0. Scores do not depend on it, as queries are divided by the same
+            factors.
+        token_use: `token_use[layer][head]`, the K + V + 1 coefficients that give tokens their weights in
+            merges (`ovq.convert.use`); None for equal weights.
+        slot_temperature: per layer and *query* head, factor of the scores of slots with more than one token;
+            None for 1. Nothing here fits it; models trained after conversion have it.
+        slot_bias: per layer and query head, summand of these scores; None for 0.
+        trained_length: once a text is longer than this, far sinks and slots are re-positioned, because a
+            model does badly at distances that it was not trained on. None for never; `attach` then fills in
+            the length in the model's config if it knows the rotary frequencies.
+        max_distance: largest distance of re-positioned rows; None for a quarter of `trained_length`.
+        rotary_frequencies: rotary angles per position, see `Reach`; `attach` fills them in.
 
     Raises:
         ValueError: if a number is out of range, or the lists do not fit together.
@@ -146,14 +145,14 @@ class MemoryConfig:
     def uniform(
         cls, *, num_layers: int, num_kv_heads: int, num_slots: int, window: int, **fields: Any
     ) -> MemoryConfig:
-        """The same numbers of slots and window tokens for every head; `fields` are the other attributes."""
+        """A config with the same sizes for every head; `fields` are the other attributes."""
 
         slots, windows = ([[num] * num_kv_heads for _ in range(num_layers)] for num in (num_slots, window))
         return cls(num_slots=slots, window=windows, **fields)
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> MemoryConfig:
-        """The config that `to_dict` has written.
+        """The config from the output of `to_dict`.
 
         Raises:
             ValueError: if a field is unknown, missing or out of range.
@@ -169,12 +168,12 @@ class MemoryConfig:
             raise ValueError(f"{CONFIG_KEY}: expected lists of numbers ({error})") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON can hold them."""
+        """The fields, as JSON types."""
         return dataclasses.asdict(self)
 
     @property
     def num_layers(self) -> int:
-        """Layers."""
+        """Number of layers."""
         return len(self.num_slots)
 
     @property
@@ -185,7 +184,7 @@ class MemoryConfig:
 
     @property
     def reach(self) -> Reach | None:
-        """When and how far rows are brought nearer; None for never, also where it is not known how."""
+        """When and how far rows are re-positioned; None for never, or if the frequencies are not known."""
         if self.trained_length is None or self.rotary_frequencies is None:
             return None
         distance = self.trained_length // 4 if self.max_distance is None else self.max_distance
@@ -196,12 +195,12 @@ class MemoryConfig:
         )
 
     def layer(self, index: int) -> LayerConfig:
-        """What one layer keeps."""
+        """The config of one layer."""
         slots, windows, given = self.num_slots[index], self.window[index], self.value_weight
         weights = given[index] if isinstance(given, list) else [given] * len(slots)
         groups: dict[tuple[int, int, float], list[int]] = {}
         for head, (num, window, weight) in enumerate(zip(slots, windows, weights, strict=True)):
-            # Without slots nothing is compared.
+            # Without slots there are no distances, so the weight does not matter.
             groups.setdefault((num, window, weight if num else 1.0), []).append(head)
         return LayerConfig(
             budgets=tuple(
@@ -228,13 +227,12 @@ class MemoryConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What some key/value heads of a layer keep, each of them.
+    """Sizes and settings that some key/value heads of a layer have in common.
 
     Attributes:
-        heads: the key/value heads.
-        num_slots: slots. window: last tokens. num_sinks: first tokens.
-        chunk_size: tokens merged at a time. merge: by which rule. value_weight: see `MemoryConfig`.
-        state_dtype: likewise.
+        heads: indices of the key/value heads.
+        num_slots, window, num_sinks, chunk_size, merge, value_weight, state_dtype: as in `MemoryConfig`, per
+            head.
     """
 
     heads: tuple[int, ...]
@@ -248,11 +246,11 @@ class Budget:
 
     @property
     def num_exact(self) -> int:
-        """Rows for sinks and window."""
+        """Number of rows for sinks and window."""
         return self.num_sinks + self.window
 
     def num_open(self, num_merged: int) -> int:
-        """Slots in use once so many tokens are merged."""
+        """Number of slots in use after `num_merged` merged tokens."""
         if not self.num_slots or not num_merged:
             return 0
         sizes = {"num_slots": self.num_slots, "chunk_size": num_merged}
@@ -260,7 +258,7 @@ class Budget:
 
     @functools.cached_property
     def options(self) -> Options:
-        """The settings of the dictionary, which must have slots."""
+        """Options of the dictionary; there must be slots."""
         return Options(
             num_slots=self.num_slots,
             chunk_size=self.chunk_size,
@@ -275,15 +273,13 @@ class Budget:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerConfig:
-    """What a layer keeps.
+    """Sizes and settings of one layer.
 
     Attributes:
-        budgets: its key/value heads, those with equal budgets together.
-        num_kv_heads: key/value heads.
-        key_exponents: see `MemoryConfig`, of this layer. token_use: likewise.
-        slot_temperature: factor of the scores of slots of several tokens, per query head. slot_bias: what is
-            added to them.
-        reach: when and how far rows are brought nearer; None for never.
+        budgets: key/value heads grouped by equal sizes and settings.
+        num_kv_heads: number of key/value heads.
+        key_exponents, token_use, slot_temperature, slot_bias: those of `MemoryConfig` for this layer.
+        reach: when and how far rows are re-positioned; None for never.
     """
 
     budgets: tuple[Budget, ...]
@@ -295,10 +291,10 @@ class LayerConfig:
     reach: Reach | None = None
 
     def misfits(self, num_heads: int | None, key_dim: int, value_dim: int) -> Iterator[str]:
-        """In which fields there are not as many numbers as a model's heads need, in words.
+        """Error messages for the fields whose lengths do not fit the model's heads.
 
         Args:
-            num_heads: query heads; None where nothing is read.
+            num_heads: number of query heads; None for a call without queries.
             key_dim: components of a key. value_dim: of a value.
         """
         for name, expected in (("key_exponents", key_dim), ("token_use", key_dim + value_dim + 1)):
@@ -313,7 +309,7 @@ class LayerConfig:
 
 
 def check_heads(name: str, table: Sequence[Sequence[Any]], heads: list[int]) -> None:
-    """Raise ValueError, naming the argument, unless there are as many numbers as heads in each layer."""
+    """Raise ValueError, naming the argument, unless `table` has one entry per head of each layer."""
     if (found := list(map(len, table))) != heads:
         raise ValueError(f"{name}: expected numbers for {heads} key/value heads per layer, found {found}")
 
@@ -325,10 +321,10 @@ def _check_finite(name: str, numbers: Iterable[Any]) -> None:
 
 
 def as_table(name: str, value: int | Sequence[Sequence[int]], heads: list[int]) -> list[list[int]]:
-    """A number for all heads, or numbers `[layer][head]`, as numbers `[layer][head]`.
+    """One number for all heads, or a table, as a table `[layer][head]`.
 
     Raises:
-        ValueError: naming the argument, unless there are as many numbers as key/value heads.
+        ValueError: naming the argument, unless the table has one number per key/value head.
     """
     if isinstance(value, int):
         return [[value] * num for num in heads]

@@ -1,4 +1,4 @@
-"""What contexts (`ovq.hf.context`) of converted models hold, and how a file of one is checked."""
+"""The kind of contexts (`ovq.hf.context`) that converted models make, and the checks of their files."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ovq.convert.config import MemoryConfig
 from ovq.hf.context_file import KINDS, Kind, Tensors, check_names
 from ovq.ops.parts import check_tensors, of_rows
 
-#: The name of these contexts.
+#: Name of this kind of contexts.
 KIND = "converted"
 
 
 def _check(
     where: str, layers: Sequence[Tensors], config: MemoryConfig, dtype: torch.dtype, num_tokens: int
 ) -> None:
-    """Raise ValueError unless these tensors can be the memories of layers that have read so many tokens."""
+    """Raise ValueError unless the tensors can be memories of layers that have read `num_tokens` tokens."""
     for i, tensors in enumerate(layers):
         place = f"{where}: layer {i}"
         spec = of_rows(HeadMemories(config=config.layer(i)).spec(tensors, dtype), 1)

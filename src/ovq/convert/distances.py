@@ -1,14 +1,14 @@
-"""`Distances`: between which keys and values a head tells best, learned from texts without training.
+"""`Distances`: metrics for keys and values of each head, learned from texts without training.
 
-Two tokens should share a slot if the output of the head hardly changes by it, as far as the loss depends on
-that output. If the key of token i changes by d, the score of query t changes by q_t . d, its probability
-p_ti by as much times itself, the output by p_ti (q_t . d)(v_i - o_t), and the loss by the product of this
-with its gradient g_t. If the value changes by d, the loss changes by p_ti (g_t . d). So the mean squares of
+Two tokens should share a slot if that hardly changes the head's output in directions that the loss depends
+on. To first order, if the key of token i changes by d, the score of query t changes by q_t . d, the output by
+p_ti (q_t . d)(v_i - o_t), and the loss by the inner product of that with the gradient g_t of the output. If
+the value changes by d, the loss changes by p_ti (g_t . d). So the mean squares of
 
     (g_t . (v_i - o_t)) q_t   and   g_t,   weighted by p_ti,
 
-say how much each number of a key, and a value, matters [ours]. The squares of a key's numbers are taken one
-by one, because multiplying keys by powers of 2 and dividing queries by them changes no score, bit by bit.
+measure the importance of each key component, and of the value [ours]. The metric of keys is diagonal, because
+multiplying key components by powers of 2 and dividing queries by them leaves all scores bit-identical.
 """
 
 from __future__ import annotations
@@ -18,28 +18,27 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Queries compared at a time with all tokens.
+# Queries scored at a time against all tokens.
 _QUERIES = 256
-# Numbers of a key that matter less than the one that matters most by more than this are taken as if they
-# mattered so much.
+# Key exponents are at least the largest one of the head minus this.
 _RANGE = 5
 
 
 def far_attention(
     q: Tensor, k: Tensor, v: Tensor, *, o: Tensor, g: Tensor, num_sinks: int, num_recent: int
 ) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
-    """What queries see of tokens that may be in slots, some queries of a key/value head at a time.
+    """Attention to tokens that may be in slots, for a block of queries of one key/value head at a time.
 
     Args:
         q: `[1, H, t, K]` queries, scaled, of the last t tokens of a text. k: `[1, Hkv, T, K]` of all of them.
         v: `[1, Hkv, T, V]`. o: `[1, H, t, V]` outputs. g: `[1, H, t, V]` gradients of the loss.
-        num_sinks: first tokens, and num_recent: last ones before a query, itself included, that never are in
-            slots.
+        num_sinks: first tokens, never in slots. num_recent: last tokens up to a query, itself included, not
+            in slots yet.
 
     Yields:
-        The head; its queries `[G, n, K]` and their gradients `[G, n, V]`; the probabilities `[G, n, T]`, 0
-        for tokens that are not in slots; and g . (v - o) `[G, n, T]`, by how much the loss rises if a query
-        sees more of a token.
+        The head; its queries `[G, n, K]` and the gradients of their outputs `[G, n, V]`; the probabilities
+        `[G, n, T]`, 0 for tokens that are not in slots; and g . (v - o) `[G, n, T]`, the derivative of the
+        loss with respect to the score, divided by the probability.
     """
     heads, total = k.shape[1], k.shape[2]
     places = torch.arange(total, device=k.device)
@@ -57,7 +56,7 @@ def far_attention(
 
 
 class Distances:
-    """What matters to the key/value heads of a layer; texts are added one by one.
+    """Importance of key components and values for the key/value heads of a layer; texts are added one by one.
 
     Example:
         >>> generator = torch.Generator().manual_seed(0)
@@ -80,9 +79,9 @@ class Distances:
         self._num_targets = 1
 
     def start(self, k: Tensor, v: Tensor, *, num_targets: int) -> None:
-        """Begin with a text, k and v as for `far_attention`, of which the losses of so many tokens count.
+        """Begin a text with `k` and `v` as in `far_attention` and `num_targets` tokens whose losses count.
 
-        Texts count the same whatever their length.
+        Texts have equal weights, whatever their length.
         """
         self._key_squares += k[0].double().square().mean(1).cpu()
         self._value_squares += v[0].double().square().sum(-1).mean(1).cpu()
@@ -90,24 +89,24 @@ class Distances:
 
     @torch.no_grad()
     def see(self, head: int, queries: Tensor, slopes: Tensor, p: Tensor, change: Tensor) -> None:
-        """Learn from a part of the text, which is what `far_attention` yields."""
+        """Add a part of the text, as yielded by `far_attention`."""
         of_query = (p * change.square()).sum(-1, keepdim=True)
         self._of_keys[head] += ((of_query * queries.square()).sum((0, 1)) / self._num_targets).cpu()
         of_value = (p.sum(-1) * slopes.square().mean(-1)).sum() / self._num_targets
         self._of_values[head] += float(of_value)
 
     def key_exponents(self) -> list[list[int]]:
-        """By which powers of 2 keys are to be multiplied, `[Hkv][K]`; 0 on average."""
+        """Exponents of the powers of 2 that scale key components, `[Hkv][K]`; 0 on average."""
         found = self._of_keys.log2() / 2
         most = found.amax(-1, keepdim=True)
-        # A head whose output does not matter, or that sees no far tokens.
+        # 0 for a head whose output does not affect the loss, or that sees no far tokens.
         found = torch.where(most.isfinite(), found.clamp(min=most - _RANGE), 0)
         return (found - found.mean(-1, keepdim=True)).round().int().tolist()
 
     def value_weights(self) -> list[float]:
-        """The weight of values beside such keys, `[Hkv]`, rounded to powers of 2; 1 where nothing matters."""
+        """`value_weight` beside such keys, `[Hkv]`, rounded to powers of 2; 1 if the head has no effect."""
         factors = torch.exp2(torch.tensor(self.key_exponents(), dtype=torch.float64, device="cpu"))
-        # What multiplying keys by the roots of `_of_keys` would do, divided by what these factors do.
+        # Mean ratio of the importance of key components to their squared factors, weighted by their squares.
         unit = (self._of_keys * self._key_squares / factors.square()).sum(-1) / self._key_squares.sum(-1)
         length = (factors.square() * self._key_squares).sum(-1)
         weights = (self._of_values * self._value_squares / (unit * length)).sqrt()

@@ -1,12 +1,12 @@
-"""`fitted_bias`: how much of the attention slots get, fitted to the loss in closed form, without training.
+"""`fitted_bias`: biases of the scores of slots, fitted to the loss in closed form, without training.
 
-A slot is read by its mean key, and the mean of the exponentials of scores is above the exponential of their
-mean. So slots of several tokens get too little of the attention, or too much where their tokens are not those
-that queries ask for. `slot_bias` says for each query head what is added to their scores.
+A slot is scored by its mean key, and the mean of exp(score) over its tokens is above exp(mean score). So
+slots of several tokens get too little attention, or too much where their tokens are not those that queries
+look for. `slot_bias` is added to their scores, per query head.
 
-With x_t the change of the loss of token t to first order, g . d as in `probe`, summed over all heads, and
-y_th its derivative by the bias of head h, the loss rises by the mean of (x_t + sum_h y_th b_h)^2 / 2. The
-biases b that make this least are the solution of linear equations [ours; Attention Matching, arXiv
+Let x_t be the first-order change of the loss of token t (g . d as in `probe`), summed over all heads, and
+y_th its derivative with respect to the bias of head h. The loss rises by the mean of
+(x_t + sum_h y_th b_h)^2 / 2, so the best biases b solve linear equations [ours; Attention Matching, arXiv
 2602.16284, fits masses and values of one text's keys to its outputs].
 """
 
@@ -23,13 +23,13 @@ from ovq.convert.cache import MemoryLayer
 from ovq.convert.captures import Captured, Captures, captures_of
 from ovq.convert.config import LayerConfig, MemoryConfig
 
-# What a bias of 1 has to lower the loss by, in nats per token: keeps biases that hardly matter near 0.
+# Ridge penalty in nats per token: a bias of 1 must lower the loss by this. Keeps useless biases near 0.
 _RIDGE = 3e-4
-# The equations are linear, which holds for small biases.
+# Largest bias: the linearisation only holds for small ones.
 _LARGEST = 1.0
-# For the derivative. Float32 is enough for a step as large.
+# Step of the finite difference, large enough for float32.
 _STEP = 0.1
-# Digits that are saved, so that a config stays short.
+# Digits that are saved, to keep configs short.
 _DIGITS = 5
 
 
@@ -42,19 +42,19 @@ def fitted_bias(
     captures: Captures | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> MemoryConfig:
-    """The config with a bias for each query head, fitted to texts, which count alike.
+    """`config` with a bias per query head, fitted to texts, which have equal weights.
 
     Args:
         model: as for `probe`, not converted yet.
         texts: `[T]` token ids of each text, of the length that the memory is meant for, if possible.
-        config: the memory; biases that it has are where the fit starts.
-        seed: seed of the tokens drawn from the model, whose loss it is.
-        captures: of the model, where `probe` has asked for the same texts; None for own ones.
+        config: the memory; the fit starts from its biases, if it has any.
+        seed: seed of the tokens sampled from the model, on which the loss is taken.
+        captures: captures of the model, to reuse texts that `probe` has read; None for new ones.
         progress: called with the number of texts done.
 
     Raises:
         ValueError: no texts, or captures of another model.
-        OSError: no room for captures.
+        OSError: no disk space for captures.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -90,7 +90,7 @@ def fitted_bias(
 
 @torch.no_grad()
 def _changes(captured: Captured, config: LayerConfig) -> tuple[Tensor, Tensor]:
-    """The changes of a layer `[t]`, summed over its heads, and their derivatives `[H, t]` by biases."""
+    """Changes of the loss `[t]` by a layer, summed over heads, and their derivatives `[H, t]` by biases."""
     q, k, v = captured.q, captured.k, captured.v
     start = k.shape[2] - q.shape[2]
     bias = [0.0] * q.shape[1] if config.slot_bias is None else config.slot_bias

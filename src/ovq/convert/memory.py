@@ -1,9 +1,9 @@
 """`HeadMemory`: the memory of the key/value heads of a layer that have equal budgets.
 
-A head keeps the first `num_sinks` tokens and the last ones exactly, and slots for all between. When the rows
-for exact tokens are full, the oldest `chunk_size` tokens after the sinks are merged into the slots, by the
-rules of `ovq.ops`. One softmax goes over all of them: a slot of c tokens is read with log c added to its
-score, so that nothing changes as long as every slot holds one token.
+A head keeps the first `num_sinks` and the last tokens exactly, and slots for all tokens in between. When the
+rows for exact tokens are full, the oldest `chunk_size` tokens after the sinks are merged into the slots, by
+the rules of `ovq.ops`. One softmax goes over exact tokens and slots. A slot of c tokens gets log c added to
+its score, so attention is exact as long as every slot holds one token.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ovq.ops.backends.learned import Merging
 from ovq.ops.backends.plan import Plan
 from ovq.ops.sums import added_up, divisor, state_dtype
 
-# Each time that a slot is brought nearer, it counts for one token in so many less; small ones for as many.
+# Each re-positioning lowers the count of a slot by count // 8, so counts below 8 stay.
 _FORGOTTEN = 8
 
 _TENSORS = (
@@ -37,36 +37,36 @@ _TENSORS = (
 
 
 class HeadMemory:
-    """What some key/value heads h of B rows remember. `attend` changes it in place.
+    """Memory of B rows for a group of h key/value heads. `attend` changes it in place.
 
     Args:
-        budget: the sizes.
+        budget: sizes and settings.
         k: `[B, h, *, K]` tensor that gives sizes, dtype and device. v: `[B, h, *, V]`, likewise.
-        use: `[h, K + V + 1]` float32, by what tokens are weighed when they are merged, see `use.py`; None for
+        use: `[h, K + V + 1]` float32 coefficients of the token weights in merges, see `use.py`; None for
             weights of 1.
 
     Attributes:
-        recent_keys: `[B, h, S + W, K]` the first S tokens, then the last, in the dtype of the model; row b
-            uses the first `filled[b]` places. recent_values: `[B, h, S + W, V]`.
+        recent_keys: `[B, h, S + W, K]` keys of the first S tokens, then of the last, in the model's dtype;
+            row b uses the first `filled[b]` places. recent_values: `[B, h, S + W, V]`.
         key_sum: `[B, h, N, K]` sum of the keys in each slot, in units of `key_unit`, in the format of the
-            budget (float64 in place of float32 for float64 models). value_sum: `[B, h, N, V]` sum of their
-            values. `sums` has them in a wide format.
-        key_step: `[B, h, N]` bfloat16, the length of a step of `key_sum`; only where that is int8.
-            value_step: likewise.
-        count: `[B, h, N]` tokens in each slot; those that were brought nearer count for fewer.
-        position_sum: `[B, h, N]` sum of their positions, int64; of slots that were brought nearer, of the
-            positions that they were brought to.
-        sink_keys: `[B, h, S, K]` keys of the first S tokens as they were before those in `recent_keys` were
-            brought nearer; 0 until then.
-        weight: `[B, h, N]` sum of the weights of the tokens in each slot, of which `key_sum` and `value_sum`
-            are weighted sums; only where there is `use`.
-        use: `[B, h, K + V + 1]` what weighs the next tokens: as given, until rows are brought nearer.
-        key_unit: `[B, h]` the length of keys, as a power of 2, that counts as 1 where the rule compares
-            distances; 0 until the first merge.
-        filled: places of exact tokens in use, of each row.
-        num_merged: tokens merged into the slots, or dropped if there are none, of each row.
-        observer: is told what is read and where tokens go; None for nobody. Compiled kernels tell nothing, so
-            they do not run then.
+            budget (float64 instead of float32 for float64 models). value_sum: `[B, h, N, V]` sum of the
+            values. `sums` returns both in the wide dtype.
+        key_step: `[B, h, N]` bfloat16, the quantization scale of `key_sum`; only for int8. value_step:
+            likewise.
+        count: `[B, h, N]` number of tokens in each slot, reduced by each re-positioning.
+        position_sum: `[B, h, N]` int64 sum of the tokens' positions; re-positioned slots use the positions
+            that they were moved to.
+        sink_keys: `[B, h, S, K]` original keys of the first S tokens, saved when those in `recent_keys` are
+            first re-positioned; 0 until then.
+        weight: `[B, h, N]` sum of the token weights in each slot, with which `key_sum` and `value_sum` are
+            weighted; only with `use`.
+        use: `[B, h, K + V + 1]` coefficients for the next tokens; as given until the first re-positioning.
+        key_unit: `[B, h]` root-mean-square length of keys, as a power of 2, by which keys are divided before
+            merging; 0 until the first merge.
+        filled: per row, number of exact tokens.
+        num_merged: per row, number of tokens merged into the slots (dropped if there are no slots).
+        observer: is told what is read and where tokens go; None for no observer. Compiled kernels do not
+            support one, so they do not run then.
     """
 
     observer: Observer | None = None
@@ -103,12 +103,12 @@ class HeadMemory:
     weight: Tensor
 
     def sums(self, name: str) -> Tensor:
-        """`"key_sum"` or `"value_sum"`, in a wide format."""
+        """`key_sum` or `value_sum`, by `name`, in the wide dtype."""
         steps = getattr(self, name.replace("sum", "step")) if self.budget.state_dtype == "int8" else None
         return widened(getattr(self, name), steps, self.wide)
 
     def _put_sums(self, name: str, sums: Tensor, index: Tensor | None = None) -> None:
-        """Replace sums, of rows `index` alone if it is given, by others in a wide format."""
+        """Replace sums, or their rows `index`, by `sums` in the wide dtype, rounded to the format."""
         numbers, steps = narrowed(sums, self.budget.state_dtype)
         self._put(name, numbers, index)
         if steps is not None:
@@ -119,7 +119,7 @@ class HeadMemory:
         if index is None or len(index) == len(tensor := getattr(self, name)):
             setattr(self, name, rows)
         elif torch.is_inference_mode_enabled():
-            # Where many rows take turns to merge, copying the others would take most of the time.
+            # When rows of a large batch merge at different times, copying the others would dominate.
             tensor.index_copy_(0, index, rows)
         else:
             # A new tensor, because autograd may have saved the old one.
@@ -127,7 +127,7 @@ class HeadMemory:
 
     @property
     def _divisor(self) -> Tensor:
-        """`[B, h, N, 1]` what sums are divided by."""
+        """Divisor of the sums `[B, h, N, 1]`: counts, or weights with `use`."""
         return divisor(self.count if self.use is None else self.weight, self.wide)[..., None]
 
     @property
@@ -137,11 +137,11 @@ class HeadMemory:
 
     @property
     def slot_values(self) -> Tensor:
-        """`[B, h, N, V]` mean values, likewise."""
+        """`[B, h, N, V]` mean value of each slot; 0 where there is none."""
         return self.sums("value_sum") / self._divisor
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors by name, and the numbers of tokens `[B]` as tensors."""
+        """The tensors by name, with `filled` and `num_merged` as tensors `[B]`."""
         found = {name: getattr(self, name) for name in self._names}
         for name in ("filled", "num_merged"):
             found[name] = torch.tensor(getattr(self, name), device="cpu")
@@ -152,7 +152,7 @@ class HeadMemory:
         return {name: getattr(self, name) for name in self._names if name != "sink_keys"}
 
     def group(self, lengths: Sequence[int], schedule: Sequence[Sequence[int]], **given: Any) -> HeadGroup:
-        """The memory as kernels take it, to read so many tokens of each row; `given` as in `HeadGroup.of`."""
+        """Kernel arguments for reading `lengths` tokens per row; `given` as in `HeadGroup.of`."""
         budget = self.budget
         return HeadGroup.of(
             self.kernel_tensors(),
@@ -167,7 +167,7 @@ class HeadMemory:
         )
 
     def schedule(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Slots in use of each row, and after each merge while it reads so many tokens."""
+        """Number of slots in use, per row: now, and after each merge while reading `lengths` tokens."""
         size = self.budget.chunk_size
         return [
             [self.budget.num_open(num_merged + i * size) for i in range(self._num_merges(row, num_new) + 1)]
@@ -175,7 +175,7 @@ class HeadMemory:
         ]
 
     def count_tokens(self, lengths: Sequence[int]) -> None:
-        """Count tokens of each row that a kernel has read, and what it has merged."""
+        """Update `filled` and `num_merged` after a kernel has read `lengths` tokens per row."""
         for row, num_new in enumerate(lengths):
             num_merged = self._num_merges(row, num_new) * self.budget.chunk_size
             self.filled[row] += num_new - num_merged
@@ -189,10 +189,10 @@ class HeadMemory:
     def restored(
         budget: Budget, tensors: Mapping[str, Tensor], device: torch.device | str | None, use: Tensor | None
     ) -> HeadMemory:
-        """The memory of which `tensors` has returned these, on `device` (None: where they are).
+        """The memory with these `tensors()`, on `device` (None: where they are).
 
         Args:
-            budget: its sizes. use: its weights, as they were given at first.
+            budget, use: as for the original memory.
         """
         k, v = (tensors[name].to(device) for name in ("recent_keys", "recent_values"))
         memory = HeadMemory(budget, k, v, use)
@@ -202,7 +202,7 @@ class HeadMemory:
         return memory
 
     def _mapped(self, function: Callable[[Tensor], Tensor]) -> HeadMemory:
-        """A memory with these tensors in the place of its own."""
+        """A copy with `function` applied to all tensors."""
         other = copy.copy(self)
         for name in self._names:
             setattr(other, name, function(getattr(self, name)))
@@ -217,7 +217,7 @@ class HeadMemory:
 
     @staticmethod
     def joined(parts: Sequence[HeadMemory]) -> HeadMemory:
-        """The rows of several memories of one budget, in their order; the parts do not change."""
+        """One memory with the rows of several of equal budgets, in order; the parts do not change."""
         other = copy.copy(parts[0])
         for name in other._names:
             setattr(other, name, torch.cat([getattr(part, name) for part in parts]))
@@ -227,7 +227,7 @@ class HeadMemory:
         return other
 
     def selected(self, rows: Tensor) -> HeadMemory:
-        """The given rows, in the given order, repeats allowed; it shares nothing with this memory."""
+        """A copy of the given rows, in the given order; repeats are allowed."""
         other = self._mapped(lambda t: t.index_select(0, rows.to(t.device)))
         index = rows.tolist()
         other.filled, other.num_merged = ([x[i] for i in index] for x in (self.filled, self.num_merged))
@@ -240,18 +240,18 @@ class HeadMemory:
         return other
 
     def detached(self) -> HeadMemory:
-        """The same values without their autograd graph."""
+        """The memory without its autograd graph."""
         return self._mapped(Tensor.detach)
 
     def own_(self) -> None:
-        """Copy what autograd has saved, so that tensors can be written into."""
+        """Copy tensors that autograd may have saved, so that they can be changed in place."""
         if self._has_graph:
             for name in self._names:
                 setattr(self, name, getattr(self, name).detach().clone())
             self._has_graph = False
 
     def put_back_(self, before: HeadMemory) -> None:
-        """Remember what this copy does, in the same tensors, which kernels know."""
+        """Restore the content of the copy `before`, in place, as kernels hold pointers to the tensors."""
         self.own_()
         tensors = self.tensors()
         for name, tensor in before.tensors().items():
@@ -259,7 +259,7 @@ class HeadMemory:
         self.filled, self.num_merged = list(before.filled), list(before.num_merged)
 
     def drop_(self, num_tokens: int) -> None:
-        """Forget the last tokens of each row, which have come after its last merge."""
+        """Remove the last tokens of each row, which must be later than its last merge."""
         self.own_()
         for row, filled in enumerate(self.filled):
             for recent in (self.recent_keys, self.recent_values):
@@ -271,31 +271,30 @@ class HeadMemory:
         return self.filled[row] + self.num_merged[row]
 
     def bring_nearer_(self, rows: list[int], reach: Reach, ratio: Tensor | None = None) -> None:
-        """Turn the sinks and slots of rows that are further than `reach.limit` from the last token.
+        """Rotate the keys of sinks and slots further than `reach.limit` from the last token to that distance.
 
-        Such slots count for an eighth fewer tokens afterwards, rounded so that up to 7 stay as they are.
-        Their weights are halved.
+        The counts of such slots drop by count // 8, and their weights are halved.
 
         Args:
-            rows: those that have just read as many tokens as `reach` turns them after.
-            reach: see there.
+            rows: rows for which `reach.is_turn` holds now.
+            reach: distances and rotary frequencies.
             ratio: `[h, R]`, see `Reach.turned`.
         """
         index = torch.tensor(rows, device=self.count.device)
         num_read = [self.num_read(row) for row in rows]
         ratio = None if ratio is None else ratio[:, None]
-        # [R, 1, 1]: the first position that is near enough.
+        # [R, 1, 1]: the earliest position within the limit.
         nearest = torch.tensor(num_read, device=index.device)[:, None, None] - reach.limit
         count, positions = self.count[index], self.position_sum[index]
         is_far = count * nearest > positions
         by = torch.where(is_far, nearest - positions.double() / count.clamp(min=1), 0)
         if bool(is_far.any()):
-            # What is far away counts less each time, or all that was ever read would outweigh what is near.
+            # Far slots lose counts each time; otherwise the growing past would outweigh what is near.
             left = torch.where(is_far, count - count // _FORGOTTEN, count)
             if self.use is None:
                 share = left.to(self.wide) / count.clamp(min=1)
             else:
-                # In slots of few tokens too: what is of much use stays alone, and would leave no room.
+                # Small slots too: tokens of high use keep slots of their own and would fill the dictionary.
                 share = torch.ones_like(left, dtype=self.wide).masked_fill(is_far, 0.5)
                 self._put("weight", self.weight[index] * share, index)
             keys, values = self.sums("key_sum")[index], self.sums("value_sum")[index]
@@ -326,13 +325,13 @@ class HeadMemory:
         temperature: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> Tensor | None:
-        """Outputs `[B, h * G, T, V]` of new tokens, which the memory then holds; None without queries.
+        """Attention outputs `[B, h * G, T, V]` of new tokens, which are stored; None without queries.
 
         Args:
             q: `[B, h * G, T, K]` queries, scaled; or None. k: `[B, h, T, K]`. v: `[B, h, T, V]`.
-            lengths: real tokens of each row, which come first; the outputs of others are 0.
-            temperature: `[h * G]` factor of the scores of slots of several tokens. bias: `[h * G]` what is
-                added to them.
+            lengths: number of real tokens per row, which come first; the outputs of others are 0.
+            temperature: `[h * G]` factor of the scores of slots with several tokens. bias: `[h * G]` summand
+                of these scores.
         """
         o = None if q is None else q.new_zeros(*q.shape[:3], v.shape[3])
         has_graph = torch.is_grad_enabled() and any(
@@ -353,7 +352,7 @@ class HeadMemory:
                 # What autograd has saved must not change.
                 self.recent_keys, self.recent_values = self.recent_keys.clone(), self.recent_values.clone()
                 self._has_graph = True
-            # Where tokens are among the new ones, and where they go.
+            # Indices of the tokens among the new ones, and of their places.
             new: tuple[Any, ...]
             places: tuple[Any, ...]
             is_even = len({*zip(now, done, self.filled, strict=True)}) == 1
@@ -378,7 +377,7 @@ class HeadMemory:
         return o
 
     def _read(self, q: Tensor, temperature: Tensor | None, bias: Tensor | None) -> Tensor:
-        """Outputs `[B, h * G, n, V]` for queries whose first is the token after `filled` exact ones."""
+        """Outputs `[B, h * G, n, V]` of queries; the first belongs to exact token number `filled`."""
         num_open = max(map(self.budget.num_open, self.num_merged))
         slots = None
         if num_open:
@@ -388,9 +387,9 @@ class HeadMemory:
         return read(q, exact, slots, dtype=wide, temperature=temperature, bias=bias, observer=observer)
 
     def _merge(self, rows: list[int]) -> None:
-        """Merge the oldest tokens of rows whose places are full, and move the others up.
+        """Merge the oldest tokens of full `rows` and move the others up.
 
-        Gradients go on reaching those that stay exact.
+        Gradients still reach the tokens that stay exact.
         """
         budget = self.budget
         index = torch.tensor(rows, device=self.count.device)
@@ -414,17 +413,16 @@ class HeadMemory:
             self.num_merged[b] += size
 
     def _merge_into_slots(self, rows: list[int], index: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Merge the oldest tokens of full windows, keys `[R, h, W, K]`, with their values `[R, h, C, V]`.
+        """Merge the first C keys of full windows `[R, h, W, K]`, with their values `[R, h, C, V]`.
 
-        Gradients of the sums reach the tokens and what was in the slots. They do not reach the decision which
-        pairs are merged.
+        Gradients of the sums reach the tokens and the previous sums, but not the choice of pairs.
         """
         self._find_units(index, keys)
         keys = keys[:, :, : self.budget.chunk_size]
         weights = None if self.use is None else token_weights(keys, values, self.use[index]).to(self.wide)
         keys = keys.to(self.wide) / self.key_unit[index][..., None, None]
         values = values.to(self.wide)
-        # Copies, because learning happens in place.
+        # Copies, because the update is in place.
         held = Dictionary(
             self.sums("key_sum")[index],
             self.sums("value_sum")[index],
@@ -437,7 +435,7 @@ class HeadMemory:
         with torch.no_grad():
             after = held.clone() if has_graph else held
             num_merged = [self.num_merged[b] for b in rows]
-            # As any chunk is merged.
+            # The same plan as for a chunk of `ovq_attention`.
             plan = Plan.of_chunks(
                 num_merged,
                 [self.budget.num_open(n) for n in num_merged],
@@ -447,7 +445,7 @@ class HeadMemory:
             )
             of_tokens = None if weights is None else weights.transpose(1, 2)[..., None]
             chunk = Merging(keys.transpose(1, 2), values.transpose(1, 2), after, plan, of_tokens)
-            # [R, h, N + C], the slots that what was in N slots, and C tokens, go to.
+            # [R, h, N + C]: the slot that each of the N old slots and C tokens goes to.
             homes = learn(chunk).homes(self.budget.num_slots)
             if self.observer is not None:
                 self.observer.has_merged(homes)
@@ -467,7 +465,7 @@ class HeadMemory:
 
     @torch.no_grad()
     def _find_units(self, index: Tensor, keys: Tensor) -> None:
-        """Measure the length of keys `[R, h, W, K]` where none has been merged yet."""
+        """Set `key_unit` from keys `[R, h, W, K]` for rows that have not merged yet."""
         wide = self.wide
         length = keys.to(wide).square().sum(-1).mean(-1).sqrt()
         # Multiplying by a power of 2 does not round.

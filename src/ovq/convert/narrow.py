@@ -1,8 +1,8 @@
-"""Sums of slots in fewer bytes: in bfloat16, or in int8 with the length of a step per slot.
+"""Sums of slots in fewer bytes: in bfloat16, or in int8 with a scale per slot.
 
-Sums are rounded each time that tokens are merged into a slot, and only then: rounding what was rounded
-changes nothing, in either format. So a slot that holds one token of a bfloat16 model is that token exactly in
-bfloat16, and what is kept does not depend on how a text is split.
+Sums are rounded when tokens are merged into a slot, and only then, as rounding is idempotent in both formats.
+So a bfloat16 slot with one token of a bfloat16 model holds that token exactly, and the result does not depend
+on how a text is split.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from torch import Tensor
 #: Formats of sums, as `MemoryConfig.state_dtype` names them.
 STATE_DTYPES = ("float32", "bfloat16", "int8")
 
-# The largest int8 number that has a negative.
+# Largest int8 value whose negative is int8 too.
 _MOST = 127
 
 
 def narrowed(sums: Tensor, state_dtype: str) -> tuple[Tensor, Tensor | None]:
-    """Sums `[..., D]` in a format, and their steps `[...]`, if it is int8.
+    """Sums `[..., D]` in the format `state_dtype`, and for int8 their bfloat16 scales `[...]`, else None.
 
     Example:
         >>> narrowed(torch.tensor([[127.0, 0.6], [0.0, 0.0]]), "int8")[0]
@@ -26,19 +26,19 @@ def narrowed(sums: Tensor, state_dtype: str) -> tuple[Tensor, Tensor | None]:
                 [  0,   0]], dtype=torch.int8)
     """
     if state_dtype == "float32":
-        # Those of float64 models stay float64.
+        # float64 models keep float64 sums.
         return sums, None
     if state_dtype == "bfloat16":
         return sums.bfloat16(), None
-    # The largest of a row has 127 steps whichever way they are rounded, so that its steps are found again.
-    # Their 8 bits times the 8 of a number are a float32 number.
+    # The largest entry of a row is 127 steps however the scale is rounded, so rounding again finds the same
+    # scale. The 8 significant bits of a scale times the 8 bits of an entry are exact in float32.
     steps = (sums.abs().amax(-1) / _MOST).bfloat16()
     each = steps.to(sums.dtype)[..., None]
-    # What is not finite makes its row NaN, by the step.
+    # A non-finite entry turns its row into NaN, through the scale.
     numbers = (sums / each.masked_fill(each == 0, 1)).round().nan_to_num(0)
     return numbers.to(torch.int8), steps.masked_fill(~sums.isfinite().all(-1), torch.nan)
 
 
 def widened(sums: Tensor, steps: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Sums as `narrowed` has returned them, in a wide format."""
+    """The sums that `narrowed` rounded, in the wide `dtype`."""
     return sums.to(dtype) if steps is None else sums.to(dtype) * steps.to(dtype)[..., None]

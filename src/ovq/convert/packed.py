@@ -1,4 +1,4 @@
-"""Linear layers whose weights are whole numbers of 8 or 4 bits, in place of those of a model."""
+"""Linear layers with int8 or int4 weights, which replace those of a model."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from ovq.layers.products import is_plain
 from ovq.ops.backends.cpu.kernels import is_available
 from ovq.ops.backends.cpu.weights import Matrix, matrix_product, packed
 
-#: The formats of such weights.
+#: Formats of quantized weights.
 PACKED = ("int8", "int4")
 
 
 class PackedLinear(nn.Module):
-    """`nn.Linear` with weights of 8 or 4 bits, for a CPU. Gradients reach the inputs alone.
+    """`nn.Linear` with weights of 8 or 4 bits, for a CPU. Only the inputs get gradients.
 
-    Inputs are rounded, too: of up to 32 tokens, and of an output layer, to 16 bits, else to 8.
+    Inputs are quantized too: to 16 bits for up to 32 tokens and in an output layer, else to 8 bits.
 
     Args:
-        linear: the layer whose weights are rounded.
-        format: `"int8"` or `"int4"`. An output layer has int8, as more bits than the others in GGUF files.
-        is_output: whether it is an output layer.
+        linear: the layer whose weights are quantized.
+        format: `"int8"` or `"int4"`. An output layer is always int8; GGUF files also give it more bits.
+        is_output: whether it is the model's output layer.
 
     Shapes:
         `[..., D]` to `[..., N]`, in the dtype of the input.
@@ -44,7 +44,7 @@ class PackedLinear(nn.Module):
         self.out_features, self.in_features = linear.weight.shape
         self.format, self.is_output = "int8" if is_output else format, is_output
         matrix = packed(linear.weight, linear.bias, self.format)
-        # As bytes, which `to(dtype)` leaves as they are.
+        # As uint8, which `to(dtype)` leaves unchanged.
         for name, x in (("numbers", matrix.weight), ("factors", matrix.factors), ("bias", matrix.bias)):
             self.register_buffer(name, None if x is None else x.view(torch.uint8))
 
@@ -54,13 +54,13 @@ class PackedLinear(nn.Module):
 
     @property
     def matrix(self) -> Matrix:
-        """The weights and the bias, as kernels take them."""
+        """Weights and bias in the form that kernels take."""
         bias = None if self.bias is None else self.bias.view(torch.float32)
         factors = self.factors.view(torch.float32 if self.format == "int8" else torch.float16)
         return Matrix(self.numbers, self.format, (self.out_features, self.in_features), factors, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., N]`."""
+        """`[..., D]` to `[..., N]`."""
         matrix = self.matrix
         if x.is_cpu and x.numel() and is_available() and not (torch.is_grad_enabled() and x.requires_grad):
             is_rough = x.numel() > MOST_ROWS * self.in_features and not self.is_output
@@ -69,7 +69,7 @@ class PackedLinear(nn.Module):
         return F.linear(x, matrix.dequantised().to(x.dtype), bias)
 
     def extra_repr(self) -> str:
-        """What `repr` says."""
+        """Sizes and format for `repr`."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, format={self.format}"
@@ -77,7 +77,7 @@ class PackedLinear(nn.Module):
 
 
 def pack_(model: Any, format: str) -> None:
-    """Put `PackedLinear`s in place of a model's linear layers. Those that hooks look into stay."""
+    """Replace a model's linear layers by `PackedLinear`, except those with hooks."""
     output = model.get_output_embeddings()
     for owner in list(model.modules()):
         for name, module in owner.named_children():
@@ -85,13 +85,13 @@ def pack_(model: Any, format: str) -> None:
                 own = PackedLinear(module, format, is_output=module is output)
                 setattr(owner, name, own.train(module.training))
     for x in model.parameters():
-        # Or the whole file of weights would stay mapped for the sake of a few.
+        # Otherwise the few parameters left would keep the whole weight file mapped.
         x.data = x.data.clone()
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
-        # glibc keeps what the weights have taken, between what the packed ones take.
+        # glibc does not return the memory of the old weights by itself, as packed ones lie in between.
         trim(0)
 
 
 def can_pack(model: Any) -> bool:
-    """Whether kernels are there to multiply packed weights, and a model's weights where they reach them."""
+    """Whether compiled kernels are available and all weights of the model are on the CPU."""
     return is_available() and all(x.is_cpu for x in model.parameters())

@@ -1,10 +1,10 @@
-"""`probe`: find out on a text what every head loses with less memory, and share out a number of rows by that.
+"""`probe`: measure what every head loses with less memory, to allocate a number of rows to heads.
 
-One pass with full attention and one backward pass give the queries, keys and values of all heads, and the
-gradient g of the loss with respect to each head's output o. With a memory the output is o + d, and the loss
-rises by about (g . d)^2 / 2 per token. This takes the Fisher information for the curvature of the loss, so g
-is that of the loss on tokens drawn from the model itself [ours]. Every head is tried with every option by
-itself, outside of the model.
+One forward pass with full attention and one backward pass give the queries, keys and values of all heads, and
+the gradient g of the loss with respect to each head's output o. With a memory the output is o + d, and the
+loss rises by about (g . d)^2 / 2 per token. This uses the Fisher information as the curvature of the loss, so
+g is the gradient of the loss on tokens sampled from the model itself [ours]. Every head is tried with every
+option separately, outside of the model.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from ovq.convert.trials import Option, trials
 from ovq.convert.use import ExpectedUse
 from ovq.ops.options import PAIR_MERGES
 
-# Sizes of the options that are tried by default, in steps, of which `rows` are at most about so many.
+# Default options are multiples of a step; `rows` is at most about this many steps.
 _STEPS = 24
 _WINDOWS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64)
-# A head may keep all of a text that has at most so many times `rows` tokens; with fewer rows to go round, the
-# others would lose more than is won.
+# A head may keep all of a text of at most this many times `rows` tokens. For longer texts, the other heads
+# would lose more than that head gains.
 _MOST_TIMES = 8
-# Heads that want few slots want many last tokens, and those that want many slots few.
+# Windows per number of slots: heads with few slots need long windows, heads with many slots short ones.
 _WINDOWS_WITH_SLOTS = {
     1: (1, 2, 3, 4, 6, 8),
     2: (2, 3, 4, 6, 8, 12),
@@ -50,14 +50,14 @@ _WINDOWS_WITH_SLOTS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Probe:
-    """What heads lose.
+    """Result of `probe`: the loss of each head with each option.
 
     Attributes:
         options: the memories tried.
-        losses: `[layers, heads, options]` rise of the loss per token, in nats, for each head by itself; inf
-            for options that were ruled out.
-        num_sinks: first tokens kept exactly in all of them.
-        settings: `chunk_size`, `merge`, `value_weight`, `key_exponents` and `token_use` of all of them.
+        losses: `[layers, heads, options]` rise of the loss in nats per token if that head alone gets the
+            option; inf for options that were ruled out.
+        num_sinks: first tokens kept exactly in all options.
+        settings: `chunk_size`, `merge`, `value_weight`, `key_exponents` and `token_use` of all options.
         rows: rows per head for which options were ruled out; None if all were tried.
     """
 
@@ -68,14 +68,14 @@ class Probe:
     rows: float | None = None
 
     def config(self, rows: float, *, scale: float = 1.0) -> MemoryConfig:
-        """The memory of a model with `rows` rows per head on average, shared out by what heads lose.
+        """The config with at most `rows` rows per head on average, allocated by the losses of heads.
 
         Args:
-            rows: the mean of `num_sinks + num_slots + window` over all heads.
-            scale: a factor of all slots and windows, for texts that much longer than the probe's.
+            rows: mean of `num_sinks + num_slots + window` over all heads.
+            scale: factor of all slots and windows, for texts that much longer than the probe's.
 
         Raises:
-            ValueError: if there is no option as small, or options were ruled out for other rows.
+            ValueError: if no option is small enough, or options were ruled out for other rows.
         """
         if self.rows is not None and (rows, scale) != (self.rows, 1.0):
             raise ValueError(
@@ -106,15 +106,15 @@ class Probe:
 def default_options(
     rows: int, *, num_sinks: int, chunk_size: int, length: int | None = None
 ) -> tuple[Option, ...]:
-    """Windows alone, and slots with windows, in steps of a chunk, or of more where `rows` are many.
+    """Options of windows alone, and of slots with windows, in multiples of one or more chunks.
 
     Args:
-        rows: rows per head, on average, that are to be shared out; at most about 24 steps.
+        rows: average rows per head to allocate; at most about 24 steps.
         num_sinks: first tokens kept exactly.
         chunk_size: tokens merged at a time.
-        length: of the texts. Options that keep as many rows are left out, but for one, which keeps all
-            tokens: some heads have to tell each from all others. It is tried if there are at most 8 times as
-            many as `rows`.
+        length: tokens per text. Options with at least as many rows are left out, except one that keeps all
+            tokens, since some heads must tell every token apart. That one is only offered for texts of at
+            most 8 times `rows` tokens.
 
     Example:
         >>> options = default_options(260, num_sinks=4, chunk_size=32, length=3072)
@@ -132,7 +132,7 @@ def default_options(
     kept = [o for o in options if o.rows(num_sinks) < length]
     window = options[-1].window
     if num_sinks + window < length <= _MOST_TIMES * rows:
-        # And what is between, for long texts.
+        # For long texts, also sizes in between.
         while 2 * kept[-1].num_slots < length - num_sinks - window:
             kept.append(Option(num_slots=2 * kept[-1].num_slots, window=window))
         kept.append(Option(num_slots=length - num_sinks - window, window=window))
@@ -158,38 +158,36 @@ def probe(
     progress: Callable[[int], None] | None = None,
     learning: Callable[[int], None] | None = None,
 ) -> Probe:
-    """Try options on every head of a model that is not converted yet.
+    """Measure the loss of every head of a model that is not converted yet with each option.
 
-    Memory: what one pass through the model and back needs, or what `Captures` keep of one text.
+    Memory: that of one forward and backward pass, or of the `Captures` of one text.
 
     Args:
-        model: as for `attach`; it is as before afterwards.
-        texts: `[T]` token ids of each text; of the length that the memory is meant for, if possible.
+        model: as for `attach`; unchanged afterwards.
+        texts: `[T]` token ids of each text; if possible, of the length that the memory is meant for.
         options: the memories to try.
-        rows: rows per head for which alone `config` will be asked: then options that no head gets are ruled
-            out without a trial, most of those that take long. None to try all.
-        num_sinks, chunk_size, merge, value_weight: of all of them, as in `attach`.
-        targets: for each text a mask `[T]` of the tokens whose prediction matters, or None for all. Where
-            there is a mask, the loss is that on the text itself and not on tokens drawn from the model.
-        weights: how much each text counts; None for 1 each. A text with a mask of few tokens that depend on
-            memory has losses many times as large as others, and may need less.
-        has_distances: whether to learn as well between which keys each head tells best, and to merge by that
-            (`Distances`), with `value_weight` as a factor of what is found for values. It is learned on the
-            texts without a mask, or on all if each has one.
-        has_use: whether to learn as well how much tokens will be asked for, and to merge by that
-            (`ExpectedUse`), on all texts, which count by their weights. Rules that do not merge pairs go
-            without.
-        seed: seed of those.
-        captures: of the model, where others ask for the same texts as well; None for own ones.
-        progress: called with how many trials, of as many as there are texts, heads and options, have been
-            made or ruled out so far.
-        learning: likewise, before these, with the number of layers of texts from which distances and uses
-            were learned.
+        rows: the only rows per head that `config` will be called with: options that no head gets are then
+            ruled out without a trial, among them most of the slow ones. None to try all.
+        num_sinks, chunk_size, merge, value_weight: of all options, as in `attach`.
+        targets: for each text a mask `[T]` of the tokens whose prediction counts, or None for all. With a
+            mask, the loss is on the tokens of the text, otherwise on tokens sampled from the model.
+        weights: weight of each text; None for 1 each. A text with a mask of few tokens that depend on memory
+            has losses many times larger than others, and may need a lower weight.
+        has_distances: whether to learn a metric for keys and values of each head as well (`Distances`), used
+            in merges; `value_weight` multiplies the learned weight of values. It is learned on the texts
+            without a mask, or on all if each has one.
+        has_use: whether to learn the expected use of tokens as well (`ExpectedUse`), used in merges; on all
+            texts, with their weights. Ignored by rules that do not merge pairs.
+        seed: seed of the sampled tokens.
+        captures: captures of the model, to share texts with other functions; None for new ones.
+        progress: called with the number of trials made or ruled out so far, of texts x heads x options.
+        learning: called before the trials with the number of layers, over texts, from which distances and
+            uses were learned so far.
 
     Raises:
-        ValueError: a model that cannot be converted, no options, fewer `rows` than any takes, texts of fewer
-            than 2 tokens, or captures of another model.
-        OSError: no room for captures.
+        ValueError: a model that cannot be converted, no options, fewer `rows` than the smallest option,
+            texts of fewer than 2 tokens, or captures of another model.
+        OSError: no disk space for captures.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -217,12 +215,12 @@ def probe(
             f"weights: expected a number of at least 0 for each of {len(texts)} texts, found {weights}"
         )
     shares = shares / shares.sum()
-    # Tokens that are recent to all options are never merged.
+    # Tokens in the windows of all options are never in slots.
     sizes = {"num_sinks": num_sinks, "num_recent": min((o.window for o in options if o.num_slots), default=0)}
     losses = torch.zeros(num_layers * num_heads, len(options), dtype=torch.float64, device="cpu")
     is_tried = torch.zeros_like(losses, dtype=torch.bool)
     costs = [o.rows(num_sinks) for o in options]
-    # Also where `rows` are too few, before anything takes time.
+    # Raises ValueError if `rows` are too few, before the slow part.
     wanted, count = _wanted(losses, is_tried, costs, rows), counted(progress)
     with captures_of(model, captures) as kept:
         if has_distances or has_use:
@@ -238,7 +236,7 @@ def probe(
                 settings["token_use"] = [use.numbers(e) for (_, use), e in zip(found, exponents, strict=True)]
         while bool(wanted.any()):
             for text, mask, share in zip(texts, masks, shares.tolist(), strict=True):
-                # A file is mapped into memory, so that to ask for it again costs next to nothing.
+                # Files are memory-mapped, so requesting a text again costs almost nothing.
                 layers = kept.of(text, mask, seed)
                 losses += share * trials(layers, options, num_sinks, settings, wanted=wanted, progress=count)
             is_tried |= wanted
@@ -249,16 +247,16 @@ def probe(
 
 
 def _wanted(losses: Tensor, is_tried: Tensor, costs: list[int], rows: float | None) -> Tensor:
-    """`[heads, options]` bool, what to try next; nothing once it is known what each head gets.
+    """Trials `[heads, options]` to run next, bool; none once the option of every head is known.
 
-    Losses `[heads, options]` are 0 for what was not tried. Options cost rows.
+    `losses` `[heads, options]` are 0 for options not tried; `costs` are the rows of each option.
     """
     if rows is None:
         return ~is_tried
     wanted, cost = torch.zeros_like(is_tried), torch.tensor(costs, device="cpu")
     for head, option in changes(losses, costs, rows * len(losses)):
         if not is_tried[head, option]:
-            # Most options of fewer rows are taken before this one: all of them in one round.
+            # `allocate` usually takes most smaller options before this one, so try them in the same round.
             wanted[head] |= cost <= costs[option]
     if not bool(is_tried.any()):
         wanted |= cost <= rows
@@ -272,9 +270,9 @@ def _learned(
     sizes: dict[str, int],
     progress: Callable[[int], None] | None,
 ) -> list[tuple[Distances, ExpectedUse]]:
-    """What matters to the heads of each layer, and which tokens are of use.
+    """Distances and expected uses of each layer, learned from texts.
 
-    Texts are token ids, a mask, whether distances are learned from them, and their weight for uses.
+    A text is its token ids, a mask, whether distances are learned from it, and its weight for uses.
     """
     count = counted(progress)
     layers: list[tuple[Distances, ExpectedUse]] = []

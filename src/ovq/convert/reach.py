@@ -1,11 +1,10 @@
-"""`Reach`: how a converted model reads on beyond the length that it was trained on.
+"""`Reach`: re-position keys so that a converted model can read beyond its trained length.
 
-A model that was trained on texts of L tokens has never seen a key further than L positions away, and few
-that were nearly as far. Rotary keys say how far away they are: turned further by n positions, a key is what
-it would have been n positions later, and so is a mean of keys, as turning is linear. So once a text is longer
-than L, what lies further away than some distance is turned until it lies within, at regular places of the
-text, and stays there [ours]. Each slot knows the mean position of its tokens for that; a turned one takes on
-the position that it was brought to.
+A model trained on texts of L tokens has never seen a key more than L positions away, and few that were nearly
+as far. A rotary key encodes its position: rotated by n more positions, it is the key n positions later. The
+same holds for a mean of keys, as rotation is linear. So once a text is longer than L, keys of sinks and slots
+beyond a maximum distance are rotated at regular intervals so that they lie within it [ours]. Each slot knows
+the mean position of its tokens for that; a re-positioned slot gets its new position.
 """
 
 from __future__ import annotations
@@ -15,20 +14,19 @@ import dataclasses
 import torch
 from torch import Tensor
 
-# Rows are turned each time that this share of the most distance has been read, so that it costs little. They
-# are brought nearer than the most distance by as much.
+# Keys are re-positioned once per `max_distance / _PARTS` tokens, so that it costs little, and to within
+# `max_distance` minus that interval, so that they stay within `max_distance` until the next time.
 _PARTS = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reach:
-    """When and how far rows are brought nearer, and how the model turns keys.
+    """When and how far keys are re-positioned, and the model's rotary frequencies.
 
     Attributes:
-        trained_length: the length of texts up to which nothing is brought nearer.
-        max_distance: beyond that length, the most distance between a query and a row that it reads.
-        frequencies: angles by which one position turns each pair of numbers of a key, i and i + R of the
-            first 2 R.
+        trained_length: length of texts up to which nothing is re-positioned.
+        max_distance: beyond that length, largest distance between a query and a sink or slot.
+        frequencies: rotation per position, in radians, of each pair of key components (i, i + R) for i < R.
 
     Example:
         >>> reach = Reach(trained_length=100, max_distance=32, frequencies=(1.0,))
@@ -44,41 +42,41 @@ class Reach:
 
     @property
     def interval(self) -> int:
-        """Rows are turned after multiples of so many tokens."""
+        """Tokens between two re-positionings, which take place at multiples of it."""
         return self.max_distance // _PARTS
 
     @property
     def first_turn(self) -> int:
-        """The first of them, so that no text longer than `trained_length` is read before."""
+        """Tokens before the first one: `trained_length` rounded down to a multiple of `interval`, not 0."""
         return max(1, self.trained_length // self.interval) * self.interval
 
     @property
     def limit(self) -> int:
-        """Distance from the last token to which rows are brought that are further away."""
+        """Distance from the last token to which keys further away are moved."""
         return self.max_distance - self.interval
 
     def until_turn(self, num_read: int) -> int:
-        """Tokens until rows are turned, once `num_read` have been read; at least 1."""
+        """Tokens until the next re-positioning, after `num_read` tokens; at least 1."""
         return max(self.first_turn, (num_read // self.interval + 1) * self.interval) - num_read
 
     def is_turn(self, num_read: int) -> bool:
-        """Whether rows are turned once `num_read` tokens have been read."""
+        """Whether keys are re-positioned after `num_read` tokens."""
         return num_read >= self.first_turn and num_read % self.interval == 0
 
     def turned(self, x: Tensor, positions: Tensor, ratio: Tensor | None = None) -> Tensor:
-        """Keys, or sums of keys, turned further by so many positions.
+        """Keys, or sums of keys, rotated by `positions` more positions.
 
         Args:
             x: `[..., K]`. positions: `[...]`.
-            ratio: `[..., R]`, if numbers of keys were multiplied by factors: that of number i divided by that
-                of number i + R.
+            ratio: `[..., R]`, if key components are scaled by factors: factor of component i divided by that
+                of component i + R. None for no factors.
 
         Example:
             >>> reach = Reach(trained_length=64, max_distance=16, frequencies=(torch.pi / 4,))
             >>> reach.turned(torch.tensor([1.0, 0.0, 5.0]), torch.tensor(2)).round(decimals=4)
             tensor([0., 1., 5.])
         """
-        # In float64, as angles are large and their cosines must not depend on the order of sums.
+        # In float64: angles are large, and their cosines must not depend on the order of sums.
         frequencies = torch.tensor(self.frequencies, dtype=torch.float64, device=x.device)
         angles = positions.double()[..., None] * frequencies
         cos, sin = (f(angles).to(x.dtype) for f in (torch.cos, torch.sin))

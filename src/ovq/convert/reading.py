@@ -1,4 +1,4 @@
-"""How queries read the memory of a head without compiled kernels: one softmax over exact tokens and slots."""
+"""Attention over the memory of a head in plain PyTorch: one softmax over exact tokens and slots."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _QUERIES = 256
 
 
 class Exact(NamedTuple):
-    """Tokens `[B, h, P, D]` that are kept exactly, those of the queries included, in their order.
+    """Keys and values `[B, h, P, D]` of exact tokens in order, including those of the queries.
 
-    `filled` are those of each row before its first query.
+    `filled` is, per row, the number of exact tokens before its first query.
     """
 
     keys: Tensor
@@ -24,7 +24,7 @@ class Exact(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """Slots in use: means `[B, h, N, D]`, and the tokens `[B, h, N]` in each; 0 for rows with fewer slots."""
+    """Slots in use: means `[B, h, N, D]`, and token counts `[B, h, N]`, 0 for slots that a row lacks."""
 
     keys: Tensor
     values: Tensor
@@ -32,18 +32,19 @@ class Slots(NamedTuple):
 
 
 class Observer(Protocol):
-    """Who wants to know what a memory reads, and where its tokens go."""
+    """Is told what a memory reads, and which slots its tokens go to."""
 
     def has_read(self, exact: Exact, slots: Slots | None, probs: Tensor) -> None:
-        """The next n queries, not more than are read at a time, have read the first P exact tokens and slots.
+        """Called after the next block of n queries has attended to the first P exact tokens and N slots.
 
-        `probs` are their weights `[B, h, G, n, P + N]` on these.
+        `probs` `[B, h, G, n, P + N]` are their attention weights.
         """
 
     def has_merged(self, homes: Tensor | None) -> None:
-        """The oldest tokens after the sinks have been merged.
+        """Called after the oldest tokens after the sinks were merged.
 
-        The contents of the slots, and these tokens, went to slots `[R, h, N + C]`; None if they were dropped.
+        `homes` `[R, h, N + C]` are the slots that the N old slots and these C tokens went to; None if the
+        tokens were dropped.
         """
 
 
@@ -57,9 +58,9 @@ def read(
     bias: Tensor | None,
     observer: Observer | None = None,
 ) -> Tensor:
-    """Outputs `[B, h * G, n, V]` of scaled queries `[B, h * G, n, K]` of tokens one after the other.
+    """Attention outputs `[B, h * G, n, V]` of scaled queries `[B, h * G, n, K]` of consecutive tokens.
 
-    They are computed in `dtype`. Temperature and bias `[h * G]` are as in `HeadMemory.attend`.
+    Computed in `dtype`. `temperature` and `bias` `[h * G]` are as in `HeadMemory.attend`.
     """
     batch, heads, outputs = len(q), exact.keys.shape[1], []
     for start, block in zip(range(0, q.shape[2], _QUERIES), q.split(_QUERIES, dim=2), strict=True):
@@ -76,7 +77,7 @@ def read(
         if slots is not None:
             slot_scores = (queries @ slots.keys.transpose(2, 3)).view(*scores.shape[:4], -1)
             count = slots.counts[:, :, None, None]
-            # A slot of one token is that token, and is read as such.
+            # A slot with one token is that token, so its score is left as it is.
             is_shared = count > 1
             if temperature is not None:
                 slot_scores = slot_scores * temperature.to(dtype).view(heads, -1, 1, 1).where(is_shared, 1)

@@ -1,4 +1,4 @@
-"""How a model turns keys by their positions, which has to be known to bring rows nearer (`Reach`)."""
+"""Rotary frequencies of a model, which re-positioning needs (`Reach`)."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from ovq.convert.reach import Reach
 from ovq.hf.cache import CACHE_KEY
 from ovq.ops.sums import state_dtype
 
-# Kinds of rotary positions whose frequencies depend on the length of the text.
+# Rotary types whose frequencies depend on the length of the text.
 _CHANGING = ("dynamic", "longrope")
-# A token is read at the beginning and so many positions later. Its keys may differ from those that were
-# turned by so much of their length.
+# A token is read at position 0 and at this position. Tolerances are for the difference between its keys there
+# and the rotated keys of position 0, relative to their norm.
 _POSITIONS = 37
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
 _TOLERANCE_OF_NARROW = 0.05
 
 
 def with_reach(config: MemoryConfig, model: PreTrainedModel) -> MemoryConfig:
-    """The config with all that is needed to bring rows nearer, as far as the model lets it be known.
+    """`config` with `trained_length` and `rotary_frequencies` filled in, if the model's are known.
 
     Args:
-        config: what the memory keeps.
+        config: sizes and settings of the memory.
         model: a model that is not converted yet.
 
     Raises:
-        ValueError: a length or a distance is given, and it is not known how the model turns keys.
+        ValueError: a length or a distance is given, but the rotary frequencies are not known.
     """
     if config.rotary_frequencies is not None:
         return config
@@ -51,10 +51,10 @@ def with_reach(config: MemoryConfig, model: PreTrainedModel) -> MemoryConfig:
 
 
 def rotary_frequencies(model: PreTrainedModel) -> list[float] | None:
-    """By which angles a model turns keys per position, as `Reach` has them.
+    """Rotary angles per position of a model's keys, in the order of `Reach.frequencies`.
 
     Returns:
-        The frequencies; None if there are none, or keys are not what they say in every layer.
+        The frequencies; None if there are none, or the keys of some layer do not agree with them.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -86,7 +86,7 @@ def _keys(model: Any, position: int) -> list[Tensor]:
     model.eval()
     try:
         cache = DynamicCache(config=model.config)
-        # Not token 0, which often stands for padding and then is no token to learn from.
+        # Not token 0, which is often the padding token, without a learned embedding.
         token, place = (torch.tensor([[x]], device=model.device) for x in (1, position))
         model.base_model(token, position_ids=place, **{CACHE_KEY: cache}, use_cache=True)
     finally:

@@ -1,10 +1,10 @@
-"""Tokens through all layers of a converted model in one call of a kernel, where it can.
+"""Run all layers of a converted model in one kernel call, where possible.
 
-Modules of PyTorch take longer to be called than the processor takes to read the weights. A kernel reads them
-once per call, in a narrower format if that is asked for (`weight_dtype`). Everything that is not plainly
-tokens of a plain model takes the modules: gradients, hooks, adapters, padding and what looks inside; also
-prompts, unless weights are whole numbers and the processor multiplies bytes. Several tokens of a row are
-drafts where the cache records what it reads, to take it out again.
+Calling PyTorch modules takes longer than reading the weights from memory. A kernel reads them once per call,
+in a narrower format if requested (`weight_dtype`). Calls with gradients, hooks, adapters, padding or
+requested intermediate outputs run the modules instead; so do prompts, unless the weights are int8 or int4 and
+the processor multiplies bytes. Several tokens of a row count as drafts (assisted decoding) if the cache
+records what it reads, to be able to crop it.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from ovq.ops.backends.cpu.kernels import DTYPES, is_available
 from ovq.ops.backends.cpu.layer import HeadsLayer
 from ovq.ops.backends.cpu.weights import Matrix, matrix_product, packed
 
-#: Formats of the weights that decode, as `attach` takes them.
+#: Formats of the weights for decoding, as `attach` takes them.
 WEIGHT_DTYPES = ("float32", "bfloat16", "int8", "int4")
 
 _KINDS = ("llama", "qwen2", "qwen3", "mistral")
-# Arguments of `forward` beside the token, the cache and where it stands: values at which they ask nothing.
+# Values of other arguments of `forward` that request nothing beyond logits.
 _NOTHING = {
     "use_cache": (True, None),
     "return_dict": (True, None),
@@ -47,10 +47,10 @@ _NOTHING = {
 
 
 def checked_weight_dtype(weight_dtype: str | None) -> str | None:
-    """The format of the weights that decode; None for that of the model.
+    """Format of the weights for decoding; None for the model's own.
 
     Raises:
-        ValueError: an unknown one.
+        ValueError: an unknown format.
 
     Example:
         >>> checked_weight_dtype("int8"), checked_weight_dtype("auto")
@@ -66,9 +66,9 @@ def checked_weight_dtype(weight_dtype: str | None) -> str | None:
 
 
 def token_output(model: Any, own_class: type, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """What `forward` of a converted model returns for tokens; None where modules must do it.
+    """Output of a converted model's `forward` from the kernel; None if the modules must run.
 
-    `own_class` is that of the model before it was converted.
+    `own_class` is the model's class before conversion.
     """
     call = _call_of(model, args, kwargs)
     if call is None or (step := _step_of(model, own_class)) is None or (stream := step.stream(call)) is None:
@@ -79,10 +79,10 @@ def token_output(model: Any, own_class: type, args: tuple, kwargs: dict[str, Any
 
 
 def token_stream(model: Any, own_class: type, **inputs: Any) -> Tensor | None:
-    """What the last norm of a converted model gets, `[B, T, D]`, for engines that compute logits themselves.
+    """Input `[B, T, D]` of a converted model's final norm, for engines that compute logits themselves.
 
-    The cache among the inputs of `forward` has then read the tokens. None, with nothing read, where modules
-    must do it.
+    `inputs` are those of `forward`; their cache then contains the tokens. None, with the cache unchanged, if
+    the modules must run.
     """
     call = _call_of(model, (), inputs)
     if call is None or (step := _step_of(model, own_class)) is None:
@@ -99,7 +99,7 @@ class _Call(NamedTuple):
 
 
 def _call_of(model: Any, args: tuple, kwargs: dict[str, Any]) -> _Call | None:
-    """The call, if it asks for nothing but the logits of real tokens."""
+    """The call, if it requests only the logits of real tokens; else None."""
     if torch.is_grad_enabled() or model.training or torch.compiler.is_compiling() or len(args) > 1:
         return None
     others = dict(kwargs)
@@ -124,7 +124,7 @@ def _call_of(model: Any, args: tuple, kwargs: dict[str, Any]) -> _Call | None:
     if positions is not None and getattr(positions, "shape", None) not in ((1, num), (rows, num)):
         return None
     if positions is not None and num > 1 and not bool((positions.diff() > 0).all()):
-        # Packed rows, or what modules refuse.
+        # Packed rows, or positions that the modules refuse.
         return None
     if mask is not None and not _is_all_real(mask, rows, num):
         return None
@@ -132,27 +132,27 @@ def _call_of(model: Any, args: tuple, kwargs: dict[str, Any]) -> _Call | None:
 
 
 def _are_drafts(cache: MemoryCache, num: int) -> bool:
-    """Whether so many tokens may be taken out again, and are merged at most once."""
+    """Whether `num` tokens may be cropped later, and cause at most one merge."""
     return all(layer.record_past and num <= layer.config.budgets[0].chunk_size for layer in cache.layers)
 
 
 def _is_all_real(mask: Any, num_rows: int, num: int) -> bool:
-    """Whether a mask says of the new tokens that they are none of padding."""
+    """Whether a mask has no padding among the new tokens."""
     is_mask = isinstance(mask, Tensor) and mask.dim() == 2 and len(mask) == num_rows and mask.shape[1] >= num
     return is_mask and bool(mask[:, -num:].all())
 
 
-# Not attributes of models, which are copied and pickled.
+# Not attributes of the models, because models are copied and pickled.
 _STEPS: weakref.WeakKeyDictionary[nn.Module, _Step] = weakref.WeakKeyDictionary()
 
 
 def _step_of(model: Any, own_class: type) -> _Step | None:
-    """The step of a model as it is now; None if it is none that a kernel can do."""
+    """The step of a model in its current state; None if kernels cannot run it."""
     if _has_any_global_hook() or torch.is_autocast_enabled("cpu") or not is_available():
         return None
     step = _STEPS.get(model)
     if step is None or not step.is_current():
-        # Before another copy of the weights is made.
+        # Free the old copy of the weights before another is made.
         _STEPS.pop(model, None)
         step = _made_step(model, own_class)
         if step is not None:
@@ -161,7 +161,7 @@ def _step_of(model: Any, own_class: type) -> _Step | None:
 
 
 def _made_step(model: Any, own_class: type) -> _Step | None:
-    """The step of a model; None if it is of another kind, or not plain."""
+    """A new step for a model; None for an unsupported architecture or changed modules."""
     kind = next((x for x in _KINDS if own_class.__module__ == f"transformers.models.{x}.modeling_{x}"), None)
     if kind is None or not own_class.__name__.endswith("ForCausalLM"):
         return None
@@ -169,7 +169,7 @@ def _made_step(model: Any, own_class: type) -> _Step | None:
     try:
         parts = _parts(model, lambda part: getattr(sys.modules[own_class.__module__], name + part))
     except KeyError:
-        # Somebody has taken modules out.
+        # The user has removed modules.
         return None
     step = _Step(model, parts)
     if not (step.is_current() and step.fits()):
@@ -179,7 +179,7 @@ def _made_step(model: Any, own_class: type) -> _Step | None:
 
 
 def _parts(model: nn.Module, class_of: Callable[[str], type[nn.Module]]) -> list[Part]:
-    """The modules whose work the step does. `class_of` gives the model's class of a kind of modules."""
+    """The modules that the step replaces. `class_of` maps a suffix such as "MLP" to the model's class."""
 
     def part(owner: nn.Module, name: str, kind: type[nn.Module] | str) -> Part:
         module = owner._modules[name]
@@ -208,10 +208,10 @@ def _parts(model: nn.Module, class_of: Callable[[str], type[nn.Module]]) -> list
 
 
 class _Step:
-    """The step of one model, with the weights that it reads, in place of the work of some modules."""
+    """Runs the layers of one model by kernels, with its own (possibly narrower) copy of the weights."""
 
     def __init__(self, model: Any, parts: list[Part]) -> None:
-        # What keeps a step must not keep its model.
+        # A weak reference, so that `_STEPS` does not keep models alive.
         self._model: Callable[[], Any] = weakref.ref(model)
         self._base = model.model
         self._unchanged = Unchanged(parts)
@@ -219,7 +219,7 @@ class _Step:
         self._caches: weakref.WeakKeyDictionary[MemoryCache, CacheStep] = weakref.WeakKeyDictionary()
 
     def fits(self) -> bool:
-        """Whether the step does what the model's modules do, as far as sizes and formats go."""
+        """Whether the kernels support the model's sizes, dtypes and attention."""
         model = self._model()
         dtype, blocks = self._dtype, model.model.layers
         for x in self._unchanged.weights:
@@ -236,7 +236,7 @@ class _Step:
         )
 
     def is_current(self) -> bool:
-        """Whether modules and weights are still those that the step was made of, and plain."""
+        """Whether modules and weights are still the same as when the step was made, without hooks."""
         model = self._model()
         if model.weight_dtype != self._weight_dtype or model.config._attn_implementation != IMPLEMENTATION:
             return False
@@ -244,14 +244,14 @@ class _Step:
         has_more = config.output_attentions or config.output_hidden_states
         if has_more or not getattr(config, "return_dict", True):
             return False
-        # Its one hook is that of `attach`.
+        # The one expected hook is that of `attach`.
         base = model.model
         if base is not self._base or len(base._forward_pre_hooks) != 1 or base._forward_hooks:
             return False
         return "forward" not in vars(base) and bool(self._unchanged)
 
     def pack_(self) -> None:
-        """Make the copies of the weights that the step reads, where it does not read those of the model."""
+        """Prepare the weights for the kernels, as copies where the model's own cannot be used."""
         model, format = self._model(), checked_weight_dtype(self._weight_dtype)
 
         def matrix(linear: nn.Linear | PackedLinear, format: str | None = format) -> Matrix:
@@ -283,19 +283,19 @@ class _Step:
             self._layers.append(layer)
         final = model.model.norm
         self._norm, self._eps = norm(final), final.variance_epsilon
-        # GGUF files, too, keep more bits of the output layer than of the others.
+        # More bits for the output layer, as in GGUF files.
         self._output = matrix(model.lm_head, "int8" if format == "int4" else format)
 
     def stream(self, call: _Call) -> Tensor | None:
-        """`[B, T, D]`, after which the cache has read the tokens; None if the step cannot read that cache."""
+        """Hidden states `[B, T, D]`; updates the cache. None if the kernels do not support the cache."""
         model, cache, num = self._model(), call.cache, call.tokens.shape[1]
         if len(cache.layers) != len(self._layers):
             return None
-        # All layers turn at the same places.
+        # All layers re-position after the same tokens.
         in_pieces = call.is_prompt or cache.layers[0].until_turn() <= num
         if not (self._fits_pieces(call) if in_pieces else self._fits_tokens(call)):
             return None
-        # Raises if layers have read different numbers.
+        # Raises ValueError if layers have read different numbers of columns.
         num_columns, positions = cache.num_columns, call.positions
         if positions is None:
             positions = torch.arange(num_columns, num_columns + num, device=call.tokens.device)[None]
@@ -308,17 +308,17 @@ class _Step:
         return self._caches[cache].run(x.float(), cos, sin)
 
     def _fits_pieces(self, call: _Call) -> bool:
-        """Whether kernels can read the tokens into a cache, however many they are."""
+        """Whether kernels can read the call's tokens into its cache, for any number of tokens."""
         layers = call.cache.layers
         return not any(layer.record_past or layer.has_staged for layer in layers) and all(
             self._can_read(layer, len(call.tokens)) for layer in layers
         )
 
     def _fits_tokens(self, call: _Call) -> bool:
-        """Whether they can read a few, before something is brought nearer; `self._caches` has how, then."""
+        """Whether kernels can read a few tokens before the next re-positioning; prepares `self._caches`."""
         cache, num = call.cache, call.tokens.shape[1]
         for layer in cache.layers:
-            # It has read something, and no call has stopped half-way.
+            # The cache must not be empty, and no call may have stopped half-way.
             if layer.state is None or layer.has_staged or not layer.can_record(num):
                 return False
         for layer in cache.layers:
@@ -331,11 +331,11 @@ class _Step:
         return True
 
     def logits(self, stream: Tensor) -> Tensor:
-        """`[B, T, V]`."""
+        """Logits `[B, T, V]` of hidden states `[B, T, D]`."""
         return matrix_product(stream, self._output, self._norm, self._eps).to(self._dtype)
 
     def _can_read(self, layer: MemoryLayer, num_rows: int) -> bool:
-        """Whether a layer's memory is one of this model, and kernels can change it."""
+        """Whether a layer's memory fits this model, and kernels can update it."""
         first, dim = self._layers[0], self._layers[0].head_dim
         num_heads = layer.config.num_kv_heads
         wrong = layer.config.misfits(first.q.shape[0] // dim, dim, dim)

@@ -1,9 +1,9 @@
-"""`Option`, a memory that a head may get, and `trials`: what heads lose by each of many.
+"""`Option`, a memory that a head may get, and `trials`, the losses of heads with each of many options.
 
-Every head is tried by itself, outside of the model. Memories of equally many slots hold the same in them
-after as many merges, however long their windows are: the shorter one has only merged more. So these share
-what they learn of the first tokens of a text, which takes most of the time. It is only the unit of keys,
-measured once per head over the first window, that may differ; such heads learn anew.
+Every head is tried separately, outside of the model. Memories with equally many slots hold the same content
+after the same number of merges, whatever their windows; a shorter window has only merged more. So they share
+the slots of the first tokens of a text, which take most of the time. Only the unit of keys (`key_unit`),
+measured once per head over the first window, may differ; such heads do not share.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from ovq.convert.captures import Captured
 from ovq.convert.compiled import advance
 from ovq.convert.config import LayerConfig, MemoryConfig
 
-# Heads, of all layers, that are tried side by side.
+# Heads, of any layers, that are tried together.
 _HEADS_AT_ONCE = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Option:
-    """A memory that a head may get: slots, and last tokens kept exactly."""
+    """A memory that a head may get: number of slots, and of last tokens kept exactly."""
 
     num_slots: int
     window: int
 
     def rows(self, num_sinks: int) -> int:
-        """Rows that it takes."""
+        """Number of rows, sinks included."""
         return num_sinks + self.num_slots + self.window
 
 
@@ -47,15 +47,15 @@ def trials(
     wanted: Tensor | None = None,
     progress: Callable[[int], None] = lambda num: None,
 ) -> Tensor:
-    """The rise of the loss per token `[heads, options]`, float64, if heads had a memory; 0 where not wanted.
+    """Rise of the loss per token of each head with each option, `[heads, options]`, float64; 0 if not wanted.
 
     Args:
-        layers: what they do with a text. All their key/value heads are tried, one layer after the other.
-        options: the memories.
-        num_sinks: first tokens kept exactly in all of them.
-        settings: those of `Probe`, of all layers.
+        layers: captured tensors of all layers on a text; heads are numbered layer by layer.
+        options: the memories to try.
+        num_sinks: first tokens kept exactly in all options.
+        settings: those of `Probe`, for all layers.
         wanted: `[heads, options]` bool, which options to try on which heads; None for all.
-        progress: called with how many more heads have been tried with an option.
+        progress: called with the number of further trials (a head with an option) that are done.
     """
     heads_of = _Heads(layers, num_sinks, settings)
     total = torch.zeros(heads_of.num, len(options), dtype=torch.float64, device="cpu")
@@ -63,7 +63,7 @@ def trials(
     order = sorted(range(len(options)), key=lambda i: (options[i].num_slots, -options[i].window))
     for _, group in itertools.groupby(order, key=lambda i: options[i].num_slots):
         places = list(group)
-        # Heads that are to be tried with the same of these options share what they learn.
+        # Heads with the same wanted options of this group are tried together.
         for choice in wanted[:, places].unique(dim=0):
             chosen = [i for i, is_chosen in zip(places, choice.tolist(), strict=True) if is_chosen]
             if not chosen:
@@ -81,14 +81,14 @@ def trials(
 
 
 def with_window(longer: MemoryLayer, config: LayerConfig) -> MemoryLayer:
-    """The memory of a layer, of one row, as it would be if its windows had been shorter all the time.
+    """The memory of a layer, of one row, as if it had had the shorter windows of `config` from the start.
 
     Units of keys must be the same. `longer` does not change.
     """
     layer = longer.branch(config)
     for memory, budget in zip(layer.own_(), config.budgets, strict=True):
         k, v = (x[:, :, : memory.filled[0]] for x in (memory.recent_keys, memory.recent_values))
-        # Sinks and last tokens are read once more, now with fewer places.
+        # Read sinks and last tokens once more, with fewer places.
         memory.budget, memory.filled = budget, [0]
         memory.recent_keys, memory.recent_values = (
             x.new_zeros(*x.shape[:2], budget.num_exact, x.shape[3]) for x in (k, v)
@@ -98,7 +98,7 @@ def with_window(longer: MemoryLayer, config: LayerConfig) -> MemoryLayer:
 
 
 class _Heads:
-    """The heads of all layers on a text, and what their memories are made with; see `trials`."""
+    """The captured heads of all layers on a text, and the settings of their memories; see `trials`."""
 
     def __init__(self, layers: Sequence[Captured], num_sinks: int, settings: dict[str, Any]) -> None:
         self._layers, self._num_sinks = layers, num_sinks
@@ -112,10 +112,11 @@ class _Heads:
         )
 
     def parts(self, heads: Tensor, options: Sequence[Option]) -> list[tuple[Tensor, bool]]:
-        """Heads that are tried side by side, and whether what they learn is the same for these options, of
-        equally many slots and windows one shorter than the other.
+        """Groups of heads to try together, and whether these options can share their slots.
+
+        The options have equally many slots and descending windows.
         """
-        # As in one layer of many heads, those of equal weights side by side.
+        # Heads of equal value weights next to each other, as in one layer of many heads.
         heads = heads[
             torch.tensor(self._weights, dtype=torch.float64, device="cpu")[heads].argsort(stable=True)
         ]
@@ -124,7 +125,7 @@ class _Heads:
         units = torch.stack(
             [torch.cat([self._units(part, o) for part in heads.split(_HEADS_AT_ONCE)]) for o in options]
         )
-        # Where none was found, the next shorter window finds its own.
+        # 0 (no merge yet) does not matter: the next shorter window then measures its own unit.
         is_same = ((units == 0) | (units == units.amax(0))).all(0)
         return [
             (part, flag)
@@ -134,9 +135,9 @@ class _Heads:
         ]
 
     def learned(self, heads: Tensor, option: Option, longer: MemoryLayer | None) -> MemoryLayer:
-        """The memory of heads that have read all tokens before those whose prediction counts.
+        """The memory of heads after all tokens before the counted ones.
 
-        From one of as many slots and a longer window, if they share what they learn.
+        It starts from `longer`, with as many slots and a longer window, if given.
         """
         layer = MemoryLayer(self._config(heads, option))
         if longer is not None:
@@ -146,11 +147,11 @@ class _Heads:
         return layer
 
     def losses(self, heads: Tensor, layer: MemoryLayer) -> Tensor:
-        """Rise of the loss per token `[h]` if heads have the memory `layer`, which reads on."""
+        """Rise of the loss per token `[h]` of heads with the memory `layer`; it reads the counted tokens."""
         k, v = self._tokens(heads, slice(self._start, None))
         q, o, g = (self._of(name, heads) for name in ("q", "o", "g"))
         change = ((layer.attend(q, k, v, None) - o).float() * g.float()).sum(-1)
-        # Query heads that share keys change together.
+        # Query heads that share a key/value head change together.
         change = change.unflatten(1, (len(heads), -1)).sum(2)
         return change.double().square().sum((0, 2)).cpu() / 2 / self._layers[0].num_targets
 
@@ -162,7 +163,7 @@ class _Heads:
         return self._of("k", heads, part), self._of("v", heads, part)
 
     def _of(self, name: str, heads: Tensor, part: slice = slice(None)) -> Tensor:
-        """Some tokens of a tensor of `Captured`, of all that goes with these key/value heads."""
+        """Tokens `part` of a tensor of `Captured`, for these key/value heads (or their query heads)."""
         found = []
         for head in heads.tolist():
             layer, own = divmod(head, self._per_layer)
@@ -172,7 +173,7 @@ class _Heads:
         return torch.cat(found, 1)
 
     def _units(self, heads: Tensor, option: Option) -> Tensor:
-        """The unit of keys of each head, which the first merge finds; 0 if there is none."""
+        """`key_unit` of each head, set by the first merge; 0 without one."""
         layer = MemoryLayer(self._config(heads, option))
         layer.learn(*self._tokens(heads, slice(self._num_sinks + option.window)))
         units = torch.zeros(len(heads), dtype=torch.float64, device="cpu")

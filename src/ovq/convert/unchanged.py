@@ -1,4 +1,4 @@
-"""Whether the modules and weights that a kernel stands in for are still those that it was made of."""
+"""`Unchanged`: whether the modules and weights that a kernel replaces are still the same."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _version = attrgetter("_version")
 
 
 class Part(NamedTuple):
-    """A module, of which class it must be, and where in its model it is."""
+    """A module, its place among the `siblings` in its parent, and the class that it must have."""
 
     siblings: dict[str, nn.Module | None]
     name: str
@@ -25,16 +25,16 @@ class Part(NamedTuple):
 
 
 class Unchanged:
-    """Modules of a model and their weights as they are when this is made, to be compared with later.
+    """A record of a model's modules and weights; true as long as they are the same.
 
-    They are compared for every token, and after the weights of a model there is nothing else in a processor's
-    caches. So loops are those of `map`, which run in C, and over what is kept side by side.
+    They are compared for every token, when the CPU's caches hold nothing but weights. So loops use `map`,
+    which runs in C, over lists of what is compared.
     """
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self._siblings, self._names, self._modules, self._kinds = (list(x) for x in zip(*parts, strict=True))
         self._attributes = [vars(module) for module in self._modules]
-        # No hook has been registered since, anywhere, if this is the number of the next one.
+        # If this is still the id of the next hook, none has been registered anywhere since.
         self._next_hook = -1
         found = [
             (module._parameters, name, x)
@@ -47,12 +47,12 @@ class Unchanged:
         self.weights: list[Tensor] = [x for _, _, x in found]
         """All parameters of the modules."""
         self._places = list(map(Tensor.data_ptr, self.weights))
-        # Tensors of inference mode do not count their versions, and cannot be told from changed ones.
+        # Tensors made in inference mode have no version counter, so changes cannot be detected.
         self._are_counted = not any(map(Tensor.is_inference, self.weights))
         self._versions = list(map(_version, self.weights)) if self._are_counted else []
 
     def __bool__(self) -> bool:
-        """Whether all are as they were, and the modules plain and not in training."""
+        """Whether all are the same, and the modules without hooks and not in training."""
         next_hook = RemovableHandle.next_id
         if next_hook != self._next_hook:
             if not all(map(is_plain, self._modules, self._kinds)):

@@ -1,7 +1,7 @@
-"""Presets: memories of pretrained models as a probe has found them, for everyone who converts the same model.
+"""Presets: memory configs found by a probe of a pretrained model, to convert the same model without a probe.
 
-A preset is a folder of two files, `preset.json` and `preset.safetensors`, and a card. Those in this folder
-come with the package.
+A preset is a folder with `preset.json`, `preset.safetensors` and a card. Those in this folder come with the
+package.
 """
 
 from ovq.convert.presets.card import preset_card

@@ -1,4 +1,4 @@
-"""The card of a preset: what it is of, how it was found, what was measured."""
+"""The card of a preset: its model, the probe that found it, and measured losses."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def preset_card(*, name: str, model: str, config: MemoryConfig, measured: dict[s
     """The text of a preset's README.md.
 
     Args:
-        name: the preset's. model: the model's.
+        name: name of the preset. model: name of the model.
         config: the memory.
-        measured: may have `probe`, a list of texts by `text` and `tokens`; `losses`, a list of them with the
-            losses `full` and `converted` besides; `about`, a sentence on these losses; and `environment`, the
-            `processor` and the versions, and perhaps the commit, of what was computed with.
+        measured: may have `probe`, a list of texts with `text` (name) and `tokens`; `losses`, the same with
+            the losses `full` and `converted`; `about`, a sentence on these losses; `dtype`; and
+            `environment`, with the `processor`, versions, and optionally the commit.
 
     Example:
         >>> config = MemoryConfig(num_slots=[[8, 0]], window=[[32, 64]])

@@ -1,7 +1,7 @@
-"""`Preset`: a memory with the model that it was probed for, on disk and found again for a model.
+"""`Preset`: a memory config and the identity of the model that it was probed for, saved and looked up.
 
 A model is recognised by the sizes of its layers and a sample of its weights. Neither depends on the tokenizer
-or on how weights are stored, so that a copy is recognised that was quantised, or whose vocabulary was padded.
+or on how weights are stored, so copies that were quantised or have a padded vocabulary are recognised.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ovq.convert.presets.card import preset_card
 from ovq.ops.serialization import write_file
 from ovq.runtime.files import read_json, write_atomic
 
-#: A preset is for as many rows as are asked for, within this share of them.
+#: Largest relative difference between a preset's rows per head and the requested ones.
 MAX_MISMATCH = 0.05
 
 _FORMAT = 1
@@ -36,7 +36,7 @@ _FIELDS = {
     "identity": (dict, "an object"),
     "measured": (dict, "an object"),
 }
-# Fields that say what the heads of a model are like.
+# Config fields that identify a model's heads.
 _IDENTITY = (
     "model_type",
     "hidden_size",
@@ -47,26 +47,26 @@ _IDENTITY = (
     "head_dim",
     "max_position_embeddings",
 )
-# Matrices that are looked at, and numbers of each.
+# Number of sampled matrices, and of weights of each.
 _NUM_MATRICES = 8
 _NUM_WEIGHTS = 64
-# In GGUF files numbers of the config are float32.
+# Significant digits of config values, which GGUF files store in float32.
 _DIGITS = 6
-# Copies that were quantised to 4 bits have 0.99 and more, other models about 0.
+# Smallest cosine similarity of a copy: 4-bit quantised copies have at least 0.99, other models about 0.
 _LEAST_LIKENESS = 0.9
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Preset:
-    """A memory as a probe has found it, and the model it is for.
+    """A memory config found by a probe, and the model that it is for.
 
     Attributes:
-        name: that of its folder.
-        model: the model's name.
+        name: name of its folder.
+        model: name of the model.
         config: the memory.
         identity: sizes of the model, see `identity`.
-        sample: a few of its weights, see `weight_sample`.
-        measured: what was measured, and how, as JSON has it, see `preset_card`.
+        sample: a few of the model's weights, see `weight_sample`.
+        measured: measurements and their conditions, as JSON types, see `preset_card`.
     """
 
     name: str
@@ -86,8 +86,8 @@ class Preset:
         model_name: str,
         measured: dict[str, Any] | None = None,
     ) -> Preset:
-        """The preset of a model, converted or not, that a memory was probed for."""
-        # `attach` finds these out.
+        """A preset with the config `config`, for `model`, which may be converted or not."""
+        # `attach` fills these in.
         plain = dataclasses.replace(config, trained_length=None, rotary_frequencies=None)
         return cls(
             name=name,
@@ -104,12 +104,12 @@ class Preset:
         return round(self.config.rows_per_head)
 
     def check(self, model: PreTrainedModel) -> None:
-        """Raise ValueError unless this is a preset of the model, or of one that it is a copy of."""
+        """Raise ValueError unless the model is the preset's model or a copy of it."""
         if (found := self._difference(model)) is not None:
             raise ValueError(f"preset {self.name}: expected a copy of {self.model}, {found}")
 
     def _difference(self, model: PreTrainedModel) -> str | None:
-        """In what the model is another one, in words; None for a copy."""
+        """How the model differs from the preset's, as part of an error message; None for a copy."""
         found = identity(model)
         if differing := [k for k, v in self.identity.items() if found.get(k) != v]:
             return "with " + ", ".join(f"{k} {self.identity[k]} (found {found.get(k)})" for k in differing)
@@ -122,7 +122,7 @@ class Preset:
 
 
 def save_preset(preset: Preset, folder: str | os.PathLike) -> None:
-    """Write a preset and its card into a folder, which is made if necessary.
+    """Write a preset and its card into a folder, which is created if necessary.
 
     Raises:
         OSError: if it cannot be written.
@@ -206,23 +206,23 @@ def packaged_presets() -> tuple[Preset, ...]:
 
 
 def presets_of(model: PreTrainedModel) -> list[Preset]:
-    """The presets of the package that are of this model, which is not converted yet."""
+    """The presets of the package for this model, which is not converted yet."""
     return [preset for preset in packaged_presets() if preset._difference(model) is None]
 
 
 def find_preset(model: PreTrainedModel, rows: float) -> Preset | None:
-    """The preset of the package that is of this model, with about as many rows per head; None if none is.
+    """The packaged preset for this model whose rows per head are closest to `rows`; None if there is none.
 
     Args:
-        model: not converted yet.
-        rows: rows per head, on average; a preset may have up to 5 % more or fewer.
+        model: a model that is not converted yet.
+        rows: average rows per head; a preset may have up to 5 % more or fewer.
     """
     near = [p for p in presets_of(model) if abs(p.rows - rows) <= MAX_MISMATCH * rows]
     return min(near, key=lambda p: abs(p.rows - rows), default=None)
 
 
 def _as_tensor(value: list[Any]) -> Tensor:
-    """Lists of numbers, so that `tolist` gives the same ones again."""
+    """Lists of numbers as a tensor, such that `tolist` returns the same numbers."""
     tensor = torch.tensor(value)
     if tensor.is_floating_point():
         return torch.tensor(value, dtype=torch.float64)
@@ -231,7 +231,7 @@ def _as_tensor(value: list[Any]) -> Tensor:
 
 
 def identity(model: PreTrainedModel) -> dict[str, Any]:
-    """The fields of a model's config that say what its heads are like, as JSON has them.
+    """The fields of a model's config that identify its heads, as JSON types.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -259,7 +259,7 @@ def _rounded(value: Any) -> Any:
 
 @torch.no_grad()
 def weight_sample(model: PreTrainedModel) -> Tensor:
-    """A few weights of matrices at all depths, `[n]`, each matrix with a mean square of 1."""
+    """A few weights `[n]` of matrices at all depths, scaled to a mean square of 1 per matrix."""
     embedding = model.get_input_embeddings().weight
     matrices = [p for p in model.base_model.parameters() if p.dim() == 2 and p is not embedding]
     num = min(_NUM_MATRICES, len(matrices))
@@ -274,7 +274,7 @@ def weight_sample(model: PreTrainedModel) -> Tensor:
 
 
 def likeness(first: Tensor, second: Tensor) -> float:
-    """How alike samples of weights are: 1 for the same, near 0 for models that were trained apart."""
+    """Cosine similarity of weight samples: 1 for equal ones, near 0 for independently trained models."""
     if first.shape != second.shape:
         return 0.0
     return float(torch.nn.functional.cosine_similarity(first.double(), second.double(), dim=0))

@@ -1,4 +1,4 @@
-"""`default_texts`: what the probe of `ovq convert` reads where it is given no texts."""
+"""`default_texts`: the texts that the probe of `ovq convert` reads by default."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ _FOLDER = Path(__file__).parent
 
 
 def default_texts() -> dict[str, str]:
-    """Prose and code that come with the package, by what they are.
+    """Prose and code that come with the package, by name.
 
-    The prose is Eisenhower's last address on the State of the Union, which as a work of the government of the
-    United States is in the public domain; the code is that of `ovq.convert` itself.
+    The prose is Eisenhower's last address on the State of the Union, which is in the public domain as a work
+    of the United States government; the code is that of `ovq.convert` itself.
 
     Example:
         >>> [text[:20] for text in default_texts().values()]
