@@ -1,4 +1,4 @@
-"""`model_assignments`: which token of a text is in which slot of a model's OVQ layers."""
+"""`model_assignments`: the slot of each token of a text, in each OVQ layer of a model."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from ovq.ops import SlotAssignments
 def model_assignments(
     model: OVQPreTrainedModel, input_ids: Tensor, **inputs: Any
 ) -> dict[int, SlotAssignments]:
-    """Let a model read a text, and tell which slot each token is in.
+    """Run a model on a text and return the slot of each token, per OVQ layer.
 
-    A token of a layer is what the layers below and the short convolution make of the text there. With a
-    convolution of 3 taps, the key of token t comes from the tokens t - 2 to t, and so does its value.
+    A token of a layer is the output of the layers below and of the short convolution at its position. With a
+    convolution of 3 taps, the key and value of token t depend on the layer's inputs t - 2 to t.
 
     Args:
         model: an `OVQModel` or `OVQForCausalLM`.
@@ -31,7 +31,7 @@ def model_assignments(
             any call; the assignments are then those of the new tokens.
 
     Returns:
-        The assignments of each OVQ layer, by the layer's number.
+        The assignments of each OVQ layer, by layer index.
 
     Raises:
         ValueError: if the model has no OVQ layers, or cannot read these inputs.
@@ -51,7 +51,7 @@ def model_assignments(
     with recording(model) as calls:
         model.base_model(input_ids, **given)
     if before is not None and any(len(of_layer) > 1 for of_layer in calls.values()):
-        # A cache that records reads long texts in two calls, which know nothing of each other's tokens.
+        # A cache that records reads long texts in two calls, each with assignments of its own tokens only.
         for layer in before.layers:
             layer.record_past = False
         with recording(model) as calls:
@@ -61,7 +61,7 @@ def model_assignments(
 
 @contextmanager
 def recording(model: OVQPreTrainedModel) -> Iterator[dict[int, list[RecordedCall]]]:
-    """Within this context, each OVQ layer of a model adds its calls of the op to a list.
+    """Context manager that records the op calls of each OVQ layer in a list, by layer index.
 
     Raises:
         ValueError: if the model has no OVQ layers.

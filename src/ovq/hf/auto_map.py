@@ -1,9 +1,8 @@
-"""How transformers finds these classes in a process that has not imported `ovq.hf`.
+"""Lets transformers find these classes in a process that has not imported `ovq.hf`.
 
-The `auto_map` of a saved config names the classes of a module in the same folder. The Auto classes import the
-module if `trust_remote_code=True` is passed, and all it does is import `ovq.hf`. A copy of the model's code
-would need no package, but it would not get later corrections, and a process could hold two classes of one
-name.
+The `auto_map` of a saved config names classes of a module in the same folder. The Auto classes import that
+module if `trust_remote_code=True` is passed; it only imports `ovq.hf`. A copy of the model's code would need
+no package, but would miss later fixes, and a process could hold two classes of the same name.
 """
 
 from __future__ import annotations
@@ -15,16 +14,16 @@ from typing import Any
 from ovq.runtime.files import write_atomic
 
 MODULE_FILE = "modeling_ovq.py"
-"""The name of the module in the folder of a saved config or model."""
+"""Name of the module in the folder of a saved config or model."""
 
 AUTO_MAP = {
     "AutoConfig": "modeling_ovq.OVQConfig",
     "AutoModel": "modeling_ovq.OVQModel",
     "AutoModelForCausalLM": "modeling_ovq.OVQForCausalLM",
 }
-"""What a saved config says about the classes in this module."""
+"""The `auto_map` of a saved config."""
 
-# transformers looks for missing packages by itself, except in a try statement: its message would say
+# In a try statement, because transformers checks other imports itself: its message would say
 # `pip install ovq`, whether or not the index has the package.
 _MODULE = '''"""Lets `trust_remote_code=True` load this model. All code is in the Python package `ovq`."""
 
@@ -54,7 +53,7 @@ def write_module(folder: Path) -> None:
 
 
 def without_own_entries(auto_map: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a saved `auto_map` that are not those of `AUTO_MAP`: those of a class made from ours.
+    """The entries of a saved `auto_map` that differ from `AUTO_MAP`, such as those of a derived class.
 
     Example:
         >>> without_own_entries(AUTO_MAP | {"AutoModel": "mine.Model"})
@@ -62,5 +61,5 @@ def without_own_entries(auto_map: Mapping[str, Any]) -> dict[str, Any]:
         >>> without_own_entries({"AutoConfig": "someone/model--modeling_ovq.OVQConfig"})
         {}
     """
-    # Before the two hyphens, transformers names the repository.
+    # transformers puts the repository before the two hyphens.
     return {name: ref for name, ref in auto_map.items() if str(ref).split("--")[-1] != AUTO_MAP.get(name)}

@@ -21,7 +21,7 @@ def build_mixer(config: OVQConfig, layer_idx: int) -> Mixer:
     """The mixer of a layer, as the config defines it."""
     name = config.mixer_types[layer_idx]
     cls = mixer_class(name)
-    # Beyond what all take, constructors take the fields of the config that they name.
+    # Besides the common arguments, each constructor takes the config fields that it declares.
     make: Callable[..., Mixer] = cls
     return make(
         layer_idx=layer_idx,
@@ -44,7 +44,7 @@ class OVQMLP(nn.Module):
 
 
 class OVQBlock(GradientCheckpointingLayer):
-    """One layer: mixer and MLP, each on the normalised stream and added to it."""
+    """One pre-norm layer: mixer and MLP, each with a residual connection."""
 
     def __init__(self, config: OVQConfig, layer_idx: int):
         super().__init__()
@@ -60,9 +60,9 @@ class OVQBlock(GradientCheckpointingLayer):
         past_key_values: OVQCache | None = None,
         step: Any = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """`[B, T, hidden_size]` to the same, and in training the mixer's own loss, if it has one.
+        """Hidden states `[B, T, hidden_size]`, and in training the mixer's auxiliary loss, if it has one.
 
-        The loss is an output, because nothing else gets through reentrant checkpointing and offloading hooks.
+        The loss is an output, because only outputs survive reentrant checkpointing and offloading hooks.
         """
         options: dict[str, Any] = {}
         own_loss = None
@@ -70,7 +70,7 @@ class OVQBlock(GradientCheckpointingLayer):
             options["step"] = step
         has_loss = self.training and "auxiliary_losses" in self.mixer.forward_options
         if has_loss:
-            # Not a list, because accelerate's hooks pass on copies of lists.
+            # Not a list, because accelerate's hooks copy lists.
             losses: deque[Tensor] = deque()
             options["auxiliary_losses"] = losses
         mixed, _, _ = self.mixer(self.mixer_norm(hidden_states), attention_mask, past_key_values, **options)
@@ -82,7 +82,7 @@ class OVQBlock(GradientCheckpointingLayer):
     def token_step(
         self, hidden_states: Tensor, layout: SequenceLayout, past_key_values: OVQCache
     ) -> TokenStep | None:
-        """The layer as a part of one call of a kernel, see `ovq.layers.token_step`; None if it is none."""
+        """The layer as a step of a kernel call (`ovq.layers.token_step`); None if kernels cannot run it."""
         mlp = self.mlp
         if not is_plain(mlp, OVQMLP):
             return None
@@ -93,10 +93,10 @@ class OVQBlock(GradientCheckpointingLayer):
 def with_steps(
     layers: list[OVQBlock], hidden_states: Tensor, layout: SequenceLayout, past_key_values: OVQCache
 ) -> tuple[Tensor, list[OVQBlock]]:
-    """The stream after as many of the first layers as one call of a kernel can run, and the other layers.
+    """Hidden states after as many of the first layers as one kernel call can run, and the remaining layers.
 
-    For calls that are `ovq.layers.token_step.is_token`. After a layer that no kernel can run, it is called
-    once more for those that follow.
+    For calls for which `ovq.layers.token_step.is_token` holds. After a layer that kernels cannot run, it is
+    called again for the layers that follow.
     """
     steps: list[TokenStep] = []
     for layer in layers:

@@ -32,19 +32,19 @@ CACHE_KEY = (
 )
 
 
-#: Last tokens that can be taken out of a cache again, at least, if it records what it reads.
+#: Most tokens that a cache records for `crop`.
 MOST_CROPPED = 256
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Recorded:
-    """What `OVQCache.crop` needs to go back.
+    """What `OVQCache.crop` needs to undo the last tokens.
 
     Attributes:
-        layers: those of the cache before the tokens.
+        layers: the cache's layers before the tokens.
         inputs: `[B, T, D]` embeddings of the tokens.
-        mask: `[B, P + T]` that was given with them, if any.
-        model: a weak reference to the `OVQModel` that has read them, as caches are copied with all they hold.
+        mask: `[B, P + T]` attention mask of that call, if any.
+        model: a weak reference to the `OVQModel` that read them, so that deep copies do not copy the model.
     """
 
     layers: list[OVQCacheLayer]
@@ -60,7 +60,7 @@ class OVQCacheLayer(LayerCache, CacheLayerMixin):
         memory: the mixer's `Memory`, which handles the state.
     """
 
-    #: Whether the last tokens can be taken out again; transformers' name.
+    #: Whether the layer records what it reads, so that it can be cropped; transformers' name.
     record_past = False
     # Shapes depend on the number of tokens read.
     is_compileable = False
@@ -71,11 +71,11 @@ class OVQCacheLayer(LayerCache, CacheLayerMixin):
 
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]  # an attribute in most layers of transformers
-        """Whether the last tokens can be taken out again."""
+        """Whether the last tokens can be cropped."""
         return self.record_past
 
     def activate_past_recording(self) -> None:
-        """Keep what is needed to take the next tokens out again: transformers' name."""
+        """Record the next tokens, so that they can be cropped: transformers' name."""
         self.record_past = True
 
     @property
@@ -83,7 +83,7 @@ class OVQCacheLayer(LayerCache, CacheLayerMixin):
         """Whether there is a state."""
         return self.state is not None
 
-    # transformers' names for what an attention layer keeps.
+    # `keys` and `values` are transformers' names.
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]  # likewise
         """`[B, Hkv, S, K]` if the mixer keeps keys, else None."""
@@ -100,7 +100,7 @@ class OVQCacheLayer(LayerCache, CacheLayerMixin):
         self.device = next(iter(self.memory.tensors(state).values())).device
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Does nothing: the mixer makes the state."""
+        """Do nothing: the mixer makes the state."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -109,7 +109,7 @@ class OVQCacheLayer(LayerCache, CacheLayerMixin):
         raise NotImplementedError("this layer keeps a state that its mixer makes: use set_state")
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the columns that a mask has to cover: all columns."""
+        """Length and offset of the columns that a mask must cover: all columns."""
         return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
@@ -126,7 +126,7 @@ class OVQCacheLayer(LayerCache, CacheLayerMixin):
             self.move_to(self.device)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refuse to forget tokens, as a layer cannot; `crop(0)` does nothing.
+        """Refuse to remove tokens, as a state cannot forget them; `crop(0)` does nothing.
 
         Raises:
             ValueError: `tokens_to_remove` is not 0.
@@ -136,7 +136,7 @@ class OVQCacheLayer(LayerCache, CacheLayerMixin):
 
 
 def not_croppable(tokens_to_remove: int, num_recorded: int) -> ValueError:
-    """The error of a `crop` of more tokens than were recorded, or of a number that is not negative."""
+    """The error for a `crop` of more tokens than were recorded, or of a positive number."""
     return ValueError(
         f"expected crop(n) with n from {-num_recorded} to 0, found crop({tokens_to_remove}): tokens can be "
         "taken out again that were read since activate_past_recording() and the last crop; or keep a "
@@ -145,7 +145,7 @@ def not_croppable(tokens_to_remove: int, num_recorded: int) -> ValueError:
 
 
 class StateCache(Cache):
-    """What each layer of a model keeps: the base of `OVQCache` and of the cache of converted models."""
+    """Base class of `OVQCache` and of the cache of converted models: one state per layer."""
 
     layers: list[OVQCacheLayer]  # type: ignore[assignment]  # transformers' may be of other kinds
 
@@ -167,14 +167,14 @@ class StateCache(Cache):
 
     @property
     def num_columns(self) -> int:
-        """Columns that every layer has read.
+        """Number of columns that every layer has read.
 
         Raises:
-            ValueError: layers that have read more than others, since a call failed or was interrupted.
+            ValueError: layers have read different numbers, because a call failed or was interrupted.
         """
         num = self.layers[0].num_columns
         if torch.compiler.is_compiling():
-            # A graph would hold a number for each layer, and its compiler forgets that they agree.
+            # A graph would have one number per layer, and its compiler would not know that they are equal.
             return num
         for layer in self.layers:
             if layer.num_columns != num:
@@ -185,9 +185,9 @@ class StateCache(Cache):
         return num
 
     def snapshot(self) -> Self:
-        """An independent cache with the same content, for branching or for going back over rejected tokens.
+        """An independent cache with the same content, for branching or for undoing rejected tokens.
 
-        It costs almost nothing: the two caches share tensors, and neither changes what the other reads.
+        It costs almost nothing: the two caches share tensors, but changes to one do not affect the other.
 
         Example:
             >>> from ovq.hf import OVQConfig, OVQModel
@@ -204,10 +204,10 @@ class StateCache(Cache):
         return branch
 
     def selected(self, rows: Sequence[int]) -> Self:
-        """A cache of these rows of this one, in their order, repeats allowed; the two share nothing."""
+        """A copy of these rows, in this order; repeats are allowed."""
         other = copy.copy(self)
         other.layers = [copy.copy(layer) for layer in self.layers]
-        # Which copies.
+        # This copies the tensors.
         other.batch_select_indices(torch.tensor(rows, dtype=torch.int64, device="cpu"))
         return other
 
@@ -217,17 +217,17 @@ class StateCache(Cache):
             layer.detach_()
 
     def shorten(self, lengths: Sequence[int]) -> int:
-        """Drop the first columns as far as no later call needs them, so that masks stay short.
+        """Drop the first columns that no later call needs, so that masks stay short.
 
-        These are columns of padding in every row, and columns that were read and of which no layer keeps an
-        entry of its own. In a model of OVQ and sliding-window layers, a window is left of any length. What
-        the rows remember stays the same; rotated keys are rotated back, which rounds them.
+        These are columns that are padding in every row, and columns of which no layer keeps an entry of its
+        own. In a model of OVQ and sliding-window layers, only a window is left of a text of any length. The
+        memory of the rows stays the same; rotary keys are rotated back to lower positions, which rounds them.
 
         Args:
-            lengths: tokens that each row has read, not counting padding on the left.
+            lengths: number of tokens that each row has read, without padding on the left.
 
         Returns:
-            Columns that are left, over which later masks begin; at least 1.
+            Number of columns left, with which later masks begin; at least 1.
 
         Raises:
             ValueError: not one length for each row.
@@ -254,7 +254,7 @@ class StateCache(Cache):
 
     @classmethod
     def concatenate(cls, caches: Sequence[Self], config: Any = None) -> Self:
-        """The rows of several caches in one, for rows that join a running batch. The caches do not change.
+        """One cache with the rows of several, for rows that join a running batch. The inputs do not change.
 
         Rows with fewer columns than the longest are padded on the left: later calls need an `attention_mask`
         over all columns, with zeros at this padding. Converted models count positions by columns: give them
@@ -262,7 +262,7 @@ class StateCache(Cache):
 
         Args:
             caches: of one model; each has read at least one column.
-            config: not needed; earlier versions asked for the model's.
+            config: ignored; earlier versions required the model's config.
 
         Raises:
             ValueError: no caches, an empty one among them, or states of different sizes.
@@ -291,7 +291,7 @@ class StateCache(Cache):
 
 
 class OVQCache(StateCache):
-    """Cache of an OVQ model: what the mixer of each layer keeps.
+    """Cache of an OVQ model: the states of the mixers of all layers.
 
     Args:
         config: the config of the model.
@@ -311,10 +311,10 @@ class OVQCache(StateCache):
                 for name in config.mixer_types
             ]
         )
-        #: What `crop` goes back by: all that was read last, if it was recorded.
+        #: The last tokens that `crop` can remove; None if nothing was recorded.
         self.recorded: Recorded | None = None
 
-    # What is recorded is of the rows and columns that there were.
+    # Changes of rows or columns invalidate what was recorded.
     def reset(self) -> None:
         """Forget everything: transformers' name."""
         self.recorded = None
@@ -331,7 +331,7 @@ class OVQCache(StateCache):
         self.recorded = None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """The rows of these beams: transformers' name."""
+        """Take the rows of these beams: transformers' name."""
         super().reorder_cache(beam_idx)
         self.recorded = None
 
@@ -343,14 +343,13 @@ class OVQCache(StateCache):
 
     @property
     def is_recording(self) -> bool:
-        """Whether what is read next is to be recorded."""
+        """Whether the next tokens will be recorded."""
         return self.layers[0].record_past
 
     def to_record(self, model: Any, inputs: Tensor, mask: Tensor | None) -> Recorded:
-        """What will be needed to take the next tokens out again, once the model has read them.
+        """The `Recorded` for cropping the next tokens, to be set once the model has read them.
 
-        These are at most `MOST_CROPPED`. Earlier ones that were not cropped since are kept, too, as long as
-        there is room. Shapes are those of `Recorded`.
+        At most `MOST_CROPPED` tokens. Tokens recorded earlier and not cropped are kept too if they fit.
         """
         layers, recorded = None, self.recorded
         if recorded is not None and recorded.inputs.shape[1] + inputs.shape[1] <= MOST_CROPPED:
@@ -360,10 +359,10 @@ class OVQCache(StateCache):
 
     @torch.no_grad()
     def crop(self, tokens_to_remove: int) -> None:
-        """Take the last `-tokens_to_remove` tokens out again, of those recorded since the last crop.
+        """Remove the last `-tokens_to_remove` of the tokens recorded since the last crop.
 
-        As a state cannot forget, it goes back to the one before these tokens, and the model reads those again
-        that stay.
+        A state cannot forget, so the cache returns to its state before the recorded tokens, and the model
+        reads again those that stay.
 
         Raises:
             ValueError: more tokens than were recorded since rows were selected, repeated or joined; a number

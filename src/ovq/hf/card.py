@@ -1,7 +1,7 @@
-"""Model cards: the README.md beside a saved model, which the hub shows as the page of the model.
+"""Model cards: the README.md beside a saved model, which the hub shows as the model's page.
 
-A card ends with a comment that holds its digest. A card without it, or with another digest, was written or
-edited by a user, and is never replaced.
+A card ends with a comment that holds its digest. A card with no digest, or a wrong one, was written or edited
+by a user and is never replaced.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ovq.ops.options import BEST_MERGE, can_merge_best
 from ovq.runtime.files import atomic_path
 
 CARD_FILE = "README.md"
-"""The name of the card in the folder of a model."""
+"""Name of the card in the folder of a model."""
 
 _LENGTHS = (1024, 16384, 262144)
 
@@ -56,19 +56,19 @@ _MARK = re.compile(r"\n<!-- Made by ovq \((\w+)\); a card that was edited is nev
 
 
 class Model(Protocol):
-    """What a card says of a model."""
+    """What a card needs from a model."""
 
     config: OVQConfig
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of its weights."""
+        """Dtype of the weights."""
 
     def can_generate(self) -> bool:
         """Whether it is a language model."""
 
     def num_parameters(self) -> int:
-        """Weights in all."""
+        """Total number of parameters."""
 
     def state_bytes(self, num_tokens: int, /) -> int:
         """Bytes of the cache of one row after `num_tokens` tokens."""
@@ -83,15 +83,15 @@ def model_card(
     has_tokenizer: bool = True,
     license: str | None = None,
 ) -> ModelCard:
-    """The card of a model: what it is, how to load it, its sizes, and the bytes of its state.
+    """The card of a model: description, loading code, sizes, and the bytes of its state.
 
     Args:
         model: the model.
-        name: of the folder or repository, for the title and the example.
+        name: name of the folder or repository, for the title and the example.
         sections: further sections by title, as Markdown.
-        datasets: ids of data sets of the hub that it was trained on.
-        has_tokenizer: whether there is a tokenizer beside the model.
-        license: of the weights, as the hub names it; None: not said.
+        datasets: hub ids of the training data sets.
+        has_tokenizer: whether a tokenizer is saved beside the model.
+        license: license of the weights, as the hub names it; None to leave it out.
 
     Example:
         >>> from ovq.hf import OVQConfig, OVQForCausalLM
@@ -104,7 +104,7 @@ def model_card(
     """
     is_generative = model.can_generate()
     auto = "AutoModelForCausalLM" if is_generative else "AutoModel"
-    # A folder is at a place that its name does not tell.
+    # The parent folder is not known.
     place = name if "/" in name else f"path/to/{name}"
     data = ModelCardData(
         library_name="transformers",
@@ -130,13 +130,13 @@ def model_card(
 
 
 def save_card(card: ModelCard, folder: Path, *, replaces: Sequence[str] = ()) -> bool:
-    """Write a card into a folder, unless there is one that must stay.
+    """Write a card into a folder, unless there is one that must be kept.
 
     Args:
-        card: made by `model_card`.
-        folder: of the model.
-        replaces: titles of sections that a card of ours may have and still be replaced, besides those that
-            `model_card` writes by itself. What the new card cannot know is thus not lost.
+        card: a card from `model_card`.
+        folder: folder of the model.
+        replaces: titles of sections that an existing card of ours may have and still be replaced, besides
+            the sections that `model_card` always writes. Sections that the new card lacks are thus not lost.
 
     Returns:
         Whether it was written.
@@ -153,7 +153,7 @@ def save_card(card: ModelCard, folder: Path, *, replaces: Sequence[str] = ()) ->
 
 
 def is_untouched(text: str) -> bool:
-    """Whether a card was made here and has not been edited since.
+    """Whether a card was made by this module and not edited since.
 
     Example:
         >>> is_untouched("# My model")
@@ -168,7 +168,7 @@ def _digest(text: str) -> str:
 
 
 def _best_rule(config: OVQConfig) -> str:
-    """How to ask the model by the rule that recalls most, if it is not its own."""
+    """How to switch the model to the merge rule that recalls most; empty if it cannot or has it already."""
     if "ovq" not in config.mixer_types or not can_merge_best(
         config.merge, init=config.init, rate=Ablation.of(config.ablation).rate
     ):
@@ -177,7 +177,7 @@ def _best_rule(config: OVQConfig) -> str:
 
 
 def _described(model: Model) -> dict[str, str]:
-    """What the table of a model says."""
+    """Rows of the table of a model's properties."""
     config = model.config
     described = {
         "parameters": f"{model.num_parameters():,}",
@@ -200,7 +200,7 @@ def _described(model: Model) -> dict[str, str]:
 
 
 def _runs(names: Sequence[str]) -> list[str]:
-    """The layers in words: `["ovq x 3", "full_attention"]`, or how often a pattern of two repeats."""
+    """Runs of equal layers as text, `["3 x ovq", "full_attention"]`, or one repeated pattern of two."""
     pair = list(names[:2])
     if len(names) > 3 and len(set(pair)) == 2 and list(names) == pair * (len(names) // 2):
         return [f"{len(names) // 2} x ({', '.join(pair)})"]
@@ -209,7 +209,7 @@ def _runs(names: Sequence[str]) -> list[str]:
 
 
 def _memory(model: Model) -> str:
-    """Bytes of the state after some lengths, and those of the keys and values of all tokens in all layers."""
+    """Table of the state's bytes after some lengths, beside those of a full KV cache."""
     config = model.config
     per_token = 2 * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
     rows = [

@@ -1,4 +1,4 @@
-"""Configuration of the OVQ language model: one backbone; `mixer_types` names the mixer of each layer."""
+"""Configuration of the OVQ language model: one backbone, with the mixer of each layer in `mixer_types`."""
 
 import copy
 import dataclasses
@@ -25,14 +25,14 @@ from ovq.ops.options import Options, current_merge, default_growth
 from ovq.plugins import usable_names
 
 TO_TRAIN: dict[str, Any] = {"merge": "existing", "init": "novelty", "ablation": None}
-"""Fields of the layer that recalls most, of all that were measured, while it is trained."""
+"""Fields with which to train the layer that recalls most, of all that were measured."""
 
 T = TypeVar("T")
 
 if TYPE_CHECKING:
 
     class Filled(Generic[T]):
-        """A field that may be left out and is then filled in, so that reading it never gives None."""
+        """An optional field that is filled in if left out, so that reading it never gives None."""
 
         def __get__(self, config: object, owner: type | None = None) -> T:
             """The value in the config."""
@@ -60,39 +60,39 @@ class OVQConfig(PreTrainedConfig):
         rope_theta: base of the rotary frequencies.
         rope_mixers: the mixer types whose layers get rotary embedding, out of `"sliding_attention"`,
             `"full_attention"` and `"ovq"`. None: only `"sliding_attention"`.
-        logn_length: tokens beyond which layers that read ever more of them, those with full attention and
-            dictionaries, scale their logits with the logarithm of the place of the token that reads; None to
-            leave them. Best the length of the training texts (docs/method/math.md, section 9).
+        logn_length: length in tokens beyond which full-attention and OVQ layers scale their logits by
+            log(position) / log(`logn_length`); None for no scaling. Best the length of the training texts
+            (docs/method/math.md, section 9).
         initializer_range: standard deviation of the initial weights.
         tie_word_embeddings: use the embedding as the output layer too.
         mixer_types: one mixer per layer, from `ovq.layers.MIXERS`. None: `"sliding_attention"` and `"ovq"`
             alternate.
-        sliding_window: tokens that a `"sliding_attention"` layer sees, the current one included.
+        sliding_window: tokens that a `"sliding_attention"` layer attends to, including the current one.
         num_slots: N, the largest number of slots per head of an `"ovq"` or a `"kvm"` layer; the slots per
             head of a `"vq"` layer.
-        chunk_size: C, tokens per chunk of `"ovq"` layers, which read a chunk exactly before they merge it,
+        chunk_size: C, tokens per chunk of `"ovq"` layers, which attend to a chunk exactly before merging it,
             and of `"vq"` layers.
         conv_size: taps of the causal depthwise convolution in every mixer; 0 for none.
-        growth: schedule of the dictionary: `"plateau"`, `"linear"` or `"immediate"`; None for the one that
-            `merge` is meant for.
+        growth: schedule of the dictionary: `"plateau"`, `"linear"` or `"immediate"`; None for the default of
+            `merge`.
         init: which keys open slots: `"novelty"` or `"random"`.
         merge: slots that a key may be merged into: `"existing"` or `"updated"`; or `"nearest"`, which merges
-            pairs of slots and tokens. `"ward"` and `"ward-sqrt"` of earlier versions are run as `"nearest"`.
-        ablation: what is changed for an ablation, by the names of `ovq.ops.options.Ablation`; None for
-            nothing. Until version 0.2 these were fields.
-        value_weight: the weight of distances between values relative to those between keys where pairs are
-            merged.
-        merge_gate: whether `"ovq"` layers learn how much each token counts in the dictionary.
-        forget_gate: whether `"ovq"` layers learn how fast what was read earlier fades.
-        use_cache: whether a forward pass outside of training returns a cache unless told otherwise.
+            pairs of slots and tokens. `"ward"` and `"ward-sqrt"` of earlier versions run as `"nearest"`.
+        ablation: ablated options, by the names of `ovq.ops.options.Ablation`; None for none. Until version
+            0.2 these were fields.
+        value_weight: weight of distances between values relative to those between keys, in rules that merge
+            pairs.
+        merge_gate: whether `"ovq"` layers learn a weight per token in the dictionary.
+        forget_gate: whether `"ovq"` layers learn how fast earlier tokens fade.
+        use_cache: whether a forward pass outside of training returns a cache by default.
         pad_token_id: for `generate`.
         bos_token_id: for `generate`.
         eos_token_id: for `generate`.
         kwargs: fields that mixers in `mixer_types` declare (`Mixer.config_fields`, docs/method/mixers.md). A
-            config has and saves those of its own mixers alone. Others are kept as transformers does.
+            config only has and saves the fields of its own mixers. Others are kept as in transformers.
 
     Raises:
-        ValueError: a value outside its range, an unknown mixer, a misspelt field, or one of a mixer that the
+        ValueError: a value out of range, an unknown mixer, a misspelt field, or a field of a mixer that the
             model does not have.
 
     Example:
@@ -137,7 +137,7 @@ class OVQConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Fill in the fields that depend on others, and check all."""
+        """Fill in the fields that depend on others, and check all fields."""
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.mixer_types is None:
@@ -160,7 +160,7 @@ class OVQConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set a field; with `mixer_types`, the fields of these mixers come, and those of others go.
+        """Set a field; setting `mixer_types` adds the fields of the new mixers and removes those of the old.
 
         Raises:
             ValueError: an unknown mixer, or a value that a field of a mixer cannot have.
@@ -177,10 +177,10 @@ class OVQConfig(PreTrainedConfig):
 
     @classmethod
     def recommended(cls, **fields: Any) -> "OVQConfig":
-        """The config to train a new model with: of all OVQ layers that were measured, what recalls most.
+        """The config for training a new model: the OVQ layer that recalls most, of all that were measured.
 
-        It trains with the paper's merge rule, and a merge gate says what each token counts for in a merge.
-        Once it is trained, `OVQForCausalLM.ask_as_recommended` switches to the rule that recalls most
+        It trains with the paper's merge rule and a merge gate, which learns the weight of each token in
+        merges. After training, `OVQForCausalLM.ask_as_recommended` switches to the rule that recalls most
         (docs/use/training.md).
 
         Args:
@@ -188,7 +188,7 @@ class OVQConfig(PreTrainedConfig):
                 and costs recall far beyond the training length.
 
         Raises:
-            ValueError: as for `OVQConfig`, or if a field that this is about is given another value.
+            ValueError: as for `OVQConfig`, or if a recommended field is given another value.
 
         Example:
             >>> config = OVQConfig.recommended(num_hidden_layers=2, hidden_size=64, num_attention_heads=2)
@@ -199,17 +199,17 @@ class OVQConfig(PreTrainedConfig):
             if fields.get(name, value) != value:
                 expected = f"{value!r}, as is recommended, or OVQConfig(...)"
                 raise ValueError(f"{name}: expected {expected}, found {fields[name]!r}")
-        # The merge gate pays on recall of two kinds, on three seeds each, and changes nothing on text
-        # (docs/results/rivals.md). There the forget gate pays, which costs recall
+        # The merge gate improves recall in two tasks, on three seeds each, and changes nothing on text
+        # (docs/results/rivals.md). The forget gate lowers the loss on text, but costs recall
         # (docs/results/forgetting.md).
         return cls(**{"merge_gate": True} | fields | TO_TRAIN)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """The config from a dictionary such as `from_pretrained` reads from a file; see `upgraded`.
+        """The config from a dictionary, as `from_pretrained` reads it from a file; see `upgraded`.
 
         Raises:
-            ValueError: the config of another type of model, or a field of a wrong type.
+            ValueError: the config of another model type, or a field of a wrong type.
 
         Example:
             >>> OVQConfig.from_dict({"model_type": "llama"})
@@ -219,11 +219,11 @@ class OVQConfig(PreTrainedConfig):
         if (found := config_dict.get("model_type", cls.model_type)) != cls.model_type:
             raise ValueError(f"expected the config of a model of type {cls.model_type!r}, found {found!r}")
         if "auto_map" in config_dict:
-            # Written anew when the config is saved again.
+            # `save_pretrained` adds our entries again.
             config_dict = config_dict | {"auto_map": without_own_entries(config_dict["auto_map"])}
             if not config_dict["auto_map"]:
                 del config_dict["auto_map"]
-        # The mixers first, as fields come with them.
+        # The mixers first, because they determine the fields.
         kwargs = dict(sorted(kwargs.items(), key=lambda item: item[0] != "mixer_types"))
         try:
             return super().from_dict(cls.upgraded(config_dict, **kwargs), **kwargs)
@@ -233,10 +233,10 @@ class OVQConfig(PreTrainedConfig):
     def save_pretrained(
         self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
     ) -> None:
-        """Save the config as transformers does, and beside it the module that its `auto_map` names.
+        """Save the config as transformers does, with the module that its `auto_map` names.
 
-        The Auto classes then load the config, and a model beside it, with `trust_remote_code=True` even where
-        `ovq.hf` has not been imported; see `ovq.hf.auto_map`.
+        The Auto classes can then load the config, and a model beside it, with `trust_remote_code=True` in a
+        process that has not imported `ovq.hf`; see `ovq.hf.auto_map`.
         """
         if not os.path.isfile(save_directory):
             write_module(Path(save_directory))
@@ -245,7 +245,7 @@ class OVQConfig(PreTrainedConfig):
         try:
             super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         finally:
-            # In memory, a config is what it was.
+            # The config in memory stays unchanged.
             if derived is None:
                 del self.auto_map
             else:
@@ -253,16 +253,16 @@ class OVQConfig(PreTrainedConfig):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
-        """Does nothing for this class, since every saved config names it; see `ovq.hf.auto_map`.
+        """Do nothing for this class, since every saved config names it; see `ovq.hf.auto_map`.
 
-        For a class derived from it, its file is copied beside a saved config, as in transformers.
+        The file of a derived class is copied beside a saved config, as in transformers.
         """
         if cls is not OVQConfig:
             super().register_for_auto_class(auto_class)
 
     @classmethod
     def field_defaults(cls, mixer_types: Iterable[str] | None = None) -> dict[str, Any]:
-        """The fields that a config with these mixers has beside those of transformers, with their defaults.
+        """Defaults of all fields of a config with these mixers, except those of transformers.
 
         Example:
             >>> sorted(OVQConfig.field_defaults(["mamba2"]).keys() - OVQConfig.field_defaults().keys())
@@ -274,21 +274,21 @@ class OVQConfig(PreTrainedConfig):
 
     @classmethod
     def upgraded(cls, fields: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
-        """The fields of a config that an earlier version saved, as this version would save them.
+        """The fields of a config saved by an earlier version, as this version would save them.
 
-        Renamed fields get their present names, removed ones are left out, those of `Ablation` are put
-        together, and a rule that the reference alone has is replaced (`current_merge`). Until version 0.2
-        configs had the fields of all mixers; those of mixers that the model does not have are left out, as no
-        layer reads them. Before the sizes of mixers were fields, they followed from other fields, so that a
-        layer had as many parameters, or a state of as many bytes, as an `"ovq"` layer. Sizes that are missing
-        are filled in by that rule (`equal_sizes`).
+        Renamed fields get their current names, removed fields are left out, those of `Ablation` are
+        collected, and a merge rule that only the reference has is replaced (`current_merge`). Until version
+        0.2 configs had the fields of all mixers; those of mixers that the model does not have are left out,
+        as no layer uses them. Before mixer sizes were fields, they followed from other fields such that a
+        layer had as many parameters, or a state of as many bytes, as an `"ovq"` layer. Missing sizes are
+        filled in by that rule (`equal_sizes`).
 
         Args:
-            fields: what was saved.
+            fields: the saved fields.
             changes: fields that will be set to other values.
 
         Raises:
-            ValueError: a field under both its names, a removed one that is not off, or impossible values.
+            ValueError: a field under both of its names, a removed field that is not off, or invalid values.
 
         Example:
             >>> OVQConfig.upgraded({"hidden_size": 64, "slot_rate": 0.1})["ablation"]
@@ -299,11 +299,11 @@ class OVQConfig(PreTrainedConfig):
             fields["merge"] = current_merge(fields["merge"])
         mixer_types = fields.get("mixer_types")
         if not (isinstance(mixer_types, list) and all(isinstance(name, str) for name in mixer_types)):
-            # What is of another type is refused by its name when the config is made.
+            # A value of another type is refused, with its name, when the config is made.
             mixer_types = []
         own = _fields_of(mixer_types)
         fields = {name: value for name, value in fields.items() if name in own or name not in SAVED_WITH_ALL}
-        # A size that was open was saved as None, or not at all.
+        # An unset size was saved as None, or not at all.
         is_open = {
             name
             for name, field in own.items()
@@ -365,7 +365,7 @@ class OVQConfig(PreTrainedConfig):
 
 
 def _fields_of(mixer_types: Iterable[str] | None) -> dict[str, ConfigField]:
-    """The fields that a config has for these mixers, by name. Raises ValueError where that cannot be."""
+    """The config fields of these mixers, by name; ValueError for unknown mixers or names that are taken."""
     try:
         fields = fields_of_mixers(mixer_types or ())
     except ValueError as error:
@@ -379,17 +379,17 @@ def _fields_of(mixer_types: Iterable[str] | None) -> dict[str, ConfigField]:
 
 
 def _take_unused(kwargs: dict[str, Any], mixer_types: list[str]) -> None:
-    """Take fields of mixers that a config lacks out of keyword arguments that are none of its fields.
+    """Remove fields of mixers that the config does not have from the unknown keyword arguments.
 
-    Other unknown arguments are left, because a config saved by another version of transformers may have
+    Other unknown arguments are kept, because a config saved by another version of transformers may have
     fields that the installed version does not know.
 
     Raises:
-        ValueError: a field of such a mixer that is not at its default, or a name that resembles a field:
-            transformers silently stores unknown ones.
+        ValueError: a field of such a mixer with another value than its default, or a name that resembles a
+            field (transformers silently stores unknown names).
     """
     unknown = [name for name in kwargs if not hasattr(OVQConfig, name)]
-    # To know all fields takes importing the laboratory.
+    # Finding all mixers imports the laboratory, so only do it for unknown names.
     mixers = usable_names(MIXERS, what="mixer") if unknown else []
     fields = {name: (f, mixer) for mixer in mixers for name, f in mixer_class(mixer).own_fields().items()}
     for name in unknown:

@@ -1,8 +1,8 @@
 """Persistent contexts: read a document once, keep the state of all layers, and answer any number of prompts.
 
-For a model of OVQ and sliding-window layers, or a converted one (`ovq.convert`), this takes megabytes,
-whatever the length of the document: prefix caching at constant size. On disk a context is one safetensors
-file, which only the model that read the document accepts:
+This is prefix caching at constant size: for a model of OVQ and sliding-window layers, or a converted one
+(`ovq.convert`), a context takes megabytes, whatever the length of the document. On disk it is one safetensors
+file, which can only be loaded for the model that read the document:
 
     context = build_context(model, document_ids)
     save_context(context, "book.ctx")
@@ -43,14 +43,14 @@ from ovq.ops.serialization import positive_int, write_file
 class Context:
     """The memory of a document, from which a model can continue any number of times.
 
-    Made by `build_context`, `load_context` or, from a cache, `Context.of`. Using it does not change it: every
-    use gets its own cache.
+    Made by `build_context`, `load_context` or, from a cache, `Context.of`. It is never changed: every use
+    gets its own cache.
 
     Attributes:
         model: the model that read the document.
-        num_tokens: tokens of the document.
-        fingerprint: the fingerprint of the model as it was then; see the function `fingerprint`.
-        note: what its maker wants to find again in its file, such as the messages of a chat.
+        num_tokens: number of tokens of the document.
+        fingerprint: fingerprint of the model when it read the document; see the function `fingerprint`.
+        note: free text that is saved with the context, such as the messages of a chat.
 
     Example:
         >>> from ovq.hf import OVQConfig, OVQForCausalLM
@@ -72,10 +72,10 @@ class Context:
 
     @classmethod
     def of(cls, model: ContextModel, cache: StateCache, *, note: str = "") -> Context:
-        """What a model has read in `cache`: one row, without padding. The cache must not read on.
+        """The context of the tokens in `cache`: one row, without padding. Do not use the cache afterwards.
 
         Raises:
-            ValueError: a cache of another number of rows, with padding, or one that has read nothing.
+            ValueError: a cache of another number of rows, with padding, or without tokens.
 
         Example:
             >>> from ovq.hf import OVQConfig, OVQModel
@@ -104,20 +104,20 @@ class Context:
         return self._cache.nbytes
 
     def cache(self, num_rows: int = 1) -> StateCache:
-        """A cache of `num_rows` rows that have each read the document; it shares nothing with other caches.
+        """A new cache of `num_rows` rows that have each read the document.
 
         Pass it to `forward(input_ids, past_key_values=...)`, or to `generate` with an `attention_mask` over
         the tokens of the document and of the prompt; `inputs` makes that mask.
         """
-        # Copies, even for one row: two threads must not use caches that share buffers at the same time.
+        # A copy even for one row: two threads must not use caches that share buffers at the same time.
         return self._cache.selected([0] * num_rows)
 
     def inputs(self, prompts: Tensor | Sequence[Tensor | Sequence[int]]) -> dict[str, Any]:
-        """The arguments of `generate` for prompts that follow the document.
+        """Arguments of `generate` for prompts that follow the document.
 
         Args:
             prompts: token ids of one or more prompts, of any lengths; a tensor `[B, T]` or a sequence of
-                sequences. If lengths differ, all but the last token of each prompt is read here.
+                sequences. If lengths differ, all tokens of each prompt but the last are read here.
 
         Returns:
             `input_ids` `[B, T]` (shorter prompts padded left), the `attention_mask` over document and
@@ -141,10 +141,10 @@ class Context:
 
     @torch.no_grad()
     def _read(self, rows: list[Tensor]) -> StateCache:
-        """A cache that has read the document and, in each row, all of a prompt but its last token.
+        """A cache that has read the document and, in each row, all tokens of a prompt but the last.
 
-        The tokens of a row must be contiguous, without padding between document and prompt. So prompts of
-        equal length are read together, and the rows are joined afterwards, with padding before the document.
+        There must be no padding between document and prompt. So prompts of equal length are read together,
+        and the rows are joined afterwards, with padding before the document.
         """
         by_length: dict[int, list[int]] = {}
         for place, row in enumerate(rows):
@@ -169,7 +169,7 @@ def build_context(
     prefill_chunk_size: int = 2048,
     progress: Callable[[int], None] | None = None,
 ) -> Context:
-    """Read a document.
+    """Read a document and return its context.
 
     Args:
         model: an `OVQForCausalLM`, an `OVQModel` or a converted model.
@@ -206,16 +206,16 @@ def read_in_pieces(
     prefill_chunk_size: int = 2048,
     known_fingerprint: Mapping[str, str] | None = None,
 ) -> Generator[int, None, Context]:
-    """What `build_context` does, piece by piece, for a caller that has other things to do in between.
+    """Generator version of `build_context`, for a caller that does other work between the pieces.
 
-    Gradients are the caller's to switch off.
+    The caller must disable gradients.
 
     Args:
         model, input_ids, prefill_chunk_size: as in `build_context`.
-        known_fingerprint: that of the model if the caller has it, as reading all weights takes time.
+        known_fingerprint: fingerprint of the model, if known; computing it reads all weights.
 
     Yields:
-        The number of tokens read so far, after each piece; the value of the generator is the context.
+        The number of tokens read so far, after each piece; the generator returns the context.
     """
     if prefill_chunk_size < 1:
         raise ValueError(f"prefill_chunk_size: expected at least 1, found {prefill_chunk_size}")
@@ -262,7 +262,7 @@ def save_context(context: Context, path: str | os.PathLike) -> None:
 
 
 def load_context(path: str | os.PathLike, model: ContextModel) -> Context:
-    """Read a context for the model that made it, onto the model's device.
+    """Load a context for the model that made it, onto the model's device.
 
     Raises:
         ValueError: a missing or damaged file, a file of another kind, or a context of another model or
@@ -287,7 +287,7 @@ def load_context(path: str | os.PathLike, model: ContextModel) -> Context:
 
 
 def checked_ids(ids: Tensor | Sequence[int], model: TokenModel, *, what: str) -> Tensor:
-    """Token ids as a tensor `[T]` on the model's device; ValueError unless the model knows them."""
+    """Token ids as a tensor `[T]` on the model's device; ValueError for ids outside the vocabulary."""
     tensor = ids if isinstance(ids, Tensor) else torch.tensor(ids, device="cpu")
     if tensor.dim() == 2 and tensor.shape[0] == 1:
         tensor = tensor[0]

@@ -1,6 +1,6 @@
-"""What contexts are of and their files: kinds of models, fingerprints, and the checks of what is read.
+"""Files of contexts: kinds of models, fingerprints, and the checks of loaded tensors.
 
-OVQ models are one kind of models; `ovq.convert` adds its own.
+OVQ models are one kind of models; `ovq.convert` adds another.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class TokenModel(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go."""
+        """Device of the inputs."""
 
 
 class ContextModel(TokenModel, Protocol):
-    """What contexts need of a model: an `OVQModel` or `OVQForCausalLM`, or a converted model."""
+    """What contexts need from a model: an `OVQModel` or `OVQForCausalLM`, or a converted model."""
 
     context_kind: str
 
@@ -54,25 +54,25 @@ class ContextModel(TokenModel, Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """Dtype of the weights."""
 
     def make_cache(self) -> Any:
         """An empty cache of the model."""
 
     def memory_fields(self) -> dict[str, Any]:
-        """What a memory depends on beside weights and dtype, as in JSON."""
+        """All settings, besides weights and dtype, that a memory depends on, as JSON types."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Kind:
-    """Contexts of one kind of models: how their files are read without the model.
+    """How to read the context files of one kind of models without the model.
 
     Attributes:
-        upgraded: the `memory_fields` that a file has, with the names and defaults of today.
-        config: the config that has these fields.
-        cache: an empty cache of a model of this config.
-        check: raises ValueError, naming the file, unless the tensors of each layer can be the memory that a
-            model of this config and dtype has of so many tokens.
+        upgraded: returns the `memory_fields` in a file with current names and defaults.
+        config: makes the config from these fields.
+        cache: makes an empty cache from the config.
+        check: raises ValueError, naming the file, unless the tensors of each layer can be the memory of a
+            model with this config and dtype after this many tokens.
     """
 
     upgraded: Callable[[dict[str, Any]], dict[str, Any]]
@@ -81,12 +81,12 @@ class Kind:
     check: Callable[[str, Sequence[Tensors], Any, torch.dtype, int], None]
 
 
-#: By the name that `context_kind` gives them; `ovq.convert` adds its own.
+#: Kinds by the value of `context_kind`; `ovq.convert` adds its own.
 KINDS: dict[str, Kind] = {}
 
 
 def _upgraded_fields(fields: dict[str, Any]) -> dict[str, Any]:
-    """Fields of an `OVQConfig` in a file; one that is older than a field was made with its default of now."""
+    """Current `OVQConfig` fields from those in a file; fields newer than the file get their defaults."""
     fields = OVQConfig.upgraded(fields)
     defaults = OVQConfig.field_defaults(fields.get("mixer_types"))
     return {name: value for name, value in defaults.items() if name not in WITHOUT_EFFECT} | fields
@@ -122,7 +122,7 @@ KINDS["ovq"] = Kind(
 def fingerprint(model: ContextModel) -> dict[str, str]:
     """Everything that a memory depends on: config fields, dtype, and the SHA-256 of the backbone's weights.
 
-    The output layer is left out, because it does not affect the memory.
+    The output layer does not affect the memory and is left out.
 
     Example:
         >>> from ovq.hf import OVQConfig, OVQModel
@@ -150,7 +150,7 @@ def weights_of(model: nn.Module) -> Mapping[str, Tensor]:
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, dtypes, shapes and bytes."""
+    """SHA-256 of the names, dtypes, shapes and bytes of tensors."""
     total = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -160,7 +160,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def read_context(path: str | os.PathLike) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """The metadata and the tensors of a context, those of earlier formats with a kind."""
+    """Metadata and tensors of a context file; metadata of earlier formats gets its kind added."""
     what = "a saved context"
     if (found := format_of(path)) in _EARLIER_FORMATS:
         version, kind = _EARLIER_FORMATS[found]
@@ -172,14 +172,14 @@ def read_context(path: str | os.PathLike) -> tuple[dict[str, str], dict[str, Ten
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class ContextInfo:
-    """What a context file says of itself, without the model.
+    """Content of a context file, without the model.
 
     Attributes:
-        num_tokens: tokens of the document.
+        num_tokens: number of tokens of the document.
         nbytes: bytes of the memory.
-        dtype: that of the model.
+        dtype: dtype of the model.
         weights: SHA-256 of the model's weights.
-        config: the config of the model, as far as the memory depends on it: an `OVQConfig`, or the
+        config: the fields of the model's config that the memory depends on: an `OVQConfig`, or the
             `MemoryConfig` of a converted model.
         cache: the memory, by layer.
     """
@@ -193,7 +193,7 @@ class ContextInfo:
 
 
 def context_info(path: str | os.PathLike) -> ContextInfo:
-    """Read a context without its model, to see what it is and what it holds.
+    """Read a context file without its model, to inspect it.
 
     Raises:
         ValueError: a missing or damaged file, or a file of another kind.
@@ -238,7 +238,7 @@ def check_fingerprint(where: str, found: Mapping[str, str], expected: Mapping[st
     """Raise ValueError, naming the first difference, unless the two fingerprints are equal."""
     own = json.loads(expected["config"])
     other = _config_of(where, found, kind, dict)
-    # What differs because `merge` does would puzzle a user who set that alone.
+    # `growth` last: it may differ only because `merge` does, and a user who set `merge` would be puzzled.
     for name in sorted(own.keys() | other.keys(), key=lambda name: (name == "growth", name)):
         if own.get(name) != other.get(name):
             raise ValueError(
@@ -259,7 +259,7 @@ def check_fingerprint(where: str, found: Mapping[str, str], expected: Mapping[st
 def _config_of(
     where: str | os.PathLike, metadata: Mapping[str, str], kind: Kind, made: Callable[[dict[str, Any]], Any]
 ) -> Any:
-    """What is made of the fields of the config in a file, with the names that they have now."""
+    """`made`, called with the upgraded config fields in a file's metadata; ValueError if they are invalid."""
     found = metadata.get("config", "")
     try:
         return made(kind.upgraded(json.loads(found)))
@@ -272,7 +272,7 @@ def _config_of(
 def check_content(
     path: str | os.PathLike, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Raise ValueError unless the tensors are those that were written."""
+    """Raise ValueError unless the digest of the tensors is the one in the metadata."""
     if (found := digest(tensors)) != metadata.get("content"):
         raise ValueError(
             f"{path}: expected tensors of SHA-256 {metadata.get('content')}, found {found}: it is damaged"
@@ -284,7 +284,7 @@ def checked_layers(
 ) -> list[dict[str, Tensor]]:
     """The tensors of each layer; ValueError unless they can be a model's memory of `num_tokens` tokens."""
     num_layers = len(kind.cache(config).layers)
-    # Every layer has a tensor at least; a file may claim any number of layers.
+    # Every layer has at least one tensor. Without this check, a file could claim any number of layers.
     if num_layers > len(tensors):
         raise ValueError(f"{where}: expected tensors of {num_layers} layers, found {len(tensors)} tensors")
     layers: list[dict[str, Tensor]] = [{} for _ in range(num_layers)]

@@ -1,6 +1,6 @@
 """Sizes at which other mixers have as many parameters as an OVQ layer, or a state of as many bytes.
 
-Experiments compare mixers at these sizes. Configs that were saved before the sizes were fields imply them.
+Experiments compare mixers at these sizes. Configs saved before the sizes were fields imply them.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from ovq.layers.registry import mixer_class
 
 
 def equal_sizes(config: Any) -> dict[str, int]:
-    """Values of fields at which the mixers of an `OVQConfig` are as large as an `"ovq"` layer of it.
+    """Size fields that make the mixers of an `OVQConfig` as large as its `"ovq"` layer.
 
     Each mixer has its own rule (`Mixer.equal_sizes`). `"gated_deltanet"`, `"kda"`, `"mamba2"` and `"raven"`
-    get as many parameters, within a few percent; the sizes of their states follow from that, and for
-    `"raven"` from `raven_slots` too. `"mesanet"` has as many as it is. `"sink_attention"` gets a state of as
-    many bytes, and `"kvm"` a window of as many tokens as a chunk of OVQ, beside as many slots.
+    get as many parameters, within a few percent; their state sizes follow from that, for `"raven"` also from
+    `raven_slots`. `"mesanet"` has as many parameters by default. `"sink_attention"` gets a state of as many
+    bytes, and `"kvm"` as many slots and a window of as many tokens as a chunk of OVQ.
 
     Example:
         >>> from ovq.hf import OVQConfig

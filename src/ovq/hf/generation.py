@@ -1,4 +1,4 @@
-"""The cache of a call of `generate`: which one it is, what it has read of the prompt, and what is padding."""
+"""Cache handling in `generate`: making or checking the cache, and which tokens it has read already."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ovq.hf.cache import CACHE_KEY, StateCache, one_of
 
 
 class CachedGeneration:
-    """What `generate` asks of models with caches of their own.
+    """Methods that `generate` calls, for models with their own cache classes.
 
-    These have `make_cache()`, and `checked_cache(cache)`, which raises ValueError for one of another model.
+    Such models have `make_cache()`, and `checked_cache(cache)`, which raises ValueError for another model's.
     """
 
     def _prepare_cache_for_generation(
@@ -26,9 +26,9 @@ class CachedGeneration:
         batch_size: int,
         max_cache_length: int,
     ) -> Any:
-        """Add a new cache to the arguments of `forward` where a cache is used but none was given.
+        """Put the given cache into the arguments of `forward`, or a new one unless `use_cache` is False.
 
-        A cache that was given with one row per prompt gets one row per beam or returned sequence.
+        A given cache with one row per prompt is expanded to one row per beam or returned sequence.
 
         Raises:
             ValueError: a `cache_implementation` that cannot hold a state, or a prompt of which the cache has
@@ -46,13 +46,13 @@ class CachedGeneration:
             cache = model.make_cache() if given is None else model.checked_cache(given)
             model_kwargs[CACHE_KEY] = cache
             if not generation_config.is_assistant:
-                # Assisted decoding begins to record what it reads, and other decoding need not pay for it.
+                # Assisted decoding turns recording on itself; other decoding need not pay for it.
                 for layer in cache.layers:
                     layer.record_past = False
                 if given is not None:
                     _keep_columns(given, generation_config, generation_mode, model_kwargs, batch_size)
             elif given is None:
-                # What the large model rejects must be taken out again.
+                # Drafts that the large model rejects must be cropped.
                 cache.activate_past_recording()
             if given is None:
                 return
@@ -60,7 +60,7 @@ class CachedGeneration:
             repeats = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
             if given.num_rows == batch_size and repeats > 1:
                 given.batch_repeat_interleave(repeats)
-        # It marks a cache as the caller's, and makes none.
+        # transformers then marks the cache as the caller's and makes none.
         own: Any = super()
         own._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
@@ -69,10 +69,9 @@ class CachedGeneration:
     def _prepare_attention_mask_for_generation(
         self, inputs_tensor: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
     ) -> Any:
-        """The mask of a prompt without one.
+        """The attention mask of a prompt that has none.
 
-        An assistant reads what was drawn before, pad tokens included, which transformers would take for
-        padding.
+        The prompt of an assistant contains sampled tokens, maybe pad tokens, which transformers would mask.
         """
         own: Any = super()
         mask = own._prepare_attention_mask_for_generation(inputs_tensor, generation_config, model_kwargs)
@@ -82,10 +81,10 @@ class CachedGeneration:
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """The arguments of `forward` for the next step of `generate`.
+        """Arguments of `forward` for the next step of `generate`.
 
-        The caller may pass a cache and the mask of all columns, but only the last columns of token ids.
-        transformers then treats all of these as new, although the cache may have read the first of them.
+        The caller may pass a cache and a mask over all columns, but token ids of the last columns only.
+        transformers then treats all ids as new, although the cache may have read the first of them.
         """
         cache, mask = kwargs.get(CACHE_KEY), kwargs.get("attention_mask")
         if cache is not None and mask is not None:
@@ -102,9 +101,9 @@ def _keep_columns(
     model_kwargs: dict,
     batch_size: int,
 ) -> None:
-    """Check that a prompt goes on beyond what its cache has read, and let assisted decoding know how far.
+    """Check that the prompt is longer than what its cache has read; give assisted decoding its mask back.
 
-    From 5.24 on, transformers drops a mask of ones. Most decoding remembers how long that was, but assisted
+    From 5.24 on, transformers drops a mask of ones. Most decoding modes remember its length, but assisted
     decoding then takes all columns for new ones, and would read again what the cache has read.
     """
     mask, num_read = model_kwargs.get("attention_mask"), given.get_seq_length()

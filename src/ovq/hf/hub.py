@@ -1,4 +1,4 @@
-"""Models as files that others load: what is refused before and after loading."""
+"""Checks before and after loading a saved model or one from the hub."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from huggingface_hub.utils import validate_repo_id
 
 
 def check_source(source: str, *, flag: str) -> None:
-    """Check that there is a folder, or that the hub may have a model of this name: for a path, the hub's own
-    error speaks of repositories.
+    """Check that `source` is a folder or a valid name on the hub, whose own error confuses users of paths.
 
     Args:
         source: folder of a saved model, or a name on the hub.
@@ -38,11 +37,11 @@ def check_source(source: str, *, flag: str) -> None:
 
 
 def check_loaded(source: str | os.PathLike, report: Mapping[str, Any]) -> None:
-    """Raise ValueError unless a saved model had all weights of the model that was loaded, and no others.
+    """Raise ValueError unless the saved weights are exactly those that the loaded model needs.
 
     Args:
-        source: what it was loaded from.
-        report: what `from_pretrained` returns with `output_loading_info=True`.
+        source: folder or name that the model was loaded from.
+        report: loading info that `from_pretrained` returns with `output_loading_info=True`.
     """
     faults = [
         f"{name} of shape {list(found)} where {list(expected)} belongs"

@@ -1,4 +1,4 @@
-"""The loss of a language model in pieces: logits of all tokens never exist at the same time."""
+"""The loss of a language model in pieces, so that the logits of all tokens never exist at the same time."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ovq.layers.products import Linear, is_plain
 from ovq.ops.backends.cpu.linear import product
 from ovq.ops.first_order import first_order
 
-# Logits of a piece, and the fewest tokens: each piece reads and writes the gradient of the output layer.
+# Logits per piece, and its fewest tokens, as each piece reads and writes the gradient of the output layer.
 _PIECE, _ROWS = 1 << 21, 256
 
 
 def can_be_pieced(head: nn.Module, loss_function: Callable[..., Tensor]) -> bool:
-    """Whether the loss is the usual one of logits that are the product with a plain matrix.
+    """Whether the loss is transformers' causal LM loss and the output layer a plain matrix product.
 
-    An output layer with hooks, an adapter or quantized weights has to be called as a whole, once.
+    An output layer with hooks, an adapter or quantized weights must be called once, on all tokens.
     """
     return (
         is_plain(head, Linear)
@@ -35,13 +35,13 @@ def can_be_pieced(head: nn.Module, loss_function: Callable[..., Tensor]) -> bool
 def loss_in_pieces(
     hidden_states: Tensor, weight: Tensor, targets: Tensor, num_items_in_batch: Tensor | int | None = None
 ) -> Tensor:
-    """The mean cross-entropy of the logits `hidden_states weight^T`, and in training its gradient, in pieces.
+    """Mean cross-entropy of the logits `hidden_states weight^T`, computed in pieces with its gradient.
 
     Args:
         hidden_states: `[N, D]`.
         weight: `[V, D]`.
         targets: `[N]` token ids.
-        num_items_in_batch: what the sum of losses is divided by; None for N.
+        num_items_in_batch: divisor of the summed loss; None for N.
 
     Returns:
         A scalar in float32 (float64 for float64). Memory is O((N + V) D) and does not depend on N V.
@@ -56,7 +56,7 @@ def loss_in_pieces(
     if num_items_in_batch is None:
         num_items_in_batch = len(targets)
         if not num_items_in_batch:
-            # As the mean over nothing is.
+            # The mean over no tokens is NaN.
             return total * torch.nan
     if isinstance(num_items_in_batch, Tensor):
         num_items_in_batch = num_items_in_batch.to(total.device)
@@ -64,7 +64,7 @@ def loss_in_pieces(
 
 
 class _SummedLoss(torch.autograd.Function):
-    """The sum of losses. Its gradients are computed in the forward, while the logits of a piece are there."""
+    """Summed loss. Gradients are computed in the forward, while the logits of a piece exist."""
 
     @staticmethod
     def forward(ctx: Any, hidden_states: Tensor, weight: Tensor, targets: Tensor, has_graph: bool) -> Tensor:
@@ -76,7 +76,7 @@ class _SummedLoss(torch.autograd.Function):
         size = max(_ROWS, _PIECE // len(weight))
         for start in range(0, len(targets), size):
             piece, target = hidden_states[start : start + size], targets[start : start + size, None]
-            # In the dtype of autocast, if it is on.
+            # In the autocast dtype, if autocast is on.
             logits = product(piece, weight.t())
             narrow = logits.dtype
             log_probs = torch.log_softmax(logits.to(wide), -1)

@@ -32,13 +32,13 @@ from ovq.layers.common import RMSNorm
 from ovq.layers.products import Linear
 from ovq.layers.token_step import is_token
 
-# Keyword arguments of `forward` that transformers passes along and its decorators use.
+# Keyword arguments of `forward` that transformers passes and its decorators use.
 _TRANSFORMERS_KWARGS = frozenset({"output_hidden_states", "output_attentions", "return_dict"})
 
 
 @dataclass
 class OVQModelOutput(BaseModelOutputWithPast):
-    """What `OVQModel` returns: the usual fields and, in training, the sum of the layers' own losses.
+    """Output of `OVQModel`: the usual fields and, in training, the sum of the layers' auxiliary losses.
 
     Attributes:
         auxiliary_loss: a scalar, already weighted (`"vq"` has one); None if there is none.
@@ -94,9 +94,9 @@ class OVQModel(OVQPreTrainedModel):
             inputs_embeds: `[B, T, hidden_size]`, instead of `input_ids`.
             use_cache: return a cache. None: `config.use_cache`, but not while training or with packed rows.
             cache: newer name of `past_key_values`.
-            cu_seqlens: `[R + 1]` offsets of rows packed into one (`B == 1`). The names that the collators of
-                transformers and trl use mean the same: `cu_seq_lens_q`, `seq_idx`, positions that start over.
-            kwargs: `output_hidden_states`, `return_dict`, and those of `ovq.hf.packing.PACKING_KWARGS`.
+            cu_seqlens: `[R + 1]` offsets of rows packed into one (`B == 1`). The forms that the collators of
+                transformers and trl use are equivalent: `cu_seq_lens_q`, `seq_idx`, restarting positions.
+            kwargs: `output_hidden_states`, `return_dict`, and `ovq.hf.packing.PACKING_KWARGS`.
 
         Raises:
             ValueError: if an input has a wrong shape, or a keyword argument is unknown.
@@ -121,7 +121,7 @@ class OVQModel(OVQPreTrainedModel):
         if past is None and use_cache:
             past = OVQCache(self.config)
         if past is not None and self.gradient_checkpointing and self.training:
-            # In the backward pass, the layers would run again with a cache that has moved on.
+            # The backward pass would run the layers again with a cache that has already been updated.
             raise ValueError("expected no cache while training with gradient checkpointing, found one")
         batch_size, num_new, _ = inputs_embeds.shape
         layout = SequenceLayout.of(
@@ -160,7 +160,7 @@ class OVQModel(OVQPreTrainedModel):
             if own_loss is not None:
                 auxiliary_loss = own_loss if auxiliary_loss is None else auxiliary_loss + own_loss
         if past is not None:
-            # Not before, as tokens of a call that fails are not read; nothing, if they are not recorded.
+            # Only now, as the tokens of a failed call do not count as read. None if nothing is recorded.
             past.recorded = recorded
         kept: dict[str, Any] = {CACHE_KEY: past}
         return OVQModelOutput(
@@ -170,7 +170,7 @@ class OVQModel(OVQPreTrainedModel):
         )
 
     def _read_recording(self, inputs: Tensor, mask: Tensor | None, past: OVQCache) -> OVQModelOutput:
-        """Outputs of many tokens, of which only the last can be taken out of the cache again."""
+        """Outputs of many tokens, of which only the last `MOST_CROPPED` are recorded in the cache."""
         kept: dict[str, Any] = {CACHE_KEY: past}
         first, last = inputs.split([inputs.shape[1] - MOST_CROPPED, MOST_CROPPED], 1)
         of_first = None if mask is None else mask[:, :-MOST_CROPPED]
@@ -233,24 +233,24 @@ class OVQForCausalLM(CachedGeneration, OVQPreTrainedModel, GenerationMixin):
             inputs_embeds: `[B, T, hidden_size]`, instead of `input_ids`.
             labels: `[B, T]`, usually `input_ids`; shifted here. -100 is ignored. With `cu_seqlens` the first
                 token of each row is ignored too, because no token before it belongs to its row. In training
-                the loss includes the layers' own losses.
+                the loss includes the layers' auxiliary losses.
             use_cache: return a cache. None: as in `OVQModel.forward`, and not with labels.
             logits_to_keep: compute logits for the last positions only, this many (0: for all), or for these
                 indices.
             cache: newer name of `past_key_values`.
             cu_seqlens: `[R + 1]` offsets of rows packed into one (`B == 1`), or its other names, as in
                 `OVQModel.forward`.
-            skip_logits: return the loss without logits (`None`). They are then computed only at positions
-                that have a target, which is all that training needs, and a piece at a time: memory does not
-                grow with positions times vocabulary, unless the output layer has hooks or an adapter, or the
-                loss is a custom one.
+            skip_logits: return the loss without logits (`None`). Logits are then only computed at positions
+                with a target, which is all that training needs, and in pieces: memory does not grow with
+                positions times vocabulary, unless the output layer has hooks or an adapter, or the loss is a
+                custom one.
             kwargs: those of `OVQModel.forward`; `num_items_in_batch` for the loss (from the Trainer);
-                `shift_labels` `[B, T]` instead of `labels`: what each position is to predict, so that the
-                target of the last one may lie outside this call; -100 is ignored.
+                `shift_labels` `[B, T]` instead of `labels`: the target of each position, so that the target
+                of the last one may lie outside this call; -100 is ignored.
 
         Raises:
-            ValueError: if an input has a wrong shape, a keyword argument is unknown, or logits are to be
-                skipped although there is no loss or some of them are requested.
+            ValueError: if an input has a wrong shape, a keyword argument is unknown, or `skip_logits` is set
+                without labels or with `logits_to_keep`.
         """
         _check_kwargs(kwargs, _TRANSFORMERS_KWARGS | PACKING_KWARGS | {"num_items_in_batch", "shift_labels"})
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
@@ -267,7 +267,7 @@ class OVQForCausalLM(CachedGeneration, OVQPreTrainedModel, GenerationMixin):
         past = one_cache(past_key_values, cache)
         if labels is not None and shift_labels is None and inputs is not None:
             _check_inputs(input_ids, inputs_embeds)
-            # Else the backbone alone needs them, and finds them out.
+            # Without labels, only the backbone needs the offsets, and it calls this itself.
             cu_seqlens = packed_offsets(
                 cu_seqlens,
                 position_ids,
@@ -294,7 +294,7 @@ class OVQForCausalLM(CachedGeneration, OVQPreTrainedModel, GenerationMixin):
         outputs = self.model(
             input_ids,
             attention_mask,
-            # Offsets contain all that positions say.
+            # Offsets contain all information of the positions.
             position_ids if cu_seqlens is None else None,
             past,
             inputs_embeds,
@@ -303,7 +303,7 @@ class OVQForCausalLM(CachedGeneration, OVQPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        # In a graph, as many positions are kept whatever the labels are.
+        # A compiled graph keeps all positions, as its shapes must not depend on the labels.
         if skip_logits and not torch.compiler.is_compiling():
             kept = targets != -100
             targets, hidden_states = targets[kept], hidden_states[kept]
@@ -339,13 +339,12 @@ class OVQForCausalLM(CachedGeneration, OVQPreTrainedModel, GenerationMixin):
         )
 
     def _prepare_position_ids_for_generation(self, *args: Any) -> None:
-        """None, as no layer needs positions: `generate` would make them longer with every token."""
+        """Return None, as no layer needs positions; `generate` would extend them with every token."""
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused, and with it `generate_batch` and `cache_implementation="paged"` of `generate`, which use
-        it.
+        """Not supported, and so neither are `generate_batch` and `cache_implementation="paged"`, its users.
 
-        Its loop, which runs in a thread, loses the error of the model's first call and returns the prompts.
+        Its loop runs in a thread, which loses the error of the model's first call and returns the prompts.
 
         Raises:
             ValueError: always.
@@ -356,11 +355,11 @@ class OVQForCausalLM(CachedGeneration, OVQPreTrainedModel, GenerationMixin):
         )
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused, like `init_continuous_batching`."""
+        """Not supported, like `init_continuous_batching`."""
         self.init_continuous_batching()
 
     def checked_cache(self, cache: Any) -> OVQCache | None:
-        """The same; ValueError unless it is an `OVQCache`."""
+        """`cache`; ValueError unless it is an `OVQCache` or None."""
         return one_cache(cache, None)
 
 
@@ -383,8 +382,8 @@ def _check_inputs(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Non
 
 
 def _is_first(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
-    """`[T]` whether a packed row begins at each token."""
-    # Rows without tokens at the end begin after the last.
+    """Mask `[T]` of the tokens at which a packed row begins."""
+    # Empty rows at the end begin after the last token.
     is_first = torch.zeros(num_tokens + 1, dtype=torch.bool, device=cu_seqlens.device)
     return is_first.index_fill(0, cu_seqlens[:-1].long(), True)[:-1]
 

@@ -1,4 +1,4 @@
-"""Rows packed into one: the names that transformers and trl use for what is `cu_seqlens` here."""
+"""Rows packed into one: `cu_seqlens` from the equivalent arguments of transformers and trl."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Keyword arguments of `forward` that say how rows are packed. Longest lengths are for kernels of others.
+#: Keyword arguments of `forward` that describe packing. Maximum lengths are accepted but not needed.
 PACKING_KWARGS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"})
 
 
@@ -20,19 +20,19 @@ def packed_offsets(
     inputs: Tensor,
     is_continued: bool,
 ) -> Tensor | None:
-    """The offsets of packed rows, under whichever names they come.
+    """The offsets of packed rows, from any of the equivalent arguments.
 
     Args:
         cu_seqlens: `[R + 1]` offsets; or None.
         position_ids: `[B, T]`; in a call of one row without mask and cache, each return to 0 or to the first
             position begins a packed row. None, or positions that rise by one throughout, mean no packing.
-        kwargs: those of `PACKING_KWARGS` that were given: `cu_seq_lens_q` and `cu_seq_lens_k` are
-            `cu_seqlens`, `seq_idx` `[1, T]` is the row of each token, and lengths are not needed.
+        kwargs: given `PACKING_KWARGS`: `cu_seq_lens_q` and `cu_seq_lens_k` are like `cu_seqlens`, `seq_idx`
+            `[1, T]` is the row of each token, and maximum lengths are ignored.
         inputs: `[B, T]` or `[B, T, hidden_size]`, the tokens.
         is_continued: whether there is a mask or a cache, to whose columns positions may refer.
 
     Returns:
-        `[R + 1]` on the device of the tokens, or None where nothing is packed.
+        `[R + 1]` on the device of the tokens, or None if nothing is packed.
 
     Raises:
         ValueError: if names contradict each other, or rows are packed in a batch of several.
@@ -59,7 +59,7 @@ def packed_offsets(
         return None
     (first, chosen), *others = found.items()
     for name, offsets in others:
-        # Under some of the names, rows without tokens do not exist.
+        # Some of the arguments cannot express empty rows, so they are ignored here.
         if not torch.equal(chosen.unique().long(), offsets.unique().long()):
             raise ValueError(
                 f"expected {name} to pack the same rows as {first}, {chosen.tolist()[:16]}, found rows that "
@@ -69,14 +69,14 @@ def packed_offsets(
 
 
 def _offsets(is_break: Tensor) -> Tensor:
-    """Offsets of rows, given whether one begins after each token, `[T - 1]`."""
+    """Offsets of rows, from a mask `[T - 1]` of the tokens after which a row begins."""
     starts = is_break.nonzero()[:, 0] + 1
     return torch.cat([starts.new_zeros(1), starts, starts.new_full((1,), len(is_break) + 1)])
 
 
 def _restarts(position_ids: Tensor) -> Tensor | None:
-    """Offsets of the rows at whose start positions `[1, T]` start over; None if none do, or other jumps
-    occur."""
+    """Offsets of rows that begin where the positions `[1, T]` restart; None without restarts or with other
+    jumps."""
     positions = position_ids[0]
     is_break = positions.diff() != 1
     starts = positions[1:][is_break]

@@ -1,4 +1,4 @@
-"""What both models have: initial weights, files, caches, and another dictionary on the same weights."""
+"""`OVQPreTrainedModel`: initialisation, saving and loading, caches, and changes of dictionary options."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from ovq.layers.common import OwnWeights
 from ovq.layers.logn import check_logn_length
 from ovq.ops.options import BEST_MERGE
 
-# All other fields of the config, future ones included, affect what is remembered.
+# Config fields that do not affect the memory; all others, including future ones, do.
 WITHOUT_EFFECT = frozenset(
     {"initializer_range", "tie_word_embeddings", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id"}
 )
 
-# Arguments of `from_pretrained` that say where a file is.
+# Arguments of `from_pretrained` for locating files.
 _PLACES = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 class OVQPreTrainedModel(PreTrainedModel):
-    """What `OVQModel` and `OVQForCausalLM` share; refuses weights of other models, is saved with a card."""
+    """Base class of `OVQModel` and `OVQForCausalLM`; refuses other models' weights, is saved with a card."""
 
-    #: What kind of context (`ovq.hf.context`) the model makes.
+    #: Kind of the contexts (`ovq.hf.context`) that the model makes.
     context_kind = "ovq"
     config: OVQConfig
     config_class = OVQConfig
@@ -61,8 +61,8 @@ class OVQPreTrainedModel(PreTrainedModel):
         """The model in a folder or repository, as transformers loads it.
 
         Raises:
-            ValueError: if it holds a model of another type, also where a config is passed. transformers would
-                load what has the same name and shape, and draw all other weights at random.
+            ValueError: if it holds a model of another type, also if a config is passed. transformers would
+                load weights with the same name and shape, and initialise all others at random.
         """
         if pretrained_model_name_or_path is not None and kwargs.get("config") is not None:
             # Without a config, `OVQConfig` refuses that of another model.
@@ -80,9 +80,9 @@ class OVQPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
-        """Does nothing for the classes of this package, since every saved config names them (`AUTO_MAP`).
+        """Do nothing for the classes of this package, since every saved config names them (`AUTO_MAP`).
 
-        For a class derived from one of them, its file is copied beside a saved model, as in transformers.
+        The file of a derived class is copied beside a saved model, as in transformers.
         """
         if not cls.__module__.startswith("ovq."):
             super().register_for_auto_class(auto_class)
@@ -95,14 +95,13 @@ class OVQPreTrainedModel(PreTrainedModel):
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Save weights and configs as transformers does, and a model card where there is none.
+        """Save weights and configs as transformers does, and a model card if there is none.
 
-        A card that was made by this method earlier, and not edited, is brought up to date. With
-        `push_to_hub=True`, no card is written, because it would replace the one in the repository; the method
-        `push_to_hub` looks whether there is one.
+        A card made by this method earlier, and not edited, is updated. With `push_to_hub=True`, no card is
+        written, because it would replace the one in the repository; the method `push_to_hub` checks for one.
         """
         folder = Path(save_directory)
-        # Only adapters are saved once there are some: the folder then holds no whole model.
+        # With adapters, only these are saved, so the folder holds no whole model.
         is_whole = not getattr(self, "_hf_peft_config_loaded", False)
         if is_main_process and is_whole and not push_to_hub and not folder.is_file():
             folder.mkdir(parents=True, exist_ok=True)
@@ -130,15 +129,15 @@ class OVQPreTrainedModel(PreTrainedModel):
     ) -> CommitInfo:
         """Upload the model to the hub, with a model card if the repository has none.
 
-        transformers' own method would upload its template of a card. The tokenizer has a `push_to_hub` of its
-        own; to upload a folder of `ovq train` as it is, use `hf upload`.
+        transformers' own method would upload a template card. The tokenizer has its own `push_to_hub`; to
+        upload a folder of `ovq train` as it is, use `hf upload`.
 
         Args:
             repo_id: `"user/name"`, or a name in your own account; created if necessary.
             commit_message: first line of the commit.
             commit_description: text of the commit.
             private: whether a new repository is private; None for the account's default.
-            token: of the hub; None for the one of `hf auth login`.
+            token: hub token; None for the one of `hf auth login`.
             revision: branch to commit to; created if necessary.
             create_pr: open a pull request instead of committing.
             max_shard_size: largest size of one file of weights.
@@ -172,7 +171,7 @@ class OVQPreTrainedModel(PreTrainedModel):
 
     @property
     def device(self) -> torch.device:
-        """The device for inputs. It is not that of weights that accelerate has offloaded."""
+        """Device for inputs, which differs from that of weights offloaded by accelerate."""
         hook = getattr(self.get_input_embeddings(), "_hf_hook", None)
         execution_device = getattr(hook, "execution_device", None)
         return super().device if execution_device is None else torch.device(execution_device)
@@ -182,14 +181,14 @@ class OVQPreTrainedModel(PreTrainedModel):
         return OVQCache(self.config)
 
     def memory_fields(self) -> dict[str, Any]:
-        """What a memory depends on beside weights: all fields of the config but those without effect."""
+        """The config fields that a memory depends on: all except `WITHOUT_EFFECT`."""
         names = OVQConfig.field_defaults(self.config.mixer_types).keys()
         return {name: getattr(self.config, name) for name in sorted(names - WITHOUT_EFFECT)}
 
     def row_inputs(self, cache: OVQCache, lengths: Sequence[int], num_new: int) -> dict[str, Tensor]:
         """Arguments of `forward` for `num_new` tokens of rows that have read `lengths` tokens each.
 
-        That is the mask `[B, P + T]` over cached and new columns, or nothing if no column is padding.
+        That is the mask `[B, P + T]` over cached and new columns, or nothing without padding.
         """
         num_columns = cache.get_seq_length()
         if not cache.layers[0].has_padding and min(lengths) >= num_columns:
@@ -230,18 +229,17 @@ class OVQPreTrainedModel(PreTrainedModel):
         self.config.num_slots = num_slots
 
     def set_merge(self, merge: str, *, growth: str | None = None, value_weight: float | None = None) -> None:
-        """Let every OVQ layer keep its dictionary by another rule from now on, and record it in the config.
+        """Change the update rule of the dictionary in every OVQ layer, and record it in the config.
 
-        Weights do not depend on the rule: a model that was trained with the paper's, `"existing"`, recalls
-        most with `"nearest"` (docs/use/training.md). Earlier caches remain valid and go on from the slots
-        they have.
+        Weights do not depend on the rule: a model trained with the paper's rule, `"existing"`, recalls most
+        with `"nearest"` (docs/use/training.md). Earlier caches remain valid and continue from their slots.
 
         Args:
             merge: `"existing"`, `"updated"` or `"nearest"`.
-            growth: schedule of the dictionary: `"plateau"`, `"linear"` or `"immediate"`; None for the one
-                that `merge` is meant for.
-            value_weight: what distances between values weigh beside those between keys where pairs are
-                merged; None for what they weigh now.
+            growth: schedule of the dictionary: `"plateau"`, `"linear"` or `"immediate"`; None for the
+                default of `merge`.
+            value_weight: weight of distances between values relative to those between keys, in rules that
+                merge pairs; None for the current weight.
 
         Raises:
             ValueError: if the model has no OVQ layers, or as `OVQConfig` does for these options. Nothing is
@@ -264,15 +262,15 @@ class OVQPreTrainedModel(PreTrainedModel):
     def set_logn_length(self, logn_length: int | None) -> None:
         """Scale logits beyond `logn_length` tokens from now on, and record it in the config.
 
-        A softmax over more tokens than in training is flatter than what the model has learned. So the t-th
-        token of a row multiplies its logits by log t / log `logn_length` where that is above 1, in all layers
-        with full attention or OVQ. Weights and caches stay as they are.
+        A softmax over more tokens than in training is flatter than the model expects. So the logits of the
+        t-th token of a row are multiplied by log t / log `logn_length` if that is above 1, in all layers with
+        full attention or OVQ. Weights and caches stay unchanged.
 
         Args:
-            logn_length: best the length of the training texts, in tokens; None to leave logits.
+            logn_length: best the length of the training texts, in tokens; None for no scaling.
 
         Raises:
-            ValueError: if it is no integer of at least 2, or no layer is such. Nothing is changed.
+            ValueError: if it is no integer of at least 2, or there is no such layer. Nothing is changed.
 
         Example:
             >>> from ovq.hf import OVQModel
@@ -294,14 +292,14 @@ class OVQPreTrainedModel(PreTrainedModel):
         self.config.logn_length = logn_length
 
     def ask_as_recommended(self, *, logn_length: int | None = None) -> None:
-        """Let every OVQ layer of a trained model merge by the rule that recalls most.
+        """Switch every OVQ layer of a trained model to the merge rule that recalls most.
 
         It is the second half of `OVQConfig.recommended`: train with the paper's rule, infer with this one,
         with as many slots as there is memory for (`set_num_slots`).
 
         Args:
-            logn_length: the length of the training texts in tokens, beyond which logits are scaled (see
-                `set_logn_length`); None to leave that as it is.
+            logn_length: length of the training texts in tokens, beyond which logits are scaled (see
+                `set_logn_length`); None for no change.
 
         Raises:
             ValueError: as for `set_merge` and `set_logn_length`. Nothing is changed.
@@ -320,7 +318,7 @@ class OVQPreTrainedModel(PreTrainedModel):
             self.set_logn_length(logn_length)
 
     def ovq_layers(self) -> dict[int, OVQAttention]:
-        """The mixers with a dictionary that is learned online, by the numbers of their layers.
+        """The OVQ mixers, by layer index.
 
         Raises:
             ValueError: if the model has none.

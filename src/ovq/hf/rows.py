@@ -1,7 +1,6 @@
-"""Rows of one cache that are at different places of different texts: they read together, join and leave.
+"""Rows of one cache with texts of different lengths, which can join and leave: for continuous batching.
 
-This is what continuous batching needs of a model. `ovq.serve` builds on it, and it can be used without a
-server:
+`ovq.serve` builds on it, and it can be used without a server:
 
     rows = Rows.start(model, tokens)
     other = Rows.start(model, other_tokens, context=book)
@@ -24,26 +23,26 @@ from ovq.hf.context import Context
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-# Columns by which a cache may exceed twice what is needed of it, before it is shortened: seldom enough to
-# cost nothing, and to round rotated keys only now and then.
+# A cache is shortened once it has more than twice the needed columns plus these: rarely enough that the cost
+# is negligible, and so is the rounding of rotary keys.
 _SPARE_COLUMNS = 64
 
 
 class Rows:
-    """The rows that decode together, each with a text of its own.
+    """Rows that decode together, each with its own text.
 
-    All rows are in one cache, aligned at their ends; shorter ones are padded on the left. The padding is
-    dropped again as rows leave, so that memory and time depend on the rows that are left, and not on how long
-    the batch has been running.
+    All rows are in one cache, aligned at their ends; shorter ones are padded on the left. Padding is dropped
+    as rows leave, so that memory and time depend on the remaining rows, not on how long the batch has been
+    running.
 
     Args:
-        model: an `OVQForCausalLM` or a converted model (`ovq.convert`), used on the device and in the dtype
-            that it has, in evaluation mode.
-        cache: what the rows have read.
-        lengths: tokens that each row has read, not counting padding.
+        model: an `OVQForCausalLM` or a converted model (`ovq.convert`), with its own device and dtype, in
+            evaluation mode.
+        cache: cache of the rows.
+        lengths: number of tokens that each row has read, without padding.
 
     Attributes:
-        lengths: the same, as they are now.
+        lengths: current number of tokens of each row.
 
     Example:
         >>> from ovq.hf import OVQConfig, OVQForCausalLM
@@ -74,12 +73,12 @@ class Rows:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what is kept for all rows."""
+        """Bytes of the cache of all rows."""
         return self._cache.nbytes
 
     @classmethod
     def start(cls, model: Any, context: Context | None = None) -> Self:
-        """One row that has read nothing yet, or the document of a context, which does not change."""
+        """One row that has read nothing, or the document of a context (which is copied)."""
         if context is None:
             return cls(model, model.make_cache(), [0])
         return cls(model, context.cache(), [context.num_tokens])
@@ -91,7 +90,7 @@ class Rows:
             tokens: `[B, T]` ids, equally many for every row.
 
         Returns:
-            `[B, vocab_size]` logits of the token after them, float32 or better.
+            `[B, vocab_size]` logits of the next token, float32 or better.
         """
         ids = torch.as_tensor(tokens, dtype=torch.int64, device=self.model.device)
         inputs = self.model.row_inputs(self._cache, self.lengths, ids.shape[1])
@@ -103,8 +102,7 @@ class Rows:
 
     @classmethod
     def joined(cls, parts: Sequence[Self]) -> Self:
-        """The rows of several in one, in their order; each has read at least one token. The parts do not
-        change."""
+        """The rows of several parts, in order; each has read at least one token. The parts do not change."""
         caches = [part._cache for part in parts]
         joined = type(caches[0]).concatenate(caches)
         rows = cls(parts[0].model, joined, [length for part in parts for length in part.lengths])
@@ -112,23 +110,23 @@ class Rows:
         return rows
 
     def copied(self) -> Self:
-        """The same rows, which go on by themselves."""
+        """An independent copy of the rows."""
         return type(self)(self.model, self._cache.snapshot(), self.lengths)
 
     def taken(self, place: int) -> Self:
-        """The row at this place alone, which goes on by itself; these rows do not change."""
+        """An independent copy of the row at this place."""
         rows = type(self)(self.model, self._cache.selected([place]), [self.lengths[place]])
         rows._tidy()
         return rows
 
     def keep(self, places: Sequence[int]) -> None:
-        """Keep the rows at these places, in this order; repeats are copies that go on independently."""
+        """Keep the rows at these places, in this order; repeats are independent copies."""
         self._cache.batch_select_indices(torch.tensor(places, dtype=torch.int64, device="cpu"))
         self.lengths = [self.lengths[place] for place in places]
         self._tidy()
 
     def _tidy(self) -> None:
-        """Shorten the cache if much of it is no longer needed."""
+        """Shorten the cache if many of its columns are no longer needed."""
         if not self.lengths:
             return
         by_column = max(layer.num_by_column for layer in self._cache.layers)

@@ -1,7 +1,7 @@
-"""Endless generation: tokens one by one, and the text they form, in memory that does not grow.
+"""Endless generation in constant memory: a stream of tokens, and of the text that they form.
 
-`generate` of transformers keeps every token and a mask over all of them, and copies both at each step. Here
-only the cache is carried from token to token, so a model whose state has a constant size can run without end.
+`generate` of transformers keeps all tokens and a mask over them, and copies both at each step. Here only the
+cache is carried from token to token, so a model with a state of constant size can run without end.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from ovq.hf.cache import CACHE_KEY
 from ovq.hf.context import checked_ids
 from ovq.hf.context_file import TokenModel
 
-# A character has at most 4 bytes, and so at most 4 tokens; after twice as many it can no longer be completed.
+# A character has at most 4 bytes, so at most 4 tokens; after twice as many it can no longer be completed.
 _MOST_PENDING = 8
 _LONGEST_CHARACTER = 4
-# Lowest temperature that samples.
+# Lowest temperature for sampling.
 _COLDEST = 1e-6
 
 
@@ -41,7 +41,7 @@ class Sampling:
         temperature: Logits are divided by it, at least 1e-6; 0 takes the most likely token.
         top_k: Sample from this many of the most likely tokens; 0 for all.
         top_p: Sample from the most likely tokens with this total probability.
-        min_p: Sample from tokens at least this share as likely as the most likely one.
+        min_p: Sample from tokens whose probability is at least this share of the highest one.
         repetition_penalty: Logits of tokens that have occurred are divided by it (multiplied, if negative).
 
     Raises:
@@ -67,7 +67,7 @@ class Sampling:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected at least 0, found {getattr(self, name)}")
         if 0 < self.temperature < _COLDEST:
-            # Logits divided by it would no longer be numbers.
+            # Logits divided by it could overflow.
             raise ValueError(f"temperature: expected 0 or at least {_COLDEST}, found {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: expected a number above 0 and at most 1, found {self.top_p}")
@@ -83,7 +83,7 @@ class Sampling:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The same as keyword arguments of `generate`."""
+        """Keyword arguments of `generate` for this sampling."""
         options: dict[str, Any] = {"do_sample": self.temperature > 0}
         if self.temperature > 0:
             options |= {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "min_p")}
@@ -92,7 +92,7 @@ class Sampling:
         return options
 
     def processors(self) -> LogitsProcessorList:
-        """transformers' own processors, in the order in which `generate` applies them."""
+        """transformers' logits processors, in the order in which `generate` applies them."""
         found = LogitsProcessorList()
         if self.repetition_penalty != 1:
             found.append(RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty)))
@@ -128,18 +128,18 @@ def stream_tokens(
     generator: torch.Generator | None = None,
     prefill_chunk_size: int = 2048,
 ) -> Iterator[int]:
-    """The tokens that follow a prompt, one by one, without end unless the text ends.
+    """Generate tokens after a prompt one by one, without end unless an end token comes.
 
     Between two tokens, only the cache is kept and, for the repetition penalty, the set of tokens seen.
 
     Args:
-        model: an `OVQForCausalLM` or a converted model, used on the device and in the dtype that it has; call
-            `eval()` on it first.
+        model: an `OVQForCausalLM` or a converted model, with its own device and dtype; call `eval()` on it
+            first.
         input_ids: `[T]` ids of the prompt.
-        cache: of the tokens before the prompt; updated in place.
+        cache: cache of the tokens before the prompt; updated in place.
         sampling: how tokens are chosen; None takes the most likely one.
         eos_token_id: the token, or tokens, that end the text; None to go on for ever.
-        generator: source of the random numbers, on the model's device; None for PyTorch's own.
+        generator: source of the random numbers, on the model's device; None for PyTorch's default.
         prefill_chunk_size: tokens of the prompt read at a time, which limits the memory needed.
 
     Yields:
@@ -173,7 +173,7 @@ def stream_tokens(
     while True:
         logits = output.logits[:, -1].float()
         # The penalty depends only on which tokens have occurred, not where or how often. transformers asks
-        # for a LongTensor, which to mypy no result of an operation is.
+        # for a LongTensor, which mypy does not accept any operation's result as.
         scores = processors(is_seen.nonzero().T, logits) if processors else logits  # type: ignore[arg-type]
         if sampling.temperature > 0:
             token = torch.multinomial(scores.softmax(-1), 1, generator=generator)
@@ -188,19 +188,19 @@ def stream_tokens(
 
 
 def stream_text(tokens: Iterable[int], tokenizer: Any | None, *, prompt: Sequence[int] = ()) -> Iterator[str]:
-    """The text of a stream of tokens, in pieces that are given as soon as they are certain.
+    """Decode a stream of tokens into pieces of text, each as soon as it is final.
 
     Each piece is decoded with only the few tokens before it, since a tokenizer may join a token with the
-    previous one. The work and the memory per token therefore do not depend on how many came before.
+    previous one. So work and memory per token do not depend on how many came before.
 
     Args:
-        tokens: ids, as they come.
-        tokenizer: one of transformers; None for a text of ids with spaces between them.
+        tokens: token ids.
+        tokenizer: a tokenizer of transformers; None for a text of ids with spaces between them.
         prompt: ids before the first token; their text is not repeated.
 
     Yields:
-        Text, never empty. A character that takes several tokens comes with the last of them; bytes that are
-        not a character come as replacement characters.
+        Text, never empty. A character of several tokens comes with the last of them; bytes that are no
+        character come as replacement characters.
 
     Example:
         >>> from tokenizers import Tokenizer, decoders, models
@@ -219,10 +219,10 @@ def stream_text(tokens: Iterable[int], tokenizer: Any | None, *, prompt: Sequenc
 
 
 class TextStream:
-    """The text of tokens that arrive one by one: `stream_text` for a caller that is given the tokens.
+    """Incremental decoder: `stream_text` for a caller that pushes the tokens.
 
     Args:
-        tokenizer: one of transformers.
+        tokenizer: a tokenizer of transformers.
         prompt: ids before the first token; their text is not repeated.
 
     Example:
@@ -244,7 +244,7 @@ class TextStream:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
     def push(self, token: int) -> str:
-        """The text that is certain after one more token; empty if it is not yet."""
+        """The text that is final after one more token; may be empty."""
         self._pending.append(token)
         shown, pending = self._shown, self._pending
         before, whole = self._decode(shown), self._decode(shown + pending)
@@ -259,14 +259,14 @@ class TextStream:
         return whole[len(before) :]
 
     def finish(self) -> str:
-        """The text of the tokens that were held back, at the end of the stream."""
+        """The text of tokens held back, at the end of the stream."""
         shown, pending = self._shown, self._pending
         self._shown, self._pending = [], []
         return self._decode(shown + pending)[len(self._decode(shown)) :] if pending else ""
 
 
 class IdStream:
-    """The stream of a model without tokenizer: ids, with spaces between them.
+    """Like `TextStream`, for a model without tokenizer: ids with spaces between them.
 
     Example:
         >>> stream = IdStream()
@@ -283,12 +283,12 @@ class IdStream:
         return text
 
     def finish(self) -> str:
-        """Nothing is held back."""
+        """Empty, as nothing is held back."""
         return ""
 
 
 def _unfinished(shown: list[int], pending: list[int], decode: Callable[[list[int]], str]) -> int:
-    """How many of the last pending tokens may still become a character, when earlier ones no longer can."""
+    """Number of last pending tokens that may still become a character, when earlier ones no longer can."""
     whole = decode(shown + pending)
     for number in range(_LONGEST_CHARACTER, 0, -1):
         # If the cut falls within a character, the two parts have more replacement characters than the whole.
