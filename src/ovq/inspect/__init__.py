@@ -1,7 +1,7 @@
-"""Look into the memory: what the layers of a model kept of a text, what they merged, what each token reads.
+"""Inspect the memory: what the layers of a model keep of a text, what they merge, what each token reads.
 
-`inspect_text` lets a model read a text and recounts its memory chunk by chunk; `write_page` makes of it one
-HTML page that needs nothing beside it, and `ovq_lab.plots.memory` figures for papers.
+`inspect_text` runs a model on a text and reconstructs its memory chunk by chunk; `write_page` shows it as one
+self-contained HTML page, and `ovq_lab.plots.memory` in figures for papers.
 """
 
 from ovq.inspect.converted import converted_memories

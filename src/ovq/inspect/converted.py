@@ -1,4 +1,4 @@
-"""`converted_memories`: what the layers of a converted model kept of a text, as the memories tell it."""
+"""`converted_memories`: what the layers of a converted model keep of a text, recorded by observers."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from ovq.inspect.memory import DROPPED, EXACT, LayerMemory, Reads, kept_share, m
 def converted_memories(
     model: Any, ids: Tensor, *, num_reads: int, progress: Callable[[int], None] | None = None
 ) -> list[LayerMemory]:
-    """Let a converted model read a text in one pass, and tell what each of its layers kept and read.
+    """Run a converted model on a text in one pass; returns what each of its layers kept and read.
 
     Args:
-        model: As `ovq.convert.attach` returns it.
+        model: A model from `ovq.convert.attach`.
         ids: `[1, T]` token ids.
-        num_reads: k, how many of the weights of each query to keep.
+        num_reads: k, number of largest attention weights to keep per query.
         progress: Called with the number of tokens done, summed over the layers.
 
     Example:
@@ -61,13 +61,13 @@ def converted_memories(
 
 
 class _HeadObserver:
-    """What the heads h of one budget kept and read of a text, while it is read.
+    """Records what the h heads of one budget keep and read while a text is read.
 
     Args:
-        budget: theirs.
+        budget: Budget of the heads.
         num_tokens: T.
         num_reads: see `converted_memories`.
-        progress: Called with the number of tokens that are read.
+        progress: Called with the number of tokens read so far.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class _HeadObserver:
 
 
 def _joined(number: int, layer: MemoryLayer, observers: list[_HeadObserver]) -> LayerMemory:
-    """The memory of a layer, from those of its heads by budget."""
+    """The memory of a layer, from the observers of its groups of heads."""
     assert layer.memories is not None
     config = layer.config
     num_heads = config.num_kv_heads

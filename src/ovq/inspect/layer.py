@@ -1,8 +1,8 @@
 """`layer_memory`: what an OVQ layer kept of a text and what its queries read, from a recorded call of the op.
 
-The dictionary is carried from chunk to chunk by `slot_assignments`, so it is the one that the layer had,
-whatever the rule that keeps it. The weights of the queries are computed here once more, in float32 and by the
-formula of `docs/method/math.md` (1), because the op never forms them.
+The dictionary is carried from chunk to chunk by `slot_assignments`, so it equals the layer's, whatever the
+update rule. The attention weights are computed again here, in float32 and by the formula of
+`docs/method/math.md` (1), because the op never forms them.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from ovq.ops.sums import log_mass, log_token_weights
 def layer_memory(
     call: RecordedCall, *, layer: int, num_reads: int, progress: Callable[[int], None] | None = None
 ) -> LayerMemory:
-    """Recount what a layer kept and read in one call, chunk by chunk.
+    """Reconstruct what a layer kept and read in one call, chunk by chunk.
 
     Args:
         call: A call of one row without padding that begins a text, see `OVQAttention.recording`.
-        layer: Number of the layer.
-        num_reads: k, how many of the weights of each query to keep.
+        layer: Index of the layer.
+        num_reads: k, number of largest attention weights to keep per query.
         progress: Called with the number of tokens done, after each chunk.
 
     Raises:
@@ -50,7 +50,7 @@ def layer_memory(
     options = dict(call.options)
     bias = options["ablation"].bias
     token_weights, log_forget = options.pop("token_weights", None), options.pop("log_forget", None)
-    # Without a row of its own, the call has no padding, and so no mask is needed.
+    # `_check` has refused masks and initial states.
     for name in ("attention_mask", "initial_state"):
         options.pop(name)
     size, num_tokens = options["chunk_size"], call.k.shape[1]
@@ -79,7 +79,7 @@ def layer_memory(
             progress(chunk.stop)
     assert state is not None
     num_kv_heads = call.k.shape[2]
-    # Of a token of weight 0 its slot keeps nothing.
+    # A slot keeps nothing of a token of weight 0.
     is_single = (state.count[0] == 1) & (state.mass[0] > 0)
     return LayerMemory(
         layer=layer,
@@ -97,7 +97,7 @@ def layer_memory(
 
 @torch.no_grad()
 def read_with(token_weights: Tensor | None, log_forget: Tensor, chunk_size: int) -> Tensor:
-    """The logs `[t, Hkv]` of the weights with which the tokens of a chunk are read where tokens forget.
+    """Logs `[t, Hkv]` of the weights (29) with which queries read the tokens of their own chunk.
 
     Args:
         token_weights: `[1, t, Hkv]` of the chunk's first t tokens; None for 1.
@@ -122,7 +122,7 @@ def read_weights(
     bias: str,
     log_weights: Tensor | None = None,
 ) -> Tensor:
-    """The weights of the queries of one chunk, in float32: one softmax over the slots and the chunk so far.
+    """Attention weights of the queries of one chunk, in float32: softmax over the slots and the chunk so far.
 
     Args:
         q: `[t, H, K]` queries of the chunk's first t tokens. k: `[t, Hkv, K]` their keys.
@@ -160,7 +160,7 @@ def read_weights(
 
 
 def _check(call: RecordedCall, num_reads: int) -> None:
-    """Raise ValueError unless a call can be recounted."""
+    """Raise ValueError unless a call is of one row, without padding or initial state."""
     if call.k.shape[0] != 1:
         raise ValueError(f"expected a call of one row, found {call.k.shape[0]}")
     if call.options["initial_state"] is not None:

@@ -1,4 +1,4 @@
-"""`LayerMemory`: what one layer kept of a text, and what its queries read, whatever kind of memory it has."""
+"""`LayerMemory`: what one layer kept of a text, and what its queries read, for any kind of memory."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 EXACT = -1
-"""The slot of a token that is kept exactly, in no slot."""
+"""Slot number of a token that is kept exactly, in no slot."""
 DROPPED = -2
-"""The slot of a token that a head without slots no longer has."""
+"""Slot number of a token that a head without slots has dropped."""
 
-# Less than this share of a vector's squared length is rounding.
+# Squared differences below this share of a vector's squared length count as rounding.
 _ROUNDING = 1e-12
 
 
@@ -23,14 +23,14 @@ _ROUNDING = 1e-12
 class LayerMemory:
     """What one layer kept of a text of T tokens, and what its queries read.
 
-    A head here is one of the H query heads or of the Hkv key/value heads; query head h reads the memory of
-    key/value head `h // (H // Hkv)`. A head keeps the first tokens exactly, and the last ones, and merges
-    those between into its slots, a chunk at a time. An OVQ layer keeps those of an incomplete chunk only.
+    Query head h of H reads the memory of key/value head `h // (H // Hkv)` of Hkv. A key/value head keeps the
+    first and the last tokens exactly, and merges those in between into its slots, a chunk at a time. An OVQ
+    layer only keeps the tokens of an incomplete chunk exactly.
 
     Attributes:
-        layer: Number of the layer in the model.
+        layer: Index of the layer in the model.
         num_slots: `[Hkv]` largest number of slots.
-        num_exact: `[Hkv]` tokens that are kept exactly, at most: with so many, a chunk of them is merged.
+        num_exact: `[Hkv]` largest number of exact tokens; when it is reached, a chunk of them is merged.
         num_sinks: Tokens at the beginning that are never merged.
         chunk_size: Tokens per chunk.
         slots: `[Hkv, T]` int32 slot of each token right after its own chunk was merged; `EXACT` or `DROPPED`
@@ -40,13 +40,12 @@ class LayerMemory:
         final_slots: `[Hkv, T]` int32 slot of each token at the end of the text, likewise.
         kept: `[Hkv, T]` float32 share of each token's value that its slot still gives at the end: 1 -
             |v - D|^2 / |v - m|^2, where D is the mean of its slot and m the mean of all values of the head.
-            It is 1 for a token that is kept exactly, and 0 where the slot is no better than m, or worse, and
-            for dropped tokens.
-        entries: `[H, T, k]` int32 what each query reads most, the most first: a slot, or -1 - t for the exact
-            token t.
-        weights: `[H, T, k]` float32 the weights of those; 0 where there are fewer than k.
-        shares: `[H, T, 3]` float32 weight of each query on all exact tokens, on all slots of one token, and
-            on all slots of several.
+            1 for an exact token; 0 if the slot is no better than m, and for dropped tokens.
+        entries: `[H, T, k]` int32 the items with the k largest weights of each query, in descending order: a
+            slot, or -1 - t for the exact token t.
+        weights: `[H, T, k]` float32 weights of `entries`; 0 if there are fewer than k.
+        shares: `[H, T, 3]` float32 total weight of each query on exact tokens, on slots of one token, and on
+            slots of several.
     """
 
     layer: int
@@ -64,21 +63,21 @@ class LayerMemory:
 
     @property
     def num_heads(self) -> int:
-        """H, query heads."""
+        """H, number of query heads."""
         return self.entries.shape[0]
 
     @property
     def num_kv_heads(self) -> int:
-        """Hkv, key/value heads."""
+        """Hkv, number of key/value heads."""
         return self.slots.shape[0]
 
     @property
     def num_tokens(self) -> int:
-        """T, tokens of the text."""
+        """T, number of tokens of the text."""
         return self.slots.shape[1]
 
     def num_chunks(self, kv_head: int) -> int:
-        """Chunks that a key/value head has merged at the end of the text."""
+        """Number of chunks that a key/value head has merged by the end of the text."""
         return max(0, (self.num_tokens - self.num_exact[kv_head]) // self.chunk_size + 1)
 
     def tokens(self, chunk: int) -> slice:
@@ -87,7 +86,7 @@ class LayerMemory:
         return slice(start, start + self.chunk_size)
 
     def merged_after(self, chunk: int, kv_head: int) -> int:
-        """How many tokens the head had read when it merged a chunk."""
+        """Number of tokens that the head had read when it merged a chunk."""
         return self.num_exact[kv_head] + chunk * self.chunk_size
 
     def kv_head(self, head: int) -> int:
@@ -95,7 +94,7 @@ class LayerMemory:
         return head // (self.num_heads // self.num_kv_heads)
 
     def counts(self) -> np.ndarray:
-        """`[Hkv, T]` how many tokens share the slot of each token at the end; 0 if exact, -1 if dropped."""
+        """`[Hkv, T]` number of tokens in the slot of each token at the end; 0 if exact, -1 if dropped."""
         found = np.where(self.final_slots == DROPPED, -1, 0)
         for of_head, slots in zip(found, self.final_slots, strict=True):
             is_merged = slots >= 0
@@ -104,7 +103,7 @@ class LayerMemory:
 
 
 class Reads(NamedTuple):
-    """The arrays of `LayerMemory` that are about queries, of some of them."""
+    """The arrays of `LayerMemory` about queries, for some of the queries."""
 
     entries: np.ndarray
     weights: np.ndarray
@@ -112,18 +111,18 @@ class Reads(NamedTuple):
 
     @staticmethod
     def joined(parts: Sequence[Reads]) -> Reads:
-        """Those of all queries, in the order of the parts."""
+        """The arrays of all parts, concatenated over queries."""
         return Reads(*(np.concatenate(arrays, 1) for arrays in zip(*parts, strict=True)))
 
 
 def reads_of(weights: Tensor, positions: Tensor, num_reads: int, *, is_single: Tensor | None) -> Reads:
-    """What t queries read, from all their weights.
+    """Summary of the attention weights of t queries.
 
     Args:
-        weights: `[H, t, n + P]` on n slots, then on P exact tokens.
-        positions: `[P]` where these are in the text.
-        num_reads: k, how many of the weights of each query to keep.
-        is_single: `[Hkv, n]` which slots hold one token; None if there are none.
+        weights: `[H, t, n + P]` weights on n slots, then on P exact tokens.
+        positions: `[P]` positions of the exact tokens in the text.
+        num_reads: k, number of largest weights to keep per query.
+        is_single: `[Hkv, n]` whether each slot holds one token; None without slots.
     """
     num_heads, _, num_sources = weights.shape
     num_open = num_sources - len(positions)
@@ -148,9 +147,9 @@ def moves_of(to: np.ndarray, chunk: int, is_used: np.ndarray | bool = True) -> n
     """The rows of `LayerMemory.moves` of one chunk.
 
     Args:
-        to: `[Hkv, M]` where the content of each slot went; negative for empty ones.
-        chunk: its number.
-        is_used: `[Hkv, M]` which slots had content.
+        to: `[Hkv, M]` slot that the content of each slot went to; negative for empty ones.
+        chunk: Index of the chunk.
+        is_used: `[Hkv, M]` whether each slot had content.
     """
     head, slot = np.nonzero((to >= 0) & (to != np.arange(to.shape[1])) & is_used)
     return np.stack([np.full_like(head, chunk), head, slot, to[head, slot]], 1).astype(np.int32)
@@ -161,7 +160,7 @@ def kept_share(values: Tensor, slot_values: Tensor, is_single: Tensor, places: n
 
     Args:
         values: `[Hkv, T, V]` of the tokens. slot_values: `[Hkv, N, V]` of the slots at the end.
-        is_single: `[Hkv, N]` slots that give back the value of their only token.
+        is_single: `[Hkv, N]` whether each slot holds one token, with its value.
         places: `[Hkv, T]` as `LayerMemory.final_slots`.
     """
     values = values.double()
@@ -170,11 +169,11 @@ def kept_share(values: Tensor, slot_values: Tensor, is_single: Tensor, places: n
     if slot_values.shape[1]:
         of_slot = slots.clamp(min=0)
         means = slot_values.double().gather(1, of_slot[..., None].expand(-1, -1, values.shape[-1]))
-        # What is lost of a slot's only token is the rounding of its sum.
+        # A slot's only token loses nothing but the rounding of its sum.
         is_exact = is_exact | (is_single.gather(1, of_slot) & (slots >= 0))
     lost = (values - means).square().sum(-1).masked_fill(is_exact, 0)
     spread = (values - values.mean(1, keepdim=True)).square().sum(-1)
-    # Where all values are equal, nothing can be lost but by rounding.
+    # If all values are equal, any loss is rounding.
     rounding = _ROUNDING * values.square().sum(-1).clamp(min=torch.finfo(torch.float64).tiny)
     lost = lost.masked_fill(lost <= rounding, 0)
     share = (1 - lost / spread.clamp(min=rounding)).masked_fill(slots == DROPPED, 0)

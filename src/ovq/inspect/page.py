@@ -1,7 +1,7 @@
-"""The page of `ovq inspect`: one HTML file with its data, style and program, that needs nothing beside it.
+"""The page of `ovq inspect`: one self-contained HTML file with its data, style and scripts.
 
 Numbers are packed into base64, because a text of thousands of tokens has a weight for each token, head and
-layer. The page's policy allows its own program and style by their hashes, and no network at all.
+layer. The page's content security policy allows its own script and style by their hashes, and no network.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from ovq.inspect.text import InspectedText
 from ovq.runtime.files import write_atomic
 
 MOST_BYTES = 64 * 2**20
-"""The largest page that is written: larger ones keep a browser waiting for long."""
+"""Largest page that is written, as browsers take long to load larger ones."""
 
-# In the order in which they are run.
+# In the order in which they run.
 _SCRIPTS = ("data.js", "tools.js", "text.js", "token.js", "raster.js", "slots.js", "main.js")
 
 
 def page_bytes(found: InspectedText) -> int:
-    """About how many bytes the page of a text takes."""
+    """Approximate size in bytes of the page of a text."""
     per_token = 0
     for memory in found.layers:
         per_token += memory.num_heads * (4 * memory.entries.shape[2] + 6) + 3 * memory.num_kv_heads
@@ -43,7 +43,7 @@ def page_html(found: InspectedText, *, layer: int | None = None, head: int | Non
 
     Args:
         found: The text and the memory.
-        layer: The layer to show first, by its number in the model; None for the highest one.
+        layer: Index in the model of the layer to show first; None for the highest one.
         head: The query head to show first; None for the one that reads the most from slots.
 
     Raises:
@@ -69,9 +69,9 @@ def page_html(found: InspectedText, *, layer: int | None = None, head: int | Non
         "DATA": _json(page_data(found, layer=memory.layer, head=head)),
         "SCRIPT": script,
     }
-    # In one pass: a text may look like a mark.
+    # In one pass, because a text may contain such a mark.
     made = re.sub("@@([A-Z]+)@@", lambda mark: parts[mark[1]], _file("page.html"))
-    # Names may have any characters; the references say the same in ASCII.
+    # Names may have any characters; character references keep the page in ASCII.
     return made.encode("ascii", "xmlcharrefreplace").decode()
 
 
@@ -83,7 +83,7 @@ def write_page(
 
 
 def page_data(found: InspectedText, *, layer: int, head: int) -> dict[str, Any]:
-    """What the page shows, as `data.js` reads it."""
+    """The data of the page, in the form that `data.js` reads."""
     return {
         "version": ovq.__version__,
         "model": found.model,
@@ -101,9 +101,9 @@ def page_data(found: InspectedText, *, layer: int, head: int) -> dict[str, Any]:
 
 
 def _first_token(memory: LayerMemory, head: int) -> int:
-    """The token to begin with: the query that reads most of a single slot; the last one if none has any."""
+    """The token to show first: the query with the largest weight on a single slot; the last one if none."""
     on_slots = np.where(memory.entries[head] >= 0, memory.weights[head], 0).max(-1)
-    # The last of equals: more has been merged by then.
+    # The last one among equals, because more has been merged by then.
     return int(len(on_slots) - 1 - on_slots[::-1].argmax())
 
 
@@ -121,7 +121,7 @@ def _layer_data(memory: LayerMemory) -> dict[str, Any]:
         "numReads": memory.entries.shape[2],
         "slots": _packed(memory.slots, "<i2"),
         "moves": [_packed(of_head, "<i2") for of_head in moves],
-        # Rounded down, so that only what is kept exactly has the highest number.
+        # Rounded down, so that only exactly kept values get the highest number.
         "kept": _packed(np.floor(memory.kept * 255), "u1"),
         "entries": _packed(memory.entries, "<i2"),
         "weights": _packed(np.rint(memory.weights * 65535), "<u2"),
@@ -135,21 +135,21 @@ def _packed(values: np.ndarray, dtype: str) -> str:
 
 
 def _json(data: Any) -> str:
-    """JSON that can stand between script tags: in ASCII, and with no character that HTML gives a meaning."""
+    """JSON that is safe between script tags: in ASCII, without characters that are special in HTML."""
     text = json.dumps(data, ensure_ascii=True, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
 def _printable(name: str) -> str:
-    """A name without characters that no title can show."""
+    """A name with unprintable characters replaced."""
     return "".join(character if character.isprintable() else "\ufffd" for character in name)
 
 
 def _hash(text: str) -> str:
-    """How a content security policy names a script or style that is allowed."""
+    """The hash by which a content security policy allows a script or style."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 def _file(name: str) -> str:
-    """One of the files that the page is made of; all in ASCII, as a hash is over bytes."""
+    """The content of one of the page's source files; all are ASCII, as hashes are over bytes."""
     return (resources.files("ovq.inspect") / "files" / name).read_text(encoding="ascii")

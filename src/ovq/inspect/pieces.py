@@ -1,4 +1,4 @@
-"""`token_pieces`: the text that each token stands for, so that a page can show a text token by token."""
+"""`token_pieces`: the text of each token, so that a page can show a text token by token."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 
 
 def token_pieces(text: str, ids: Sequence[int], tokenizer: Any | None) -> list[str]:
-    """The text of each token of a text. Joined, they are the text, but for marks that the tokenizer adds.
+    """The text of each token of a text. Joined, they are the text, except for special tokens.
 
-    A character of several tokens belongs to the first of them; the others have an empty piece. A token that
-    stands for no text, such as one that marks the beginning, has its name.
+    A character of several tokens belongs to the first of them; the others have an empty piece. A special
+    token without text, such as the one that marks the beginning, is shown by its name.
 
     Args:
         text: The text.
         ids: Its token ids.
-        tokenizer: What made them of it; None if the text is token ids.
+        tokenizer: The tokenizer that made them; None if the text is token ids.
 
     Example:
         >>> token_pieces("12 7\\n33", [12, 7, 33], None)
@@ -32,14 +32,14 @@ def token_pieces(text: str, ids: Sequence[int], tokenizer: Any | None) -> list[s
         if first == last and token in special:
             pieces.append(tokenizer.convert_ids_to_tokens(token))
             continue
-        # From where the piece before ended: tokenizers of words leave out the spaces between them.
+        # Start at the end of the previous piece, as tokenizers of words leave out the spaces in between.
         pieces.append(text[end : max(end, last)])
         end = max(end, last)
     return pieces
 
 
 def _spans(text: str, ids: Sequence[int], tokenizer: Any) -> list[tuple[int, int]] | None:
-    """Where each token lies in the text; None if the tokenizer cannot say so, or not of these ids."""
+    """Start and end of each token in the text; None if the tokenizer has no offsets or gives other ids."""
     if not getattr(tokenizer, "is_fast", False):
         return None
     for marks_start in (True, False):

@@ -1,4 +1,4 @@
-"""How many tokens share a slot, in a few levels: what was kept exactly, and what was blurred."""
+"""How many tokens share a slot, in a few levels from kept exactly to dropped."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ LEVEL_NAMES = (
     "shared by 65 or more",
     "dropped: a head without slots",
 )
-"""What became of a token, by level: from sharp to blurred, in the order of the page and the figures."""
+"""Names of the levels, from exact to dropped, in the order of the page and the figures."""
 
 
 def levels(counts: np.ndarray) -> np.ndarray:
-    """The level of each token, as in `LEVEL_NAMES`, from what `LayerMemory.counts` says of it.
+    """The level of each token, as an index of `LEVEL_NAMES`, from `LayerMemory.counts`.
 
     Example:
         >>> levels(np.array([0, 1, 2, 4, 5, 17, 64, 65, -1]))
@@ -33,12 +33,12 @@ def levels(counts: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sharing:
-    """What became of the tokens of a text in one key/value head, by level.
+    """Statistics of the tokens of a text in one key/value head, by level.
 
     Attributes:
-        num_tokens: Tokens of each level, as in `LEVEL_NAMES`.
-        kept: Mean share of their values that is kept, see `LayerMemory.kept`; None where there are none.
-        num_open: Slots in use at the end.
+        num_tokens: Number of tokens of each level, as in `LEVEL_NAMES`.
+        kept: Mean of `LayerMemory.kept` over the tokens of each level; None if there are none.
+        num_open: Number of slots in use at the end.
     """
 
     num_tokens: tuple[int, ...]
@@ -47,18 +47,18 @@ class Sharing:
 
     @property
     def exact_share(self) -> float:
-        """Share of the tokens that are in no slot or in one of their own."""
+        """Share of the tokens that are exact or alone in a slot."""
         return sum(self.num_tokens[:2]) / max(1, sum(self.num_tokens))
 
     @property
     def kept_share(self) -> float:
-        """Mean share that is kept of the values of all tokens."""
+        """Mean of `LayerMemory.kept` over all tokens."""
         pairs = zip(self.num_tokens, self.kept, strict=True)
         return sum(n * kept for n, kept in pairs if kept is not None) / max(1, sum(self.num_tokens))
 
 
 def sharing(memory: LayerMemory, kv_head: int) -> Sharing:
-    """What became of the tokens of a text in one key/value head of a layer."""
+    """Statistics of the tokens of a text in one key/value head of a layer."""
     level = levels(memory.counts()[kv_head])
     kept = memory.kept[kv_head]
     slots = memory.final_slots[kv_head]

@@ -1,4 +1,4 @@
-"""`inspect_text`: let a model read a text, and look into the memory of all its layers that have slots."""
+"""`inspect_text`: run a model on a text, and inspect the memory of all its layers with slots."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ovq.inspect.sharing import LEVEL_NAMES
 from ovq.runtime.progress import AnyWork
 
 MAX_TOKENS = 4096
-"""Tokens of a text that are looked at unless told otherwise: as many as a page shows without waiting."""
+"""Default number of tokens to inspect, which a page shows without delay."""
 MOST_TOKENS = 16_384
-"""The most tokens that can be looked at."""
+"""Largest number of tokens to inspect."""
 NUM_READS = 8
-"""How many of the weights of each query are kept unless told otherwise."""
+"""Default number of attention weights to keep per query."""
 
-# Pages hold slots and places in a chunk as 16-bit numbers.
+# Pages store slots and places in a chunk as 16-bit numbers.
 _LARGEST = 2**15 - 1
 
 
@@ -35,12 +35,12 @@ class InspectedText:
         model: Name of the model.
         name: Name of the text.
         pieces: The text of each token.
-        has_ids: Whether the pieces are token ids, as in models without a tokenizer.
-        num_given: Tokens that the text had before it was cut.
-        merge: The rule that keeps its dictionaries.
+        has_ids: Whether the pieces are token ids, as for models without a tokenizer.
+        num_given: Number of tokens of the text before it was cut.
+        merge: Update rule of the dictionaries.
         conv_size: Taps of the convolution before them; 0 for none.
-        num_layers: Layers of the model.
-        layers: The memory of each OVQ layer, or of each layer of a converted model, the lowest first.
+        num_layers: Number of layers of the model.
+        layers: The memory of each OVQ layer, or of each layer of a converted model, lowest first.
     """
 
     model: str
@@ -55,7 +55,7 @@ class InspectedText:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the model has read."""
+        """Number of tokens that the model has read."""
         return len(self.pieces)
 
     @property
@@ -65,10 +65,10 @@ class InspectedText:
         return LEVEL_NAMES if has_dropped else LEVEL_NAMES[:-1]
 
     def layer(self, number: int | None) -> LayerMemory:
-        """The memory of a layer by its number; for None, of the highest one.
+        """The memory of the layer with this index; None for the highest one.
 
         Raises:
-            ValueError: If no layer of that number has a memory.
+            ValueError: If there is no memory of that layer.
         """
         for memory in reversed(self.layers):
             if number is None or memory.layer == number:
@@ -94,22 +94,22 @@ def inspect_text(
     num_reads: int = NUM_READS,
     work: AnyWork | None = None,
 ) -> InspectedText:
-    """Let a model read the beginning of a text in one pass, and tell what its layers kept and read of it.
+    """Run a model on the beginning of a text in one pass; returns what its layers kept and read of it.
 
     Args:
-        model: An `OVQForCausalLM`, or a model converted by `ovq.convert.attach`. Used on the device and in
-            the dtype that it has; call `eval()` on it first.
+        model: An `OVQForCausalLM`, or a model converted by `ovq.convert.attach`, with its own device and
+            dtype; call `eval()` on it first.
         ids: Token ids.
-        pieces: The text of each of them, see `token_pieces`.
-        model_name: What to call the model. name: what to call the text.
+        pieces: The text of each token, see `token_pieces`.
+        model_name: Name of the model. name: Name of the text.
         has_ids: Whether the pieces are token ids.
-        max_tokens: Tokens to read; the rest of the text is left out, and `num_given` tells so.
-        num_reads: How many of the weights of each query to keep.
-        work: Is told how many tokens are done, summed over the layers.
+        max_tokens: Most tokens to read; the rest of the text is left out (see `num_given`).
+        num_reads: Number of largest attention weights to keep per query.
+        work: Is told the number of tokens done, summed over the layers.
 
     Raises:
-        ValueError: If the model is of neither kind or has no OVQ layers, or slots or chunks too many or large
-            for a page, or there are no tokens, not as many pieces, or sizes out of bounds.
+        ValueError: If the model is of neither kind or has no OVQ layers, has too many slots or too large
+            chunks for a page, or there are no tokens, not as many pieces, or sizes out of bounds.
 
     Example:
         >>> from ovq.hf import OVQConfig

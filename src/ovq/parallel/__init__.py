@@ -1,4 +1,4 @@
-"""A document split over processes, each of which passes its state of constant size to the next."""
+"""Context parallelism: each process reads a part of a document and passes its constant-size state on."""
 
 from ovq.parallel.context import ContextParallel, even_bounds
 

@@ -1,6 +1,6 @@
 """Context parallelism: a document split over the ranks of a process group.
 
-Rank r reads the r-th part. All it needs of earlier parts is the state of each layer, whose size does not
+Rank r reads the r-th part. From earlier parts it only needs the state of each layer, whose size does not
 depend on their length: `OVQState` and the last inputs of the convolution for an OVQ layer, the last keys and
 values for a sliding window, the state of a recurrent mixer. In the backward pass, the gradient of the loss
 with respect to that state is sent back. Forward and backward equal those of one process.
@@ -35,16 +35,16 @@ IGNORED = -100
 class ContextParallel:
     """Trains a model on documents that are split over the ranks of a process group.
 
-    Every rank holds the whole model, with equal weights. It is given whole micro-batches of token ids and
-    reads its part of them. It therefore knows its targets, including the first token of the next part, and
-    the total number of targets.
+    Every rank holds the whole model, with equal weights. It gets whole micro-batches of token ids and reads
+    its part of them, so it knows its targets, including the first token of the next part, and the total
+    number of targets.
 
     Args:
         model: The model, not wrapped in another.
         group: The ranks in the order of the document; None for all of them. All ranks of the group must build
             their `ContextParallel` at the same time.
         recompute: Run each layer again in the backward pass instead of keeping its activations. (The model's
-            own gradient checkpointing cannot do this, because it does not know about states.)
+            own gradient checkpointing cannot, because it does not handle states.)
         max_in_flight: Micro-batches whose activations a rank may keep at a time, see `steps_of_rank`.
 
     Raises:
@@ -93,9 +93,9 @@ class ContextParallel:
         Args:
             micro_batches: For each, `input_ids` `[B, T]` and `labels` `[B, T]` (usually the same; -100 is
                 ignored), whole and the same on every rank. B and T may differ between micro-batches. An
-                `attention_mask` may only say that all tokens are real, as padding is not handed on.
-            bounds: `[R + 1]` the first token of each rank's part, and T; any bounds that leave each rank a
-                token. None: `even_bounds`.
+                `attention_mask` must be all ones, as padding is not passed on.
+            bounds: `[R + 1]` first token of each rank's part, then T; each part needs at least one token.
+                None: `even_bounds`.
 
         Returns:
             The mean loss over the targets of all micro-batches, the same on every rank. Its gradients have
@@ -151,7 +151,7 @@ class ContextParallel:
             work.wait()
 
     def _part(self, batch: Mapping[str, Tensor], bounds: Sequence[int] | None) -> tuple[Tensor, Tensor, int]:
-        """The token ids of this rank's part, the targets of its positions, and where it begins."""
+        """Token ids and targets of this rank's part, and the position of its first token."""
         ids, num_tokens = batch["input_ids"], batch["input_ids"].shape[1]
         num_ranks, rank = self.neighbours.num_ranks, self.neighbours.rank
         if bounds is None:
@@ -178,9 +178,8 @@ class _PartRun:
         self._segments: list[Segment] = []
 
     def forward(self, num_targets: int) -> Tensor:
-        """This part's share of the loss. The backward of the output layer is run here too, so that its
-        logits,
-        which are large, need not be kept."""
+        """This part's share of the loss. Also runs the backward of the output layer, so that the large logits
+        need not be kept."""
         stop = self._start + self._ids.shape[1]
         layout = SequenceLayout(num_past=self._start, num_new=self._ids.shape[1])
         self._embedded = hidden = self._model.model.embed_tokens(self._ids)
@@ -207,7 +206,7 @@ class _PartRun:
         return loss.detach()
 
     def backward(self) -> None:
-        """The backward of all layers."""
+        """Run the backward of all layers."""
         grad = self._grad
         specs = [list(self._specs(n)) for n in (self._start, self._start + self._ids.shape[1])]
         layers = list(zip(self._segments, *specs, strict=True))
@@ -222,7 +221,7 @@ class _PartRun:
             self._embedded.backward(grad)
 
     def _specs(self, num_tokens: int) -> Iterator[StateSpec]:
-        """What the state of each layer holds after this many tokens: both sides know it beforehand."""
+        """Shapes and dtypes of each layer's state after this many tokens, known to sender and receiver."""
         dtype, kind = self._model.dtype, self._model.device.type
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
@@ -231,12 +230,12 @@ class _PartRun:
 
 
 def even_bounds(num_tokens: int, num_ranks: int, *, multiple: int = 1) -> list[int]:
-    """Where the part of each rank begins, and the end: parts as equal as possible.
+    """First token of each rank's part, then T, for parts of nearly equal length.
 
     Args:
         num_tokens: T, at least `num_ranks`.
         num_ranks: R.
-        multiple: Begin parts at multiples of this if there are enough of them. At the end of a chunk no token
+        multiple: Begin parts at multiples of this if there are enough tokens. At the end of a chunk no token
             is pending; pending tokens would have to be read again by the next rank.
 
     Example:
@@ -250,7 +249,7 @@ def even_bounds(num_tokens: int, num_ranks: int, *, multiple: int = 1) -> list[i
 
 
 def _num_targets(batch: Mapping[str, Tensor]) -> int:
-    """Positions of a micro-batch that are predicted."""
+    """Number of targets of a micro-batch; ValueError for wrong shapes or padding."""
     ids, labels = batch["input_ids"], batch["labels"]
     if ids.dim() != 2 or labels.shape != ids.shape:
         raise ValueError(

@@ -1,6 +1,6 @@
-"""What context parallelism sends between ranks and how long they wait, compared with ring attention.
+"""Communication and waiting time of context parallelism, compared with ring attention.
 
-This is computed from the shapes of a model, which is not run and takes no memory. `docs/use/scaling.md` has
+They are computed from the shapes of a model, which is not run and takes no memory. `docs/use/scaling.md` has
 the formulae and the numbers for a million tokens; `benchmarks/context_parallel_cost.py` prints them.
 """
 
@@ -25,15 +25,15 @@ class Cost:
     """The cost of one optimizer step with M micro-batches of one document each, split over R ranks.
 
     Attributes:
-        num_parameters: Parameters of the model.
-        state_bytes: Bytes that a rank sends to the next in the forward, for one document; the largest of all
+        num_parameters: Number of parameters of the model.
+        state_bytes: Bytes that a rank sends to the next in the forward, for one document; largest of all
             ranks.
-        gradient_bytes: Bytes that are sent back for them.
+        gradient_bytes: Bytes of the gradients that are sent back.
         ring_bytes: Bytes that a rank sends in the forward if ring attention replaces the long-range layers.
         ring_gradient_bytes: Bytes that it then sends in the backward.
-        bubble: Share of the step's time in which a rank waits, if all layers are alike and messages take no
-            time.
-        bubble_by_model: The same if a rank began only when the previous one had finished all layers.
+        bubble: Share of the step's time in which a rank waits, if all layers take equal time and messages
+            none.
+        bubble_by_model: The same if each rank started only after the previous one had finished all layers.
     """
 
     num_parameters: int
@@ -53,7 +53,7 @@ def handover_bytes(
     Args:
         mixers: The mixers of the layers.
         num_tokens: Tokens before the boundary between two ranks.
-        num_rows: Documents side by side.
+        num_rows: Number of documents in the batch.
         dtype: Dtype of the activations.
 
     Example:
@@ -75,11 +75,11 @@ def cost(
     num_micro_batches: int = 1,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Cost:
-    """What a step costs in addition to the work itself.
+    """Communication and waiting cost of an optimizer step.
 
-    With ring attention, each rank passes on the keys and values of its own part and those that it receives, R
-    - 1 times per layer; in the backward it does so once more, together with their gradients. Only the
-    long-range layers are counted: a sliding window needs the same messages either way.
+    With ring attention, each rank passes on its own keys and values and those that it receives, R - 1 times
+    per layer; in the backward again, together with their gradients. Only the long-range layers are counted:
+    a sliding window needs the same messages either way.
 
     Args:
         config: Config of the model.
@@ -102,7 +102,7 @@ def cost(
     bounds = even_bounds(num_tokens, num_ranks, multiple=config.chunk_size)
     with torch.device("meta"):
         model = OVQForCausalLM(config)
-    # States never shrink, so the last rank but one sends the most.
+    # States never shrink, so the second-to-last rank sends the most.
     state_bytes, gradient_bytes = handover_bytes(model.mixers(), num_tokens=bounds[-2], dtype=dtype)
     num_long = sum(name != "sliding_attention" for name in config.mixer_types)
     per_token = 2 * config.num_key_value_heads * config.head_dim * dtype.itemsize
@@ -120,7 +120,7 @@ def cost(
 
 
 def bubble(*, num_ranks: int, num_micro_batches: int, num_layers: int) -> float:
-    """The share of a step's time in which a rank waits, (R - 1) / (M L + R - 1), by `steps_of_rank`.
+    """Share of a step's time in which a rank waits with `steps_of_rank`: (R - 1) / (M L + R - 1).
 
     Example:
         >>> bubble(num_ranks=8, num_micro_batches=2, num_layers=3)  # 7 / (2 * 3 + 7)

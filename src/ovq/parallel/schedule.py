@@ -1,13 +1,12 @@
-"""The order in which a rank works on micro-batches.
+"""The order in which a rank processes micro-batches.
 
-Rank r reads the r-th part of a document. In each layer it needs the state that rank r - 1 has after *its*
-part, and in the backward the gradient of the state that it passed to rank r + 1. The ranks thus form a
-pipeline whose unit is one layer of one micro-batch: forward from the first rank to the last, backward the
-other way.
+Rank r reads the r-th part of a document. In each layer it needs the state of rank r - 1 after *its* part, and
+in the backward the gradient of the state that it passed to rank r + 1. So the ranks form a pipeline whose
+unit is one layer of one micro-batch: forward from the first rank to the last, backward the other way.
 
-Messages of one direction are sent in the order in which they are received, and sending never blocks. A rank
-therefore waits only for a unit that comes earlier in its neighbour's own order, so there can be no deadlock;
-`tests/parallel/test_schedule.py` runs the schedule to see.
+Messages of one direction are sent in the order in which they are received, and sending never blocks. So a
+rank only waits for units that come earlier in its neighbour's own order, and there can be no deadlock;
+`tests/parallel/test_schedule.py` simulates the schedule.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ class Step:
     """One micro-batch through all layers, forward or backward.
 
     Attributes:
-        micro_batch: Number of the micro-batch, counted from 0.
+        micro_batch: Index of the micro-batch.
         is_forward: Whether forward or backward.
     """
 
@@ -37,14 +36,14 @@ def steps_of_rank(
     """The steps of a rank in order: one forward, one backward (1F1B).
 
     A rank that is d ranks before the last begins with d forwards, and then runs a backward after each further
-    forward. It therefore keeps the activations of at most d + 1 micro-batches, and the last rank never waits.
+    forward. So it keeps the activations of at most d + 1 micro-batches, and the last rank never waits.
 
     Args:
         rank: r.
-        num_ranks: Ranks, R.
-        num_micro_batches: Micro-batches, M.
-        max_in_flight: Micro-batches whose activations a rank may keep at a time, at least 1. A smaller number
-            saves memory and makes ranks wait.
+        num_ranks: R.
+        num_micro_batches: M.
+        max_in_flight: Most micro-batches whose activations a rank keeps at a time, at least 1. A smaller
+            number saves memory and makes ranks wait.
 
     Example:
         >>> [" ".join(map(str, steps_of_rank(r, num_ranks=2, num_micro_batches=3))) for r in range(2)]

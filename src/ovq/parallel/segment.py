@@ -1,5 +1,5 @@
-"""One layer of one part: a piece of the graph that is open at both ends, so that its backward can run when
-the gradient of the state that it passed on arrives.
+"""One layer of one part: an autograd graph of its own, whose backward runs when the gradient of the state
+that it passed on arrives.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ class Segment:
 
     Args:
         block: The layer.
-        layer_idx: Its place in the model.
+        layer_idx: Index of the layer in the model.
         config: Config of the model.
         hidden: `[B, T, hidden_size]`, the output of the layer below.
         state: The state from the previous rank, named as in `Mixer.state_spec`; empty at the beginning.
-        layout: The columns of this part and of those before.
+        layout: Columns of this part and of earlier parts.
         recompute: Keep no activations, and run the layer again in the backward pass.
     """
 

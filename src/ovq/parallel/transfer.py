@@ -1,7 +1,7 @@
 """Messages between neighbouring ranks: the state of a layer forward, the gradient of that state back.
 
-The receiver knows every shape beforehand (`Mixer.state_spec`). A message therefore contains only the
-bytes of the tensors, and its length depends on the model, not on the document.
+The receiver knows all shapes (`Mixer.state_spec`). So a message contains only the bytes of the tensors, and
+its length depends on the model, not on the document.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ovq.layers.memory import StateSpec, num_bytes
 
 
 def floating(spec: StateSpec) -> StateSpec:
-    """The tensors that have a gradient.
+    """The entries of floating-point tensors, which have gradients.
 
     Example:
         >>> list(floating({"count": ((2, 3), torch.int64), "keys": ((5,), torch.bfloat16)}))
@@ -47,7 +47,7 @@ def unpack(message: Tensor, spec: StateSpec) -> dict[str, Tensor]:
     tensors, start = {}, 0
     for name, (shape, dtype) in spec.items():
         stop = start + math.prod(shape) * dtype.itemsize
-        # Copied, because a number's bytes must begin at an aligned address.
+        # Copied, because a view in another dtype needs an aligned address.
         tensors[name] = message[start:stop].clone().view(dtype).view(shape)
         start = stop
     return tensors
@@ -56,13 +56,12 @@ def unpack(message: Tensor, spec: StateSpec) -> dict[str, Tensor]:
 class Neighbours:
     """The ranks before and after this one.
 
-    States and gradients go through process groups of their own. Some backends carry out the requests of a
-    pair of ranks in one group one after the other; a state that waits to be received would then block a
-    gradient that has to arrive first.
+    States and gradients go through separate process groups. Some backends run the requests between two ranks
+    of a group in order; a state that waits to be received would then block a gradient that must arrive first.
 
     Args:
         group: The ranks, in the order of the document; None for all.
-        device: The device that holds the messages.
+        device: Device of the messages.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, device: torch.device) -> None:
@@ -94,7 +93,7 @@ class Neighbours:
         return self._receive(spec, self._ranks[self.rank + 1], self._back)
 
     def finish(self) -> None:
-        """Wait until all that was sent has been received."""
+        """Wait until all sent messages have been received."""
         for work, _ in self._sent:
             work.wait()
         self._sent.clear()
