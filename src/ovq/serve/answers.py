@@ -1,4 +1,4 @@
-"""The answers to a request as they come, until they end, their client goes, or their time is over."""
+"""The answers to a request as a stream of pieces, until completion, client disconnect or timeout."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from ovq.serve.tools import ToolCall, ToolCalls
 _log = logging.getLogger("ovq.serve")
 
 Receive = Callable[[], Awaitable[Any]]
-"""ASGI's way to the next message from the client."""
+"""ASGI's function that returns the next message from the client."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,11 +37,11 @@ class Piece:
     """The next part of an answer.
 
     Attributes:
-        choice: Which of the answers.
-        text: May be empty: a character may need more tokens, and a stop sequence may have begun.
-        events: The tokens that it comes from; none at the end.
-        finish_reason: With the last piece of an answer, `"stop"`, `"tool_calls"` or `"length"`.
-        calls: Calls of tools that are complete with it.
+        choice: Index of the answer.
+        text: Text, maybe empty: a character may need more tokens, and a stop sequence may have begun.
+        events: The tokens of the piece; none at the end.
+        finish_reason: In the last piece of an answer `"stop"`, `"tool_calls"` or `"length"`; else None.
+        calls: Tool calls that this piece completes.
     """
 
     choice: int
@@ -52,7 +52,7 @@ class Piece:
 
     @staticmethod
     def joined(pieces: Sequence[Piece]) -> Piece:
-        """All pieces of an answer in one."""
+        """One piece from all pieces of an answer."""
         return dataclasses.replace(
             pieces[-1],
             text="".join(piece.text for piece in pieces),
@@ -63,13 +63,13 @@ class Piece:
 
 @dataclasses.dataclass
 class Usage:
-    """Numbers of tokens of a request.
+    """Token counts of a request.
 
     Attributes:
-        prompt_tokens: Of its prompts.
-        context_tokens: Of the document that was read before them, once and for all.
-        completion_tokens: Of its answers, up to where they end; a token that ends a text counts.
-        known_tokens: Those of `prompt_tokens` that needed no reading, as they began an earlier prompt.
+        prompt_tokens: Tokens of its prompts.
+        context_tokens: Tokens of the document read before them, once for all requests.
+        completion_tokens: Tokens of its answers, including end tokens.
+        known_tokens: Part of `prompt_tokens` that was not read, as a cached state of this prefix existed.
     """
 
     prompt_tokens: int = 0
@@ -79,7 +79,7 @@ class Usage:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The object of the API; `context_tokens` is ours."""
+        """The usage object of the API; `context_tokens` is our addition."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
@@ -90,14 +90,14 @@ class Usage:
 
 
 class Answers:
-    """Jobs of one request, from submitting them to the last event.
+    """The jobs of one request, from submission to the last event.
 
-    Closing `events` gives up what is not complete, so no row is computed for a client that has gone.
+    Closing `events` cancels incomplete jobs, so no row is computed for a client that has disconnected.
 
     Args:
-        engine: Where they run.
-        receive: Tells when the client goes.
-        deadline: By the clock of the event loop.
+        engine: The engine that runs them.
+        receive: Reports when the client disconnects.
+        deadline: Time limit, by the clock of the event loop.
     """
 
     def __init__(self, engine: Engine, receive: Receive, deadline: float) -> None:
@@ -108,26 +108,26 @@ class Answers:
         self._jobs: Sequence[Job] = ()
 
     def deliver(self, events: list[Event]) -> None:
-        """Take events from the engine's thread."""
+        """Pass events from the engine's thread to the event loop."""
         # The loop may have ended before the engine.
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._queue.put_nowait, events)
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """Hand the jobs to the engine.
+        """Submit the jobs to the engine.
 
         Raises:
-            APIError: If it takes no more.
+            APIError: If its queue is full or it has stopped.
         """
         self._engine.submit(jobs)
         self._jobs = jobs
 
     async def events(self) -> AsyncGenerator[Event, None]:
-        """The events of all jobs, without end; the caller knows which is the last.
+        """The events of all jobs; never ends, as the caller knows which event is the last.
 
         Raises:
-            APIError: If a job failed, or time is over.
-            ClientGone: If the client has gone.
+            APIError: If a job failed, or the deadline has passed.
+            ClientGone: If the client has disconnected.
         """
         seconds = f"{self._engine.limits.request_seconds:g} seconds"
         message = f"the answer was not complete after {seconds}, the limit of this server"
@@ -137,7 +137,7 @@ class Answers:
         try:
             while True:
                 for event in await self._queue.get():
-                    # Before what waits in the queue, which nobody is going to read.
+                    # Ahead of queued events, which nobody is going to read.
                     if self._end is not None:
                         raise self._end
                     if isinstance(event, FailEvent):
@@ -151,7 +151,7 @@ class Answers:
             self.cancel()
 
     def cancel(self, *, choice: int | None = None) -> None:
-        """Give up the jobs, or the one answer with this name."""
+        """Cancel the jobs, or only the answer `choice`."""
         for job in self._jobs:
             self._engine.cancel(job, choice=choice)
 
@@ -163,18 +163,18 @@ class Answers:
     def _finish(self, reason: Exception) -> None:
         """End the events with an exception."""
         self._end = self._end or reason
-        # Wakes the one who waits for events.
+        # Wake `events`.
         self._queue.put_nowait([])
 
 
 class _Answer:
-    """One answer as it is written: its text, up to a stop sequence, and the calls of tools in it."""
+    """One answer while it is generated: its text, up to a stop sequence, and its tool calls."""
 
     def __init__(self, choice: int, stream: AnyTextStream, stops: Sequence[str], calls: ToolCalls) -> None:
         self._choice, self._stream, self._stop, self._calls = choice, stream, StopSequences(stops), calls
 
     def push(self, event: TokenEvent) -> Piece:
-        """The piece that a token gives."""
+        """The piece for one more token."""
         text = self._stop.push("" if event.is_end else self._stream.push(event.token))
         return self._piece(text, [event], None)
 
@@ -204,18 +204,18 @@ async def pieces(
     usage: Usage,
     make_calls: Callable[[], ToolCalls] = ToolCalls,
 ) -> AsyncGenerator[Piece, None]:
-    """The text of the answers to jobs that have been submitted to `answers`, piece by piece.
+    """The answers to submitted jobs, as pieces of text.
 
     Args:
-        answers: Gives their events.
-        jobs: Those that were submitted.
-        texts: Makes text of tokens.
-        stops: Sequences that end an answer; they are not part of it.
-        usage: Is counted on.
-        make_calls: Finds calls of tools in an answer; no tools if not given.
+        answers: Source of the events.
+        jobs: The jobs that were submitted to `answers`.
+        texts: Decodes tokens.
+        stops: Stop sequences; they are not part of the answer.
+        usage: Its counts are updated.
+        make_calls: Makes the parser of tool calls for an answer; by default there are no tools.
 
     Raises:
-        APIError: As `Answers.events`, like `ClientGone`.
+        APIError, ClientGone: As `Answers.events`.
     """
     written = {
         choice: _Answer(choice, texts.stream(job.tokens), stops, make_calls())
@@ -240,10 +240,10 @@ async def pieces(
 
 
 async def context_read(answers: Answers) -> Context:
-    """The context of a `Reading` that has been submitted.
+    """The context made by a submitted `Reading`.
 
     Raises:
-        APIError: As `Answers.events`, like `ClientGone`.
+        APIError, ClientGone: As `Answers.events`.
     """
     async with contextlib.aclosing(answers.events()) as events:
         async for event in events:

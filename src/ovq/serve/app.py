@@ -1,4 +1,4 @@
-"""The routes of a server: OpenAI's for models, completions and chats, and ours for contexts."""
+"""The routes of the server: OpenAI's for models, completions and chats, and our own for contexts."""
 
 from __future__ import annotations
 
@@ -35,25 +35,25 @@ from ovq.serve.texts import Texts
 from ovq.serve.tools import ToolCalls
 
 _GONE = 499
-"""What servers note of a request whose client went away; nobody sees it."""
+"""Status that servers log for a request whose client has disconnected; it is never sent."""
 
 
 class Service:
-    """A model and all that is needed to answer requests to it.
+    """A model and everything needed to answer requests to it.
 
     Args:
-        name: What requests call the model.
+        name: Name of the model in requests.
         served: The model.
-        tokenizer: One of transformers; None if the model reads token ids.
-        limits: How much it takes on.
+        tokenizer: A tokenizer of transformers; None if the model reads token ids.
+        limits: Limits on sizes, times and concurrency.
 
     Attributes:
         engine: Runs the model.
-        contexts: The documents that it has read.
-        texts: Text to tokens and back.
-        grammars: What answers may be kept to.
-        metrics: Its numbers.
-        created: When it was made, in seconds since 1970.
+        contexts: The documents that were read.
+        texts: Encodes and decodes text.
+        grammars: Compiles constraints of answers.
+        metrics: Prometheus metrics.
+        created: Creation time, in seconds since 1970.
     """
 
     def __init__(
@@ -79,9 +79,9 @@ def create_app(
     """The application, for uvicorn or another ASGI server with one worker. Its lifespan runs the engine.
 
     Args:
-        service: What answers.
-        api_key: What clients must send as a bearer token; None for no key.
-        hosts: Names that the header `Host` may have; None for all.
+        service: The service that answers requests.
+        api_key: Bearer token that clients must send; None for no key.
+        hosts: Allowed values of the header `Host`; None for all.
     """
 
     @contextlib.asynccontextmanager
@@ -92,14 +92,14 @@ def create_app(
         finally:
             await asyncio.to_thread(service.engine.stop)
 
-    # Its pages of documentation load programs from other hosts.
+    # No documentation pages, as they load scripts from other hosts.
     app = FastAPI(title="ovq serve", lifespan=lifespan, docs_url=None, redoc_url=None)
     routes = _Routes(service)
     for method, path, call in (
         ("GET", "/health", routes.health),
         ("GET", "/metrics", routes.metrics),
         ("GET", "/v1/models", routes.models),
-        # Of any path: names of models may have slashes.
+        # Any path, as names of models may have slashes.
         ("GET", "/v1/models/{name:path}", routes.one_model),
         ("POST", "/v1/completions", routes.completions),
         ("POST", "/v1/chat/completions", routes.chat),
@@ -228,7 +228,7 @@ class _Routes:
             try:
                 context = await asyncio.to_thread(service.served.load_context, path)
             except ValueError as error:
-                # The client does not know where its upload lies.
+                # The path of the upload means nothing to the client.
                 message = str(error).replace(str(path), f"context {name!r}")
                 raise bad_request(message, code="invalid_context") from error
             service.contexts.add(name, context)
@@ -244,7 +244,7 @@ class _Routes:
                 ids = service.texts.checked(asked.token_ids or [], param="token_ids")
             else:
                 ids = await asyncio.to_thread(service.texts.encode, asked.text, param="text", is_start=True)
-            # Not in the engine's thread, where running answers would wait for it.
+            # Not in the engine's thread, which would delay running answers.
             await asyncio.to_thread(service.served.prepare)
             answers = Answers(service.engine, request.receive, self._deadline())
             answers.submit([Reading(tokens=ids, deliver=answers.deliver)])

@@ -1,7 +1,7 @@
-"""What all requests share: types as JSON has them, and errors in the form "expected ..., found ...".
+"""Parsing of request bodies: strict JSON types, and errors in the form "expected ..., found ...".
 
-A field that would change the answer in a way that is not supported is refused, unless it has the value that
-changes nothing. A field that nobody knows is refused too: it may be misspelt.
+An unsupported field is refused unless its value has no effect. An unknown field is refused too, as it may be
+misspelt.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ AnyRequest = TypeVar("AnyRequest", bound="Request")
 
 
 class Request(BaseModel):
-    """What all requests share: types as JSON has them, and no unknown fields."""
+    """Base class of all requests: strict JSON types, no unknown fields."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    #: Fields of OpenAI's that are not supported, and the values with which they change nothing.
+    #: OpenAI's fields that are not supported, with the values that have no effect.
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {}
 
-    #: Fields that are lists of objects which have such fields in turn.
+    #: Fields that are lists of objects with unsupported fields of their own.
     parts: ClassVar[dict[str, type[Request]]] = {}
 
 
 def parsed(kind: type[AnyRequest], body: bytes) -> AnyRequest:
-    """The request in a body.
+    """Parse the body of a request.
 
     Raises:
         APIError: If the body is not JSON, or a field is missing, unknown, not supported or out of range.
@@ -59,27 +59,27 @@ def parsed(kind: type[AnyRequest], body: bytes) -> AnyRequest:
                 if isinstance(value, dict):
                     _drop_neutral(part, value, f"{name}.{place}.")
     try:
-        # Anew from JSON, because only there do strict types accept an object for a model.
+        # From JSON again, because strict mode accepts objects for models only there.
         return kind.model_validate_json(to_json(fields))
     except ValidationError as error:
         raise _refusal(error, kind) from error
 
 
 def _drop_neutral(kind: type[Request], fields: dict[str, Any], prefix: str) -> None:
-    """Take fields out that are not supported and change nothing; refuse those that would."""
+    """Remove unsupported fields whose values have no effect; refuse the others."""
     for name in kind.unsupported.keys() & fields.keys():
         value, neutral = fields.pop(name), kind.unsupported[name]
-        # In Python, False and 0 are equal, and so are 0 and 0.0, which JSON's writers may mix up.
+        # False == 0 == 0.0 in Python, which is welcome, as JSON writers may mix them up.
         if value not in neutral:
             message = f"expected {neutral[-1]!r}, as nothing else is supported, found {value!r}"
             raise bad_field(f"{prefix}{name}", message, code="unsupported_parameter")
 
 
 def _refusal(error: ValidationError, kind: type[Request]) -> APIError:
-    """The first of the errors, in the form "expected ..., found ..."."""
+    """The first validation error, in the form "expected ..., found ..."."""
     first = error.errors(include_url=False)[0]
     param = str(first["loc"][0]) if first["loc"] else None
-    # Of a union, pydantic names each alternative with what speaks against it; a description says it better.
+    # For a union, pydantic lists the errors of each alternative; the field's description is clearer.
     fields, depth = kind.model_fields, 1
     if param in kind.parts and len(first["loc"]) > 2:
         fields, depth = kind.parts[param].model_fields, 3

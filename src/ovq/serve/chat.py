@@ -1,4 +1,4 @@
-"""The fields of chats: messages, tools that the model may call, and whether the answer is JSON."""
+"""The fields of chat requests: messages, tools, and the response format."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from ovq.serve.schemas import MOST_TOP_LOGPROBS, GenerationRequest
 _MOST_TOOLS = 128
 
 ToolName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
-"""Names of tools and of schemas, as OpenAI has them."""
+"""Names of tools and schemas, with OpenAI's pattern."""
 
 
 class TextPart(Request):
-    """A part of a message."""
+    """A text part of a message."""
 
     type: Literal["text"]
     text: str
 
 
 class CalledFunction(Request):
-    """What an earlier answer called."""
+    """The function and arguments of a call in an earlier answer."""
 
     name: str
     arguments: str
@@ -56,13 +56,13 @@ class Message(Request):
     }
 
     def for_template(self, place: int) -> dict[str, Any]:
-        """The message as chat templates take it: arguments of calls are objects.
+        """The message in the form of chat templates, where arguments of calls are objects.
 
         Args:
-            place: Which of the messages, for errors.
+            place: Index of the message, for errors.
 
         Raises:
-            APIError: Without text, or arguments that are no object; calls and results of other roles.
+            APIError: Missing text, arguments that are no object, or calls or results in a wrong role.
         """
         for field, role in (("tool_calls", "assistant"), ("tool_call_id", "tool")):
             if getattr(self, field) and self.role != role:
@@ -86,7 +86,7 @@ class Message(Request):
 
 
 def _called(function: CalledFunction, place: str) -> dict[str, Any]:
-    """A called function with its arguments as an object."""
+    """A called function, with its arguments parsed into an object."""
     try:
         arguments = from_json(function.arguments, allow_inf_nan=False)
     except ValueError:
@@ -100,7 +100,7 @@ def _called(function: CalledFunction, place: str) -> dict[str, Any]:
 
 
 class Function(Request):
-    """What a tool does, and the JSON schema of its arguments."""
+    """Name, description and argument schema of a tool."""
 
     name: ToolName
     description: str | None = None
@@ -116,32 +116,32 @@ class Tool(Request):
 
     @property
     def for_template(self) -> dict[str, Any]:
-        """The tool as chat templates take it."""
+        """The tool in the form of chat templates."""
         about = {"name": self.function.name, "description": self.function.description or ""}
         return {"type": self.type, "function": about | {"parameters": self.schema_of_arguments}}
 
     @property
     def schema_of_arguments(self) -> dict[str, Any]:
-        """The JSON schema of the arguments; there are none if it is not given."""
+        """The JSON schema of the arguments; if not given, that of no arguments."""
         nothing = {"properties": {}, "additionalProperties": False}
         return {"type": "object", **(self.function.parameters or nothing)}
 
 
 class NamedFunction(Request):
-    """The function that is to be called."""
+    """Name of the function that must be called."""
 
     name: ToolName
 
 
 class NamedTool(Request):
-    """The tool that is to be called."""
+    """The tool that must be called."""
 
     type: Literal["function"]
     function: NamedFunction
 
 
 class JSONSchema(Request):
-    """What the JSON of an answer looks like."""
+    """The JSON schema of an answer."""
 
     name: ToolName
     description: str | None = None
@@ -212,10 +212,10 @@ class ChatRequest(GenerationRequest):
 
     @property
     def offered(self) -> dict[str, Tool]:
-        """What the model may call, by names.
+        """The tools that the model may call, by name.
 
         Raises:
-            APIError: Two tools of one name.
+            APIError: Two tools with the same name.
         """
         tools = [] if self.tool_choice == "none" else self.tools or []
         found = {tool.function.name: tool for tool in tools}
@@ -226,10 +226,10 @@ class ChatRequest(GenerationRequest):
 
     @property
     def grammar(self) -> str | None:
-        """What answers are kept to; None for any text.
+        """The grammar that constrains answers; None for any text.
 
         Raises:
-            APIError: Fields that do not fit each other, or arguments that are no object.
+            APIError: Contradictory fields, or argument schemas that are not of type object.
         """
         offered = self.offered
         schema = None if self.response_format is None else self.response_format.schema_of_answer

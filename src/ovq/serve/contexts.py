@@ -1,4 +1,4 @@
-"""Documents that the model has read, by name; any number of requests go on from each of them."""
+"""Contexts by name: documents that the model has read, from which any number of requests can continue."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ovq.hf.context import Context
 from ovq.serve.errors import APIError, bad_field
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-"""What a context may be called."""
+"""Pattern of context names."""
 
 
 class Contexts:
     """The contexts of a server. Only the thread of its event loop uses them.
 
     Args:
-        max_contexts: How many there may be, with those that are being made.
+        max_contexts: Most contexts, including those being made.
 
     Example:
         >>> contexts = Contexts(max_contexts=2)
@@ -31,7 +31,7 @@ class Contexts:
 
     def __init__(self, *, max_contexts: int) -> None:
         self._max_contexts = max_contexts
-        # And when they came, in seconds since 1970.
+        # Contexts with their creation times, in seconds since 1970.
         self._entries: dict[str, tuple[Context, int]] = {}
         self._reserved: set[str] = set()
 
@@ -40,7 +40,7 @@ class Contexts:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all memories."""
+        """Total bytes of all contexts."""
         return sum(context.nbytes for context, _ in list(self._entries.values()))
 
     @property
@@ -49,7 +49,7 @@ class Contexts:
         return sorted(self._entries)
 
     def get(self, name: str) -> Context:
-        """The context of a name.
+        """The context with this name.
 
         Raises:
             APIError: If there is none.
@@ -64,7 +64,7 @@ class Contexts:
         return self._entries[name][0]
 
     def remove(self, name: str) -> Context:
-        """Forget a context, which is returned; answers that go on from it are not disturbed.
+        """Remove and return a context; running answers that use it are not affected.
 
         Raises:
             APIError: If there is none of this name.
@@ -74,7 +74,7 @@ class Contexts:
 
     @contextlib.contextmanager
     def reserved(self, name: str) -> Iterator[None]:
-        """Keep a name for a context that is being made in the block.
+        """Context manager that reserves a name for a context being made.
 
         Raises:
             APIError: If the name cannot be used, or there are too many contexts.
@@ -102,7 +102,7 @@ class Contexts:
             self._reserved.discard(name)
 
     def add(self, name: str, context: Context) -> None:
-        """Keep a context under a name that was reserved."""
+        """Store a context under a reserved name."""
         self._entries[name] = context, int(time.time())
 
     def about(self, name: str) -> dict[str, Any]:

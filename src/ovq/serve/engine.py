@@ -1,4 +1,4 @@
-"""The thread that runs the model: it takes jobs from other threads and answers them by events."""
+"""The thread that runs the model: it takes jobs from other threads and delivers events."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Engine:
     """Runs the jobs of many clients on one model, in a thread of its own.
 
     Args:
-        model: What reads; used by this thread alone, once `start` has been called.
-        limits: `max_rows`, `max_queue` and `step_tokens` matter here.
+        model: The model; after `start`, only this thread uses it.
+        limits: `max_rows`, `max_queue`, `step_tokens` and `prefix_bytes` are used.
 
     Attributes:
-        scheduler: Has numbers, which other threads may read but not rely on to fit each other.
+        scheduler: The scheduler. Other threads may read its counts, which need not be consistent.
 
     Example:
         >>> import queue
@@ -57,11 +57,11 @@ class Engine:
         self.stop()
 
     def start(self) -> None:
-        """Begin to run jobs."""
+        """Start running jobs."""
         self._thread.start()
 
     def stop(self) -> None:
-        """End all jobs with an error that says so, after the step that is running, and wait for it."""
+        """Fail all jobs with a shutdown error after the current step, and wait for the thread."""
         with self._changed:
             self._is_stopped = True
             self._changed.notify()
@@ -70,25 +70,25 @@ class Engine:
 
     @property
     def is_running(self) -> bool:
-        """Whether jobs are run."""
+        """Whether the thread runs and has not been stopped."""
         return self._thread.is_alive() and not self._is_stopped
 
     @property
     def num_waiting(self) -> int:
-        """Jobs that have not begun."""
+        """Number of jobs that have not started."""
         return len(self._new) + len(self.scheduler.waiting)
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """Take on jobs, all or none of them.
+        """Submit jobs, all or none of them.
 
         Raises:
-            APIError: If more jobs would wait than may (one that can begin at once does not wait), or the
-                engine has been stopped.
+            APIError: If more than `max_queue` jobs would wait (a job that can start at once does not wait),
+                or the engine has been stopped.
         """
         with self._changed:
             if not self.is_running:
                 raise shutting_down()
-            # Those before them have to begin first, though there be no room for one and some for the next.
+            # Jobs start in order of arrival, even if there is room for a later one but not for the next.
             waiting = [*self.scheduler.waiting, *self._new, *jobs]
             num_rows = self.scheduler.num_rows + sum(job.num_rows for job in waiting)
             if num_rows > self.limits.max_rows and len(waiting) > self.limits.max_queue:
@@ -103,7 +103,7 @@ class Engine:
             self._changed.notify()
 
     def cancel(self, job: Job, *, choice: int | None = None) -> None:
-        """Give up a job, or one of its answers; its rows leave the batch before the next step."""
+        """Cancel a job, or one of its answers; its rows leave the batch before the next step."""
         with self._changed:
             if choice is None:
                 job.is_cancelled = True
@@ -112,7 +112,7 @@ class Engine:
             self._changed.notify()
 
     def forget(self, context: Context) -> None:
-        """Forget the states that go on from a context, once it is deleted."""
+        """Drop the cached states that continue from a deleted context."""
         with self._changed:
             self._forgotten.append(context)
             self._changed.notify()
@@ -136,7 +136,7 @@ class Engine:
                     self.scheduler.forget(context)
                 has_work = self.scheduler.step()
             except Exception as error:
-                # A fault of the scheduler itself. The server must answer nevertheless.
+                # A bug in the scheduler itself. The server must still answer.
                 _log.exception("a step failed")
                 self.scheduler.fail_all(error)
                 has_work = False

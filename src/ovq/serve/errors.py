@@ -1,4 +1,4 @@
-"""Refusals in the form that OpenAI's clients know."""
+"""Errors in the format of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from typing import Any
 
 
 class ClientGone(Exception):
-    """Nobody is there to read an answer."""
+    """The client has disconnected."""
 
 
 class APIError(Exception):
-    """An answer other than the one that was asked for.
+    """An error response.
 
     Args:
         status: HTTP status.
         message: What was expected and what was found.
         kind: `type` in the body.
-        param: The field of the request that it is about.
-        code: A name for programs.
-        retry: Whether the same request may succeed later. OpenAI's clients repeat requests after some
-            statuses by themselves unless they are told not to.
+        param: The request field that caused it.
+        code: A machine-readable name.
+        retry: Whether the same request may succeed later. OpenAI's clients retry after some statuses unless
+            told not to.
 
     Example:
         >>> APIError(404, "no such thing", code="not_found").body
@@ -43,17 +43,17 @@ class APIError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """The JSON of the answer."""
+        """The JSON body of the response."""
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
     @property
     def headers(self) -> dict[str, str]:
-        """Headers that say whether to try again, and how."""
+        """Headers about retries, the connection and authentication."""
         headers = {"x-should-retry": "true" if self.retry else "false"}
         if self.retry:
             headers["retry-after"] = "1"
         if self.status in (408, 413):
-            # The rest of the body has not been read, so nothing else can come over this connection.
+            # The rest of the body has not been read, so the connection cannot be reused.
             headers["connection"] = "close"
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
@@ -61,20 +61,20 @@ class APIError(Exception):
 
 
 def bad_request(message: str, *, param: str | None = None, code: str | None = None) -> APIError:
-    """The request cannot be answered as it is."""
+    """The error for an invalid request."""
     return APIError(400, message, param=param, code=code)
 
 
 def bad_field(param: str, message: str, *, code: str | None = None) -> APIError:
-    """The request cannot be answered because of one of its fields."""
+    """The error for an invalid field of a request."""
     return bad_request(f"{param}: {message}", param=param, code=code)
 
 
 def shutting_down() -> APIError:
-    """The server ends."""
+    """The error for requests during shutdown."""
     return APIError(503, "the server is shutting down", kind="server_error", code="shutting_down", retry=True)
 
 
 def failed() -> APIError:
-    """A fault of ours; what it is goes to the log and not to the client."""
+    """The error for a bug in the server; its cause is logged and not sent to the client."""
     return APIError(500, "the server failed, see its log", kind="server_error", code="internal_error")

@@ -1,4 +1,4 @@
-"""Answers that keep to a grammar: JSON of a schema, or calls of tools. llguidance does the work."""
+"""Constrained decoding with llguidance: answers that are JSON of a schema, or tool calls."""
 
 from __future__ import annotations
 
@@ -21,52 +21,52 @@ if TYPE_CHECKING:
 _MOST_CHARACTERS = 2**16
 _LONGEST_FAULT = 200
 _PLACE = re.compile(r"\n *\d+ \| |\n<state>")
-"""After what is wrong, llguidance shows where in the grammar, or where it was in a text."""
+"""Separates llguidance's error message from the place in the grammar or text that follows it."""
 _WRITING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""JSON as Python writes it, on one line: a model that may write spaces may write them without end."""
+"""JSON as Python writes it, on one line: with free whitespace, a model may write spaces without end."""
 
 
 class GrammarFault(Exception):
-    """A grammar has become too large while an answer was written, or no token of the model fits."""
+    """A grammar has become too large during an answer, or no token of the model fits."""
 
 
 class Constraint:
-    """What an answer may say next.
+    """The tokens that an answer may continue with, by a grammar.
 
     Args:
-        matcher: Where in its grammar the answer is.
-        vocab_size: Of the model.
-        ends: Tokens that end a text; allowed where the grammar is complete.
+        matcher: llguidance's state of the answer in its grammar.
+        vocab_size: Vocabulary size of the model.
+        ends: End tokens; allowed where the grammar is complete.
     """
 
     def __init__(self, matcher: LLMatcher, *, vocab_size: int, ends: frozenset[int]) -> None:
         self._matcher, self._vocab_size, self.ends = matcher, vocab_size, ends
 
     def copied(self) -> Constraint:
-        """The same, for an answer of its own."""
+        """An independent copy, for another answer."""
         return Constraint(self._matcher.deep_copy(), vocab_size=self._vocab_size, ends=self.ends)
 
     @property
     def is_complete(self) -> bool:
-        """Whether nothing may follow but an end."""
+        """Whether only an end token may follow."""
         return self._matcher.is_stopped()
 
     def allowed(self) -> NDArray[np.bool_]:
-        """`[vocab_size]`, True for the tokens that may come next, of which there is at least one."""
+        """Mask `[vocab_size]` of the tokens that may come next; at least one is True."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         return np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(np.bool_)
 
     def push(self, token: int) -> None:
-        """Go on by a token.
+        """Advance by one token.
 
         Raises:
-            GrammarFault: See there.
+            GrammarFault: As `check`.
         """
         self._matcher.consume_token(token)
         self.check()
 
     def check(self) -> None:
-        """Raise a `GrammarFault` if the answer cannot be completed."""
+        """Raise `GrammarFault` if the answer cannot be completed."""
         if self._matcher.is_stopped() and not self._matcher.is_accepting():
             message = _PLACE.split(self._matcher.get_error(), maxsplit=1)[0]
             words = message.rpartition("failed to compile JSON schema: ")[2].split()
@@ -75,25 +75,25 @@ class Constraint:
 
 
 class Grammars:
-    """Makes constraints for the answers of a model.
+    """Compiles constraints for the answers of a model.
 
     Args:
         texts: The tokenizer of the model.
-        vocab_size: Of the model.
-        ends: Tokens that end a text; that of the tokenizer if there is none.
+        vocab_size: Vocabulary size of the model.
+        ends: End tokens; if empty, that of the tokenizer.
     """
 
     def __init__(self, texts: Texts, *, vocab_size: int, ends: frozenset[int]) -> None:
         self._texts, self._vocab_size, self._ends = texts, vocab_size, ends
-        # One at a time: what takes a core for a second may be asked for many times at once.
+        # One compilation at a time: each may take a core for a second, and many may be requested at once.
         self._lock = threading.Lock()
         self._tokenizer: LLTokenizer | None = None
 
     def compiled(self, grammar: str, *, param: str) -> Constraint:
-        """The constraint of a grammar from `grammar_of`; in any thread, as it may take a second.
+        """The constraint for a grammar from `grammar_of`. Thread-safe, as it may take a second.
 
         Raises:
-            APIError: If llguidance is not installed, or takes neither the grammar nor the tokenizer.
+            APIError: If llguidance is not installed, or does not support the grammar or the tokenizer.
         """
         if len(grammar) > _MOST_CHARACTERS:
             wanted = f"expected schemas of at most {_MOST_CHARACTERS} characters"
@@ -113,7 +113,7 @@ class Grammars:
             found = Constraint(matcher, vocab_size=self._vocab_size, ends=self._ends)
             try:
                 found.check()
-                # Here rather than in the first step of an answer, for which all others would wait.
+                # Compute the first mask here, as all other answers would wait for it in a step.
                 found.allowed()
                 found.check()
             except GrammarFault as fault:
@@ -136,11 +136,11 @@ class Grammars:
 
 
 def grammar_of(schema: Mapping[str, Any] | None, tools: Mapping[str, Mapping[str, Any]]) -> str:
-    """The grammar of a JSON value of a schema, or of one call of one of some tools, in llguidance's Lark.
+    """The grammar, in llguidance's Lark, of a JSON value of a schema or of one call of one of the tools.
 
     Args:
-        schema: Of the value; None if only a call will do.
-        tools: The schemas of the arguments, by the names of the tools.
+        schema: Schema of the value; None to allow only calls.
+        tools: Schemas of the arguments, by tool name.
 
     Example:
         >>> print(grammar_of(None, {"now": {"type": "object"}}))
@@ -156,7 +156,7 @@ def grammar_of(schema: Mapping[str, Any] | None, tools: Mapping[str, Mapping[str
         lines.append(f"call: {begin} ({names}) {end}")
     for place, (name, parameters) in enumerate(tools.items()):
         head = json.dumps(f'{{"name": {json.dumps(name)}, "arguments": ')
-        # A schema of its own each, whose references begin at its root.
+        # A separate %json each, because references in a schema start at its root.
         lines.append(f'tool_{place}: {head} {_json(parameters)} "}}"')
     if schema is not None:
         lines.append(f"value: {_json(schema)}")

@@ -1,4 +1,4 @@
-"""What is refused before a request is looked at: a wrong key, a foreign host, a body that is too large."""
+"""`Guard`: refuses requests with a wrong key, a foreign host or a too large body before they are parsed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ovq.serve.responses import error_response
 
 _JSON = "application/json"
 UPLOAD = "application/octet-stream"
-"""The type of bodies that some routes read by themselves, piece by piece."""
+"""Content type of uploads, whose bodies the routes themselves read in pieces."""
 
 
 class Guard:
@@ -23,13 +23,13 @@ class Guard:
 
     Args:
         app: The application.
-        limits: `max_body_bytes` and `read_seconds` matter here. They hold for every request, whatever its
+        limits: `max_body_bytes` and `read_seconds` are used, for every request except uploads, whatever its
             route, method and type.
-        api_key: What clients must send as `Authorization: Bearer KEY`; None for no key.
-        hosts: Names that the header `Host` may have, or None for all. A page of another site that a browser
-            shows can reach a server on the same machine, but not under these names.
-        uploads: Method and path of the routes that read bodies of the type `UPLOAD` by themselves, within
-            limits of their own.
+        api_key: Key that clients must send as `Authorization: Bearer KEY`; None for no key.
+        hosts: Allowed values of the header `Host`, or None for all. A page of another site in a browser can
+            reach a server on the same machine (DNS rebinding), but not under these names.
+        uploads: Method and path of the routes that read bodies of type `UPLOAD` themselves, within their own
+            limits.
     """
 
     def __init__(
@@ -52,20 +52,20 @@ class Guard:
         headers = Headers(scope=scope)
         try:
             self._check_host(headers)
-            # Health is asked for by programs that have no key.
+            # Health checks come from programs without a key.
             if scope["path"] != "/health":
                 self._check_key(headers)
             kind = content_type(headers)
             is_upload = kind == UPLOAD and (scope["method"], scope["path"]) in self._uploads
             if not is_upload:
                 if scope["method"] in ("POST", "PUT", "PATCH") and kind != _JSON:
-                    # Browsers send other types for pages of any site without asking.
+                    # For other types, browsers let pages of any site send requests without a preflight.
                     raise APIError(415, f"Content-Type: expected {_JSON}, found {kind[:80]!r}")
                 receive = await self._with_body(receive, headers)
         except APIError as error:
             response = error_response(error)
             if headers.get("content-length", "0") != "0" or "transfer-encoding" in headers:
-                # The body was not read, so nothing else can come over this connection.
+                # The body was not read, so the connection cannot be reused.
                 response.headers["connection"] = "close"
             await response(scope, receive, send)
         except ClientGone:
@@ -89,14 +89,14 @@ class Guard:
         if self._key is None:
             return
         scheme, _, given = headers.get("authorization", "").partition(" ")
-        # In a time that does not depend on how much of the key is right.
+        # A comparison in constant time.
         if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode("latin-1"), self._key):
             raise APIError(
                 401, "expected the API key of this server as a bearer token", code="invalid_api_key"
             )
 
     async def _with_body(self, receive: Any, headers: Headers) -> Any:
-        """Read the body, and return what gives it again."""
+        """Read the body; returns a `receive` function that replays it."""
         largest = self._limits.max_body_bytes
         declared = headers.get("content-length", "0")
         if declared.isdecimal() and int(declared) > largest:
@@ -112,21 +112,21 @@ class Guard:
 
 
 def content_type(headers: Headers) -> str:
-    """The type of a body, without parameters."""
+    """The content type of a body, without parameters."""
     return headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 async def body_pieces(receive: Any, *, largest: int, deadline: float) -> AsyncGenerator[bytes, None]:
-    """The body of a request as it comes.
+    """Stream the body of a request.
 
     Args:
-        receive: ASGI's way to the next message from the client.
-        largest: Bytes of it, at most.
-        deadline: When all of it must have come, by the clock of the event loop.
+        receive: ASGI's function that returns the next message from the client.
+        largest: Most bytes of the body.
+        deadline: Time by which the whole body must have arrived, by the clock of the event loop.
 
     Raises:
-        APIError: If it is too large, or not there in time.
-        ClientGone: If the client has gone.
+        APIError: If the body is too large or late.
+        ClientGone: If the client has disconnected.
     """
     size, is_whole = 0, False
     while not is_whole:

@@ -1,4 +1,4 @@
-"""What is asked of a model, and the events in which it answers."""
+"""Jobs for the model, and the events with which it answers."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ovq.serve.grammars import Constraint
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenLogprobs:
-    """How likely a token was, and which were likeliest in its place.
+    """Log probabilities of a token and of the most likely tokens at its position.
 
     Attributes:
-        logprob: Logarithm of the probability that the model gave it, before temperature and the like.
-        top: The likeliest tokens with theirs, from the likeliest on.
+        logprob: Log probability of the token, before temperature and other processors.
+        top: The most likely tokens with their log probabilities, in descending order.
     """
 
     logprob: float
@@ -28,10 +28,10 @@ class TokenEvent:
     """The next token of a choice.
 
     Attributes:
-        choice: Which of the answers of the request.
-        token: Its id.
-        is_end: Whether it is a token that ends a text, which has no text of its own.
-        logprobs: If they were asked for.
+        choice: Index of the answer in the request.
+        token: Token id.
+        is_end: Whether it is an end token, which adds no text.
+        logprobs: Log probabilities, if requested.
     """
 
     choice: int
@@ -42,15 +42,15 @@ class TokenEvent:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BeginEvent:
-    """The first `num_known` tokens of a prompt are not read, as a state after them was known."""
+    """The first `num_known` tokens of a prompt are not read, as their state was cached."""
 
     num_known: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FinishEvent:
-    """A choice is complete: `"length"` after `max_tokens` tokens, `"stop"` after a token that ends a text and
-    where a constraint lets nothing follow."""
+    """A choice is complete: `"length"` after `max_tokens` tokens, `"stop"` after an end token, or at the end
+    of a constraint's grammar."""
 
     choice: int
     reason: str
@@ -65,7 +65,7 @@ class ContextEvent:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FailEvent:
-    """The job ended without its result, for this reason."""
+    """The job failed with this error."""
 
     error: Exception
 
@@ -75,12 +75,12 @@ Event = BeginEvent | TokenEvent | FinishEvent | ContextEvent | FailEvent
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class Job:
-    """Something the model is to read.
+    """Tokens for the model to read.
 
     Attributes:
         tokens: `[T]` ids, at least 1.
-        deliver: Is called with the events of a step, by the thread that runs the model.
-        is_cancelled: Nobody waits for it any longer. Set it through `Engine.cancel`.
+        deliver: Called with the events of a step, in the thread that runs the model.
+        is_cancelled: Whether the job is cancelled. Set it through `Engine.cancel`.
     """
 
     tokens: Sequence[int]
@@ -89,13 +89,13 @@ class Job:
 
     @property
     def num_rows(self) -> int:
-        """Rows of the batch that it takes."""
+        """Number of batch rows that it takes."""
         return 1
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class Reading(Job):
-    """A document to be read, for a context."""
+    """A document to read into a context."""
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -103,16 +103,16 @@ class Generation(Job):
     """A prompt to be continued.
 
     Attributes:
-        max_tokens: Tokens of each answer, at most.
-        context: What was read before the prompt.
+        max_tokens: Most tokens of each answer.
+        context: The context that the prompt continues from.
         sampling: How tokens are chosen.
-        seed: Answer `i` of this job draws from a `torch.Generator` with the seed `seed + i`; None for a seed
-            of the system.
-        choices: Names of the answers in their events, such as 0, 1, 2 for three of them.
-        ends: Tokens that end a text.
-        num_logprobs: How many likeliest tokens to report with each token, or None for no logprobs at all.
-        constraint: What the answers must keep to; each has its own copy.
-        cancelled_choices: Answers that nobody needs more of.
+        seed: Answer `i` of this job draws from a `torch.Generator` with the seed `seed + i`; None for a
+            random seed.
+        choices: Indices of the answers in events, such as 0, 1, 2 for three answers.
+        ends: End tokens.
+        num_logprobs: Number of most likely tokens to report per token, or None for no logprobs at all.
+        constraint: Constraint of the answers; each answer gets its own copy.
+        cancelled_choices: Indices of cancelled answers.
     """
 
     max_tokens: int
@@ -127,5 +127,5 @@ class Generation(Job):
 
     @property
     def num_rows(self) -> int:
-        """Rows of the batch that it takes: one per answer."""
+        """Number of batch rows that it takes: one per answer."""
         return len(self.choices)

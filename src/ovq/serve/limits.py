@@ -1,4 +1,4 @@
-"""How much one server takes on at a time, so that many clients or large requests cannot exhaust it."""
+"""Limits of one server, so that many clients or large requests cannot exhaust it."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from ovq.fields import check_fields
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-    """The limits of a server. What exceeds one is refused with an error that names it.
+    """Limits of a server. A request that exceeds one is refused with an error that names it.
 
     Attributes:
-        max_rows: Answers that are generated at the same time, which are the rows of the batch.
-        max_queue: Prompts and documents that wait for their turn.
+        max_rows: Answers generated at the same time, which are the rows of the batch.
+        max_queue: Waiting prompts and documents.
         max_prompt_tokens: Tokens of a prompt.
-        max_tokens: Tokens of an answer; also how many an answer to a chat has at most if it does not say.
-        max_body_bytes: Bytes of a request, uploads excepted.
+        max_tokens: Tokens of an answer; also the default for chats.
+        max_body_bytes: Bytes of a request, except uploads.
         max_upload_bytes: Bytes of an uploaded context.
-        max_contexts: Contexts that are kept.
-        read_seconds: Seconds within which the head of a request must come, and then its body; not of uploads.
+        max_contexts: Contexts kept.
+        read_seconds: Seconds in which the head of a request must arrive, and then its body; not for uploads.
         request_seconds: Seconds from the arrival of a request until its answer must be complete, or until an
-            upload must have come.
-        step_tokens: Tokens of prompts and documents that are read between two steps of the running answers.
-            More of them shorten the wait for a first token and lengthen the pauses of running answers.
+            upload must have arrived.
+        step_tokens: Prompt and document tokens read between two steps of the running answers. A larger
+            number shortens the wait for a first token and lengthens the pauses of running answers.
         max_connections: Open connections.
-        prefix_bytes: Bytes of states that are kept, so that later prompts are not read from their beginning;
-            0 for none.
+        prefix_bytes: Bytes of states kept, so that later prompts need not be read from the beginning; 0 for
+            none.
 
     Raises:
-        ValueError: If one is not a number above 0, `prefix_bytes` excepted.
+        ValueError: If a limit is not a number above 0 (`prefix_bytes`: at least 0).
 
     Example:
         >>> Limits(max_rows=8).max_rows

@@ -1,4 +1,4 @@
-"""Numbers of a server in the format of Prometheus."""
+"""Metrics of a server in the format of Prometheus."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 
 
 class _Numbers(Collector):
-    """What the engine and the contexts say of themselves at the moment they are asked."""
+    """Collects the current numbers of the engine and the contexts."""
 
     def __init__(self, engine: Engine, contexts: Contexts) -> None:
         self._engine, self._contexts = engine, contexts
@@ -55,7 +55,7 @@ class Metrics:
     """The metrics of one server."""
 
     def __init__(self, engine: Engine, contexts: Contexts) -> None:
-        # Of its own: servers and tests in one process must not share numbers.
+        # A registry of its own: servers and tests in one process must not share numbers.
         self._registry = CollectorRegistry()
         self._registry.register(_Numbers(engine, contexts))
         ProcessCollector(registry=self._registry)
@@ -89,7 +89,7 @@ class Metrics:
         self._seconds.labels(route).observe(seconds)
 
     async def timed(self, pieces: AsyncGenerator[Piece, None]) -> AsyncGenerator[Piece, None]:
-        """Pass pieces on, and note how long the first of them took."""
+        """Pass pieces on, and record the time until the first one."""
         begin, is_first = time.monotonic(), True
         async with contextlib.aclosing(pieces):
             async for piece in pieces:
@@ -100,7 +100,7 @@ class Metrics:
 
 
 class Metered:
-    """An ASGI middleware that counts requests, the refused ones included."""
+    """An ASGI middleware that counts requests, including refused ones."""
 
     def __init__(self, app: Any, *, metrics: Metrics) -> None:
         self._app, self._metrics = app, metrics
@@ -124,6 +124,6 @@ class Metered:
             status = 500
             raise
         finally:
-            # The path as it was declared: names of contexts must not become labels without end.
+            # The declared path, as names of contexts would make unboundedly many labels.
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.request(route, status, time.monotonic() - begin)

@@ -1,4 +1,4 @@
-"""Models as the server uses them: those of this library, converted ones, and what any other must provide."""
+"""Models for the server: those of this library, converted ones, and the interface for other models."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class BatchRows(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what is kept for all rows."""
+        """Bytes of the cache of all rows."""
 
     def read(self, tokens: Tensor | Sequence[Sequence[int]]) -> Tensor:
         """Read `[B, T]` tokens; returns the logits `[B, vocab_size]` of the next ones."""
@@ -32,61 +32,60 @@ class BatchRows(Protocol):
         """Keep the rows at these places, in this order, repeats allowed."""
 
     def copied(self) -> BatchRows:
-        """The same rows, which go on by themselves."""
+        """An independent copy of the rows."""
 
     def taken(self, place: int) -> BatchRows:
-        """The row at this place alone, which goes on by itself."""
+        """An independent copy of the row at this place."""
 
 
 class AnyServedModel(Protocol):
-    """What a server needs of a model; `ServedModel` has it for those of this library.
+    """What a server needs from a model; `ServedModel` implements it for the models of this library.
 
-    A model of another kind can be served if rows of its cache can be selected and concatenated.
+    Other models can be served if rows of their caches can be selected and concatenated.
     """
 
     @property
     def device(self) -> torch.device:
-        """Where random numbers are drawn."""
+        """Device of the logits, on which tokens are sampled."""
 
     @property
     def settings(self) -> Hashable:
-        """What states depend on beside tokens, as far as it may change while the model is served."""
+        """Settings that states depend on besides tokens, and that may change while the model is served."""
 
     def start(self, context: Context | None) -> BatchRows:
-        """One row that has read nothing, or a context."""
+        """One row that has read nothing, or the context."""
 
     def joined(self, parts: Sequence[Any]) -> BatchRows:
-        """The rows of several in one, in their order; the parts are not used again."""
+        """The rows of all parts, in order; the parts are not used again."""
 
     def read_document(self, tokens: Sequence[int], piece: int) -> Generator[int, None, Context]:
-        """Read a document in pieces of so many tokens; yields the tokens read so far, returns the context."""
+        """Read a document in pieces of `piece` tokens; yields the tokens read so far, returns the context."""
 
     @property
     def vocab_size(self) -> int:
-        """Token ids are smaller."""
+        """Size of the vocabulary: token ids are smaller."""
 
     @property
     def ends(self) -> frozenset[int]:
-        """Tokens that end a text."""
+        """End tokens."""
 
     def prepare(self) -> None:
-        """Do what must be done once before documents are read, which may take seconds; in any thread."""
+        """Do the one-time work before documents are read, which may take seconds. Thread-safe."""
 
     def load_context(self, path: Path) -> Context:
-        """The context in a file, in any thread; ValueError, which names the path, if it is none of this
-        model."""
+        """The context in a file; ValueError, naming the path, if it is not of this model. Thread-safe."""
 
 
 class ServedModel:
-    """An `OVQForCausalLM`, whatever its mixers, or a converted model, for a server.
+    """An `OVQForCausalLM`, with any mixers, or a converted model, for a server.
 
     Args:
-        model: On its device and in its dtype, in evaluation mode.
+        model: The model, on its device and in its dtype, in evaluation mode.
     """
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        # Of a converted model, whose fields are many and fixed.
+        # A converted model's config with its fields as JSON, cached as they are many and fixed.
         self._known_fields: tuple[Any, str] = None, ""
 
     @property
@@ -120,7 +119,7 @@ class ServedModel:
         return fingerprint(self.model)
 
     def prepare(self) -> None:
-        """Read all weights once, for the fingerprint that contexts have."""
+        """Compute the model's fingerprint for contexts, which reads all weights once."""
         _ = self._fingerprint
 
     def load_context(self, path: Path) -> Context:

@@ -1,12 +1,12 @@
-"""`Prefixes`: the states of rows after earlier prompts and answers, so that what is known is not read again.
+"""`Prefixes`: a prefix cache, so that the common beginning of prompts is not read again.
 
-The next prompt of a chat begins with all that was said before, and many prompts begin with one document. A
-state stands for all tokens that a row has read, and takes constant memory in models of constant state. So the
-last states are kept by the tokens before them, and a prompt goes on from the longest prefix that has one.
+The next prompt of a chat begins with all earlier messages, and many prompts begin with the same document. A
+state represents all tokens that a row has read, at constant size in models with a constant state. So recent
+states are kept by the tokens that they have read, and a prompt continues from its longest prefix with one.
 
-States are kept after prompts and answers. Where prompts part that have begun alike, one is kept as soon as a
-second prompt passes there: from the third on, they share what is before. Every state is complete by itself,
-so the one that goes first is the one not used for longest: of a long chat, the last state is enough.
+States are kept after prompts and answers. Where two prompts with a common beginning diverge, a state is kept
+when the second one is read, for the third and later ones. Every state is complete by itself, so the least
+recently used one is evicted: of a long chat, the last state is enough.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ import numpy as np
 from ovq.serve.model import BatchRows
 
 MIN_TOKENS = 16
-"""What reading fewer tokens costs is not worth a state."""
+"""Fewest tokens for which a state is worth keeping; reading fewer costs less."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Known:
-    """What is known of a prompt.
+    """The cached state for a prompt.
 
     Attributes:
-        rows: Rows that have read its first `num_tokens` tokens; None if there are none.
-        num_tokens: See `rows`.
-        fork: How many tokens it shares with an earlier prompt, if a state is worth keeping there; else 0.
+        rows: A copy of the row that has read its first `num_tokens` tokens; None if there is none.
+        num_tokens: Number of tokens that need not be read.
+        fork: Number of tokens shared with an earlier prompt, if a state should be kept there; else 0.
     """
 
     rows: BatchRows | None = None
@@ -40,14 +40,14 @@ class Known:
 
 
 class Prefixes:
-    """States by the tokens that were read. Only the thread that runs the model uses it, but for its numbers.
+    """States by the tokens that were read. Only for the thread that runs the model, except for the counts.
 
     Args:
-        max_bytes: Bytes of states, at most; 0 for none.
+        max_bytes: Most bytes of states; 0 for none.
 
     Attributes:
         nbytes: Bytes of states kept.
-        num_evicted: States that went to make room.
+        num_evicted: Number of states evicted to make room.
 
     Example:
         >>> from ovq.hf import OVQConfig, OVQForCausalLM
@@ -65,7 +65,7 @@ class Prefixes:
         self._max_bytes = max_bytes
         # States and their bytes by root and tokens, in the order of their last use.
         self._kept: OrderedDict[tuple[Hashable, bytes], tuple[BatchRows, int]] = OrderedDict()
-        # The tokens of those of a root, sorted: what begins alike stands together.
+        # The keys of each root, sorted, so that common beginnings are adjacent.
         self._sorted: dict[Hashable, list[bytes]] = {}
         self.nbytes = 0
         self.num_evicted = 0
@@ -74,18 +74,18 @@ class Prefixes:
         return len(self._kept)
 
     def find(self, root: Hashable, tokens: Sequence[int]) -> Known:
-        """What is known of a prompt, of which at least one token is left to read.
+        """The cached state for a prompt, which leaves at least one token to read.
 
         Args:
-            root: What the states depend on beside tokens: the model, its settings, what was read before.
+            root: What states depend on besides tokens: the model's settings, and the context read before.
             tokens: The prompt.
         """
         keys, prompt = self._sorted.get(root, []), _key(tokens)
         place = bisect_left(keys, prompt)
-        # No other shares more than its neighbours.
+        # In sorted order, the longest common beginning is with one of the neighbours.
         shared = max((_num_common(key, prompt) for key in keys[max(0, place - 1) : place + 1]), default=0)
         known = prompt[:-_TOKEN_BYTES]
-        # The last key up to this one begins with all keys that this one begins with.
+        # Any key that is a prefix of `known` is also a prefix of the last key before it in sorted order.
         while (place := bisect_right(keys, known)) and not known.startswith(key := keys[place - 1]):
             known = known[: _num_common(key, known) * _TOKEN_BYTES]
         num_tokens = len(keys[place - 1]) // _TOKEN_BYTES if place else 0
@@ -98,7 +98,7 @@ class Prefixes:
         return Known(rows=self._kept[found][0].copied(), num_tokens=num_tokens, fork=fork)
 
     def add(self, root: Hashable, tokens: Sequence[int], rows: BatchRows) -> None:
-        """Keep `rows`, which have read these tokens and do not read on; others go if there is no room."""
+        """Keep `rows`, which have read these tokens and must not be changed; evicts others for room."""
         key, size = _key(tokens), rows.nbytes
         if size > self._max_bytes:
             return
@@ -112,11 +112,11 @@ class Prefixes:
             self.num_evicted += 1
 
     def is_worth(self, num_tokens: int) -> bool:
-        """Whether to keep a state so many tokens after the last one."""
+        """Whether to keep a state `num_tokens` tokens after the last one."""
         return self._max_bytes > 0 and num_tokens >= MIN_TOKENS
 
     def forget(self, root: Hashable) -> None:
-        """Forget all states of a root."""
+        """Drop all states of a root."""
         for key in list(self._sorted.get(root, ())):
             self._drop(root, key)
 
@@ -143,7 +143,7 @@ def _key(tokens: Sequence[int]) -> bytes:
 
 
 def _num_common(a: bytes, b: bytes) -> int:
-    """How many tokens two keys begin with alike."""
+    """Length in tokens of the common beginning of two keys."""
     num = min(len(a), len(b)) // _TOKEN_BYTES
     differs = np.frombuffer(a, _TOKEN, num) != np.frombuffer(b, _TOKEN, num)
     return int(differs.argmax()) if differs.any() else num

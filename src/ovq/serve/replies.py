@@ -1,4 +1,4 @@
-"""Answers in the form of OpenAI's objects: whole, or as server-sent events."""
+"""Answers as OpenAI's objects: complete, or as server-sent events."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class CompletionForm:
         self._offsets: dict[int, Offsets] = defaultdict(lambda: Offsets(texts))
 
     def first(self, choice: int) -> None:
-        """No choice is in a chunk before all text."""
+        """None: there is no chunk before the text."""
         return None
 
     def chunk(self, piece: Piece) -> dict[str, Any]:
-        """A choice in a chunk, or in a complete answer, all pieces of which are joined."""
+        """A choice in a chunk, or, from the joined pieces, in a complete answer."""
         return {
             "index": piece.choice,
             "text": piece.text,
@@ -48,7 +48,7 @@ class CompletionForm:
         return {
             "tokens": [text(event.token) for event, _ in found],
             "token_logprobs": [logprobs.logprob for _, logprobs in found],
-            # Parts of characters have the same text; then the likeliest counts.
+            # Parts of characters have the same text; the most likely one wins.
             "top_logprobs": [
                 {text(token): logprob for token, logprob in reversed(logprobs.top)} for _, logprobs in found
             ],
@@ -65,7 +65,7 @@ class ChatForm:
         self._texts = texts
 
     def first(self, choice: int) -> dict[str, Any]:
-        """The choice in a chunk before all text."""
+        """The choice in the chunk before the text."""
         return self._choice(Piece(choice=choice, text=""), delta={"role": "assistant", "content": ""})
 
     def chunk(self, piece: Piece) -> dict[str, Any]:
@@ -76,7 +76,7 @@ class ChatForm:
         return self._choice(piece, delta=delta)
 
     def whole(self, piece: Piece) -> dict[str, Any]:
-        """A choice in a complete answer, all pieces of which are joined."""
+        """A choice in a complete answer, from the joined pieces."""
         message: dict[str, Any] = {"role": "assistant", "content": piece.text, "refusal": None}
         if piece.calls:
             message |= {"content": piece.text or None, "tool_calls": [_call(call) for call in piece.calls]}
@@ -88,7 +88,7 @@ class ChatForm:
 
     def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
         def one(token: int, logprob: float, *, is_end: bool = False) -> dict[str, Any]:
-            # Joined, the bytes are the text, to which a token that ends it adds nothing.
+            # The joined bytes are the text, to which an end token adds nothing.
             found = b"" if is_end else self._texts.token_bytes(token)
             return {"token": self._texts.token_text(token), "logprob": logprob, "bytes": list(found)}
 
@@ -101,7 +101,7 @@ class ChatForm:
 
 
 Form = CompletionForm | ChatForm
-"""How the objects of an endpoint look."""
+"""The objects of an endpoint."""
 
 
 def _with_logprobs(piece: Piece) -> list[tuple[TokenEvent, TokenLogprobs]]:
@@ -119,7 +119,7 @@ def _call(call: ToolCall) -> dict[str, Any]:
 async def whole(
     found: AsyncGenerator[Piece, None], form: Form, choices: Sequence[int], usage: Usage, *, model: str
 ) -> dict[str, Any]:
-    """The complete answer to a request, once all pieces of all its `choices` are there."""
+    """The complete answer to a request, from all pieces of all its `choices`."""
     parts: dict[int, list[Piece]] = defaultdict(list)
     async with contextlib.aclosing(found):
         async for piece in found:
@@ -139,12 +139,12 @@ async def stream(
     model: str,
     includes_usage: bool,
 ) -> AsyncGenerator[bytes, None]:
-    """The answer as server-sent events, which may end with an error in their middle.
+    """The answer as server-sent events; an error may end them early.
 
-    `includes_usage` adds a last chunk with the numbers of tokens.
+    `includes_usage` adds a last chunk with the token counts.
     """
     head = _head(form.prefix, form.chunk_object, model)
-    # As OpenAI does: null in all chunks but the last, if the numbers are asked for.
+    # As OpenAI does: null in all chunks but the last, if usage is requested.
     tail: dict[str, Any] = {"usage": None} if includes_usage else {}
     try:
         for choice in choices:
@@ -175,5 +175,5 @@ def _head(prefix: str, kind: str, model: str) -> dict[str, Any]:
 
 
 def _event(content: dict[str, Any]) -> bytes:
-    # Without the newlines that would end an event, and in ASCII, which no proxy can spoil.
+    # Without newlines, which would end an event, and in ASCII, which no proxy can corrupt.
     return f"data: {json.dumps(content, separators=(',', ':'))}\n\n".encode()

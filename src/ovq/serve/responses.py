@@ -1,4 +1,4 @@
-"""Responses: errors, and a stream of events that ends its work whenever, and however, the client goes."""
+"""Responses: errors, and an event stream that always cleans up when the client disconnects."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ovq.serve.errors import APIError
 
 
 def error_response(error: APIError) -> JSONResponse:
-    """The answer that says what was wrong."""
+    """The HTTP response for an error."""
     return JSONResponse(error.body, status_code=error.status, headers=error.headers)
 
 
@@ -20,24 +20,24 @@ class EventStream(StreamingResponse):
     """Sends server-sent events as they come.
 
     Args:
-        events: What to send. They end by themselves when the client has gone.
-        close: Is called at the end, whatever it is.
+        events: The events. They end by themselves when the client disconnects.
+        close: Called at the end in any case.
     """
 
     def __init__(self, events: AsyncGenerator[bytes, None], close: Callable[[], None]) -> None:
-        # Proxies such as nginx would collect events before they pass them on.
+        # So that proxies such as nginx do not buffer events.
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
         super().__init__(events, media_type="text/event-stream", headers=headers)
         self._events, self._close = events, close
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Send until the events end; starlette's own method would take messages that the events wait for."""
+        """Send until the events end; starlette's own method would consume messages that `events` needs."""
         try:
             async with contextlib.aclosing(self._events):
                 await self.stream_response(send)
         except OSError:
-            # How some servers say that the client has gone.
+            # Some servers raise this when the client has disconnected.
             return
         finally:
-            # A generator that never began has no end of its own.
+            # A generator that never started does not run its own cleanup.
             self._close()

@@ -1,4 +1,4 @@
-"""The next tokens of the rows of a batch, each chosen as its own request says."""
+"""Choose the next tokens of the rows of a batch, each with the options of its own request."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Choice:
     """One answer of a `Generation`, which is one row of the batch.
 
     Attributes:
-        job: The request.
-        index: Its name in events.
-        generator: Source of its random numbers; None if it takes the likeliest tokens.
-        constraint: What may come next; None for anything.
-        tokens: What has been generated so far; the row reads the last of them next.
+        job: The job.
+        index: Index of the answer in events.
+        generator: Source of its random numbers; None for greedy decoding.
+        constraint: Constraint of the next tokens; None for any.
+        tokens: Tokens generated so far; the row reads the last of them next.
     """
 
     job: Generation
@@ -35,12 +35,12 @@ class Choice:
 
     @property
     def is_cancelled(self) -> bool:
-        """Whether nobody needs more of it."""
+        """Whether the job or this answer is cancelled."""
         return self.job.is_cancelled or self.index in self.job.cancelled_choices
 
 
 def choices_of(job: Generation, device: torch.device) -> list[Choice]:
-    """The answers that a job asks for, each with a source of random numbers of its own.
+    """The answers of a job, each with its own random generator and constraint.
 
     Example:
         >>> job = Generation(tokens=[1], deliver=print, max_tokens=1, choices=(0, 1), seed=7)
@@ -61,8 +61,8 @@ def choices_of(job: Generation, device: torch.device) -> list[Choice]:
 def next_tokens(logits: Tensor, choices: Sequence[Choice]) -> list[int]:
     """The next token of each row.
 
-    A row gets what `ovq.hf.streaming.stream_tokens` would give it with the same generator: what the other
-    rows of the batch are has no influence.
+    A row gets the token that `ovq.hf.streaming.stream_tokens` would choose with the same generator; the other
+    rows of the batch have no influence.
 
     Args:
         logits: `[B, vocab_size]`.
@@ -81,7 +81,7 @@ def next_tokens(logits: Tensor, choices: Sequence[Choice]) -> list[int]:
             by_sampling.setdefault(choice.job.sampling, []).append(row)
     for sampling, rows in by_sampling.items():
         scores = logits[rows]
-        # None of the processors used here looks at the tokens before.
+        # None of the processors used here needs the previous tokens.
         no_tokens = torch.empty(len(rows), 0, dtype=torch.int64, device=logits.device)
         scores = sampling.processors()(no_tokens, scores)  # type: ignore[arg-type]  # asks for a LongTensor
         for row, probabilities in zip(rows, scores.softmax(-1), strict=True):
@@ -90,7 +90,7 @@ def next_tokens(logits: Tensor, choices: Sequence[Choice]) -> list[int]:
 
 
 def _allowed(logits: Tensor, choices: Sequence[Choice]) -> Tensor:
-    """The logits without tokens that constraints forbid; rows without one are as they were."""
+    """The logits, with -inf for tokens that a row's constraint forbids."""
     rows = [row for row, choice in enumerate(choices) if choice.constraint is not None]
     if not rows:
         return logits
@@ -105,12 +105,12 @@ def _allowed(logits: Tensor, choices: Sequence[Choice]) -> Tensor:
 def token_logprobs(
     logits: Tensor, choices: Sequence[Choice], tokens: Sequence[int]
 ) -> list[TokenLogprobs | None]:
-    """The logarithms of probabilities that the requests of the rows ask for.
+    """Log probabilities for the rows whose requests want them; None for other rows.
 
     Args:
         logits: `[B, vocab_size]`.
         choices: The answers that the rows belong to.
-        tokens: `[B]` tokens that were chosen.
+        tokens: `[B]` chosen tokens.
     """
     found: list[TokenLogprobs | None] = [None] * len(choices)
     rows = [row for row, choice in enumerate(choices) if choice.job.num_logprobs is not None]

@@ -1,8 +1,8 @@
-"""Which rows read in the next step: continuous batching, without threads and without a network.
+"""`Scheduler`: continuous batching, without threads and network.
 
-Answers that are being generated are the rows of one batch, and all of them take a step together. Prompts are
-read piece by piece between these steps, each by itself; when a prompt has been read, its row joins the batch.
-A row whose answer is complete leaves. Nobody waits for the answers of others to end.
+Running answers are the rows of one batch and take steps together. Prompts are read in pieces between these
+steps, each separately; when a prompt has been read, its row joins the batch. A row leaves when its answer is
+complete. So no request waits for the answers of others to end.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from ovq.serve.sampling import Choice, choices_of, next_tokens, token_logprobs
 
 @dataclasses.dataclass
 class Counts:
-    """What a scheduler has done since it was made.
+    """Counts since a scheduler was made.
 
     Attributes:
         prompt_tokens: Tokens of prompts and documents read.
-        known_tokens: Tokens of prompts that needed no reading, as a state after them was known.
+        known_tokens: Tokens of prompts not read, as a state after them was cached.
         generated_tokens: Tokens generated.
-        steps: Steps in which answers grew by a token.
-        finished: Answers that were completed.
-        cancelled: Jobs that were given up because nobody waited any longer.
-        failed: Jobs that an error ended.
+        steps: Steps in which running answers grew by a token.
+        finished: Completed answers.
+        cancelled: Cancelled jobs.
+        failed: Jobs that failed.
     """
 
     prompt_tokens: int = 0
@@ -62,10 +62,10 @@ class _Started:
 
     Attributes:
         rows: The row of a `Generation`.
-        document: The reading of a `Reading`.
-        num_read: Tokens of its own read so far, or known.
-        known: Those of them after which a state is kept, or of which it came.
-        fork: Where to keep a state on the way; 0 for nowhere.
+        document: The generator that reads the document of a `Reading`.
+        num_read: Number of the job's tokens read so far, or known from a cached state.
+        known: Number of tokens after which the last state was cached or taken from the cache.
+        fork: Number of tokens after which to cache a state on the way; 0 for none.
     """
 
     job: Job
@@ -80,12 +80,12 @@ class Scheduler:
     """Runs jobs on a model, step by step.
 
     Args:
-        model: What reads.
-        limits: `max_rows`, `step_tokens` and `prefix_bytes` matter here.
+        model: The model.
+        limits: `max_rows`, `step_tokens` and `prefix_bytes` are used.
 
     Attributes:
-        counts: What has been done.
-        prefixes: States after earlier prompts and answers.
+        counts: Counts for metrics.
+        prefixes: Cached states after earlier prompts and answers.
 
     Example:
         >>> from ovq.hf import OVQConfig, OVQForCausalLM
@@ -105,7 +105,7 @@ class Scheduler:
         self._model, self._limits = model, limits
         self._waiting: deque[Job] = deque()
         self._started: deque[_Started] = deque()
-        # Kept as a number, because other threads ask for it.
+        # Stored as a number, because other threads read it.
         self._num_started_rows = 0
         self._rows: BatchRows | None = None
         self._choices: list[Choice] = []
@@ -114,28 +114,28 @@ class Scheduler:
 
     @property
     def waiting(self) -> list[Job]:
-        """Jobs that have not begun."""
-        # A copy, which is made at once: another thread may ask.
+        """Jobs that have not started."""
+        # An atomic copy, as another thread may call this.
         return list(self._waiting)
 
     @property
     def num_rows(self) -> int:
-        """Rows of answers that are being generated, and those that started jobs are going to take."""
+        """Number of rows of running answers, and of those that started jobs will take."""
         return len(self._choices) + self._num_started_rows
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of the memories of all rows."""
-        # A copy, as above.
+        """Bytes of the states of all rows."""
+        # A copy, as in `waiting`.
         rows = [self._rows, *(started.rows for started in list(self._started))]
         return sum(part.nbytes for part in rows if part is not None)
 
     def add(self, job: Job) -> None:
-        """Take on a job; its turn comes after those that wait."""
+        """Add a job to the end of the queue."""
         self._waiting.append(job)
 
     def forget(self, context: Context) -> None:
-        """Forget the states that go on from a context, for good. Answers that do are not disturbed."""
+        """Drop the cached states of a context, and cache no more. Running answers are not affected."""
         self._deleted.add(context)
         for root in self.prefixes.roots:
             if isinstance(root, tuple) and root[1] is context:
@@ -143,7 +143,7 @@ class Scheduler:
 
     @torch.inference_mode()
     def step(self) -> bool:
-        """Read pieces of prompts, and the last token of every running answer; deliver what comes of it.
+        """Read pieces of prompts, and the last token of every running answer; deliver the events.
 
         Returns:
             Whether there is anything left to do.
@@ -151,14 +151,14 @@ class Scheduler:
         self._drop_cancelled()
         self._admit()
         finished = self._read_pieces()
-        # Running answers and those that begin now go through one selection of rows.
+        # Running answers first, so that completed rows leave before new ones join.
         self._grow()
         self._join(finished)
         self._deliver()
         return bool(self._waiting or self._started or self._choices)
 
     def fail_all(self, error: Exception) -> None:
-        """End all jobs with an error."""
+        """Fail all jobs with an error."""
         self._fail([*self._waiting, *(started.job for started in self._started)], error)
         self._waiting.clear()
         self._started.clear()
@@ -178,17 +178,17 @@ class Scheduler:
             self._keep([place for place, choice in enumerate(self._choices) if not choice.is_cancelled])
 
     def _admit(self) -> None:
-        """Start jobs in the order of their arrival, as long as there is room for their rows."""
+        """Start jobs in order of arrival, as long as there is room for their rows."""
         while self._waiting and self.num_rows + self._waiting[0].num_rows <= self._limits.max_rows:
             job = self._waiting.popleft()
             self._num_started_rows += job.num_rows
             self._started.append(_Started(job))
 
     def _read_pieces(self) -> list[tuple[_Started, Tensor]]:
-        """Read a piece of each started job in turn, until a step's worth of tokens has been read.
+        """Read a piece of each started job in turn, up to `step_tokens` tokens.
 
         Returns:
-            The generations whose prompt has been read completely, with the logits after it.
+            The generations whose prompts are complete, with the logits after them.
         """
         complete: list[tuple[_Started, Tensor]] = []
         num_left = self._limits.step_tokens
@@ -202,14 +202,14 @@ class Scheduler:
                 before = started.num_read
                 logits = self._read_piece(started, num_left)
             except Exception as error:
-                # Whatever it is, it must not end the answers of others.
+                # No error of one job may end the answers of others.
                 self._fail([started.job], error)
                 self._num_started_rows -= started.job.num_rows
                 continue
             num_left -= max(1, started.num_read - before)
             self.counts.prompt_tokens += started.num_read - before
             if started.num_read < len(started.job.tokens):
-                # Long documents take turns with what came after them.
+                # Long documents take turns with jobs that came later.
                 self._started.append(started)
             elif logits is not None:
                 complete.append((started, logits))
@@ -218,7 +218,7 @@ class Scheduler:
         return complete
 
     def _begin(self, started: _Started) -> None:
-        """Find out where to read a job from."""
+        """Set where reading of a job starts: at the longest cached prefix, or at the beginning."""
         job = started.job
         if not isinstance(job, Generation):
             started.document = self._model.read_document(job.tokens, self._limits.step_tokens)
@@ -232,7 +232,7 @@ class Scheduler:
             self._events.setdefault(job, []).append(BeginEvent(num_known=found.num_tokens))
 
     def _read_piece(self, started: _Started, num_tokens: int) -> Tensor | None:
-        """Read the next tokens of a job; returns the logits after them, if it is a generation."""
+        """Read the next tokens of a job; returns the logits after them for a generation, else None."""
         job = started.job
         if isinstance(job, Generation):
             assert started.rows is not None
@@ -256,7 +256,7 @@ class Scheduler:
         return None
 
     def _grow(self) -> None:
-        """One step of the running answers: read the token that each chose last, and choose the next."""
+        """One step of the running answers: read the last chosen token of each, and choose the next."""
         if not self._choices:
             return
         assert self._rows is not None
@@ -271,7 +271,7 @@ class Scheduler:
         self._keep(going_on)
 
     def _remember_complete(self, going_on: Sequence[int]) -> None:
-        """Keep the states of rows whose answers are complete."""
+        """Cache the states of rows whose answers are complete."""
         assert self._rows is not None
         for place in sorted(set(range(len(self._choices))) - set(going_on)):
             choice = self._choices[place]
@@ -281,16 +281,16 @@ class Scheduler:
                 self._remember(choice.job, [*choice.job.tokens, *read], self._rows.taken(place))
 
     def _remember(self, job: Generation, tokens: Sequence[int], rows: BatchRows) -> None:
-        """Keep the state of a row that has read these tokens."""
+        """Cache the state of a row that has read these tokens, unless its context was deleted."""
         if job.context not in self._deleted:
             self.prefixes.add(self._root(job), tokens, rows)
 
     def _root(self, job: Generation) -> Hashable:
-        """See `Prefixes.find`."""
+        """The `root` of `Prefixes.find`."""
         return self._model.settings, job.context
 
     def _join(self, complete: Sequence[tuple[_Started, Tensor]]) -> None:
-        """Choose the first tokens of answers whose prompts have been read; their rows join the batch."""
+        """Choose the first tokens of answers whose prompts are complete; their rows join the batch."""
         parts = [] if self._rows is None else [self._rows]
         for started, logits in complete:
             assert started.rows is not None
@@ -317,7 +317,7 @@ class Scheduler:
             self._rows = parts[0]
 
     def _choose(self, logits: Tensor, choices: Sequence[Choice]) -> list[int]:
-        """Choose the next token of each answer; returns the places of those that are not complete with it."""
+        """Choose the next token of each answer; returns the indices of answers that are still incomplete."""
         tokens = next_tokens(logits, choices)
         going_on = []
         for place, (choice, token, logprobs) in enumerate(
@@ -330,7 +330,7 @@ class Scheduler:
                 try:
                     choice.constraint.push(token)
                 except GrammarFault as error:
-                    # This answer alone has come to where it cannot go on.
+                    # Only this job fails: its answer cannot be completed.
                     self._fail([job], error)
                     continue
                 is_last = choice.constraint.is_complete
@@ -345,7 +345,7 @@ class Scheduler:
         return going_on
 
     def _keep(self, places: list[int]) -> None:
-        """Keep the running answers at these places."""
+        """Keep only the running answers at these indices."""
         if len(places) == len(self._choices):
             return
         self._choices = [self._choices[place] for place in places]
@@ -356,7 +356,7 @@ class Scheduler:
         self._rows.keep(places)
 
     def _fail_running(self, error: Exception) -> None:
-        """End the running answers with an error."""
+        """Fail the running answers with an error."""
         self._fail({choice.job: None for choice in self._choices}, error)
         self._choices, self._rows = [], None
 

@@ -1,4 +1,4 @@
-"""The fields of requests: OpenAI's, as far as they are supported, and a few of our own. Chats: `chat.py`."""
+"""The fields of requests: the supported ones of OpenAI, and a few of our own. For chats see `chat.py`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MOST_STOPS = 16
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 ContextName = Annotated[str, Field(pattern=_NAME)]
-"""Names of contexts. They are keys of a table and never parts of a path."""
+"""Names of contexts. They are only used as dictionary keys, never in paths."""
 
 
 class StreamOptions(Request):
@@ -26,7 +26,7 @@ class StreamOptions(Request):
 
 
 class GenerationRequest(Request):
-    """What completions and chats have in common.
+    """Common fields of completions and chats.
 
     `context`, `top_k`, `min_p` and `ignore_eos` are our own (`extra_body` of OpenAI's client).
     """
@@ -49,17 +49,17 @@ class GenerationRequest(Request):
         "frequency_penalty": (None, 0),
         "presence_penalty": (None, 0),
         "logit_bias": (None, {}),
-        # These say what becomes of an answer elsewhere, and nothing about it.
+        # These concern what happens to an answer afterwards, not its content.
         "metadata": (None, {}),
         "store": (None, False),
     }
 
     @property
     def sampling(self) -> Sampling:
-        """How tokens are chosen; with temperature 0 the likeliest, whatever the other fields say.
+        """How tokens are chosen; with temperature 0 greedily, whatever the other fields are.
 
         Raises:
-            APIError: A number that is not finite.
+            APIError: A number that is not finite or out of range.
         """
         if self.temperature == 0:
             return Sampling()
@@ -86,17 +86,17 @@ class GenerationRequest(Request):
 
     @property
     def num_logprobs(self) -> int | None:
-        """Likeliest tokens to report with each token; None for no logprobs."""
+        """Number of most likely tokens to report with each token; None for no logprobs."""
         raise NotImplementedError
 
     def check_together(self) -> None:
-        """Raise APIError if a field is set that has an effect beside another one alone, which is not."""
+        """Raise APIError if a field is set without another field that it requires."""
         if self.stream_options is not None and not self.stream:
             raise bad_field("stream_options", "expected stream true beside it, found false")
 
     @property
     def includes_usage(self) -> bool:
-        """Whether a stream ends with the numbers of tokens."""
+        """Whether a stream ends with the token counts."""
         return self.stream_options is not None and self.stream_options.include_usage
 
 

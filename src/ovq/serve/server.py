@@ -1,4 +1,4 @@
-"""Sockets, signals and logs: runs an application until it is told to end."""
+"""Sockets, signals and logs: runs an application until it is told to stop."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ovq.serve.limits import Limits
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only programs on this machine reach an address.
+    """Whether an address can only be reached from this machine.
 
     Example:
         >>> is_loopback("localhost"), is_loopback("::1"), is_loopback("0.0.0.0")
@@ -28,7 +28,7 @@ def is_loopback(host: str) -> bool:
 
 
 def bound(host: str, port: int) -> socket.socket:
-    """A socket that listens; port 0 takes a free one.
+    """A listening socket; port 0 takes a free port.
 
     Raises:
         ValueError: If the address cannot be used.
@@ -43,19 +43,19 @@ def bound(host: str, port: int) -> socket.socket:
 
 
 def url_of(listener: socket.socket) -> str:
-    """The base URL of clients, for a socket that listens."""
+    """The base URL for clients of a listening socket."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
 
 
 _GRACE_SECONDS = 5.0
-"""By how much a connection outlives the limits of a request, which end with an answer that says so."""
+"""Seconds that a connection outlives the limits of a request, so that an error response can be sent."""
 
 
 class _Connection(H11Protocol):
-    """uvicorn's connection, closed by force if a client neither asks, nor sends what it began, nor reads.
+    """uvicorn's connection, aborted if a client sends no request, stalls while sending it, or does not read.
 
-    uvicorn has a limit for connections that wait for the next request, and for nothing else.
+    uvicorn itself only limits the time that connections wait for the next request.
     """
 
     limits: Limits
@@ -71,7 +71,7 @@ class _Connection(H11Protocol):
         super().connection_lost(exc)
 
     def _look(self) -> None:
-        """Every second or so: end the connection if it is where it was for too long."""
+        """Called about every second: abort the connection if it has been in one stage for too long."""
         now, limits = self.loop.time(), self.limits
         is_answering = self.cycle is not None and not self.cycle.response_complete
         is_waiting, is_closing = self.timeout_keep_alive_task is not None, self.transport.is_closing()
@@ -90,11 +90,11 @@ class _Connection(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """Serves until SIGINT or SIGTERM. Requests that are under way are then answered, and new ones are not.
+    """Serves until SIGINT or SIGTERM. Running requests are then completed, and new ones are refused.
 
     Args:
         config: From `configured`.
-        on_ready: Is called once requests are answered.
+        on_ready: Called once the server answers requests.
     """
 
     def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
@@ -111,18 +111,18 @@ class Server(uvicorn.Server):
 def configured(
     app: Any, limits: Limits, shutdown_seconds: int = 30, log_level: str = "warning"
 ) -> uvicorn.Config:
-    """What uvicorn is told.
+    """The configuration of uvicorn.
 
     Args:
         app: The application.
-        limits: `max_connections` and the seconds matter here.
-        shutdown_seconds: How long to wait for requests that are under way; a second signal ends them at once.
-        log_level: Of its logs on standard error; `"info"` for a line per request.
+        limits: `max_connections`, `read_seconds` and `request_seconds` are used.
+        shutdown_seconds: Seconds to wait for running requests; a second signal ends them at once.
+        log_level: Level of its logs on standard error; `"info"` for a line per request.
     """
     return uvicorn.Config(
         app,
         lifespan="on",
-        # One implementation, whatever else is installed, and no connections that outlive it as websockets.
+        # One HTTP implementation, whatever is installed, and no websockets, whose connections outlive it.
         http=type("Connection", (_Connection,), {"limits": limits}),
         ws="none",
         log_level=log_level,

@@ -1,4 +1,4 @@
-"""Text to tokens and back, and stop sequences in what a model writes."""
+"""Encoding and decoding of text, and stop sequences in a model's output."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ AnyTextStream = IdStream | TextStream
 
 
 class Offsets:
-    """Where the tokens of an answer are in its text, in characters.
+    """Character offsets of the tokens of an answer in its text.
 
     Example:
         >>> offsets = Offsets(Texts(None, vocab_size=50))
@@ -32,17 +32,17 @@ class Offsets:
         self._length = 0
 
     def push(self, token: int) -> int:
-        """Where the next token begins; where its character does if it is a part of one."""
+        """Offset of the next token; for a part of a character, offset of the character."""
         begin = self._length + (len(self._texts.separator) if self._length else 0)
         self._length = begin + len(self._decoder.decode(self._texts.token_bytes(token)))
         return begin
 
 
 class Texts:
-    """The tokenizer of a model, for the threads of a server; without one, text is token ids: `"12 7 33"`.
+    """Thread-safe tokenizer of a model; without one, text is token ids: `"12 7 33"`.
 
     Args:
-        tokenizer: One of transformers, or None.
+        tokenizer: A tokenizer of transformers, or None.
         vocab_size: Token ids must be smaller.
 
     Example:
@@ -52,23 +52,23 @@ class Texts:
 
     def __init__(self, tokenizer: Any | None, *, vocab_size: int) -> None:
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
-        # The tokenizers of transformers refuse to encode in two threads at a time.
+        # transformers' tokenizers cannot encode in two threads at a time.
         self._lock = threading.Lock()
 
     @property
     def separator(self) -> str:
-        """What is between two tokens, in a text of ids."""
+        """Separator between tokens: a space in a text of ids, else empty."""
         return " " if self._tokenizer is None else ""
 
     @cached_property
     def _has_tools_in_template(self) -> bool:
-        """Whether the chat template tells a model of tools by itself."""
+        """Whether the chat template supports tools."""
         message = {"role": "user", "content": "a"}
         tool = {"type": "function", "function": {"name": "b", "description": "c", "parameters": {}}}
         try:
             return self._rendered([message], []) != self._rendered([message], [tool])
         except Exception:
-            # Templates are programs, which refuse by any exception.
+            # Templates are programs that may raise any exception.
             return False
 
     @contextlib.contextmanager
@@ -86,7 +86,7 @@ class Texts:
             is_start: Whether a text begins here, so that the tokenizer marks its beginning.
 
         Raises:
-            APIError: If there is no token, or one that the model does not know.
+            APIError: If there is no token, or one outside the vocabulary.
         """
         if self._tokenizer is None:
             words = text.split()
@@ -95,15 +95,15 @@ class Texts:
                 raise bad_field(param, f"{wanted}, found {text[:80]!r}")
             return self.checked([int(word) for word in words], param=param)
         with self._lock:
-            # Not verbose: models here may read more tokens than the tokenizer expects.
+            # Not verbose: models here may read more tokens than the tokenizer's maximum.
             found = self._tokenizer(text, add_special_tokens=is_start, verbose=False)
         return self.checked(found["input_ids"], param=param)
 
     def checked(self, ids: Sequence[int], *, param: str) -> list[int]:
-        """Token ids that came as such, or were made from text.
+        """The token ids, as a list.
 
         Raises:
-            APIError: If there is none, or one that the model does not know.
+            APIError: If there is none, or one outside the vocabulary.
         """
         if not ids:
             raise bad_field(param, "expected at least one token, found none")
@@ -113,12 +113,12 @@ class Texts:
         return list(ids)
 
     def chat(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
-        """The prompt that the model's chat template makes of messages, up to where the answer begins.
+        """The tokens of a chat prompt, rendered by the model's chat template up to the start of the answer.
 
         Args:
-            messages: As templates take them.
-            tools: What the model may call. A template that knows no tools gets them as text, with all calls
-                and results in the messages (`ovq.serve.tools.told_in_text`).
+            messages: Messages in the form of chat templates.
+            tools: Tools that the model may call. A template without support for tools gets them as text,
+                like all calls and results in the messages (`ovq.serve.tools.told_in_text`).
 
         Raises:
             APIError: If there is no template, or it refuses these messages.
@@ -136,10 +136,10 @@ class Texts:
                 messages, tools = told_in_text(messages, tools), ()
             text = self._rendered(messages, tools)
         except Exception as error:
-            # Templates are programs, which refuse by any exception.
+            # Templates are programs that may raise any exception.
             wanted = "expected what the model's chat template takes"
             raise bad_field("messages", f"{wanted}, found otherwise ({error})") from error
-        # A template marks the beginning by itself.
+        # The template has marked the beginning of the text.
         return self.encode(text, param="messages", is_start=False)
 
     def _rendered(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> str:
@@ -149,27 +149,27 @@ class Texts:
         )
 
     def stream(self, prompt: Sequence[int]) -> AnyTextStream:
-        """The text of the tokens that follow a prompt."""
+        """An incremental decoder for the tokens that follow a prompt."""
         return IdStream() if self._tokenizer is None else TextStream(self._tokenizer, prompt=prompt)
 
     def token_bytes(self, token: int) -> bytes:
-        """What a token adds to a text; none if it is a special token."""
+        """The bytes that a token adds to a text; empty for a special token."""
         return str(token).encode() if self._tokenizer is None else token_bytes(self._tokenizer, token)
 
     def token_text(self, token: int) -> str:
-        """A token as text; parts of a character are replacement characters, special tokens their names."""
+        """The text of a token: replacement characters for parts of characters, names of special tokens."""
         text = self.token_bytes(token).decode(errors="replace")
         return text or self._tokenizer.decode([token])  # type: ignore[union-attr]  # ids have a text
 
 
 class StopSequences:
-    """Lets text through up to the first of some sequences; what may become one of them is held back.
+    """Passes text up to the first stop sequence, and holds back what may become one.
 
     Args:
         sequences: The sequences, none of them empty.
 
     Attributes:
-        is_stopped: Whether one of them has come.
+        is_stopped: Whether one of them has occurred.
 
     Example:
         >>> stops = StopSequences(["end"])
@@ -185,7 +185,7 @@ class StopSequences:
         self.is_stopped = False
 
     def push(self, text: str) -> str:
-        """The text that may be shown after more has come."""
+        """The text that may be shown after `text` was added."""
         if self.is_stopped:
             return ""
         whole = self._held + text
@@ -197,6 +197,6 @@ class StopSequences:
         return whole[:end]
 
     def finish(self) -> str:
-        """What was held back, at the end of the text."""
+        """The text held back, at the end of the stream."""
         held, self._held = self._held, ""
         return held

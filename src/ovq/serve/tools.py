@@ -1,6 +1,6 @@
-"""Calls of tools in text: how a model is told of tools, and how calls are found in what it writes.
+"""Tool calls in text: describing tools to a model, and parsing calls in its output.
 
-The form is that of Hermes and Qwen, in which most models with tools are trained:
+The format is that of Hermes and Qwen, with which most models with tools are trained:
 
     <tool_call>
     {"name": "weather", "arguments": {"city": "Oslo"}}
@@ -31,7 +31,7 @@ For each function call, return a json object with function name and arguments wi
 <tool_call>
 {{"name": <function-name>, "arguments": <args-json-object>}}
 </tool_call>"""
-"""What Qwen's template tells a model, word by word."""
+"""The text of Qwen's chat template, verbatim."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,10 +39,10 @@ class ToolCall:
     """A call of a tool in an answer.
 
     Attributes:
-        index: Which of the calls of the answer.
-        name: The tool.
+        index: Index of the call in the answer.
+        name: Name of the tool.
         arguments: A JSON object, as text.
-        id: By which a message of the role `tool` answers it.
+        id: Id by which a message of the role `tool` refers to it.
     """
 
     index: int
@@ -52,14 +52,14 @@ class ToolCall:
 
 
 class ToolCalls:
-    """Takes the calls out of an answer as it comes; what is no call of these tools stays text.
+    """Incremental parser that extracts tool calls from an answer; anything else remains text.
 
     Args:
-        names: The tools; without any, nothing is looked for.
+        names: Names of the tools; without any, all is text.
         is_single: Whether the answer ends with its first call.
 
     Attributes:
-        num_calls: Calls found so far.
+        num_calls: Number of calls found so far.
 
     Example:
         >>> calls = ToolCalls(["add"])
@@ -71,7 +71,7 @@ class ToolCalls:
     """
 
     def __init__(self, names: Collection[str] = (), *, is_single: bool = False) -> None:
-        # A tuple, where what a model writes for a name can be looked for even if it has no hash.
+        # A tuple, because a model may write an unhashable value as a name.
         self._names, self._is_single = tuple(names), is_single
         self._held = ""
         self.num_calls = 0
@@ -82,7 +82,7 @@ class ToolCalls:
         return self._is_single and self.num_calls > 0
 
     def push(self, text: str) -> tuple[str, list[ToolCall]]:
-        """The text that may be shown after more has come, and the calls in it."""
+        """The text that may be shown after `text` was added, and the calls completed by it."""
         if not self._names or self.is_complete:
             return ("" if self.is_complete else text), []
         self._held += text
@@ -96,30 +96,30 @@ class ToolCalls:
             found += calls
         if self.is_complete:
             self._held = ""
-        # With the space before a call, of which a part may have come.
+        # Hold back the space before a call, which may have begun.
         end = len(self._held[: begin if begin >= 0 else begun(self._held, [OPEN])].rstrip())
         shown, self._held = shown + self._held[:end], self._held[end:]
         return shown, found
 
     def finish(self) -> tuple[str, list[ToolCall]]:
-        """What was held back, at the end of the text. The last call needs no closing tag."""
+        """The text and calls held back, at the end of the stream. The last call needs no closing tag."""
         held, self._held = self._held, ""
         calls = self._named(_json(held.strip().removeprefix(OPEN))) if OPEN in held else []
         return ("" if calls else held), calls
 
     def _first_call(self, begin: int) -> tuple[int | None, list[ToolCall]]:
-        """Where the call ends whose JSON begins here, None if it has not come; none if it is not one."""
+        """End of the call whose JSON starts at `begin` (None if incomplete), and its calls, if valid."""
         end = self._held.find(CLOSE, begin)
         while end >= 0:
             value = _json(self._held[begin:end])
-            # Within a string of the arguments, a closing tag closes nothing.
+            # A closing tag inside a string of the arguments does not count.
             if value is not _UNFINISHED:
                 return end + len(CLOSE), self._named(value)
             end = self._held.find(CLOSE, end + 1)
         return None, []
 
     def _named(self, value: Any) -> list[ToolCall]:
-        """The calls that a JSON value is, one or a list of them; none if it is anything else."""
+        """The calls in a JSON value, which is one call or a list of calls; empty for anything else."""
         found: list[ToolCall] = []
         for one in value if isinstance(value, list) else [value]:
             if not isinstance(one, dict) or one.get("name") not in self._names:
@@ -139,7 +139,7 @@ _UNFINISHED = object()
 
 
 def _json(text: str) -> Any:
-    """The JSON value in a text; None if there is none, and `_UNFINISHED` if it ends within a string."""
+    """The JSON value in a text; None if it is invalid, `_UNFINISHED` if it ends within a string."""
     try:
         return json.loads(text, strict=False, parse_constant=_refuse, parse_float=_finite)
     except json.JSONDecodeError as error:
@@ -159,7 +159,7 @@ def _finite(text: str) -> float:
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether a text can be sent: halves of surrogate pairs cannot."""
+    """Whether a text can be encoded in UTF-8: lone surrogates cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -168,7 +168,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def begun(text: str, sequences: Sequence[str]) -> int:
-    """Where the end of a text may be the beginning of one of some sequences.
+    """Index from which the end of a text may be the beginning of one of the sequences.
 
     Example:
         >>> begun("to be", ["end", "bed"]), begun("to be ", ["end", "bed"])
@@ -180,10 +180,10 @@ def begun(text: str, sequences: Sequence[str]) -> int:
 
 
 def told_in_text(messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages for a chat template that knows no tools, with tools, calls and results as text.
+    """The messages for a chat template without support for tools, with tools, calls and results as text.
 
-    Tools come at the end of the first message if it is the system's, or else in one before it; calls are in
-    what the assistant said, and results in messages of the user, as Qwen's template has them.
+    Tools are described at the end of the system message, which is added if there is none; calls are in the
+    assistant's messages, and results in messages of the user, as in Qwen's template.
 
     Example:
         >>> result = {"role": "tool", "content": "3", "tool_call_id": "call_1"}
