@@ -1,1 +1,1 @@
-"""What all kinds of runs need: files, progress, how much is said on the way."""
+"""Shared by all commands: files, progress, verbosity."""

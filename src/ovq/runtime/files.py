@@ -1,5 +1,4 @@
-"""Writing files so that a reader sees the old file or the complete new one, never a part; folders that one
-process works in at a time; the cache folder."""
+"""Atomic writes of files and folders, locked and temporary folders, JSON, and the cache folder."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 try:
-    # Locks of the system, which go with the process however that ends. There are none on Windows.
+    # System locks, which are released however the process ends. Not available on Windows.
     import fcntl
 except ImportError:
     fcntl = None  # type: ignore[assignment]  # as mypy knows no module that may be missing
@@ -25,7 +24,9 @@ except ImportError:
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary path that becomes `path` when the block ends without an error, and is removed otherwise.
+    """Context manager: a temporary path, renamed to `path` if the block succeeds, removed otherwise.
+
+    A reader sees the old file or the complete new one, never a part.
 
     Raises:
         OSError: If the file cannot be written; names `path`.
@@ -47,7 +48,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         _create(temporary)
         mode = stat.S_IMODE(temporary.stat().st_mode)
         yield temporary
-        # Some writers, such as safetensors, put a private file in its place.
+        # Some writers, such as safetensors, replace the file by a private one.
         temporary.chmod(mode)
         # The bytes must be on the disk before the name points at them; otherwise a power cut could leave an
         # empty file.
@@ -67,8 +68,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A temporary path for a folder, which becomes `path` when the block ends without an error; otherwise it
-    is removed.
+    """Context manager: a temporary path for a folder, renamed to `path` if the block succeeds, else removed.
 
     Example:
         >>> import tempfile
@@ -78,7 +78,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         ...     (Path(folder) / "notes").is_dir()
         True
     """
-    # Beside its place, so that moving it there is one step.
+    # In the same parent folder, so that the rename is atomic.
     temporary = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
     try:
         yield temporary
@@ -91,9 +91,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 def _create(path: Path) -> None:
     """Create an empty file with a new name, with the permissions that the umask gives.
 
-    The system applies the umask here. Files of tempfile are private; making them public afterwards needs the
-    umask, which a process can read only by setting it, and meanwhile other threads would create files without
-    it.
+    The system applies the umask here. Files of tempfile are private; making them public afterwards would need
+    the umask, which a process can only read by setting it, and other threads would meanwhile create files
+    without it.
     """
     os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
 
@@ -106,15 +106,15 @@ def write_atomic(path: str | os.PathLike, text: str) -> None:
 
 @contextlib.contextmanager
 def claimed(folder: Path, *, command: str) -> Iterator[None]:
-    """Keep a folder to this process while the block runs; it is created if necessary.
+    """Context manager that locks a folder for this process; it is created if necessary.
 
     Args:
         folder: The folder.
-        command: What works in it, for error messages.
+        command: Name of the command, for error messages.
 
     Raises:
-        ValueError: If another process is at work in it.
-        OSError: If it cannot be made or read.
+        ValueError: If another process has locked it.
+        OSError: If it cannot be created or read.
 
     Example:
         >>> import tempfile
@@ -134,7 +134,7 @@ def claimed(folder: Path, *, command: str) -> Iterator[None]:
         except BlockingIOError:
             raise
         except OSError:
-            # Network file systems lock only files, and those that are open for writing.
+            # Network file systems only lock files that are open for writing.
             descriptor = _lock(folder / ".lock", os.O_RDWR | os.O_CREAT)
     except BlockingIOError:
         raise ValueError(
@@ -147,10 +147,10 @@ def claimed(folder: Path, *, command: str) -> Iterator[None]:
 
 
 class TemporaryFolder(tempfile.TemporaryDirectory):
-    """A temporary folder, beside which those are removed that processes left when they were killed.
+    """A temporary folder; creating one also removes those left by killed processes.
 
     Args:
-        kind: Part of its name; folders of the same kind are removed.
+        kind: Part of its name; only folders of the same kind are removed.
 
     Example:
         >>> with TemporaryFolder("example") as folder:
@@ -165,14 +165,14 @@ class TemporaryFolder(tempfile.TemporaryDirectory):
             weakref.finalize(self, os.close, _lock(self.name))
 
 
-# A folder that was made a moment ago may not be locked yet.
+# A new folder may not be locked yet.
 _SECONDS_TO_LOCK = 60.0
 
 
 def _remove_left(prefix: str) -> None:
-    """Remove the folders of that name that no process has locked."""
+    """Remove the temporary folders with this prefix that no process has locked."""
     for folder in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
-        # Those of other users cannot be opened.
+        # Folders of other users cannot be opened.
         with contextlib.suppress(OSError):
             is_new = time.time() - folder.lstat().st_mtime < _SECONDS_TO_LOCK
             if is_new or folder.is_symlink():
@@ -185,7 +185,7 @@ def _remove_left(prefix: str) -> None:
 
 
 def _lock(path: str | os.PathLike, flags: int = os.O_RDONLY) -> int:
-    """The descriptor of a file or folder, which is locked until it is closed; OSError if it cannot be."""
+    """Lock a file or folder; returns its descriptor, closing which unlocks it. OSError if it is locked."""
     if fcntl is None:
         raise OSError("expected a system with locks, found none")
     descriptor = os.open(path, flags, 0o666)
@@ -209,10 +209,10 @@ def open_to_others(folder: Path) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds.
+    """The content of a JSON file.
 
     Raises:
-        ValueError: If it holds something else; names the file.
+        ValueError: If it is not JSON; names the file.
         OSError: If it cannot be read.
 
     Example:
@@ -225,13 +225,13 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    # The first of these for what is nested too deeply.
+    # RecursionError for deeply nested content.
     except (RecursionError, ValueError) as error:
         raise ValueError(f"{path}: expected JSON, found what is none ({error})") from error
 
 
 def cache_folder() -> Path:
-    """The user's folder for what OVQ can make again; it need not exist yet.
+    """The user's cache folder of OVQ; it need not exist yet.
 
     Raises:
         OSError: If the user has no home folder.
@@ -248,14 +248,13 @@ def cache_folder() -> Path:
 
 
 def private_folder() -> Path:
-    """This user's folder in the directory of temporary files, for what `cache_folder` cannot keep.
+    """This user's private folder for temporary files, a fallback where `cache_folder` cannot be used.
 
-    Its name is always the same, so that processes share what the first of them made, and do not each leave a
-    folder behind. Another user could have made a folder of that name to have their code run, so the folder is
-    used only if it is private.
+    Its name is fixed, so that processes share its content and do not each leave a folder behind. Another user
+    could create a folder of that name to have their code run, so it is only used if it is private.
 
     Raises:
-        OSError: If it cannot be made, or is not this user's alone.
+        OSError: If it cannot be created, or is not private to this user.
     """
     if not hasattr(os, "geteuid"):
         raise OSError("no folder for temporary files of one user on this system")

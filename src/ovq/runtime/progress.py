@@ -1,4 +1,4 @@
-"""Progress on standard error: bars on a terminal, and a line now and then in a log file."""
+"""Progress on standard error: bars on a terminal, occasional lines in a log file."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class AnyWork(Protocol):
-    """One piece of work, wherever it is shown."""
+    """One piece of work, with any display."""
 
     def update(self, done: int, *, note: str = "") -> None:
-        """Say that `done` units are finished, with a note on how it goes."""
+        """Report that `done` units are finished, with a note on the state of the work."""
 
 
 class WorkReporter(Protocol):
-    """What an evaluation reports to: it has one piece of work, and nothing to say besides."""
+    """Reporter for evaluations: pieces of work only."""
 
     def start(self, label: str, *, total: int) -> AnyWork:
         """Begin a piece of work of `total` units."""
 
 
 class AnyReporter(WorkReporter, Protocol):
-    """What training reports to: a `Reporter`, or that of a worker process."""
+    """Reporter for training: a `Reporter`, or that of a worker process."""
 
     def say(self, text: str) -> None:
         """Print a line."""
@@ -42,8 +42,8 @@ class Reporter:
     work, and every ten seconds in between.
 
     Args:
-        console: Where to report; if None, standard error, or nowhere after `set_quiet`.
-        is_long: Replace a full bar by a line, for more pieces of work than a screen has lines.
+        console: Where to report; None for standard error, or nowhere after `set_quiet`.
+        is_long: Replace a full bar by a line, for more pieces of work than fit on a screen.
 
     Example:
         >>> with Reporter(Console(quiet=True)) as reporter:

@@ -1,4 +1,4 @@
-"""How much a process says on standard error: with `-q` no progress, with `-v` details as well."""
+"""Verbosity on standard error: no progress with `-q`, more details with `-v`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ _VARIABLE = "OVQ_VERBOSITY"
 
 
 def set_quiet() -> None:
-    """Show no progress, and of transformers only errors, here and in processes that this one starts."""
+    """Show no progress, and only errors of transformers, in this process and its children."""
     _set("quiet", "error")
-    # Of loading and saving weights; read like the verbosity.
+    # Progress of loading and saving weights; read like the verbosity.
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    # Of reading GGUF files; read when tqdm is imported.
+    # Progress of reading GGUF files; read when tqdm is imported.
     os.environ["TQDM_DISABLE"] = "1"
     if "transformers" in sys.modules:
         from transformers.utils.logging import disable_progress_bar
@@ -23,18 +23,18 @@ def set_quiet() -> None:
 
 
 def set_verbose() -> None:
-    """Show what libraries log, here and in processes that this one starts."""
+    """Show the logs of libraries, in this process and its children."""
     _set("verbose", "info")
     logging.basicConfig(level=logging.INFO)
 
 
 def is_quiet() -> bool:
-    """Whether progress is not to be shown."""
+    """Whether progress is hidden."""
     return os.environ.get(_VARIABLE) == "quiet"
 
 
 def is_verbose() -> bool:
-    """Whether details are to be shown, such as where an error comes from."""
+    """Whether details are shown, such as where an error comes from."""
     return os.environ.get(_VARIABLE) == "verbose"
 
 
