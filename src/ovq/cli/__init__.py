@@ -1,8 +1,8 @@
 """The command line: `ovq convert | generate | chat | context | inspect | serve | memory`, and the commands of
 the laboratory, `ovq demo | train | eval | publish | bench | reproduce`.
 
-Each command is a small module of its own that reads options and calls the library. Bad input ends in one line
-on standard error and exit code 2. PyTorch and transformers are imported inside the commands, so that help
+Each command is a small module that reads options and calls the library. Bad input ends in one line on
+standard error and exit code 2. PyTorch and transformers are imported inside the commands, so that help
 appears at once.
 """
 
@@ -40,7 +40,7 @@ app.command("inspect")(inspect.inspect)
 app.command("serve")(serve.serve)
 app.command("memory")(memory.memory)
 
-# Newer versions of typer ship their own copy of click; this is the usage error of whichever copy is in use.
+# Newer versions of typer ship their own copy of click; this is the usage error of the copy in use.
 _UsageError: type[typer.BadParameter] = typer.BadParameter.__base__  # type: ignore[assignment]  # has no name
 
 # The code that a shell reports for a program ended by Ctrl-C.
@@ -70,22 +70,22 @@ def _shared(
 
 
 def _program() -> Any:
-    """The app as typer runs it, with the laboratory and the options that all commands share."""
+    """The app as a click command, with the laboratory's commands and the shared options."""
     program: Any = typer.main.get_command(app)
-    # Not above: the modules of the laboratory import this package.
+    # Not at import time: the modules of the laboratory import this package.
     laboratory: Any = typer.main.get_command(_laboratory())
     program.commands |= laboratory.commands
-    # typer itself lets commands share no options.
+    # typer itself has no options shared by commands.
     shared = [option for option in program.params if option.name in options.EVERYWHERE]
     for command in _commands_of(program):
         command.params.extend(shared)
-        # typer keeps the line breaks of docstrings, which are wider than most terminals.
+        # typer keeps the line breaks of docstrings, whose lines are wider than most terminals.
         command.help = "\n\n".join(" ".join(part.split()) for part in (command.help or "").split("\n\n"))
     return program
 
 
 def _commands_of(group: Any) -> Iterator[Any]:
-    """The commands of a program, and those of its groups."""
+    """All commands of a program, including those of its groups."""
     for command in group.commands.values():
         yield command
         if hasattr(command, "commands"):
@@ -93,7 +93,7 @@ def _commands_of(group: Any) -> Iterator[Any]:
 
 
 def _laboratory() -> typer.Typer:
-    """The commands of the laboratory. Where it is not installed, each ends in one line that says so."""
+    """The commands of the laboratory. If it is not installed, each fails with one line that says so."""
     commands = typer.Typer()
     for name, path in LABORATORY["command"].items():
         if not has_laboratory():
@@ -111,11 +111,11 @@ def _missing(context: typer.Context) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit: with 0 if all went well, 2 after bad input, 130 after Ctrl-C, 143 after
-    SIGTERM, 129 after SIGHUP, and 141 if the reader of the output has gone (`ovq ... | head`). The last four
-    are the codes that a shell reports for programs that these signals end.
+    """Run the command line and exit with a code: 0 for success, 2 after bad input, 130 after Ctrl-C, 143
+    after SIGTERM, 129 after SIGHUP, and 141 if the reader of the output has gone (`ovq ... | head`). The last
+    four are the codes that a shell reports for programs ended by these signals.
 
-    With `--verbose` or `OVQ_TRACEBACK=1`, errors show a traceback instead of their one line.
+    With `--verbose` or `OVQ_TRACEBACK=1`, errors show a traceback instead of one line.
 
     Args:
         arguments: The command line without the program's name; None for that of the process.
@@ -128,7 +128,7 @@ def main(arguments: list[str] | None = None) -> None:
             code = _program()(args=arguments, standalone_mode=False)
             sys.stdout.flush()
     except _UsageError as error:
-        # Typer has printed the help of a group that was called by itself, which is not a mistake.
+        # Calling a group without a command is no mistake; typer has printed its help.
         is_help = type(error).__name__ == "NoArgsIsHelpError"
         code = 0 if is_help else _fail(error.format_message())
     except (KeyboardInterrupt, typer.Abort):
@@ -153,7 +153,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _code_after(error: Exception, readers: Readers) -> int:
-    """The exit code after an error. The error is printed, unless it is that nobody reads the output."""
+    """Print an error and return the exit code; an output closed by its reader is not printed."""
     if isinstance(error, BrokenPipeError) and readers.is_one_gone():
         return _OUTPUT_CLOSED
     if os.environ.get("OVQ_TRACEBACK") or is_verbose():
@@ -168,14 +168,14 @@ def _fail(message: str) -> int:
 
 
 def _tell(text: str) -> None:
-    """Print a line on standard error, if anybody reads it."""
+    """Print a line on standard error, ignoring a closed pipe."""
     with contextlib.suppress(OSError):
         print(f"ovq: {text}", file=sys.stderr)
 
 
 @contextlib.contextmanager
 def _warnings_in_one_line() -> Iterator[None]:
-    """Let warnings say what is the matter, and with `-v` alone where they come from."""
+    """Context manager that prints warnings in one line; with `-v`, with their source location."""
     before = warnings.formatwarning
 
     def formatted(message: Warning | str, *where: Any, **line: Any) -> str:

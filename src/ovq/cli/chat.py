@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ovq.hf import Context
     from ovq.hf.cache import StateCache
 
-# Progress should be seen to move; a converted model reads some hundred tokens a second.
+# Small enough that progress visibly moves: a converted model reads some hundred tokens per second.
 _PIECE = 512
 
 _HELP = """\
@@ -102,7 +102,7 @@ def chat(
 
 
 def _read(model: Any, ids: list[int], label: str) -> Context:
-    """What the model remembers of a document, with progress while it reads."""
+    """Read a document into a context, with a progress bar."""
     from ovq.hf import build_context
     from ovq.runtime.progress import Reporter
 
@@ -117,12 +117,12 @@ def _read(model: Any, ids: list[int], label: str) -> Context:
 
 
 class _Terminal:
-    """Lines from standard input, and answers to them; a document is the file that was read before."""
+    """Reads messages and commands from standard input, prints answers; `document` is the file read before."""
 
     def __init__(self, talk: Conversation, document: str | None) -> None:
         self._talk, self._document = talk, document
         self._is_interactive = sys.stdin.isatty() and sys.stdout.isatty()
-        # What is neither answer nor result, for people alone.
+        # For messages that are neither answers nor results; shown only on a terminal.
         self._notes = Console(stderr=True, quiet=not self._is_interactive, highlight=False, style="dim")
         self._was_interrupted = False
 
@@ -130,7 +130,7 @@ class _Terminal:
         """Answer until the input ends."""
         num_before = self._talk.num_before
         self._notes.print(f"{num_before:,} tokens read. /help lists commands, Ctrl-D leaves.", soft_wrap=True)
-        # A chat is not lost by Ctrl-C at the wrong moment.
+        # Ctrl-C at the wrong moment must not lose a chat.
         with noted() if self._is_interactive else contextlib.nullcontext():
             for line in self._lines():
                 if line.rstrip() == "/quit":
@@ -142,7 +142,7 @@ class _Terminal:
                     elif line.strip():
                         self._answer(line.strip())
                 except (ValueError, OSError) as error:
-                    # Nor by a mistake. A script is to notice it.
+                    # Neither must a mistake. A script, however, should fail.
                     if not self._is_interactive or isinstance(error, BrokenPipeError):
                         raise
                     self._notes.print(f"error: {error}", markup=False, soft_wrap=True)
@@ -178,7 +178,7 @@ class _Terminal:
             yield line
 
     def _answer(self, text: str) -> None:
-        """Print the answer to a message as it is written; Ctrl-C stops it."""
+        """Print the answer to a message as it is generated; Ctrl-C stops it."""
         talk, begun = self._talk, time.monotonic()
         with noted() as is_stopped:
             for piece in talk.answer(text, is_stopped):
@@ -221,24 +221,24 @@ class _Terminal:
 
 
 class _LineInterrupted(KeyboardInterrupt):
-    """Ctrl-C came after a line was begun."""
+    """Ctrl-C while a line was being typed."""
 
 
 def _typed_line(prompt: str) -> str:
-    """A line that somebody types and may edit.
+    """Read a line from a terminal, with line editing.
 
     Raises:
         EOFError: Ctrl-D.
         KeyboardInterrupt: Ctrl-C; `_LineInterrupted` if the line was not empty.
     """
     try:
-        # With it, `input` edits lines. There is none on Windows, whose terminal does it.
+        # Importing readline enables line editing in `input`. Windows has none; its terminal edits lines.
         from readline import get_line_buffer
     except ImportError:
         get_line_buffer = str
 
     def interrupt(*_: object) -> None:
-        # The line is lost once this has been raised.
+        # Check now, as the line is lost once this is raised.
         raise _LineInterrupted if get_line_buffer() else KeyboardInterrupt
 
     before = signal.signal(signal.SIGINT, interrupt)
@@ -249,7 +249,7 @@ def _typed_line(prompt: str) -> str:
 
 
 def _about(talk: Conversation) -> str:
-    """What the model keeps, in words."""
+    """Text about the model's memory, for `/memory`."""
     from ovq.runtime.units import format_bytes
 
     cache = talk.cache
@@ -262,7 +262,7 @@ def _about(talk: Conversation) -> str:
 
 
 def _rows(cache: StateCache) -> tuple[int, int, int]:
-    """Tokens that heads keep exactly, slots in use, and slots, of all layers and heads together."""
+    """Numbers of exact tokens, slots in use, and slots, summed over all layers and heads."""
     from ovq.convert import MemoryCache
     from ovq.ops import OVQState
 

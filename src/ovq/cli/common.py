@@ -1,4 +1,4 @@
-"""What the commands share: reading options. Heavy imports are inside the functions."""
+"""Reading and checking options, shared by the commands. Heavy imports are inside the functions."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ out_console = Console()
 
 
 def given_options(context: typer.Context) -> set[str]:
-    """The names of the options that stand on the command line, also where they say what is the default."""
+    """Names of the options given on the command line, even if with their default values."""
     sources = {name: context.get_parameter_source(name) for name in context.params}
     return {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
 
 
 def parse_ints(text: str, *, flag: str) -> list[int]:
-    """Read a list such as `"256,1024"` of positive integers; each counts once.
+    """Parse a list of positive integers such as `"256,1024"`; duplicates are dropped.
 
     Raises:
         ValueError: If a part is not a positive integer; names the flag.
@@ -39,7 +39,7 @@ def parse_ints(text: str, *, flag: str) -> list[int]:
 
 
 def read_text(source: str, *, flag: str) -> str:
-    """The text in a file, or that of standard input for `"-"`.
+    """The text in a file, or on standard input for `"-"`.
 
     Raises:
         OSError: If the file cannot be read.
@@ -60,7 +60,7 @@ def read_text(source: str, *, flag: str) -> str:
 
 
 def as_text(argument: str, *, flag: str) -> str:
-    """The text of a command line's argument, read as UTF-8 where the system took its bytes for no text.
+    """A command-line argument as text, decoded as UTF-8 if the system's locale could not decode it.
 
     Raises:
         ValueError: If it is not text in UTF-8; names the flag.
@@ -80,16 +80,16 @@ def as_text(argument: str, *, flag: str) -> str:
 
 
 def check_file(flag: str, path: Path, *, text: str | None = None) -> None:
-    """Check that a file can be written there: hours of work must not end at a place where it cannot.
+    """Check that a file can be written, before hours of work whose result could not be saved.
 
     Args:
         flag: The option that names the file.
         path: The file.
-        text: The file that was read, which must not be replaced.
+        text: The file that was read, which must not be overwritten.
 
     Raises:
-        OSError: If nothing can be written to its folder.
-        ValueError: If there is a folder or the text in its place, or no folder to put it in; names the flag.
+        OSError: If its folder is not writable.
+        ValueError: If it is a folder or the file that was read, or its folder does not exist; names the flag.
 
     Example:
         >>> check_file("--out", Path("no/such/folder/page.html"))
@@ -107,8 +107,8 @@ def check_folder(flag: str, path: Path | None) -> None:
     """Check that files can be written to a folder, which need not exist yet; None for no folder.
 
     Raises:
-        OSError: If nothing can be written there.
-        ValueError: If a file is in its place; names the flag.
+        OSError: If it is not writable.
+        ValueError: If it is a file; names the flag.
 
     Example:
         >>> check_folder("--out", Path("no/such/folder"))  # it can be made
@@ -123,12 +123,11 @@ def check_folder(flag: str, path: Path | None) -> None:
 
 
 def check_new_folder(flag: str, path: Path) -> None:
-    """Check that a model can be saved to a folder there, which must not exist yet.
+    """Check that a model can be saved to a new folder at this path.
 
     Raises:
-        OSError: If nothing can be written beside it.
-        ValueError: If there is something in its place, none to put it in, or as `check_model_path`; names the
-            flag.
+        OSError: If the parent folder is not writable.
+        ValueError: If the path exists, its parent folder does not, or as `check_model_path`; names the flag.
 
     Example:
         >>> check_new_folder("--out", Path("no/such/folder"))
@@ -144,7 +143,7 @@ def check_new_folder(flag: str, path: Path) -> None:
 
 
 def check_model_path(flag: str, path: Path) -> None:
-    """Check that a path is text, as the library that writes weights wants it.
+    """Check that a path is UTF-8 text, which the library that writes weights requires.
 
     Raises:
         ValueError: If it is not text in UTF-8; names the flag.
@@ -155,7 +154,7 @@ def check_model_path(flag: str, path: Path) -> None:
         ValueError: --out: expected a path in UTF-8, in which weights can be saved, found b'caf\\xe9'
     """
     try:
-        # A relative path is completed when weights are saved.
+        # Relative paths are made absolute when weights are saved.
         str(path.absolute()).encode("utf-8")
     except UnicodeEncodeError:
         raise ValueError(
@@ -186,14 +185,14 @@ def encode(
         is_start: Whether a text begins here, so that the tokenizer marks its beginning.
 
     Raises:
-        ValueError: If there is no token, or one that the model does not know; names the flag.
+        ValueError: If there is no token, or one outside the vocabulary; names the flag.
 
     Example:
         >>> encode("12 7\\n33", None, vocab_size=66, flag="--prompt")
         [12, 7, 33]
     """
     if tokenizer is not None:
-        # Not verbose: models here may be given more tokens than the tokenizer thinks a model can read.
+        # Not verbose: models here may read more tokens than the tokenizer's maximum.
         ids = tokenizer(text, add_special_tokens=is_start, verbose=False)["input_ids"]
     else:
         words = text.split()
@@ -211,7 +210,7 @@ def encode(
 
 
 def check_chat_template(tokenizer: Any | None, *, flag: str) -> None:
-    """Check that a model can be asked by messages.
+    """Check that a model's tokenizer has a chat template.
 
     Raises:
         ValueError: If there is no chat template; names the flag.
@@ -227,7 +226,7 @@ def check_chat_template(tokenizer: Any | None, *, flag: str) -> None:
 
 
 def chat_text(messages: Sequence[dict[str, str]], tokenizer: Any, *, flag: str) -> str:
-    """What a model's chat template makes of messages, up to where the answer begins.
+    """The prompt for messages, rendered by the model's chat template up to the start of the answer.
 
     Raises:
         ValueError: If the template refuses them; names the flag.
@@ -235,7 +234,7 @@ def chat_text(messages: Sequence[dict[str, str]], tokenizer: Any, *, flag: str) 
     try:
         return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
     except Exception as error:
-        # Templates are programs, which refuse by any exception.
+        # Templates are programs that may raise any exception.
         raise ValueError(
             f"{flag}: expected what the model's chat template takes, found otherwise ({error})"
         ) from error

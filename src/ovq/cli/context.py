@@ -1,4 +1,4 @@
-"""`ovq context build`: read a document once, save what the model remembers; `info`: look at such a file."""
+"""`ovq context build` reads a document and saves the model's memory of it; `info` describes such a file."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def info(
 
     Example: [bold]ovq context info book.ctx[/bold]
     """
-    # Which also lets contexts of converted models be read.
+    # Imported from here, so that contexts of converted models can be read too.
     from ovq.convert import context_info
 
     found = context_info(file)
@@ -107,7 +107,7 @@ def info(
     table = Table()
     table.add_column("layer", justify="right")
     table.add_column("mixer", no_wrap=True)
-    # Broken by hand: broken by rich, heads or mixers would lose letters at 80 columns.
+    # With manual line breaks, because rich would truncate heads or mixers at 80 columns.
     for column in ("bytes", "slots\nin use", "fullest\nslot", "single\ntokens", "effective\nslots"):
         table.add_column(column, justify="right")
     for layer in layers:
@@ -132,7 +132,7 @@ def info(
 
 
 def _layers(found: ContextInfo) -> list[dict[str, Any]]:
-    """What each layer keeps."""
+    """Statistics of the memory of each layer."""
     from ovq.ops import OVQState
 
     rows = []
@@ -148,7 +148,7 @@ def _layers(found: ContextInfo) -> list[dict[str, Any]]:
 
 
 def _heads(memories: list[HeadMemory]) -> dict[str, Any]:
-    """The numbers of the heads of a layer together, as their budgets differ."""
+    """Statistics of all heads of a converted layer together, as their budgets differ."""
     from ovq.ops.summary import effective_slots
 
     counts = [count for memory in memories for count in memory.count.flatten().tolist()]
@@ -164,7 +164,7 @@ def _heads(memories: list[HeadMemory]) -> dict[str, Any]:
 
 
 def _summary(state: OVQState) -> dict[str, Any]:
-    """The numbers of a state of one row."""
+    """Statistics of a state of one row."""
     summary = state.summary()
     return {
         "num_open": summary.num_open[0],

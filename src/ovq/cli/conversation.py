@@ -1,6 +1,6 @@
-"""`Conversation`: what a user and a model have said, and the states from which the next answer goes on.
+"""`Conversation`: the messages of a chat, and the states from which the next answer continues.
 
-Each prompt is all that was said, as the chat template writes it. What a state has read of it is not read
+Each prompt contains all messages, rendered by the chat template. The part that a state has read is not read
 again.
 """
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from ovq.hf.cache import StateCache
     from ovq.hf.streaming import Sampling
 
-# After a prompt and after its answer, of the last two turns: templates may leave reasoning out of answers
-# once they are not the last, so that the state before an answer is the one to go on from.
+# States after the prompt and after the answer of the last two turns. Templates may remove reasoning from an
+# answer once it is not the last, so that the next turn continues from the state before that answer.
 _MOST_STATES = 4
 
 
@@ -34,22 +34,22 @@ class _State:
 
 
 class Conversation:
-    """Messages and answers of a model that has a chat template.
+    """A chat with a model that has a chat template.
 
     Args:
         model: an OVQ model or a converted one.
         tokenizer: its tokenizer, which has a chat template.
         sampling: how tokens are chosen.
-        max_tokens: tokens of an answer, at most; 0 for no limit.
-        seed: of the random numbers. Each turn has its own, so that a saved chat goes on as it would have.
-        system: what to begin with, if anything.
+        max_tokens: most tokens of an answer; 0 for no limit.
+        seed: random seed. Each turn derives its own, so that a saved chat continues as it would have.
+        system: system message, if any.
 
     Attributes:
-        messages: what was said, as chat templates take it.
-        num_before: tokens read before the first message.
-        num_reread: tokens of earlier turns that the last turn had to read again.
-        num_written: tokens of the last answer.
-        is_cut: whether `max_tokens` has ended it.
+        messages: the messages so far, in the form of chat templates.
+        num_before: number of tokens read before the first message.
+        num_reread: number of tokens of earlier turns that the last turn had to read again.
+        num_written: number of tokens of the last answer.
+        is_cut: whether `max_tokens` has ended the last answer.
     """
 
     def __init__(
@@ -67,32 +67,32 @@ class Conversation:
         self.messages = [] if system is None else [{"role": "system", "content": system}]
         self.num_before = self.num_reread = self.num_written = 0
         self.is_cut = False
-        # Read since `num_before`.
+        # Tokens read after the first `num_before`.
         self._tokens: list[int] = []
         self._states = [_State(num_tokens=0, cache=model.make_cache())]
 
     @property
     def cache(self) -> StateCache:
-        """What the model has read, which must not read on."""
+        """The cache of all tokens read so far; do not change it."""
         return self._states[-1].cache
 
     def go_on_from(self, context: Context) -> None:
-        """Go on after a document, or from a saved chat, in place of what was said.
+        """Continue after a document, or from a saved chat; replaces the messages so far.
 
         Raises:
-            ValueError: a note that is not that of a chat.
+            ValueError: the context's note is not that of a chat.
         """
         messages, tokens = _noted(context)
-        # What a document was followed by may begin with what was said by the system.
+        # After a document, the system message stays.
         self.messages = messages if context.note else [m for m in self.messages if m["role"] == "system"]
         self.num_before, self._tokens = context.num_tokens - len(tokens), tokens
         self._states = [_State(num_tokens=len(tokens), cache=context.cache())]
 
     def begin_with(self, path: Path) -> Context:
-        """Go on from a file as `go_on_from` does; returns the context in it.
+        """Load a context from a file and continue from it as `go_on_from` does; returns the context.
 
         Raises:
-            ValueError: another file, or one of another model.
+            ValueError: no valid context, or one of another model.
         """
         from ovq.hf import load_context
 
@@ -104,25 +104,25 @@ class Conversation:
         return context
 
     def saved(self) -> Context:
-        """The conversation, to be saved.
+        """The chat as a context, to be saved.
 
         Raises:
             ValueError: nothing has been read.
         """
         from ovq.hf import Context
 
-        # Whatever comes next must go on from this state.
+        # A state from which any next message can continue.
         ids = self._ids([*self.messages, {"role": "user", "content": "?"}])
         state = self._state_for(ids)
         note = json.dumps({"messages": self.messages, "tokens": ids[: state.num_tokens]})
         return Context.of(self._model, state.cache, note=note)
 
     def answer(self, text: str, is_stopped: Callable[[], bool] = lambda: False) -> Iterator[str]:
-        """The answer to a message, in pieces as it is written; what has been written then counts as said.
+        """Generate the answer to a message, in pieces of text; then adds both to the messages.
 
         Args:
             text: the message.
-            is_stopped: called after every token; what it returns ends the answer.
+            is_stopped: called after every token; True ends the answer.
 
         Raises:
             ValueError: a message that the chat template refuses.
@@ -136,7 +136,7 @@ class Conversation:
         state = self._state_for(ids)
         cache = state.cache.snapshot()
         self.num_reread, self.is_cut = len(self._tokens) - state.num_tokens, False
-        # Later states have read what is said otherwise now.
+        # Later states have read tokens that the prompt no longer has.
         del self._states[self._states.index(state) + 1 :]
         self._tokens = ids[: state.num_tokens]
         tokens = stream_tokens(
@@ -165,24 +165,24 @@ class Conversation:
             pieces.append(piece)
             yield piece
         self.num_written = len(written)
-        # The last token has not been read.
+        # The last token has not been read by the cache.
         self._keep([*ids, *written[:-1]], cache)
         self.messages = [*messages, {"role": "assistant", "content": "".join(pieces)}]
 
     def _ids(self, messages: list[dict[str, str]]) -> list[int]:
-        """The prompt that the chat template makes of messages. It marks the beginning by itself."""
+        """The tokens of the messages' prompt; the chat template marks the beginning of the text itself."""
         text = chat_text(messages, self._tokenizer, flag="message")
         vocab_size = self._model.config.vocab_size
         return encode(text, self._tokenizer, vocab_size=vocab_size, flag="message", is_start=False)
 
     def _keep(self, tokens: list[int], cache: StateCache) -> None:
-        """Keep the state after these tokens, besides the first one and the last ones."""
+        """Keep the state after these tokens; only the first and the last `_MOST_STATES` states are kept."""
         self._tokens = tokens
         self._states.append(_State(num_tokens=len(tokens), cache=cache))
         del self._states[1:-_MOST_STATES]
 
     def _state_for(self, ids: Sequence[int]) -> _State:
-        """The state that has read most of a prompt, but not its last token, and nothing else."""
+        """The state after the longest prefix of a prompt, without its last token."""
         common = 0
         for one, other in zip(self._tokens, ids[:-1], strict=False):
             if one != other:
@@ -198,7 +198,7 @@ class Conversation:
 
 
 def _noted(context: Context) -> tuple[list[dict[str, str]], list[int]]:
-    """The messages of a saved chat, and the tokens that were read of them; none of a document."""
+    """The messages of a saved chat and the tokens read of them; empty for a document."""
     if not context.note:
         return [], []
     try:

@@ -25,7 +25,7 @@ _WITHOUT = (
 )
 _SIZES = ("rows", "num_slots", "window", "num_sinks", "chunk_size", "merge", "value_weight")
 _PROBE = ("probe", "probe_tokens", "needle_weight", "fit_bias")
-# By option, those that it would leave without effect.
+# By option, the options that have no effect beside it.
 _REPLACED = {
     "no_probe": ("preset", "save_preset", *_PROBE),
     "preset": (*_SIZES, *_PROBE),
@@ -133,7 +133,7 @@ def convert(
                 f"--save-preset: expected another folder than that of --out, found {save_preset}"
             )
     if rows is not None:
-        # What a window and slots have where all heads are alike; a probe shares out their sum.
+        # Window and slots if all heads are alike; a probe allocates their sum to heads.
         if "window" not in given:
             window = max(1, min(window, rows // 3) // chunk_size) * chunk_size
         num_slots = rows - num_sinks - window
@@ -150,14 +150,14 @@ def convert(
     say = Reporter().say
     settings: dict[str, Any] = {"num_sinks": num_sinks, "chunk_size": chunk_size, "merge": merge}
     settings["value_weight"] = value_weight
-    # Refuses what is out of range before the model is read.
+    # Refuse values out of range before the model is loaded.
     one = MemoryConfig.uniform(num_layers=1, num_kv_heads=1, num_slots=num_slots, window=window, **settings)
     dataclasses.replace(one, state_dtype=state_dtype)
     original, tokenizer = load_pretrained(model, gguf_file=gguf_file, dtype=dtype, say=say)
     taken, how = None, "all heads alike"
     if no_probe:
         say(f"warning: {_WITHOUT}")
-    # A window alone has nothing to share out.
+    # With a window alone, there is nothing to allocate.
     elif num_slots or given & {"preset", "save_preset", *_PROBE}:
         taken = None if given & {*_PROBE} else _preset(preset, original, wanted, settings, say)
         if taken is not None:
@@ -196,7 +196,7 @@ def convert(
 
 
 def _read_texts(files: str) -> dict[str, str]:
-    """The texts of `--probe`, by the names of their files, or by their paths where names repeat."""
+    """The texts of `--probe` by file name, or by path if file names repeat."""
     paths = [path for path in files.split(",") if path]
     if not paths:
         raise ValueError(f"--probe: expected text files with commas between them, found {files!r}")
@@ -207,13 +207,13 @@ def _read_texts(files: str) -> dict[str, str]:
 def _preset(
     name: str, model: Any, rows: int, settings: dict[str, Any], say: Callable[[str], None]
 ) -> Preset | None:
-    """The preset that was asked for, if it is of this model; None where there is to be a probe."""
+    """The requested preset, checked to be for this model; None if a probe is needed."""
     from ovq.convert.presets import find_preset, load_preset, packaged_presets, presets_of
 
     if name == "none":
         return None
     if name == "auto":
-        # What a probe finds for values is multiplied by `value_weight`.
+        # Presets were made with `value_weight` 1, which multiplies the weights that a probe finds.
         given = {**settings, "value_weight": None if settings["value_weight"] == 1.0 else "other"}
         found = find_preset(model, rows)
         if found is not None and given == _settings_of(found):
@@ -241,7 +241,7 @@ def _settings_of(preset: Preset) -> dict[str, Any]:
 
 
 def _folder_of(name: str) -> Path:
-    """The folder of a preset, which is fetched from the hub where there is none of this name."""
+    """The folder of a preset, downloaded from the hub if there is no local folder of this name."""
     if Path(name).exists():
         return Path(name)
     from huggingface_hub import snapshot_download
@@ -254,7 +254,7 @@ def _folder_of(name: str) -> Path:
 
 
 def _save(model: Any, tokenizer: Any, card: str, out: Path) -> None:
-    """Write the folder of a converted model, in one step."""
+    """Write the folder of a converted model atomically."""
     from ovq.runtime.files import atomic_folder
 
     with atomic_folder(out) as temporary:
@@ -265,7 +265,7 @@ def _save(model: Any, tokenizer: Any, card: str, out: Path) -> None:
 
 
 def _prompt(tokenizer: Any) -> str:
-    """Options of `ovq generate` that make sense for a model."""
+    """Example options of `ovq generate` for a model."""
     if tokenizer is None:
         return '--prompt "12 7 33"'
     is_chat = getattr(tokenizer, "chat_template", None) is not None

@@ -104,8 +104,7 @@ def generate(
     if chat:
         check_chat_template(tokenizer, flag="--chat")
         text = chat_text([{"role": "user", "content": text}], tokenizer, flag="--prompt")
-    # What follows a document does not begin a text, so no token marks a beginning. A chat template marks it
-    # by itself.
+    # A prompt after a document does not begin a text, so it gets no begin token. Chat templates add theirs.
     ids = encode(
         text,
         tokenizer,
@@ -135,7 +134,7 @@ def generate(
         return
     found = list(tokens)
     is_end = bool(found) and found[-1] in (ends if isinstance(ends, list) else [ends])
-    # Names are those of the fields in the answers of servers.
+    # Field names as in server responses.
     answer = {
         "text": "".join(stream_text(found, tokenizer, prompt=ids)),
         "token_ids": found,
@@ -156,7 +155,7 @@ def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:
 
 
 def _search(model: OVQForCausalLM, ids: list[int], document: Context | None, **options: Any) -> list[int]:
-    """The tokens that beam search finds after a prompt."""
+    """The tokens of beam search after a prompt."""
     import torch
 
     inputs: dict[str, Tensor | OVQCache]
@@ -169,12 +168,12 @@ def _search(model: OVQForCausalLM, ids: list[int], document: Context | None, **o
 
 
 def _print(pieces: Iterable[str]) -> None:
-    """Print each piece as it comes, and at the end, also after Ctrl-C, end the line."""
+    """Print each piece at once, and end the line at the end, also after Ctrl-C."""
     try:
         for piece in pieces:
             print(piece, end="", flush=True)
     except OSError:
-        # If nobody reads the output, or it cannot be written, neither can the end of the line.
+        # The output cannot be written, so neither can the end of the line.
         raise
     except BaseException:
         print(flush=True)

@@ -1,4 +1,4 @@
-"""`ovq inspect`: look into the memory of a model that reads a text, as one HTML page and as figures."""
+"""`ovq inspect`: show the memory of a model that reads a text, as one HTML page and as figures."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def inspect(
     check_folder("--figures", figures)
     given = as_text(prompt, flag="--prompt") if prompt is not None else read_text(str(text), flag="--text")
     if figures is not None:
-        # Before the reading: an extra that is missing must not cost it.
+        # Before reading, so that a missing extra does not waste it.
         save_figures = from_laboratory("ovq_lab.plots.memory:save_memory_figures", what="--figures")
     from ovq.inspect import inspect_text, token_pieces, write_page
     from ovq.runtime.progress import Reporter
@@ -87,7 +87,7 @@ def inspect(
     ids = encode(given, tokenizer, vocab_size=loaded.config.vocab_size, flag=flag)
     name = "prompt" if text is None else "standard input" if text == "-" else Path(text).name
     with Reporter() as reporter:
-        # Each layer by itself.
+        # Tokens are counted per layer.
         total = len(layers) * min(len(ids), max_tokens)
         work = reporter.start(f"read {name}", total=total)
         found = inspect_text(
@@ -117,10 +117,10 @@ def inspect(
 
 
 def _check_view(model: Path, config: PreTrainedConfig, layer: int | None, head: int | None) -> list[int]:
-    """The layers that have slots.
+    """Indices of the layers with slots.
 
     Raises:
-        ValueError: If there are none, or the layer is none of them, or there is no such head.
+        ValueError: If there are none, the layer is not one of them, or there is no such head.
     """
     layers = list(range(config.num_hidden_layers))
     if not is_converted(model):
@@ -135,14 +135,14 @@ def _check_view(model: Path, config: PreTrainedConfig, layer: int | None, head: 
 
 
 def _table(found: InspectedText) -> Table:
-    """What became of the tokens in each head, as a table for the terminal."""
+    """Statistics of the tokens in each head, as a table for the terminal."""
     from rich.table import Table
 
     from ovq.inspect import LEVEL_NAMES, sharing
 
     table = Table(title=f"What is kept of {found.num_tokens:,} tokens")
     has_dropped = found.level_names == LEVEL_NAMES
-    # Broken by hand: broken by rich, heads would lose letters at 80 columns.
+    # With manual line breaks, because rich would truncate heads at 80 columns.
     for column in (
         "layer",
         "head",

@@ -1,8 +1,7 @@
-"""Saved models: files that are damaged or do not fit together are refused in one line, and nothing is made
-up.
+"""Loading saved models strictly: damaged or inconsistent files are refused with one line.
 
-`from_pretrained` keeps the conventions of transformers: it initialises missing weights at random and warns.
-Heavy imports are inside the functions.
+`from_pretrained` alone follows transformers: it initialises missing weights at random and warns. Heavy
+imports are inside the functions.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ if TYPE_CHECKING:
 
 _MODEL_TYPE = "ovq"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
-"""A model has a tokenizer if one of them lies beside it."""
-# What transformers raises on values it does not expect. Its OSError and ValueError explain themselves.
+"""A model has a tokenizer if its folder has one of these files."""
+# Exceptions of transformers for unexpected values. Its OSError and ValueError are clear by themselves.
 FOREIGN_ERRORS = (ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError)
 
 
@@ -31,7 +30,7 @@ def check_model_folder(folder: Path, *, hint: str = "") -> None:
 
     Args:
         folder: The folder.
-        hint: What to do with another model, for the message.
+        hint: End of the error message, on what to do with another model.
     """
     found = _model_type(folder)
     if found != _MODEL_TYPE:
@@ -64,12 +63,12 @@ def load_config(folder: Path) -> OVQConfig:
 def load_model(
     folder: Path, *, num_slots: int | None = None, merge: str | None = None, logn_length: int | None = None
 ) -> OVQForCausalLM:
-    """Load a trained model onto the GPU if there is one, and set how it reads and remembers.
+    """Load a trained model onto the GPU if there is one, and change options of its dictionary.
 
     Args:
-        folder: Where it was saved.
-        num_slots: The size of its dictionary; `None` for its own, as for all that follow.
-        merge: The rule that keeps it.
+        folder: Folder of the model.
+        num_slots: Number of slots; `None` for the model's own, as for the other options.
+        merge: Update rule of the dictionary.
         logn_length: Tokens beyond which logits are scaled, see `OVQPreTrainedModel.set_logn_length`.
 
     Raises:
@@ -98,7 +97,7 @@ def load_model(
 
 
 def is_converted(folder: Path) -> bool:
-    """Whether the folder holds a model that `ovq convert` has written.
+    """Whether the folder holds a converted model, by its config.
 
     Raises:
         ValueError: If its config is damaged.
@@ -122,7 +121,7 @@ def load_any_config(folder: Path) -> PreTrainedConfig:
     """The config of a saved model of any kind.
 
     Raises:
-        ValueError: As for `load_config`, or if it is of no causal language model.
+        ValueError: As for `load_config`, or if it is not of a causal language model.
     """
     if is_own(folder):
         return load_config(folder)
@@ -151,19 +150,17 @@ def load_any_model(
     logn_length: int | None = None,
     weight_dtype: str | None = None,
 ) -> Any:
-    """Load an OVQ model, a converted one, or a causal language model of transformers as it is, onto the GPU
+    """Load an OVQ model, a converted one, or an unchanged causal language model of transformers, onto the GPU
     if there is one.
 
     Args:
-        folder: Where it was saved.
-        num_slots: As for `load_model`, like the next two.
-        merge: See there.
-        logn_length: See there.
-        weight_dtype: The format of a converted model's weights on a CPU, see `ovq.convert.attach`.
+        folder: Folder of the model.
+        num_slots, merge, logn_length: As for `load_model`.
+        weight_dtype: Format of a converted model's weights on a CPU, see `ovq.convert.attach`.
 
     Raises:
         OSError: If there are no weights.
-        ValueError: As for `load_model`; or if it is of no such kind, or an option is for models of another.
+        ValueError: As for `load_model`; or for another kind of model, or an option for another kind.
     """
     options: dict[str, Any] = {"num_slots": num_slots, "merge": merge, "logn_length": logn_length}
     if is_converted(folder):
@@ -206,7 +203,7 @@ def _with_report(kind: Any, folder: Path, config: PreTrainedConfig) -> tuple[Any
             config=config,
             local_files_only=True,
             output_loading_info=True,
-            # Refused later, where the weights are named.
+            # `check_loaded` refuses these, and names the weights.
             ignore_mismatched_sizes=True,
         )
 
@@ -230,7 +227,7 @@ def load_tokenizer(folder: Path) -> Any | None:
     # The tokenizers library raises plain exceptions.
     with _naming(folder, "the tokenizer of a model", (Exception,)):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        # Fields of a wrong type are noticed by whoever reads them.
+        # Use it once, as fields of a wrong type only raise errors then.
         tokenizer.decode(tokenizer("a", verbose=False)["input_ids"])
         return tokenizer
 
@@ -245,7 +242,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _naming(path: Path, what: str, foreign: tuple[type[Exception], ...] = FOREIGN_ERRORS) -> Iterator[None]:
-    """Turn errors of libraries about a file into a ValueError that names it and says what was expected."""
+    """Context manager that turns errors of libraries about a file into a ValueError that names the file."""
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
@@ -264,8 +261,8 @@ def _naming(path: Path, what: str, foreign: tuple[type[Exception], ...] = FOREIG
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the progress bar of loading, which is too short to be seen, and the table of what does not
-    fit."""
+    """Context manager that hides transformers' progress bar of loading, which is brief, and its table of
+    mismatched weights."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
@@ -278,7 +275,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _check_end(path: Path, found: Any) -> None:
-    """Raise ValueError unless the tokens that end a text are token ids."""
+    """Raise ValueError unless the end tokens are token ids."""
     tokens = found if isinstance(found, list) else [] if found is None else [found]
     if not all(isinstance(token, int) for token in tokens):
         raise ValueError(f"{path}: expected eos_token_id to be a token id or a list of them, found {found!r}")

@@ -1,4 +1,4 @@
-"""`ovq memory`: bytes of a model's state at any length, beside the KV cache of full attention."""
+"""`ovq memory`: bytes of a model's state at any length, compared with the KV cache of full attention."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _load_config(name: str) -> Any:
 
 
 def _state_bytes(config: Any, lengths: list[int], num_slots: int | None) -> list[dict[str, int]]:
-    """Bytes of the model and of its counterpart with full attention, one row for each length."""
+    """State bytes of the model and of its counterpart with full attention, one row per length."""
     import copy
 
     import torch

@@ -1,4 +1,4 @@
-"""The options that several commands take; those of `EVERYWHERE` are taken by all of them."""
+"""Options of several commands; all commands take those of `EVERYWHERE`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _WEIGHT_DTYPES = ("auto", "float32", "bfloat16", "int8", "int4")
 
 
 def check_rule(rule: str | None) -> str | None:
-    """A rule for `--merge`, or none; those of earlier versions pass.
+    """Check the value of `--merge`, which may be None or a rule of earlier versions; returns it.
 
     Raises:
         ValueError: If there is no such rule; names the flag.
@@ -114,7 +114,7 @@ SlotSeed = Annotated[
 
 
 def sampling_of(**fields: Any) -> Sampling:
-    """How tokens are chosen; errors name the flags."""
+    """The `Sampling` with these fields; errors name the flags."""
     from ovq.hf.streaming import Sampling
 
     try:

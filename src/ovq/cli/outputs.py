@@ -1,5 +1,4 @@
-"""Standard input, output and error in any state: open, closed, or a pipe that nobody reads; and in any
-encoding."""
+"""Robust standard streams: closed streams, broken pipes, and any encoding."""
 
 from __future__ import annotations
 
@@ -14,8 +13,8 @@ import sys
 def open_closed_streams() -> None:
     """Replace streams that the caller has closed (`ovq ... >&-`) by the null device.
 
-    Python has None there. The next file to be opened would get the number of the stream, and with it whatever
-    a library prints.
+    Python sets them to None. The next opened file would get the stream's descriptor, and with it whatever a
+    library prints.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
@@ -25,16 +24,16 @@ def open_closed_streams() -> None:
 def accept_all_text() -> None:
     """Read text as UTF-8, and print any text, whatever encoding the system prefers (`LC_ALL=C`).
 
-    Characters that the output's encoding lacks are printed as Python writes them (`\\xfc`), instead of an
-    error in the middle of a text. Bytes of a file's name that are no text are printed as they are.
+    Characters that the output's encoding lacks are printed as escapes (`\\xfc`), instead of an error in the
+    middle of a text. Undecodable bytes of file names are printed as they are.
     """
     codecs.register_error(_ERRORS, _bytes_or_escapes)
-    # Others may have replaced them by streams of another kind, without an encoding.
+    # The streams may have been replaced by objects without an encoding.
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(encoding="utf-8", errors="strict")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # What cannot be written to is found out where something is.
+            # A stream that cannot be written to raises its error later, when it is used.
             with contextlib.suppress(OSError):
                 stream.reconfigure(errors=_ERRORS)
 
@@ -43,7 +42,7 @@ _ERRORS = "ovq_bytes_or_escapes"
 
 
 def _bytes_or_escapes(error: UnicodeError) -> tuple[str | bytes, int]:
-    """What to print for characters that cannot be encoded, as `codecs.register_error` wants it."""
+    """Error handler of codecs for characters that cannot be encoded: the original bytes, or escapes."""
     try:
         return codecs.lookup_error("surrogateescape")(error)
     except UnicodeError:
@@ -51,10 +50,10 @@ def _bytes_or_escapes(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 class Readers:
-    """Whether those who read the output of this process are still there.
+    """Detects whether a reader of this process's output has closed its pipe.
 
-    It checks copies of standard output and error, because rich points output at the null device when it finds
-    a broken pipe.
+    It checks copies of standard output and error, because rich redirects output to the null device when it
+    finds a broken pipe.
     """
 
     def __init__(self) -> None:
@@ -64,8 +63,8 @@ class Readers:
                 self._copies.append(os.dup(number))
 
     def is_one_gone(self) -> bool:
-        """Whether a pipe of this process has no reader left. Others break too, for example those of
-        workers."""
+        """Whether standard output or error is a pipe without a reader. Other pipes can break too, for example
+        those of workers."""
         if not hasattr(select, "poll"):
             return True
         poll = select.poll()
@@ -80,7 +79,7 @@ class Readers:
 
 
 def drop_unwritten() -> None:
-    """Discard what cannot be written; otherwise Python would try again at its exit, and complain."""
+    """Discard output that cannot be written; otherwise Python would try again at exit and print an error."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

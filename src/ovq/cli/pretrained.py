@@ -1,4 +1,4 @@
-"""The model that `ovq convert` takes: a folder or a name on the hub of transformers, or a GGUF file."""
+"""Loading the model for `ovq convert`: from a folder, from the hub, or from a GGUF file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from ovq.cli.loading import FOREIGN_ERRORS, TOKENIZER_FILES
 
-# Types of tensors in GGUF files that are not quantised.
+# Tensor types of GGUF files that are not quantised.
 _EXACT = ("F64", "F32", "F16", "BF16")
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -20,18 +20,18 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 def load_pretrained(
     name: str, *, gguf_file: str | None, dtype: str, say: Callable[[str], None]
 ) -> tuple[Any, Any]:
-    """The model, and its tokenizer; None if it has none.
+    """The model and its tokenizer (None if it has none).
 
     Args:
         name: A folder, a name on the hub, or a GGUF file.
         gguf_file: A GGUF file in that folder or repository.
-        dtype: One of `DTYPES`. `"auto"` is what the model has, or a narrower one in which nothing is lost:
-            float32 that holds numbers of bfloat16 or float16, and what was quantised, in bfloat16.
-        say: Called with a line before what takes long.
+        dtype: One of `DTYPES`. `"auto"` is the model's own, or 16 bits if nothing is lost: bfloat16 or
+            float16 for float32 weights that fit exactly, bfloat16 for weights that were quantised.
+        say: Called with a line of text before slow steps.
 
     Raises:
         FileNotFoundError: If there is no such GGUF file.
-        ValueError: If there is no such model, or it is none, or its tokenizer is damaged.
+        ValueError: If there is no such model, it is not a causal language model, or its tokenizer is damaged.
     """
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
@@ -48,7 +48,7 @@ def load_pretrained(
         try:
             wanted = "float32" if is_gguf and dtype == "auto" else dtype
             model = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, **options).eval()
-        # Offline, transformers does not say which model it could not find.
+        # Offline, transformers' error does not name the model.
         except (*FOREIGN_ERRORS, OSError, ValueError, SafetensorError, StrictDataclassError) as error:
             raise ValueError(
                 f"--model: expected a causal language model, found {name!r} ({error})"
@@ -63,7 +63,7 @@ def load_pretrained(
 
 
 def _place(name: str, gguf_file: str | None) -> tuple[str, dict[str, str]]:
-    """What transformers calls a model, and its options for a GGUF file."""
+    """Name of a model for `from_pretrained`, and its options for a GGUF file."""
     if gguf_file is None and name.endswith(".gguf"):
         path = Path(name)
         if not path.is_file():
@@ -82,8 +82,9 @@ def _place(name: str, gguf_file: str | None) -> tuple[str, dict[str, str]]:
 
 @contextlib.contextmanager
 def _parsing_once() -> Iterator[None]:
-    """transformers parses a GGUF file, with all its tokens, for the config, the weights and the tokenizer
-    each, and names its tensors anew for each module: of 27 seconds for SmolLM2-135M this saves 10.
+    """Context manager that caches the parsing of GGUF files. transformers parses a file, with all its tokens,
+    for config, weights and tokenizer, and maps tensor names per module: this saves 10 of 27 s for
+    SmolLM2-135M.
     """
     import gguf
 
@@ -99,7 +100,7 @@ def _parsing_once() -> Iterator[None]:
 
 
 def _dequantized(model: Any) -> Any:
-    """The same weights, which loading has dequantised, in a model that transformers agrees to save."""
+    """A model with the same dequantised weights that transformers can save."""
     from transformers.initialization import no_init_weights
 
     fields = {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
@@ -112,7 +113,7 @@ def _dequantized(model: Any) -> Any:
 
 
 def _header(source: str, name: str) -> Any:
-    """What a GGUF file says of itself, which has just been read."""
+    """The parsed GGUF file, which `_parsing_once` has cached."""
     import gguf
     from transformers.utils import cached_file
 
@@ -122,7 +123,7 @@ def _header(source: str, name: str) -> Any:
 
 
 def _narrowed(model: Any, *, is_rounded: bool) -> Any:
-    """A model of float32 in 16 bits, if these hold all its weights, or the weights were rounded further."""
+    """A float32 model in 16 bits, if these hold all weights exactly, or the weights were quantised before."""
     import torch
 
     if model.dtype != torch.float32:
@@ -130,7 +131,7 @@ def _narrowed(model: Any, *, is_rounded: bool) -> Any:
     for dtype in (torch.bfloat16, torch.float16):
         if all(torch.equal(p, p.to(dtype).float()) for p in model.parameters()):
             return model.to(dtype)
-    # In bfloat16 nearly all models are published. CPUs read in float16 at a sixth of its speed
+    # Nearly all models are published in bfloat16, and on CPUs float16 has a sixth of its speed
     # (docs/results/convert.md, "Presets").
     return model.to(torch.bfloat16) if is_rounded else model
 

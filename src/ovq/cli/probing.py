@@ -1,4 +1,4 @@
-"""The probe of `ovq convert`: what it reads, what it costs, and how far it is."""
+"""The probe of `ovq convert`: its texts, its estimated cost, and its progress."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from ovq.runtime.progress import Reporter
 if TYPE_CHECKING:
     from ovq.convert.presets import Preset
 
-# Of the numbers that are hidden in a text of the probe.
+# Seed of the numbers hidden in a text of the probe.
 _NEEDLE_SEED = 7
-# SmolLM2-135M and three texts of 3,072 tokens, on one core: docs/results/convert.md, "Presets".
+# Measured for SmolLM2-135M and three texts of 3,072 tokens, on one core: docs/results/convert.md, "Presets".
 _SECONDS = {"passes": 99.0, "trials": 69.0}
 _WEIGHTS, _NUMBERS, _TOKENS, _OPTIONS = 134.5e6, 90 * 64, 3 * 3072, 46
 
@@ -31,17 +31,17 @@ def probed(
     has_fit: bool,
     settings: dict[str, Any],
 ) -> Preset:
-    """The memory that a probe finds, with `rows` rows per head on average, and biases if `has_fit`.
+    """Run a probe; returns the memory that it finds, as a preset.
 
     Args:
-        model: Not converted yet.
-        tokenizer: Its own.
-        texts: By name; those of the package if there are none. Numbers are hidden in the first one.
-        name: What the model is called.
-        rows: See above.
-        num_tokens: Of each text.
-        needle_weight: How much the hidden numbers count; a text counts 1.
-        has_fit: See above.
+        model: A model that is not converted yet.
+        tokenizer: Its tokenizer.
+        texts: Texts by name; if empty, those of the package. Numbers are hidden in the first one.
+        name: Name of the model.
+        rows: Average rows per head.
+        num_tokens: Tokens to read of each text.
+        needle_weight: Weight of the text with hidden numbers; each other text has 1.
+        has_fit: Whether to fit biases of the slots' scores.
         settings: `num_sinks`, `chunk_size`, `merge` and `value_weight` of the memory.
 
     Raises:
@@ -119,7 +119,7 @@ def probed(
 
 
 def _cost(model: Any, lengths: list[int], num_options: int) -> str:
-    """What a probe takes, in a line that is said before it begins."""
+    """A line with the estimated time and disk space of a probe."""
     from ovq.convert.attach import kv_heads
 
     heads = kv_heads(model)
@@ -131,7 +131,7 @@ def _cost(model: Any, lengths: list[int], num_options: int) -> str:
     seconds = _SECONDS["passes"] * weights / _WEIGHTS
     seconds += _SECONDS["trials"] * numbers / _NUMBERS * num_options / _OPTIONS
     seconds *= tokens / _TOKENS
-    # Of all tokens keys and values; of a third of them queries and outputs in float32, and gradients.
+    # Keys and values of all tokens; float32 queries and outputs, and gradients, of a third of them.
     size = model.dtype.itemsize
     per_token = 2 * numbers * size
     per_token += len(heads) * model.config.num_attention_heads * dim * (2 * 4 + size) / 3

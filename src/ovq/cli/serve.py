@@ -103,7 +103,7 @@ def serve(
         step_tokens=step_tokens,
         prefix_bytes=prefix_cache * _MIB,
     )
-    # A port in use is found out before the model is loaded, which takes longer.
+    # Detect a port in use before loading the model, which takes longer.
     with bound(host, port) as listener:
         from transformers import set_seed
 
@@ -137,7 +137,7 @@ def _run(
     from ovq.serve.app import create_app
     from ovq.serve.server import Server, configured, is_loopback, url_of
 
-    # Without a key, pages of other sites in a browser on this machine must be kept out in another way.
+    # Without a key, the header Host must keep out pages of other sites in a browser on this machine.
     hosts = ["localhost", "127.0.0.1", "[::1]", host] if key is None and is_loopback(host) else None
 
     def say_ready() -> None:
@@ -152,7 +152,7 @@ def _run(
 
 
 def _named(given: str) -> tuple[str, Path]:
-    """The name and the file of a `--context`."""
+    """Name and file of a `--context`."""
     from ovq.serve.contexts import NAME
 
     name, separator, file = given.partition("=")
@@ -169,7 +169,7 @@ def _named(given: str) -> tuple[str, Path]:
 
 
 def _api_key(file: Path | None) -> str | None:
-    """The key that clients must send, if there is one."""
+    """The key that clients must send; None for no key."""
     key = (
         os.environ.get(_KEY_VARIABLE)
         if file is None
@@ -204,7 +204,7 @@ def _add_contexts(service: Service, files: Sequence[tuple[str, Path]]) -> None:
 
 
 def _about(service: Service, url: str, *, has_key: bool) -> str:
-    """One line that says what is served, where, and how much of it."""
+    """One line with the address, the model and the limits of the server."""
     limits = service.limits
     contexts = ", ".join(service.contexts.names) or "none"
     return (

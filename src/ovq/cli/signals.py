@@ -1,7 +1,7 @@
-"""Signals that end a command: Ctrl-C, SIGTERM, and SIGHUP of a terminal that is closed.
+"""Signals that end a command: Ctrl-C, SIGTERM, and SIGHUP of a closed terminal.
 
 Each is raised as an exception, so that workers are ended and temporary files removed; by default, SIGTERM and
-SIGHUP end a Python program where it stands.
+SIGHUP end a Python program without any cleanup.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from functools import partial
 from types import FrameType
 from typing import Any
 
-# Those who end a program often send a signal twice, to it and to its group: this is not impatience.
+# Programs that end another often send a signal twice, to it and to its group, which counts as one signal.
 _SECONDS_OF_ONE_SIGNAL = 1.0
 _SECONDS_BEFORE_ANOTHER_TRY = 0.05
 
 
 class Ended(SystemExit):
-    """A signal other than that of Ctrl-C has come. The exit code is the one that a shell reports for it.
+    """A signal other than Ctrl-C has come. The exit code is the one that a shell reports for it.
 
     Attributes:
-        name: Of the signal.
+        name: Name of the signal.
 
     Example:
         >>> Ended(signal.SIGTERM).code, Ended(signal.SIGTERM).name
@@ -39,14 +39,14 @@ class Ended(SystemExit):
 
 @contextlib.contextmanager
 def raised() -> Iterator[None]:
-    """Raise signals in the block as `KeyboardInterrupt` or `Ended`; those that are ignored or handled
-    otherwise (`nohup`, a program that calls `main`) are left so.
+    """Context manager that raises signals as `KeyboardInterrupt` or `Ended`. Signals that are ignored or have
+    another handler (`nohup`, a program that calls `main`) stay so.
 
-    An exception that is raised inside a destructor gets no further than that. This happens above all while
-    PyTorch is imported; it is then raised again a moment later.
+    Python does not propagate an exception raised inside a destructor, which happens mostly while PyTorch is
+    imported; such a signal is raised again a moment later.
     """
     if threading.current_thread() is not threading.main_thread():
-        # Python lets no other thread handle signals.
+        # Only the main thread can handle signals.
         yield
         return
     hook = sys.unraisablehook
@@ -79,7 +79,7 @@ def raised() -> Iterator[None]:
 
 @contextlib.contextmanager
 def noted() -> Iterator[Callable[[], bool]]:
-    """Note Ctrl-C in the block, in place of raising it; yields a function that says whether it has come.
+    """Context manager that catches Ctrl-C without raising; yields a function that tells whether it has come.
 
     Example:
         >>> with noted() as has_come:
@@ -101,7 +101,7 @@ def noted() -> Iterator[Callable[[], bool]]:
 
 
 class _Handler:
-    """Raises `Ended` for a signal, and not again for what is the same signal."""
+    """Raises `Ended` for a signal, but not again for its repetition within a second."""
 
     def __init__(self) -> None:
         self._last = -_SECONDS_OF_ONE_SIGNAL
@@ -116,7 +116,7 @@ class _Handler:
 def _raise_soon(number: int) -> None:
     main = threading.main_thread().ident
     assert main is not None
-    # Whatever the main thread waits for then. On Windows it waits until it runs again.
+    # Interrupts whatever the main thread waits for; on Windows, only takes effect when it runs again.
     send = partial(signal.pthread_kill, main) if hasattr(signal, "pthread_kill") else signal.raise_signal
     timer = threading.Timer(_SECONDS_BEFORE_ANOTHER_TRY, send, (number,))
     timer.daemon = True
