@@ -182,7 +182,7 @@ def load_any_model(
     from ovq.hf.hub import check_loaded
 
     model, report = _with_report(AutoModelForCausalLM, folder, config)
-    # Files of others may hold more than the model of transformers has.
+    # Pretrained checkpoints may have extra weights, which transformers ignores.
     check_loaded(folder, {**report, "unexpected_keys": []})
     return model.to(_device()).eval()
 
@@ -196,7 +196,7 @@ def _check_none(what: str, *, hint: str = "", **given: Any) -> None:
 
 
 def _with_report(kind: Any, folder: Path, config: PreTrainedConfig) -> tuple[Any, dict[str, Any]]:
-    """A model, and what `check_loaded` is to look at."""
+    """A loaded model, and the loading info for `check_loaded`."""
     with _naming(folder, "the weights of a saved model"), _quiet():
         return kind.from_pretrained(
             folder,

@@ -132,7 +132,7 @@ def attach(
             the model's own. It is not saved.
 
     Returns:
-        The model itself; its class is now a subclass of its own class, with `ConvertedMixin`.
+        The same model; its class is now a subclass of the original class, with `ConvertedMixin`.
 
     Raises:
         ValueError: a number out of range, or a model that cannot be converted (the message says why).

@@ -28,7 +28,7 @@ def model_assignments(
         model: an `OVQModel` or `OVQForCausalLM`.
         input_ids: `[B, T]`.
         inputs: other arguments of the model's backbone, such as `attention_mask`. A cache is updated, as in
-            any call; the assignments are then those of the new tokens.
+            any call; the assignments are then of the new tokens only.
 
     Returns:
         The assignments of each OVQ layer, by layer index.

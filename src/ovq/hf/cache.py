@@ -404,7 +404,7 @@ def one_cache(past_key_values: Any, cache: Any) -> OVQCache | None:
 
 
 def one_of(past_key_values: Any, cache: Any) -> Any:
-    """What a caller passed under either of two names; ValueError if it passed two things."""
+    """The argument passed under either of two names; ValueError if two different objects were passed."""
     if past_key_values is not None and cache is not None and past_key_values is not cache:
         raise ValueError(
             "expected one of past_key_values and cache, which are the same argument; found two caches"

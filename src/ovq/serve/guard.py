@@ -59,7 +59,7 @@ class Guard:
             is_upload = kind == UPLOAD and (scope["method"], scope["path"]) in self._uploads
             if not is_upload:
                 if scope["method"] in ("POST", "PUT", "PATCH") and kind != _JSON:
-                    # For other types, browsers let pages of any site send requests without a preflight.
+                    # Browsers let pages of any site send some other types without a preflight.
                     raise APIError(415, f"Content-Type: expected {_JSON}, found {kind[:80]!r}")
                 receive = await self._with_body(receive, headers)
         except APIError as error:
