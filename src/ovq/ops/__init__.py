@@ -1,7 +1,7 @@
 """The OVQ attention op: `ovq_attention`, its state, and its backends.
 
-`attention.py` is where users enter, `naive.py` is the reference to read, and `backends/` holds what runs a
-call.
+`attention.py` is the entry point, `naive.py` the reference to read first, and `backends/` holds the fast
+implementations.
 """
 
 from ovq.ops.assignments import SlotAssignments, slot_assignments

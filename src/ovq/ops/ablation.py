@@ -1,4 +1,4 @@
-"""`Ablation`: parts of the layer that are changed to see what each is worth, and the names they had once."""
+"""`Ablation`: changes of parts of the layer for ablations, and their argument names of version 0.2."""
 
 from __future__ import annotations
 
@@ -23,21 +23,20 @@ def check_rate(name: str, rate: float | str) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ablation:
-    """Parts of the layer, each changed for the ablations of the paper (docs/results/ablations.md).
+    """Changes of parts of the layer for the ablations of the paper (docs/results/ablations.md).
 
-    No change pays, so the kernels do not know them: the backends `naive` and `torch` do.
+    None of them improves the layer, so only the backends `naive` and `torch` support them.
 
     Attributes:
-        bias: what is added to the score scale q.D of a slot with mean D and count c: log c (`"count"`), or
-            log c - scale |D|^2 / 2 (`"count+norm"`, a term that cancels where all norms are equal). A token
-            of the chunk is a slot of count 1.
-        rate: how far a slot's means move towards each token merged into it, in order of position: 1 / count
-            (`"count"`, the running mean), or a constant share in (0, 1]. Counts add up either way. Steps at a
-            constant rate cannot be undone in the backward, so training keeps the probabilities of every
-            chunk.
+        bias: bias of the score scale q.D of a slot with mean D and count c: log c (`"count"`), or
+            log c - scale |D|^2 / 2 (`"count+norm"`; the norm term cancels if all norms are equal). A token of
+            the chunk acts as a slot of count 1.
+        rate: step size of a slot's means towards each merged token, in order of position: 1 / count
+            (`"count"`, the running mean), or a constant in (0, 1]. Counts add up either way. The backward
+            cannot undo steps at a constant rate, so training stores the probabilities of every chunk.
 
     Raises:
-        ValueError: a value outside its range.
+        ValueError: if a value is out of range.
     """
 
     bias: str = "count"
@@ -50,7 +49,7 @@ class Ablation:
 
     @classmethod
     def of(cls, given: Ablation | Mapping[str, Any] | None) -> Ablation:
-        """An ablation, also from its changes by name; of None, the layer as it is.
+        """`Ablation` from a mapping of its fields; None gives the unchanged layer.
 
         Example:
             >>> Ablation.of({"rate": 0.5})
@@ -66,7 +65,7 @@ class Ablation:
 
     @property
     def changes(self) -> dict[str, Any] | None:
-        """What is not as in the layer, by name; None if nothing is.
+        """Fields that differ from the unchanged layer, by name; None if there are none.
 
         Example:
             >>> Ablation(bias="count+norm").changes, Ablation().changes
@@ -78,22 +77,22 @@ class Ablation:
 
 
 UNCHANGED = Ablation()
-# Not asked of the class where it is needed: a graph that is being made cannot.
+# Computed once here, as `torch.compile` cannot trace `dataclasses.fields`.
 NAMES = tuple(field.name for field in dataclasses.fields(Ablation))
 
 
 def with_earlier_names(
     ablation: Ablation | Mapping[str, Any] | None, earlier: Mapping[str, Any], function: Callable
 ) -> Ablation:
-    """An ablation, and what was given by keywords of version 0.2 that are its names now; warns of those once.
+    """`Ablation` including fields passed as separate keywords, as in version 0.2; warns once for each.
 
     Args:
-        ablation: what is given by its name.
+        ablation: the value of the argument `ablation`.
         earlier: other keywords.
-        function: who takes them.
+        function: the function that received them, for error messages.
 
     Raises:
-        TypeError: a keyword that never was one.
+        TypeError: if a keyword never existed.
     """
     found = Ablation.of(ablation)
     for name in earlier:
@@ -105,7 +104,7 @@ def with_earlier_names(
 
 
 def with_ablation(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a config that has those of `Ablation` as its own, as one that has them together.
+    """Fields of a config with the fields of `Ablation` collected under `"ablation"`.
 
     Example:
         >>> with_ablation({"num_slots": 8, "bias": "count", "rate": 0.5})

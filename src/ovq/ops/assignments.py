@@ -1,8 +1,8 @@
-"""`slot_assignments`: which token of a call is in which slot, for people who want to see into the memory.
+"""`slot_assignments`: the slot of every token of a call, to inspect the memory.
 
-It merges the tokens as `ovq_attention` does, by the same code, but reads nothing. `"nearest"` merges slots
-with slots, so a token may move on after its own chunk. What backends report is therefore chunk by chunk
-(`backends/learned.py`), and carried on to the end here.
+It merges the tokens as `ovq_attention` does, by the same code, but computes no attention. `"nearest"` merges
+slots with slots, so a token may change its slot after its own chunk. Backends therefore report assignments
+chunk by chunk (`backends/learned.py`), which are traced to the end of the call here.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from ovq.ops.uncompiled import uncompiled
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class SlotAssignments:
-    """Where the tokens of a call are in the dictionary.
+    """The slots of the tokens of a call.
 
-    Tensors of tokens have the layout of the call, and -1 at padding and at tokens that are pending. R is the
-    number of rows: B, or those packed into a batch of 1. A token's *position* is the number of tokens of its
-    row before it, those of earlier calls included.
+    Per-token tensors have the layout of the call, with -1 at padding and (in slots) at pending tokens. R is
+    the number of rows: B, or the number of rows packed into a batch of 1. The *position* of a token is the
+    number of tokens before it in its row, earlier calls included.
 
     Attributes:
-        slots: `[B, Hkv, T]` int64 slot that each token is in at the end of the call.
-        chunk_slots: `[B, Hkv, T]` slot that it was in right after its own chunk. It differs from `slots` only
+        slots: `[B, Hkv, T]` int64 slot of each token at the end of the call.
+        chunk_slots: `[B, Hkv, T]` slot of each token right after its own chunk. It differs from `slots` only
             where a rule that merges pairs has merged that slot into another.
-        earlier_slots: `[R, Hkv, M]` where the slots of the initial state ended, -1 for spare ones.
-        earlier_pending: `[R, Hkv, C]` where the tokens ended that were pending in the initial state.
+        earlier_slots: `[R, Hkv, M]` final slot of each slot of the initial state, -1 for spare ones.
+        earlier_pending: `[R, Hkv, C]` final slot of each token that was pending in the initial state.
         position: `[B, T]` position of each token. row: `[B, T]` row of each token.
-        state: the state after the call, as `ovq_attention` returns it; its `count` counts the tokens of each
-            slot, those of earlier calls included.
+        state: the state after the call, as `ovq_attention` returns it; its `count` includes the tokens of
+            earlier calls.
 
     Example:
         >>> keys = torch.eye(4)[[0, 1, 0, 1, 2, 2, 0, 3, 3]][None, :, None]
@@ -70,9 +70,9 @@ class SlotAssignments:
     _history: _History = dataclasses.field(repr=False)
 
     def after(self, num_tokens: int) -> Tensor:
-        """The slots `[B, Hkv, T]` that tokens were in after the first `num_tokens` tokens of each row.
+        """Slots `[B, Hkv, T]` of the tokens after the first `num_tokens` tokens of each row.
 
-        Tokens that were pending then have -1. These are the slots that a query at that place reads.
+        Tokens not merged by then have -1. A query at that position reads these slots.
 
         Raises:
             ValueError: if `num_tokens` is negative.
@@ -88,10 +88,10 @@ class SlotAssignments:
         return self._history.slots(num_tokens)
 
     def members(self, slot: int, *, head: int = 0, row: int = 0) -> Tensor:
-        """The positions of the tokens of this call in a slot at the end, in order.
+        """Positions of the tokens of this call that end in a slot, ascending.
 
         Raises:
-            ValueError: if there can be no such slot, head or row.
+            ValueError: if `slot`, `head` or `row` is out of range.
         """
         num_rows, num_heads, _ = self.state.count.shape
         most = {"slot": self.state.num_slots, "head": num_heads, "row": num_rows}
@@ -103,7 +103,7 @@ class SlotAssignments:
 
     @property
     def oldest(self) -> Tensor:
-        """`[R, Hkv, M]` lowest position in each slot among the tokens of this call; -1 where it has none."""
+        """`[R, Hkv, M]` lowest position of a token of this call in each slot; -1 if there is none."""
         index, position = self._flat()
         longest = torch.iinfo(torch.int64).max
         lowest = index.new_full((self.state.count.numel(),), longest)
@@ -112,7 +112,7 @@ class SlotAssignments:
 
     @property
     def mean_position(self) -> Tensor:
-        """`[R, Hkv, M]` mean position in each slot, float64, likewise; NaN where it has no such token."""
+        """`[R, Hkv, M]` float64 mean position of the tokens of this call in each slot; NaN if none."""
         index, position = self._flat()
         zeros = torch.zeros(self.state.count.numel(), dtype=torch.float64, device=index.device)
         total = zeros.index_add(0, index, position.double())
@@ -120,7 +120,7 @@ class SlotAssignments:
         return (total / number).view(self.state.count.shape)
 
     def _flat(self) -> tuple[Tensor, Tensor]:
-        """By token and head, where it is in a slot: that slot as a place in `[R * Hkv * M]`; the position."""
+        """For each merged (token, head): its slot as an index into `[R * Hkv * M]`, and its position."""
         _, num_heads, capacity = self.state.count.shape
         b, h, t = (self.slots >= 0).nonzero(as_tuple=True)
         stream = self.row[b, t] * num_heads + h
@@ -147,22 +147,21 @@ def slot_assignments(
     backend: str = "auto",
     **earlier_names: Any,
 ) -> SlotAssignments:
-    """Which slot each token of a call of `ovq_attention` ends in, for every row and key/value head.
+    """Slots of the tokens of a call of `ovq_attention`, for every row and key/value head.
 
-    Queries play no part in it, so it takes none; keys, values and options are those of the call. It carries
-    no gradient.
+    Pass the keys, values and options of that call; queries have no influence. There are no gradients.
 
     Args:
         k: `[B, T, Hkv, K]` keys. v: `[B, T, Hkv, V]` values.
         num_slots, chunk_size, growth, init, merge, value_weight, generator: as in `ovq_attention`.
         token_weights, log_forget, ablation, earlier_names: as in `ovq_attention`.
-        initial_state: the state that the call continues from. It is not changed.
+        initial_state: the state to continue from. It is not changed.
         attention_mask, cu_seqlens: as in `ovq_attention`.
         backend: `"torch"`, `"cpu"` (compiled for this processor), `"triton"` (not with `log_forget`) or
             `"auto"`, the fastest that can. The assignments of all backends of `ovq_attention` are equal.
 
     Raises:
-        ValueError: if an argument does not fit; the message says what was expected and what was found.
+        ValueError: if an argument is invalid; the message says what was expected and what was found.
 
     Example:
         >>> k, v = torch.randn(2, 1, 40, 2, 8).unbind()
@@ -190,17 +189,17 @@ def slot_assignments(
         "token_weights": token_weights,
         "log_forget": log_forget,
     }
-    # Keys stand in for the queries, which only give the call its shape.
+    # Keys replace the queries, of which only the shape matters.
     return _slot_assignments({"q": k, "k": k, "v": v, "options": options, **given}, backend)
 
 
 @uncompiled
 @torch.no_grad()
 def _slot_assignments(given: dict[str, Any], backend: str) -> SlotAssignments:
-    """`slot_assignments` of arguments of `checked_call`."""
+    """`slot_assignments` for the arguments of `checked_call`."""
     k = given["k"]
     call = checked_call(**given, scale=checked_scale(None, k), wants_state=True)
-    # Before anything is laid out by options that nobody knows.
+    # First, so that options that no backend supports are refused before the layout is made.
     backend = chosen_to_learn(backend, k, call.v, call.options, call.gates)
     chunks = Chunks(call)
     before, plan = chunks.before, chunks.plan
@@ -236,13 +235,13 @@ def _places(call: Call) -> tuple[Tensor, Tensor]:
 
 
 class _History:
-    """What a call did chunk by chunk, from which follows where each token was at any time.
+    """The moves of a call chunk by chunk, from which the slot of each token at any time follows.
 
     Args:
         learned: the report of the backend.
         plan: the plan of the call.
         batch: B. length: T.
-        capacity: M, slots allocated.
+        capacity: M, number of allocated slots.
     """
 
     def __init__(self, learned: Learned, plan: Plan, batch: int, length: int, capacity: int) -> None:
@@ -251,7 +250,7 @@ class _History:
         self._num_complete = [n // plan.options.chunk_size for n in plan.aligned.lengths]
 
     def slots(self, num_tokens: int) -> Tensor:
-        """`[B, Hkv, T]` slots after `num_tokens` new tokens of each row."""
+        """Slots `[B, Hkv, T]` after `num_tokens` new tokens of each row."""
         aligned, size = self._plan.aligned, self._plan.options.chunk_size
         ends = [
             min(n, (pending + num_tokens) // size)
@@ -260,31 +259,31 @@ class _History:
         return self.of_tokens(self.carried(ends)[0])
 
     def of_tokens(self, chunks: Tensor) -> Tensor:
-        """`[B, Hkv, T]` from slots by chunk `[num_chunks, W, Hkv]`."""
-        # Padding gets 0 from `unalign`.
+        """Slots in the layout of the call, `[B, Hkv, T]`, from slots by chunk `[num_chunks, W, Hkv]`."""
+        # Shifted by 1, as `unalign` fills padding with 0.
         x = self._plan.aligned.unalign(chunks[..., None] + 1, self._batch, self._length)
         return x[..., 0].transpose(1, 2) - 1
 
     def of_chunks(self) -> Tensor:
-        """`[num_chunks, W, Hkv]` slot of each token right after its own chunk."""
+        """Slot of each token right after its own chunk, `[num_chunks, W, Hkv]`."""
         found = torch.full_like(self._learned.slots, -1, dtype=torch.int64)
         for first, n in zip(self._plan.aligned.first_chunk, self._num_complete, strict=True):
             found[first : first + n] = self._learned.slots[first : first + n]
         return found
 
     def carried(self, ends: Sequence[int] | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Where everything is after the first `ends[r]` chunks of each sorted row; None for all chunks.
+        """Slots after the first `ends[r]` chunks of each sorted row; None for all chunks.
 
         Returns:
-            Slots of tokens by chunk `[num_chunks, W, Hkv]`, of the slots of the initial state `[R, Hkv, M]`,
-            and of the tokens that were pending in it `[R, Hkv, C]`.
+            The slots of the tokens by chunk `[num_chunks, W, Hkv]`, of the slots of the initial state
+            `[R, Hkv, M]`, and of the tokens that were pending in it `[R, Hkv, C]`.
         """
         aligned = self._plan.aligned
         slots, moved = self._learned.slots, self._learned.moved
         ends = self._num_complete if ends is None else ends
         num_heads, device = slots.shape[2], slots.device
         found = torch.full_like(slots, -1, dtype=torch.int64)
-        # From the last chunk back: where a slot as it is after this chunk is in the end.
+        # Walking back from the last chunk, `to` maps slots after the current chunk to final slots.
         to = torch.arange(self._capacity, device=device).repeat(len(ends), num_heads, 1)
         for i in reversed(range(max(ends, default=0))):
             rows = [r for r, end in enumerate(ends) if end > i]

@@ -1,4 +1,4 @@
-"""`ovq_attention`: the entry point. It checks its arguments and hands them to a backend."""
+"""`ovq_attention`: the entry point of the op. It checks its arguments and calls a backend."""
 
 from __future__ import annotations
 
@@ -43,56 +43,55 @@ def ovq_attention(
 ) -> tuple[Tensor, OVQState | None]:
     """Online vector-quantized attention.
 
-    Each query attends with one softmax to two things: the slots of a dictionary that was learned online from
-    the earlier chunks (at most `num_slots` mean keys and values per head, biased by the log of their counts),
-    and the tokens of its own chunk up to and including itself. Time is linear in T, memory is constant. q and
-    k are used as they are; the layer L2-normalises them.
+    Each query attends, with one softmax, to the slots of a dictionary learned online from earlier chunks (at
+    most `num_slots` mean keys and values per head, biased by the log of their counts) and to the tokens of
+    its own chunk up to and including itself. Time is linear in T; the state has constant size. q and k are
+    not normalised here; the layer L2-normalises them.
 
     Args:
         q: `[B, T, H, K]` queries; float32, float64, bfloat16 or float16.
         k: `[B, T, Hkv, K]` keys; Hkv divides H, and query head h reads key/value head h // (H / Hkv).
         v: `[B, T, Hkv, V]` values; V may differ from K.
-        num_slots: N, the largest number of slots per head.
+        num_slots: N, the maximum number of slots per head.
         chunk_size: C, tokens per chunk. Part of the model, not a tiling choice: it changes the output.
         scale: factor of the dot products, a float or a (differentiable) tensor `[H]`; None means sqrt(K).
         initial_state: the state of an earlier call to continue from. It is not changed.
-        output_final_state: also return the state after the last token.
-        attention_mask: `[B, T]` of 0 and 1; the ones of a row are contiguous, with padding left or right of
-            them. The output is zero at padding, and padding does not enter the state. The layers of a model
-            pass `RowBounds` instead, which was checked once for all layers.
-        cu_seqlens: `[rows + 1]` bounds of rows packed into a batch of 1; a state then has that many rows.
-        growth: how the dictionary grows with the number t of tokens: `"plateau"` (t N / (t + N)), `"linear"`
-            or `"immediate"` (one slot per token while there is room). None: `"immediate"` where pairs are
-            merged (`"ward"`, `"ward-sqrt"`, `"nearest"`), else `"plateau"`.
-        init: which keys open slots: those least similar to all slots (`"novelty"`), or a `"random"` choice.
-        merge: whether other keys go to the slots that existed before their chunk (`"existing"`, the paper's
-            rule) or also to those that the chunk opened (`"updated"`). With `"nearest"`, the tokens of a
-            chunk and as many slots, in turn, each look for the slot or token nearest to them, in keys and
-            values, and the shortest of these edges are merged, in four parts. `"ward"` merges the cheapest
-            pairs of slots and tokens one after the other, and so does `"ward-sqrt"`, with costs in which
-            counts matter less: both are theory, and run in `"naive"` alone.
-        value_weight: w of the rules that merge pairs: the weight of distances between values, relative to
-            their mean squared length, beside those between keys.
-        token_weights: `[B, T, Hkv]` numbers of at least 0 (differentiable), what a token counts for in the
-            sums and counts of its slot. A slot is read with the log of its total weight in the place of its
-            log count. Tokens of the own chunk are read as if their weight were 1. None: 1 throughout.
-        log_forget: `[B, T, Hkv]` logs, at most 0 (differentiable), of the factor by which a token multiplies
-            the weight of everything before it in its row, tokens of its own chunk included; these then are
-            read with their weights too. Below -48 / chunk_size they count as that. None: nothing is
-            forgotten.
-        generator: seeds `init="random"` by its `initial_seed()`; None means PyTorch's default generator.
+        output_final_state: whether to also return the state after the last token.
+        attention_mask: `[B, T]` of 0 and 1; the ones of a row must be contiguous, with padding left or right
+            of them. Outputs at padding are zero, and padding does not enter the state. The layers of a model
+            pass `RowBounds` instead, checked once for all layers.
+        cu_seqlens: `[rows + 1]` offsets of rows packed into a batch of 1; states then have `rows` rows.
+        growth: schedule of the number of slots after t tokens: `"plateau"` (t N / (t + N)), `"linear"`
+            (t / 2) or `"immediate"` (one slot per token while there is room). None: `"immediate"` for rules
+            that merge pairs (`"ward"`, `"ward-sqrt"`, `"nearest"`), else `"plateau"`.
+        init: which keys open slots: the least similar to all slots (`"novelty"`), or a `"random"` choice.
+        merge: update rule of the dictionary. `"existing"`, the paper's rule: the other keys merge into slots
+            that existed before their chunk. `"updated"`: they may also merge into slots that the chunk
+            opened. `"nearest"`: the tokens of a chunk and up to C slots, in rotation, each have an edge to
+            the slot or token nearest in keys and values; the shortest edges are merged, in four parts.
+            `"ward"`: greedy merging of the cheapest pair of slots or tokens; `"ward-sqrt"`: likewise, with
+            costs in which counts matter less. Both are of theoretical interest and run only in `"naive"`.
+        value_weight: w, the weight of values relative to keys in the distances of the rules that merge
+            pairs; values are measured relative to their root mean square length.
+        token_weights: `[B, T, Hkv]` weights of at least 0 (differentiable): how often a token counts in the
+            sums and the weight of its slot. A slot is read with the log of its total weight instead of its
+            log count. A token's own chunk is read as if all weights were 1. None: all weights are 1.
+        log_forget: `[B, T, Hkv]` log forget gates, at most 0 (differentiable): each token multiplies the
+            weight of everything before it in its row by exp(log_forget), tokens of its own chunk included,
+            which then are read with their weights too. Clamped at -48 / chunk_size. None: no forgetting.
+        generator: its `initial_seed()` seeds `init="random"`; None means PyTorch's default generator.
         ablation: changes for ablations, an `ovq.ops.options.Ablation` or its values by name.
         backend: `"naive"` (reference loops), `"torch"` (matrix products, any device), `"cpu"` (compiled for
-            this processor) or `"triton"` (kernels for GPUs), both without float64 and what is there for
-            ablations: `ablation`, `init="random"` and `merge="updated"`; or `"auto"`: the fastest that can
-            run the call. `backend_used()` tells which ran.
-        earlier_names: `bias` and `rate`, which `ablation` has now.
+            this processor), `"triton"` (GPU kernels), or `"auto"`, the fastest that can run the call.
+            `"cpu"` and `"triton"` support neither float64 nor the ablations (`ablation`, `init="random"`,
+            `merge="updated"`). `backend_used()` tells which one ran.
+        earlier_names: `bias` and `rate` of version 0.2, now part of `ablation`.
 
     Returns:
-        Outputs `[B, T, H, V]` in the dtype of `q`, and the final `OVQState` (None unless asked for).
+        Outputs `[B, T, H, V]` in the dtype of `q`, and the final `OVQState` (None unless requested).
 
     Raises:
-        ValueError: if an argument does not fit; the message says what was expected and what was found.
+        ValueError: if an argument is invalid; the message says what was expected and what was found.
 
     Source: arXiv 2602.03922; `docs/method/math.md` says which choices are this project's.
 
@@ -148,7 +147,7 @@ def ovq_attention(
     }
     if torch.compiler.is_compiling():
         if options.init == "random":
-            # A graph would hold the seed that it was made with.
+            # A compiled graph would keep the seed it was traced with.
             return _uncompiled(given, backend)
         return operator.attention(**given, backend=backend)
     call = checked_call(**given)

@@ -1,4 +1,4 @@
-"""`Call`: one call of `ovq_attention` with checked arguments, in the form that every backend receives."""
+"""`Call`: the checked arguments of one call of `ovq_attention`, as passed to every backend."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ovq.ops.state import OVQState
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """The real tokens of each row in the flattened `[B * T]`: `lengths[r]` of them from `starts[r]` on."""
+    """Range of each row's real tokens in the flattened `[B * T]`: `lengths[r]` tokens from `starts[r]` on."""
 
     starts: tuple[int, ...]
     lengths: tuple[int, ...]
 
     @classmethod
     def of(cls, bounds: Tensor) -> Rows:
-        """The rows of `RowBounds.bounds`."""
+        """`Rows` from the tensor `RowBounds.bounds`."""
         starts, lengths = bounds.tolist()
         return cls(tuple(starts), tuple(lengths))
 
@@ -31,10 +31,10 @@ class Rows:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RowBounds:
-    """The rows of a call, already checked; passed in place of the mask or the offsets that they came from.
+    """The checked rows of a call, passed instead of the attention mask or offsets they were computed from.
 
-    A model makes them once for all of its layers. They are held in a tensor, so that one compiled graph
-    serves rows of any lengths.
+    A model computes them once for all of its layers. They are a tensor, so that one compiled graph serves
+    rows of any lengths.
 
     Attributes:
         bounds: `[2, R]` int64 on the CPU, starts and lengths as in `Rows`.
@@ -45,19 +45,18 @@ class RowBounds:
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Call:
-    """A call of the op.
+    """The checked arguments of a call of the op.
 
     Attributes:
         q: `[B, T, H, K]`. k: `[B, T, Hkv, K]`. v: `[B, T, Hkv, V]`.
         scale: `[H]` in the dtype of the sums.
-        state: the state to continue from, empty at the start of a stream; backends must not change it.
-        rows: where the tokens of each row lie.
+        state: the initial state, empty at the start of a stream; backends must not change it.
+        rows: the range of each row's tokens.
         options: the settings that define the layer.
-        wants_state: whether the caller asked for the state afterwards.
-        token_weights: `[B, T, Hkv]` weights with which tokens are merged, in the dtype of the sums; None for
-            1 throughout.
-        log_forget: `[B, T, Hkv]` logs of what tokens leave of everything before them, bounded below, in
-            float64; None for 0 throughout, and in the calls of pieces that `forget.py` makes.
+        wants_state: whether the caller requested the final state.
+        token_weights: `[B, T, Hkv]` weights of the tokens, in the dtype of the sums; None: all are 1.
+        log_forget: `[B, T, Hkv]` log forget gates, clamped below, in float64; None without forgetting, and in
+            the calls that `forget.py` makes for single chunks.
     """
 
     q: Tensor
@@ -73,33 +72,33 @@ class Call:
 
     @property
     def num_tokens(self) -> int:
-        """Positions in the flattened input, B * T, padding included."""
+        """Number of positions in the flattened input, B * T, including padding."""
         return self.q.shape[0] * self.q.shape[1]
 
     @property
     def gates(self) -> list[str]:
-        """The arguments with a number for each token that the call has."""
+        """Names of the per-token gates that the call has."""
         return [name for name in ("token_weights", "log_forget") if getattr(self, name) is not None]
 
     @property
     def is_one_token(self) -> bool:
-        """Whether this is one token per row."""
+        """Whether the call has exactly one token per row."""
         is_column = self.q.shape[1] == 1 and len(self.rows) == self.q.shape[0]
         return is_column and min(self.rows.lengths, default=0) == 1
 
     @property
     def is_decoding(self) -> bool:
-        """Whether this is one token per row, without gradients."""
+        """Whether the call has one token per row and needs no gradients."""
         return self.is_one_token and not self.wants_gradients
 
     @property
     def wants_gradients(self) -> bool:
-        """Whether any of the tensors is to get a gradient."""
+        """Whether any tensor requires a gradient."""
         return torch.is_grad_enabled() and any(x.requires_grad for x in self.floats)
 
     @property
     def floats(self) -> list[Tensor]:
-        """The tensors that can have gradients."""
+        """All differentiable tensors of the call."""
         state = self.state
         memory = (state.key_sum, state.value_sum, state.pending_keys, state.pending_values)
         more = (state.weight, state.pending_weights, self.token_weights)
@@ -108,5 +107,5 @@ class Call:
         return [x for x in tensors if x is not None]
 
 
-#: Runs a call: `run` of a `Backend`, or what goes through a call in its place.
+#: A function that runs a call: `run` of a `Backend`, or a wrapper around it.
 Run = Callable[[Call], tuple[Tensor, OVQState | None]]

@@ -1,4 +1,4 @@
-"""Checks of the op's arguments; their errors say what was expected and what was found."""
+"""Argument checks of the op; errors say what was expected and what was found."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ovq.ops.sums import DTYPES, state_dtype
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raise ValueError unless q, k, v fit together."""
+    """Raise ValueError unless shapes, dtypes and devices of q, k, v agree."""
     _check_tensors(q=q, k=k, v=v)
     if k.shape[:2] != q.shape[:2] or v.shape[:3] != k.shape[:3]:
         raise ValueError(
@@ -34,7 +34,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def check_kv(k: Tensor, v: Tensor) -> None:
-    """Raise ValueError unless k and v fit together."""
+    """Raise ValueError unless shapes, dtypes and devices of k and v agree."""
     _check_tensors(k=k, v=v)
     if v.shape[:3] != k.shape[:3]:
         raise ValueError(
@@ -92,9 +92,9 @@ def checked_call(
     token_weights: Tensor | None = None,
     log_forget: Tensor | None = None,
 ) -> Call:
-    """The call of tensors, scale and options that were checked before; checks its rows, gates and state.
+    """The `Call` for tensors, scale and options that are already checked; checks rows, gates and state.
 
-    In a graph that is being made this cannot be done (`operator.py`): all else can.
+    It cannot run while `torch.compile` traces (see `operator.py`); the other checks can.
     """
     rows = checked_rows(q, attention_mask, cu_seqlens)
     for name, given in (("token_weights", token_weights), ("log_forget", log_forget)):
@@ -130,7 +130,7 @@ def checked_call(
 
 
 def _checked_state(state: OVQState | None, num_rows: int, k: Tensor, v: Tensor, options: Options) -> OVQState:
-    """The state that a call continues from: an empty one where none is given."""
+    """The initial state of a call after its checks: an empty one if none is given."""
     if state is not None:
         check_state(state, num_rows, k, v, options)
         return state
@@ -146,7 +146,7 @@ def _checked_state(state: OVQState | None, num_rows: int, k: Tensor, v: Tensor, 
     )
 
 
-# What the arguments with a number for each token must be.
+# Requirements on the per-token gates.
 _NUMBERS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "token_weights": ("finite numbers of at least 0", lambda x: x.isfinite() & (x >= 0)),
     "log_forget": ("numbers of at most 0", lambda x: x <= 0),
@@ -154,7 +154,7 @@ _NUMBERS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
 
 
 def _checked_numbers(name: str, x: Tensor, k: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
-    """The argument `name` `[B, T, Hkv]` in a dtype; what padding holds does not matter, and is 0 if wrong."""
+    """Gate `name` `[B, T, Hkv]` converted to `dtype`; invalid numbers at padding are set to 0."""
     expected, is_right = _NUMBERS[name]
     shape = tuple(k.shape[:3])
     if not isinstance(x, Tensor) or tuple(x.shape) != shape:
@@ -175,7 +175,7 @@ def _checked_numbers(name: str, x: Tensor, k: Tensor, rows: Rows, dtype: torch.d
 
 
 def checked_rows(q: Tensor, attention_mask: Tensor | RowBounds | None, cu_seqlens: Tensor | None) -> Rows:
-    """Where each row's tokens lie in the flattened `[B * T]` input."""
+    """Range of each row's tokens in the flattened `[B * T]` input."""
     batch, length = q.shape[:2]
     if attention_mask is None and cu_seqlens is None:
         return Rows(tuple(range(0, batch * length, length)) if length else (0,) * batch, (length,) * batch)
@@ -187,17 +187,17 @@ def checked_rows(q: Tensor, attention_mask: Tensor | RowBounds | None, cu_seqlen
 def row_bounds(
     attention_mask: Tensor | None, cu_seqlens: Tensor | None, batch_size: int, num_past: int, num_new: int
 ) -> Tensor:
-    """`RowBounds.bounds` of the new columns of a call; in a graph of `torch.compile`, an operator finds them.
+    """`RowBounds.bounds` of the new columns of a call; under `torch.compile`, computed by an operator.
 
     Args:
-        attention_mask: `[B, P + T]` over cached and new columns, without holes in either; or None.
+        attention_mask: `[B, P + T]` over cached and new columns, the ones of each row contiguous; or None.
         cu_seqlens: `[R + 1]` offsets of packed rows; or None.
         batch_size: B.
         num_past: P.
         num_new: T.
 
     Raises:
-        ValueError: if the mask or the offsets do not fit; in a graph, when it runs.
+        ValueError: if the mask or the offsets are invalid; under `torch.compile`, when the graph runs.
 
     Example:
         >>> row_bounds(torch.tensor([[0, 1, 1, 1]]), None, 1, 2, 2)
@@ -211,7 +211,7 @@ def row_bounds(
 def found_bounds(
     attention_mask: Any, cu_seqlens: Tensor | None, batch_size: int, num_past: int, num_new: int
 ) -> Tensor:
-    """See `row_bounds`."""
+    """`row_bounds` without `torch.compile`."""
     if attention_mask is not None and cu_seqlens is not None:
         raise ValueError("attention_mask, cu_seqlens: expected at most one of them, found both")
     if cu_seqlens is not None:
@@ -230,7 +230,7 @@ def _fake_bounds(
     return torch.empty(2, num_rows, dtype=torch.int64, device="cpu")
 
 
-# Not by `torch.library.custom_op`, which loads the compiler.
+# Not `torch.library.custom_op`, which loads the compiler.
 _LIBRARY = torch.library.Library("ovq", "FRAGMENT")
 _LIBRARY.define(
     "row_bounds(Tensor? attention_mask, Tensor? cu_seqlens, "
@@ -241,7 +241,7 @@ torch.library.register_fake("ovq::row_bounds", _fake_bounds, lib=_LIBRARY)
 
 
 def packed_bounds(batch: int, length: int, cu_seqlens: Tensor) -> Tensor:
-    """`RowBounds.bounds` of rows packed into `length` tokens; ValueError if the offsets do not fit."""
+    """`RowBounds.bounds` of rows packed into `length` tokens; ValueError if the offsets are invalid."""
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
         found = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
         raise ValueError(f"cu_seqlens: expected an int32 or int64 tensor, found {found}")
@@ -259,7 +259,7 @@ def packed_bounds(batch: int, length: int, cu_seqlens: Tensor) -> Tensor:
 
 
 def checked_mask(attention_mask: Tensor) -> Tensor:
-    """A mask `[B, T]` as bool on the CPU; raises ValueError unless the ones of each row are contiguous."""
+    """Mask `[B, T]` as bool on the CPU; ValueError unless the ones of each row are contiguous."""
     mask = attention_mask.to("cpu")
     if bool(((mask != 0) & (mask != 1)).any()):
         raise ValueError(f"attention_mask: expected 0 and 1 only, found {mask.unique()[:8].tolist()}")
@@ -283,7 +283,7 @@ def masked_bounds(mask: Tensor) -> Tensor:
 
 
 def check_state(state: OVQState, num_rows: int, k: Tensor, v: Tensor, options: Options) -> None:
-    """Raise ValueError unless `state` can be continued by these keys and values."""
+    """Raise ValueError unless a call with these keys, values and options can continue `state`."""
     if not isinstance(state, OVQState):
         raise ValueError(f"initial_state: expected an OVQState, found {type(state).__name__}")
     for name, dims in (("count", 3), ("key_sum", 4), ("value_sum", 4), ("pending_keys", 4)):
@@ -308,9 +308,9 @@ def check_state(state: OVQState, num_rows: int, k: Tensor, v: Tensor, options: O
 
 
 def _check_parts(state: OVQState, dtype: torch.dtype) -> None:
-    """Raise ValueError unless the tensors of a state of this dtype fit each other.
+    """Raise ValueError unless the shapes, dtypes and devices of a state's tensors are consistent.
 
-    Anybody can put a state together, and compiled kernels would read beyond a tensor that is too small.
+    Users can construct states, and compiled kernels would read beyond the end of a tensor that is too small.
     """
     if state.weight is None:
         for name in ("pending_weights", "pending_forget"):

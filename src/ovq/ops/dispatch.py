@@ -1,4 +1,4 @@
-"""Which backend runs a call, and which ran the last one."""
+"""Selection of the backend that runs a call, and a record of the last one used."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _used: str | None = None
 
 
 def backend_used() -> str | None:
-    """The backend that ran the last `ovq_attention` call of this process.
+    """Name of the backend that ran the last `ovq_attention` call of this process.
 
-    It is `"naive"`, `"torch"`, `"cpu"` or `"triton"`; None before the first call.
+    One of `"naive"`, `"torch"`, `"cpu"` and `"triton"`; None before the first call.
 
     Example:
         >>> import torch
@@ -31,19 +31,19 @@ def backend_used() -> str | None:
 
 
 def note_backend(name: str) -> None:
-    """Make `name` what `backend_used` returns, for calls that other code runs."""
+    """Set the result of `backend_used`, for code that runs a backend without `run_of`."""
     global _used
     _used = name
 
 
 def run_of(call: Call, backend: str) -> Run:
-    """What runs a call: the backend that is asked for, or the fastest that can; `backend_used` names it."""
+    """Function that runs a call: the requested backend, or for `"auto"` the fastest one that supports it."""
     name = backends.chosen(backend, call)
     note_backend(name)
     run = backends.BACKENDS[name].run
     if not any(call.rows.lengths):
         return _nothing_read
-    # Only the compiled kernels fade dictionaries themselves, for several tokens, and have no gradients of it.
+    # Only the "cpu" kernels implement forgetting themselves, for several tokens and without gradients.
     does_forget = name == "cpu" and not call.is_one_token and not call.wants_gradients
     if call.log_forget is None or does_forget:
         return run
@@ -51,9 +51,9 @@ def run_of(call: Call, backend: str) -> Run:
 
 
 def _nothing_read(call: Call) -> tuple[Tensor, OVQState]:
-    """What becomes of a call without a token, by any backend; all gradients are zero."""
+    """Results of a call without tokens, on every backend; all gradients are zero."""
     o = call.q.new_zeros(*call.q.shape[:3], call.v.shape[3])
     if call.wants_gradients:
-        # Sums of no element, which a NaN at padding does not reach.
+        # Sums over empty slices connect outputs to inputs, and a NaN at padding cannot enter.
         o = o + sum(x.flatten()[:0].sum() for x in call.floats)
     return o, call.state

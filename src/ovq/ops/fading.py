@@ -1,13 +1,11 @@
-"""What forgetting does to a state: `log_forget` of `ovq_attention`, piece by piece.
+"""Forgetting (`log_forget` of `ovq_attention`) expressed as weights of tokens and slots, chunk by chunk.
 
-A softmax stays what it is if all weights are multiplied by one number. So a token of factor f need not touch
-the dictionary: it and the tokens after it count 1 / f times as much instead, and when the chunk is complete,
-everything is scaled once (`docs/method/math.md`, section 10). Backends see weights of tokens
-and of slots, no more.
+A softmax is invariant to a common factor of all weights. So a token with forget factor f leaves the
+dictionary unchanged: it and the later tokens of the chunk are weighted by 1 / f instead, and everything is
+rescaled once when the chunk is complete (`docs/method/math.md`, section 10). Backends see only weights.
 
-Weights are the same to the last bit however a chunk is split into calls, so that keys which repeat go to the
-same slots: logs are added up in float64, one after the other, and what was 1 / f is scaled at the end in a
-second step.
+Weights are bitwise equal however a chunk is split into calls, so that repeated keys go to the same slots:
+logs are added up in float64, token by token, and the rescaling at the end is a multiplication of its own.
 """
 
 from __future__ import annotations
@@ -21,32 +19,32 @@ from ovq.ops.options import Options
 from ovq.ops.state import OVQState
 from ovq.ops.sums import divisor
 
-#: No token's log is lower than this over C, so that the weights of a chunk stay within float32.
+#: `log_forget` is clamped at this divided by C, so that the weights of a chunk stay within float32.
 LEAST_LOG = -48.0
-#: A slot that weighs less once a chunk is complete is dropped where pairs are merged: its weight is 0 then,
-#: and the next merge frees it. By the other rules, which never free a slot, it fades no further.
+#: Minimum weight of a slot at the end of a chunk. Rules that merge pairs set a lower weight to 0, so that the
+#: next merge frees the slot. The other rules never free a slot; its weight stays at this minimum.
 LEAST_WEIGHT = 1e-12
 
 
 def begun(
     state: OVQState, weights: Tensor, log_forget: Tensor, is_complete: Tensor
 ) -> tuple[OVQState, Tensor, Tensor]:
-    """What the op is to read and merge in the place of tokens that forget.
+    """State and token weights that express the forgetting of some tokens to the op.
 
     Args:
-        state: the state before them.
-        weights: `[R, W, Hkv]` of tokens of one chunk of each row.
-        log_forget: `[R, W, Hkv]` of the same, float64, 0 for padding.
-        is_complete: `[R]` whether they complete the chunk.
+        state: the state before these tokens.
+        weights: `[R, W, Hkv]` weights of tokens of one chunk of each row.
+        log_forget: `[R, W, Hkv]` their log forget gates, float64, 0 for padding.
+        is_complete: `[R]` whether these tokens complete the chunk.
 
     Returns:
-        The state that they see; their weights; `pending_forget` afterwards.
+        The initial state for the op; the token weights for the op; `pending_forget` after these tokens.
     """
     assert state.pending_forget is not None
     logs = torch.cat([state.pending_forget[:, None], log_forget], 1).cumsum(1)[:, 1:]
     weights = weights * (-logs).exp().to(weights.dtype)
     total = logs[:, -1]
-    # Relative to the end of a chunk that is completed, to the beginning of any other.
+    # Weights are relative to the end of a complete chunk, and to the start of an incomplete one.
     frame = total * is_complete.to(total.device, total.dtype)[:, None]
     if bool(is_complete.any()):
         state = faded(state, frame)
@@ -55,17 +53,17 @@ def begun(
 
 
 def ended(state: OVQState, pending_forget: Tensor, is_complete: Tensor, options: Options) -> OVQState:
-    """The state after tokens that forget, from that of the op; the other arguments are as in `begun`."""
+    """The state after tokens that forget, from the state that the op returned; see `begun`."""
     if bool(is_complete.any()):
         state = bounded(state, is_complete, frees_slots=options.merges_pairs)
     after = dataclasses.replace(state, pending_forget=pending_forget)
-    # Of the same tensors, and so the same step leads on.
+    # The tensors are the same, so the prepared decode step stays valid.
     after._step = state._step
     return after
 
 
 def faded(state: OVQState, log_factor: Tensor) -> OVQState:
-    """`state` with all weights multiplied by factors, of logs `[B, Hkv]` in float64.
+    """`state` with all weights and sums multiplied by exp(`log_factor`), `[B, Hkv]` in float64.
 
     Example:
         >>> k = torch.ones(1, 4, 1, 2)
@@ -84,7 +82,7 @@ def faded(state: OVQState, log_factor: Tensor) -> OVQState:
 
 
 def bounded(state: OVQState, rows: Tensor, *, frees_slots: bool) -> OVQState:
-    """`state` where no slot of some rows, a mask `[B]`, weighs less than `LEAST_WEIGHT`, unless nothing."""
+    """`state` with weights below `LEAST_WEIGHT` in the rows of a mask `[B]` set to 0 or to that minimum."""
     assert state.weight is not None
     factor = bounding_factor(state.weight.detach(), frees_slots=frees_slots)
     if factor is None:
@@ -93,9 +91,9 @@ def bounded(state: OVQState, rows: Tensor, *, frees_slots: bool) -> OVQState:
 
 
 def bounding_factor(weight: Tensor, *, frees_slots: bool) -> Tensor | None:
-    """What the weights of slots are multiplied by so that none is less than `LEAST_WEIGHT`, but 0 perhaps.
+    """Factor of slot weights that sets those below `LEAST_WEIGHT` to 0 (`frees_slots`) or to that minimum.
 
-    None stands for ones. The factor has no gradient.
+    None stands for a factor of 1 everywhere. There is no gradient through the factor.
     """
     is_low = (weight > 0) & (weight < LEAST_WEIGHT)
     if not bool(is_low.any()):

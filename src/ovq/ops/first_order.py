@@ -1,4 +1,4 @@
-"""`first_order`: for gradients that are computed by kernels and cannot be differentiated again."""
+"""`first_order`: decorator for backward functions that cannot be differentiated again."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """The `backward` of an autograd function, refusing to be part of a graph.
+    """`backward` of an autograd function that raises an error for `create_graph=True`.
 
-    PyTorch's `once_differentiable` refuses only where the gradient of the outputs has a graph itself. That of
-    a sum of outputs has none, and a penalty on the gradients would count for nothing, without a word.
+    PyTorch's `once_differentiable` raises only if the incoming gradient requires a gradient itself. The
+    gradient of a sum of outputs does not, so a gradient penalty would silently have no effect.
 
     Raises:
-        RuntimeError: `backward`, where a graph of the gradients is asked for (`create_graph=True`).
+        RuntimeError: from `backward`, if called with `create_graph=True`.
 
     Example:
         >>> from ovq.ops import ovq_attention

@@ -1,4 +1,4 @@
-"""Calls of rows that forget, chunk by chunk, where a backend cannot run them at once; see `fading.py`."""
+"""Calls with `log_forget`, chunk by chunk, for backends that cannot run them as a whole; see `fading.py`."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from ovq.ops.state import OVQState
 
 
 def forgetful_attention(call: Call, run: Run) -> tuple[Tensor, OVQState]:
-    """Outputs `[B, T, H, V]` of a call with `log_forget`, and the state after it; `run` runs the chunks.
+    """Outputs `[B, T, H, V]` and final state of a call with `log_forget`; `run` runs each chunk.
 
-    Its weights are also those with which tokens are read.
+    The token weights of the call also apply when its chunks are read.
     """
     state, weights, log_forget, options = call.state, call.token_weights, call.log_forget, call.options
     assert weights is not None
     assert log_forget is not None
     if call.wants_gradients and any(x.is_inference() for x in call.floats):
-        # Autograd saves what is faded, and takes nothing that was made in inference mode.
+        # Autograd saves the faded tensors, and cannot save inference tensors.
         state = state.clone()
     call = dataclasses.replace(call, state=state, wants_state=True)
     if call.is_one_token:
@@ -69,7 +69,7 @@ def forgetful_attention(call: Call, run: Run) -> tuple[Tensor, OVQState]:
 
 
 def _rows(aligned: AlignedRows, i: int, num: int) -> Rows:
-    """Where the new tokens of the first `num` rows lie in their i-th chunks."""
+    """Ranges of the new tokens of the first `num` rows within their i-th chunks."""
     width = aligned.width
     first = aligned.pending[:num] if i == 0 else [0] * num
     lengths = [min(width, n - i * width) - p for n, p in zip(aligned.lengths, first, strict=False)]
@@ -77,7 +77,7 @@ def _rows(aligned: AlignedRows, i: int, num: int) -> Rows:
 
 
 def _piece(call: Call, run: Run) -> tuple[Tensor, OVQState]:
-    """Outputs `[R, W, H, V]` of tokens of one chunk of each row, and the state after them."""
+    """Outputs `[R, W, H, V]` for tokens of one chunk of each row, and the state after them."""
     assert call.token_weights is not None
     assert call.log_forget is not None
     lengths = torch.tensor(call.rows.lengths, device="cpu")

@@ -1,4 +1,4 @@
-"""`Known`: what a backend can run, in one declaration. Everything else it refuses by name."""
+"""`Known`: declaration of the options that a backend supports; all others are refused by name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 
 from ovq.ops.options import Options
 
-# Fields of `Options` that are sizes and factors, which every backend takes as they come, and `Ablation`.
+# Fields of `Options` that are not checked: sizes and factors, which every backend supports, and `Ablation`,
+# whose fields are checked one by one.
 _NOT_NAMED = frozenset(
     {"num_slots", "chunk_size", "seed", "value_weight", "mass_power", "weighs_chunk", "ablation"}
 )
@@ -17,13 +18,13 @@ _NOT_NAMED = frozenset(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Known:
-    """The values of options that a backend knows; one that is new elsewhere is not taken for another.
+    """The option values that a backend supports. It refuses new values, instead of running something else.
 
     Attributes:
-        dtypes: of queries, keys and values.
-        growth, init, merge: names of schedules and rules.
-        bias, rate: of `Ablation`; `"number"` stands for all numbers.
-        gates: arguments with a number for each token that it takes.
+        dtypes: supported dtypes of queries, keys and values.
+        growth, init, merge: names of supported schedules and rules.
+        bias, rate: supported values of `Ablation`; `"number"` stands for any number.
+        gates: names of supported per-token gates.
 
     Example:
         >>> rules = {"growth": ("plateau",), "init": ("novelty",), "merge": ("existing",)}
@@ -43,12 +44,12 @@ class Known:
     gates: tuple[str, ...]
 
     def refusal(self, dtype: torch.dtype, options: Options, gates: Iterable[str] = ()) -> str | None:
-        """Why a call cannot be run, as "expected ..., found ..."; None if nothing is new to the backend.
+        """Why the backend cannot run a call, as "expected ..., found ..."; None if it can.
 
         Args:
-            dtype: of queries, keys and values.
+            dtype: dtype of queries, keys and values.
             options: the settings of the dictionary.
-            gates: the arguments with a number for each token that the call has.
+            gates: names of the per-token gates of the call.
         """
         if dtype not in self.dtypes:
             return f"expected a dtype of {self.dtypes}, found {dtype}"
@@ -56,12 +57,12 @@ class Known:
             if name not in self.gates:
                 return f"expected no {name}, found some"
         for owner in (options, options.ablation):
-            # In a graph that is being made `vars` cannot be asked, nor `dataclasses.fields`.
+            # `torch.compile` can trace neither `vars` nor `dataclasses.fields`.
             for name in owner.__dataclass_fields__:
                 if name in _NOT_NAMED:
                     continue
                 found = getattr(owner, name)
-                # An option that this file has not heard of is known nowhere.
+                # An option without a field in `Known` is supported nowhere.
                 known: Sequence[str] = getattr(self, name, ())
                 if ("number" if isinstance(found, int | float) else found) not in known:
                     expected = repr(known[0]) if len(known) == 1 else f"to be one of {known}"

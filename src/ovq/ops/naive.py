@@ -1,8 +1,7 @@
-"""The reference: OVQ attention in plain loops, one row, one head, one token at a time.
+"""The reference backend: OVQ attention in plain loops over rows, heads and tokens.
 
-It is written to be read beside the algorithm (`docs/method/math.md`), and every other backend is
-tested against it. It puts clarity before speed, works in any floating-point dtype and is differentiated by
-ordinary autograd.
+Read it beside the algorithm (`docs/method/math.md`); every other backend is tested against it. It puts
+clarity before speed, works in any floating-point dtype and is differentiated by ordinary autograd.
 """
 
 from __future__ import annotations
@@ -35,9 +34,9 @@ KNOWN = Known(
 
 @dataclasses.dataclass
 class _Head:
-    """The dictionary of one key/value head: a list of slots, each with its sums, its count and its weight.
+    """The dictionary of one key/value head: the sums, count and weight of each slot.
 
-    `weight` is None where no token was given a weight; that of a slot is then its count.
+    `weight` is None if tokens have no weights; the weight of a slot is then its count.
     """
 
     key_sum: list[Tensor]
@@ -47,13 +46,13 @@ class _Head:
 
     @property
     def mass(self) -> Tensor:
-        """The total weight, or the count, of each slot."""
+        """Mass of each slot: its total weight, or its count if tokens have no weights."""
         if self.weight is None:
             return torch.tensor(self.count, dtype=self.key_sum[0].dtype, device=self.key_sum[0].device)
         return torch.stack(self.weight)
 
     def means(self, sums: list[Tensor]) -> Tensor:
-        """Means of the slots; 0 for a slot whose tokens all have the weight 0."""
+        """Means of the slots; 0 for a slot whose tokens all have weight 0."""
         return torch.stack(sums) / divisor(self.mass, sums[0].dtype)[:, None]
 
     def open_slots(self, num: int, key: Tensor, value: Tensor) -> None:
@@ -81,7 +80,7 @@ class _Head:
 class _Chunk:
     """A complete chunk: keys `[C, K]`, values `[C, V]` and weights `[C]` of its tokens.
 
-    It ends at token `num_seen` of its row.
+    `num_seen` is the number of tokens of the row up to the end of the chunk.
     """
 
     keys: Tensor
@@ -91,7 +90,7 @@ class _Chunk:
 
 
 def missing(q: Tensor, v: Tensor, options: Options) -> str | None:
-    """Nothing: it runs everywhere what it knows."""
+    """None: this backend runs on every device."""
     return None
 
 
@@ -129,7 +128,7 @@ def naive_row(
 
     Args:
         q: `[T, H, K]`. k: `[T, Hkv, K]`. v: `[T, Hkv, V]`.
-        weights: `[T, Hkv]`, which count only if the state has weights.
+        weights: `[T, Hkv]` token weights, ignored unless the state has weights.
         scale: `[H]`.
         state: the row's state, with a batch size of 1.
         options: the layer's settings.
@@ -162,8 +161,10 @@ def _naive_head(
     h: int,
     options: Options,
 ) -> tuple[Tensor, _Head, tuple[Tensor, ...]]:
-    """One key/value head and its query heads: q `[T, G, K]`, k `[T, K]`, v `[T, V]`, weights `[T]`, scale
-    `[G]`."""
+    """Outputs, dictionary and pending tokens of one key/value head and its G query heads.
+
+    Shapes: q `[T, G, K]`, k `[T, K]`, v `[T, V]`, weights `[T]`, scale `[G]`.
+    """
     wide = state_dtype(k.dtype)
     num_pending = int(state.num_pending[0])
     num_merged = int(state.num_seen[0]) - num_pending
@@ -174,7 +175,7 @@ def _naive_head(
         count=state.count[0, h, :slots].tolist(),
         weight=None if state.weight is None else list(state.weight[0, h, :slots]),
     )
-    # The pending tokens come first: they begin the chunk that the new tokens continue.
+    # Pending tokens come first: the new tokens continue their chunk.
     k = torch.cat([state.pending_keys[0, h, :num_pending], k])
     v = torch.cat([state.pending_values[0, h, :num_pending], v])
     if state.pending_weights is not None:
@@ -209,8 +210,8 @@ def _read(
     weights: Tensor,
     options: Options,
 ) -> Tensor:
-    """One token's outputs `[G, V]`: a softmax over the slots, biased by log count, and its chunk so far."""
-    # A token of the chunk is a slot of count 1, whose log is 0, unless it is read with its weight.
+    """Outputs `[G, V]` of one token: attention to the slots (biased by log mass) and its chunk so far."""
+    # A chunk token acts as a slot of count 1 (bias log 1 = 0), unless it is read with its weight.
     keys, values, bias = chunk_k, chunk_v, torch.zeros(len(chunk_k), dtype=q.dtype, device=q.device)
     if options.weighs_chunk:
         bias = log_token_weights(weights)
@@ -226,23 +227,23 @@ def _read(
 
 @torch.no_grad()
 def _scores(keys: Tensor, means: Tensor) -> Tensor:
-    """Dot products `[C, n]` in float64: what routing compares, exact enough that no backend can disagree."""
+    """Routing scores `[C, n]`: float64 dot products, exact enough that all backends choose the same slots."""
     return (keys.double()[:, None] * means.double()[None]).sum(-1)
 
 
 def _learn(chunk: _Chunk, head: _Head, h: int, options: Options) -> None:
-    """Grow the dictionary by the most novel keys of a complete chunk and merge the others into it."""
+    """Open slots with the most novel keys of a complete chunk and merge the other keys into slots."""
     wanted = grown_slots(len(head.count), chunk.num_seen, **options.schedule)
     chunk_k, chunk_v, weights = chunk.keys, chunk.values, chunk.weights.detach()
     rest = list(range(options.chunk_size))
-    if not head.count:  # The first chunk: its first key (of a weight above 0) opens a slot.
+    if not head.count:  # First chunk: its first key with non-zero weight opens slot 0.
         first = next((j for j in rest if weights[j] > 0), 0)
         head.open_slots(1, chunk_k[0], chunk_v[0])
         head.merge_into(0, chunk_k[first], chunk_v[first], chunk.weights[first], options.ablation.rate)
         rest.remove(first)
     existing = len(head.count)
     means = head.means(head.key_sum).detach()
-    # Slots of no weight attract no key.
+    # Slots of weight 0 attract no key.
     is_empty = head.mass.detach() <= 0
     scores = _scores(chunk_k, means).masked_fill(is_empty, -torch.inf)
     opening = _openers(scores, chunk, means, rest, wanted - existing, h, options)
@@ -253,20 +254,20 @@ def _learn(chunk: _Chunk, head: _Head, h: int, options: Options) -> None:
         scores = _scores(chunk_k, means).masked_fill(is_empty, -torch.inf)
     opened = {j: existing + i for i, j in enumerate(opening)}
     slots = {j: opened[j] if j in opened else _nearest(scores[j], chunk_k[j], means, is_empty) for j in rest}
-    # In order of position. At a constant rate the keys that open slots come first: slots move from them.
+    # In order of position. At a constant rate the opening keys come first: their slots start from them.
     for j in rest if options.ablation.rate == "count" else sorted(rest, key=lambda j: j not in opened):
         head.merge_into(slots[j], chunk_k[j], chunk_v[j], chunk.weights[j], options.ablation.rate)
     if options.ablation.rate != "count":
-        # These steps are taken in float64; between chunks the result is kept in the dtype of all sums.
+        # Constant-rate steps run in float64; between chunks the sums are kept in their usual dtype.
         head.key_sum = [rounded(s.double(), chunk_k.dtype) for s in head.key_sum]
         head.value_sum = [rounded(s.double(), chunk_v.dtype) for s in head.value_sum]
 
 
 def _learn_by_pairs(chunk: _Chunk, head: _Head, h: int, options: Options) -> None:
-    """Rules that merge pairs: slots and tokens of a complete chunk are merged until they fit."""
+    """Merge pairs of items (slots and tokens of a complete chunk) until they fit into the dictionary."""
     existing, size = len(head.count), options.chunk_size
     wanted = grown_slots(existing, chunk.num_seen, **options.schedule)
-    # Items are the slots, then the tokens.
+    # Items: first the slots, then the tokens.
     keys, values, weights = chunk.keys, chunk.values, chunk.weights
     count = head.count + [1] * size
     key_sum, value_sum = [*head.key_sum, *keys], [*head.value_sum, *values]
@@ -284,13 +285,13 @@ def _learn_by_pairs(chunk: _Chunk, head: _Head, h: int, options: Options) -> Non
     key_means, value_means = means(head.key_sum, keys), means(head.value_sum, values)
     x = points(key_means, value_means, mass, options)
     if options.merge == "nearest":
-        # Those that look for another: tokens, as many slots in turn, and what weighs nothing.
+        # Movers: the tokens, up to C slots in rotation, and all items of zero mass.
         in_turn = {(chunk.num_seen - size + i) % existing for i in range(min(size, existing))}
         movers = [i for i, m in enumerate(mass) if i >= existing or i in in_turn or m <= 0]
         clusters = nearest_clusters(x, mass, movers, existing + size - wanted, options.mass_power)
     else:
         clusters = cheapest_clusters(x, mass, existing + size - wanted, options)
-    # A cluster stays in its lowest slot. One of tokens alone takes a slot that became free, or a new slot.
+    # A cluster stays in its lowest slot. A cluster without slots takes a freed slot, else a new one.
     kept = {cluster[0] for cluster in clusters}
     free = [i for i in range(wanted) if i >= existing or i not in kept]
     head.open_slots(wanted - existing, chunk.keys[0], chunk.values[0])
@@ -304,7 +305,7 @@ def _learn_by_pairs(chunk: _Chunk, head: _Head, h: int, options: Options) -> Non
 
 
 def _nearest(scores: Tensor, key: Tensor, means: Tensor, is_empty: Tensor) -> int:
-    """The slot with the largest dot product, ties to the lowest index; 0 for a key that is not finite."""
+    """Slot with the largest dot product (ties: lowest index); slot 0 for a non-finite key."""
     best = scores.max()
     if not torch.isfinite(best):
         return 0
@@ -321,7 +322,7 @@ def _openers(
     h: int,
     options: Options,
 ) -> list[int]:
-    """The `num` candidates that open slots, in order of position: the most novel, or random ones."""
+    """Positions of the `num` candidates that open slots, ascending: the most novel keys, or random ones."""
     if options.init == "random":
         random = random_priority(options.seed, h, chunk.num_seen, options.chunk_size)
         priority = random.masked_fill((chunk.weights <= 0).cpu(), options.chunk_size).tolist()

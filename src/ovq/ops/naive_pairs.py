@@ -1,4 +1,4 @@
-"""What the reference merges by the rules that merge pairs (`docs/method/math.md`, section 5)."""
+"""Reference implementation of the rules that merge pairs of items (`docs/method/math.md`, section 5)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ovq.ops.sums import divisor
 
 @torch.no_grad()
 def points(keys: Tensor, values: Tensor, mass: Tensor, options: Options) -> Tensor:
-    """Items as points `[M, K + V]` in float64, between which distances are measured."""
-    # Means as the read sees them, in the dtype of the sums.
+    """Items as points (keys, scaled values) `[M, K + V]` in float64, for squared distances."""
+    # The means come in the dtype of the sums, as the read uses them.
     keys, values, c = keys.double(), values.double(), mass.double()
     lengths = values.square().sum(-1)
     is_finite = lengths.isfinite()
@@ -24,15 +24,16 @@ def points(keys: Tensor, values: Tensor, mass: Tensor, options: Options) -> Tens
 
 @torch.no_grad()
 def cheapest_clusters(x: Tensor, mass: Tensor, num_merges: int, options: Options) -> list[list[int]]:
-    """Merge items pair by pair, the cheapest first. Returns the items of each cluster, by lowest item."""
+    """Greedy merging, cheapest pair first. Returns the items of each cluster, ordered by lowest item."""
     x, c = x.clone(), mass.double().clone()
     squares = x.square().sum(-1)
     tie = TIE * float(squares[squares.isfinite()].max()) if squares.isfinite().any() else 0.0
 
     def cost(a: int) -> Tensor:
-        """Cost of merging item a with each other one: how much the squared distances to means grow in sum.
+        """Cost of merging item a with each other item.
 
-        So it is by "ward"; by "ward-sqrt" counts matter less.
+        For "ward", the increase of the sum of squared distances to the means; for "ward-sqrt", counts matter
+        less.
         """
         squared = (x - x[a]).square().sum(-1)
         weight = (c * c[a] / divisor(c + c[a], c.dtype)) ** options.count_power
@@ -45,7 +46,7 @@ def cheapest_clusters(x: Tensor, mass: Tensor, num_merges: int, options: Options
     costs = costs.masked_fill(torch.ones_like(costs, dtype=torch.bool).tril(), torch.nan)
     for _ in range(num_merges):
         best = costs[~costs.isnan()].min()
-        # Of equally cheap pairs, take the one with the lowest first item, then with the lowest second item.
+        # Ties: lowest first item, then lowest second item.
         a, b = (costs <= best + tie).nonzero()[0].tolist()
         if c[a] + c[b] > 0:
             x[a] = (c[a] * x[a] + c[b] * x[b]) / (c[a] + c[b])
@@ -62,11 +63,11 @@ def cheapest_clusters(x: Tensor, mass: Tensor, num_merges: int, options: Options
 def nearest_clusters(
     x: Tensor, mass: Tensor, movers: Sequence[int], num_merges: int, mass_power: float
 ) -> list[list[int]]:
-    """Take the shortest edges from movers to their nearest items. Returns the items of each cluster, too."""
+    """Merge along the shortest edges from movers to nearest items. Returns the items of each cluster."""
     x, mass = x.clone(), mass.to(torch.float64, copy=True)
     squares = x.square().sum(-1)
     size = max((float(s) for s, m in zip(squares, mass, strict=True) if m > 0 and s.isfinite()), default=0.0)
-    # A cluster stands in the place of its lowest item.
+    # A cluster is stored at the index of its lowest item.
     clusters = {i: [i] for i in range(len(x))}
     edges = {a: _nearest_item(a, x, mass, list(clusters), size or 1.0) for a in movers}
     num_parts = 0
@@ -92,8 +93,8 @@ def nearest_clusters(
             mass[place] = total
             clusters[place] = sorted(j for i in tree for j in clusters.pop(i))
         num_merges -= len(taken)
-        # What has joined looks again, and others keep to what their targets are in. If edges are too few for
-        # all parts, every cluster looks again.
+        # Merged clusters search again; other edges follow their targets into the merged clusters. If merges
+        # are still due after all parts, every cluster searches again.
         looking = [i for i in clusters if num_parts >= NUM_PARTS or len(trees_of[i]) > 1]
         edges = {a: home[b] for a, b in edges.items() if a in clusters and a not in looking}
         edges |= {a: _nearest_item(a, x, mass, sorted(clusters), size or 1.0) for a in looking}
@@ -101,17 +102,17 @@ def nearest_clusters(
 
 
 def _squared_distances(a: int, others: list[int], x: Tensor, mass: Tensor, size: float) -> Tensor:
-    """Squared distances of item a, relative to `size`."""
-    if mass[a] <= 0:  # It is at no distance from anything.
+    """Squared distances of item a to others, relative to `size`."""
+    if mass[a] <= 0:  # An item of zero mass is at distance 0 from every other.
         return mass.new_zeros(len(others))
     distance = (x[others] - x[a]).square().sum(-1) / size
     return distance.masked_fill(~distance.isfinite(), NO_DISTANCE)
 
 
 def _nearest_item(a: int, x: Tensor, mass: Tensor, items: list[int], size: float) -> int:
-    """The item nearest to item a, of equally near ones the first; a itself if there is no other.
+    """Item nearest to item a (ties: lowest index); a itself if there is no other.
 
-    What weighs nothing is no target, unless nothing weighs anything.
+    Items of zero mass are no targets, unless all items have zero mass.
     """
     targets = [b for b in items if mass[b] > 0] or items
     others = [b for b in targets if b != a]
@@ -122,13 +123,13 @@ def _nearest_item(a: int, x: Tensor, mass: Tensor, items: list[int], size: float
 
 
 def _edge_priority(a: int, b: int, x: Tensor, mass: Tensor, size: float, mass_power: float) -> float:
-    """What decides which edges are taken, the lowest first: the distance, times a power of the masses."""
+    """Priority of an edge, lowest first: squared distance times (m_a m_b / (m_a + m_b)) ** mass_power."""
     weight = (mass[a] * (mass[b] / divisor(mass[a] + mass[b], mass.dtype))) ** mass_power
     return float(weight * _squared_distances(a, [b], x, mass, size)[0])
 
 
 def _lowest_of_circle(a: int, edges: Mapping[int, int]) -> int | None:
-    """The lowest item of the circle that leads from item a back to it; None if there is none."""
+    """Lowest item of the cycle of edges through item a; None if a is on no cycle."""
     way = [a]
     while (b := edges.get(way[-1], way[-1])) not in way:
         way.append(b)
@@ -136,7 +137,7 @@ def _lowest_of_circle(a: int, edges: Mapping[int, int]) -> int | None:
 
 
 def lowest(priority: Sequence[float] | Mapping[int, float], candidates: list[int], num: int) -> list[int]:
-    """The `num` candidates of the lowest priority, in order; of equal ones, the first."""
+    """The `num` candidates of lowest priority, in ascending order (ties: lowest index)."""
     if num == 0:
         return []
     last = sorted(priority[j] for j in candidates)[num - 1]

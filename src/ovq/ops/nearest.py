@@ -1,10 +1,9 @@
-"""merge="nearest" for many heads at once: the shortest edges from items to their nearest ones, in parts.
+"""`merge="nearest"` for many heads at once: merging along the shortest nearest-neighbour edges.
 
-Single linkage, cut off when enough is merged (`docs/method/math.md`, section 5): some of the items, the
-*movers*, each look for the item nearest to them, and the shortest of these edges are taken, half of
-what is due at first. What they have joined looks again before the next ones are taken. That is a matrix
-product with all movers, a few small ones, and as many selections of edges. As in routing, what a float32
-product cannot tell apart is decided again in float64.
+Truncated single linkage (`docs/method/math.md`, section 5): some of the items, the *movers*, each search
+their nearest item. The shortest of these edges are merged, at first half of the merges that are due. Merged
+clusters then search again before the next part. The cost is one matrix product for all movers, a few smaller
+ones, and one selection of edges per part. As in routing, float64 decides what a float32 product cannot.
 """
 
 from __future__ import annotations
@@ -27,24 +26,24 @@ from ovq.ops.options import (
 from ovq.ops.selection import best_two, lowest, padded_to_blocks
 from ovq.ops.sums import added_up, divisor, slot_means
 
-# Most pairs of items whose distances are computed one by one. Where there are more, as with repeated keys,
-# one float64 matrix product is cheaper.
+# Maximum number of near ties whose distances are computed pair by pair. Beyond it, as with repeated keys, one
+# float64 matrix product is cheaper.
 _PAIRS = 1 << 15
-# One in so many slots is merged before all look for their nearest again. Where all that is due is merged at
-# once, slots that have become means of many attract still more (docs/results/memory.md).
+# When shrinking, an eighth of the slots is merged before all slots search again. If all merges were made at
+# once, slots that are already means of many would attract still more (docs/results/memory.md).
 _PART = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Items:
-    """The slots and tokens of S streams, as points (keys, factor * values).
+    """The items (slots and tokens) of S streams (row and head), as points (keys, factor * values).
 
     Attributes:
         keys: `[S, M, K]` mean keys. values: `[S, M, V]` mean values.
-        factor: `[S]` float64.
-        mass: `[S, M]` weights, or counts where tokens have none.
-        count: `[S, M]` tokens in each item; 0 for one that is not there.
-        mass_power: the power of masses in what edges are ranked by.
+        factor: `[S]` float64 factor of the values.
+        mass: `[S, M]` weights, or counts without token weights.
+        count: `[S, M]` tokens in each item; 0 for unused places.
+        mass_power: power of the masses in the priority of edges.
     """
 
     keys: Tensor
@@ -65,24 +64,24 @@ class Items:
         value_weight: float,
         mass_power: float = MASS_POWER,
     ) -> Items:
-        """The items, with values scaled as `value_weight` says."""
-        # In float64, without a copy of all values in it.
+        """The items, with the factor of the values that follows from `value_weight`."""
+        # Accumulated in float64 without a float64 copy of the values.
         lengths = torch.linalg.vector_norm(values, dim=-1, dtype=torch.float64).square_()
         factor = _value_factor(lengths, mass, value_weight)
         return cls(keys=keys, values=values, factor=factor, mass=mass, count=count, mass_power=mass_power)
 
     def points(self, index: tuple[Tensor, Tensor] | slice = slice(None)) -> Tensor:
-        """`[S, M, K + V]` float64, or those of an index `(stream, item)`."""
+        """Points `[S, M, K + V]` in float64, or those at an index `(stream, item)`."""
         factor = self.factor[:, None] if isinstance(index, slice) else self.factor[index[0]]
         return torch.cat([self.keys[index].double(), self.values[index].double() * factor[..., None]], -1)
 
 
 def _value_factor(lengths: Tensor, mass: Tensor, value_weight: float) -> Tensor:
-    """What values are scaled by, `[S]` float64: w over the root of their mean squared length.
+    """Factor of the values, `[S]` float64: w divided by their root mean square length.
 
     Args:
         lengths: `[S, M]` squared lengths in float64.
-        mass: `[S, M]` counts or weights, 0 for an item that is not there.
+        mass: `[S, M]` counts or weights, 0 for unused places.
         value_weight: w.
     """
     weights = mass.double().masked_fill(~lengths.isfinite(), 0)
@@ -93,13 +92,13 @@ def _value_factor(lengths: Tensor, mass: Tensor, value_weight: float) -> Tensor:
 
 
 def movers(num_slots: list[int], num_merged: list[int], chunk_size: int, device: torch.device) -> Tensor:
-    """Mask `[S, n + C]` of the items that look for another: the tokens, and as many slots in turn.
+    """Mask `[S, n + C]` of the movers: all tokens, and up to C slots in rotation.
 
     Args:
-        num_slots: slots of each stream; n is the largest of these numbers.
-        num_merged: tokens that each stream has merged so far, from which follows whose turn it is.
+        num_slots: number of slots of each stream; n is the maximum.
+        num_merged: tokens that each stream has merged so far: the slot, modulo its slots, to start from.
         chunk_size: C.
-        device: of the mask.
+        device: device of the mask.
 
     Example:
         >>> movers([3, 2], [4, 4], 2, torch.device("cpu")).int().tolist()
@@ -112,13 +111,13 @@ def movers(num_slots: list[int], num_merged: list[int], chunk_size: int, device:
 
 
 def nearest_roots(items: Items, is_mover: Tensor, due: list[int]) -> Tensor:
-    """For each item, the lowest item `[S, M]` of the cluster it ends in, after `due[s]` merges in stream s.
+    """Lowest item `[S, M]` of the cluster that each item ends in, after `due[s]` merges in stream s.
 
     Args:
         items: the items, more than `due[s]` in each stream.
-        is_mover: `[S, M]` which of them look for another; what weighs nothing does in any case, and where the
-            edges are too few, so do all clusters.
-        due: how many merges to make in each stream.
+        is_mover: `[S, M]` mask of the movers. Items of zero mass always move, and all clusters do if edges
+            run out.
+        due: number of merges in each stream.
     """
     index = torch.arange(is_mover.shape[1], device=is_mover.device).expand(is_mover.shape)
     roots, left = index, torch.tensor(due, device=is_mover.device)
@@ -135,7 +134,7 @@ def nearest_roots(items: Items, is_mover: Tensor, due: list[int]) -> Tensor:
         if not bool((left > 0).any()):
             break
         has_joined = clusters.join_(trees)
-        # Where edges are too few for all parts, all clusters look for another.
+        # If merges are still due after all parts, all clusters search.
         is_over = num_parts >= NUM_PARTS
         edges = clusters.edges() if is_over else clusters.followed(edges, trees, has_joined)
     return roots
@@ -146,9 +145,9 @@ class _Edges:
     """The edges of S streams from movers to their nearest items.
 
     Attributes:
-        target: `[S, M]` the nearest item; an item itself where it has no edge.
+        target: `[S, M]` nearest item; the item itself if it has no edge.
         distance: `[S, M]` float64 squared distance, relative to `_Clusters.size`.
-        error: `[S, M]` the most by which distances are wrong.
+        error: `[S, M]` upper bound of the error of the distance.
     """
 
     target: Tensor
@@ -157,22 +156,22 @@ class _Edges:
 
 
 class _Clusters:
-    """Items that are being joined. A cluster stands in the place of its lowest item.
+    """Clusters of items during merging. A cluster is stored at the place of its lowest item.
 
     Attributes:
         mass: `[S, M]` float64.
-        is_there: `[S, M]` whether there is a cluster in this place.
-        size: `[S]` the largest squared length of a point that weighs something, or 1 if that is 0.
+        is_there: `[S, M]` whether there is a cluster at this place.
+        size: `[S]` largest squared length of a point of non-zero mass, or 1 if that is 0.
     """
 
     def __init__(self, items: Items) -> None:
         self._items = items
         self.mass, self.is_there = items.mass.to(torch.float64, copy=True), items.count > 0
-        # The means of what was joined, and which of them stands in a place, or -1.
+        # Means of merged clusters, and the index of the mean of the cluster at each place, or -1.
         dim = items.keys.shape[-1] + items.values.shape[-1]
         self._means = items.keys.new_empty(0, dim, dtype=torch.float64)
         self._place = torch.full_like(items.count, -1)
-        # The last search: its items, their scores with all, and their squared lengths.
+        # The last search: its items, their scores against all clusters, and their squared lengths.
         self._search: tuple[Tensor, Tensor, Tensor]
         self._lay_out(items.keys.dtype)
         size = self._squares.amax(-1)
@@ -189,7 +188,7 @@ class _Clusters:
 
     @property
     def _is_point(self) -> Tensor:
-        """What others may look for, where they are finite."""
+        """Mask of the finite points that may be targets."""
         return self._x[:, : self.mass.shape[1], -1] > -torch.inf
 
     @property
@@ -197,7 +196,7 @@ class _Clusters:
         return self._x[:, : self.mass.shape[1], -1].mul(-2).masked_fill_(~self._is_point, 0)
 
     def _lay_out(self, dtype: torch.dtype) -> None:
-        """Let `_x` be rows (x, -|x|^2 / 2), whose product with (y, 1) is highest for the x nearest to y."""
+        """Fill `_x` with rows (x, -|x|^2 / 2); the one nearest to y has the largest product with (y, 1)."""
         items, num = self._items, self.mass.shape[1]
         shape = (len(self.mass), padded_to_blocks(num), self._means.shape[-1] + 1)
         self._x = items.keys.new_empty(shape, dtype=dtype)
@@ -211,28 +210,28 @@ class _Clusters:
 
     @staticmethod
     def _end_rows(x: Tensor, is_target: Tensor) -> None:
-        """Write what rows `[..., D + 1]` end in; what is no target or no point is infinitely far from all."""
+        """Write -|x|^2 / 2 at the end of rows `[..., D + 1]`; -inf for non-targets and non-finite points."""
         squares = torch.linalg.vector_norm(x[..., :-1], dim=-1).square_()
         is_point = is_target & squares.isfinite()
         if not bool(is_point.all()):
-            # Zero times what is not finite would reach others.
+            # Non-finite entries would make products with other rows NaN.
             x.masked_fill_(~is_point[..., None], 0)
         x[..., -1] = torch.where(is_point, squares / -2, -torch.inf)
 
     def _point(self, s: Tensor, a: Tensor) -> Tensor:
-        """Points `[P, K + V]` in float64 in the places a of streams s."""
+        """Points `[P, K + V]` in float64 at places a of streams s."""
         points, place = self._items.points((s, a)), self._place[s, a]
         has_joined = (place >= 0).nonzero()[:, 0]
         return points.index_copy_(0, has_joined, self._means[place[has_joined]])
 
     def _distances(self, s: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """Squared distances `[P]`, relative to `size`, in float64 from differences."""
+        """Squared distances `[P]` between a and b, relative to `size`, in float64 from differences."""
         distance = (self._point(s, a) - self._point(s, b)).square_().sum(-1) / self.size[s]
         return distance.masked_fill_(~distance.isfinite(), NO_DISTANCE)
 
     def _found_distances(self, s: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """The same to items b that have just searched, from products of their search where these will do."""
-        # None did if nothing that has joined weighs anything, but then nothing has followed it either.
+        """`_distances` to clusters b that have just searched, from the products of a float32 search."""
+        # If all merged clusters have zero mass, none has searched, but then no edge has followed one either.
         if self._x.dtype == torch.float64 or not len(s):
             return self._distances(s, a, b)
         order, scores, squares = self._search
@@ -244,13 +243,13 @@ class _Clusters:
 
     @property
     def _error(self) -> float:
-        """The most by which distances are wrong that come from `_x`: rounding of it, and of what it is of."""
+        """Upper bound of the error of distances from `_x`: rounding of the product and of the points."""
         if self._x.dtype == torch.float64:
             return 0.0
         return 4 * (self._means.shape[-1] + 8) * torch.finfo(torch.float32).eps
 
     def join_(self, trees: Tensor) -> Tensor:
-        """Join what has the same root in `trees` `[S, M]`. Returns the roots of more than one, `[S, M]`."""
+        """Merge clusters with the same root in `trees` `[S, M]`. Returns a mask `[S, M]` of merged roots."""
         s, a = (trees != torch.arange(trees.shape[1], device=trees.device)).nonzero(as_tuple=True)
         has_joined = torch.zeros_like(self.is_there)
         has_joined[s, trees[s, a]] = True
@@ -272,13 +271,13 @@ class _Clusters:
         return has_joined
 
     def edges(self, is_mover: Tensor | None = None) -> _Edges:
-        """The edges of movers `[S, M]`, by default all, and of what weighs nothing, to what is nearest."""
+        """Edges from movers `[S, M]` (default: all) and clusters of zero mass to their nearest clusters."""
         has_mass = self._has_mass
         is_mover = has_mass if is_mover is None else has_mass & is_mover
-        # What weighs nothing is no target, unless nothing weighs anything.
+        # Clusters of zero mass are no targets, unless all have zero mass.
         is_target = torch.where(has_mass.any(-1, keepdim=True), has_mass, self.is_there)
-        # It is at no distance from any other, so it goes to the first that there is, without a search. So
-        # does what is not finite, or finds nothing else that is: that is further away than anything.
+        # A cluster of zero mass is at distance 0 from every other, so it goes to the first target without a
+        # search. So does a non-finite one, and one without a finite target, at distance `NO_DISTANCE`.
         first = is_target.byte().argmax(-1, keepdim=True)
         second = is_target.scatter(1, first, False).byte().argmax(-1, keepdim=True)
         index = torch.arange(is_mover.shape[1], device=is_mover.device).expand(is_mover.shape)
@@ -295,7 +294,7 @@ class _Clusters:
         return _Edges(target=torch.where(has_edge, target, index), distance=distance, error=error)
 
     def followed(self, edges: _Edges, trees: Tensor, has_joined: Tensor) -> _Edges:
-        """Edges after `join_(trees)`: what has joined looks again, others keep to where their targets are."""
+        """Edges after `join_(trees)`: merged clusters search again, other edges follow their targets."""
         again, index = self.edges(has_joined), torch.arange(trees.shape[1], device=trees.device)
         target = torch.where(self.is_there, trees.gather(1, edges.target), index)
         distance, error = edges.distance.clone(), edges.error.clone()
@@ -309,16 +308,16 @@ class _Clusters:
         )
 
     def shortest(self, edges: _Edges, is_none: Tensor, num: Tensor) -> Tensor:
-        """Mask `[S, M]` of the `num` `[S]` edges of lowest priority: distances weighed by the masses of both.
+        """Mask `[S, M]` of the `num` `[S]` edges of lowest priority (distance times a power of both masses).
 
         Args:
-            edges: the edges. is_none: `[S, M]` those that are not to be taken. num: `[S]`.
+            edges: the edges. is_none: `[S, M]` mask of edges to skip. num: `[S]`.
         """
         mass, other = self.mass, self.mass.gather(1, edges.target)
         weight = (mass * (other / divisor(mass + other, mass.dtype))) ** self._items.mass_power
         priority, error = (edges.distance * weight).masked_fill_(is_none, torch.inf), edges.error * weight
         most, last = int(num.max()), (num - 1).clamp(min=0)[:, None]
-        # What is certain to come before or after the last one that is taken need not be exact.
+        # Only edges whose error bounds reach the selection boundary need an exact priority.
         low, high = priority - error, priority + error
         first, end = (x.topk(most, largest=False).values.gather(1, last) for x in (low, high))
         is_near = (error > 0) & (high >= first) & (low <= end) & ~is_none
@@ -327,11 +326,11 @@ class _Clusters:
         return lowest(priority, num, most)
 
     def _nearest(self, order: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What is nearest to the items `order` `[S, A]`, by a product in float32 where that can tell.
+        """Nearest cluster of each of `order` `[S, A]`, by a float32 product where its precision suffices.
 
         Returns:
-            Whether an item is a point, and there is another; of these the nearest, of equally near ones the
-            first; its distance, and error, as in `_Edges`.
+            Whether a finite nearest cluster exists; its index (ties: lowest); its distance and error, as in
+            `_Edges`.
         """
         num, size = self.mass.shape[1], self.size[:, None]
         rows = _rows(self._x, order)
@@ -349,7 +348,7 @@ class _Clusters:
             distance[s, t] = self._distances(s, order[s, t], place[s, t])
             return is_found, place, distance, torch.zeros_like(best)
         place, best, second = best_two(scores)
-        # On both sides of a comparison, of half the distances.
+        # Errors of both scores that are compared, which are half as large as those of distances.
         tolerance = ((self._error / 2 + 2 * TIE) * size).float()
         s, t = (best - second <= tolerance).nonzero(as_tuple=True)
         is_candidate = scores[s, t, :num] >= (best - tolerance)[s, t, None]
@@ -367,7 +366,7 @@ class _Clusters:
 
 
 def _are_ordinary(size: Tensor, factor: Tensor) -> bool:
-    """Whether float32 products of points of that size neither vanish nor overflow, nor values times that."""
+    """Whether float32 products of points of this size, and values times `factor`, stay in range."""
     shortest, longest = (length**2 for length in ORDINARY)
     is_ordinary = torch.ones_like(size, dtype=torch.bool)
     for x in (size, factor):
@@ -376,20 +375,20 @@ def _are_ordinary(size: Tensor, factor: Tensor) -> bool:
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """Rows `[S, A, D]` of `x` `[S, M, D]`, those of an index `[S, A]`."""
+    """Rows `[S, A, D]` of `x` `[S, M, D]` at `index` `[S, A]`."""
     first = torch.arange(0, x.shape[0] * x.shape[1], x.shape[1], device=x.device)[:, None]
     return x.flatten(0, 1).index_select(0, (first + index).flatten()).view(*index.shape, x.shape[-1])
 
 
 def _is_lowest_of_circle(target: Tensor) -> Tensor:
-    """Which items `[S, M]` are the lowest of those that one comes back to on the way along targets."""
+    """Mask `[S, M]` of the items that are the lowest of a cycle of `target`."""
     index = torch.arange(target.shape[1], device=target.device).expand(target.shape)
-    # Where 1, 2, 4, ... steps lead, and the lowest item on the way.
+    # Pointer doubling: the item 1, 2, 4, ... steps ahead, and the lowest item on the way.
     ahead, least = target, torch.minimum(index, target)
     for _ in range(target.shape[1].bit_length()):
         least, before = torch.minimum(least, least.gather(1, ahead)), ahead
         ahead = ahead.gather(1, ahead)
-        # All are on circles, mostly of two items that are nearest to each other, and back where they were.
+        # All have reached cycles whose lengths divide the step, mostly mutual nearest pairs.
         if torch.equal(ahead, before):
             break
     is_on_circle = torch.zeros_like(target, dtype=torch.bool).scatter_(1, ahead, True)
@@ -397,7 +396,7 @@ def _is_lowest_of_circle(target: Tensor) -> Tensor:
 
 
 def _lowest_of_tree(parent: Tensor) -> Tensor:
-    """For each item, the lowest `[S, M]` of all that end in the same one on the way along parents."""
+    """Lowest item `[S, M]` of the tree of each item, given the parent of each item (roots: themselves)."""
     root = parent
     while not torch.equal(above := root.gather(1, root), root):
         root = above
@@ -406,13 +405,13 @@ def _lowest_of_tree(parent: Tensor) -> Tensor:
 
 
 def shrunk(slots: dict[str, Tensor], num_slots: int, *, value_weight: float) -> dict[str, Tensor]:
-    """The slots of a state (by name), merged until at most `num_slots` per head are left."""
+    """Tensors of the slots of a state (by name), merged until at most `num_slots` per head are left."""
     check_sizes(1, num_slots=num_slots)
     check_value_weight("value_weight", value_weight)
     while slots["count"].shape[2] > num_slots:
         num_open = (slots["count"][:, 0] > 0).sum(-1).tolist()
         due = [min(max(0, n - num_slots), max(1, n // _PART)) for n in num_open]
-        # Room for as many slots as are wanted, or for those that are left.
+        # Room for `num_slots` slots, or for as many as are left.
         capacity = max([num_slots, *(n - merges for n, merges in zip(num_open, due, strict=True))])
         slots = _merged(slots, due, capacity, value_weight)
     return slots
@@ -421,7 +420,7 @@ def shrunk(slots: dict[str, Tensor], num_slots: int, *, value_weight: float) -> 
 def _merged(
     slots: dict[str, Tensor], due: list[int], capacity: int, value_weight: float
 ) -> dict[str, Tensor]:
-    """`slots` after `due[r]` merges in each head of row r, with room for `capacity`."""
+    """`slots` after `due[r]` merges in each head of row r, with `capacity` slots allocated."""
     rows, heads = slots["count"].shape[:2]
     streams = {name: x.flatten(0, 1) for name, x in slots.items()}
     count = streams["count"]
@@ -431,7 +430,7 @@ def _merged(
         items = Items.of(keys, values, mass, count, value_weight=value_weight)
         roots = nearest_roots(items, count > 0, [merges for merges in due for _ in range(heads)])
     is_kept = (roots == torch.arange(count.shape[1], device=count.device)) & (count > 0)
-    # Spare slots hold zeros, so they can be added to the last slot that is kept.
+    # Spare slots are zero, so adding them to the last kept slot changes nothing.
     place = (is_kept.cumsum(-1) - 1).clamp(min=0).gather(1, roots)
     totals = {name: added_up(parts, place, capacity) for name, parts in streams.items()}
     return {name: total.unflatten(0, (rows, heads)) for name, total in totals.items()}

@@ -1,9 +1,8 @@
-"""A call as one operator of `torch.library`, for `torch.compile` and `torch.export`, with a state or without.
+"""A call as one operator of `torch.library`, for `torch.compile` and `torch.export`, with or without a state.
 
-What a call does depends on the lengths of its rows and on how many tokens its state has seen, and a graph
-knows neither: all of that happens inside of `ovq::call`. A graph passes on nothing but tensors. So a state
-goes in and comes out in pieces, with room for all N slots, and the backward (`ovq::call_backward`) runs the
-call again.
+The computation depends on the lengths of the rows and on the number of tokens seen, which a graph does not
+know, so all of it is inside `ovq::call`. Graphs pass only tensors. A state is therefore passed as its
+tensors, with room for all N slots, and the backward (`ovq::call_backward`) runs the call again.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from ovq.ops.options import Options
 from ovq.ops.parts import of_rows, slot_spec
 from ovq.ops.state import OVQState, with_capacity
 
-# The differentiable inputs in the order of the operator; those of a state by their names in it.
+# Names of the differentiable inputs, in the order of the operator.
 _OF_TOKENS = ("q", "k", "v", "scale", "token_weights", "log_forget")
 _OF_STATE = (
     "key_sum",
@@ -35,7 +34,7 @@ _OF_STATE = (
     "pending_forget",
 )
 _NUM_DIFFERENTIABLE = len(_OF_TOKENS) + len(_OF_STATE)
-# All pieces of a state; after the outputs, the operator returns those of the state after the call.
+# All tensors of a state. The operator returns the outputs, then these tensors of the final state.
 _PIECES = (*_OF_STATE, "count", "num_seen")
 _NUM_GRADS = 1 + len(_OF_STATE)
 
@@ -66,9 +65,9 @@ def attention(
     log_forget: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, OVQState | None]:
-    """The call of the arguments of `checked_call` by a backend, in a graph.
+    """`ovq::call` for the arguments of `checked_call`, to be traced into a graph.
 
-    The state that it returns has room for N slots.
+    The final state has all N slots allocated.
     """
     bounds = None
     if isinstance(attention_mask, RowBounds):
@@ -115,7 +114,7 @@ def _pieces(state: OVQState) -> list[Tensor | None]:
 
 @dataclasses.dataclass(frozen=True)
 class _Inputs:
-    """The arguments of `ovq::call`: the differentiable ones, what else there is of a state, and the rest."""
+    """The arguments of `ovq::call`: differentiable tensors, other tensors of the state, and settings."""
 
     tensors: tuple[Tensor | None, ...]
     count: Tensor | None
@@ -143,7 +142,7 @@ class _Inputs:
         return cls(tensors, count, num_seen, bounds, options, wants_state, backend)
 
     def run(self) -> list[Tensor | None]:
-        """The outputs, and the pieces of the state after them if it is wanted."""
+        """Outputs, and the tensors of the final state if `wants_state`."""
         q, k, v, scale, token_weights, log_forget, *memory = self.tensors
         state = None
         if self.count is not None:
@@ -168,7 +167,7 @@ class _Inputs:
 
 
 def _own(x: Tensor | None, arguments: Sequence[Any], like: Tensor) -> Tensor:
-    """x in memory of its own, as what an operator returns has to be; an empty tensor for None."""
+    """x in memory not shared with an argument, as operators must return it; an empty tensor for None."""
     if x is None:
         return like.new_empty(0)
     memory = x.untyped_storage().data_ptr()
@@ -248,7 +247,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     return *own, *[None] * (len(arguments) - len(own))
 
 
-# Not by `torch.library.custom_op`: nothing is recorded inside of one, and `ovq::call_backward` needs a graph.
+# Not `torch.library.custom_op`: autograd records nothing inside one, but `ovq::call_backward` needs a graph.
 for _name, _run, _fake in (
     ("call", _call, _fake_call),
     ("call_backward", _call_backward, _fake_call_backward),

@@ -13,45 +13,46 @@ from ovq.fields import did_you_mean, is_finite
 from ovq.ops.ablation import Ablation
 from ovq.ops.schedule import GROWTHS
 
-# Scores that differ by less than this, relative to the lengths of the vectors, count as equal. Adding a
-# float64 sum in another order changes it by a hundredth of this, so repeated keys tie in every backend.
+# Scores that differ by less than this, relative to the lengths of the vectors, count as equal. The order of
+# summation changes a float64 sum by a hundredth of this, so repeated keys tie in every backend.
 TIE = 1e-12
-# Smallest length that is divided by: a vector of length 0 then has cosine 0 with every other.
+# Minimum length in a cosine: a zero vector then has cosine 0 with every other.
 TINY = 1e-30
-# The least weight with which a token is read in its own chunk, where it is read with its weight, so that no
-# query has nothing to read: less than slots have that are all but forgotten, and still a float32.
+# Minimum weight of a token read in its own chunk with its weight, so that every query has something to read.
+# It is below the weight of almost forgotten slots and still representable in float32.
 LEAST_READ = 1e-37
-# Between these lengths, float32 products of two vectors neither vanish nor overflow. Where a key or the mean
-# of a slot is shorter or longer, but not zero, routing uses float64 from the start.
+# Between these lengths, float32 products of two vectors neither underflow nor overflow. If a key or slot mean
+# is shorter (but not zero) or longer, routing uses float64 from the start.
 ORDINARY = (1e-15, 1e15)
-# Stands for the cosine of a key that is not finite. Cosines are at most 1, so it is the last to open a slot.
+# Replaces the cosine of a non-finite key. Cosines are at most 1, so such a key is last to open a slot.
 NO_COSINE = 2.0
-# Stands for the cosine of a key of weight 0, which comes after those.
+# Replaces the cosine of a key of weight 0, which comes after non-finite keys.
 NO_WEIGHT = 3.0
-# Stands for a squared distance that is not finite, relative to the largest squared length of a point.
-# Distances are at most 4 times that.
+# Replaces a non-finite squared distance. Distances are relative to the largest squared length of a point, so
+# finite ones are at most 4.
 NO_DISTANCE = 5.0
-# The power of a b / (a + b) by which the distance of two items of masses a and b counts where the shortest
-# edges are taken (docs/results/rules.md), and for the weights of expected use (docs/results/convert.md).
+# The priority of an edge by merge="nearest" is its squared distance times (a b / (a + b)) to this power, for
+# items of masses a and b (docs/results/rules.md). Converted models use 1 (docs/results/convert.md).
 MASS_POWER = 1 / 3
-# In how many parts they are taken, each but the last half of what is due, rounded up.
+# Number of parts in which the shortest edges are merged; each but the last makes half of the merges that are
+# still due, rounded up.
 NUM_PARTS = 4
 
-# w of the rules that merge pairs, for keys of length 1. The best value depends on the weights of a model;
-# this one is good for all models that were measured (docs/results/rules.md).
+# Default of w in the rules that merge pairs, for keys of length 1. The best value depends on the trained
+# model; this one is good for all models measured (docs/results/rules.md).
 VALUE_WEIGHT = 0.35
 
 INITS = ("novelty", "random")
-# The rules that merge the cheapest pair of slots and tokens, one after the other, with p, the power of
-# c_a c_b / (c_a + c_b) in their costs: 1 is the likelihood's; with less, the counts of two items matter less.
-# They are theory: the reference alone knows them.
+# The rules of greedy merging, cheapest pair first, each with the power of c_a c_b / (c_a + c_b) in its cost.
+# Power 1 is the growth of the likelihood loss; counts matter less with lower powers. Only the reference
+# backend runs these rules.
 COUNT_POWERS = {"ward": 1.0, "ward-sqrt": 0.5}
-# All rules that merge pairs: these, and the one that takes the shortest edges to nearest items, all at once.
+# All rules that merge pairs: the greedy rules, and the rule that merges along shortest edges.
 PAIR_MERGES = (*COUNT_POWERS, "nearest")
 MERGES = ("existing", "updated", *PAIR_MERGES)
-# The rules that layers, models and commands know, see `current_merge`.
+# The rules that layers, models and commands support, see `current_merge`.
 CURRENT_MERGES = ("existing", "updated", "nearest")
-# The rule by which trained models recall most, whichever one they were trained by (docs/results/rules.md).
+# The rule with the best recall at inference, whichever rule a model was trained with (docs/results/rules.md).
 BEST_MERGE = "nearest"
 
 
@@ -60,17 +61,16 @@ class Options:
     """The settings that, together with its tensors, define the layer: no backend may change them.
 
     Attributes:
-        num_slots: N, the largest number of slots per head.
+        num_slots: N, the maximum number of slots per head.
         chunk_size: C, tokens per chunk.
-        growth: the schedule, `"plateau"`, `"linear"` or `"immediate"`.
+        growth: schedule of the number of slots, `"plateau"`, `"linear"` or `"immediate"`.
         init: which keys open slots, `"novelty"` or `"random"`.
-        merge: where the other keys go, `"existing"` or `"updated"` slots; or a rule of `PAIR_MERGES`, which
+        merge: update rule of the dictionary: `"existing"`, `"updated"`, or a rule of `PAIR_MERGES`, which
             merges pairs of slots and tokens.
-        seed: seeds `init="random"`.
-        ablation: what is changed for an ablation.
-        value_weight: w, the weight of distances between values relative to those between keys where pairs
-            are merged.
-        mass_power: the power of masses in what edges are ranked by, see `MASS_POWER`.
+        seed: seed of `init="random"`.
+        ablation: changes for ablations.
+        value_weight: w, the weight of values relative to keys in the distances of rules that merge pairs.
+        mass_power: power of the masses in the priority of edges, see `MASS_POWER`.
         weighs_chunk: whether tokens of the own chunk are read with the log of their weights, as slots are.
     """
 
@@ -80,7 +80,7 @@ class Options:
     init: str
     merge: str
     seed: int
-    # Made anew, as graphs of PyTorch 2.11 cannot take one that is made before.
+    # A new object each time: `torch.compile` of PyTorch 2.11 cannot use one from outside the graph.
     ablation: Ablation = dataclasses.field(default_factory=Ablation)
     value_weight: float = VALUE_WEIGHT
     mass_power: float = MASS_POWER
@@ -95,24 +95,24 @@ class Options:
                 )
         check_sizes(1, num_slots=self.num_slots, chunk_size=self.chunk_size)
         check_value_weight("value_weight", self.value_weight)
-        # Where pairs are merged, no key is chosen to open a slot, and no mean moves by steps.
+        # Rules that merge pairs choose no keys to open slots and have no step size.
         for name, found, only in (("init", self.init, "novelty"), ("rate", self.ablation.rate, "count")):
             if self.merges_pairs and found != only:
                 raise ValueError(f"{name}: expected {only!r} with merge {self.merge!r}, found {found!r}")
 
     @property
     def schedule(self) -> dict[str, Any]:
-        """The options by which the number of slots grows, as `ovq.ops.schedule` takes them."""
+        """Keyword arguments for the functions of `ovq.ops.schedule`."""
         return {"num_slots": self.num_slots, "chunk_size": self.chunk_size, "growth": self.growth}
 
     @property
     def merges_pairs(self) -> bool:
-        """Whether pairs of slots and tokens are merged, instead of keys into slots."""
+        """Whether the rule merges pairs of slots and tokens, instead of keys into slots."""
         return self.merge in PAIR_MERGES
 
     @property
     def count_power(self) -> float:
-        """The power of c_a c_b / (c_a + c_b) in the cost of merging two items, by a rule that has costs."""
+        """Power of c_a c_b / (c_a + c_b) in the merging cost of the greedy rules."""
         return COUNT_POWERS[self.merge]
 
 
@@ -127,35 +127,35 @@ def options_of(
     value_weight: float,
     seed: int,
 ) -> Options:
-    """`Options` with these fields, with the growth that `merge` is meant for if it is None.
+    """`Options` with these fields; if `growth` is None, the default growth of `merge`.
 
-    Of equal fields these are the same object, which is checked once, and recognized in no time.
+    Equal fields give the same cached object, so that it is checked once and compared by identity.
     """
     growth = default_growth(merge) if growth is None else growth
-    # In the order of `Options`.
+    # In the field order of `Options`.
     fields = (num_slots, chunk_size, growth, init, merge, seed, ablation, value_weight)
-    # In a graph that is being made nothing can be looked up.
+    # The cache cannot be used while `torch.compile` traces.
     if torch.compiler.is_compiling():
         return Options(*fields)
     try:
         return _known_options(*fields)
     except TypeError:
-        # What is no value of any option cannot be looked up either: it is refused.
+        # An unhashable value is not valid for any option: this raises the error that says so.
         return Options(*fields)
 
 
-# By type, because 1 is equal to True, which is no size.
+# Typed, because 1 equals True, which is not a valid size.
 _known_options = functools.lru_cache(maxsize=256, typed=True)(Options)
 
 
 @functools.lru_cache(maxsize=256)
 def weighing_chunk(options: Options) -> Options:
-    """The options by which tokens of the own chunk are read with their weights; likewise the same object."""
+    """`options` with `weighs_chunk=True`, cached as in `options_of`."""
     return dataclasses.replace(options, weighs_chunk=True)
 
 
 def can_merge_best(merge: str, *, init: str, rate: float | str) -> bool:
-    """Whether a dictionary kept by `merge` and these options can be kept by `BEST_MERGE` in its place.
+    """Whether a dictionary with these options does not yet use `BEST_MERGE` but can switch to it.
 
     Example:
         >>> can_merge_best("existing", init="novelty", rate="count")
@@ -167,15 +167,15 @@ def can_merge_best(merge: str, *, init: str, rate: float | str) -> bool:
 
 
 def current_merge(merge: str) -> str:
-    """The rule that runs where `merge` was saved or asked for; if it is another, a warning says so, once.
+    """The rule that runs for `merge`, which may come from an old file; warns once if it is a different one.
 
-    Earlier versions ran `COUNT_POWERS` in every backend. All that is above the op takes these names still.
+    Earlier versions ran the rules of `COUNT_POWERS` in every backend; layers and models still accept them.
 
     Example:
         >>> current_merge("existing"), current_merge("nearest")
         ('existing', 'nearest')
     """
-    # What is no name at all is refused elsewhere.
+    # Unknown names are refused elsewhere.
     if merge not in tuple(COUNT_POWERS):
         return merge
     _warn_of_earlier_rule(merge)
@@ -193,12 +193,12 @@ def _warn_of_earlier_rule(merge: str) -> None:
 
 
 def default_growth(merge: str) -> str:
-    """The growth that a merge rule is meant for: where pairs are merged, none is while there is room."""
+    """Default growth of a merge rule; rules that merge pairs merge nothing while there is room."""
     return "immediate" if merge in PAIR_MERGES else "plateau"
 
 
 def check_sizes(least: int, **sizes: int) -> None:
-    """Raise ValueError, naming the first that is wrong, unless all are integers of at least `least`.
+    """Raise ValueError, naming the first invalid size, unless all are integers of at least `least`.
 
     Example:
         >>> check_sizes(1, num_slots=8, chunk_size=0)

@@ -1,4 +1,4 @@
-"""Which tensors a state consists of, with shapes and dtypes: for all that makes, checks, or sends one."""
+"""Specification of the tensors of a state (shapes, dtypes), used to create, check and send states."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ovq.ops.sums import state_dtype
 
-#: Names of the tensors of a state, each with its shape and its dtype.
+#: Shape and dtype of each tensor of a state, by name.
 StateSpec = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
@@ -31,10 +31,10 @@ def slot_spec(
         num_kv_heads: Hkv.
         head_dim: K.
         chunk_size: C.
-        dtype: of the inputs.
-        value_dim: V; None: as K.
+        dtype: dtype of the inputs.
+        value_dim: V; None means K.
         has_weights: whether tokens have weights.
-        forgets: whether what was read earlier fades; tokens then have weights, too.
+        forgets: whether the state has `pending_forget`, and then weights, too.
 
     Example:
         >>> slot_spec(5, num_kv_heads=2, head_dim=8, chunk_size=4, dtype=torch.bfloat16)["key_sum"]
@@ -58,15 +58,15 @@ def slot_spec(
 
 
 def spec_of(tensors: Mapping[str, Tensor], chunk_size: int, dtype: torch.dtype) -> StateSpec:
-    """The tensors of a state of several rows that has the sizes of these, and their optional parts.
+    """The specification that the tensors of a state should match, for their own sizes and optional tensors.
 
     Args:
-        tensors: by name; the sizes are those of `count`, `key_sum` and `value_sum`.
+        tensors: by name; sizes are taken from `count`, `key_sum` and `value_sum`.
         chunk_size: C.
-        dtype: of the inputs.
+        dtype: dtype of the inputs.
     """
     num_rows, num_kv_heads, num_slots = tensors["count"].shape
-    # Of another number of dimensions they do not fit the specification.
+    # With a wrong number of dimensions they match no specification, so 0 will do.
     sums = (tensors["key_sum"], tensors["value_sum"])
     head_dim, value_dim = (x.shape[3] if x.dim() == 4 else 0 for x in sums)
     spec = slot_spec(
@@ -83,7 +83,7 @@ def spec_of(tensors: Mapping[str, Tensor], chunk_size: int, dtype: torch.dtype) 
 
 
 def of_rows(spec: StateSpec, num_rows: int) -> StateSpec:
-    """The specification of `num_rows` rows, from that of one row; rows are the first dimension.
+    """Specification of `num_rows` rows from the specification of one; rows are the first dimension.
 
     Example:
         >>> of_rows({"count": ((3,), torch.int64)}, 2)
@@ -93,7 +93,7 @@ def of_rows(spec: StateSpec, num_rows: int) -> StateSpec:
 
 
 def check_tensors(where: str, tensors: Mapping[str, Tensor], spec: StateSpec) -> None:
-    """Raise ValueError, naming `where`, unless tensors match the specification and are finite.
+    """Raise ValueError, naming `where`, unless the tensors match the specification and are finite.
 
     Example:
         >>> check_tensors("file", {"count": torch.ones(2)}, {"count": ((3,), torch.int64)})

@@ -9,10 +9,10 @@ _MASK = (1 << 63) - 1
 
 
 def random_priority(seed: int, head: int, num_seen: int, chunk_size: int) -> Tensor:
-    """A random order of the chunk that ends at token `num_seen`, as priorities `[C]`; the lowest open slots.
+    """Random priorities `[C]` of the keys of the chunk that ends at token `num_seen`; the lowest open slots.
 
-    It depends only on the seed, the head and the position, not on how far a generator has advanced: a stream
-    opens the same slots however it is batched or cut into calls.
+    They depend only on the seed, the head and the position, not on the state of a generator, so a stream
+    opens the same slots however it is batched or split into calls.
 
     Example:
         >>> bool((random_priority(0, 1, 64, 32) == random_priority(0, 1, 64, 32)).all())
@@ -26,10 +26,10 @@ def random_priority(seed: int, head: int, num_seen: int, chunk_size: int) -> Ten
 
 
 def seed_of(init: str, generator: torch.Generator | None) -> int:
-    """The seed of a call: that of its generator, or of PyTorch's; 0 where nothing is random.
+    """The seed of a call: that of `generator`, else of PyTorch's default generator; 0 if nothing is random.
 
     Raises:
-        ValueError: if `generator` is something else.
+        ValueError: if `generator` is neither None nor a `torch.Generator`.
 
     Example:
         >>> seed_of("random", torch.Generator().manual_seed(5)), seed_of("novelty", None)

@@ -1,27 +1,27 @@
-"""How many slots the dictionary holds after t tokens: the growth schedules.
+"""Growth schedules: the number of slots in the dictionary after t tokens.
 
 The schedule depends only on the number of tokens seen, so a stream opens the same slots at the same chunks
-however it is cut into calls.
+however it is split into calls.
 """
 
 GROWTHS = ("plateau", "linear", "immediate")
 
 
 def scheduled_slots(num_seen: int, *, num_slots: int, growth: str = "plateau") -> int:
-    """Slots that the schedule prescribes once `num_seen` tokens have been merged.
+    """Number of slots that the schedule prescribes once `num_seen` tokens have been merged.
 
     Args:
-        num_seen: tokens t that the row has seen so far, a multiple of the chunk size.
-        num_slots: the largest number of slots, N.
-        growth: `"plateau"`, floor(t N / (t + N)), the paper's; `"linear"`, min(N, floor(t / 2)), which
-            crosses the plateau at t = N (the slope is this project's choice); `"immediate"`, min(N, t), one
-            slot per key while there is room.
+        num_seen: number t of tokens that the row has seen, a multiple of the chunk size.
+        num_slots: the maximum number of slots, N.
+        growth: `"plateau"`, floor(t N / (t + N)), the paper's schedule; `"linear"`, min(N, floor(t / 2)),
+            which crosses the plateau at t = N (the slope is this project's choice); `"immediate"`, min(N, t),
+            one slot per key while there is room.
 
     Returns:
         The number of slots, at least 1 and at most `num_slots`.
 
     Raises:
-        ValueError: if there is no such growth, or a number is out of range.
+        ValueError: if `growth` is unknown, or a number is out of range.
 
     Source: arXiv 2602.03922 for the plateau; the other two are reconstructed from its ablations.
 
@@ -48,10 +48,10 @@ def scheduled_slots(num_seen: int, *, num_slots: int, growth: str = "plateau") -
 
 
 def grown_slots(current: int, num_seen: int, *, num_slots: int, chunk_size: int, growth: str) -> int:
-    """Slots after the chunk that ends at token `num_seen`, given `current` slots before it.
+    """Number of slots after the chunk that ends at token `num_seen`, given `current` slots before it.
 
-    The dictionary never shrinks here, and a chunk of C tokens can open at most C slots (a limit that matters
-    only after `OVQState.resize` has raised N in mid-stream).
+    The number never shrinks here, and a chunk of C tokens opens at most C slots (which matters only after
+    `OVQState.resize` has raised N in mid-stream).
 
     Example:
         >>> grown_slots(0, 32, num_slots=64, chunk_size=32, growth="plateau")
@@ -66,7 +66,7 @@ def grown_slots(current: int, num_seen: int, *, num_slots: int, chunk_size: int,
 def slots_by_chunk(
     current: int, num_merged: int, num_chunks: int, *, num_slots: int, chunk_size: int, growth: str
 ) -> list[int]:
-    """Slots before each of the next `num_chunks` chunks and after the last: a list of num_chunks + 1 sizes.
+    """Number of slots before each of the next `num_chunks` chunks and after the last: num_chunks + 1 numbers.
 
     Example:
         >>> slots_by_chunk(0, 0, 3, num_slots=64, chunk_size=32, growth="plateau")

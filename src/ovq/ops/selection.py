@@ -1,4 +1,4 @@
-"""The best two of many scores, and the lowest of many priorities: what the rules of merging select by."""
+"""Selection kernels of the merge rules: the best two of many scores, the lowest of many priorities."""
 
 from __future__ import annotations
 
@@ -7,22 +7,21 @@ from torch import Tensor
 
 from ovq.ops.options import TIE
 
-# Columns of a score matrix that are reduced together. The best one is found as the best block, then the best
-# column in it, which reads the scores once, vectorised (on a CPU an argmax over all columns takes six times
-# as long).
+# Columns of a score matrix per block. The maximum is found as the best block, then the best column in it,
+# which reads the scores once, vectorised (an argmax over all columns takes six times as long on a CPU).
 BLOCK = 32
 
 
 def padded_to_blocks(num: int) -> int:
-    """`num` rounded up to whole blocks."""
+    """`num` rounded up to a multiple of `BLOCK`."""
     return -(-num // BLOCK) * BLOCK
 
 
 def best_two(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Column and score of the best of each row, and the score of the second best, `[S, A]` each.
+    """Column and score of the maximum of each row, and the second highest score, `[S, A]` each.
 
     Args:
-        scores: `[S, A, M]`, M whole blocks.
+        scores: `[S, A, M]`, M a multiple of `BLOCK`.
 
     Example:
         >>> scores = torch.arange(64.0).view(1, 1, 64).index_fill(2, torch.tensor([63]), 40.5)
@@ -35,7 +34,7 @@ def best_two(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     first = torch.arange(0, scores.numel() // BLOCK, num // BLOCK, device=scores.device).view(block.shape)
     inside = scores.view(-1, BLOCK).index_select(0, (first + block).flatten()).view(streams, rows, BLOCK)
     best, place = inside.max(-1, keepdim=True)
-    # The best of all other columns: in the other blocks, and in the rest of the winner's block.
+    # Maximum of all other columns: those of the other blocks, and the rest of the best block.
     inside.scatter_(-1, place, -torch.inf)
     block_best.scatter_(-1, block, -torch.inf)
     second = torch.maximum(inside.amax(-1), block_best.amax(-1))
@@ -43,11 +42,11 @@ def best_two(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def lowest(priority: Tensor, num: Tensor, most: int) -> Tensor:
-    """Mask `[S, M]` of the `num[s]` lowest priorities of each stream; of equal ones, the first.
+    """Mask `[S, M]` of the `num[s]` lowest priorities of each stream (ties: lowest index).
 
     Args:
-        priority: `[S, M]`; the lowest `num[s]` are finite.
-        num: `[S]`. most: the largest of these numbers, or more.
+        priority: `[S, M]`; the lowest `num[s]` must be finite.
+        num: `[S]`. most: at least the maximum of `num`.
 
     Example:
         >>> lowest(torch.tensor([[3.0, 1.0, 3.0, 2.0]]), torch.tensor([3]), 3)

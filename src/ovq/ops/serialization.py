@@ -1,6 +1,6 @@
-"""States on disk: one safetensors file, written atomically, and used only after it was checked.
+"""States on disk: one safetensors file, written atomically and checked before use.
 
-Never pickle: a state file may come from anywhere.
+Never pickle: a state file may come from an untrusted source.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from ovq.runtime.files import atomic_path
 
 FORMAT = "ovq-state"
 VERSION = "1"
-# The version of files of states with weights, which earlier versions would misread.
+# File version of states with weights, which earlier releases would misread.
 WITH_WEIGHTS = "2"
-# Likewise, of states that forget.
+# File version of states with forgetting, likewise.
 WITH_FORGETTING = "3"
 MAX_TOKENS = 2**62
-"""Most tokens of a row: in a file with more, the int64 counts could overflow as the row continues."""
+"""Maximum number of tokens of a row in a file; with more, its int64 counts could overflow later."""
 
 
 def save_state(
@@ -42,7 +42,7 @@ def save_state(
 
 
 def write_file(path: str | os.PathLike, tensors: dict[str, Tensor], *, metadata: dict[str, str]) -> None:
-    """Write a safetensors file completely, or leave the old one.
+    """Write a safetensors file atomically: on failure, an existing file is unchanged.
 
     Raises:
         OSError: if the file cannot be written.
@@ -58,15 +58,14 @@ def write_file(path: str | os.PathLike, tensors: dict[str, Tensor], *, metadata:
         try:
             save_file(tensors, temporary, metadata=metadata)
         except SafetensorError as error:
-            # safetensors turns a full disk into an error of its own, which callers that save a file would not
-            # expect.
+            # For a full disk, safetensors raises its own error type, which callers do not expect.
             raise OSError(f"{path}: cannot be written ({error})") from error
 
 
 def format_of(path: str | os.PathLike) -> str | None:
-    """The `format` that the metadata of a safetensors file names; None where there is none.
+    """`format` in the metadata of a safetensors file; None if there is none or the file cannot be read.
 
-    What is wrong with the file is said by `read_file`.
+    `read_file` raises the errors for invalid files.
     """
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
@@ -78,16 +77,16 @@ def format_of(path: str | os.PathLike) -> str | None:
 def read_file(
     path: str | os.PathLike, *, what: str, file_format: str, version: str, or_versions: Sequence[str] = ()
 ) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors of a safetensors file, read only if its header says that it is one of ours.
+    """Metadata and tensors of a safetensors file, read only if its header has the right format and version.
 
     Args:
-        what: what it should be, for error messages.
-        file_format: the `format` that its metadata must name.
-        version: the `version` that its metadata must name.
-        or_versions: others that it may name.
+        what: description of the expected file, for error messages.
+        file_format: required `format` of the metadata.
+        version: required `version` of the metadata.
+        or_versions: other accepted versions.
 
     Raises:
-        ValueError: if there is no such file, it is damaged, or it has another format or version.
+        ValueError: if the file is missing or damaged, or has another format or version.
     """
     path = Path(path)
     if not path.is_file():
@@ -110,7 +109,7 @@ def read_file(
 
 
 def load_state(path: str | os.PathLike, *, device: torch.device | str) -> dict[str, Any]:
-    """Read and check the fields of the state at `path`; see `OVQState.load`."""
+    """Checked fields of the state in the file `path`; see `OVQState.load`."""
     metadata, tensors = read_file(
         path,
         what="a saved OVQ state",
@@ -119,13 +118,13 @@ def load_state(path: str | os.PathLike, *, device: torch.device | str) -> dict[s
         or_versions=(WITH_WEIGHTS, WITH_FORGETTING),
     )
     tensors = upgraded(tensors)
-    # The names alone matter here, and no size.
+    # Only the names are used here, so the sizes do not matter.
     sizes: dict[str, Any] = {"num_kv_heads": 0, "head_dim": 0, "chunk_size": 0, "dtype": torch.float32}
     has_weights, forgets = "weight" in tensors, "pending_forget" in tensors
     names = slot_spec(0, **sizes, has_weights=has_weights, forgets=forgets).keys()
     if tensors.keys() != names:
         raise ValueError(f"{path}: expected tensors {sorted(names)}, found {sorted(tensors)}")
-    # Earlier versions wrote these where they were not 0.
+    # Earlier versions wrote these fields if they were not 0.
     for name in ("window", "num_sinks"):
         if name in metadata:
             raise ValueError(f"{path}: {name} was removed; expected 0, found {metadata[name][:40]}")
@@ -136,13 +135,13 @@ def load_state(path: str | os.PathLike, *, device: torch.device | str) -> dict[s
 
 
 def upgraded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a state or layer from a file, in the dtypes that they have now.
+    """Tensors of a state or layer from an old file, converted to the current dtypes.
 
     Example:
         >>> upgraded({"pending_forget": torch.zeros(1, 2)})["pending_forget"].dtype
         torch.float64
     """
-    # Sums of logs were in the dtype of all sums.
+    # `pending_forget` used to have the dtype of the sums.
     old = tensors.get("pending_forget")
     if old is None or old.dtype != torch.float32:
         return tensors
@@ -150,17 +149,17 @@ def upgraded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def positive_int(path: str | os.PathLike, metadata: dict[str, str], name: str) -> int:
-    """A number from the metadata of a file.
+    """A positive integer from the metadata of a file.
 
     Raises:
-        ValueError: if it is missing, not a number, or out of range.
+        ValueError: if it is missing, not an integer, or out of range.
 
     Example:
         >>> positive_int("file", {"num_slots": "8"}, "num_slots")
         8
     """
     text = metadata.get(name, "")
-    # Python refuses to read thousands of digits, with an error of its own.
+    # The length is limited, as `int` raises another error for thousands of digits.
     if not (text.isdecimal() and len(text) < 20 and 1 <= int(text) <= MAX_TOKENS):
         raise ValueError(f"{path}: expected {name} to be an integer from 1 to 2^62, found {text[:40]!r}")
     return int(text)
@@ -169,14 +168,14 @@ def positive_int(path: str | os.PathLike, metadata: dict[str, str], name: str) -
 def check_state_tensors(
     where: str, tensors: Mapping[str, Tensor], *, num_slots: int, chunk_size: int
 ) -> None:
-    """Raise ValueError unless `tensors` can be a state: shapes, dtypes, finite values, counts that add up."""
+    """Raise ValueError unless `tensors` are a valid state: shapes, dtypes, finite values, right counts."""
 
     def expect(is_right: bool, expected: str, found: object) -> None:
         if not is_right:
             raise ValueError(f"{where}: expected {expected}, found {found}")
 
     count, num_seen, dtype = tensors["count"], tensors["num_seen"], tensors["pending_keys"].dtype
-    # First, as some dtypes that a file can hold cannot be computed with.
+    # Checked first, as PyTorch cannot compute with all dtypes that a file can hold.
     expect(dtype in DTYPES, f"pending_keys in one of {DTYPES}", dtype)
     is_shaped = count.dim() == 3 and count.shape[1] > 0
     expect(is_shaped, "count of shape [B, Hkv, M], Hkv at least 1", tuple(count.shape))
@@ -197,12 +196,12 @@ def check_state_tensors(
 
 
 def check_counts(where: str, count: Tensor, *, total: Tensor | int) -> None:
-    """Raise ValueError unless counts can be those of `total` tokens.
+    """Raise ValueError unless the counts of each head are at least 0 and add up to `total`.
 
     Args:
-        where: what the counts are part of, for error messages.
+        where: source of the counts, for error messages.
         count: `[B, Hkv, M]` int64.
-        total: tokens of each head, or `[B]` of each row's heads.
+        total: number of tokens of each head, or `[B]` of the heads of each row.
 
     Example:
         >>> check_counts("state", torch.tensor([[[3, 2], [4, 0]]]), total=5)
@@ -211,7 +210,7 @@ def check_counts(where: str, count: Tensor, *, total: Tensor | int) -> None:
     """
     if count.numel() and (least := int(count.min())) < 0:
         raise ValueError(f"{where}: expected counts >= 0, found {least}")
-    # A running sum of numbers below 2^63 turns negative when it leaves int64.
+    # A cumulative sum of int64 numbers turns negative when it overflows.
     if bool((count.cumsum(-1) < 0).any()):
         raise ValueError(
             f"{where}: expected counts that add up within int64, found {count.amax(-1).tolist()}"
@@ -226,10 +225,10 @@ def check_counts(where: str, count: Tensor, *, total: Tensor | int) -> None:
 
 
 def _check_open_slots(where: str, tensors: Mapping[str, Tensor]) -> None:
-    """Raise ValueError unless the slots in use are where the op looks for them.
+    """Raise ValueError unless all heads of a row have equally many slots in use, before the spare slots.
 
-    All heads of a row have the same number of slots in use, and these come first. The op therefore reads that
-    number from a single head and looks at nothing beyond; any other state would be read in part only.
+    The op reads that number from a single head and ignores all slots beyond it, so it would miss slots of any
+    other state.
     """
     is_open = tensors["count"] > 0
     num_open = is_open.sum(-1)

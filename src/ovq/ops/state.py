@@ -1,6 +1,6 @@
-"""`OVQState`: the memory of the tokens read so far, of constant size.
+"""`OVQState`: the constant-size memory of all tokens seen so far.
 
-A state is a value: no operation changes a state that it is given, so to keep a snapshot, keep the state.
+A state is a value: no operation modifies its input state, so keeping a reference keeps a snapshot.
 `serialization.py` saves and loads states.
 """
 
@@ -28,26 +28,26 @@ _ROW_TENSORS = (*_SLOT_TENSORS, "pending_keys", "pending_values", "pending_weigh
 
 @dataclasses.dataclass(eq=False, repr=False)
 class OVQState:
-    """The dictionary of every row and key/value head, and the tokens that are not yet merged into it.
+    """The dictionary of every row and key/value head, and the pending tokens of the incomplete last chunk.
 
     Attributes:
         key_sum: `[B, Hkv, M, K]` sums of the keys assigned to each slot, float32 (float64 for float64
             inputs).
         value_sum: `[B, Hkv, M, V]` sums of the values, same dtype.
-        count: `[B, Hkv, M]` tokens assigned to each slot, int64, so that it stays exact at any length.
+        count: `[B, Hkv, M]` number of tokens assigned to each slot, int64 to stay exact at any length.
             Spare slots have count 0 and sums 0.
-        pending_keys: `[B, Hkv, C, K]` keys of the incomplete last chunk, in the dtype of the inputs. Row b
-            uses its first `num_pending[b]` places; the contents of the others have no meaning.
-        pending_values: `[B, Hkv, C, V]` their values.
+        pending_keys: `[B, Hkv, C, K]` keys of the pending tokens, in the dtype of the inputs. Row b uses its
+            first `num_pending[b]` positions; the rest is undefined.
+        pending_values: `[B, Hkv, C, V]` values of the pending tokens, likewise.
         num_seen: `[B]` tokens seen by each row, int64, always on the CPU: the schedule is host control flow.
-        num_slots: N, the largest number of slots per head.
+        num_slots: N, the maximum number of slots per head.
         chunk_size: C, tokens per chunk.
-        weight: `[B, Hkv, M]` total weight of the tokens in each slot, in the dtype of the sums, where tokens
-            were given weights (`token_weights` of `ovq_attention`); None where it is their count.
+        weight: `[B, Hkv, M]` total weight of the tokens in each slot, in the dtype of the sums; None without
+            token weights (`token_weights` of `ovq_attention`), where the count takes its place.
         pending_weights: `[B, Hkv, C]` weights of the pending tokens, likewise.
-        pending_forget: `[B, Hkv]` float64 sum of `log_forget` of the pending tokens, where there is
-            forgetting. `weight` is then what slots weighed when the incomplete chunk began, and pending
-            tokens weigh more by as much as was forgotten up to them.
+        pending_forget: `[B, Hkv]` float64 sum of `log_forget` over the pending tokens; None without
+            forgetting. With it, `weight` is relative to the start of the incomplete chunk, and the weight of
+            a pending token is divided by the forget factors of the chunk up to it (math.md, (29)).
 
     Example:
         >>> import torch
@@ -73,21 +73,21 @@ class OVQState:
     weight: Tensor | None = None
     pending_weights: Tensor | None = None
     pending_forget: Tensor | None = None
-    # The buffers in which decode steps keep the pending tokens, if there were such steps (`advanced`).
+    # Buffers that decode steps write pending tokens to, if this state comes from decoding (`advanced`).
     _buffers: PendingBuffers | None = dataclasses.field(default=None, repr=False)
-    # The decode step that led here, if a backend can repeat it (`PreparedStep` of `backends/cpu`).
+    # The decode step that made this state, if it can be run again (`PreparedStep` in `backends/cpu`).
     _step: Any = dataclasses.field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        # `dataclasses.replace` copies the earlier state's buffers too; a state of other tensors must not keep
-        # them alive.
+        # `dataclasses.replace` also copies the buffers of the earlier state; a state with other pending
+        # tensors must not keep them alive.
         own = self.pending_keys, self.pending_values, self.pending_weights
         if self._buffers is not None and not self._buffers.are(*own):
             self._buffers = None
 
     def __repr__(self) -> str:
-        """What kind of state this is; `summary` says what it holds."""
-        # Every row has seen as many tokens, or from the fewest to the most.
+        """Sizes, dtype and device of the state; `summary` describes its contents."""
+        # Tokens seen: one number if equal in all rows, else the range.
         seen = sorted({*self.num_seen.tolist()})
         tokens = f"{seen[0]}..{seen[-1]}" if len(seen) > 1 else "".join(map(str, seen)) or "none"
         rows, heads, slots = self.count.shape
@@ -98,7 +98,7 @@ class OVQState:
         )
 
     def summary(self) -> StateSummary:
-        """What the state holds, in a few numbers: tokens, slots, bytes, and how tokens share the slots.
+        """Summary statistics: tokens, slots, bytes, and the distribution of tokens over slots.
 
         Example:
             >>> OVQState.empty(
@@ -132,10 +132,10 @@ class OVQState:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> OVQState:
-        """The state of rows that have seen no token; `dtype` is that of the inputs to come.
+        """The state of rows that have seen no token; `dtype` is the dtype of the inputs.
 
         Raises:
-            ValueError: if a size is out of range, or `dtype` is none of inputs.
+            ValueError: if a size is out of range, or `dtype` is not a floating dtype.
 
         Example:
             >>> OVQState.empty(
@@ -164,23 +164,22 @@ class OVQState:
 
     @property
     def batch_size(self) -> int:
-        """Rows B."""
+        """Number of rows, B."""
         return self.count.shape[0]
 
     @property
     def num_pending(self) -> Tensor:
-        """`[B]` tokens of each row that are not merged: those of the incomplete chunk."""
+        """`[B]` number of pending tokens of each row, those of the incomplete chunk."""
         return self.num_seen % self.chunk_size
 
     @property
     def mass(self) -> Tensor:
-        """`[B, Hkv, M]` what each slot weighs in the softmax: the total weight of its tokens, or their
-        count."""
+        """`[B, Hkv, M]` mass of each slot in the softmax: total weight, or count without token weights."""
         return self.count if self.weight is None else self.weight
 
     @property
     def num_open(self) -> Tensor:
-        """`[B]` slots of each row in use (every slot in use has a count of at least 1)."""
+        """`[B]` number of slots in use in each row (a slot in use has a count of at least 1)."""
         return (self.count[:, 0] > 0).sum(-1).cpu()
 
     @property
@@ -195,12 +194,12 @@ class OVQState:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors of the state."""
+        """Total bytes of all tensors of the state."""
         return sum(t.nbytes for t in tensors_of(self).values())
 
     @property
     def _names(self) -> list[str]:
-        """The tensors of rows that this state has."""
+        """Names of the per-row tensors that are not None (without `num_seen`)."""
         return [name for name in _ROW_TENSORS if getattr(self, name) is not None]
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> OVQState:
@@ -212,14 +211,14 @@ class OVQState:
         return dataclasses.replace(self._map(Tensor.clone), num_seen=self.num_seen.clone())
 
     def detach(self) -> OVQState:
-        """The same values without their autograd graph, for truncated backpropagation."""
+        """The state detached from the autograd graph, for truncated backpropagation."""
         return self._map(Tensor.detach)
 
     def to(self, device: torch.device | str | None = None, *, non_blocking: bool = False) -> OVQState:
         """The state on another device; `num_seen` stays on the CPU, and dtypes do not change.
 
         Raises:
-            ValueError: if `device` is something else, such as a dtype.
+            ValueError: if `device` is not a device, for example a dtype.
         """
         if device is not None and not isinstance(device, (str, int, torch.device)):
             raise ValueError(f"device: expected a device, found {device!r}")
@@ -232,7 +231,8 @@ class OVQState:
             name: (t := getattr(self, name)).index_select(0, host.to(t.device)) for name in self._names
         }
         selected = dataclasses.replace(self, **picked, num_seen=self.num_seen[host])
-        # Indexing has copied already, so a beam search, which picks rows at every step, need not copy again.
+        # Indexing has already copied, so decoding with beam search, which selects rows at every step, need
+        # not copy again.
         selected._buffers = PendingBuffers(
             selected.pending_keys,
             selected.pending_values,
@@ -246,7 +246,7 @@ class OVQState:
         return self.select(index)
 
     def repeat_interleave(self, n: int) -> OVQState:
-        """Each row repeated `n` times consecutively, for several continuations of one context.
+        """Each row repeated `n` times consecutively, to sample several continuations of one context.
 
         Raises:
             ValueError: if `n` is not an integer of at least 1.
@@ -256,9 +256,9 @@ class OVQState:
 
     @staticmethod
     def concatenate(states: Sequence[OVQState]) -> OVQState:
-        """The rows of several states in one state, for rows that join a running batch.
+        """All rows of several states in one state, for example when rows join a running batch.
 
-        The states must agree in everything but the number of rows and the slots allocated so far.
+        The states may differ only in the number of rows and of allocated slots.
         """
         if not states:
             raise ValueError("states: expected at least one state, found none")
@@ -288,17 +288,16 @@ class OVQState:
         return dataclasses.replace(first, **joined, num_seen=num_seen)
 
     def resize(self, num_slots: int, *, value_weight: float = VALUE_WEIGHT) -> OVQState:
-        """The same memory with another bound N on its slots from here on: an elastic dictionary.
+        """The state with a new maximum number of slots N: an elastic dictionary.
 
-        Growing only raises the bound; the schedule then opens slots as chunks complete. Shrinking merges
-        slots with those nearest to them until `num_slots` per head are left, whatever rule the dictionary is
-        kept by: as `merge="nearest"` does, an eighth of them at a time. Merged slots stay in the order of the
-        lowest slot in each, and the counts still add up to the number of tokens merged.
+        Growing only raises the maximum; the schedule then opens slots as chunks complete. Shrinking merges
+        nearest slots, by `merge="nearest"` whatever the update rule, an eighth of the slots at a time, until
+        `num_slots` per head are left. Merged slots stay in the order of their lowest members, and counts
+        still add up to the number of merged tokens.
 
         Args:
-            num_slots: the new bound.
-            value_weight: the weight of distances between values relative to those between keys, as in
-                `ovq_attention`.
+            num_slots: the new maximum, N.
+            value_weight: weight of values relative to keys in distances, as in `ovq_attention`.
 
         Raises:
             ValueError: if `num_slots` is not an integer of at least 1, or `value_weight` is not a finite
@@ -318,7 +317,7 @@ class OVQState:
         return dataclasses.replace(self, **changed, num_slots=num_slots)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the state to a safetensors file, atomically: if writing fails, an old file stays as it was.
+        """Write the state to a safetensors file, atomically: if writing fails, an existing file is unchanged.
 
         Raises:
             OSError: if the file cannot be written.
@@ -330,16 +329,16 @@ class OVQState:
         """Read a state written by `save`.
 
         Raises:
-            ValueError: if the file is not a saved state, is damaged, or holds values that no state can have.
+            ValueError: if the file is not a saved state, is damaged, or holds values invalid for a state.
         """
         return OVQState(**load_state(path, device=device))
 
 
 def checked_rows(rows: Tensor | Sequence[int], num_rows: int) -> Tensor:
-    """The places `[R]` of these rows, on the CPU.
+    """Indices `[R]` of the given rows, int64 on the CPU.
 
     Raises:
-        ValueError: neither places of `num_rows` rows nor a boolean mask of them.
+        ValueError: if `rows` is neither indices into `num_rows` rows nor a boolean mask of them.
 
     Example:
         >>> checked_rows([True, False, True], 3)
@@ -361,12 +360,12 @@ def checked_rows(rows: Tensor | Sequence[int], num_rows: int) -> Tensor:
 
 
 def tensors_of(state: OVQState) -> dict[str, Tensor]:
-    """The tensors that a state has, by name."""
+    """All tensors of a state that are not None, by name."""
     return {name: getattr(state, name) for name in (*state._names, "num_seen")}
 
 
 def state_tensors(state: OVQState) -> dict[str, Tensor]:
-    """The tensors of a state in the form in which they are written, on the CPU.
+    """The tensors of a state as they are saved: detached, contiguous, on the CPU, unused positions zero.
 
     Example:
         >>> state = OVQState.empty(
@@ -376,7 +375,7 @@ def state_tensors(state: OVQState) -> dict[str, Tensor]:
         ['count', 'key_sum', 'num_seen', 'pending_keys', 'pending_values', 'value_sum']
     """
     tensors = {name: x.detach().cpu().contiguous() for name, x in tensors_of(state).items()}
-    # Places beyond num_pending may hold tokens of another continuation, which must not reach the file.
+    # Positions beyond num_pending may hold tokens of another continuation, which must not reach the file.
     used = torch.arange(state.chunk_size, device="cpu") < state.num_pending[:, None]
     for name, x in tensors.items():
         if name.startswith("pending") and x.dim() > 2:
@@ -385,7 +384,7 @@ def state_tensors(state: OVQState) -> dict[str, Tensor]:
 
 
 def weighted(state: OVQState) -> OVQState:
-    """`state` with weights: each token that was read without one has the weight 1."""
+    """`state` with token weights; tokens seen without a weight get weight 1."""
     if state.weight is not None:
         return state
     wide = state.key_sum.dtype
@@ -394,7 +393,7 @@ def weighted(state: OVQState) -> OVQState:
 
 
 def forgetting(state: OVQState) -> OVQState:
-    """`state` as that of rows that forget; what it holds counts as it did."""
+    """`state` with `pending_forget`, zero at first, and weights, so that calls can forget from here on."""
     state = weighted(state)
     if state.pending_forget is not None:
         return state
@@ -403,7 +402,7 @@ def forgetting(state: OVQState) -> OVQState:
 
 
 def with_capacity(state: OVQState, capacity: int) -> OVQState:
-    """`state` with at least `capacity` slots allocated; the added slots are spare, that is, zero."""
+    """`state` with at least `capacity` slots allocated; added slots are spare (all zero)."""
     missing = capacity - state.count.shape[2]
     if missing <= 0:
         return state
@@ -418,10 +417,10 @@ def with_capacity(state: OVQState, capacity: int) -> OVQState:
 
 
 def advanced(state: OVQState) -> OVQState:
-    """The state after one more token per row; the caller has yet to write those tokens.
+    """The state after one more token per row, whose keys and values the caller has yet to write.
 
-    The caller writes the token of row r to place `state.num_pending[r]` of the result's pending buffers. They
-    are contiguous, and no state other than the result and those made from it reads that place.
+    The caller writes the token of row r to position `state.num_pending[r]` of the result's pending buffers.
+    They are contiguous, and only the result and states derived from it read that position.
     """
     buffers, own = state._buffers, (state.pending_keys, state.pending_values, state.pending_weights)
     if (
@@ -431,10 +430,10 @@ def advanced(state: OVQState) -> OVQState:
     ):
         places = buffers.written
     else:
-        # `num_pending` in plain numbers.
+        # `num_pending` as Python numbers.
         places = [n % state.chunk_size for n in state.num_seen.tolist()]
     if buffers is not None and buffers.take(*own[:2], places, own[2]):
-        # As below, in a fraction of the time.
+        # Equivalent to `dataclasses.replace` below, in a fraction of the time.
         after = object.__new__(OVQState)
         buffers.num_seen = num_seen = state.num_seen + 1
         after.__dict__.update(state.__dict__, num_seen=num_seen, _step=None)

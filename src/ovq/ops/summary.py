@@ -1,4 +1,4 @@
-"""`StateSummary`: what a state holds, in a few numbers."""
+"""`StateSummary`: summary statistics of a state."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StateSummary:
-    """What a state holds, in a few numbers; `str` gives them in words.
+    """Summary statistics of a state; `str` gives them in words.
 
     Attributes:
-        num_seen: tokens that each row has seen.
-        num_pending: those of each row that wait for their chunk to fill.
-        num_open: slots in use in each row, per key/value head.
-        num_slots: N, the largest number of slots per head.
-        nbytes: bytes of all tensors of the state.
-        largest_count: the most tokens in one slot, over all rows and heads.
+        num_seen: number of tokens that each row has seen.
+        num_pending: number of pending tokens of each row.
+        num_open: number of slots in use in each row, per key/value head.
+        num_slots: N, the maximum number of slots per head.
+        nbytes: total bytes of all tensors of the state.
+        largest_count: maximum number of tokens in one slot, over all rows and heads.
         single_share: share of the slots in use that hold a single token, over all rows and heads.
-        effective_slots: by row, the mean over its heads of exp(H), where H is the entropy of the shares of
-            tokens in slots. Slots with equally many tokens all count; of slots that hold hardly any token,
-            hardly any counts.
+        effective_slots: for each row, the mean over its heads of exp(H), where H is the entropy of the
+            distribution of tokens over slots: the number of slots if all hold equally many tokens; slots with
+            hardly any tokens add hardly anything.
 
     Example:
         >>> import torch
@@ -58,10 +58,10 @@ class StateSummary:
 
 
 def effective_slots(count: Tensor) -> Tensor:
-    """How many equal slots each head's are as good as, `[B, Hkv]`; see `StateSummary`.
+    """Effective number of slots of each head, `[B, Hkv]`: the exponential of the entropy of the counts.
 
     Args:
-        count: `[B, Hkv, M]` tokens of each slot.
+        count: `[B, Hkv, M]` number of tokens in each slot.
 
     Example:
         >>> effective_slots(torch.tensor([[[5, 5, 0], [0, 0, 0]]]))
@@ -69,12 +69,12 @@ def effective_slots(count: Tensor) -> Tensor:
     """
     total = count.sum(-1, keepdim=True)
     entropy = torch.special.entr(count.double() / total.clamp(min=1)).sum(-1)
-    # Without a slot there is nothing to count, and exp(0) would be 1.
+    # 0 for a head without tokens, where exp(0) would be 1.
     return torch.where(total[..., 0] > 0, entropy.exp(), 0)
 
 
 def _range(values: tuple[int, ...] | tuple[float, ...]) -> str:
-    """Values of all rows: one number where they are equal, else the lowest and the highest.
+    """Values of all rows as text: one number if they are equal, else the minimum and the maximum.
 
     Example:
         >>> _range((5000, 5000)), _range((1.25, 3.0)), _range(())

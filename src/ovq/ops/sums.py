@@ -1,4 +1,4 @@
-"""Sums of slots: their dtype, and the means, counts and weights that are read off them."""
+"""Helpers for slot sums: dtypes, means, masses and their logs."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from torch import Tensor
 from ovq.ops.options import LEAST_READ
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-"""The dtypes of inputs."""
+"""Supported dtypes of queries, keys and values."""
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums and routing for inputs of `dtype`: float64 for float64, float32 for all else.
+    """Dtype of sums and routing for inputs of `dtype`: float64 for float64, else float32.
 
-    Narrower sums would change what the model remembers: routing is a hard argmax, and a running mean in
+    Lower precision would change what the model remembers: routing is a hard argmax, and a running mean in
     bfloat16 stops moving after a few hundred tokens.
     """
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def slot_means(sums: Tensor, mass: Tensor) -> Tensor:
-    """Slot means `[..., M, D]` of sums `[..., M, D]` and counts or weights `[..., M]`; 0 for spare slots."""
+    """Slot means `[..., M, D]`: sums `[..., M, D]` over counts or weights `[..., M]`; 0 for spare slots."""
     return sums / divisor(mass, sums.dtype).unsqueeze(-1)
 
 
 def without_trace(x: Tensor, weights: Tensor) -> Tensor:
-    """Keys or values `[..., D]` of tokens of weights `[...]`, as they are merged.
+    """Keys or values `[..., D]` with the non-finite entries of tokens of weight 0 set to 0.
 
-    A weight of 0 leaves no trace: what is not finite is 0 there, since 0 times NaN would be NaN.
+    Tokens of weight 0 must leave no trace in the sums, but 0 times NaN would be NaN.
 
     Example:
         >>> without_trace(torch.tensor([[1.0, torch.nan], [torch.inf, 2.0]]), torch.tensor([0.0, 1.0]))
@@ -39,30 +39,30 @@ def without_trace(x: Tensor, weights: Tensor) -> Tensor:
 
 
 def divisor(mass: Tensor, dtype: torch.dtype) -> Tensor:
-    """Counts or weights to divide by: 1 where there is none, since the sums there are zero."""
+    """Counts or weights to divide by; 1 where they are 0, as the sums there are zero."""
     if not mass.is_floating_point():
         return mass.clamp(min=1).to(dtype)
     return torch.where(mass > 0, mass, 1).to(dtype)
 
 
 def log_mass(mass: Tensor, dtype: torch.dtype) -> Tensor:
-    """Log of counts or weights; -inf, with a gradient of 0, where there is none."""
+    """Log of counts or weights; -inf, with gradient 0, where they are 0."""
     if not mass.is_floating_point():
         return mass.to(dtype).log()
     return divisor(mass, dtype).log().masked_fill(mass <= 0, -torch.inf)
 
 
 def log_token_weights(weights: Tensor) -> Tensor:
-    """What is added to the scores of tokens of the own chunk where these are read with their weights."""
+    """Score biases of the tokens of the own chunk if they are read with their weights: log weights."""
     return weights.clamp(min=LEAST_READ).log()
 
 
 def added_up(items: Tensor, slots: Tensor, num_slots: int) -> Tensor:
-    """What items have in each slot together.
+    """Sums of the items of each slot.
 
     Args:
         items: `[..., M]` or `[..., M, D]`.
-        slots: `[..., M]` that each item goes to.
+        slots: `[..., M]` slot of each item.
         num_slots: N.
 
     Returns:

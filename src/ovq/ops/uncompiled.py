@@ -1,4 +1,4 @@
-"""`uncompiled`: functions that `torch.compile` leaves to plain Python."""
+"""`uncompiled`: decorator for functions that `torch.compile` must not trace."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ T = TypeVar("T")
 
 
 def uncompiled(function: Callable[P, T]) -> Callable[P, T]:
-    """`torch.compiler.disable`, which takes seconds to load the compiler, but only once something is
-    compiled.
+    """`torch.compiler.disable`, applied only under `torch.compile`, as it takes seconds to load the compiler.
 
     Example:
         >>> uncompiled(len)([1, 2, 3])
