@@ -1,12 +1,12 @@
-"""The backends: each a module with a few functions. Which of them runs a call is decided only here.
+"""The backends, each a module with a few functions, and the selection of the one that runs a call.
 
-A backend computes what `ovq.ops.naive` defines. The choice affects speed only: assignments are equal between
+Backends compute what `ovq.ops.naive` defines and differ only in speed: slot assignments are equal between
 backends, and outputs are equal up to rounding.
 
-- `naive`: the reference, in plain loops. It alone knows the rules of exact greedy merging.
-- `torch`: large matrix products, on any device; `torch/chunk.py` is where to start reading.
+- `naive`: the reference, in plain loops. Only it supports the rules of exact greedy merging.
+- `torch`: large matrix products, on any device; start reading at `torch/chunk.py`.
 - `cpu`: the same, compiled for this processor.
-- `triton`: kernels for GPUs.
+- `triton`: GPU kernels.
 """
 
 from __future__ import annotations
@@ -27,36 +27,35 @@ from ovq.ops.state import OVQState
 
 
 class Backend(Protocol):
-    """What every backend must have; a module or an object.
+    """Interface of a backend, a module or an object.
 
     Attributes:
-        KNOWN: the options that it knows. It is not asked to run others.
+        KNOWN: the supported options. The backend never receives a call with others.
     """
 
     KNOWN: Known
 
     def missing(self, q: Tensor, v: Tensor, options: Options) -> str | None:
-        """What is missing to run what it knows, such as a device, as "expected ..., found ..."; None if
-        nothing."""
+        """Missing requirement for a supported call (device, compiler): "expected ..., found ..."; or None."""
 
     def run(self, call: Call) -> tuple[Tensor, OVQState | None]:
-        """Outputs `[B, T, H, V]` in the dtype of q, and the state afterwards, perhaps None if not wanted.
+        """Outputs `[B, T, H, V]` in the dtype of q, and the final state (may be None if not wanted).
 
-        A call has at least one token. Products are made in `full_precision`, whatever PyTorch is set to.
+        A call has at least one token. Matrix products run in `full_precision`, whatever PyTorch's settings.
         """
 
 
 class Learning(Backend, Protocol):
-    """A backend that can also merge without reading.
+    """A backend that can also merge tokens without computing attention.
 
     Attributes:
-        LEARNS: the options that it knows then.
+        LEARNS: the options supported by `learn`.
     """
 
     LEARNS: Known
 
     def learn(self, chunks: Merging) -> Learned:
-        """Merge chunks, and say where their tokens went."""
+        """Merge chunks and return the slots of their tokens."""
 
 
 LEARNING: dict[str, Learning] = {"cpu": cpu, "torch": torch, "triton": triton}
@@ -65,16 +64,16 @@ NAMES = ("auto", *BACKENDS)
 
 
 def refusal(name: str, q: Tensor, v: Tensor, options: Options, gates: Iterable[str] = ()) -> str | None:
-    """Why a backend cannot run calls with such tensors, options and gates; None if it can."""
+    """Why a backend cannot run calls with these tensors, options and gates; None if it can."""
     backend = BACKENDS[name]
     return backend.KNOWN.refusal(q.dtype, options, gates) or backend.missing(q, v, options)
 
 
 def chosen(name: str, call: Call) -> str:
-    """The name of the backend that runs a call: the one requested, or the fastest that can.
+    """Name of the backend that runs a call: the requested one, or for `"auto"` the fastest that can run it.
 
     Args:
-        name: the one requested, or `"auto"`.
+        name: the requested backend, or `"auto"`.
 
     Raises:
         ValueError: if the requested backend, or for `"auto"` every backend, cannot run the call; says why.
@@ -84,10 +83,10 @@ def chosen(name: str, call: Call) -> str:
 
 
 def chosen_to_learn(name: str, k: Tensor, v: Tensor, options: Options, gates: Iterable[str] = ()) -> str:
-    """The name of the backend that merges without reading: one of `LEARNING`, or the fastest that can.
+    """Like `chosen`, for merging without attention: the requested one of `LEARNING`, or the fastest.
 
     Raises:
-        ValueError: as `chosen`.
+        ValueError: as in `chosen`.
     """
 
     def reason_against(name: str) -> str | None:
@@ -98,10 +97,10 @@ def chosen_to_learn(name: str, k: Tensor, v: Tensor, options: Options, gates: It
 
 
 def learn(chunks: Merging, name: str | None = None) -> Learned:
-    """Merge complete chunks into dictionaries without reading, and say where their tokens went.
+    """Merge complete chunks into dictionaries without computing attention; returns the slots of the tokens.
 
     Args:
-        name: what `chosen_to_learn` returned for them; None to ask it for the fastest backend.
+        name: result of `chosen_to_learn` for these chunks; None for the fastest backend.
     """
     if name is None:
         name = chosen_to_learn("auto", chunks.k, chunks.v, chunks.plan.options, chunks.gates)
@@ -110,12 +109,12 @@ def learn(chunks: Merging, name: str | None = None) -> Learned:
 
 
 def _fastest(x: Tensor) -> tuple[str, str]:
-    """The backends that `"auto"` tries for such tensors, in order."""
+    """Backends that `"auto"` tries for tensors on this device, in order."""
     return "triton" if x.is_cuda else "cpu", "torch"
 
 
 def _first(name: str, names: Iterable[str], reason_against: Callable[[str], str | None]) -> str:
-    """`name`, or for `"auto"` the first of `names` that there is no reason against."""
+    """`name`, or for `"auto"` the first of `names` that can run; ValueError if none can."""
     if name != "auto":
         if reason := reason_against(name):
             raise ValueError(f"backend: {name!r}: {reason}")

@@ -1,9 +1,9 @@
 """The chunk-aligned layout that the fast backends share.
 
-The rows of a call may be padded left or right, packed one after the other, or continue a state with pending
-tokens. All become one layout: every row starts at a chunk boundary with its pending tokens, and is padded to
-whole chunks. Rows are sorted by length, longest first. The rows that have an i-th chunk, and those whose i-th
-chunk is complete, are then each a prefix of the batch.
+The rows of a call may be padded left or right, packed into a batch of 1, or continue a state with pending
+tokens. All are brought into one layout: every row starts at a chunk boundary with its pending tokens, and is
+padded to whole chunks. Rows are sorted by length, longest first, so that the rows with an i-th chunk, and the
+rows whose i-th chunk is complete, are each a prefix of the batch.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ class AlignedRows:
     """The chunk-aligned layout of `rows`, sorted by length.
 
     Attributes:
-        order: row of the call at each sorted place.
-        is_sorted: whether the rows came in that order.
-        lengths: tokens of each sorted row, including pending ones.
-        pending: pending tokens of each sorted row at the start.
-        width: places per chunk: the chunk size, or fewer if every row fits in one incomplete chunk.
+        order: index in the call of each sorted row.
+        is_sorted: whether the rows of the call are already sorted.
+        lengths: number of tokens of each sorted row, including pending ones.
+        pending: number of pending tokens of each sorted row at the start.
+        width: positions per chunk: the chunk size, or fewer if every row fits in one incomplete chunk.
         first_chunk: index of each sorted row's first chunk; its i-th chunk is `first_chunk[r] + i`.
-        num_chunks: chunks of all rows together.
+        num_chunks: number of chunks of all rows.
 
     Example:
         >>> aligned = AlignedRows(Rows((0, 10), (10, 3)), pending=[0, 2], chunk_size=4, num_tokens=20)
@@ -54,8 +54,8 @@ class AlignedRows:
             self.num_chunks += -(-n // self.width)
         self.num_tokens = num_tokens
         new = [n - p for n, p in zip(self.lengths, self.pending, strict=True)]
-        # Where rows fill the input exactly, the layout is a view or needs one padding. This excludes pending
-        # tokens, which are not in the input: as many columns of padding would be mistaken for them.
+        # If rows fill the input exactly, the layout is a view or needs one padding. Pending tokens exclude
+        # this, as they are not in the input: the same number of padding columns would be taken for them.
         length = self.lengths[0] if self.lengths else 0
         self.is_dense = (
             not any(self.pending)
@@ -66,22 +66,22 @@ class AlignedRows:
         self._new = new
 
     def inverse(self) -> list[int]:
-        """The sorted place of each row of the call."""
+        """Sorted position of each row of the call."""
         places = [0] * len(self.order)
         for place, row in enumerate(self.order):
             places[row] = place
         return places
 
     def num_active(self, i: int) -> int:
-        """Sorted rows that have an i-th chunk, complete or not."""
+        """Number of rows that have an i-th chunk, complete or not."""
         return sum(n > i * self.width for n in self.lengths)
 
     def num_complete(self, i: int) -> int:
-        """Sorted rows whose i-th chunk is complete."""
+        """Number of rows whose i-th chunk is complete."""
         return sum(n >= (i + 1) * self.chunk_size for n in self.lengths)
 
     def chunks_of(self, r: int) -> int:
-        """Chunks of the sorted row `r`."""
+        """Number of chunks of the sorted row `r`."""
         return -(-self.lengths[r] // self.width)
 
     def _spread(self, first: Sequence[int], num: Sequence[int], device: torch.device) -> Tensor:
@@ -93,7 +93,7 @@ class AlignedRows:
         return (torch.arange(total, device="cpu") + offsets.repeat_interleave(counts)).to(device)
 
     def _places(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """For each new token: its place in the flattened input and in the aligned layout."""
+        """Indices of each new token in the flattened input and in the aligned layout."""
         source = self._spread(self.starts, self._new, device)
         first = [c * self.width + p for c, p in zip(self.first_chunk, self.pending, strict=True)]
         return source, self._spread(first, self._new, device)
@@ -104,7 +104,7 @@ class AlignedRows:
         Args:
             x: queries, keys or values.
             pending: `[R, H, C, D]` pending keys or values of the rows in sorted order; None for queries,
-                whose pending places are never read.
+                whose pending positions are never used.
         """
         if self.is_dense:
             batch, length = len(self.lengths), self.lengths[0] if self.lengths else 0
@@ -126,7 +126,7 @@ class AlignedRows:
         return out.reshape(self.num_chunks, self.width, *flat.shape[1:])
 
     def unalign(self, chunks: Tensor, batch: int, length: int) -> Tensor:
-        """Chunks `[num_chunks, width, H, D]` of outputs as `[batch, length, H, D]`; padding gives zeros."""
+        """Chunks `[num_chunks, width, H, D]` of outputs as `[batch, length, H, D]`, zero at padding."""
         if self.is_dense:
             rows = len(self.lengths)
             own = self.lengths[0] if rows else 0

@@ -1,4 +1,4 @@
-"""What the fast backends share: `Chunks`, a call laid out in chunks, and what becomes of it afterwards."""
+"""`Chunks`: a call in the chunk-aligned layout, shared by the fast backends."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ from ovq.ops.state import OVQState, with_capacity
 
 
 class Chunks:
-    """A call of at least one token, laid out in chunks: rows sorted by length, each from a chunk on.
+    """A call of at least one token in the chunk-aligned layout (`AlignedRows`).
 
     Attributes:
         call: the call.
-        plan: what is done, chunk by chunk.
-        before: the state that the call starts from, rows in sorted order and with room for all slots.
-        k: `[num_chunks, W, Hkv, K]` all keys, pending ones among them. v: likewise.
-        weights: `[num_chunks, W, Hkv, 1]` of all tokens; None where tokens have no weights.
-        fading: `[num_chunks, Hkv]` by how much dictionaries fade (`with_frames`); None where nothing is
-            forgotten.
+        plan: the work to do, chunk by chunk.
+        before: the initial state, rows in sorted order, with all slots allocated that the call needs.
+        k: `[num_chunks, W, Hkv, K]` all keys, including pending ones. v: likewise.
+        weights: `[num_chunks, W, Hkv, 1]` weights of all tokens; None without token weights.
+        fading: `[num_chunks, Hkv]` factors of the dictionaries (`with_frames`); None without forgetting.
     """
 
     def __init__(self, call: Call) -> None:
@@ -62,13 +61,13 @@ class Chunks:
         return self.plan, q, self.k, self.v, scale, self.weights, *Dictionary.of(self.before).tensors
 
     def results(self, o: Tensor, *sums: Any) -> tuple[Tensor, OVQState | None]:
-        """Outputs and state of the call, from what `ChunkAttention` returns."""
+        """Outputs and final state of the call, from the results of `ChunkAttention`."""
         q = self.call.q
         o = self.plan.aligned.unalign(o, q.shape[0], q.shape[1])
         return o, self.state_after(Dictionary(*sums)) if self.call.wants_state else None
 
     def state_after(self, sums: Dictionary) -> OVQState:
-        """The state after the call, rows in the order of the call, from the dictionaries at its end."""
+        """Final state, rows in the order of the call, from the final dictionaries."""
         aligned = self.plan.aligned
         seen = [m + n for m, n in zip(self.plan.num_merged, aligned.lengths, strict=True)]
         after = dataclasses.replace(
@@ -83,32 +82,33 @@ class Chunks:
 
 
 def with_frames(call: Call, before: OVQState, plan: Plan) -> tuple[OVQState, Tensor, Tensor]:
-    """Weights as of the ends of complete chunks, and as of the beginnings of others, for all chunks at once.
+    """Weights for forgetting, relative to the end of a complete chunk and to the start of an incomplete one.
 
-    `fading.py` says why it is done so, and does it piece by piece; the numbers are the same to the last bit.
+    This is `begun` of `fading.py`, which explains it, for all chunks at once, with bitwise equal results.
 
     Args:
         call: a call with `log_forget`, and so with weights.
-        before: the state that it starts from, rows in sorted order.
+        before: the initial state, rows in sorted order.
         plan: the plan of the call.
 
     Returns:
-        The state `before`, but with the `pending_forget` that is right after the call; the weights
-        `[num_chunks, W, Hkv, 1]` of all tokens, pending ones among them; and `[num_chunks, Hkv]` what slots
-        are multiplied by before a chunk is read: less than 1 where it is complete.
+        The state `before`, but with the `pending_forget` of the final state; weights
+        `[num_chunks, W, Hkv, 1]` of all tokens, including pending ones; and the factor `[num_chunks, Hkv]` of
+        the slots before a chunk is read, less than 1 if the chunk is complete.
     """
     assert call.log_forget is not None
     assert call.token_weights is not None
     assert before.pending_forget is not None
     assert before.pending_weights is not None
     aligned, size, wide = plan.aligned, plan.options.chunk_size, before.pending_weights.dtype
-    # Rows of no token have no chunk, and come last.
+    # Rows without tokens come last and have no chunk.
     num_rows = sum(n > 0 for n in aligned.lengths)
     device = call.log_forget.device
     first = torch.tensor(aligned.first_chunk[:num_rows], dtype=torch.int64, device=device)
     chunks = [aligned.chunks_of(r) for r in range(num_rows)]
     logs = aligned.align(call.log_forget[..., None], None)[..., 0].clone()
-    # Tokens that were pending stand before the new ones, and nothing is forgotten at their places.
+    # Pending tokens come before the new ones. The sum of their logs is added at the first position, and the
+    # logs at their positions are 0.
     logs[first, 0] += before.pending_forget[:num_rows]
     logs = logs.cumsum(1)
     total = logs[:, -1]
@@ -120,7 +120,7 @@ def with_frames(call: Call, before: OVQState, plan: Plan) -> tuple[OVQState, Ten
     ones, zeros = torch.ones_like(call.token_weights), torch.zeros_like(before.pending_weights)
     is_new = aligned.align(ones[..., None], zeros[..., None]) > 0
     own = aligned.align(call.token_weights[..., None], before.pending_weights[..., None])
-    # Those of pending tokens are as of the beginning of their chunk already.
+    # Weights of pending tokens are already relative to the start of their chunk.
     own = torch.where(is_new, own * (-logs).exp().to(wide)[..., None], own)
     weights = own * fading[:, None, :, None]
     left = before.pending_forget.clone()

@@ -1,4 +1,4 @@
-"""`Dictionary`: the sums and counts that backends update in place."""
+"""`Dictionary`: the sums, counts and weights of slots, which backends update in place."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ovq.ops.sums import without_trace
 
 
 def dense_copy(x: Tensor) -> Tensor:
-    """A contiguous copy, whose flat view can be updated in place row by row."""
+    """Contiguous copy, so that a flattened view can be updated in place."""
     return x.clone(memory_format=torch.contiguous_format)
 
 
 @dataclasses.dataclass
 class Dictionary:
-    """Sums `[..., M, K]`, `[..., M, V]` and counts `[..., M]`, or the gradient of the sums and the counts.
+    """Sums `[..., M, K]`, `[..., M, V]` and counts `[..., M]` of slots, or gradients of the sums and counts.
 
-    Where tokens have weights, also the total weight `[..., M]` of each slot.
+    With token weights, also the total weight `[..., M]` of each slot.
     """
 
     key_sum: Tensor
@@ -31,7 +31,7 @@ class Dictionary:
 
     @classmethod
     def of(cls, state: OVQState) -> Dictionary:
-        """The dictionaries of a state; no copies."""
+        """The dictionaries of a state, without copying."""
         return cls(state.key_sum, state.value_sum, state.count, state.weight)
 
     @property
@@ -41,7 +41,7 @@ class Dictionary:
 
     @property
     def mass(self) -> Tensor:
-        """The total weight, or the count, of each slot."""
+        """Mass of each slot: its total weight, or its count without token weights."""
         return self.count if self.weight is None else self.weight
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Dictionary:
@@ -54,7 +54,7 @@ class Dictionary:
         return self.map(dense_copy)
 
     def gradients(self, given: Sequence[Tensor | None]) -> Dictionary:
-        """The gradients of these tensors, as autograd gives them (None for zeros), to be updated in place."""
+        """Gradients of these tensors from autograd (None for zeros), as copies to update in place."""
 
         def own(x: Tensor, grad: Tensor | None) -> Tensor:
             return torch.zeros_like(x) if grad is None else dense_copy(grad)
@@ -64,16 +64,16 @@ class Dictionary:
         return Dictionary(own(self.key_sum, key_sum), own(self.value_sum, value_sum), self.count, of_weight)
 
     def index(self, slots: Tensor) -> Tensor:
-        """Rows of the flattened sums for the slots `[S, C]` of the first S streams."""
+        """Row indices into the flattened sums for slots `[S, C]` of the first S streams."""
         first = torch.arange(len(slots), device=slots.device) * self.key_sum.shape[1]
         return (slots + first[:, None]).flatten()
 
     def add_(
         self, slots: Tensor, keys: Tensor, values: Tensor, sign: int, weights: Tensor | None = None
     ) -> None:
-        """Add (sign 1) or take back (sign -1) tokens `[S, C, D]`, in order of position.
+        """Add (sign 1) or subtract (sign -1) tokens `[S, C, D]`, in order of position.
 
-        Tokens of weights `[S, C]` are multiplied by these.
+        Keys and values are multiplied by the weights `[S, C]`, if given.
         """
         index = self.index(slots)
         for sums, x in ((self.key_sum, keys), (self.value_sum, values)):

@@ -1,4 +1,4 @@
-"""`Merging`: chunks that are merged without being read; `Learned`: where a backend says their tokens went."""
+"""Merging without attention: its input `Merging` (chunks) and output `Learned` (slots of their tokens)."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ovq.ops.backends.plan import Plan
 
 @dataclasses.dataclass(frozen=True)
 class Merging:
-    """Complete chunks, among others, that are to be merged into dictionaries without being read.
+    """Chunks to merge into dictionaries without computing attention; incomplete chunks are ignored.
 
     Attributes:
         k: `[num_chunks, W, Hkv, K]`. v: likewise.
         sums: `[R, Hkv, M, ...]`, contiguous; updated in place.
-        plan: what is done, with one query head per key/value head.
-        token_weights: `[num_chunks, W, Hkv, 1]` where tokens have weights.
-        fading: `[num_chunks, Hkv]` where tokens forget (`with_frames`): what slots hold is multiplied by that
-            when a chunk is complete.
+        plan: the work to do, with one query head per key/value head.
+        token_weights: `[num_chunks, W, Hkv, 1]`; None without token weights.
+        fading: `[num_chunks, Hkv]` factor of the sums and weights of slots when a chunk is complete
+            (`with_frames`); None without forgetting.
     """
 
     k: Tensor
@@ -33,19 +33,19 @@ class Merging:
 
     @property
     def gates(self) -> list[str]:
-        """The arguments of a call with a number for each token that there are."""
+        """Names of the per-token gates that are given."""
         given = {"token_weights": self.token_weights, "log_forget": self.fading}
         return [name for name, x in given.items() if x is not None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Learned:
-    """Where the tokens of a call went when their chunks were merged, and where chunks moved earlier slots.
+    """Slots of the tokens when their chunks were merged, and the moves of earlier slots by each chunk.
 
     Attributes:
-        slots: `[num_chunks, W, Hkv]` slot of each token of a complete chunk; others have no meaning.
-        moved: `[num_chunks, Hkv, M]` where the chunk put what each slot held before it: into another slot, or
-            where it was. None where rules of merging never move a slot.
+        slots: `[num_chunks, W, Hkv]` slot of each token of a complete chunk; undefined for other tokens.
+        moved: `[num_chunks, Hkv, M]` slot that each earlier slot was merged into by the chunk, or the slot
+            itself. None for rules that never merge slots.
     """
 
     slots: Tensor
@@ -53,12 +53,12 @@ class Learned:
 
     @classmethod
     def of_moves(cls, slots: Tensor, source: Tensor, target: Tensor, num_slots: int) -> Learned:
-        """The report of kernels that list what they move.
+        """`Learned` from the lists of moved slots that kernels return.
 
         Args:
-            slots: see above.
-            source: `[num_chunks, Hkv, P]` slots that each chunk moved, -1 after the last one.
-            target: `[num_chunks, Hkv, P]` the slots that they went into.
+            slots: as above.
+            source: `[num_chunks, Hkv, P]` slots that each chunk merged into others, -1 after the last one.
+            target: `[num_chunks, Hkv, P]` the slots that they were merged into.
             num_slots: M.
 
         Example:
@@ -68,13 +68,13 @@ class Learned:
         """
         moved = torch.arange(num_slots, dtype=torch.int32, device=source.device)
         moved = moved.repeat(*source.shape[:2], 1)
-        # What follows the first -1 has no meaning.
+        # Entries after the first -1 are undefined.
         chunk, head, place = (source.ge(0).cumprod(-1) > 0).nonzero(as_tuple=True)
         moved[chunk, head, source[chunk, head, place].long()] = target[chunk, head, place].int()
         return cls(slots, moved)
 
     def homes(self, num_slots: int) -> Tensor:
-        """`[num_chunks, Hkv, M + W]` int64: where what each of M slots held went, and each token."""
+        """Slots of M earlier slots, then of tokens, after the chunk, `[num_chunks, Hkv, M + W]` int64."""
         num_chunks, _, heads = self.slots.shape
         moved = self.moved
         if moved is None:

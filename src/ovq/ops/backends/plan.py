@@ -1,4 +1,4 @@
-"""`Plan`: what a call does, determined before any arithmetic."""
+"""`Plan`: the work of a call (layout, slots per chunk), computed before any arithmetic."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ovq.ops.schedule import slots_by_chunk
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a call does, determined before any arithmetic.
+    """The work of a call, computed before any arithmetic.
 
     Attributes:
         aligned: the chunk-aligned layout of the rows.
-        slots: for each sorted row, its slots before each of its complete chunks and after the last one.
-        num_merged: tokens merged into each sorted row's dictionary before the call.
+        slots: for each sorted row, the number of slots before each complete chunk and after the last one.
+        num_merged: number of tokens merged into each sorted row's dictionary before the call.
         num_kv_heads: Hkv.
         group_size: query heads per key/value head, G.
         options: the layer's settings.
@@ -41,8 +41,7 @@ class Plan:
         group_size: int,
         options: Options,
     ) -> Plan:
-        """The plan for sorted rows that start with `opened` slots and `num_merged` tokens merged into
-        them."""
+        """The plan for sorted rows whose dictionaries start with `opened` slots and `num_merged` tokens."""
         slots = [
             slots_by_chunk(n, merged, length // options.chunk_size, **options.schedule)
             for n, merged, length in zip(opened, num_merged, aligned.lengths, strict=True)
@@ -59,11 +58,11 @@ class Plan:
         num_kv_heads: int,
         options: Options,
     ) -> Plan:
-        """The plan of rows that merge a complete chunk each, and read nothing.
+        """The plan for merging one complete chunk per row without computing attention.
 
         Args:
-            num_merged: tokens that each row has merged before it.
-            before: slots in use in each row. after: slots that each row is to have.
+            num_merged: number of tokens that each row has merged before.
+            before: number of slots of each row before the chunk. after: number of slots after it.
             num_kv_heads: Hkv.
             options: the layer's settings.
         """
@@ -80,5 +79,5 @@ class Plan:
 
     @property
     def capacity(self) -> int:
-        """The most slots that a row has at the end."""
+        """Maximum number of slots of a row at the end."""
         return max((sizes[-1] for sizes in self.slots), default=0)

@@ -1,7 +1,7 @@
 """The `torch` backend: large matrix products on any device, with a backward in O(T) memory.
 
-`chunk.py` is where to start reading: chunk by chunk, `read.py` reads, `route.py` decides where keys go. One
-token per row goes through `decode.py`; `learn.py` merges without reading; `constant_rate.py` is an ablation.
+Start at `chunk.py`, the loop over chunks: `read.py` computes attention, `route.py` assigns keys to slots.
+`decode.py` handles one token per row; `learn.py` merges without attention; `constant_rate.py` is an ablation.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ LEARNS = KNOWN
 
 
 def missing(q: Tensor, v: Tensor, options: Options) -> str | None:
-    """Nothing: it runs on every device what it knows."""
+    """None: this backend runs on every device."""
     return None
 
 
 def run(call: Call) -> tuple[Tensor, OVQState | None]:
-    """One token per row without gradients is decoded; everything else goes chunk by chunk."""
+    """Run a decode step (one token per row, no gradients) at once, any other call chunk by chunk."""
     with full_precision(call.q.device):
         if call.is_decoding:
             return decode_step(call)

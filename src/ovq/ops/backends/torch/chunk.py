@@ -1,12 +1,12 @@
 """The `torch` backend: chunk by chunk in large matrix products, with a backward in O(T) memory.
 
-For each chunk of a group of streams, the forward (1) reads: one softmax over [chunk | dictionary]; (2)
-decides which slots its tokens go to; (3) adds them to the sums of these slots.
+For each chunk of a group of streams, the forward (1) computes attention, one softmax over
+[chunk | dictionary]; (2) assigns the tokens to slots; (3) adds them to the sums of these slots.
 
-The only thing that the backward keeps per chunk is the slot of each token. It walks the chunks in reverse and
-*rewinds* the dictionary: with the assignments fixed, the sums are linear in the keys and values, so
-subtracting a chunk gives the dictionary that its queries read, and the gradient of the sums only accumulates
-(`docs/method/math.md`). Probabilities are computed again, which is faster than storing and reading them back.
+The backward needs only the slot of each token. It walks the chunks in reverse and *rewinds* the dictionary:
+with fixed assignments, the sums are linear in keys and values, so subtracting a chunk restores the dictionary
+that its queries read, and the gradient of the sums only accumulates (`docs/method/math.md`, section 4).
+Probabilities are recomputed, which is faster than storing and loading them.
 
 The `cpu` backend does the same in compiled code, several times as fast.
 """
@@ -38,12 +38,12 @@ class ChunkAttention(torch.autograd.Function):
         k: `[num_chunks, W, Hkv, K]` keys.
         v: `[num_chunks, W, Hkv, V]` values.
         scale: `[H]` in the dtype of the sums.
-        weights: `[num_chunks, W, Hkv, 1]` weights of tokens; None for 1.
-        of_sums: the tensors of a `Dictionary` `[R, Hkv, M, ...]` at the start, M = `plan.capacity`, rows in
-            sorted order.
+        weights: `[num_chunks, W, Hkv, 1]` token weights; None: all are 1.
+        of_sums: tensors of the initial `Dictionary` `[R, Hkv, M, ...]`, M = `plan.capacity`, rows in sorted
+            order.
 
     Returns:
-        Outputs `[num_chunks, W, H, V]`, and the tensors of the dictionary at the end.
+        Outputs `[num_chunks, W, H, V]`, and the tensors of the final dictionary.
     """
 
     @staticmethod
@@ -53,7 +53,7 @@ class ChunkAttention(torch.autograd.Function):
         """Run all groups of streams."""
         sums = Dictionary(*of_sums).clone()
         o = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device)
-        # The slot of every token of a complete chunk; int32 is enough for any dictionary.
+        # Slot of every token of a complete chunk; int32 is enough for any dictionary.
         slots = torch.zeros(*k.shape[:3], 1, dtype=torch.int32, device=k.device)
         inputs = _Inputs(q, k, v, scale, weights)
         kept = [_forward_group(group, inputs, sums, o, slots) for group in groups_of(plan, q.device)]
@@ -69,15 +69,14 @@ class ChunkAttention(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, grad_o: Tensor | None, *grad_sums: Tensor | None) -> tuple[Tensor | None, ...]:
         """Rewind all groups of streams."""
-        # Once: under checkpointing each access computes the layer again.
+        # Accessed once: under checkpointing each access recomputes the layer.
         saved = ctx.saved_tensors
         (*inputs, o, slots), final, parts = saved[:7], Dictionary(*saved[7:11]), iter(saved[11:])
         saved = _Saved(*inputs, o=o, grad_o=torch.zeros_like(o) if grad_o is None else grad_o, slots=slots)
         grads = _Inputs(*map(_zeros_like, inputs))
-        # A: the gradient of the sums. It starts as that of the final state and ends as that of the initial
-        # one.
+        # Gradient A of the sums: at first of the final state, at the end of the initial state.
         deposits = final.gradients(grad_sums)
-        # Autocast would run these products with less precision than the forward.
+        # Autocast would reduce the precision of these products below that of the forward.
         with torch.autocast(o.device.type, enabled=False):
             for group, num in zip(groups_of(ctx.plan, o.device), ctx.num_kept, strict=True):
                 kept = [ctx.kind(*(next(parts) for _ in dataclasses.fields(ctx.kind))) for _ in range(num)]
@@ -92,7 +91,7 @@ def _zeros_like(x: Any) -> Any:
 
 @dataclasses.dataclass
 class _Inputs:
-    """The tensors of a call, or their gradients."""
+    """Differentiable inputs of a call, or their gradients."""
 
     q: Tensor
     k: Tensor
@@ -103,7 +102,7 @@ class _Inputs:
 
 @dataclasses.dataclass(kw_only=True)
 class _Saved(_Inputs):
-    """What the backward starts from: also the outputs, their gradient, and the slot of each token."""
+    """Inputs of the backward: also the outputs, their gradient, and the slot of each token."""
 
     o: Tensor
     grad_o: Tensor
@@ -113,9 +112,9 @@ class _Saved(_Inputs):
 def _forward_group(
     group: Group, inputs: _Inputs, sums: Dictionary, o: Tensor, slots: Tensor
 ) -> list[MergedSlots | Snapshot]:
-    """Run all chunks of a group, in order; fills `o` and `slots` and updates `sums` in place.
+    """Run all chunks of a group in order; fills `o` and `slots` and updates `sums` in place.
 
-    Returns what the backward needs to undo each merge of a chunk, if it needs anything.
+    Returns what the backward needs to undo the merges of the chunks, beyond the slots of tokens.
     """
     sums, options, most = group.dictionary(sums), group.plan.options, group.plan.capacity
     kept: list[MergedSlots | Snapshot] = []
@@ -135,12 +134,12 @@ def _forward_group(
 
 
 class _Backward:
-    """The backward of a group: all its chunks, in reverse.
+    """Backward of a group: all its chunks, in reverse.
 
     Args:
-        final: the dictionaries at its end.
-        deposits: the gradient of the sums, updated in place.
-        grads: the gradients of inputs, filled in.
+        final: the final dictionaries.
+        deposits: gradient of the sums, updated in place.
+        grads: gradients of the inputs, filled in.
     """
 
     def __init__(
@@ -153,10 +152,10 @@ class _Backward:
         self._reader = Reader(group, saved.q, saved.v, self._wide, has_weights=has_weights)
 
     def run(self, kept: list[MergedSlots | Snapshot]) -> None:
-        """Run all chunks; `kept` is what `_forward_group` returned."""
+        """Run all chunks; `kept` is the result of `_forward_group`."""
         saved, grads = self._saved, self._grads
         for step in reversed(self._group.steps()):
-            # The gradient of the step's tokens, both as candidates of its queries and as parts of the sums.
+            # Gradient of the step's tokens, both as candidates of its queries and as terms of the sums.
             grad_k = self._sums.key_sum.new_zeros(step.num_streams, step.num_tokens, saved.k.shape[-1])
             grad_v = self._sums.key_sum.new_zeros(step.num_streams, step.num_tokens, saved.v.shape[-1])
             grad_w = None
@@ -182,7 +181,7 @@ class _Backward:
         grad_v: Tensor,
         grad_w: Tensor | None,
     ) -> None:
-        """Undo the merge of a step's complete chunks; what their tokens get of the sums is added to
+        """Undo the merge of a step's complete chunks; adds the gradients of their tokens through the sums to
         `grad_k`, `grad_v` and `grad_w`."""
         saved, sums, deposits, s = self._saved, self._sums, self._deposits, step.num_complete
         chunk = step.complete_chunk(saved.k, saved.v, saved.token_weights, sums.key_sum.dtype)
@@ -201,7 +200,7 @@ class _Backward:
             grad_v[:s] += chunk.weights[..., None] * own_v
             grad_w[:s] += (own_k * chunk.keys).sum(-1) + (own_v * chunk.values).sum(-1)
             grad_w[:s] += deposits.weight.view(-1)[index].view(s, -1)
-        # 2. Rewind to the dictionary before, without the slots that the chunk opened.
+        # 2. Rewind to the dictionary before the chunk, clearing the slots that it opened.
         undo = kept.pop() if kept else None
         if isinstance(undo, Snapshot):
             undo.restore_(sums, deposits)
@@ -216,7 +215,7 @@ class _Backward:
             part_slots(sums, deposits, undo)
 
     def _block(self, step: Step, block: slice, grad_k: Tensor, grad_v: Tensor, grad_w: Tensor | None) -> None:
-        """Gradients of one block's softmax; those of its candidates are added to the buffers for them."""
+        """Backward of the read of one block; adds the gradients of its candidates to the buffers."""
         saved, grads, reader, wide = self._saved, self._grads, self._reader, self._wide
         probs = reader.attend(step, block, saved.q, saved.scale)
         grad_o = step.part(saved.grad_o, block).reshape(step.num_streams, -1, saved.v.shape[-1])
@@ -227,7 +226,7 @@ class _Backward:
         grad_scores, wide_scores = reader.grad_scores(step, block, grad_o, inner)
         grad_keys = torch.bmm(grad_scores.transpose(1, 2), reader.queries)
         queries = step.part(saved.q, block)
-        # The queries of the product are scale * q.
+        # The scores are products with scale * q.
         by_head = torch.bmm(grad_scores, reader.keys(step, block)).to(wide).view(queries.shape)
         grads.scale[step.query_heads] += (by_head * queries.to(wide)).sum((0, 2, 3))
         grad_queries = by_head * saved.scale[step.query_heads, None, None]
@@ -240,7 +239,7 @@ class _Backward:
                 grad_k[:, tokens] += grad_keys[:, rows]
                 grad_v[:, tokens] += grad_values[:, rows]
                 if grad_w is not None and self._group.plan.options.weighs_chunk:
-                    # The log of its weight is in the score of a token.
+                    # A token's score includes the log of its weight.
                     assert saved.token_weights is not None
                     weights = step.take(saved.token_weights)[:, tokens, 0]
                     of_scores = wide_scores[..., rows].sum(1, dtype=wide) / weights.clamp(min=LEAST_READ)
@@ -250,7 +249,7 @@ class _Backward:
         self._deposit(step, of_keys, of_values, wide_scores[..., slots])
 
     def _deposit(self, step: Step, of_keys: Tensor, of_values: Tensor, of_scores: Tensor) -> None:
-        """Add the gradients of the means and scores of slots that a block attended to, to those of sums."""
+        """Add gradients of the means and scores of a block's slots to the gradients of sums and weights."""
         s, n, reader, deposits = step.num_streams, step.num_slots, self._reader, self._deposits
         deposits.key_sum[:s, :n].addcdiv_(of_keys, reader.mass)
         deposits.value_sum[:s, :n].addcdiv_(of_values, reader.mass)
@@ -274,7 +273,7 @@ def _backward_norms(
     grad_scores: Tensor,
     grad_keys: Tensor,
 ) -> None:
-    """Gradient of the -scale |D|^2 / 2 in the scores, added to those of the scale and of the keys."""
+    """Add the gradients of the score term -scale |D|^2 / 2 to the gradients of the scale and the keys."""
     scales, wide = step.scales(scale), grad_scale.dtype
     by_slot = grad_scores.view(*scales.shape, -1, grad_scores.shape[-1]).sum(2, dtype=wide)
     grad_scales = (by_slot * reader.half_norms(step, block)[:, None]).sum(-1)

@@ -1,9 +1,8 @@
-"""The ablation `rate=r`: slot means that move by a constant share r towards each token merged into them.
+"""The ablation `rate=r`: slot means that move by a constant share r towards each merged token.
 
-Such means forget, so the backward cannot take a chunk back from them as that of `chunk.py` takes it back from
-sums. This is the same loop over chunks without rewinding: whole chunks at a time, differentiated by ordinary
-autograd, which keeps the probabilities of every chunk. The state is still sums and counts, sum = mean *
-count.
+Such means forget, so the backward cannot rewind them by subtraction as `chunk.py` does. This is the same loop
+over chunks, differentiated by ordinary autograd, which stores the probabilities of every chunk. The state is
+still sums and counts, with sum = mean * count.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ from ovq.ops.sums import slot_means
 def constant_rate_attention(
     plan: Plan, q: Tensor, k: Tensor, v: Tensor, scale: Tensor, _: None, *of_sums: Any
 ) -> tuple[Tensor, ...]:
-    """`ChunkAttention` for a constant rate, which refuses weights: the same arguments and results."""
-    # Nothing can be written in place here, so groups would gain nothing, and all streams go together.
+    """`ChunkAttention` for a constant rate, with the same arguments and results but without weights."""
+    # One group of all streams: nothing is written in place here, so smaller groups would gain nothing.
     group = Group(plan, range(len(plan.slots)), range(plan.num_kv_heads))
     sums = group.dictionary(Dictionary(*of_sums).map(Tensor.contiguous))
     num, most, wide = group.num_streams, plan.capacity, sums.key_sum.dtype
@@ -72,7 +71,7 @@ def _read(
 def _learned(
     step: Step, sums: Dictionary, means: Tensor, keys: Tensor, values: Tensor, router: Router
 ) -> Dictionary:
-    """The dictionaries of all streams once the step's complete chunks are merged."""
+    """Dictionaries of all streams after merging the step's complete chunks."""
     s, n, rate = step.num_complete, step.num_slots, router.options.ablation.rate
     assert not isinstance(rate, str)
     padded = means.new_zeros(s, padded_to_blocks(max(n, 1)), means.shape[-1])
@@ -88,22 +87,22 @@ def _learned(
 def moved(
     sums: Dictionary, slots: Tensor, is_opener: Tensor, keys: Tensor, values: Tensor, rate: float
 ) -> Dictionary:
-    """The first S dictionaries after tokens have moved the means of their slots, D <- D + rate (x - D) each.
+    """The first S dictionaries after each token x has moved the mean of its slot, D <- D + rate (x - D).
 
-    The m tokens of a slot, in order of position, leave D (1 - rate)^m + sum_j rate (1 - rate)^(m - j) x_j.
-    This is evaluated in one step, in float64. A token that opened its slot comes first and counts fully.
+    The m tokens of a slot, in order of position, give D (1 - rate)^m + sum_j rate (1 - rate)^(m - j) x_j.
+    This is evaluated in one step, in float64. A token that opened its slot comes first and sets the mean.
 
     Args:
-        sums: dictionaries `[S, M, ...]`, or more, not changed.
+        sums: dictionaries `[S, M, ...]` of these streams, or more; not changed.
         slots: `[S, C]` slot of each token.
-        is_opener: `[S, C]` tokens that opened their slot.
+        is_opener: `[S, C]` mask of the tokens that opened their slot.
         keys: `[S, C, K]`. values: `[S, C, V]`.
         rate: in (0, 1].
     """
     sums = sums.map(lambda x: x[: len(slots)])
     index = sums.index(slots)
     is_step = ~is_opener
-    # How many steps the slot of a token takes after that token.
+    # Number of later steps of each token's slot.
     is_later = torch.ones(slots.shape[1], slots.shape[1], dtype=torch.bool, device=slots.device).triu(1)
     is_later = (is_later | is_opener[..., None]) & is_step[:, None] & (slots[..., None] == slots[:, None])
     weight = torch.pow(1.0 - rate, is_later.sum(-1).double())
@@ -111,7 +110,7 @@ def moved(
     before = sums.count.flatten()
     after = before.index_add(0, index, torch.ones_like(index))
     num_steps = torch.zeros_like(before).index_add(0, index, is_step.flatten().to(before.dtype))
-    # As factors of sums, not of means, so that slots without a token keep their bits.
+    # Factors of sums, not of means, so that slots without new tokens stay bitwise unchanged.
     kept = torch.pow(1.0 - rate, num_steps.double()) * after / before.clamp(min=1)
 
     def stepped(old: Tensor, x: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""One token per row, without gradients: reads the dictionary and the pending tokens without copying them.
+"""Decode step: one token per row without gradients, without copying the dictionary or the pending tokens.
 
-The new key and value are written into pending buffers that the states of a chain of steps share
-(`advanced`); the state handed in never reads that place. These states share dictionaries too, until a
-complete chunk is merged into new ones.
+The new key and value are written to pending buffers shared by the states of a chain of steps (`advanced`);
+the initial state never reads that position. These states also share dictionaries, until a complete chunk is
+merged into new ones.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def decode_step(call: Call) -> tuple[Tensor, OVQState]:
 
 
 def _write(state: OVQState, call: Call, pending: list[int]) -> None:
-    """Write the new token of each row after its `pending` earlier ones, in place."""
+    """Write the new token of each row to position `pending[r]` of the pending buffers, in place."""
     buffers = (state.pending_keys, state.pending_values, state.pending_weights)
     for buffer, x in zip(buffers, (call.k, call.v, call.token_weights), strict=True):
         if buffer is None or x is None:
@@ -52,7 +52,7 @@ def _write(state: OVQState, call: Call, pending: list[int]) -> None:
 def _read(call: Call, state: OVQState, pending: list[int]) -> Tensor:
     """Softmax attention of one query per head over [pending | dictionary], from the sums: q.D = q.S / c.
 
-    `state` holds the new token of each row after its `pending` earlier ones.
+    `state` holds the new token of each row at position `pending[r]`.
     """
     q, scale, options = call.q, call.scale, call.options
     keys, values = state.pending_keys, state.pending_values
@@ -77,14 +77,14 @@ def _read(call: Call, state: OVQState, pending: list[int]) -> Tensor:
         ends = torch.tensor(pending, device=q.device).repeat_interleave(num_kv_heads)
         future = torch.arange(used, device=q.device) > ends[:, None]
         scores.masked_fill_(future[:, None], -torch.inf)
-        # Another continuation may have written a NaN there, and zero times NaN is NaN.
+        # Another continuation may have written NaN there, and 0 times NaN is NaN.
         recent_values = recent_values.masked_fill(future[..., None], 0)
     if not state.count.shape[2]:
         o = torch.bmm(scores.softmax(-1), recent_values)
     else:
         mass = streams(state.mass)[:, None]
         if state.weight is None:
-            # As below, in fewer operations: a step of decoding is made of them.
+            # Equivalent to the other branch with fewer operations, which dominate the time of a decode step.
             counts, log_counts = mass.clamp(min=1), mass.log()
         else:
             counts, log_counts = divisor(mass, wide), log_mass(mass, wide)
@@ -102,15 +102,15 @@ def _read(call: Call, state: OVQState, pending: list[int]) -> Tensor:
 def merged_state(
     state: OVQState, complete: list[int], options: Options, merge: Callable[[Merging], object]
 ) -> OVQState:
-    """`state` with the full chunks of the rows `complete` merged into copies of their dictionaries."""
-    # Rows mostly complete their chunks together, and then need not be taken apart.
+    """`state` with the complete chunks of the rows `complete` merged into copies of their dictionaries."""
+    # Rows often complete their chunks together; no selection is needed then.
     is_all = len(complete) == state.batch_size
     rows = state if is_all else state.select(complete)
     before, seen = rows.num_open.tolist(), rows.num_seen.tolist()
     after = [grown_slots(n, t, **options.schedule) for n, t in zip(before, seen, strict=True)]
     given, state = state, with_capacity(state, max(after))
     rows = state if is_all else with_capacity(rows, state.count.shape[2])
-    # Copies, because learning may happen in place; selected rows, or rows with more room, are copies already.
+    # Copies, as merging is in place; selected rows and rows with added capacity are copies already.
     sums = Dictionary.of(rows).map(dense_copy if rows is given else Tensor.contiguous)
     merged, weights = [t - options.chunk_size for t in seen], rows.pending_weights
     chunks = Merging(
@@ -123,7 +123,7 @@ def merged_state(
     merge(chunks)
     changed: dict[str, Any] = {name: x for name, x in vars(sums).items() if x is not None}
     if not is_all:
-        # New tensors here too: the old ones belong to the states before this step.
+        # New tensors, as the old ones belong to earlier states.
         index = torch.tensor(complete, device=state.count.device)
         changed = {name: getattr(state, name).index_copy(0, index, x) for name, x in changed.items()}
     return dataclasses.replace(state, **changed)

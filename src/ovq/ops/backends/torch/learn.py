@@ -1,4 +1,4 @@
-"""Merging chunks into dictionaries without reading them, and saying which token went to which slot."""
+"""Merging chunks into dictionaries without computing attention, and reporting the slots of their tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ovq.ops.sums import slot_means
 
 
 def learn(chunks: Merging) -> Learned:
-    """Merge complete chunks, and say where their tokens went."""
+    """Merge complete chunks and return the slots of their tokens."""
     k, plan, sums = chunks.k, chunks.plan, chunks.sums
     slots = torch.zeros(*k.shape[:3], 1, dtype=torch.int32, device=k.device)
     by_chunk = None
@@ -30,7 +30,7 @@ def learn(chunks: Merging) -> Learned:
 
 
 def _learn_group(group: Group, chunks: Merging, slots: Tensor, by_chunk: Tensor | None) -> None:
-    """Merge the chunks of a group, in order; fills `slots` and, where pairs are merged, `by_chunk`."""
+    """Merge the chunks of a group in order; fills `slots` and, for rules that merge pairs, `by_chunk`."""
     sums, fading = group.dictionary(chunks.sums), chunks.fading
     options, capacity = group.plan.options, group.plan.capacity
     router = Router(num_streams=group.num_streams, max_slots=capacity, options=options, like=sums.key_sum)
@@ -62,7 +62,7 @@ def _learn_group(group: Group, chunks: Merging, slots: Tensor, by_chunk: Tensor 
 
 
 def _multiply(sums: Dictionary, factor: Tensor) -> None:
-    """Multiply the weights of the first slots by factors `[S, 1]` or `[S, M]`, in place."""
+    """Multiply weights and sums of the first S streams by factors `[S, 1]` or `[S, M]`, in place."""
     assert sums.weight is not None
     sums.weight[: len(factor)] *= factor
     for x in (sums.key_sum, sums.value_sum):
@@ -70,7 +70,7 @@ def _multiply(sums: Dictionary, factor: Tensor) -> None:
 
 
 def _put_moves(step: Step, by_chunk: Tensor, kept: MergedSlots | Snapshot) -> None:
-    """Write to `by_chunk` `[num_chunks, 1, Hkv, M]` where a merge put what its streams' slots held."""
+    """Write to `by_chunk` `[num_chunks, 1, Hkv, M]` the slot that each slot was merged into, or itself."""
     capacity = by_chunk.shape[-1]
     to = torch.arange(capacity, device=by_chunk.device).repeat(step.num_streams, 1)
     to.view(-1)[kept.source] = kept.target % capacity

@@ -1,7 +1,6 @@
-"""Merging a chunk into the dictionary, in the `torch` backend, and what the backward needs to undo it.
+"""Merging a chunk into the dictionary in the `torch` backend, and undoing it in the backward.
 
-`route.py` decides which slots keys go to, `ovq.ops.nearest` which pairs are merged; this file updates the
-sums.
+`route.py` assigns keys to slots, `ovq.ops.nearest` selects the pairs to merge; this file updates the sums.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from ovq.ops.sums import slot_means, without_trace
 
 @dataclasses.dataclass(frozen=True)
 class MergedSlots:
-    """Slots that a chunk merged into others, as the backward needs them to undo the merges.
+    """Slots that a chunk merged into others, saved so that the backward can undo the merges.
 
     Attributes:
         source: `[P]` the merged slots, as rows of the flattened dictionaries `[S * M]`.
@@ -38,15 +37,15 @@ class MergedSlots:
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """Slots that a chunk changed, as they were. Kept where tokens have weights.
+    """Copy of all slots that a chunk changed, before the change; used with token weights.
 
-    Taking a token back from a float32 sum leaves an error of the size of its rounding. Beside a slot of
-    little weight that may be all there is.
+    Subtracting a token from a float32 sum leaves a rounding error, which may exceed everything that a slot of
+    small weight contained before.
 
     Attributes:
         source: `[P]` slots that were merged into others, as rows of the flattened dictionaries `[S * M]`.
         target: `[P]` the slots that they were merged into.
-        index: `[Q]` all slots that were changed.
+        index: `[Q]` all changed slots.
         key_sum: `[Q, K]` their sums. value_sum: `[Q, V]`. count: `[Q]`. weight: `[Q]`.
     """
 
@@ -60,14 +59,14 @@ class Snapshot:
 
     @classmethod
     def of(cls, sums: Dictionary, slots: Tensor, source: Tensor, target: Tensor) -> Snapshot:
-        """The slots of `sums` that tokens go to, `[S, C]`, and those that take part in merges."""
+        """Snapshot of the slots `[S, C]` that tokens go to and of all slots that are merged."""
         assert sums.weight is not None
         index = torch.cat([sums.index(slots), source, target]).unique()
         parts = (sums.key_sum.flatten(0, 1), sums.value_sum.flatten(0, 1), sums.count.view(-1))
         return cls(source, target, index, *(x[index] for x in (*parts, sums.weight.view(-1))))
 
     def restore_(self, sums: Dictionary, deposits: Dictionary) -> None:
-        """Put the slots back, in place; each part of a merged slot gets the gradient of the sum."""
+        """Restore the slots in place; each part of a merged slot gets the gradient of the merged sum."""
         assert sums.weight is not None
         assert deposits.weight is not None
         for name in ("key_sum", "value_sum"):
@@ -83,16 +82,16 @@ class Snapshot:
 def merge_chunk(
     sums: Dictionary, chunk: CompleteChunk, options: Options, router: Router, means: Tensor
 ) -> tuple[Tensor, MergedSlots | Snapshot | None]:
-    """Merge a complete chunk, in place.
+    """Merge a complete chunk into the dictionaries, in place.
 
     Args:
-        sums: dictionaries `[S', M, ...]`; streams beyond the S of the chunk stay as they are.
+        sums: dictionaries `[S', M, ...]`; streams beyond the S of the chunk do not change.
         options: the layer's settings.
-        router: decides where keys go, unless pairs are merged.
+        router: assigns keys to slots; not used by rules that merge pairs.
         means: `[S, padded M, K]` means of all slots, zero beyond those in use; may be overwritten.
 
     Returns:
-        The slot of each token, `[S, C]`, and what the backward needs, if it cannot compute it.
+        The slot of each token, `[S, C]`, and what the backward needs to undo the merge, or None.
     """
     source = target = chunk.keys.new_empty(0, dtype=torch.int64)
     if options.merges_pairs:
@@ -112,11 +111,11 @@ def merge_chunk(
 def _merged_pairs(
     sums: Dictionary, chunk: CompleteChunk, options: Options, means: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Which slots and tokens are merged, where pairs are.
+    """Slot assignments by a rule that merges pairs.
 
     Returns:
-        The slot of each token, `[S, C]`; the slots that are merged into others, and into which, as rows of
-        the flattened dictionaries.
+        The slot of each token, `[S, C]`; the slots that are merged into others, and their target slots, as
+        rows of the flattened dictionaries.
     """
     num_streams, size = chunk.keys.shape[:2]
     capacity, most = sums.count.shape[1], max(chunk.before)
@@ -137,12 +136,12 @@ def _merged_pairs(
 def _roots(
     sums: Dictionary, chunk: CompleteChunk, options: Options, means: Tensor, items: Tensor, due: list[int]
 ) -> Tensor:
-    """For each item, the lowest item `[S, M]` of those that it is merged with.
+    """Lowest item `[S, M]` of the cluster of each item.
 
     Args:
-        sums: as in `merge_chunk`, like `chunk`, `options` and `means`.
+        sums, chunk, options, means: as in `merge_chunk`.
         items: `[S, M]` counts of the slots, then of the tokens.
-        due: merges to make in each stream.
+        due: number of merges in each stream.
     """
     num_streams, size = chunk.keys.shape[:2]
     most = items.shape[1] - size
@@ -161,7 +160,7 @@ def _roots(
 
 
 def part_slots(sums: Dictionary, deposits: Dictionary, merged: MergedSlots) -> None:
-    """Take slots out of those they were merged into, in place; each part gets the gradient of the sum."""
+    """Undo merges of slots in place, by subtraction; each part gets the gradient of the merged sum."""
     for total, part in ((sums.key_sum, merged.key_sum), (sums.value_sum, merged.value_sum)):
         rows = total.view(-1, total.shape[-1])
         rows.index_add_(0, merged.target, part, alpha=-1)
@@ -175,14 +174,14 @@ def part_slots(sums: Dictionary, deposits: Dictionary, merged: MergedSlots) -> N
 
 
 def _homes(roots: Tensor, is_there: Tensor, num_slots: int) -> Tensor:
-    """The slot `[S, M]` of each item: the lowest slot of its cluster, or a free slot if it has none.
+    """Slot `[S, M]` of each item: the lowest slot of its cluster, or a free slot if the cluster has none.
 
-    Clusters of tokens alone take the free slots, in the order of their first tokens.
+    Clusters without slots take the free slots in the order of their first tokens.
     """
     index = torch.arange(roots.shape[1], device=roots.device)
     is_kept = (roots == index) & is_there
     is_free = ~is_kept
-    # Every place beyond the earlier slots is free.
+    # All places beyond the earlier slots are free.
     is_free[:, num_slots:] = True
     free = (~is_free).byte().argsort(dim=-1, stable=True)
     is_new = is_kept & (index >= num_slots)
@@ -191,7 +190,7 @@ def _homes(roots: Tensor, is_there: Tensor, num_slots: int) -> Tensor:
 
 
 def _merge_slots(sums: Dictionary, source: Tensor, target: Tensor) -> MergedSlots:
-    """Move rows of the flattened sums into others, in order."""
+    """Add rows `source` of the flattened sums to rows `target`, in order, and clear them."""
     parts = []
     totals = [sums.key_sum, sums.value_sum, sums.count]
     for total in totals if sums.weight is None else [*totals, sums.weight]:

@@ -1,4 +1,4 @@
-"""The read of the `torch` backend: a softmax over [chunk | dictionary] for many heads at once."""
+"""The read of the `torch` backend: softmax attention over [chunk | dictionary] for many heads at once."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from ovq.ops.sums import divisor, log_mass, log_token_weights
 
 
 def without_spoilt(values: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Values of a chunk that may be multiplied by probabilities of zero for later tokens.
+    """Chunk values without non-finite entries, and a term that adds these entries to the outputs.
 
-    Zero times NaN is NaN: a value that is not finite would reach earlier outputs. It is taken out, and added
-    to the outputs from its token on.
+    Since 0 times NaN is NaN, a non-finite value would reach earlier outputs despite the causal mask. It is
+    replaced by 0 and added to the outputs from its own token on.
 
     Args:
         values: `[S, w, V]`.
 
     Returns:
-        The values with zeros in such places, and what must be added to outputs `[S, w, V]`; None if all are
-            finite.
+        The values with non-finite entries set to 0, and the term `[S, w, V]` to add to the outputs; None if
+            all are finite.
 
     Example:
         >>> without_spoilt(torch.tensor([[[1.0], [torch.nan], [2.0]]]))
@@ -41,16 +41,15 @@ def without_spoilt(values: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 class Reader:
-    """Reads the steps of a group, one block of queries after the other, in scratch memory allocated once.
+    """Computes attention for the steps of a group, block by block of queries, in preallocated scratch memory.
 
-    Keys and values lie in buffers of rows [last block ... first block | dictionary | spare]. What a block
-    attends to (itself, the blocks before it and the dictionary) is then one contiguous range, ready for one
-    matrix product.
+    Keys and values are stored in buffers with rows [last block ... first block | dictionary | spare]. The
+    candidates of a block (its own tokens, earlier blocks and the dictionary) are then one contiguous range,
+    ready for one matrix product.
 
-    Products of 16 bits are rounded to 16 bits. That is as exact as the scores of unit vectors need to be, and
-    the logs of counts, but logs of weights and norms may be many times as large as the differences of scores
-    that matter. Where there are such, they are added in the dtype of the sums, and the softmax is of what
-    that gives.
+    Products in 16-bit dtypes are rounded to 16 bits. This is precise enough for scores of unit vectors and
+    log counts, but log weights and norm terms may be many times larger than the score differences that
+    matter. Those are added, and the softmax computed, in the dtype of the sums.
 
     Args:
         group: the streams.
@@ -61,8 +60,8 @@ class Reader:
     Attributes:
         means: `[S, padded M, K]` key means in the dtype of the sums, zero beyond the slots in use.
         mass: `[S, n, 1]` counts or weights to divide by, in that dtype.
-        is_empty: `[S, n, 1]` slots without tokens, or with tokens of weight 0 only.
-        queries: `[S, G * b, K]` the queries, times scale, of the block attended last.
+        is_empty: `[S, n, 1]` mask of slots of zero mass.
+        queries: `[S, G * b, K]` queries times scale of the last block.
     """
 
     def __init__(self, group: Group, q: Tensor, v: Tensor, wide: torch.dtype, *, has_weights: bool) -> None:
@@ -92,12 +91,12 @@ class Reader:
     def load(
         self, step: Step, k: Tensor, v: Tensor, sums: Dictionary, token_weights: Tensor | None = None
     ) -> None:
-        """Put the step's keys and values and the current means side by side.
+        """Load the step's keys and values and the slot means into the buffers.
 
         Args:
             k: all keys. v: all values.
-            sums: the dictionaries that its queries see.
-            token_weights: all weights, where tokens of the own chunk are read with them.
+            sums: the dictionaries that the step's queries read.
+            token_weights: all weights; used if tokens of the own chunk are read with their weights.
         """
         s, n, width = step.num_streams, step.num_slots, self._width
         chunk_keys, chunk_values = step.take(k), step.take(v)
@@ -111,7 +110,7 @@ class Reader:
                 assert token_weights is not None
                 self._bias[:s, rows] = log_token_weights(step.take(token_weights)[:, block, 0])
         mass = sums.mass[:s, :n]
-        # log 0 = -inf excludes spare slots. Their keys and values are zero, or finite and out of date.
+        # log 0 = -inf excludes spare slots. Their keys and values are zero, or stale but finite.
         self._bias[:s, width : width + n] = log_mass(mass, self._wide)
         self._bias[:s, width + n :] = -torch.inf
         self._rows = width + padded_to_blocks(n)
@@ -129,8 +128,7 @@ class Reader:
             self._half_norms = self._keys[:s].to(self._wide).square().sum(-1) / 2
 
     def attend(self, step: Step, block: slice, q: Tensor, scale: Tensor) -> Tensor:
-        """Probabilities `[S, G * b, R]` of a block over its R candidates, in scratch memory until the next
-        call."""
+        """Probabilities `[S, G * b, R]` of a block over its R candidates, valid until the next call."""
         size = block.stop - block.start
         part = step.part(q, block)
         queries = self._queries[: part.numel()].view(part.shape)
@@ -152,27 +150,27 @@ class Reader:
             half_norms = self.half_norms(step, block)[:, None, None]
             by_token.sub_(step.scales(scale)[:, :, None, None] * half_norms)
         if is_wide or self._is_key_spoilt:
-            # The sum of -inf and the score of a key that is not finite may be NaN.
+            # -inf plus the score of a non-finite key may be NaN.
             by_token[..., :size].masked_fill_(self._future[:size, :size], -torch.inf)
         torch.softmax(scores, -1, out=probs)
         return self._shaped(step, block, self._probs)[0].copy_(probs) if is_wide else probs
 
     def grad_scores(self, step: Step, block: slice, grad_o: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients `[S, G * b, R]` of the scores of the block attended last, dS = P (dP - sum(P dP)).
+        """Gradients `[S, G * b, R]` of the scores of the last block, dS = P (dP - sum(P dP)).
 
         Args:
-            grad_o: `[S, G * b, V]` gradient of its outputs.
+            grad_o: `[S, G * b, V]` gradient of the outputs.
             inner: `[S, G * b, 1]` sum(P dP), in the dtype of the sums.
 
         Returns:
-            The gradients in the dtype of products, and in that of the softmax; both in scratch memory.
+            The gradients in the dtype of the products and in the dtype of the softmax, in scratch memory.
         """
         narrow, probs = self._shaped(step, block, self._scores, self._wide_probs)
         torch.bmm(grad_o, self.values(step, block).transpose(1, 2), out=narrow)
         if probs.dtype == narrow.dtype:
             narrow.sub_(inner.to(narrow.dtype)).mul_(probs)
             return narrow, narrow
-        # Copied first, as operations on two dtypes are slow.
+        # Converted first, as operations on mixed dtypes are slow.
         wide = self._shaped(step, block, self._wide_scores)[0].copy_(narrow).sub_(inner).mul_(probs)
         return narrow.copy_(wide), wide
 
@@ -185,15 +183,15 @@ class Reader:
         return o
 
     def keys(self, step: Step, block: slice) -> Tensor:
-        """Keys `[S, R, K]` that a block attends to."""
+        """Keys `[S, R, K]` of a block's candidates."""
         return self._keys[: step.num_streams, self._width - block.stop : self._rows]
 
     def values(self, step: Step, block: slice) -> Tensor:
-        """Values `[S, R, V]` that a block attends to."""
+        """Values `[S, R, V]` of a block's candidates."""
         return self._values[: step.num_streams, self._width - block.stop : self._rows]
 
     def half_norms(self, step: Step, block: slice) -> Tensor:
-        """|D|^2 / 2 `[S, R]` of the keys that a block attends to, with `bias="count+norm"`."""
+        """|D|^2 / 2 `[S, R]` of the keys of a block's candidates, with `bias="count+norm"`."""
         return self._half_norms[: step.num_streams, self._width - block.stop : self._rows]
 
     def _shaped(self, step: Step, block: slice, *buffers: Tensor) -> list[Tensor]:

@@ -1,9 +1,9 @@
-"""Which slot each key of a complete chunk goes to, for many heads at once: fast, and provably exact.
+"""Routing: the slot of each key of a complete chunk, for many heads at once, fast and provably exact.
 
-Routing is a hard argmax. Two backends whose matrix products round differently could disagree on a near tie,
-and from then on remember different things. Here one matrix product computes the scores in float32, and every
-token whose two best candidates lie within the rounding error of that product is decided again in float64. The
-result is that of the float64 reference, whatever the blocking, batch or thread count.
+Routing is a hard argmax. Two backends whose matrix products round differently could disagree on a near tie
+and from then on remember different tokens. Here one float32 matrix product computes the scores, and float64
+decides every token whose two best candidates lie within the rounding error of that product. The result equals
+the float64 reference, whatever the blocking, batch or thread count.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from ovq.ops.random_init import random_priority
 from ovq.ops.selection import best_two, lowest, padded_to_blocks
 from ovq.ops.sums import slot_means
 
-# Most pairs of (token, slot) that are decided again one by one. Where there are more, as with repeated keys,
-# one float64 matrix product is cheaper.
+# Maximum number of (token, slot) pairs computed one by one in float64. Beyond it, as with repeated keys, one
+# float64 matrix product is cheaper.
 _PAIRS = 8192
 
 
 class Router:
-    """Assigns the keys of complete chunks to slots, and holds the scratch memory for it.
+    """Assigns the keys of complete chunks to slots, and owns the scratch memory for it.
 
     Args:
-        num_streams: most streams (rows times key/value heads) routed at once.
-        max_slots: most slots of a stream.
+        num_streams: maximum number of streams (rows times key/value heads) routed at once.
+        max_slots: maximum number of slots of a stream.
         options: the layer's settings.
-        like: a tensor that gives the routing dtype (float32 or float64) and device.
+        like: a tensor with the routing dtype (float32 or float64) and device.
 
     Attributes:
-        is_opener: `[S, C]`, which keys of the chunk routed last have opened a slot.
+        is_opener: `[S, C]` mask of the keys of the last routed chunk that opened a slot.
     """
 
     def __init__(self, *, num_streams: int, max_slots: int, options: Options, like: Tensor) -> None:
@@ -44,14 +44,14 @@ class Router:
         """Slots `[S, C]` of the chunk's keys; keys of weight 0 are the last to open one.
 
         Args:
-            means: `[S, padded, K]` slot means, or of more streams, zero beyond each stream's slots. For a
-                stream without slots the first row is overwritten by its first key, which opens slot 0.
-            mass: `[S, M]` weights of the slots, likewise; None without. Slots of weight 0 attract no key.
+            means: `[S, padded, K]` slot means of these streams, or more, zero beyond each stream's slots. For
+                a stream without slots, the first row is overwritten by its first key, which opens slot 0.
+            mass: `[S, M]` weights of the slots, likewise, or None. Slots of weight 0 attract no key.
         """
         keys, weights, before, step = chunk.keys, chunk.weights, chunk.before, chunk.step
         means = means[: len(before)]
         is_fresh = torch.tensor([n == 0 for n in before], device=keys.device)
-        # The key that opens slot 0: the first, of a weight above 0 if there is one.
+        # The key that opens slot 0: the first of non-zero weight, else the first.
         first_key: int | Tensor = 0 if weights is None else (weights > 0).byte().argmax(-1, keepdim=True)
         is_first = is_fresh[:, None] & (torch.arange(keys.shape[1], device=keys.device) == first_key)
         is_empty = None if mass is None else mass[: len(before), : max(before)] <= 0
@@ -59,7 +59,7 @@ class Router:
             means[is_fresh, 0] = keys[is_first]
             if is_empty is not None:
                 assert weights is not None
-                # As it will be read: a product and a quotient are rounded.
+                # The mean as it will be read, with the rounding of the product and the quotient.
                 means[is_fresh, 0] = slot_means(weights[..., None] * keys, weights)[is_first]
                 if not is_empty.shape[1]:
                     is_empty = is_fresh[:, None].clone()
@@ -86,7 +86,7 @@ class Router:
             is_opener = lowest(priority, torch.tensor(opening, device=keys.device), max(opening))
             if self.options.merge == "updated":
                 _merge_updated(slots, is_opener, keys, means, existing, is_empty, weights)
-            # The j-th key that opens a slot, by position, opens slot existing + j.
+            # The j-th opening key, by position, opens slot existing + j.
             first = torch.tensor(existing, device=keys.device)[:, None]
             self.is_opener = is_first | is_opener
             slots = torch.where(is_opener, first + is_opener.cumsum(-1) - 1, slots)
@@ -94,14 +94,14 @@ class Router:
 
 
 class _Chunk:
-    """A chunk's keys and slot means, with scores in float32 and, where that is not enough, in float64.
+    """Scores between a chunk's keys and the slot means, in float32, and in float64 for near ties.
 
     Args:
         keys: `[S, C, K]`.
         means: `[S, padded, K]`.
-        existing: slots of each stream, at least 1.
+        existing: number of slots of each stream, at least 1.
         scratch: memory for the scores.
-        is_empty: `[S, n]` slots that attract no key, if there may be any.
+        is_empty: `[S, n]` mask of slots that attract no key, or None.
     """
 
     def __init__(
@@ -127,13 +127,13 @@ class _Chunk:
 
     @property
     def is_ordinary(self) -> bool:
-        """Whether float32 can decide, given the lengths of all keys and means."""
+        """Whether the lengths of all keys and means are in the range of float32 products."""
         return _are_ordinary(self.keys, self.key_norm) and _are_ordinary(self.means, self.mean_norm)
 
     def nearest(self) -> Tensor:
-        """Slot `[S, C]` with the largest dot product, ties to the lowest index; 0 for keys not finite."""
+        """Slot `[S, C]` with the largest dot product (ties: lowest index); 0 for non-finite keys."""
         slots, best, second = best_two(self.scores)
-        # Rounding of a K-term dot product, on both sides of a comparison: 2 K (eps / 2) |k| |D|.
+        # Rounding errors of both compared K-term dot products: 2 K (eps / 2) |k| |D|.
         length = self.key_norm * self.mean_norm.amax(-1, keepdim=True)
         tolerance = (self.keys.shape[-1] * self._eps + 2 * TIE) * length
         is_contested = best - second <= tolerance
@@ -141,28 +141,27 @@ class _Chunk:
             s, t = is_contested.nonzero(as_tuple=True)
             exact = self._exact(s, t, self.scores[s, t] >= (best - tolerance)[s, t, None], is_cosine=False)
             floor = exact.amax(-1) - TIE * length[s, t].double()
-            # argmax returns the first of equal maxima, which is the lowest index.
+            # argmax returns the lowest index of equal maxima.
             slots[s, t] = (exact >= floor[:, None]).byte().argmax(-1)
         return slots.masked_fill_(~best.isfinite(), 0)
 
     def novelty(self, opening: list[int], set_apart: Tensor) -> Tensor:
-        """Best cosine `[S, C]` of each key with a slot mean, in float64 where it decides which keys open
-        slots.
+        """Highest cosine `[S, C]` of each key with a slot mean, exact in float64 for near ties about opening.
 
         Args:
-            opening: number of keys of each stream that will open slots: those with the lowest best cosine.
-            set_apart: `[S, C]` in the place of cosines, where not 0: inf for keys that cannot open a slot.
+            opening: number of keys of each stream that open slots: those with the lowest such cosine.
+            set_apart: `[S, C]` replacement of the cosines where not 0: inf for keys that cannot open a slot.
 
-        Turns the scores into cosines, in place, so `nearest` must come first.
+        Turns the scores into cosines in place, so call `nearest` first.
         """
-        # A key or mean of length zero has cosine 0 with everything.
+        # Zero keys and means have cosine 0 with every vector.
         cosines = self.scores.mul_(self.mean_norm[:, None].clamp(min=TINY).reciprocal())
         best = cosines.amax(-1) / self.key_norm.clamp(min=TINY)
         best.masked_fill_(~best.isfinite(), NO_COSINE)
         best = torch.where(set_apart > 0, set_apart.to(best.dtype), best)
-        # A cosine is at most 1, and takes a few more roundings than a dot product.
+        # A cosine is at most 1, with a few more roundings than a dot product.
         tolerance = 2 * (self.keys.shape[-1] + 8) * self._eps + 2 * TIE
-        # Contested: the last key that opens a slot and the first that does not are too close to tell apart.
+        # Contested: the last key that opens a slot and the first that does not are closer than the tolerance.
         most = min(max(opening) + 1, best.shape[-1])
         ranked = best.topk(most, largest=False).values
         num = torch.tensor(opening, device=best.device)[:, None]
@@ -172,7 +171,7 @@ class _Chunk:
         if bool(is_contested.any()):
             is_near = is_contested & ((best - boundary).abs() <= 2 * tolerance) & (best < NO_COSINE)
             s, t = is_near.nonzero(as_tuple=True)
-            # The best slot in float64 is among those that float32 cannot tell from its own best.
+            # The best slot in float64 is within the tolerance of the best in float32.
             own = cosines[s, t] / self.key_norm[s, t, None].clamp(min=TINY)
             exact = self._exact(s, t, own >= (best[s, t] - tolerance)[:, None], is_cosine=True)
             best = best.double()
@@ -208,22 +207,22 @@ class _Chunk:
 
 
 def _are_ordinary(x: Tensor, norm: Tensor) -> bool:
-    """Whether vectors `x` `[S, N, K]` of lengths `norm` `[S, N]` are zero or of ordinary lengths."""
+    """Whether all vectors `x` `[S, N, K]` with lengths `norm` `[S, N]` are zero or of `ORDINARY` length."""
     shortest, longest = ORDINARY
     is_zero = norm == 0
     is_ordinary = (norm >= shortest) & (norm <= longest)
-    # A length of zero may be that of a vector whose squares vanish.
+    # A length of zero may come from a non-zero vector whose squares underflow.
     return bool((is_ordinary | is_zero).all()) and not bool(x[is_zero].any())
 
 
 class _WideChunk:
-    """Decides what `_Chunk` decides, in float64 throughout: for lengths that are not ordinary, or not finite.
+    """`_Chunk` entirely in float64, for lengths outside `ORDINARY` or non-finite vectors.
 
     Args:
         keys: `[S, C, K]`.
         means: `[S, padded, K]`.
-        existing: slots of each stream, at least 1.
-        is_empty: `[S, n]` slots that attract no key, if there may be any.
+        existing: number of slots of each stream, at least 1.
+        is_empty: `[S, n]` mask of slots that attract no key, or None.
     """
 
     def __init__(self, keys: Tensor, means: Tensor, existing: list[int], is_empty: Tensor | None) -> None:
@@ -262,9 +261,9 @@ def _merge_updated(
     is_empty: Tensor | None,
     weights: Tensor | None,
 ) -> None:
-    """Let the keys that open no slot also go to slots opened by their own chunk (in place).
+    """Let keys that open no slot also merge into slots opened by their own chunk (in place).
 
-    This is an ablation, off by default, written for clarity and in float64 throughout.
+    An ablation, written for clarity and entirely in float64.
     """
     for s, n in enumerate(existing):
         if not bool(is_opener[s].any()):
@@ -277,5 +276,5 @@ def _merge_updated(
             candidates = candidates.masked_fill(empty[:, None], 0)
         best = scores.amax(-1)
         floor = best - TIE * own.norm(dim=-1) * candidates.norm(dim=-1).max()
-        # On a tie the older slot wins, which has the lower index; slot 0 where nothing can be compared.
+        # Ties go to the older slot, which has the lower index; non-finite scores to slot 0.
         slots[s] = torch.where(best.isfinite(), (scores >= floor[:, None]).byte().argmax(-1), 0)
