@@ -1,7 +1,7 @@
-"""The `triton` backend: kernels for GPUs, imported only when a call asks for them.
+"""The `triton` backend: GPU kernels, imported only when a call needs them.
 
-This file imports neither Triton nor the kernels: it says whether they can run a call, and if not, why.
-Start reading at `passes.py`; `docs/method/triton.md` says how the work is divided and what limits its speed.
+This file imports neither Triton nor the kernels; it tells whether they can run a call, and if not, why. Start
+reading at `passes.py`; `docs/method/triton.md` explains how the work is divided and what limits its speed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ovq.ops.precision import full_precision
 from ovq.ops.state import OVQState
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-# Head sizes whose blocks fit in registers and shared memory.
+# Maximum head size whose blocks fit in registers and shared memory.
 MAX_HEAD_DIM = 256
 # One program ranks all keys of a chunk.
 MAX_CHUNK_SIZE = 4096
@@ -34,7 +34,7 @@ KNOWN = Known(
     merge=("existing", "nearest"),
     gates=("token_weights", "log_forget"),
 )
-# What tokens forget, `forget.py` hands over chunk by chunk as weights.
+# No `log_forget`: `forget.py` expresses it as token weights, chunk by chunk.
 LEARNS = dataclasses.replace(KNOWN, gates=("token_weights",))
 
 
@@ -52,7 +52,7 @@ def run(call: Call) -> tuple[Tensor, OVQState | None]:
 
 
 def learn(chunks: Merging) -> Learned:
-    """Merge complete chunks, and say where their tokens went."""
+    """Merge complete chunks and return the slots of their tokens."""
     from ovq.ops.backends.triton import passes
 
     assert chunks.fading is None, "not among `LEARNS`"
@@ -60,7 +60,7 @@ def learn(chunks: Merging) -> Learned:
 
 
 def missing(q: Tensor, v: Tensor, options: Options) -> str | None:
-    """What the kernels lack to run a call that they know: a GPU, sizes that fit; None if nothing.
+    """Missing requirement to run a supported call (Triton, a GPU, sizes within bounds); None if none.
 
     Example:
         >>> x = torch.zeros(1, 4, 1, 512)
@@ -86,5 +86,5 @@ def missing(q: Tensor, v: Tensor, options: Options) -> str | None:
 
 
 def _is_interpreting() -> bool:
-    """Whether Triton's interpreter runs the kernels."""
+    """Whether the kernels run in Triton's interpreter."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")

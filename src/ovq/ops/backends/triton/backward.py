@@ -1,7 +1,7 @@
-"""Backward of the read, from recomputed probabilities: one kernel each for queries, slots and chunk tokens.
+"""Backward of the read from recomputed probabilities: one kernel each for queries, slots and chunk tokens.
 
-Each kernel runs over all chunks of a segment at once. Each sum is computed within one program, in a fixed
-order.
+Each kernel processes all chunks of a segment at once. Every sum is computed within one program in a fixed
+order, so results are deterministic.
 """
 
 import triton
@@ -39,7 +39,7 @@ def grad_queries(
         own_bias: as in `read`.
         delta: `[num_chunks, H, W]` receives sum(o do) of each query.
         grad_q: `[num_chunks, W, H, K]`.
-        grad_scale: `[num_chunks, QB, H]` receives each block's part of the gradient of the scale.
+        grad_scale: `[num_chunks, QB, H]` receives each block's contribution to the gradient of the scale.
     """
     index = tl.program_id(0) // QB
     block = tl.program_id(0) % QB
@@ -94,12 +94,12 @@ def _from_queries(
     start, tokens, W, H, K, V, IS_CAUSAL: tl.constexpr, HAS_BIAS: tl.constexpr, BM: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """Add a block of queries' contribution to the gradients of the candidates `keys` `[BN, K]` and `values`.
+    """Add a block of queries' contribution to the gradients of candidates `keys` `[BN, K]` and `values`.
 
     Args:
-        source: `[BN]` positions of the candidates in the chunk, if they are its tokens (IS_CAUSAL).
-        bias: `[BN]` log2 counts; -inf excludes a candidate.
-        grad_bias: `[BN]` the gradient of their scores, if it is wanted (HAS_BIAS).
+        source: `[BN]` positions of the candidates if they are chunk tokens (IS_CAUSAL).
+        bias: `[BN]` log2 masses; -inf excludes a candidate.
+        grad_bias: `[BN]` gradient of the candidates' scores, if requested (HAS_BIAS).
     """
     t = start + tl.arange(0, BM)
     is_query = t < tokens
@@ -131,9 +131,9 @@ def grad_slots(
     """A chunk's contribution to the gradients of a block of slots; grid (chunks times blocks, kv heads).
 
     Args:
-        grad_keys: `[entries, H / G, M, K]` float32, receives the gradient of the key sums, which is that of
-            the means divided by the counts. grad_values: likewise.
-        grad_weights: `[entries, H / G, M]` float32, receives that of the weights; None without.
+        grad_keys: `[entries, H / G, M, K]` float32, receives the gradient of the key sums: the gradient of
+            the means divided by the counts or weights. grad_values: likewise.
+        grad_weights: `[entries, H / G, M]` float32, receives the gradient of slot weights, or None.
     """
     index = tl.program_id(0) // SB
     block = tl.program_id(0) % SB
@@ -159,12 +159,12 @@ def grad_slots(
                     chunk, head * G + g, start, tokens, W, H, K, V, False, grad_weights is not None, BM, BK,
                     BV,
                 )  # fmt: skip
-        # The bias is the log2 of the count or weight, where there is one.
+        # The bias is log2 of the mass, -inf for zero mass.
         inverse = tl.exp2(-tl.where(bias > -float("inf"), bias, 0.0))
         put_rows(grad_keys, shown, own_keys * inverse[:, None], is_used, K, BK)
         put_rows(grad_values, shown, own_values * inverse[:, None], is_used, V, BV)
         if grad_weights is not None:
-            # The weight of a slot is in its score and divides its sums.
+            # The weight of a slot enters its score and divides its sums.
             own_bias -= tl.sum(own_keys * keys.to(tl.float32), 1)
             own_bias -= tl.sum(own_values * values.to(tl.float32), 1)
             own_bias = tl.where(bias > -float("inf"), own_bias * inverse, 0.0)
@@ -173,7 +173,7 @@ def grad_slots(
 
 @triton.jit
 def _traced(x, weights):
-    """Rows of `x` in float32; where weights are zero, without what is not finite."""
+    """Rows of `x` in float32, with non-finite entries set to 0 where the weight is 0."""
     x = x.to(tl.float32)
     return tl.where((weights > 0)[:, None] | (tl.abs(x) < float("inf")), x, 0.0)
 
@@ -187,11 +187,12 @@ def grad_tokens(
     """Gradients of a block of a chunk's keys and values; grid (chunks times blocks, key/value heads).
 
     Args:
-        deposit_keys: `[entries, H / G, W, K]` float32, the gradient that each token of a complete chunk gets
-            from the sum that it was added to. deposit_values: likewise.
+        deposit_keys: `[entries, H / G, W, K]` float32 gradient of the sum that each token of a complete chunk
+            was added to. deposit_values: likewise.
         grad_k: `[num_chunks, W, H / G, K]`. grad_v: likewise.
-        token_weights: `[num_chunks, W, H / G]`; deposit_weights: `[entries, H / G, W]`, the gradient of the
-            weight of each token's slot; grad_weights: as token_weights. None without. own_bias: as in `read`.
+        token_weights: `[num_chunks, W, H / G]`; deposit_weights: `[entries, H / G, W]` gradient of the weight
+            of each token's slot; grad_weights: like token_weights. All None without token weights.
+        own_bias: as in `read`.
     """
     index = tl.program_id(0) // TB
     begin = tl.program_id(0) % TB * BN
@@ -229,7 +230,7 @@ def grad_tokens(
                 )  # fmt: skip
         if token_weights is not None:
             if own_bias is not None:
-                # The log of the weight is in the score, unless there is less than can be read.
+                # The score includes the log of the weight, unless the weight is clamped at LEAST.
                 of_weights += tl.where(weights >= LEAST, of_scores * tl.exp2(-bias), 0.0)
             tl.store(grad_weights + place, of_weights, mask=is_token)
         put_rows(grad_k, place, own_keys, is_token, K, BK)

@@ -1,4 +1,4 @@
-"""Calls with several tokens per row or with gradients: prepares a call and runs the kernels on its chunks."""
+"""`ChunkAttention` in Triton, for calls with several tokens per row or with gradients."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ovq.ops.first_order import first_order
 
 
 class ChunkAttention(torch.autograd.Function):
-    """`ChunkAttention` of the `torch` backend, run by the kernels; arguments and results are the same."""
+    """`ChunkAttention` of the `torch` backend in Triton kernels, with the same arguments and results."""
 
     @staticmethod
     def forward(
@@ -30,7 +30,7 @@ class ChunkAttention(torch.autograd.Function):
         q, k, v, scale = (x.contiguous() for x in (q, k, v, scale))
         sums = Dictionary(*of_sums).clone()
         num_chunks, width, num_heads, dim = q.shape
-        # Of each query, the log2-sum-exp2 of its scores; of each token of a complete chunk, its slot.
+        # log2-sum-exp2 of each query's scores, and the slot of each token of a complete chunk.
         lse = torch.zeros(num_chunks, num_heads, width, dtype=torch.float32, device=q.device)
         slots = torch.zeros(num_chunks, k.shape[2], width, dtype=torch.int32, device=q.device)
         ctx.work = Work(plan, sums.count.shape[2], q.device)
@@ -39,7 +39,7 @@ class ChunkAttention(torch.autograd.Function):
         if weights is not None:
             kept = ChangedSlots.empty(ctx.work, k, v) if has_backward else None
             weights = Weights(weights.squeeze(-1).contiguous(), kept, plan.options.weighs_chunk)
-        # Slots merged into others cannot be taken out again without what was in them.
+        # The backward needs the contents of slots merged into others to take them out again.
         if plan.options.merges_pairs and has_backward:
             merged = MergedSlots.empty(ctx.work, k, v, is_kept=True, has_weights=weights is not None)
         work, o = ctx.work, q.new_empty(*q.shape[:3], v.shape[-1])
@@ -49,7 +49,7 @@ class ChunkAttention(torch.autograd.Function):
         shown = Snapshots.empty(max(work.entries(s) for s in segments), work, k, v)
         blocks = common.read_blocks(q, v)
         query_blocks = triton.cdiv(width, blocks["BM"])
-        # Triton launches on the current device, whichever the tensors are on.
+        # Triton launches on the current device, even if the tensors are on another.
         with torch.cuda.device_of(q):
             for segment in segments:
                 first = work.first[segment.start]

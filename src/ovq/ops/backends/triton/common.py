@@ -1,4 +1,4 @@
-"""What the kernels share: constants, a dot product that is also correct in the interpreter, block sizes."""
+"""Shared by the kernels: constants, row access, a dot product correct in the interpreter, block sizes."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ TOKENS = tl.constexpr(3)
 IS_COMPLETE = tl.constexpr(4)
 COLUMNS = tl.constexpr(5)
 
-# Whether a product and a sum may be fused into one rounding: nothing here depends on it, but Triton wants
-# a choice. Only where weighted tokens are added to sums, the product is rounded first, as it is elsewhere.
+# Whether a product and a sum may be fused into one rounding (FMA). Only adding weighted tokens to sums must
+# round the product first, as other backends do; nothing else depends on it, but Triton requires a choice.
 FUSED = {"enable_fp_fusion": True}
 UNFUSED = {"enable_fp_fusion": False}
 
@@ -45,9 +45,9 @@ IS_INTERPRETED = tl.constexpr(isinstance(_probe, InterpretedFunction))
 
 @triton.jit
 def dot(a, b, acc):
-    """acc + a b: factors in the dtype of `b`, sums in float32; float32 products never use TF32."""
+    """acc + a b, with factors in the dtype of `b` and sums in float32; float32 products never use TF32."""
     if IS_INTERPRETED:
-        # The interpreter multiplies the bits of bfloat16 as if they were integers.
+        # The interpreter would multiply the bits of bfloat16 as integers.
         acc += tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     else:
         acc = tl.dot(a.to(b.dtype), b, acc, input_precision="ieee")
@@ -56,7 +56,7 @@ def dot(a, b, acc):
 
 @triton.jit
 def rounded(x):
-    """float32 rounded to the bits of a bfloat16, which the interpreter's conversion would cut off."""
+    """float32 rounded to bfloat16 precision; the interpreter's own conversion truncates."""
     return ((x.to(tl.int32, bitcast=True) + 32768) & -65536).to(tl.float32, bitcast=True)
 
 
@@ -77,37 +77,37 @@ def put_rows(x, index, tile, mask, D, BD: tl.constexpr):
 
 @triton.jit
 def are_extreme(x, lengths):
-    """Which nonzero rows of `x` `[N, D]` are too short or too long for products in float32."""
+    """Mask of the non-zero rows of `x` `[N, D]` that are too short or too long for float32 products."""
     is_ordinary = (lengths >= SHORTEST) & (lengths <= LONGEST)
     return (is_ordinary | (tl.max(tl.abs(x), 1) == 0)) == 0
 
 
 @triton.jit
 def divisors(mass):
-    """Counts or weights in float32 to divide by: 1 where there is none, since the sums there are zero."""
+    """Counts or weights in float32 to divide by; 1 where they are 0, as the sums there are zero."""
     return tl.where(mass > 0, mass, 1).to(tl.float32)
 
 
 @triton.jit
 def log2_mass(mass):
-    """Log2 of counts or weights; -inf, which no query attends to, where there is none."""
+    """Log2 of counts or weights; -inf, which no query attends to, where they are 0."""
     return tl.where(mass > 0, tl.log2(divisors(mass)), -float("inf"))
 
 
 @triton.jit
 def means(sums, mass):
-    """Slot means from sums `[N, D]` and counts or weights `[N]`, rounded as PyTorch's division rounds."""
+    """Slot means from sums `[N, D]` and counts or weights `[N]`, rounded like PyTorch's division."""
     return tl.div_rn(sums, divisors(mass)[:, None] + tl.zeros_like(sums))
 
 
 @triton.jit
 def absorbed(scores, top, total):
-    """A step of an online softmax to base 2: takes in `scores` `[BM, BN]`, of which all may be -inf.
+    """One step of an online softmax to base 2 with `scores` `[BM, BN]`, which may all be -inf.
 
-    Returns the new largest score and total, the probabilities, and the factor of what was there before.
+    Returns the new maximum and total, the unnormalised probabilities, and the factor of the earlier sums.
     """
     highest = tl.maximum(top, tl.max(scores, 1))
-    # If nothing has been seen yet, any finite number will do.
+    # While all scores are -inf, any finite base will do.
     base = tl.where(highest == -float("inf"), 0.0, highest)
     probs = tl.exp2(scores - base[:, None])
     shrink = tl.exp2(top - base)
@@ -116,7 +116,7 @@ def absorbed(scores, top, total):
 
 @triton.jit
 def place_of(slots, places, TB: tl.constexpr, C):
-    """For `slots` `[BN]`, where each first stands in the list `places` of C entries; C if it does not."""
+    """First index of each of `slots` `[BN]` in the list `places` of C entries; C if it is not there."""
     found = slots * 0 + C
     for first in range(0, C, TB):
         p = first + tl.arange(0, TB)
@@ -127,12 +127,12 @@ def place_of(slots, places, TB: tl.constexpr, C):
 
 @triton.jit
 def opener(k, token_weights, chunk, head, W, H, C, K, BT: tl.constexpr, BK: tl.constexpr):
-    """The token of a chunk that opens slot 0, the mean `[BK]` that it makes, and its weight.
+    """The token of a chunk that opens slot 0, its mean `[BK]`, and its weight.
 
-    It is the first token, or the first of a weight above 0 if there is one.
+    It is the first token of non-zero weight, else the first token.
 
     Args:
-        token_weights: `[num_chunks, W, H]` float32; None without.
+        token_weights: `[num_chunks, W, H]` float32, or None.
     """
     d = tl.arange(0, BK)
     token = head * 0
@@ -148,41 +148,40 @@ def opener(k, token_weights, chunk, head, W, H, C, K, BT: tl.constexpr, BK: tl.c
     mass = head * 0 + 1.0
     if token_weights is not None:
         mass = tl.load(token_weights + place)
-        # As it will be read: a product and a quotient are rounded.
+        # The mean as it will be read, with the rounding of the product and the quotient.
         mean = tl.where(mass > 0, tl.div_rn(mass * mean, divisors(mass) + tl.zeros_like(mean)), 0.0)
     return token, mean, mass
 
 
 def padded(dim: int) -> int:
-    """A head size padded for the kernels: a power of two of at least 16, as matrix products require."""
+    """Head size padded to a power of two of at least 16, as `tl.dot` requires."""
     return max(16, triton.next_power_of_2(dim))
 
 
 @functools.cache
 def programs(device: torch.device, each: int) -> int:
-    """The number of programs that fill a device, `each` of them per multiprocessor."""
+    """Number of programs that fill a device, with `each` of them per multiprocessor."""
     if device.type != "cuda":
         return each
     return each * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def slot_block(k: Tensor, v: Tensor) -> int:
-    """Slots per program of the recurrence; their sums stay in registers."""
+    """Slots per program of the recurrence, whose sums stay in registers."""
     widest = padded(k.shape[-1]) + padded(v.shape[-1])
     return 64 if widest <= 256 else 32
 
 
 def score_block(k: Tensor) -> int:
-    """Keys scored against a block of slots at once; fewer for float32, whose products need more registers."""
+    """Keys scored at once against a block of slots; fewer for float32, whose products need more registers."""
     return {torch.bfloat16: 64, torch.float32: 32}.get(k.dtype, 16)
 
 
 def read_blocks(q: Tensor, v: Tensor) -> dict[str, int]:
-    """Queries and candidates per tile of the read, and its warps and stages."""
+    """Queries (BM) and candidates (BN) per tile of the read, with its warps and stages."""
     widest = max(padded(q.shape[-1]), padded(v.shape[-1]))
     if q.dtype == torch.float32:
-        # Without tensor cores both operands of a product lie in registers, and larger tiles would spill
-        # kilobytes.
+        # Without tensor cores both operands of a product are in registers; larger tiles spill kilobytes.
         return {"BM": 32 if widest <= 128 else 16, "BN": 32, "num_warps": 8, "num_stages": 1}
     if widest <= 64:
         return {"BM": 128, "BN": 64, "num_warps": 4, "num_stages": 3}
@@ -192,7 +191,7 @@ def read_blocks(q: Tensor, v: Tensor) -> dict[str, int]:
 
 
 def grad_blocks(q: Tensor, v: Tensor) -> dict[str, int]:
-    """The same for the backward, which keeps twice as many tiles."""
+    """The same for the backward, which holds twice as many tiles."""
     widest = max(padded(q.shape[-1]), padded(v.shape[-1]))
     if q.dtype == torch.float32:
         return {"BM": 16, "BN": 16, "num_warps": 8, "num_stages": 1}

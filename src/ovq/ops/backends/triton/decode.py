@@ -1,8 +1,8 @@
-"""One token per row, without gradients, in one launch; the recurrence merges a chunk that it completes.
+"""Decode step: one token per row without gradients in one launch; the recurrence merges complete chunks.
 
-The slots of a stream are split over several programs, and one more program reads the tokens of its chunk.
-Each writes the sums of its part of the softmax. The program that finishes last adds them up in a fixed order,
-so that the result does not depend on which program that is.
+The slots of a stream are split over several programs, and one more program reads the pending tokens. Each
+writes its partial softmax sums. The program that finishes last adds them up in a fixed order, so that the
+result does not depend on which program that is.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from ovq.ops.call import Call
 from ovq.ops.options import LEAST_READ
 from ovq.ops.state import OVQState, advanced
 
-# Programs per multiprocessor: enough loads in flight to use the full memory bandwidth.
+# Programs per multiprocessor: enough concurrent loads to use the full memory bandwidth.
 _PROGRAMS_EACH = 4
-# Most elements in the products of a tile of slots with the queries of a group, which lie in registers.
+# Maximum number of elements in the products of a tile of slots with a group's queries, held in registers.
 _TILE = 8192
 
 
 @triton.jit
 def _absorb(scores, values, top, total, acc):
-    """Add `scores` `[GP, BN]` and `values` `[BN, BV]`, without tensor cores."""
+    """Online softmax step with `scores` `[GP, BN]` and `values` `[BN, BV]`, without tensor cores."""
     top, total, probs, shrink = absorbed(scores, top, total)
     return top, total, acc * shrink[:, None] + tl.sum(probs[:, :, None] * values[None, :, :], 1)
 
@@ -40,20 +40,20 @@ def read_token(
     IS_EVEN: tl.constexpr, LEAST: tl.constexpr, GP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr,
 ):  # fmt: skip
-    """The read of one token; grid (streams, SPLITS), the last split for the tokens of the chunk.
+    """Attention of one query per head; grid (streams, SPLITS), the last split for the pending tokens.
 
     Args:
         q: `[R, H * G, K]`. k: `[R, H, K]`. v: `[R, H, V]`. scale: `[H * G]`.
         key_sum: `[R, H, M, K]`. value_sum: likewise. mass: `[R, H, M]` counts, or weights.
         pending_keys: `[R, H, C, K]`; receives the new key. pending_values: likewise.
-        token_weights: `[R, H]`, which pending_weights `[R, H, C]` receives; None without.
-        places: `[R]` int32 pending tokens of each row before this token, if the numbers differ (not IS_EVEN).
+        token_weights: `[R, H]`, written to pending_weights `[R, H, C]`; None without token weights.
+        places: `[R]` int32 number of pending tokens of each row before this token, if not equal (IS_EVEN).
         tops, totals: `[streams, SPLITS, GP]` scratch. accs: `[streams, SPLITS, GP, V]`.
-        arrived: `[streams]` int32 zeros; they are zero again on return.
+        arrived: `[streams]` int32 counters of finished programs, zero at the start and on return.
         o: `[R, H * G, V]`.
-        pending: pending tokens of each row, if the numbers are equal (IS_EVEN).
+        pending: number of pending tokens of each row, if equal (IS_EVEN).
         PER: slots per split.
-        LEAST: the least weight with which tokens of the chunk are read; None where they are read without.
+        LEAST: minimum weight of tokens of the chunk when read; None if they are read without weights.
     """
     stream = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
@@ -107,7 +107,7 @@ def read_token(
     tl.store(tops + part, top)
     tl.store(totals + part, total)
     put_rows(accs, part, acc, is_head, V, BV)
-    # All threads must have stored their results before one of them counts this program as finished.
+    # All threads must store their results before one of them counts this program as finished.
     tl.debug_barrier()
     if tl.atomic_add(arrived + stream, 1, sem="acq_rel") == SPLITS - 1:
         top = tl.full([GP], -float("inf"), tl.float32)
@@ -134,7 +134,7 @@ def decode_step(call: Call) -> tuple[Tensor, OVQState]:
     """Outputs `[B, 1, H, V]` for one new token per row, and the state after it."""
     state, options, q, k, v = call.state, call.options, call.q, call.k, call.v
     pending, after = state.num_pending.tolist(), advanced(state)
-    # The kernel writes to them in place.
+    # The kernel writes to these in place.
     buffers = (after.pending_keys, after.pending_values, call.token_weights, after.pending_weights)
     assert after.pending_keys.is_contiguous()
     assert after.pending_values.is_contiguous()
@@ -174,7 +174,7 @@ _counters: dict[tuple[torch.device, int], Tensor] = {}
 
 
 def _arrived(device: torch.device, num: int) -> Tensor:
-    """Counters that are zero between launches; one set per CUDA stream, because streams overlap."""
+    """Counters that are zero between launches, one set per CUDA stream, as CUDA streams overlap."""
     cuda_stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     counters = _counters.get((device, cuda_stream))
     if counters is None or len(counters) < num:

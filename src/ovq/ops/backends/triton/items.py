@@ -1,8 +1,8 @@
-"""The items of a chunk, where pairs of them are merged: its slots and its tokens; and the sums of slots.
+"""Kernels of the rules that merge pairs: items (slots and tokens) of a chunk, and the sums of slots.
 
-Items are *columns* `[slots | tokens]`. Their means, their masses in float64 and a table of integers say what
-is known of them. `merging.py` launches, and leaves in `INTO` of each column the lowest one that it is joined
-with.
+Items are *columns* `[slots | tokens]`, described by their means, their masses in float64 and a table of
+integers. `merging.py` launches the kernels, and writes to `INTO` of each column the lowest column of its
+cluster.
 """
 
 import triton
@@ -22,9 +22,9 @@ from ovq.ops.backends.triton.common import (
 )
 from ovq.ops.backends.triton.recurrence import add_tokens, keep_rows
 
-# The table of a stream is `ints`; field F of column i is at F * L + i, for L columns. Its fields: the column
-# that this one is joined with, or -1 where there is none; and what `settle` works with: free slots in order,
-# the slot of each cluster, and whether more than one item is in it.
+# Fields of `ints`, the table of a stream; field F of column i is at F * L + i, for L columns. INTO: lowest
+# column of the cluster, or -1 for an unused column. Scratch of `settle`: free slots in order, slot of each
+# cluster, whether the cluster has more than one item.
 INTO = tl.constexpr(0)
 FREE = tl.constexpr(1)
 HOME = tl.constexpr(2)
@@ -43,19 +43,19 @@ def advance_items(
 ):  # fmt: skip
     """`advance` of `recurrence.py` for rules that merge pairs; grid (streams, blocks of slots).
 
-    Slots that the previous chunk merged into others leave first; what was in them and the tokens are then
-    added in order of position. In the place of scores, the means are written as items.
+    Slots that the previous chunk merged into others are cleared first; then their contents and the tokens are
+    added in order of position. Instead of scores, the means are written as items.
 
     Args:
-        merged_slot: `[entries, H, C]` int32 slots merged into others; -1 after the last. merged_into: the
-            slots that they were merged into. merged_count: `[entries, H, C]`, and merged_keys:
-            `[entries, H, C, K]`, what was in them. merged_values, merged_weight: likewise.
+        merged_slot: `[entries, H, C]` int32 slots merged into others, -1 after the last. merged_into: the
+            slots that they were merged into. merged_count: `[entries, H, C]` counts of the merged slots.
+            merged_keys: `[entries, H, C, K]` their sums. merged_values, merged_weight: likewise.
         token_weights, weight: as in `advance`.
-        kept_slot: `[entries, H, C]` int32 the slots that each chunk adds to; -1 after the last. kept_keys:
-            `[entries, H, C, K]` receives them as they were before. kept_values, kept_weight: likewise.
+        kept_slot: `[entries, H, C]` int32 slots that each chunk adds to, -1 after the last. kept_keys:
+            `[entries, H, C, K]` receives their sums before the chunk. kept_values, kept_weight: likewise.
         item_keys: `[streams, L, K]` float32, receives the means. item_values: likewise.
         masses: `[streams, L]` float64, receives counts or weights.
-        merged_base: the entry that `merged_slot` starts with.
+        merged_base: first entry of `merged_slot`.
     """
     stream = tl.program_id(0)
     block = tl.program_id(1)
@@ -142,11 +142,11 @@ def prepare(
     k, v, token_weights, table, item_keys, item_values, ints, masses, current, W, C, H, K, V, L, PS,
     BC: tl.constexpr, BL: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """Lay out the items of a complete chunk; grid (streams,).
+    """Write the tokens of a complete chunk as items and initialise `INTO`; grid (streams,).
 
     Args:
         k: `[num_chunks, W, H, K]` keys. v: values.
-        token_weights: `[num_chunks, W, H]` weights of tokens; None without.
+        token_weights: `[num_chunks, W, H]` weights of tokens, or None.
         PS: column of the first token.
         BL: L, rounded up to a power of two.
     """
@@ -164,7 +164,7 @@ def prepare(
         mass = 1.0 + 0.0 * t
         if token_weights is not None:
             mass = tl.load(token_weights + place, mask=t < C, other=0.0)
-            # A weight of zero leaves no trace of what is not finite.
+            # Non-finite entries of tokens of weight 0 must leave no trace.
             is_traced = (mass > 0)[:, None]
             keys = tl.where(is_traced | (tl.abs(keys) < float("inf")), keys, 0.0)
             values = tl.where(is_traced | (tl.abs(values) < float("inf")), values, 0.0)
@@ -182,15 +182,15 @@ def settle(
     table, ints, count, weight, slots, merged_slot, merged_into, merged_count, merged_weight, kept_slot,
     current, merged_base, W, C, H, M, L, PS, BL: tl.constexpr,
 ):  # fmt: skip
-    """Say which slot each token goes to, and which slots leave; grid (streams,).
+    """Assign tokens to slots and list the slots merged into others; grid (streams,).
 
-    A cluster stays in its lowest slot. One of tokens alone takes a slot that became free, or a new slot, in
-    the order of their first tokens.
+    A cluster stays in its lowest slot. Clusters without slots take freed slots, then new ones, in the order
+    of their first tokens.
 
     Args:
         slots: `[num_chunks, H, W]` receives the slots of the tokens.
         merged_slot, merged_into, merged_count, merged_weight: `[entries, H, C]` as in `advance_items`,
-            receive the slots that leave. kept_slot: likewise, those that take in others.
+            receive the merged slots. kept_slot: likewise, the slots that absorb other items.
     """
     stream = tl.program_id(0)
     row = stream // H
@@ -235,7 +235,7 @@ def settle(
         tl.debug_barrier()
         tl.store(has_more + lowest, 1 + 0 * i, mask=is_there & (lowest != i))
         tl.debug_barrier()
-        # Each takes a merge, so there are no more than tokens.
+        # Each of these slots takes at least one merge, so there are at most C.
         is_changed = is_slot & (lowest == i) & (tl.load(has_more + i, mask=is_slot, other=0) > 0)
         tl.store(kept_slot + merged_at + tl.cumsum(is_changed.to(tl.int32), 0) - 1, i, mask=is_changed)
         is_rest = (i < C) & (i >= tl.sum(is_changed.to(tl.int32), 0))
@@ -247,7 +247,7 @@ def keep(
     key_sum, value_sum, merged_slot, merged_keys, merged_values, current, merged_base, C, H, K, V, M,
     BN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """Keep the sums of slots that leave; grid (streams, blocks of such slots)."""
+    """Copy the sums of slots merged into others; grid (streams, blocks of such slots)."""
     stream = tl.program_id(0)
     row = stream // H
     head = stream % H

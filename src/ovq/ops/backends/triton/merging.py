@@ -1,10 +1,9 @@
-"""merge="nearest": which kernels merge the chunks of a call, and in which order.
+"""`merge="nearest"` in Triton: the order of the kernels that merge the chunks of a call.
 
-For each step: `advance_items` merges chunk i - 1 into the slots, writes the dictionary that chunk i reads,
-and the means as items; `prepare` adds the tokens. Then it is decided which of these items are joined.
-`settle` says where tokens go and which slots leave, `keep` what was in them.
-
-PyTorch decides, by matrix products and selections (`ovq.ops.nearest`), and the host waits for some of them.
+For each step i: `advance_items` merges chunk i - 1 into the slots, writes the dictionary that chunk i reads
+and the slot means as items; `prepare` adds the tokens as items. PyTorch then selects the items to merge by
+matrix products and selections (`ovq.ops.nearest`), some of which the host waits for. `settle` computes the
+slots of the tokens and lists the slots merged into others; `keep` copies their sums.
 """
 
 from __future__ import annotations
@@ -25,23 +24,23 @@ from ovq.ops.backends.triton.work import At, Work
 from ovq.ops.nearest import Items, movers, nearest_roots
 from ovq.ops.precision import full_precision
 
-# Most bytes of the products of items that are held at once, or of one stream's if those are more.
+# Maximum bytes of item products held at once (at least one stream is processed at a time).
 PRODUCT_BYTES = 1 << 30
 # Columns are allocated in multiples of this, which keeps the fields of the table aligned.
 _ALIGNED = 16
-# Slots that one program keeps.
+# Slots copied per program of `keep`.
 _KEPT = 16
 
 
 class MergedSlots(NamedTuple):
-    """Slots that chunks merged into others, as the backward needs them to undo the merges.
+    """Slots that chunks merged into others, saved so that the backward can undo the merges.
 
     Attributes:
-        slot: `[entries, Hkv, C]` int32 slots, -1 after the last; a chunk makes at most C merges.
+        slot: `[entries, Hkv, C]` int32 merged slots, -1 after the last; a chunk makes at most C merges.
         into: `[entries, Hkv, C]` int32 slots that they were merged into.
-        num: `[entries, Hkv, C]` int64 tokens in them.
-        keys: `[entries, Hkv, C, K]` float32 sums of them. values: `[entries, Hkv, C, V]`.
-        weight: `[entries, Hkv, C]` float32 total weight of the tokens; None where these have none.
+        num: `[entries, Hkv, C]` int64 counts of the merged slots.
+        keys: `[entries, Hkv, C, K]` float32 sums of the merged slots. values: `[entries, Hkv, C, V]`.
+        weight: `[entries, Hkv, C]` float32 weights of the merged slots; None without token weights.
     """
 
     slot: Tensor
@@ -55,7 +54,7 @@ class MergedSlots(NamedTuple):
     def empty(
         cls, work: Work, k: Tensor, v: Tensor, *, is_kept: bool, has_weights: bool = False
     ) -> MergedSlots:
-        """Room for all chunks of a call if they are kept, else for those of a step."""
+        """Buffers for all chunks of a call if `is_kept`, else for one step."""
         num = work.first[-1] if is_kept else work.num_active[0]
         shape = (num, work.num_kv_heads, work.options.chunk_size)
 
@@ -76,7 +75,7 @@ class Steps(ABC):
         slots: `[num_chunks, Hkv, W]` int32, receives the slot of each token of a complete chunk.
         into: the dictionaries, updated in place.
         work: the chunks of the call and their order.
-        weights: of the tokens; None without.
+        weights: the token weights, or None.
     """
 
     def __init__(
@@ -89,12 +88,12 @@ class Steps(ABC):
         self._fused = common.FUSED if weights is None else common.UNFUSED
 
     def step(self, i: int, shown: Sequence[Tensor] | None = None, at: At | None = None) -> None:
-        """Merge chunk i - 1, keep the dictionary that chunk i reads and decide what becomes of chunk i.
+        """Merge chunk i - 1, write the dictionary that chunk i reads, and assign the tokens of chunk i.
 
         Args:
-            i: the step; either chunk may be missing, and the last chunks are merged by one more step.
-            shown: receives the means and log2 counts; None if nothing is read.
-            at: where the step finds its chunks; None: numbers, and `shown` begins with entry 0.
+            i: the step. Either chunk may be missing; one extra step merges the last chunks.
+            shown: receives the means and log2 masses; None if nothing is read.
+            at: entries of the step; None: the step's own entries, with `shown` starting at entry 0.
         """
         work, into = self.work, self.into
         has_next = i < work.num_steps
@@ -114,18 +113,18 @@ class Steps(ABC):
     def _advance(
         self, streams: int, tables: tuple[Tensor, ...], at: At, num_next: int, kinds: dict[str, bool]
     ) -> None:
-        """Merge the chunks before, and prepare what `_decide` needs, of this many streams."""
+        """Merge the previous chunks and prepare the inputs of `_decide`, for this number of streams."""
 
     @abstractmethod
     def _decide(self, i: int, at: At) -> None:
-        """Decide where the tokens of the complete chunks of a step go."""
+        """Assign the tokens of the complete chunks of a step to slots."""
 
 
 class PairRecurrence(Steps):
-    """Merges by merge="nearest".
+    """`Steps` for `merge="nearest"`.
 
     Args:
-        tensors: those of `Steps`.
+        tensors: the arguments of `Steps`.
         merged: receives the slots merged into others.
         is_kept: whether `merged` has room for all chunks.
     """
@@ -139,21 +138,21 @@ class PairRecurrence(Steps):
         self._ints = self._empty(INT_FIELDS.value, self._columns, dtype=torch.int32)
         self._masses = self._empty(self._columns, dtype=torch.float64)
         self._padded = {"BK": common.padded(self._dims[0]), "BV": common.padded(self._dims[1])}
-        # A program that ranks all columns of a stream.
+        # Launch options of programs that process all columns of a stream.
         self._ranking = {
             "BL": triton.next_power_of_2(self._columns),
             "num_warps": 8 if self._columns <= 4096 else 16,
         }
 
     def _empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        """Room for each stream."""
+        """An uninitialised buffer for each stream."""
         streams = max(1, self.work.num_active[0] * self.work.num_kv_heads)
         return torch.empty(streams, *shape, dtype=dtype, device=self.k.device)
 
     def _advance(
         self, streams: int, tables: tuple[Tensor, ...], at: At, num_next: int, kinds: dict[str, bool]
     ) -> None:
-        """Also write the means of slots as items."""
+        """As in `Steps`; writes the slot means as items."""
         work, k, v, kept = self.work, self.k, self.v, self._kept
         block = common.slot_block(k, v)
         kept_slots = (None,) * 4 if kept is None else (kept.slot, kept.keys, kept.values, kept.weight)
@@ -165,7 +164,7 @@ class PairRecurrence(Steps):
         )  # fmt: skip
 
     def _decide(self, i: int, at: At) -> None:
-        """And which slots leave."""
+        """As in `Steps`; also lists the slots merged into others and copies their sums."""
         work, merged, entry = self.work, self._merged, self.work.first[i]
         heads, width, size = work.num_kv_heads, self.k.shape[1], self._chunk_size
         streams = work.num_complete[i] * heads
@@ -189,7 +188,7 @@ class PairRecurrence(Steps):
         )  # fmt: skip
 
     def _join(self, i: int, streams: int) -> None:
-        """Join items in a step in which merges are due: `INTO` of each receives the lowest of its cluster."""
+        """Merge items in a step with due merges: `INTO` of each item receives the lowest of its cluster."""
         work, size = self.work, self._chunk_size
         columns = max(work.before[i]) + size
         into = self._ints[:streams, INTO.value, :columns]
@@ -202,7 +201,7 @@ class PairRecurrence(Steps):
         )
         is_mover = movers(before, merged, size, into.device)
         at_once = max(1, PRODUCT_BYTES // (4 * 2 * size * columns))
-        # A compiled graph calls this without what `run` of the backend sees to.
+        # A compiled graph may get here without the `full_precision` of the backend's `run`.
         with full_precision(into.device):
             for start in range(0, streams, at_once):
                 own = slice(start, start + at_once)

@@ -1,14 +1,14 @@
-"""Forward (with `chunk.py`) and backward over chunk-aligned rows: which kernels run, and in which order.
+"""Forward (with `chunk.py`) and backward over chunk-aligned rows: the order of the kernels.
 
 Forward, for each step i of the recurrence: `advance` merges chunk i - 1 into the slots and scores the keys
-of chunk i against them; `nearest` and `open_slots` decide where those keys go. The dictionaries that the
-queries read are kept for a segment of several chunks, and `read` processes a whole segment at once.
+of chunk i against them; `nearest` and `open_slots` assign those keys to slots. The dictionaries that queries
+read are stored for a segment of several chunks, and `read` processes a whole segment at once.
 
-Backward, for each segment from the last: `rewind` takes the chunks out of the sums and keeps the same
+Backward, for each segment from the last: `rewind` subtracts the chunks from the sums and stores the same
 dictionaries again; `grad_queries` and `grad_slots` process all chunks at once; `deposit` accumulates the
-gradient of the sums from the last chunk to the first; `grad_tokens` adds the gradient that tokens get from
-those sums to the one they get as candidates. With assignments known, slots are independent of each other, so
-no program waits for another.
+gradient of the sums from the last chunk to the first; `grad_tokens` adds the gradients of tokens through the
+sums and as candidates. With known assignments, slots are independent of each other, so no program waits for
+another.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from ovq.ops.backends.triton.weights import Weights
 from ovq.ops.backends.triton.work import At, Work
 from ovq.ops.options import LEAST_READ
 
-# Keys of a chunk that one program processes at once, whatever the head size.
+# Keys of a chunk per program, whatever the head size.
 TOKEN_BLOCK = 64
-# Bounds on the error of a score, in units of K eps |k| |D| / 2, for both sides of a comparison together: for
-# a float32 product, and for three products added up by tensor cores, which round down.
+# Bounds on the rounding error of a comparison of two scores, in units of K eps |k| |D|: for a float32
+# product, and for three products added up by tensor cores, which round down.
 ROUNDING = 2
 ROUNDING_SPLIT = 8
-# Parts of a mean that bfloat16 keys are multiplied with, 3 or 2: with 2, a third fewer products, and bounds
-# that are larger by what is left out. Which is faster has to be measured on a GPU.
+# Number of bfloat16 parts of a mean for products with bfloat16 keys, 3 or 2: with 2, a third fewer products,
+# and bounds larger by the omitted part. Which is faster has to be measured on a GPU.
 SPLIT_PARTS = 3
 
 
 class Snapshots(NamedTuple):
-    """The means `[chunks, Hkv, M, ...]` that the queries of a segment's chunks read, and log2 counts."""
+    """The means `[chunks, Hkv, M, ...]` and log2 masses that the queries of a segment's chunks read."""
 
     keys: Tensor
     values: Tensor
@@ -52,7 +52,7 @@ class Snapshots(NamedTuple):
 
     @classmethod
     def empty(cls, num: int, work: Work, k: Tensor, v: Tensor) -> Snapshots:
-        """Allocate room for `num` chunks, in the dtype of the inputs, in which the read multiplies."""
+        """Buffers for `num` chunks, in the dtype of the inputs, in which the read computes its products."""
         shape = (num, work.num_kv_heads, work.capacity)
         return cls(
             k.new_empty(*shape, k.shape[-1]),
@@ -67,7 +67,7 @@ def snapshot_bytes(k: Tensor, v: Tensor) -> int:
 
 
 class Recurrence(Steps):
-    """Merges keys into slots. The arguments are those of `Steps`."""
+    """`Steps` for rules that merge keys into slots."""
 
     def __init__(self, *tensors: Any) -> None:
         super().__init__(*tensors)
@@ -81,7 +81,7 @@ class Recurrence(Steps):
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=k.device)
 
-        # The best scores, the second best, their slots, the best cosines, and the length of the longest mean.
+        # Best and second best scores, best slots, best cosines, and the length of the longest mean.
         best, second, winner = empty(*found), empty(*found), empty(*found, dtype=torch.int32)
         self._found = (best, second, winner, empty(*found), empty(*found[:2]))
         self._novelty = empty(streams, self._chunk_size)
@@ -90,7 +90,7 @@ class Recurrence(Steps):
     def _advance(
         self, streams: int, tables: tuple[Tensor, ...], at: At, num_next: int, kinds: dict[str, bool]
     ) -> None:
-        """Also score the keys of the chunks against each block of slots."""
+        """As in `Steps`; scores the keys of the next chunks against each block of slots."""
         work, k, v, kept = self.work, self.k, self.v, self._kept
         kept_slots = (None, None, None) if kept is None else (kept.keys, kept.values, kept.weight)
         advance[(streams, self._num_blocks)](
@@ -101,11 +101,11 @@ class Recurrence(Steps):
         )  # fmt: skip
 
     def _decide(self, i: int, at: At) -> None:
-        """And which of them open slots."""
+        """As in `Steps`, including the keys that open slots."""
         work, k, into, size = self.work, self.k, self.into, self._chunk_size
         rounding = ROUNDING if self._parts == 1 else ROUNDING_SPLIT
         if self._parts == 2:
-            # 2^-16 |k| |D| for each side of a comparison.
+            # 2^-16 |k| |D| for each of the two scores.
             rounding += triton.cdiv(256, k.shape[-1])
         streams = work.num_complete[i] * work.num_kv_heads
         given = (k, self._tokens, into.key_sum, into.mass, work.table)
@@ -130,10 +130,10 @@ def recurrence_of(
     merged: MergedSlots | None = None,
     weights: Weights | None = None,
 ) -> Steps:
-    """The recurrence of a call by its merge rule; arguments as for `Steps`.
+    """The `Steps` of a call for its merge rule, with the arguments of `Steps`.
 
     Args:
-        merged: room for the slots that all chunks merge into others, if the backward needs them.
+        merged: buffers for the slots that all chunks merge into others, if the backward needs them.
     """
     if not work.options.merges_pairs:
         return Recurrence(k, v, slots, into, work, weights)
@@ -142,11 +142,11 @@ def recurrence_of(
 
 
 def merge(chunks: Merging, work: Work | None = None, merged: MergedSlots | None = None) -> Tensor:
-    """Merge complete chunks without reading them, in place.
+    """Merge complete chunks in place, without computing attention.
 
     Args:
-        work: that of their plan, if it is known.
-        merged: receives the slots that chunks merged into others, if wanted.
+        work: `Work` of their plan, if already computed.
+        merged: receives the slots that chunks merged into others, or None.
 
     Returns:
         The slot of each token, `[num_chunks, W, Hkv]`.
@@ -156,7 +156,7 @@ def merge(chunks: Merging, work: Work | None = None, merged: MergedSlots | None 
     of_tokens = None if weights is None else Weights(weights.squeeze(-1).contiguous())
     slots = torch.zeros(k.shape[0], k.shape[2], k.shape[1], dtype=torch.int32, device=k.device)
     recurrence = recurrence_of(k, v, slots, sums, work, merged, of_tokens)
-    # Triton launches on the current device, whichever the tensors are on.
+    # Triton launches on the current device, even if the tensors are on another.
     with torch.cuda.device_of(k):
         for i in range(work.num_steps + 1):
             recurrence.step(i)
@@ -164,15 +164,15 @@ def merge(chunks: Merging, work: Work | None = None, merged: MergedSlots | None 
 
 
 def learn(chunks: Merging) -> Learned:
-    """Merge complete chunks without reading them, and say where their tokens went."""
+    """Merge complete chunks without computing attention and return the slots of their tokens."""
     if not chunks.plan.options.merges_pairs:
         return Learned(merge(chunks), None)
     work, has_weights = _work(chunks), chunks.token_weights is not None
     merged = MergedSlots.empty(work, chunks.k, chunks.v, is_kept=True, has_weights=has_weights)
-    # Chunks that are not complete note nothing.
+    # Incomplete chunks write nothing.
     merged.slot.fill_(-1)
     slots = merge(chunks, work, merged)
-    # From the order of the recurrence to that of the layout.
+    # From the order of the recurrence to the order of the layout.
     order = work.table[:, 0].argsort()
     return Learned.of_moves(slots, merged.slot[order], merged.into[order], chunks.sums.count.shape[2])
 
@@ -183,10 +183,9 @@ def _work(chunks: Merging) -> Work:
 
 @dataclasses.dataclass
 class Saved:
-    """What the forward keeps for the backward: its inputs, its outputs, and per chunk only the slots.
+    """Tensors saved for the backward: inputs, outputs, and the slots of the tokens.
 
-    Where pairs are merged also the slots that were merged into others, and where tokens have weights what
-    `Weights` says.
+    For rules that merge pairs also the slots merged into others; with token weights also `Weights`.
     """
 
     q: Tensor
@@ -206,13 +205,13 @@ class Walk:
     Args:
         saved: contiguous tensors.
         grad_o: `[num_chunks, W, H, V]`.
-        final: the dictionary at the end; it is rewound to that of the start.
-        grads: the gradient of its sums and weights, float32, likewise (its count is not used).
-        work: that of the forward.
+        final: the final dictionary, rewound in place to the initial one.
+        grads: gradient of its sums and weights, float32, likewise (the count is not used).
+        work: `Work` of the forward.
 
     Attributes:
-        grad_q, grad_k, grad_v, grad_scale, grad_weights: gradients of inputs, filled in by `run`; the scale
-            gets one from each chunk and block of queries.
+        grad_q, grad_k, grad_v, grad_scale, grad_weights: gradients of the inputs, filled in by `run`; that of
+            the scale has one entry per chunk and block of queries.
     """
 
     def __init__(
@@ -238,17 +237,17 @@ class Walk:
         shape = (num_chunks, self._query_blocks, num_heads)
         self.grad_scale = torch.zeros(shape, dtype=torch.float32, device=grad_o.device)
 
-        # Gradients on their way from slots to those merged into them, of this step and the one after it.
+        # Gradients passed from slots to the slots merged into them, of even and odd steps.
         merged = saved.merged
         streams, size = work.num_active[0] * work.num_kv_heads, work.options.chunk_size
-        # Of keys and values, and of weights as rows of one number.
+        # Dimensions of keys and values, and 1 for weights.
         self._dims = [saved.k.shape[-1], saved.v.shape[-1], *([] if self._tokens is None else [1])]
         self._passed = [
             saved.lse.new_empty(2, streams, 0 if merged is None else size, dim) for dim in self._dims
         ]
 
     def run(self) -> None:
-        """Run through all segments."""
+        """Run the backward of all segments."""
         k, v = self.saved.k, self.saved.v
         with torch.cuda.device_of(k):
             for segment in reversed(
@@ -256,11 +255,11 @@ class Walk:
             ):
                 self._back(segment)
             if self.saved.merged is not None and self.work.capacity:
-                # Slots that the first chunk merged into others get their gradient.
+                # One more launch gives the slots that the first chunk merged into others their gradient.
                 self._deposit_steps(range(0, 0), range(0, 0), self._passed, self._passed)
 
     def _back(self, segment: range) -> None:
-        """Compute all gradients of the tokens of a segment."""
+        """Compute all gradients of a segment."""
         work, k, v = self.work, self.saved.k, self.saved.v
         num = work.entries(segment)
         shown = Snapshots.empty(num, work, k, v)
@@ -277,7 +276,7 @@ class Walk:
         self._grad_tokens(segment, deposits)
 
     def _by_slots(self, segment: range) -> tuple[tuple[int, int], tuple[int, ...], dict[str, int]]:
-        """Grid, arguments and block sizes of the kernels that run through a segment by blocks of slots."""
+        """Grid, arguments and block sizes of the kernels that process a segment by blocks of slots."""
         work, block = self.work, common.slot_block(self.saved.k, self.saved.v)
         grid = (work.num_active[0] * work.num_kv_heads, triton.cdiv(work.capacity, block))
         ends = (segment.start, segment.stop, work.first[segment.start])
@@ -307,7 +306,7 @@ class Walk:
         return merged.slot, merged.into, mass, (merged.keys, merged.values)[i]
 
     def _kept(self, i: int) -> tuple[Tensor | None, ...]:
-        """Arguments of `rewind` about slots as they were, likewise."""
+        """Arguments of `rewind` about copies of changed slots, likewise."""
         if self.saved.weights is None:
             return None, None, None
         kept = self.saved.weights.kept
@@ -381,5 +380,5 @@ class Walk:
 
 
 def _three(parts: list[Tensor]) -> list[Tensor | None]:
-    """What there is of keys, values and weights, None for weights where there are none."""
+    """The tensors of keys, values and weights, with None for missing weights."""
     return [*parts, *[None] * (3 - len(parts))]

@@ -1,4 +1,4 @@
-"""The read: one softmax over [dictionary | own chunk] per query, for all chunks of a segment at once."""
+"""The read kernel: softmax attention over [dictionary | own chunk], for all chunks of a segment at once."""
 
 import triton
 import triton.language as tl
@@ -18,7 +18,7 @@ from ovq.ops.backends.triton.common import (
 
 @triton.jit
 def _absorb(scores, values, top, total, acc):
-    """Add the `scores` `[BM, BN]` of some candidates (-inf for slots of no weight) and their `values`."""
+    """Online softmax step with `scores` `[BM, BN]` of candidates (-inf for zero mass) and their `values`."""
     top, total, probs, shrink = absorbed(scores, top, total)
     return top, total, dot(probs, values, acc * shrink[:, None])
 
@@ -33,7 +33,7 @@ def read(
     Args:
         q: `[num_chunks, W, H, K]`. k: `[num_chunks, W, H / G, K]`. v: likewise. scale: `[H]`.
         snap_keys: `[entries, H / G, M, K]` means before each chunk. snap_values, snap_bias: likewise.
-        own_bias: `[num_chunks, W, H / G]` log2 weights of the tokens; None where they are read without.
+        own_bias: `[num_chunks, W, H / G]` log2 weights of the tokens; None if they are read without weights.
         o: `[num_chunks, W, H, V]` receives the outputs.
         lse: `[num_chunks, H, W]` receives each query's log2-sum-exp2 of the scores.
         first: first entry of the segment.
@@ -64,7 +64,7 @@ def read(
             scores = dot(queries, tl.trans(keys), tl.zeros([BM, BN], tl.float32)) * factor + bias[None, :]
             values = rows(snap_values, shown + slot, is_used, V, BV)
             top, total, acc = _absorb(scores, values, top, total, acc)
-        # In each component of the values the first token that is not finite, W if there is none.
+        # First token with a non-finite value in each component; W if there is none.
         first_spoilt = tl.zeros([BV], tl.int32) + W
         for tokens_from in range(0, tl.minimum(start + BM, tokens), BN):
             own = tokens_from + tl.arange(0, BN)
@@ -75,8 +75,8 @@ def read(
                 scores += tl.load(own_bias + source, mask=own < tokens, other=0.0)[None, :]
             scores = tl.where(own[None, :] <= t[:, None], scores, -float("inf"))
             values = rows(v, source, own < tokens, V, BV)
-            # Zero times NaN is NaN, so a value that is not finite is taken out here; it spoils the outputs of
-            # its own token and later ones below.
+            # 0 times NaN is NaN, so non-finite values are removed here; the outputs of their own and later
+            # tokens become NaN below.
             is_spoilt = (tl.abs(values.to(tl.float32)) < float("inf")) == 0
             first_spoilt = tl.minimum(first_spoilt, tl.min(tl.where(is_spoilt, own[:, None], W), 0))
             values = tl.where(is_spoilt, 0.0, values).to(v.dtype.element_ty)

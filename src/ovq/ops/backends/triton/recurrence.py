@@ -1,10 +1,8 @@
-"""The recurrence, for a block of slots: merge a chunk, write the dictionary for the read, score the next
-chunk.
+"""The recurrence over chunks: merge a chunk, write the dictionary for the read, score the next chunk's keys.
 
 A program owns a block of slots of one stream (a key/value head of a row). It adds the tokens of the previous
 chunk, writes the means that the queries of the next chunk will read, and scores the keys of that chunk
-against them. `route.py` then decides whatever depends on all slots of a stream, such as which slot is the
-best.
+against them. `route.py` then decides what depends on all slots of a stream, such as the nearest slot.
 """
 
 import triton
@@ -33,17 +31,17 @@ from ovq.ops.backends.triton.common import (
 @triton.jit
 def add_tokens(sums, counts, slot, x, slots, place, stride, C, D, SIGN: tl.constexpr, TB: tl.constexpr,
                BD: tl.constexpr, numbers=None, token_weights=None):  # fmt: skip
-    """Add (SIGN 1) or take back (SIGN -1) a chunk's tokens in order of position, slot by slot.
+    """Add (SIGN 1) or subtract (SIGN -1) a chunk's tokens in order of position, slot by slot.
 
     Every slot of the block adds its own tokens one after the other, as in every other backend, so that sums
-    are equal bit for bit.
+    are bitwise equal.
 
     Args:
         sums: `[BN, BD]`. counts: `[BN]`. slot: `[BN]` indices of the block's slots.
         x: rows `[:, D]`; token t of the chunk is row `place + t * stride`.
         slots: pointer to the slots of the chunk's C tokens.
-        numbers: None, or what each row counts as, `[:]` as the rows of x.
-        token_weights: None, or what each row is multiplied by, likewise.
+        numbers: `[:]` increment of `counts` for each row of x, or None for 1.
+        token_weights: `[:]` factor of each row of x, or None for 1.
     """
     for first in range(0, C, TB):
         t = first + tl.arange(0, TB)
@@ -56,7 +54,7 @@ def add_tokens(sums, counts, slot, x, slots, place, stride, C, D, SIGN: tl.const
             added = rows(x, row, has_token, D, BD).to(tl.float32)
             if token_weights is not None:
                 factor = tl.load(token_weights + row, mask=has_token, other=0.0)
-                # A weight of zero leaves no trace: zero times NaN would be NaN.
+                # A weight of 0 must leave no trace, but 0 times NaN would be NaN.
                 added = tl.where((factor > 0)[:, None], factor[:, None] * added, 0.0)
             # Adding zero may turn -0.0 into 0.0, which compares equal.
             sums += SIGN * added
@@ -71,7 +69,7 @@ def add_tokens(sums, counts, slot, x, slots, place, stride, C, D, SIGN: tl.const
 @triton.jit
 def keep_rows(kept_keys, kept_values, kept_weight, place, p, C, keys, values, weights, K, V,
               BK: tl.constexpr, BV: tl.constexpr):  # fmt: skip
-    """Keep a block of slots as they are before a chunk changes them, at places `p` below C of the chunk."""
+    """Copy a block of slots, before a chunk changes them, to places `p` of the chunk; none for p = C."""
     put_rows(kept_keys, place + p, keys, p < C, K, BK)
     put_rows(kept_values, place + p, values, p < C, V, BV)
     tl.store(kept_weight + place + p, weights, mask=p < C)
@@ -79,7 +77,7 @@ def keep_rows(kept_keys, kept_values, kept_weight, place, p, C, keys, values, we
 
 @triton.jit
 def _top_bits(x):
-    """float32 truncated to the bits of a bfloat16; the remainder is an exact float32 number too."""
+    """float32 truncated to bfloat16 precision; the remainder is exact in float32."""
     return (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
 
 
@@ -87,9 +85,8 @@ def _top_bits(x):
 def _scores(mean, keys, PARTS: tl.constexpr):
     """Dot products `[BN, BT]` of means `[BN, K]` (float32) with keys `[BT, K]`, exact up to float32 rounding.
 
-    PARTS: 1, or more for keys that are bfloat16. A float32 number is exactly the sum of three bfloat16
-    numbers, so three products on the tensor cores give what one product in float32 would. Two parts leave
-    2^-16 of a number.
+    PARTS: 1, or 2 or 3 for bfloat16 keys. A float32 number is exactly the sum of three bfloat16 numbers, so
+    three products on tensor cores replace a float32 product. Two parts leave a relative error of 2^-16.
     """
     scores = tl.zeros([mean.shape[0], keys.shape[0]], tl.float32)
     if PARTS == 3:
@@ -125,18 +122,18 @@ def advance(
         key_sum: `[R, H, M, K]`, updated in place. value_sum, count: likewise.
         table: the table of chunks of `work.py`.
         snap_keys: `[entries, H, M, K]` the segment's dictionaries. snap_values, snap_bias: likewise; the bias
-            is the log of the count or weight, to base 2.
-        token_weights: `[num_chunks, W, H]` weights of tokens. weight: `[R, H, M]` of slots, updated in place.
-            None without.
-        kept_keys: `[entries, H, C, K]` receives the slots that a chunk changes as they were before, each in
-            the place of its first token. kept_values, kept_weight: likewise. None if they are not needed.
+            is log2 of the count or weight.
+        token_weights: `[num_chunks, W, H]` weights of tokens, or None. weight: `[R, H, M]` weights of slots,
+            updated in place, or None.
+        kept_keys: `[entries, H, C, K]` receives the changed slots from before each chunk, each at the
+            position of its first token, or None if not needed. kept_values, kept_weight: likewise.
         best: `[streams, NB, C]` largest score of each token in each block. second, winner, cosine: likewise
-            the second largest score, the slot of the largest, and the largest score divided by the length of
-            the mean.
-        longest: `[streams, NB]` length of the longest mean; inf where one is too long or short for float32.
-        previous: entry of the first row's chunk that is merged. current: of the chunk that is scored.
+            the second largest score, the slot of the largest, and the maximum of the scores divided by the
+            lengths of the means.
+        longest: `[streams, NB]` length of the longest mean; inf if a mean is too long or short for float32.
+        previous: entry of the first row's chunk to merge. current: entry of its chunk to score.
             base: first entry of the segment.
-        num_next: rows that have a chunk to score.
+        num_next: number of rows with a chunk to score.
     """
     stream = tl.program_id(0)
     block = tl.program_id(1)
@@ -148,7 +145,7 @@ def advance(
     if HAS_PREVIOUS:
         num_open = tl.load(table + (previous + row) * COLUMNS + AFTER)
     else:
-        # In a stream without slots, keys are compared with the first key.
+        # If a stream has no slots, keys are compared with the key that opens slot 0.
         num_open = tl.maximum(tl.load(table + (current + row) * COLUMNS + BEFORE), 1)
     if block * BN < num_open:
         is_in = slot < M
@@ -169,7 +166,7 @@ def advance(
                 keep_rows(
                     kept_keys, kept_values, kept_weight, kept, p, C, key_sums, value_sums, mass, K, V, BK, BV
                 )
-            # The mass is the weight, or the count once more.
+            # The mass is the weight, or a second copy of the count.
             key_sums, mass = add_tokens(
                 key_sums, mass, slot, k, chosen, first, H, C, K, 1, BT, BK, token_weights, token_weights
             )
@@ -196,7 +193,7 @@ def advance(
                     put_rows(snap_values, shown, means(value_sums, mass), is_used, V, BV)
                     tl.store(snap_bias + shown, log2_mass(mass), mask=is_used)
                 if tl.load(table + entry * COLUMNS + IS_COMPLETE) != 0:
-                    # Slots of no weight attract no key.
+                    # Slots of weight 0 attract no key.
                     is_used &= mass > 0
                     if num == 0:
                         _own, own, own_mass = opener(k, token_weights, chunk, head, W, H, C, K, BT, BK)

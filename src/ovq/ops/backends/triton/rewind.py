@@ -1,9 +1,9 @@
-"""Going back through a segment: the dictionaries that its chunks read, and the gradients of their sums.
+"""Backward through a segment: restores the dictionaries that its chunks read and accumulates their gradients.
 
-With the slots of all tokens known, slots are independent of each other: one program takes a block of slots
-through all chunks of the segment, and no program waits for another. Where pairs are merged, a slot that was
-merged into another gets the gradient of that one, which another program may own: `deposit` then takes one
-launch per chunk.
+With known assignments, slots are independent of each other: one program takes a block of slots through all
+chunks of the segment, and no program waits for another. With rules that merge pairs, a slot that was merged
+into another gets the gradient of that one, which another program may own; `deposit` then takes one launch per
+chunk.
 """
 
 import triton
@@ -25,7 +25,7 @@ from ovq.ops.backends.triton.recurrence import add_tokens
 
 @triton.jit
 def _put_back(total, mass, kept_rows, kept_mass, place, p, C, D, BD: tl.constexpr):
-    """Slots as they were kept at places `p` below C of a chunk; the others stay as they are."""
+    """Slots restored from the copies at places `p` of a chunk; slots with p = C are unchanged."""
     kept = rows(kept_rows, place + p, p < C, D, BD)
     own = tl.load(kept_mass + place + p, mask=p < C, other=0)
     return tl.where((p < C)[:, None], kept, total), tl.where(p < C, own, mass)
@@ -38,23 +38,23 @@ def rewind(
     start, stop, base, W, C, H, D, M,
     HAS_BIAS: tl.constexpr, HAS_MERGED: tl.constexpr, BN: tl.constexpr, TB: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Take a segment's chunks out of the sums of a block of slots, the last first; grid (streams, blocks).
+    """Undo a segment's chunks in the sums of a block of slots, the last chunk first; grid (streams, blocks).
 
     Args:
         x: `[num_chunks, W, H, D]` keys, or values.
         slots: `[num_chunks, H, W]` int32.
-        sums: `[R, H, M, D]` after the segment; before it on return.
+        sums: `[R, H, M, D]` sums after the segment; on return, before it.
         mass: `[R, H, M]` counts, or weights, after the segment. mass_before: receives those before it.
-        first: `[steps + 1]` int32 first entry of each step. num_active: `[steps]` rows with a chunk at the
-            step.
+        first: `[steps + 1]` int32 first entry of each step. num_active: `[steps]` number of rows with a chunk
+            at the step.
         snaps: `[entries, H, M, D]` receives the means that each chunk read.
         snap_bias: `[entries, H, M]` receives the log2 of counts or weights (HAS_BIAS).
         merged_slot: `[entries, H, C]` slots merged into others, of all chunks (HAS_MERGED). merged_into,
             merged_mass: likewise, as in `merging.MergedSlots`. merged_rows: `[entries, H, C, D]`.
-        kept_rows: `[entries, H, C, D]` where tokens have weights, what chunks changed as it was before, of
-            the slots kept_slot `[entries, H, C]`, or, if that is None, in the place of their first token.
-            kept_mass: likewise.
-        start: first step of the segment. stop: step after its last. base: its first entry.
+        kept_rows: `[entries, H, C, D]` with token weights, copies of changed slots from before each chunk: of
+            the slots kept_slot `[entries, H, C]`, or if that is None, at the position of a slot's first
+            token. kept_mass: likewise.
+        start: first step of the segment. stop: step after the last one. base: first entry of the segment.
     """
     stream = tl.program_id(0)
     row = stream // H
@@ -88,7 +88,7 @@ def rewind(
                 if HAS_MERGED:
                     p = place_of(slot, merged_slot + local, TB, C)
                     total, own_mass = _put_back(total, own_mass, merged_rows, merged_mass, local, p, C, D, BD)
-                # In slots that the chunk opened, only rounding errors are left.
+                # Slots that the chunk opened contain only rounding errors now.
                 total = tl.where((slot < num)[:, None], total, 0.0)
                 own_mass = tl.where(slot < num, own_mass, 0)
             shown = ((entry - base).to(tl.int64) * H + head) * M + slot
@@ -101,7 +101,7 @@ def rewind(
 
 @triton.jit
 def _give(out, place, total, slot, slots, C, D, TB: tl.constexpr, BD: tl.constexpr):
-    """Write the gradient `total` of each slot to all of C rows of `out` that went there, as `slots` says."""
+    """Write the gradient `total` of each slot to those of C rows of `out` that `slots` assigns to it."""
     for tokens_from in range(0, C, TB):
         t = tokens_from + tl.arange(0, TB)
         own = tl.load(slots + t, mask=t < C, other=-1)
@@ -120,17 +120,17 @@ def deposit(
 ):  # fmt: skip
     """Accumulate the gradient of a block's sums, chunk by chunk from the last; grid (streams, blocks).
 
-    Where slots were merged into others (HAS_MERGED), a launch takes one step, and first completes the one
-    before: a slot that was merged gets the gradient that the other's program has passed on.
+    If slots were merged into others (HAS_MERGED), a launch processes one step and first completes the
+    previous launch: a merged slot gets the gradient passed on by the program of the slot it was merged into.
 
     Args:
         slots: `[num_chunks, H, W]` int32.
-        accumulated: `[R, H, M, D]` float32 gradient of the sums after the segment; before it on return.
-        grads: `[entries, H, M, D]` float32, the contribution of each chunk's queries.
-        deposits: `[entries, H, W, D]` float32, the gradient that each token of a complete chunk gets from its
-            sum.
+        accumulated: `[R, H, M, D]` float32 gradient of the sums after the segment; on return, before it.
+        grads: `[entries, H, M, D]` float32 contributions of each chunk's queries.
+        deposits: `[entries, H, W, D]` float32, receives the gradient of the sum that each token of a complete
+            chunk was added to.
         merged_slot, merged_into: as in `rewind`.
-        passed: `[2, streams, C, D]` float32, gradients of slots that were merged, of even and odd steps.
+        passed: `[2, streams, C, D]` float32 gradients for merged slots, of even and odd steps.
     """
     stream = tl.program_id(0)
     row = stream // H
@@ -161,7 +161,7 @@ def deposit(
                     _give(passed, to, total, slot, merged_into + merged_at, C, D, TB, BD)
                     is_merged = place_of(slot, merged_slot + merged_at, TB, C) < C
                     total = tl.where(is_merged[:, None], 0.0, total)
-            # The gradient of slots that the chunk opened ends here: no earlier chunk has read them.
+            # The gradient of slots that the chunk opened ends here, as no earlier chunk read them.
             is_used = slot < num
             total = tl.where(is_used[:, None], total + rows(grads, local * M + slot, is_used, D, BD), 0.0)
     put_rows(accumulated, place, total, is_in, D, BD)

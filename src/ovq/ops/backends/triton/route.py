@@ -1,10 +1,10 @@
-"""Which slot each key goes to and which keys open slots, decided as float64 would decide.
+"""Routing kernels: the slot of each key and the keys that open slots, decided as in float64.
 
-The scores of `recurrence.py` are exact up to float32 rounding. Where that leaves open which of two slots is
-nearer, or which of two keys is more novel, this file computes the candidates' scores again in float64. Of
-scores that are equal up to `options.TIE`, the lowest slot or the earliest token wins, as in every backend.
-Keys and means whose lengths make float32 products vanish or overflow (outside `options.ORDINARY`) are
-compared in float64 from the start.
+The scores of `recurrence.py` are exact up to float32 rounding. If that cannot decide which of two slots is
+nearer, or which of two keys is more novel, the candidates' scores are recomputed in float64. Scores within
+`options.TIE` are equal; the lowest slot or earliest token wins, as in every backend. Keys and means whose
+lengths make float32 products underflow or overflow (outside `options.ORDINARY`) are compared in float64 from
+the start.
 """
 
 import triton
@@ -31,7 +31,7 @@ from ovq.ops.backends.triton.common import (
 @triton.jit
 def _exact(key, key_sum, mass, stream, block, num_open, is_fresh, first_key, first_mass, M, K,
            BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
-    """In float64: dot products `[BN]` of a block's means with a key `[BK]`, and the lengths of the means."""
+    """Dot products `[BN]` of a block's means with a key `[BK]`, and lengths of the means, in float64."""
     slot = block * BN + tl.arange(0, BN)
     is_used = slot < num_open
     place = stream.to(tl.int64) * M + slot
@@ -61,14 +61,14 @@ def nearest(
     k, token_weights, key_sum, mass, table, best, second, winner, cosine, longest, slots, novelty, current,
     W, C, H, K, M, NB, ROUNDING: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """The nearest slot of every key of a complete chunk; grid (streams, blocks of tokens).
+    """Nearest slot of every key of a complete chunk; grid (streams, blocks of tokens).
 
     Args:
         token_weights: as in `advance`. mass: `[R, H, M]` counts, or weights, of slots.
         best, second, winner, cosine, longest: results of `advance` for each block of slots.
         slots: `[num_chunks, H, W]` receives the slots.
-        novelty: `[streams, C]` receives the best cosine of each key, in float32.
-        ROUNDING: bounds the rounding of a score, in K eps |k| |D| / 2.
+        novelty: `[streams, C]` receives the highest cosine of each key with a mean, in float32.
+        ROUNDING: bound of the rounding error of a comparison of scores, in units of K eps |k| |D|.
     """
     stream = tl.program_id(0)
     row = stream // H
@@ -103,7 +103,7 @@ def nearest(
         length = tl.sqrt(tl.sum(keys * keys, 1))
         tolerance = (ROUNDING * K * EPS + 2 * TIE) * length * longest_mean
         is_finite = tl.abs(top) < float("inf")
-        # One extreme mean is enough to need float64. Zero keys do not: they tie with every slot.
+        # One extreme mean requires float64 for all keys but zero keys, which tie with every slot.
         is_wide = is_token & are_extreme(keys, tl.where(longest_mean < float("inf"), length, float("inf")))
         is_contested = is_wide | (is_token & is_finite & (next_top >= top - tolerance))
         wide_cosine = tl.zeros([BT], tl.float32)
@@ -151,11 +151,11 @@ def nearest(
             wide_cosine = tl.where(is_mine, best_cosine.to(tl.float32), wide_cosine)
             is_contested = is_contested & (t != j)
             j = tl.min(tl.where(is_contested, t, C), 0)
-        # Keys that are not finite go to slot 0.
+        # Non-finite keys go to slot 0.
         chosen = tl.where(is_finite | is_wide, chosen, 0)
         tl.store(slots + (chunk * H + head) * W + t, chosen, mask=is_token)
         scaled = tl.where(is_wide, wide_cosine, nearest_cosine / tl.maximum(length, TINY))
-        # They have no cosine, and are the last to open slots, but for keys of no weight.
+        # They have no cosine and are last to open slots, before keys of weight 0.
         scaled = tl.where(tl.abs(scaled) < float("inf"), scaled, NO_COSINE)
         if token_weights is not None:
             own = tl.load(token_weights + (chunk * W + t) * H + head, mask=is_token, other=0.0)
@@ -168,11 +168,11 @@ def open_slots(
     k, token_weights, key_sum, mass, table, cosine, slots, novelty, current, W, C, H, K, M, NB,
     ROUNDING: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """The keys of a complete chunk that open slots: those of lowest best cosine; grid (streams,).
+    """Assign new slots to the keys of a complete chunk whose highest cosine is lowest; grid (streams,).
 
     Args:
         cosine: `[streams, NB, C]`, from `advance`, for each block of slots.
-        slots: `[num_chunks, H, W]`; the keys that open slots get theirs.
+        slots: `[num_chunks, H, W]`, updated for the keys that open slots.
         novelty: `[streams, C]` from `nearest`.
         BC: C, rounded up to a power of two.
     """
@@ -188,13 +188,13 @@ def open_slots(
         is_fresh = before == 0
         t = tl.arange(0, BC)
         rough = tl.load(novelty + stream.to(tl.int64) * C + t, mask=t < C, other=8.0)
-        # The first key of a stream has already opened slot 0.
+        # The first key of a stream opens slot 0 anyway.
         first, first_key, first_mass = opener(k, token_weights, chunk, head, W, H, C, K, BC, BK)
         rough = tl.where(is_fresh & (t == first), 4.0, rough)
         ranked = tl.sort(rough)
         boundary = tl.sum(tl.where(t == num - 1, ranked, 0.0), 0)
         following = tl.sum(tl.where(t == num, ranked, 0.0), 0)
-        # A cosine is at most 1, and involves a few more roundings than a dot product.
+        # A cosine is at most 1, with a few more roundings than a dot product.
         tolerance = 2 * (K + 8) * ROUNDING * EPS + 2 * TIE
         novel = rough.to(tl.float64)
         if (num < C) & (following - boundary <= tolerance):
@@ -221,7 +221,7 @@ def open_slots(
         last = tl.sum(tl.where(t == num - 1, tl.sort(novel), 0.0), 0)
         is_clear = novel < last - TIE
         is_tied = tl.abs(novel - last) <= TIE
-        # Of equally novel keys, the earlier ones open slots, which are numbered in order of position.
+        # Ties: the earlier keys open slots. New slots are numbered by position.
         room = num - tl.sum(is_clear.to(tl.int32), 0)
         is_opening = is_clear | (is_tied & (tl.cumsum(is_tied.to(tl.int32), 0) <= room))
         opened = existing + tl.cumsum(is_opening.to(tl.int32), 0) - 1

@@ -1,8 +1,8 @@
-"""Weights of tokens: what the kernels are told of them, and what the backward needs beside them.
+"""Token weights for the kernels, and the copies of slots that the backward needs with them.
 
-Taking a token back from a float32 sum leaves an error of the size of its rounding, which may be all that a
-slot of little weight holds (`docs/method/math.md`, section 8). So where tokens have weights, the forward
-keeps the slots that a chunk changes as they were, and the backward puts them back.
+Subtracting a token from a float32 sum leaves a rounding error, which may exceed the contents of a slot of
+small weight (`docs/method/math.md`, section 8). With token weights, the forward therefore copies the slots
+that a chunk is about to change, and the backward restores them.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from ovq.ops.sums import log_token_weights
 
 
 class ChangedSlots(NamedTuple):
-    """Slots as they were before a chunk changed them: at most as many as the chunk has tokens.
+    """Copies of slots before a chunk changed them, at most C per chunk.
 
     Attributes:
         keys: `[entries, Hkv, C, K]` float32 sums. values: `[entries, Hkv, C, V]`.
         weight: `[entries, Hkv, C]` float32.
-        slot: `[entries, Hkv, C]` int32 which slots these are, -1 after the last, where pairs are merged. None
-            where keys are routed: a slot is then kept in the place of the first token that it got.
+        slot: `[entries, Hkv, C]` int32 indices of these slots, -1 after the last, for rules that merge pairs.
+            None for routing: a slot is then stored at the position of its first token in the chunk.
     """
 
     keys: Tensor
@@ -47,11 +47,11 @@ class ChangedSlots(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """The weights of a call's tokens.
+    """The token weights of a call.
 
     Attributes:
         tokens: `[num_chunks, W, Hkv]` float32, contiguous.
-        kept: receives what the backward needs; None if there will be none.
+        kept: receives the slots that the backward restores; None without a backward.
         is_read: whether tokens of the own chunk are read with their weights.
     """
 
@@ -61,5 +61,5 @@ class Weights:
 
     @property
     def own_bias(self) -> Tensor | None:
-        """Log2 weights with which tokens of the own chunk are read; None where they are read without."""
+        """Log2 weights with which tokens of the own chunk are read; None if they are read without weights."""
         return log_token_weights(self.tokens) / math.log(2) if self.is_read else None

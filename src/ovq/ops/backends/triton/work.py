@@ -1,4 +1,4 @@
-"""The work of a call: the table in which kernels look up the chunks, and the segments of chunks."""
+"""`Work`: the table of chunks that kernels look up, and the division of a call into segments."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import torch
 
 from ovq.ops.backends.plan import Plan
 
-# Most bytes for the dictionaries of a segment, of which each chunk has its own.
+# Maximum bytes for the dictionaries of a segment, one for each chunk.
 SEGMENT_BYTES = 256 << 20
 
 
 class At(NamedTuple):
-    """Where a step finds its chunks, as entries of the table.
+    """Entries of the table for a step.
 
     Attributes:
-        previous: the first row's chunk that is merged.
-        current: its chunk that is routed.
-        base: the first entry of the dictionaries that are kept.
+        previous: entry of the first row's chunk to merge.
+        current: entry of the first row's chunk to route.
+        base: first entry of the stored dictionaries.
     """
 
     previous: int
@@ -27,26 +27,25 @@ class At(NamedTuple):
 
 
 class Work:
-    """The chunks of a call in the order of the recurrence: the first chunks of all rows, then the second
-    ones.
+    """The chunks of a call in the order of the recurrence: the first chunks of all rows, then the second, ...
 
-    Rows are sorted by length, the longest first. So the rows that have an i-th chunk come first, and likewise
-    those whose i-th chunk is complete: chunk i of row r is entry `first[i] + r`.
+    Rows are sorted by length, longest first, so the rows with an i-th chunk come first, and likewise the rows
+    whose i-th chunk is complete: chunk i of row r is entry `first[i] + r`.
 
     Attributes:
         table: `[num_chunks, 5]` int32: index of the chunk in the aligned layout, slots in use before and
             after it, its number of tokens, whether it is complete.
-        first: for each step i, the entry of the first row's i-th chunk; at the end, the number of entries.
+        first: for each step i, the entry of the first row's i-th chunk, then the number of entries.
             `first_of_step` is the same on the device.
-        num_active: for each i, the number of rows that have an i-th chunk; `rows_of_step` is the same on the
+        num_active: for each step i, the number of rows with an i-th chunk; `rows_of_step` is the same on the
             device.
-        num_complete: for each i, the number of rows whose i-th chunk is complete.
-        before: for each i, slots in use before it in each row whose i-th chunk is complete.
-        due: for each i, the merges that the chunks of these rows take where pairs are merged. `num_due` is
-            the largest of these numbers.
-        num_opening: the most slots that a row opens with its i-th chunk, not counting slot 0.
+        num_complete: for each step i, the number of rows whose i-th chunk is complete.
+        before: for each step i, the slots in use before it in each of these complete rows.
+        due: for each step i, the number of merges in each of these rows by rules that merge pairs. `num_due`
+            is the maximum over the rows.
+        num_opening: for each step i, the maximum number of slots that a row opens, not counting slot 0.
         options: the layer's settings.
-        capacity: slots allocated for the sums.
+        capacity: number of slots allocated for the sums.
         num_kv_heads: Hkv.
 
     Example:
@@ -101,16 +100,16 @@ class Work:
         self.num_steps = num_steps
 
     def at(self, i: int, base: int = 0) -> At:
-        """The entries of step i; `base` is that of its segment."""
+        """The entries of step i; `base` is the first entry of its segment."""
         return At(self.first[i - 1] if i else 0, self.first[i], base)
 
     def merged_before(self, i: int) -> list[int]:
-        """Tokens merged before step i in each row whose i-th chunk is complete."""
+        """Number of tokens merged before step i in each row whose i-th chunk is complete."""
         size = self.options.chunk_size
         return [num + i * size for num in self._num_merged[: self.num_complete[i]]]
 
     def segments(self, bytes_a_slot: int) -> list[range]:
-        """Runs of steps whose dictionaries together fit in `SEGMENT_BYTES`, with at least one step each.
+        """Segments: runs of at least one step whose dictionaries together fit in `SEGMENT_BYTES`.
 
         Args:
             bytes_a_slot: bytes per slot of each chunk and key/value head.
@@ -125,5 +124,5 @@ class Work:
         return [*found, range(start, self.num_steps)]
 
     def entries(self, steps: range) -> int:
-        """The number of chunks of a segment."""
+        """Number of chunks of a segment."""
         return self.first[steps.stop] - self.first[steps.start]
