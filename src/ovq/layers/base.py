@@ -29,27 +29,27 @@ class Mixer(nn.Module, ABC):
 
     Args:
         hidden_size: width of the model.
-        num_channels: channels that are convolved and mixed.
-        num_outputs: width of what `mix` returns.
-        conv_size: taps of the causal depthwise convolution on the channels; 0 for none.
-        layer_idx: the layer's place in the cache; None stands for 0.
-        use_rope: rotate queries and keys by position; mixers without rotary embedding refuse it.
+        num_channels: number of channels that are convolved and mixed.
+        num_outputs: width of the result of `mix`.
+        conv_size: kernel size of the causal depthwise convolution on the channels; 0 for none.
+        layer_idx: index of the layer in the cache; None means 0.
+        use_rope: whether to apply rotary embedding to queries and keys; refused by mixers without it.
 
     Raises:
-        TypeError: an argument that the mixer does not have.
-        ValueError: a value outside its range.
+        TypeError: if the mixer has no such argument.
+        ValueError: if a value is out of range.
     """
 
     #: Keyword arguments that `forward` accepts besides `cu_seqlens`.
     forward_options: frozenset[str] = frozenset()
-    #: Constructor arguments that a model takes from its config: the names of fields that every config has, or
-    #: fields that a config has for this mixer.
+    #: Constructor arguments that a model takes from its config, each with the name of a field of every config
+    #: or with a field that configs have for this mixer.
     config_fields: ClassVar[dict[str, str | ConfigField]] = {
         name: name for name in ("hidden_size", "conv_size")
     }
-    #: Whether queries and keys can be rotated by position.
+    #: Whether the mixer supports rotary embedding.
     supports_rope: bool = True
-    #: Why a training step must read all its tokens in one call, for an error; None if it need not.
+    #: Reason, for an error message, why a training step must process all its tokens in one call; None if not.
     trained_on_whole_batches: ClassVar[str | None] = None
 
     def __init__(
@@ -64,7 +64,7 @@ class Mixer(nn.Module, ABC):
         **unknown: Any,
     ):
         for name in unknown:
-            # Python would name this class here, and not the mixer that was called.
+            # Python's own error would name this class instead of the mixer.
             names = {key for cls in type(self).__mro__[:-1] for key in inspect.signature(cls).parameters}
             message = f"{type(self).__name__}() got an unexpected keyword argument {name!r}"
             raise TypeError(message + did_you_mean(name, names))
@@ -77,7 +77,7 @@ class Mixer(nn.Module, ABC):
             raise ValueError(f"expected layer_idx of at least 0, found {layer_idx}")
         super().__init__()
         self.conv_size, self.layer_idx, self.use_rope = conv_size, layer_idx, use_rope
-        # Queries, keys and values share one projection and one convolution: fewer and larger products.
+        # One projection and one convolution for queries, keys and values: fewer and larger products.
         self.qkv_proj = Linear(hidden_size, num_channels)
         self.qkv_conv = ShortConvolution(num_channels, conv_size) if conv_size else None
         self.o_proj = Linear(num_outputs, hidden_size)
@@ -95,32 +95,32 @@ class Mixer(nn.Module, ABC):
 
         Args:
             channels: `[B, T, num_channels]`, projected and convolved.
-            hidden_states: `[B, T, hidden_size]`, from which `channels` were projected.
-            layout: the call's padding and packing.
+            hidden_states: `[B, T, hidden_size]`, the inputs of the layer.
+            layout: padding and packing of the call.
             cache: this layer's cache, which is read and updated; or None.
-            options: those of `forward_options` that the caller gave.
+            options: the `forward_options` that the caller gave.
 
         Returns:
             `[B, T, num_outputs]` in the dtype of `channels`. Padding columns may hold any finite value.
         """
 
     def begin_step(self) -> Any:
-        """What a training step fixes before the layer runs: the option `step` of `forward`; or None.
+        """The option `step` of `forward` for a training step, fixed before the layer runs; or None.
 
-        With it, the layer computes the same when gradient checkpointing runs it again in the backward pass,
-        even if other steps came in between.
+        With it, gradient checkpointing recomputes the same results in the backward pass, even if other steps
+        ran in between.
         """
         return None
 
     @classmethod
     def own_fields(cls) -> dict[str, ConfigField]:
-        """The fields that a config has for this mixer, by name."""
+        """The config fields declared by this mixer, by name."""
         fields = cls.config_fields.items()
         return {field.name or name: field for name, field in fields if isinstance(field, ConfigField)}
 
     @classmethod
     def arguments_of(cls, config: Any) -> dict[str, Any]:
-        """The constructor arguments that a model takes from its config."""
+        """Constructor arguments from the config of a model."""
         return {
             name: getattr(config, field if isinstance(field, str) else field.name or name)
             for name, field in cls.config_fields.items()
@@ -128,12 +128,12 @@ class Mixer(nn.Module, ABC):
 
     @classmethod
     def check_config(cls, config: Any) -> None:
-        """Raise ValueError where the config of a model has values that such a layer refuses."""
+        """Raise ValueError if the config of a model has values that such a layer refuses."""
 
     @classmethod
     def equal_sizes(cls, config: Any) -> dict[str, int]:
-        """Values of own fields at which such a layer is as large as an `"ovq"` layer of this config, in
-        parameters or in bytes of state; none where it is so anyway."""
+        """Values of `own_fields` for which such a layer is as large as an `"ovq"` layer of this config, in
+        parameters or in bytes of state; empty if it always is."""
         return {}
 
     @classmethod
@@ -142,8 +142,8 @@ class Mixer(nn.Module, ABC):
         """The `Memory` that handles the state of such a layer.
 
         Args:
-            settings: the layer itself or the config of its model; both use the same names for what is needed.
-            rope_theta: base of the rotary frequencies of its keys; None for keys without rotary embedding.
+            settings: the layer or the config of its model, as both use the same attribute names.
+            rope_theta: base of the rotary frequencies of its keys; None without rotary embedding.
         """
 
     @property
@@ -153,14 +153,15 @@ class Mixer(nn.Module, ABC):
 
     @abstractmethod
     def memory_spec(self, num_tokens: int, dtype: torch.dtype) -> StateSpec:
-        """The tensors that `mix` keeps for one row after `num_tokens` (at least 1) tokens in `dtype`."""
+        """Specification of the state of `mix` for one row after `num_tokens` (at least 1) in `dtype`."""
 
     def state_spec(self, num_tokens: int, dtype: torch.dtype = torch.float32) -> StateSpec:
-        """All tensors in this layer's cache for one row: `memory_spec`, and the convolution's last inputs.
+        """Specification of all tensors in this layer's cache for one row: `memory_spec` and the convolution's
+        last inputs.
 
         Args:
-            num_tokens: tokens that the row has read, at least 1, not counting padding.
-            dtype: of the activations.
+            num_tokens: number of tokens that the row has read, at least 1, without padding.
+            dtype: dtype of the activations.
         """
         spec: StateSpec = {}
         if self.conv_size:
@@ -170,26 +171,26 @@ class Mixer(nn.Module, ABC):
     def state_bytes(self, num_tokens: int, dtype: torch.dtype = torch.float32) -> int:
         """Bytes of this layer's cache for one row after `num_tokens` tokens, for activations in `dtype`.
 
-        Computed, not measured; equal to the `nbytes` of a real cache.
+        Computed from the specification; equal to the `nbytes` of a real cache.
         """
         return num_bytes(self.state_spec(num_tokens, dtype)) if num_tokens else 0
 
     @property
     def has_bounded_state(self) -> bool:
-        """Whether the size of the state has a bound that holds for any number of tokens."""
+        """Whether the size of the state is bounded for any number of tokens."""
         many, more = (self.state_bytes(num_tokens) for num_tokens in (2**60, 2**61))
         return many == more
 
     def check_state(
         self, where: str, tensors: Mapping[str, Tensor], *, num_tokens: int, dtype: torch.dtype
     ) -> None:
-        """Raise ValueError, naming `where`, unless tensors from a file can be a state of this layer.
+        """Raise ValueError, naming `where`, unless tensors from a file are a valid state of this layer.
 
         Args:
-            where: the file that they come from.
-            tensors: the tensors that `state_spec` names, of one row.
-            num_tokens: tokens that the row has read.
-            dtype: of the activations.
+            where: the file.
+            tensors: the tensors named by `state_spec`, of one row.
+            num_tokens: number of tokens that the row has read.
+            dtype: dtype of the activations.
         """
         check_tensors(where, tensors, of_rows(self.state_spec(num_tokens, dtype), 1))
 
@@ -209,15 +210,15 @@ class Mixer(nn.Module, ABC):
             attention_mask: `[B, P + T]` of 0 and 1 for the P cached and T new columns, real tokens
                 contiguous, padding left or right. None: all tokens are real.
             past_key_values: a `MixerCache` or `ovq.hf.OVQCache` from an earlier call; updated in place.
-            use_cache: start a `MixerCache` if none was given.
-            output_attentions: must not be True: no mixer forms its attention matrix.
+            use_cache: whether to create a `MixerCache` if none was given.
+            output_attentions: must be False, as no mixer forms its attention matrix.
             kwargs: `cu_seqlens` `[R + 1]` for rows packed into one, and the `forward_options` of the mixer.
 
         Returns:
             `[B, T, hidden_size]` (zero at padding), None, and the cache or None.
 
         Raises:
-            ValueError: input of a wrong shape, or an unknown keyword argument.
+            ValueError: if the input has a wrong shape, or a keyword argument is unknown.
         """
         allowed = self.forward_options | {"cu_seqlens"}
         if unknown := sorted(set(kwargs) - allowed):
@@ -253,20 +254,20 @@ class Mixer(nn.Module, ABC):
         try:
             o = self._projected(self.mix(channels, hidden_states, layout, cache, **kwargs), layout)
         except BaseException:
-            # A call that fails leaves the cache as it was: states are values, and the earlier is whole.
+            # A failed call leaves the cache unchanged: states are values, so the earlier one is intact.
             cache.state, cache.num_columns = before
             raise
         cache.conv_state, cache.has_padding = conv_state, layout.mask is not None
         return o, None, past_key_values
 
     def _projected(self, o: Tensor, layout: SequenceLayout) -> Tensor:
-        """The outputs of a layer from those of `mix`."""
+        """Outputs of the layer from the outputs of `mix`."""
         if layout.new_mask is not None:
             o = o.masked_fill(~layout.new_mask[..., None], 0)
         return self.o_proj(o)
 
     def cache_of_layer(self, past_key_values: Any) -> LayerCache:
-        """This layer's part of a cache, created if it does not exist yet."""
+        """This layer's cache within `past_key_values`, created if missing."""
         layers = getattr(past_key_values, "layers", None)
         if not isinstance(layers, list):
             raise ValueError(
@@ -298,21 +299,21 @@ class Mixer(nn.Module, ABC):
 class AttentionMixer(Mixer):
     """A mixer with L2-normalised queries and keys and one temperature per head, as in OVQ.
 
-    Such mixers differ only in `attend` and in the state that they keep.
+    Such mixers differ only in `attend` and in their state.
 
     Args:
         hidden_size: width of the model.
         num_heads: query heads H.
-        num_kv_heads: key/value heads Hkv; divides H. None: as many as query heads.
+        num_kv_heads: key/value heads Hkv; divides H. None: the number of query heads.
         head_dim: K, which is also V. None: `hidden_size / num_heads`.
         rope_theta: base of the rotary frequencies.
-        logn_length: tokens beyond which logits grow with the logarithm of the place of the token that reads,
-            as a rule those of training (see `set_logn_length`); None to leave them. Mixers refuse it unless
-            they are full attention or OVQ.
+        logn_length: length beyond which log-n scaling multiplies logits by log t / log `logn_length` (see
+            `set_logn_length`), usually the training length; None for no scaling. Only full attention and OVQ
+            support it.
         kwargs: `conv_size`, `layer_idx` and `use_rope` of `Mixer`.
 
     Raises:
-        ValueError: sizes that do not fit each other.
+        ValueError: if sizes are inconsistent.
     """
 
     config_fields = Mixer.config_fields | {
@@ -321,7 +322,7 @@ class AttentionMixer(Mixer):
         "head_dim": "head_dim",
         "rope_theta": "rope_theta",
     }
-    #: Whether logits can be scaled beyond a length: where ever more tokens are read, and it was measured.
+    #: Whether the mixer supports log-n scaling: its reads grow with the length, and the effect was measured.
     supports_logn: ClassVar[bool] = True
 
     def __init__(
@@ -353,14 +354,13 @@ class AttentionMixer(Mixer):
         self.set_logn_length(logn_length)
 
     def set_logn_length(self, logn_length: int | None) -> None:
-        """Scale logits beyond `logn_length` tokens from here on; None to leave them.
+        """Set the length beyond which log-n scaling applies from here on; None turns it off.
 
         The t-th token of a row multiplies its logits by log t / log `logn_length` if that is above 1. Weights
-        stay as they are, and so do caches: a state does not depend on what has been read from it.
+        and caches do not change, as states do not depend on reads.
 
         Raises:
-            ValueError: a length that is no integer of at least 2, or any for another mixer than full
-                attention and OVQ.
+            ValueError: if the length is not an integer of at least 2, or the mixer does not support it.
         """
         check_logn_length(logn_length)
         if logn_length is not None and not self.supports_logn:
@@ -375,7 +375,7 @@ class AttentionMixer(Mixer):
         return self.memory_of(self, rope_theta=self.rope_theta if self.use_rope else None)
 
     def token_memory(self, layout: SequenceLayout, cache: LayerCache) -> TokenMemory | None:
-        """What one new token of each row reads, as a kernel takes it; None where only `attend` knows."""
+        """The memory that one new token per row reads, in the form of a kernel; None to use `attend`."""
         return None
 
     def attend(
@@ -387,18 +387,18 @@ class AttentionMixer(Mixer):
         layout: SequenceLayout,
         cache: LayerCache | None,
     ) -> Tensor:
-        """Mix the tokens of a call with each other and with the cached ones; what a subclass has to write.
+        """Mix the tokens of a call with each other and with the cached ones; to be overridden.
 
-        A subclass with `forward_options` also takes those options that the caller gave. One that reads the
-        input of the layer, too, writes `mix` in the place of this.
+        A subclass with `forward_options` also takes the options that the caller gave. A subclass that needs
+        the input of the layer overrides `mix` instead.
 
         Args:
-            q: `[B, T, H, K]`, L2-normalised (and rotated) and times the factors of log-n scaling, in float32
-                or float64. Not scaled by `scale` yet.
+            q: `[B, T, H, K]`, L2-normalised (and rotated), with log-n scaling applied, in float32 or float64.
+                Not multiplied by `scale` yet.
             k: `[B, T, Hkv, K]`, L2-normalised (and rotated), likewise.
             v: `[B, T, Hkv, V]`, in the dtype of the activations.
             scale: `[H]`, the learned factor on the logits of each query head.
-            layout: the call's padding and packing.
+            layout: padding and packing of the call.
             cache: this layer's cache, which is read and updated; or None.
 
         Returns:
@@ -414,15 +414,15 @@ class AttentionMixer(Mixer):
         cache: LayerCache | None,
         **options: Any,
     ) -> Tensor:
-        """See `Mixer.mix`: `attend` with what `heads` returns."""
+        """See `Mixer.mix`; calls `attend` with the results of `heads`."""
         return self.attend(*self.heads(channels, layout), layout, cache, **options).flatten(2)
 
     def heads(
         self, channels: Tensor, layout: SequenceLayout, num_seen: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The first four arguments of `attend`: normalised (and rotated) queries and keys, values, scale.
+        """Arguments q, k, v, scale of `attend`, with normalised (and rotated) queries and keys.
 
-        For `num_seen` see `SequenceLayout.places`.
+        See `SequenceLayout.places` for `num_seen`.
         """
         tables = self.rotary_tables(layout, channels)
         q, k, v, scale = self.qk_norm(channels, self.num_kv_heads, tables)
@@ -432,7 +432,7 @@ class AttentionMixer(Mixer):
         return q, k, v, scale
 
     def rotary_tables(self, layout: SequenceLayout, channels: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The tables of a call, made once for all its layers; None without rotary embedding.
+        """Rotary tables of a call, computed once for all its layers; None without rotary embedding.
 
         See `SequenceLayout.positions`.
         """
@@ -449,7 +449,7 @@ class AttentionMixer(Mixer):
 
 
 def checked_head_dim(hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int | None) -> int:
-    """The head size, `hidden_size / num_heads` for None. Raises ValueError if sizes do not fit each other."""
+    """The head size, by default `hidden_size / num_heads`. Raises ValueError if sizes are inconsistent."""
     if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(
             "expected num_kv_heads to divide num_heads, "
@@ -469,13 +469,13 @@ def checked_head_dim(hidden_size: int, num_heads: int, num_kv_heads: int, head_d
 
 
 def check_conv_size(conv_size: int) -> None:
-    """Raise ValueError unless `conv_size` is a possible number of taps."""
+    """Raise ValueError unless `conv_size` is a valid kernel size."""
     if not isinstance(conv_size, int) or conv_size < 0 or conv_size == 1:
         raise ValueError(f"expected conv_size 0 (none) or an integer of at least 2, found {conv_size!r}")
 
 
 def check_rotary(head_dim: int) -> None:
-    """Raise ValueError unless keys of this size can be rotated."""
+    """Raise ValueError unless keys of this size support rotary embedding."""
     if head_dim % 2:
         raise ValueError(f"expected an even head_dim with rotary embedding, found {head_dim}")
 

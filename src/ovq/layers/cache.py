@@ -1,4 +1,4 @@
-"""What layers keep between calls. Independent of transformers, whose cache (`ovq.hf.cache`) builds on it."""
+"""Caches of layers between calls, independent of transformers; `ovq.hf.cache` builds on them."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 
 class LayerCache:
-    """What one layer keeps between calls: the state of its mixer, and the last inputs of its convolution.
+    """Cache of one layer: the state of its mixer and the last inputs of its convolution.
 
     Args:
         memory: the mixer's `Memory`, which handles the state.
 
     Attributes:
-        memory: the same.
-        state: the state as the mixer set it, with rows as the first dimension; None before the first token.
+        memory: the mixer's `Memory`.
+        state: the state set by the mixer, with rows as the first dimension; None before the first token.
         conv_state: `[B, D, conv_size - 1]` last inputs of the convolution, or None.
-        num_columns: columns read, padding included.
+        num_columns: number of columns read, including padding.
         has_padding: whether any column read is padding, so that later calls need a mask.
 
     Example:
@@ -53,7 +53,7 @@ class LayerCache:
         self.has_padding = False
 
     def branch(self) -> Self:
-        """A layer that has read the same and goes on by itself. States are values, so nothing is copied."""
+        """An independent copy of the cache. States are values, so no tensor is copied."""
         return copy.copy(self)
 
     def set_state(self, state: Any, num_new: int) -> None:
@@ -62,34 +62,34 @@ class LayerCache:
         self.num_columns += num_new
 
     def get_seq_length(self) -> int:
-        """Columns read, including padding and columns that are no longer kept."""
+        """Number of columns read, including padding and columns no longer kept."""
         return self.num_columns
 
     @property
     def num_rows(self) -> int:
-        """Rows B; 0 before the first token."""
+        """Number of rows, B; 0 before the first token."""
         return 0 if self.state is None else len(next(iter(self.memory.tensors(self.state).values())))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors kept for all rows."""
+        """Total bytes of the tensors of all rows."""
         return sum(tensor.nbytes for tensor in self.parts().values())
 
     def _change(self, of_state: Callable[[Any], Any], of_tensor: Callable[[Tensor], Tensor]) -> None:
-        """Apply one function to the state and one to the convolution's state, and keep the results."""
+        """Replace the state and the convolution's state by the results of one function each."""
         if self.state is not None:
             self.state = of_state(self.state)
         if self.conv_state is not None:
             self.conv_state = of_tensor(self.conv_state)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows `indices` (or those of a boolean mask), in their order.
+        """Keep the rows `indices` (integers or a boolean mask), in their order.
 
         Raises:
-            ValueError: not rows of the cache, of which nothing changes.
+            ValueError: if these are not rows of the cache, which then does not change.
         """
         if self.state is not None:
-            # Here, as not every mixer checks, and the first layer of several must not change alone.
+            # Checked here, as not every mixer does, and no layer of a model may change before an error.
             indices = checked_rows(indices, self.num_rows)
         self._change(lambda s: self.memory.select(s, indices), lambda t: t[indices.to(t.device)])
 
@@ -101,7 +101,7 @@ class LayerCache:
         """Repeat each row `repeats` times consecutively.
 
         Raises:
-            ValueError: `repeats` is less than 1.
+            ValueError: if `repeats` is less than 1.
         """
         check_sizes(1, repeats=repeats)
         self.batch_select_indices(torch.arange(self.num_rows, device="cpu").repeat_interleave(repeats))
@@ -115,11 +115,11 @@ class LayerCache:
         self._change(self.memory.detach, Tensor.detach)
 
     def parts(self) -> dict[str, Tensor]:
-        """The tensors by name, on their device and with their graph; `Mixer.state_spec` gives the shapes."""
+        """The tensors by name, on their device and with their autograd graph; see `Mixer.state_spec`."""
         return self._conv_part() | ({} if self.state is None else self.memory.tensors(self.state))
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors to save, by name, on the CPU."""
+        """The tensors to save by name, detached and on the CPU."""
         conv = {name: t.detach().cpu().contiguous() for name, t in self._conv_part().items()}
         return conv | self.memory.saved(self.state)
 
@@ -129,12 +129,12 @@ class LayerCache:
     def restore(
         self, tensors: Mapping[str, Tensor], num_columns: int, device: torch.device | str | None = None
     ) -> None:
-        """Fill this empty cache with the `tensors` or `parts` of a cache that has read `num_columns` columns.
+        """Fill this empty cache with the `tensors` or `parts` of another one.
 
         Args:
             tensors: by name.
-            num_columns: columns that were read.
-            device: where to put them; None leaves them where they are.
+            num_columns: number of columns that the other cache has read.
+            device: target device; None keeps the tensors' device.
         """
         own = dict(tensors)
         conv_state = own.pop("conv_state", None)
@@ -152,18 +152,18 @@ class LayerCache:
 
     @property
     def num_by_column(self) -> int:
-        """How many of the last columns the state keeps one by one, and so needs a mask for."""
+        """Number of last columns that the state stores individually, so that it needs a mask for them."""
         return 0 if self.state is None else self.memory.num_by_column(self.state)
 
     def drop_columns(self, num_dropped: int) -> None:
-        """Go on as if the first `num_dropped` columns had not been: padding, or read and no longer kept."""
+        """Remove the first `num_dropped` columns, padding or columns no longer kept, as if never read."""
         num_left = self.num_columns - num_dropped
         self.state = self.memory.without_columns(self.state, num_dropped, num_left)
         self.num_columns = num_left
 
 
 class MixerCache:
-    """The caches of a stack of mixers; each mixer adds its cache on first use.
+    """Caches of a stack of mixers; each mixer adds its cache on first use.
 
     Example:
         >>> from ovq.layers import FullAttention
@@ -183,7 +183,7 @@ class MixerCache:
         return f"MixerCache(layers={self.layers})"
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns that a layer has read."""
+        """Number of columns that a layer has read."""
         layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
         return 0 if layer is None else layer.get_seq_length()
 
@@ -212,5 +212,5 @@ class MixerCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors kept for all layers and rows."""
+        """Total bytes of the tensors of all layers and rows."""
         return sum(layer.nbytes for layer in self._each())

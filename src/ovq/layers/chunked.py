@@ -1,4 +1,4 @@
-"""Parts of recurrences with decay that are computed chunk by chunk: delta rules, Mamba2, MesaNet, Raven."""
+"""Shared parts of chunkwise recurrences with decay: delta rules, Mamba2, MesaNet, Raven."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class DecayRates(OwnWeights):
 
     Args:
         num_heads: H.
-        num_channels: K, if every channel of a head has a step of its own; they share `A_log`.
-        rate_range: the range that rates `exp(A_log)` are drawn from, uniformly; None: 1 to 16, uniformly on
-            a logarithmic scale.
+        num_channels: K, if every channel of a head has its own step; they share `A_log`.
+        rate_range: range of the uniform distribution of the initial rates `exp(A_log)`; None: log-uniform
+            from 1 to 16.
 
     Example:
         >>> step, log_decay = DecayRates(3)(torch.zeros(1, 5, 3))
@@ -45,7 +45,7 @@ class DecayRates(OwnWeights):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw rates as `rate_range` says, and steps from 0.001 to 0.1, uniformly on a logarithmic scale.
+        """Draw rates from `rate_range`, and steps log-uniformly from 0.001 to 0.1.
 
         For steps this small, the inverse of softplus is nearly the logarithm.
         """
@@ -54,14 +54,14 @@ class DecayRates(OwnWeights):
         else:
             nn.init.uniform_(self.A_log, *self.rate_range)
             with torch.no_grad():
-                # Not minus infinity, should 0 be drawn.
+                # Clamped, as log 0 would be -inf.
                 self.A_log.clamp_(min=torch.finfo(self.A_log.dtype).tiny).log_()
         nn.init.uniform_(self.dt_bias, math.log(0.001), math.log(0.1))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """`[..., H]` or `[..., H, K]` to steps and logarithms of decays of this shape.
+        """Steps and log decays for inputs `[..., H]` or `[..., H, K]`, of the same shape.
 
-        Both are in float32 (float64 for float64).
+        Both are in float32 (float64 for float64 inputs).
         """
         wide = sum_dtype(x.dtype)
         step = F.softplus(x.to(wide) + self.dt_bias.to(wide))
@@ -83,17 +83,17 @@ def from_chunks(x: Tensor, num_tokens: int) -> Tensor:
 
 
 def decay_between(total: Tensor) -> Tensor:
-    """The share of what token j <= i of a chunk put in that is left at token i; 0 for later tokens.
+    """Decay factors from each token j to each token i >= j of a chunk; 0 for j > i.
 
     Args:
-        total: `[..., C]` sums of the logarithms of the decays up to each token of the chunk.
+        total: `[..., C]` cumulative sums of the log decays of the chunk.
 
     Returns:
         `[..., C, C]`, row i, column j: `exp(total_i - total_j)`.
     """
     size = total.shape[-1]
     is_later = torch.ones(size, size, dtype=torch.bool, device=total.device).triu(1)
-    # Masked before the exponential, which could overflow there.
+    # Masked before the exponential, which could overflow for j > i.
     return (total[..., :, None] - total[..., None, :]).masked_fill(is_later, -torch.inf).exp()
 
 
@@ -111,30 +111,30 @@ def delta_rule_in_chunks(
 ) -> tuple[Tensor, Tensor]:
     """A delta rule with decay; the corrections within a chunk solve one triangular system.
 
-    The kind of the decay is in the arguments, which have it applied.
+    The decay, of any kind, is already applied to the arguments.
 
     Args:
         v: `[B, H, n, C, V]`.
         rate: `[B, H, n, C]`, in [0, 1].
         state: `[B, H, K, V]`.
-        q_since_start: `[B, H, n, C, K]`, queries, as what the state before the chunk has decayed until then.
-        k_since_start: `[B, H, n, C, K]`, keys, likewise.
-        k_to_end: `[B, H, n, C, K]`, keys, as they decay from their token to the end of the chunk.
-        query_products: `[B, H, n, C, C]`, queries (rows) times keys (columns), as keys have decayed until the
-            query; 0 for later keys.
-        key_products: `[B, H, n, C, C]`, keys times keys likewise; the diagonal does not matter.
-        kept: `[B, H, n, 1 or K, 1]`, what a chunk leaves of the state before it.
+        q_since_start: `[B, H, n, C, K]` queries times the decay from the start of the chunk to the query.
+        k_since_start: `[B, H, n, C, K]` keys, likewise.
+        k_to_end: `[B, H, n, C, K]` keys times the decay from their token to the end of the chunk.
+        query_products: `[B, H, n, C, C]` dot products of queries (rows) and keys (columns), with the decay
+            from key to query; 0 for later keys.
+        key_products: `[B, H, n, C, C]` dot products of keys, likewise; the diagonal is ignored.
+        kept: `[B, H, n, 1 or K, 1]` decay of the state over a whole chunk.
 
     Returns:
         `[B, H, n, C, V]`, and the state after the last chunk.
     """
-    # What a token writes depends on what earlier tokens of the chunk wrote: (I + A) w = rate (v - ...).
+    # Each token's write depends on the writes of earlier tokens of the chunk: (I + A) w = rate (v - ...).
     scaled = torch.cat([v, k_since_start], dim=-1) * rate[..., None]
     system = key_products * rate[..., None]
     solved = torch.linalg.solve_triangular(system, scaled, upper=False, unitriangular=True)
     from_values, from_state = solved.split([v.shape[-1], state.shape[-2]], dim=-1)
     states, written = [], []
-    # Unbound, because the gradient of an index is a tensor as large as all chunks together.
+    # Unbound, as the gradient of each indexing would be a tensor as large as all chunks.
     parts = (from_values, from_state, k_to_end.transpose(-1, -2), kept)
     for value, key, key_at_end, share in zip(*(x.unbind(2) for x in parts), strict=True):
         states.append(state)
@@ -144,5 +144,5 @@ def delta_rule_in_chunks(
 
 
 def can_use_fla(x: Tensor) -> bool:
-    """Whether the kernels of flash-linear-attention can run here: on a GPU, below float64, and installed."""
+    """Whether flash-linear-attention's kernels can run: installed, on a GPU, not in float64."""
     return x.is_cuda and x.dtype != torch.float64 and importlib.util.find_spec("fla") is not None

@@ -1,6 +1,6 @@
-"""Parts that every mixer shares: query/key normalisation, rotary embedding, short convolution.
+"""Parts shared by all mixers: query/key normalisation, rotary embedding, short convolution.
 
-They are the same for all mixers, so that two models differ only in their memory.
+Models with different mixers thus differ only in their memory.
 """
 
 from __future__ import annotations
@@ -28,16 +28,15 @@ def l2_normalize(x: Tensor) -> Tensor:
         tensor([0.6000, 0.8000])
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    # The epsilon only keeps the gradient of a zero vector finite; it is far too small to change any other
-    # vector.
+    # The epsilon keeps the gradient of a zero vector finite; it is too small to change other vectors.
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-12)
 
 
 class OwnWeights(nn.Module):
-    """A module whose `reset_parameters` draws, or sets, its initial weights; a model leaves them to it."""
+    """A module that initialises its own parameters by `reset_parameters`; a model does not touch them."""
 
     def reset_parameters(self) -> None:
-        """Draw the initial weights of this module; other modules in it draw theirs."""
+        """Initialise the parameters of this module, without those of submodules."""
         raise NotImplementedError
 
 
@@ -77,12 +76,12 @@ class QKNorm(OwnWeights):
     def forward(
         self, channels: Tensor, num_kv_heads: int, tables: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Heads of channels, with normalised queries and keys.
+        """Split channels into heads and normalise queries and keys.
 
         Args:
             channels: `[B, T, (H + 2 Hkv) K]`: queries, keys and values, one head after the other.
             num_kv_heads: Hkv.
-            tables: of `rotary_tables`, to rotate queries and keys by position; None to leave them.
+            tables: result of `rotary_tables`, to apply rotary embedding to queries and keys; or None.
 
         Returns:
             `q [B,T,H,K]` and `k [B,T,Hkv,K]` in float32 (float64 for float64 channels), `v [B,T,Hkv,K]` in
@@ -118,7 +117,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """`silu(gate) * up` of `[..., 2 D]`, in which `gate` is the first half.
+    """`silu(gate) * up` of `[..., 2 D]`, where `gate` is the first half and `up` the second.
 
     Example:
         >>> swiglu(torch.tensor([0.0, 1.0, 2.0, 3.0]))
@@ -133,14 +132,14 @@ def swiglu(x: Tensor) -> Tensor:
 def rotary_tables(positions: Tensor, dim: int, *, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary embedding.
 
-    Angles are computed and reduced modulo a turn in float64: at position 10^6 a float32 angle is off by 0.06
+    Angles are computed and reduced modulo 2 pi in float64; at position 10^6 a float32 angle is off by 0.06
     rad.
 
     Args:
         positions: `[T]` integers.
-        dim: components per head K, even.
+        dim: head size K, even.
         theta: base of the frequencies.
-        like: a tensor with the dtype and device for the tables.
+        like: a tensor with the dtype and device of the tables.
 
     Returns:
         Two `[T, K/2]` tables.
@@ -178,12 +177,12 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class ShortConvolution(OwnWeights):
     """Causal depthwise convolution over time: each channel mixes its last `conv_size` tokens.
 
-    No activation follows it. Queries and keys are normalised next, and a non-linearity such as SiLU would
-    take away most of their negative values and so confine them to part of the sphere.
+    No activation follows. Queries and keys are normalised next, and a non-linearity such as SiLU would remove
+    most of their negative values and thus confine them to part of the sphere.
 
     Args:
         num_channels: D.
-        conv_size: taps C; at least 2.
+        conv_size: kernel size C, at least 2.
 
     Example:
         >>> conv = ShortConvolution(6, conv_size=3)
@@ -200,7 +199,7 @@ class ShortConvolution(OwnWeights):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the taps as `torch.nn.Conv1d` does, uniform in +-1/sqrt(conv_size)."""
+        """Initialise the weight like `torch.nn.Conv1d`, uniform in +-1/sqrt(conv_size)."""
         bound = self.conv_size**-0.5
         nn.init.uniform_(self.weight, -bound, bound)
 
@@ -212,15 +211,14 @@ class ShortConvolution(OwnWeights):
         Args:
             x: `[B, T, D]`.
             state: `[B, D, conv_size - 1]`, the last inputs of earlier calls; None for zeros.
-            layout: padding and packing of the call. Padding counts as zeros; packed rows do not see each
-                other.
+            layout: padding and packing of the call. Padding counts as zeros; packed rows are independent.
 
         Returns:
             `[B, T, D]`, zero at padding columns, and the new state: the last `conv_size - 1` real inputs of
             each row.
 
         Raises:
-            ValueError: a state of other rows, channels or taps.
+            ValueError: if the state has another number of rows, channels or inputs.
         """
         expected = (len(x), *self.weight.shape[:1], self.conv_size - 1)
         if state is not None and state.shape != expected:
@@ -240,7 +238,7 @@ class ShortConvolution(OwnWeights):
             return convolution_step(x, state, self.weight)
         offset = None if layout is None or layout.cu_seqlens is None else layout.offset_in_row()
         past = None if state is None else state.transpose(1, 2).to(x.dtype)
-        # Parameters may be float32 under autocast; the product would then silently widen the activations.
+        # Under autocast parameters may be float32, which would silently promote the activations.
         weight = self.weight.to(x.dtype)
         if can_run(x, weight):
             y = applied(CompiledConvolution, x, past, weight, offset)
@@ -251,15 +249,14 @@ class ShortConvolution(OwnWeights):
         return y, self._last_inputs(x, past, new_mask)
 
     def _last_inputs(self, x: Tensor, past: Tensor | None, new_mask: Tensor | None) -> Tensor:
-        """Last `conv_size - 1` real inputs of each row, `[B, D, conv_size - 1]`; `past` are those before."""
+        """Last `conv_size - 1` real inputs of each row, `[B, D, conv_size - 1]`; `past` precedes `x`."""
         num_back = self.conv_size - 1
         if new_mask is None:
-            # Only this much of a long call is needed. It is copied, because a view would keep the whole
-            # sequence in memory for as long as the state.
+            # Copied, as a view would keep the whole sequence in memory for as long as the state.
             x = _with_past(x[:, -num_back:], past, num_back)
             return x[:, -num_back:].transpose(1, 2).contiguous()
         x = _with_past(x, past, num_back)
-        # The column after the last real token; 0 for a row that is all padding, which keeps its state.
+        # Index after the last real token; 0 for a row of padding only, which keeps its state.
         columns = torch.arange(1, new_mask.shape[1] + 1, device=x.device)
         end = (new_mask * columns).amax(1)
         index = end[:, None] + torch.arange(num_back, device=x.device)
@@ -267,18 +264,18 @@ class ShortConvolution(OwnWeights):
 
 
 def _with_past(x: Tensor, past: Tensor | None, num_back: int) -> Tensor:
-    """`x [B, T, D]` after the `num_back` tokens before it, or zeros if there are none."""
+    """`x` `[B, T, D]` preceded by the `num_back` tokens of `past`, or by zeros."""
     return F.pad(x, (0, 0, num_back, 0)) if past is None else torch.cat([past, x], dim=1)
 
 
 def _convolve(x: Tensor, past: Tensor | None, weight: Tensor, offset: Tensor | None) -> Tensor:
-    """Causal depthwise convolution with PyTorch's products.
+    """Causal depthwise convolution in PyTorch operations.
 
     Args:
         x: `[B, T, D]`.
-        past: `[B, C - 1, D]`, the tokens before; None for zeros.
+        past: `[B, C - 1, D]`, the preceding tokens; None for zeros.
         weight: `[D, C]`.
-        offset: `[T]`, how many tokens of its packed row precede each token; None without packing.
+        offset: `[T]` number of tokens before each token in its packed row; None without packing.
 
     Returns:
         `[B, T, D]`.

@@ -16,17 +16,17 @@ from ovq.layers.memory import StateSpec, TensorMemory
 class ConstantStateMixer(Mixer):
     """A mixer whose state is a few tensors of constant size, whatever the length.
 
-    A subclass names them in `constant_spec`, gets their values from `state_before` and stores them with
+    A subclass declares them in `constant_spec`, gets their values from `state_before` and stores them with
     `LayerCache.set_state`.
     """
 
-    #: What the state is, in words.
+    #: Description of the state, for error messages.
     state_kind: str
     supports_rope = False
 
     @abstractmethod
     def constant_spec(self, dtype: torch.dtype) -> StateSpec:
-        """The tensors kept for one row after any number of tokens, for activations in `dtype`."""
+        """Specification of the tensors for one row, for activations in `dtype`."""
 
     def memory_spec(self, num_tokens: int, dtype: torch.dtype) -> StateSpec:
         """See `Mixer.memory_spec`."""
@@ -38,15 +38,15 @@ class ConstantStateMixer(Mixer):
         return TensorMemory(kind=cls.state_kind, rope_theta=rope_theta)
 
     def state_before(self, cache: LayerCache | None, num_rows: int, like: Tensor) -> dict[str, Tensor]:
-        """The state that a call starts from: the cached one, or zeros.
+        """The initial state of a call: the cached state, or zeros.
 
         Args:
             cache: this layer's cache, or None.
-            num_rows: rows R of the call.
-            like: a tensor with the dtype and the device of the activations.
+            num_rows: number of rows R of the call.
+            like: a tensor with the dtype and device of the activations.
 
         Raises:
-            ValueError: the cache holds the state of a layer of another size.
+            ValueError: if the cache holds the state of a layer of another size.
         """
         spec = self.constant_spec(like.dtype)
         if cache is None or cache.state is None:
@@ -65,10 +65,10 @@ class ConstantStateMixer(Mixer):
 
 
 def without_autocast(x: Tensor) -> torch.autocast:
-    """A context in which products keep the dtype of their factors; autocast would round sums to bfloat16."""
+    """Context without autocast, which would round sums to bfloat16."""
     return torch.autocast(x.device.type, enabled=False)
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums over tokens: float64 for float64 activations, float32 for all others."""
+    """Dtype of sums over tokens: float64 for float64 activations, else float32."""
     return torch.promote_types(dtype, torch.float32)

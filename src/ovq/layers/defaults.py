@@ -1,4 +1,4 @@
-"""Defaults of what every config has, written once: layers, `OVQConfig` and training take them from here."""
+"""Default values shared by layers, `OVQConfig` and training."""
 
 import inspect
 
@@ -11,7 +11,7 @@ SLIDING_WINDOW = 128
 NUM_SLOTS = 1024
 CHUNK_SIZE = 128
 
-# The op needs to be told the sizes of its dictionary; how it is learned has defaults there.
+# Update rule options have defaults in the op, unlike the sizes of the dictionary.
 _OPTIONS = inspect.signature(ovq_attention).parameters
 GROWTH = _OPTIONS["growth"].default
 INIT = _OPTIONS["init"].default

@@ -1,4 +1,4 @@
-"""Base class of mixers with a delta rule: a matrix per head that every token corrects towards its value."""
+"""Base class of delta-rule mixers: a state matrix per head that every token corrects towards its value."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ from ovq.layers.layout import SequenceLayout
 from ovq.layers.memory import StateSpec
 
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""From queries, keys, values, logarithms of decays, rates and a state to outputs and the state after them."""
+"""Maps queries, keys, values, log decays, rates and a state to outputs and the final state."""
 
 
 class DeltaRuleMixer(ConstantStateMixer):
-    """Queries, keys and values for a delta rule with decay, and the matrix of each head between calls.
+    """Mixer with queries, keys and values for a delta rule with decay, and a cached state matrix per head.
 
-    A subclass says how tokens decay the matrix (`gates`), by what rule (`rule`) and what becomes of the
-    output (`gated`).
+    A subclass defines decays and rates (`gates`), the rule (`rule`) and the output gate (`gated`).
 
     Args:
         hidden_size: width of the model.
@@ -55,23 +54,23 @@ class DeltaRuleMixer(ConstantStateMixer):
 
     @abstractmethod
     def gates(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What is computed from each token `[B, T, D]` besides queries, keys and values.
+        """Output gates, log decays and rates for inputs `[B, T, D]`.
 
         Returns:
-            What `gated` is to take, the logarithms of the decays (`[B, T, H]` or `[B, T, H, K]`, at most 0,
-            float32 or better) and the rates `[B, T, H]` before their sigmoid.
+            The argument `gate` of `gated`, the log decays (`[B, T, H]` or `[B, T, H, K]`, at most 0, at least
+            float32) and the rates `[B, T, H]` before the sigmoid.
         """
 
     @abstractmethod
     def rule(self, like: Tensor) -> Rule:
-        """The rule for tensors like this: kernels for a GPU where they are installed, or code of our own."""
+        """The implementation for tensors like this: installed GPU kernels, else this package's code."""
 
     @abstractmethod
     def gated(self, outputs: Tensor, gate: Tensor, dtype: torch.dtype) -> Tensor:
-        """The outputs of the rule `[B, T, H, V]`, normalised and gated: `[B, T, H * V]` in `dtype`."""
+        """Normalise and gate the outputs `[B, T, H, V]` of the rule: `[B, T, H * V]` in `dtype`."""
 
     def constant_spec(self, dtype: torch.dtype) -> StateSpec:
-        """The state matrix of each head."""
+        """Specification of the state matrix of each head."""
         return {"delta": ((self.num_heads, self.head_dim, self.value_dim), sum_dtype(dtype))}
 
     def mix(
@@ -91,7 +90,7 @@ class DeltaRuleMixer(ConstantStateMixer):
         q, k = (l2_normalize(x.unflatten(-1, (-1, self.head_dim))) for x in (q, k))
         gate, log_decay, rate = self.gates(hidden_states)
         inputs = (q, k, v.unflatten(-1, (self.num_heads, -1)), log_decay, rate.to(log_decay.dtype).sigmoid())
-        # Zeros where there is no token, so that the state neither decays nor is written to.
+        # Zeros at padding, so that the state neither decays nor is written to.
         q, k, v, log_decay, rate = (rows.take(x) for x in inputs)
         before = self.state_before(cache, len(q), channels)
         with without_autocast(q):

@@ -21,12 +21,12 @@ from ovq.layers.chunked import (
 from ovq.layers.delta_rule import DeltaRuleMixer, Rule
 from ovq.ops.options import check_sizes
 
-# Tokens per triangular system. A tiling choice; on a CPU this is faster than 64, which is usual on a GPU.
+# Tokens per triangular system. A tiling choice: faster on a CPU than 64, the usual size on a GPU.
 CHUNK = 32
 
 
 class GatedDeltaNet(DeltaRuleMixer):
-    """A state matrix per head that decays, and that every token corrects towards `S^T k = v`.
+    """A state matrix per head that decays and that every token corrects towards `S^T k = v`.
 
     `S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T`, `o_t = S_t^T q_t / sqrt(K)`, with decay `a_t` and
     rate `b_t` in (0, 1) computed from the token. Queries and keys have `num_kv_heads` heads, values
@@ -36,13 +36,13 @@ class GatedDeltaNet(DeltaRuleMixer):
     Args:
         hidden_size: width of the model.
         num_heads: heads H of values and states.
-        num_kv_heads: heads Hkv of queries and keys; divides H. None: as many as `num_heads`.
+        num_kv_heads: heads Hkv of queries and keys; divides H. None: `num_heads`.
         head_dim: K. None: three quarters of `hidden_size / num_heads`.
         value_dim: V. None: `2 K`.
         kwargs: `conv_size` and `layer_idx` of `Mixer`.
 
     Raises:
-        ValueError: sizes that do not fit each other.
+        ValueError: if sizes are inconsistent.
 
     Example:
         >>> layer = GatedDeltaNet(32, num_heads=2)
@@ -92,7 +92,7 @@ class GatedDeltaNet(DeltaRuleMixer):
 
     @classmethod
     def equal_sizes(cls, config: Any) -> dict[str, int]:
-        """As many parameters, with values twice as wide as keys, or for keys of a given width."""
+        """Head sizes for equally many parameters: values twice as wide as keys, or keys of a given width."""
         num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         num_left = (num_heads + num_kv_heads) * config.head_dim - num_heads
         head_dim = config.delta_head_dim
@@ -159,7 +159,7 @@ def gated_delta_rule(
 def _gated_delta_rule_of_fla(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, rate: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`gated_delta_rule` computed by the kernels of flash-linear-attention."""
+    """`gated_delta_rule` by flash-linear-attention's kernels."""
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
     q, k = (x.repeat_interleave(v.shape[2] // x.shape[2], dim=2) for x in (q, k))

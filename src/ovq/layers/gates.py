@@ -1,4 +1,4 @@
-"""What an OVQ layer may learn about its memory: what tokens count in it, and how fast it forgets."""
+"""Learned gates of an OVQ layer: weights of tokens when they are merged, and forgetting."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor, nn
 
 from ovq.layers.common import OwnWeights
 
-#: Tokens in which the fastest and the slowest head forget a factor of e before they have learned anything.
+#: Number of tokens in which the fastest and the slowest head forget a factor of e at initialisation.
 FORGET_TOKENS = (4, 4096)
 
 
 class MergeGate(OwnWeights):
-    """The weight with which each token enters the dictionary, per key/value head: 1 + elu(W x), above 0.
+    """Weight of each token in the dictionary, per key/value head: 1 + elu(W x), which is above 0.
 
-    W starts at zero, so that every token counts 1 at first. As in KVM (arXiv 2605.09877, see
-    `docs/method/mixers.md`), the gate is a function of the input of the layer.
+    W is initially zero, so that every weight is 1. As in KVM (arXiv 2605.09877, see `docs/method/mixers.md`),
+    the gate is a function of the input of the layer.
 
     Args:
         hidden_size: width of the model.
@@ -35,20 +35,20 @@ class MergeGate(OwnWeights):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Let every token count 1."""
+        """Set W to 0, so that every weight is 1."""
         nn.init.zeros_(self.weight)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Weights `[B, T, Hkv]` of tokens `[B, T, hidden_size]`, in float32 (float64 for float64 inputs)."""
+        """Weights `[B, T, Hkv]` for inputs `[B, T, hidden_size]`, in float32 (float64 for float64 inputs)."""
         return 1 + F.elu(_product(hidden_states, self.weight))
 
 
 class ForgetGate(OwnWeights):
-    """By how much each token makes everything before it count less, per key/value head: log sigmoid(W x + b).
+    """Log forget gate of each token, per key/value head: log sigmoid(W x + b).
 
-    W starts at zero, and b such that heads forget a factor of e in 4 to 4,096 tokens, spaced evenly in logs;
-    a single head in 4,096.
-    The gate is that of the Forgetting Transformer (arXiv 2503.02130); how it starts is this project's choice.
+    W is initially zero, and b such that heads forget a factor of e in 4 to 4,096 tokens, evenly spaced in
+    logs; a single head in 4,096. The gate is from the Forgetting Transformer (arXiv 2503.02130); the
+    initialisation is this project's choice.
 
     Args:
         hidden_size: width of the model.
@@ -67,11 +67,11 @@ class ForgetGate(OwnWeights):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Let heads forget at their own pace, whatever they read."""
+        """Set W to 0 and b to the initial rate of forgetting of each head."""
         nn.init.zeros_(self.weight)
         fastest, slowest = FORGET_TOKENS
         num = len(self.bias)
-        # A single head is the slowest.
+        # A single head gets the slowest rate.
         tokens = torch.logspace(math.log10(fastest), math.log10(slowest), max(2, num), dtype=torch.float64)
         tokens = tokens[-num:]
         with torch.no_grad():
@@ -79,12 +79,12 @@ class ForgetGate(OwnWeights):
             self.bias.copy_(-torch.expm1(1 / tokens).log())
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Logs of factors `[B, T, Hkv]`, at most 0, in float32 (float64 for float64 inputs)."""
+        """Log forget gates `[B, T, Hkv]`, at most 0, in float32 (float64 for float64 inputs)."""
         return F.logsigmoid(_product(hidden_states, self.weight, self.bias))
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`W x + b` in float32 or better, also under autocast."""
+    """`W x + b` in at least float32, also under autocast."""
     wide = torch.promote_types(x.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
         return F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))

@@ -1,7 +1,7 @@
-"""Which columns of a call are real tokens, and which row each belongs to: checked masks and packing.
+"""`SequenceLayout`: padding and packing of a call, that is, its real tokens and the row of each.
 
-A model checks its mask once per forward pass, and passes the resulting `SequenceLayout` to every layer in
-place of the mask. A layer that is used on its own builds its own layout.
+A model checks its mask once per forward pass and passes the resulting `SequenceLayout` instead of the mask to
+every layer. A layer used on its own builds its own layout.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class SequenceLayout:
         mask: `[B, P + T]` bool, True for a real token; None if all are real.
         new_mask: `[B, T]` bool, the part of `mask` for the new columns; None if all of those are real.
         cu_seqlens: `[R + 1]` offsets of the packed rows, or None.
-        bounds: where the new tokens of each row lie, for the op; None if all columns are real.
+        bounds: ranges of the new tokens of each row, for the op; None if all columns are real.
         has_mask: whether the caller gave a mask, even one without padding.
 
     Example:
@@ -67,8 +67,8 @@ class SequenceLayout:
             cu_seqlens: `[R + 1]` integer offsets of rows packed into one (`B == 1`), as in FlashAttention.
 
         Raises:
-            ValueError: a mask of another shape, with other values, or with a hole; offsets that do not
-                partition the columns; a mask and offsets at once; packing together with a cache.
+            ValueError: if the mask has a wrong shape, other values, or a hole; if offsets do not partition
+                the columns; if both mask and offsets are given; if packing is combined with a cache.
         """
         if isinstance(attention_mask, SequenceLayout):
             return attention_mask
@@ -83,9 +83,9 @@ class SequenceLayout:
         return _masked_layout(attention_mask, batch_size, num_past, num_new)
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> SequenceLayout:
-        """The same layout on another device: accelerate moves it there with the other inputs of a layer.
+        """The layout on another device; accelerate calls this for the inputs of a layer.
 
-        The bounds of rows stay on the CPU, where they decide what is launched.
+        The bounds of rows stay on the CPU, as they determine the kernel launches.
         """
         return replace(
             self,
@@ -97,7 +97,7 @@ class SequenceLayout:
         )
 
     def once(self, name: Hashable, make: Callable[[], Any]) -> Any:
-        """What `make` returns, which is called by the first layer that asks for `name`, and by no other."""
+        """Result of `make`, computed once per `name` and shared by all layers of the call."""
         if torch.compiler.is_compiling():
             return make()
         if name not in self._made:
@@ -105,7 +105,7 @@ class SequenceLayout:
         return self._made[name]
 
     def first_seen(self, num_keys: int) -> Tensor | None:
-        """The first of the last `num_keys` columns in the row of each new token, `[B, T]`; None for one row.
+        """First column, of the last `num_keys`, in each new token's row, `[B, T]`; None if always 0.
 
         Example:
             >>> layout = SequenceLayout.of(torch.tensor([[0, 1, 1]]), batch_size=1, num_past=0, num_new=3)
@@ -121,7 +121,7 @@ class SequenceLayout:
         return starts[:, num_keys - self.num_new :].contiguous()
 
     def segments(self, num_keys: int) -> Tensor | None:
-        """Row of each of the last `num_keys` columns, `[B, num_keys]`, -1 for padding; None for one row."""
+        """Row of each of the last `num_keys` columns, `[B, num_keys]`, -1 at padding; None if always 0."""
         if self.cu_seqlens is not None:
             return self.row_index()[None, -num_keys:]
         if self.mask is None:
@@ -129,10 +129,10 @@ class SequenceLayout:
         return self.mask[:, -num_keys:].long() - 1
 
     def positions(self, device: torch.device) -> Tensor:
-        """The positions by which new queries and keys are rotated, `[T]` int64.
+        """Positions for the rotary embedding of new queries and keys, `[T]` int64.
 
-        They are column numbers: only differences matter, so padding and packing change nothing. Where rows
-        of different lengths are continued in one call, a layout that knows their positions gives those.
+        They are column indices: only differences matter, so padding and packing change nothing. If rows of
+        different lengths are continued in one call, a subclass that knows their positions returns those.
 
         Example:
             >>> SequenceLayout.of(None, batch_size=1, num_past=5, num_new=2).positions(torch.device("cpu"))
@@ -141,13 +141,13 @@ class SequenceLayout:
         return torch.arange(self.num_past, self.num_past + self.num_new, device=device)
 
     def places(self, num_seen: Tensor | None = None) -> Tensor:
-        """The place of each new token in its row, from 1: `[B, T]` int64, or `[1, T]` if all rows are alike.
+        """Place of each new token in its row, from 1: `[B, T]` int64, or `[1, T]` if all rows are alike.
 
-        Columns of padding have any place.
+        Places of padding are arbitrary.
 
         Args:
-            num_seen: `[B]` tokens that each row has read, from a state that counts them. Without it they are
-                the cached columns, of which a cache may have dropped the first (`LayerCache.drop_columns`).
+            num_seen: `[B]` number of tokens that each row has read, from a state that counts them. None:
+                counted from the cached columns, some of which may be dropped (`LayerCache.drop_columns`).
 
         Example:
             >>> layout = SequenceLayout.of(torch.tensor([[0, 1, 1]]), batch_size=1, num_past=1, num_new=2)
@@ -168,7 +168,7 @@ class SequenceLayout:
         return columns + 1 if self.mask is None else columns + 1 - self.mask.int().argmax(1)[:, None]
 
     def rows(self) -> LeftAlignedRows:
-        """The new tokens of each row, starting with its first real token, for mixers that take whole rows."""
+        """Left-aligned new tokens of each row, for mixers that process whole rows."""
         if self.cu_seqlens is not None:
             assert self.bounds is not None, "they come with the offsets of packed rows"
             lengths = self.cu_seqlens.diff()
@@ -187,14 +187,14 @@ class SequenceLayout:
         return LeftAlignedRows(column < lengths[:, None], source, target)
 
     def row_index(self) -> Tensor:
-        """The packed row of each new column, `[T]` int64 (only with `cu_seqlens`)."""
+        """Packed row of each new column, `[T]` int64 (only with `cu_seqlens`)."""
         assert self.cu_seqlens is not None
         lengths = self.cu_seqlens.diff()
         rows = torch.arange(len(lengths), device=lengths.device)
         return rows.repeat_interleave(lengths, output_size=self.num_new)
 
     def offset_in_row(self) -> Tensor:
-        """The place of each new column in its packed row, `[T]` int64 (only with `cu_seqlens`)."""
+        """Offset of each new column in its packed row, `[T]` int64 (only with `cu_seqlens`)."""
         assert self.cu_seqlens is not None
         columns = torch.arange(self.num_new, device=self.cu_seqlens.device)
         return columns - self.cu_seqlens[:-1][self.row_index()]
@@ -202,14 +202,14 @@ class SequenceLayout:
 
 @dataclass(frozen=True)
 class LeftAlignedRows:
-    """Moves rows so that each begins in column 0, with padding only on the right, and back again.
+    """Converts between the layout of a call and rows that start in column 0, padded only on the right.
 
     Without padding and packing, both directions are the identity and `mask` is None.
 
     Attributes:
         mask: `[R, L]` bool, True for a real token; None if all are real.
-        source: `[R, L]` where each token of the aligned rows comes from, in `[B * T]`.
-        target: `[B, T]` where each column of the call goes, in `[R * L]`; arbitrary for padding.
+        source: `[R, L]` index in `[B * T]` of each token of the aligned rows.
+        target: `[B, T]` index in `[R * L]` of each column of the call; arbitrary for padding.
 
     Example:
         >>> layout = SequenceLayout.of(torch.tensor([[0, 1, 1]]), batch_size=1, num_past=0, num_new=3)
@@ -223,25 +223,25 @@ class LeftAlignedRows:
     target: Tensor | None = None
 
     def take(self, x: Tensor) -> Tensor:
-        """`[B, T, ...]` to the aligned `[R, L, ...]`, zero where there is no token."""
+        """`[B, T, ...]` to the aligned `[R, L, ...]`, zero at padding."""
         if self.mask is None:
             return x
         rows = x.flatten(0, 1)[self.source]
         return rows.masked_fill(~self.mask.view(*self.mask.shape, *[1] * (x.dim() - 2)), 0)
 
     def put(self, rows: Tensor) -> Tensor:
-        """`[R, L, ...]` back to `[B, T, ...]`; padding columns hold some token of their row."""
+        """`[R, L, ...]` back to `[B, T, ...]`; padding columns get values of some token of their row."""
         return rows if self.mask is None else rows.flatten(0, 1)[self.target]
 
     def lengths(self, rows: Tensor) -> Tensor:
-        """Real tokens of each row, `[R]` int64; `rows` is an aligned tensor `[R, L, ...]`."""
+        """Number of real tokens of each row, `[R]` int64; `rows` is an aligned tensor `[R, L, ...]`."""
         if self.mask is not None:
             return self.mask.sum(1)
         return torch.full(rows.shape[:1], rows.shape[1], device=rows.device)
 
 
 def _masked_layout(mask: Tensor, batch_size: int, num_past: int, num_new: int) -> SequenceLayout:
-    """The layout of a mask, or a ValueError that says what is wrong with it."""
+    """The layout for a mask; ValueError if the mask is invalid."""
     expected = [batch_size, num_past + num_new]
     if not isinstance(mask, Tensor) or list(mask.shape) != expected:
         found = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
@@ -251,15 +251,15 @@ def _masked_layout(mask: Tensor, batch_size: int, num_past: int, num_new: int) -
         )
     columns: dict[str, Any] = {"num_past": num_past, "num_new": num_new, "has_mask": True}
     if torch.compiler.is_compiling():
-        # A graph serves masks of any values, so it takes all of them for padded.
+        # A compiled graph must serve any mask, so it assumes padding.
         bounds, real = RowBounds(row_bounds(mask, None, batch_size, num_past, num_new)), mask.bool()
         return SequenceLayout(**columns, mask=real, new_mask=real[:, num_past:], bounds=bounds)
     if mask.device.type == "cpu" and bool((mask == 1).all()):
-        # A mask of ones becomes longer with every step of decoding: one pass over it is enough.
+        # Fast path for masks of ones, which grow with every decode step: one pass over the mask.
         return SequenceLayout(**columns)
-    # Checked on the CPU, so that there is only one wait for the device.
+    # Checked on the CPU, with a single synchronisation with the device.
     host, real = checked_mask(mask), mask.bool()
-    # Batches without padding often come with a mask of ones; for them the cheaper unmasked code runs.
+    # Batches without padding often have a mask of ones; they use the cheaper unmasked code.
     if not bool(host.all()):
         columns["mask"] = real
     if not bool((new := host[:, num_past:]).all()):
@@ -268,7 +268,7 @@ def _masked_layout(mask: Tensor, batch_size: int, num_past: int, num_new: int) -
 
 
 def _packed_layout(cu_seqlens: Tensor, batch_size: int, num_past: int, num_new: int) -> SequenceLayout:
-    """The layout of packed rows, or a ValueError that says what is wrong with them."""
+    """The layout of packed rows; ValueError if the offsets are invalid."""
     if num_past:
         raise ValueError(f"expected no cache with cu_seqlens, found {num_past} cached columns")
     bounds = RowBounds(row_bounds(None, cu_seqlens, batch_size, 0, num_new))

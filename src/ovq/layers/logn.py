@@ -1,4 +1,4 @@
-"""Log-n scaling: a softmax over more tokens than a model was trained on reads as sharply as it learned to."""
+"""Log-n scaling of logits, which keeps the softmax as sharp beyond the training length as within it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ovq.layers.layout import SequenceLayout
 
 
 def check_logn_length(length: int | None) -> None:
-    """Raise ValueError unless `length` is a number of tokens to scale beyond, or None."""
+    """Raise ValueError unless `length` is None or an integer of at least 2."""
     if length is None:
         return
     if not isinstance(length, int) or isinstance(length, bool) or length < 2:
@@ -19,10 +19,9 @@ def check_logn_length(length: int | None) -> None:
 
 
 def logn_factor(place: int, length: int) -> float:
-    """What the logits of the token at `place` (from 1) in its row are multiplied by.
+    """Factor of the logits of the token at `place` (from 1) in its row.
 
-    It is log `place` / log `length` beyond `length` tokens, and 1 up to there
-    (`docs/method/math.md`, section 9).
+    It is log `place` / log `length` beyond `length` tokens, else 1 (`docs/method/math.md`, section 9).
 
     Example:
         >>> logn_factor(256, 256), logn_factor(65536, 256)
@@ -34,16 +33,16 @@ def logn_factor(place: int, length: int) -> float:
 def logn_factors(
     layout: SequenceLayout, length: int, *, like: Tensor, num_seen: Tensor | None = None
 ) -> Tensor | None:
-    """The factors of the new tokens of a call.
+    """Factors of the logits of the new tokens of a call.
 
     Args:
-        layout: the padding and packing of the call.
-        length: tokens up to which all factors are 1, at least 2.
-        like: a tensor of the dtype and on the device wanted.
+        layout: padding and packing of the call.
+        length: number of tokens up to which the factor is 1, at least 2.
+        like: a tensor with the wanted dtype and device.
         num_seen: as in `SequenceLayout.places`.
 
     Returns:
-        `[B, T]`, or `[1, T]` where all rows are alike; None where all factors are 1.
+        `[B, T]`, or `[1, T]` if all rows are alike; None if all factors are 1.
 
     Example:
         >>> layout = SequenceLayout.of(None, batch_size=1, num_past=14, num_new=2)
@@ -53,7 +52,7 @@ def logn_factors(
     if num_seen is None:
         num_past = layout.num_past
     else:
-        # A graph does not know what a state has counted.
+        # The number of tokens seen is unknown while `torch.compile` traces.
         num_past = length if torch.compiler.is_compiling() else max(num_seen.tolist(), default=0)
     if num_past + layout.num_new <= length:
         return None

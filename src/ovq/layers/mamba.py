@@ -1,4 +1,4 @@
-"""Mamba2 (Dao and Gu 2024, arXiv 2405.21060): a state space model, one scalar decay per head, in chunks."""
+"""Mamba2 (Dao and Gu 2024, arXiv 2405.21060): a state space model with a scalar decay per head, in chunks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ovq.ops.options import check_sizes
 
 STATE_SIZE = 128
 
-# Tokens per chunk, within which all pairs are multiplied. A tiling choice.
+# Tokens per chunk, within which all pairs are computed. A tiling choice.
 CHUNK = 64
 
 
@@ -39,7 +39,7 @@ class Mamba2(ConstantStateMixer, OwnWeights):
         kwargs: `conv_size` and `layer_idx` of `Mixer`.
 
     Raises:
-        ValueError: sizes that do not fit each other.
+        ValueError: if sizes are inconsistent.
 
     Example:
         >>> layer = Mamba2(32, num_heads=2)
@@ -88,7 +88,7 @@ class Mamba2(ConstantStateMixer, OwnWeights):
 
     @classmethod
     def equal_sizes(cls, config: Any) -> dict[str, int]:
-        """As many parameters: three quarters of them make x, z and the output, one quarter makes B and C."""
+        """Sizes for equally many parameters: three quarters for x, z and the output, one for B and C."""
         num_heads = config.num_attention_heads
         num_projected = 2 * (num_heads + config.num_key_value_heads) * config.head_dim
         head_dim = max(1, round(num_projected / (4 * num_heads)))
@@ -100,7 +100,7 @@ class Mamba2(ConstantStateMixer, OwnWeights):
         nn.init.ones_(self.skip)
 
     def constant_spec(self, dtype: torch.dtype) -> StateSpec:
-        """The state of each head."""
+        """Specification of the state of each head."""
         return {"ssm": ((self.num_heads, self.state_size, self.head_dim), sum_dtype(dtype))}
 
     def mix(
@@ -119,7 +119,7 @@ class Mamba2(ConstantStateMixer, OwnWeights):
         step, log_decay = self.rates(step)
         x = x.unflatten(-1, (self.num_heads, -1)).to(step.dtype)
         inputs = (x * step[..., None], log_decay, b.to(step.dtype), c.to(step.dtype))
-        # Where there is no token, zeros: the state neither decays nor is written to.
+        # Zeros at padding, so that the state neither decays nor is written to.
         written, log_decay, b, c = (rows.take(t) for t in inputs)
         before = self.state_before(cache, len(b), channels)
         with without_autocast(b):
@@ -137,7 +137,7 @@ def state_space_scan(
     """The recurrence `S_t = exp(log_decay_t) S_{t-1} + b_t x_t^T`, `y_t = S_t^T c_t`, chunk by chunk.
 
     Args:
-        x: `[B, T, H, P]`, what is written, step size included.
+        x: `[B, T, H, P]` inputs, multiplied by the step size.
         log_decay: `[B, T, H]`, at most 0.
         b: `[B, T, N]`, shared by the heads.
         c: `[B, T, N]`, shared by the heads.

@@ -1,8 +1,8 @@
-"""The state of a mixer: which tensors it consists of, and how it is saved, restored, joined and moved.
+"""States of mixers: their tensors, and how they are saved, restored, concatenated and moved.
 
-A *specification* names the tensors that are kept for one row after a given number of tokens, with shapes and
-dtypes (`Mixer.state_spec`). The size of a state in bytes, the checks of files and the messages between ranks
-follow from it. A *memory* handles states of one kind, for the caches that hold them.
+A *specification* lists the tensors of one row after a given number of tokens, with shapes and dtypes
+(`Mixer.state_spec`). The size of a state in bytes, checks of files and messages between ranks are derived
+from it. A *memory* implements the operations on states of one kind, for the caches that hold them.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ def num_bytes(spec: StateSpec) -> int:
 
 
 def check_num_seen(where: str, tensors: Mapping[str, Tensor], num_tokens: int) -> None:
-    """Raise ValueError, naming `where`, unless the state's single row has counted `num_tokens` tokens."""
+    """Raise ValueError, naming `where`, unless `num_seen` of the state's single row is `num_tokens`."""
     if (found := tensors["num_seen"].tolist()) != [num_tokens]:
         raise ValueError(f"{where}: expected num_seen [{num_tokens}], found {found}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Memory(ABC):
-    """Handles states of one kind. States are values: operations return new states.
+    """Operations on states of one kind. States are values: operations return new states.
 
     Attributes:
-        kind: what such a state is, in words. A mixer continues only from a state of its own kind.
-        rope_theta: base of the rotary frequencies of the keys in it; None for keys without rotary embedding.
+        kind: description of such a state. A mixer continues only from a state of its own kind.
+        rope_theta: base of the rotary frequencies of its keys; None without rotary embedding.
     """
 
     kind: str
@@ -54,15 +54,15 @@ class Memory(ABC):
 
     @abstractmethod
     def tensors(self, state: Any) -> dict[str, Tensor]:
-        """The tensors of a state by name, rows first, on their device and with their graph."""
+        """Tensors of a state by name, rows first, on their device and with their autograd graph."""
 
     def saved(self, state: Any) -> dict[str, Tensor]:
-        """The same tensors as they are written to a file, on the CPU."""
+        """The same tensors as written to a file: detached, contiguous, on the CPU."""
         return {name: t.detach().cpu().contiguous() for name, t in self.tensors(state).items()}
 
     @abstractmethod
     def restored(self, tensors: Mapping[str, Tensor], device: torch.device | str | None) -> Any:
-        """The state that `tensors` or `saved` gave these tensors for, on `device` (None: where they are)."""
+        """The state from the result of `tensors` or `saved`, on `device` (None: the tensors' device)."""
 
     @abstractmethod
     def select(self, state: Any, rows: Tensor) -> Any:
@@ -74,28 +74,28 @@ class Memory(ABC):
 
     @abstractmethod
     def detach(self, state: Any) -> Any:
-        """The same values without their autograd graph."""
+        """The state detached from the autograd graph."""
 
     @abstractmethod
     def concatenate(self, states: Sequence[Any], num_missing: Sequence[int]) -> Any:
-        """The rows of several states in one state; those of state i begin `num_missing[i]` columns later."""
+        """All rows of several states in one; the rows of state i are shifted by `num_missing[i]` columns."""
 
     def num_by_column(self, state: Any) -> int:
-        """How many of the last columns the state keeps one by one, padding included; 0 if it needs no mask.
+        """Number of last columns that the state stores individually, padding included; 0 if it needs no mask.
 
-        Most states keep the tokens of a row by their place in the row, so padding before them is nowhere.
+        Most states store the tokens of a row by their place in the row, without padding.
         """
         return 0
 
     @abstractmethod
     def without_columns(self, state: Any, num_dropped: int, num_left: int) -> Any:
-        """The state as if its first `num_dropped` columns had not been, so that `num_left` are left."""
+        """The state as if its first `num_dropped` columns had never been read; `num_left` columns remain."""
 
     def _moved(self, keys: Tensor, num_columns: int) -> Tensor:
-        """Keys `[..., K]`, or sums of keys, as if their row had begun `num_columns` later (or earlier)."""
+        """Keys `[..., K]`, or sums of keys, rotated to positions `num_columns` higher (or lower)."""
         if self.rope_theta is None or num_columns == 0:
             return keys
-        # Rotating by p and then by m is rotating by p + m, and rotations are linear, so sums may be rotated.
+        # Rotations by p and then m compose to p + m, and are linear, so sums of keys can be rotated, too.
         wide = keys.to(torch.promote_types(keys.dtype, torch.float32))
         position = torch.tensor([num_columns], device=keys.device)
         tables = rotary_tables(position, keys.shape[-1], theta=self.rope_theta, like=wide)
@@ -104,13 +104,12 @@ class Memory(ABC):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TensorMemory(Memory):
-    """States that are dictionaries of tensors by name.
+    """States that are a `dict` of tensors by name.
 
-    `"keys"` are rotated when their row moves. Where states differ in length, they do so in the third
-    dimension.
+    `"keys"` are rotated when their row is shifted. States may differ in length in the third dimension.
 
     Attributes:
-        is_by_column: whether the third dimension stands for the last columns of the call, padding included.
+        is_by_column: whether the third dimension is the last columns of the call, padding included.
 
     Example:
         >>> memory = TensorMemory(kind="all keys and values")
@@ -133,7 +132,7 @@ class TensorMemory(Memory):
         """See `Memory.without_columns`."""
         kept = state
         if self.is_by_column and state["keys"].shape[2] > num_left:
-            # Copies, because views would keep the columns that are dropped.
+            # Copies, as views would keep the dropped columns in memory.
             kept = {name: t[:, :, t.shape[2] - num_left :].clone() for name, t in state.items()}
         return {name: self._moved(t, -num_dropped) if name == "keys" else t for name, t in kept.items()}
 
@@ -171,10 +170,10 @@ class TensorMemory(Memory):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SlotMemory(Memory):
-    """States of the class `OVQState`.
+    """States of class `OVQState`.
 
     Attributes:
-        num_slots: N, the largest number of slots per head.
+        num_slots: N, the maximum number of slots per head.
         chunk_size: C, tokens per chunk.
     """
 
@@ -187,12 +186,12 @@ class SlotMemory(Memory):
         return tensors_of(state)
 
     def saved(self, state: OVQState) -> dict[str, Tensor]:
-        """See `Memory.saved`; leaves out what other continuations wrote into the pending buffers."""
+        """See `Memory.saved`; clears pending tokens of other continuations from shared buffers."""
         return state_tensors(state)
 
     def restored(self, tensors: Mapping[str, Tensor], device: torch.device | str | None) -> OVQState:
         """See `Memory.restored`."""
-        # Whatever the device, a state keeps its number of tokens on the CPU.
+        # `num_seen` is always on the CPU.
         parts: dict[str, Any] = {
             name: tensor.to("cpu" if name == "num_seen" else device)
             for name, tensor in upgraded(dict(tensors)).items()

@@ -25,7 +25,7 @@ from ovq.ops.parts import StateSpec, check_tensors, of_rows, slot_spec
 from ovq.ops.schedule import scheduled_slots
 from ovq.ops.serialization import check_state_tensors
 
-#: Options of the op that say how the dictionary is learned. The layer and the config use the same names.
+#: Options of the op that define the update rule of the dictionary; the layer and the config use these names.
 LEARNING_OPTIONS = ("growth", "init", "merge", "ablation", "value_weight")
 
 
@@ -36,7 +36,7 @@ class RecordedCall:
     Attributes:
         q: `[B, T, H, K]` queries. k: `[B, T, Hkv, K]` keys. v: `[B, T, Hkv, V]` values.
         scale: `[H]`.
-        options: the other arguments of `ovq_attention`, among them the state that the call continues from.
+        options: the other arguments of `ovq_attention`, including the initial state.
     """
 
     q: Tensor
@@ -46,36 +46,33 @@ class RecordedCall:
     options: Mapping[str, Any]
 
     def assignments(self) -> SlotAssignments:
-        """Which slot each token of the call is in."""
+        """Slots of the tokens of the call."""
         return slot_assignments(self.k, self.v, **self.options)
 
 
 class OVQAttention(AttentionMixer):
     """Attention over a dictionary of at most `num_slots` slots, learned online, and over the current chunk.
 
-    The first eight arguments may be passed by position; therefore the signature repeats those of
-    `AttentionMixer`.
+    The first eight arguments may be positional, so the signature repeats those of `AttentionMixer`.
 
     Args:
-        num_slots: N, the largest number of slots per key/value head.
+        num_slots: N, the maximum number of slots per key/value head.
         chunk_size: C, tokens that are read exactly before they are merged; part of the model.
-        growth: schedule of the dictionary: `"plateau"`, `"linear"` or `"immediate"`; None for the one that
-            `merge` is meant for.
+        growth: schedule of the number of slots: `"plateau"`, `"linear"` or `"immediate"`; None for the
+            default of `merge`.
         init: which keys open slots: `"novelty"` or `"random"`.
-        merge: slots that a key may be merged into: `"existing"` or `"updated"`; or `"nearest"`, which merges
-            pairs of slots and tokens. `"ward"` and `"ward-sqrt"` of earlier versions are run as `"nearest"`.
-        ablation: what is changed for an ablation, as in `ovq.ops.ovq_attention`.
-        value_weight: the weight of distances between values relative to those between keys where pairs are
-            merged.
-        merge_gate: learn how much each token counts in the dictionary, see `ovq.layers.gates.MergeGate`.
-        forget_gate: learn how fast what was read earlier fades, see `ovq.layers.gates.ForgetGate`.
+        merge: update rule of the dictionary: `"existing"`, `"updated"` or `"nearest"`, as in
+            `ovq.ops.ovq_attention`. `"ward"` and `"ward-sqrt"` of earlier versions run as `"nearest"`.
+        ablation: changes for an ablation, as in `ovq.ops.ovq_attention`.
+        value_weight: weight of values relative to keys in distances of rules that merge pairs.
+        merge_gate: whether to learn the weight of each token, see `ovq.layers.gates.MergeGate`.
+        forget_gate: whether to learn forgetting, see `ovq.layers.gates.ForgetGate`.
         backend: as in `ovq.ops.ovq_attention`.
-        kwargs: those of `AttentionMixer`, like all other arguments; and `bias` and `rate`, which `ablation`
-            has now.
+        kwargs: like all other arguments, those of `AttentionMixer`; also `bias` and `rate` of version 0.2,
+            now part of `ablation`.
 
     Raises:
-        ValueError: sizes that do not fit each other, or (on the first call) an option that the op does not
-            know.
+        ValueError: if sizes are inconsistent, or (on the first call) the op refuses an option.
 
     Example:
         >>> layer = OVQAttention(32, num_heads=2, num_slots=16, chunk_size=8)
@@ -135,30 +132,30 @@ class OVQAttention(AttentionMixer):
         self._record: list[RecordedCall] | None = None
 
     def set_num_slots(self, num_slots: int) -> None:
-        """Let the dictionary hold `num_slots` slots per head from here on; states are resized on next use.
+        """Set the maximum number of slots per head; cached states are resized on next use.
 
-        With more slots at test time than in training, a trained layer remembers more. A state that has too
-        many is made smaller, see `OVQState.resize`.
+        With more slots at test time than in training, a trained layer remembers more. A state with too many
+        slots is shrunk, see `OVQState.resize`.
         """
         check_sizes(1, num_slots=num_slots)
         self.num_slots = num_slots
 
     def extra_repr(self) -> str:
-        """The dictionary, as it is printed with the layer."""
+        """The settings of the dictionary, printed with the layer."""
         shown = self._sizes | self.learning | {"ablation": self.ablation.changes}
         return ", ".join(f"{option}={value!r}" for option, value in shown.items())
 
     def set_merge(self, merge: str, *, growth: str | None = None, value_weight: float | None = None) -> None:
-        """Learn the dictionary by another rule from here on; cached states continue with the slots they have.
+        """Change the update rule of the dictionary; cached states continue with their slots.
 
         Args:
             merge: the rule, as in the constructor.
-            growth: schedule of the dictionary; None for the one that `merge` is meant for.
-            value_weight: the weight of distances between values; None leaves it as it is.
+            growth: schedule of the number of slots; None for the default of `merge`.
+            value_weight: weight of values relative to keys; None keeps the current one.
 
         Raises:
-            ValueError: settings that the op would refuse, such as `"nearest"` with `init="random"`. Nothing
-                is changed.
+            ValueError: if the op would refuse the settings, such as `"nearest"` with `init="random"`; nothing
+                changes then.
         """
         merge = current_merge(merge)
         changes: dict[str, Any] = {
@@ -173,12 +170,12 @@ class OVQAttention(AttentionMixer):
 
     @property
     def learning(self) -> dict[str, Any]:
-        """The values of the `LEARNING_OPTIONS`, which say how the dictionary is learned."""
+        """Values of the `LEARNING_OPTIONS`, the update rule of the dictionary."""
         return {option: getattr(self, option) for option in LEARNING_OPTIONS}
 
     @property
     def _sizes(self) -> dict[str, Any]:
-        """The sizes of the memory."""
+        """Sizes of the memory."""
         return {"num_slots": self.num_slots, "chunk_size": self.chunk_size}
 
     def mix(
@@ -222,7 +219,7 @@ class OVQAttention(AttentionMixer):
         return o.flatten(2)
 
     def token_memory(self, layout: SequenceLayout, cache: LayerCache) -> TokenMemory | None:
-        """See `AttentionMixer.token_memory`: for a step of decoding like the one before."""
+        """See `AttentionMixer.token_memory`: for a decode step that can reuse the previous prepared step."""
         state, gate, forget_gate = cache.state, self.merge_gate, self.forget_gate
         if not is_plain(self, OVQAttention) or self._record is not None:
             return None
@@ -252,7 +249,7 @@ class OVQAttention(AttentionMixer):
 
     @contextmanager
     def recording(self) -> Iterator[list[RecordedCall]]:
-        """Within this context, each call of the op is added to a list, to see into the memory.
+        """Record all calls of the op within this context in a list, to inspect the memory.
 
         Example:
             >>> layer = OVQAttention(32, num_heads=2, num_slots=16, chunk_size=8)
@@ -274,17 +271,17 @@ class OVQAttention(AttentionMixer):
         return SlotMemory(num_slots=settings.num_slots, chunk_size=settings.chunk_size, rope_theta=rope_theta)
 
     def num_open(self, num_tokens: int) -> int:
-        """Slots in use per head after `num_tokens` tokens of a row."""
+        """Number of slots in use per head after `num_tokens` tokens of a row."""
         merged = num_tokens // self.chunk_size * self.chunk_size
         if not merged:
             return 0
-        # From the first token on, no schedule asks a chunk for more slots than it has tokens, so the last
-        # chunk decides. Going through all chunks would be slow: a file may claim any number of tokens.
+        # From an empty state on, no schedule opens more slots than a chunk has tokens, so the last chunk
+        # decides. A loop over all chunks would be slow: a file may claim any number of tokens.
         growth = default_growth(self.merge) if self.growth is None else self.growth
         return scheduled_slots(merged, num_slots=self.num_slots, growth=growth)
 
     def memory_spec(self, num_tokens: int, dtype: torch.dtype) -> StateSpec:
-        """The tensors of the `OVQState`: sums, counts, pending buffers and the number of tokens."""
+        """Specification of the `OVQState`: sums, counts, pending buffers and the number of tokens."""
         return slot_spec(
             self.num_open(num_tokens),
             num_kv_heads=self.num_kv_heads,
@@ -301,8 +298,7 @@ class OVQAttention(AttentionMixer):
         """See `Mixer.check_state`."""
         check_state_tensors(where, tensors, **self._sizes)
         spec = self.state_spec(num_tokens, dtype)
-        # A dictionary that was resized in mid-stream may have another number of slots than the schedule
-        # gives.
+        # After a resize in mid-stream, the number of slots may differ from the schedule.
         for name in ("key_sum", "value_sum", "count", "weight"):
             spec.pop(name, None)
         check_tensors(where, tensors, of_rows(spec, 1))

@@ -1,4 +1,4 @@
-"""`Linear`: the projections of all layers."""
+"""`Linear`: the projections of all layers, with fast products on CPUs."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from ovq.ops.backends.cpu.linear import FEW_TOKENS, FasterLinear, few_products, has_faster_products
 from ovq.ops.backends.cpu.tokens import can_run
 
-# Found out before anything is compiled: a graph cannot read what the processor is.
+# Determined on import, as `torch.compile` cannot trace the detection of the processor.
 _HAS_FASTER_PRODUCTS = has_faster_products()
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling a module does what its class does, so that something else may do the same.
+    """Whether a module is exactly a `kind`, without hooks or replaced `forward`, so a kernel may replace it.
 
     Example:
         >>> is_plain(nn.SiLU(), nn.SiLU), is_plain(nn.SiLU(), nn.Linear)
@@ -25,16 +25,16 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     if type(module) is not kind:
         return False
     own = vars(module)
-    # What other libraries hang on modules to see or change what goes in and comes out. No loop: decoding asks
-    # this of every module for every token.
+    # Hooks of other libraries may read or change inputs and outputs. No loop: decoding runs this for every
+    # module and token.
     has_hooks = own["_forward_hooks"] or own["_forward_pre_hooks"]
     has_hooks = has_hooks or own["_backward_hooks"] or own["_backward_pre_hooks"]
-    # accelerate replaces the forward of an object.
+    # accelerate replaces `forward` on instances.
     return not has_hooks and "forward" not in own
 
 
 def plain_parameter(module: nn.Module, kind: type[nn.Module], name: str = "weight") -> Tensor | None:
-    """A dense parameter of a module that `is_plain`; None if it is none of its own, or not dense.
+    """A contiguous parameter of a module that `is_plain`; None if missing or not contiguous.
 
     Example:
         >>> plain_parameter(nn.Linear(2, 3), nn.Linear).shape, plain_parameter(nn.SiLU(), nn.SiLU)
@@ -47,21 +47,21 @@ def plain_parameter(module: nn.Module, kind: type[nn.Module], name: str = "weigh
 
 
 def can_multiply(x: Tensor, *weights: Tensor) -> bool:
-    """Whether kernels may multiply: float32 on a CPU, no autocast, which makes products narrower, and plain
-    weights, in whose place sharding and quantization put others."""
+    """Whether kernels may compute the product: float32 on a CPU, no autocast (which reduces precision), and
+    plain parameters (sharding and quantization replace them)."""
     if not can_run(x, *weights) or torch.is_autocast_enabled("cpu"):
         return False
     return all(type(weight) is nn.Parameter for weight in weights)
 
 
 def _is_of_kernels(x: Tensor, weight: Tensor) -> bool:
-    """Whether these are the tensors of `can_multiply`, in a graph that is being made."""
+    """`can_multiply` while `torch.compile` traces."""
     is_narrow = x.dtype != torch.float32 or weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
     return x.is_cpu and weight.is_cpu and not is_narrow
 
 
 class Linear(nn.Linear):
-    """`torch.nn.Linear` without bias, by the fastest product that there is on a CPU.
+    """`torch.nn.Linear` without bias, using the fastest available product on a CPU.
 
     Args:
         in_features: width of the input.

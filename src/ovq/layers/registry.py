@@ -1,4 +1,4 @@
-"""The mixers a model can be built from, by name."""
+"""Registry of the mixers that a model can be built from, by name."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ MIXERS: dict[str, type[Mixer]] = {
 
 
 def mixer_class(name: str) -> type[Mixer]:
-    """The class of a mixer: one of ours, a registered one, or one that an installed package offers.
+    """Class of a mixer: a built-in or registered one, or one from an entry point of an installed package.
 
     Raises:
-        ValueError: if the name is unknown, or what a package offers under it is no mixer.
+        ValueError: if the name is unknown, or its entry point is not a mixer.
 
     Example:
         >>> mixer_class("ovq").__name__
@@ -38,10 +38,10 @@ def mixer_class(name: str) -> type[Mixer]:
 
 
 def fields_of_mixers(names: Iterable[str]) -> dict[str, ConfigField]:
-    """The fields that a config has for these mixers, by name.
+    """Config fields declared by these mixers, by name.
 
     Raises:
-        ValueError: for an unknown mixer, or if two declare fields of one name that are not the same.
+        ValueError: if a mixer is unknown, or two mixers declare different fields of the same name.
 
     Example:
         >>> list(fields_of_mixers(["ovq", "sink_attention"]))
@@ -56,16 +56,16 @@ def fields_of_mixers(names: Iterable[str]) -> dict[str, ConfigField]:
 
 
 def register_mixer(name: str, cls: type[Mixer]) -> None:
-    """Make a mixer of your own usable in `mixer_types`, in this process.
+    """Register your own mixer for use in `mixer_types`, in this process.
 
-    A package does the same for all who install it by an entry point of the group `ovq.mixers`.
+    A package can do the same for all its users by an entry point of the group `ovq.mixers`.
 
     Args:
         name: its name in `mixer_types`, an identifier.
         cls: the class.
 
     Raises:
-        ValueError: if the name is taken or no identifier, or the class is no `Mixer`.
+        ValueError: if the name is taken or not an identifier, or the class is not a `Mixer`.
 
     Example:
         >>> register_mixer("ovq", OVQAttention)  # again, which changes nothing

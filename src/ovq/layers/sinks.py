@@ -20,24 +20,24 @@ from ovq.ops.options import check_sizes
 from ovq.ops.parts import StateSpec, slot_spec
 
 NUM_SINKS = 4
-# With the sinks 1,024 tokens, as in the paper's experiments.
+# 1,024 tokens with the sinks, as in the paper's experiments.
 SINK_WINDOW = 1020
 
 
 class SinkAttention(ConstantStateMixer, AttentionMixer):
     """Causal softmax attention over the first S tokens of a row and the last W: O(T (W + S)) time.
 
-    Token t of a row sees tokens `0 .. S - 1` and `t - W + 1 .. t`. Like the other long-range mixers here it
+    Token t of a row sees tokens `0 .. S - 1` and `t - W + 1 .. t`. Like the other long-range mixers here, it
     has no positional encoding, so positions need not be reassigned within the cache as in StreamingLLM.
 
     Args:
         num_sinks: S, the number of first tokens that stay visible; at least 1.
-        sink_window: W, the number of last tokens that a query sees, its own included; at least 2.
+        sink_window: W, the number of last tokens that a query sees, including its own; at least 2.
         args: those of `AttentionMixer`.
         kwargs: those of `AttentionMixer`.
 
     Raises:
-        ValueError: a value outside its range.
+        ValueError: if a value is out of range.
 
     Example:
         >>> layer = SinkAttention(32, num_heads=2, num_sinks=4, sink_window=8)
@@ -69,7 +69,7 @@ class SinkAttention(ConstantStateMixer, AttentionMixer):
 
     @classmethod
     def equal_sizes(cls, config: Any) -> dict[str, int]:
-        """A state of as many bytes, in float32."""
+        """A `sink_window` for a state of equal bytes, in float32."""
         window = window_of_equal_bytes(
             config.num_slots,
             config.chunk_size,
@@ -141,12 +141,12 @@ def sink_read(
 
     Args:
         q: `[B, H, T, K]`, scaled; the first query of row b is the row's token `num_seen[b]`.
-        k: `[B, Hkv, P + T, K]`: P keys from before the queries (of which a short row has fewer real ones),
-            then the keys of the queries' own tokens.
+        k: `[B, Hkv, P + T, K]`: P keys before the queries (short rows have fewer real ones), then the keys of
+            the queries' own tokens.
         v: `[B, Hkv, P + T, V]`, likewise.
-        sink_keys: `[B, Hkv, S, K]`, the first tokens of each row; places of tokens not read yet are ignored.
+        sink_keys: `[B, Hkv, S, K]`, the first tokens of each row; tokens not read yet are ignored.
         sink_values: `[B, Hkv, S, V]`, likewise.
-        num_seen: `[B]` tokens of each row before the queries.
+        num_seen: `[B]` number of tokens of each row before the queries.
         window: W, at least 2.
 
     Returns:
@@ -157,7 +157,7 @@ def sink_read(
     num_blocks = -(-num_queries // size)
     fill = num_blocks * size - num_queries
     if num_blocks > 1:
-        # Each block is preceded by the keys that its first query sees.
+        # Each block includes the preceding keys that its first query sees.
         k, v = (F.pad(x, (0, 0, window - 1 - (x.shape[2] - num_queries), fill)) for x in (k, v))
     num_past = k.shape[2] - num_queries - fill
     num_keys = num_past + size
@@ -166,20 +166,20 @@ def sink_read(
         torch.cat([sinks.repeat_interleave(num_blocks, dim=0), fold(x, num_keys, size)], dim=2)
         for sinks, x in ((sink_keys, k), (sink_values, v))
     )
-    # Places of tokens in their row: [B n, size, 1] for the queries, [B n, 1, keys] for the keys.
+    # Positions in the row: [B n, size, 1] for the queries, [B n, 1, keys] for the keys.
     first = (num_seen[:, None] + torch.arange(num_blocks, device=q.device) * size).flatten()[:, None, None]
     query = first + torch.arange(size, device=q.device)[:, None]
     key = first - num_past + torch.arange(num_keys, device=q.device)
     sink = torch.arange(sink_keys.shape[2], device=q.device)
     in_window = (key >= 0) & (key <= query) & (key > query - window)
-    # A sink that is still in the window must not be counted twice.
+    # A sink inside the window must not be counted twice.
     is_seen = torch.cat([(sink <= query - window), in_window], dim=-1)
     o = softmax_attention(q, k, v, mask=is_seen[:, None])
     return o.unflatten(0, (batch_size, num_blocks)).transpose(1, 2).flatten(2, 3)[:, :, :num_queries]
 
 
 def _with_first(sinks: Tensor, x: Tensor, num_seen: Tensor, lengths: Tensor) -> Tensor:
-    """`sinks` `[B, Hkv, S, D]` with those new tokens `x` `[B, Hkv, T, D]` that are among a row's first S."""
+    """`sinks` `[B, Hkv, S, D]`, updated with new tokens `x` `[B, Hkv, T, D]` among the first S of a row."""
     place = torch.arange(sinks.shape[2], device=x.device) - num_seen[:, None]
     is_new = (place >= 0) & (place < lengths[:, None])
     index = place.clamp(0, x.shape[2] - 1)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
@@ -187,7 +187,7 @@ def _with_first(sinks: Tensor, x: Tensor, num_seen: Tensor, lengths: Tensor) -> 
 
 
 def _last(x: Tensor, end: Tensor, num_kept: int) -> Tensor:
-    """The last `num_kept` tokens of `x` `[B, Hkv, L, D]` before `end` `[B]`; zeros where there are fewer."""
+    """The last `num_kept` tokens of `x` `[B, Hkv, L, D]` before `end` `[B]`, left-padded with zeros."""
     x = F.pad(x, (0, 0, num_kept, 0))
     index = end[:, None] + torch.arange(num_kept, device=x.device)
     return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
@@ -204,7 +204,7 @@ def window_of_equal_bytes(
     forgets: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> int:
-    """The smallest `sink_window` whose state has at least as many bytes as that of a full dictionary.
+    """The smallest `sink_window` whose state has at least as many bytes as a full dictionary.
 
     Args:
         num_slots: N of the OVQ layer.
@@ -212,8 +212,8 @@ def window_of_equal_bytes(
         num_kv_heads: Hkv of both.
         head_dim: K and V of both.
         num_sinks: S of the layer with sinks.
-        has_weights: whether the OVQ layer has a gate.
-        forgets: whether it has a forget gate.
+        has_weights: whether the OVQ layer has a merge gate or forget gate.
+        forgets: whether the OVQ layer has a forget gate.
         dtype: dtype of the activations; the sums of OVQ are float32 in any case.
 
     Example:

@@ -1,6 +1,6 @@
-"""Exact softmax attention, over all earlier tokens or a sliding window: baselines that OVQ is compared with.
+"""Exact softmax attention over all earlier tokens or a sliding window: the baselines of OVQ.
 
-Projections, convolution, normalisation and temperature are those of OVQ: the layers differ only in memory.
+Projections, convolution, normalisation and temperature are as in OVQ; the layers differ only in memory.
 """
 
 from __future__ import annotations
@@ -48,21 +48,21 @@ class FullAttention(AttentionMixer):
     ) -> Tensor:
         """See `AttentionMixer.attend`."""
         q = (q * scale[:, None]).to(v.dtype)
-        # From here on [B, H, T, K], the layout of scaled_dot_product_attention and of the caches.
+        # From here on [B, H, T, K], the layout of `scaled_dot_product_attention` and the caches.
         k, v = self.with_past(k.to(v.dtype).transpose(1, 2), v.transpose(1, 2), layout, cache)
         return self.softmax_read(q.transpose(1, 2), k, v, layout).transpose(1, 2)
 
     def with_past(
         self, k: Tensor, v: Tensor, layout: SequenceLayout, cache: LayerCache | None
     ) -> tuple[Tensor, Tensor]:
-        """Keys and values `[B, Hkv, T, K]` after the cached ones; the cache is brought up to date.
+        """Cached and new keys and values, concatenated; the new ones are `[B, Hkv, T, K]`. Updates the cache.
 
         Raises:
-            ValueError: the cached ones have another dtype.
+            ValueError: if the cached ones have another dtype.
         """
         if cache is None:
             return k, v
-        # Copies, on a first call too: views would keep the projections alive.
+        # Copies even on the first call, as views would keep the projections in memory.
         past = cache.state or {"keys": k[:, :, :0], "values": v[:, :, :0]}
         if (found := past["keys"].dtype) != k.dtype:
             raise ValueError(
@@ -74,17 +74,17 @@ class FullAttention(AttentionMixer):
         return k, v
 
     def softmax_read(self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout) -> Tensor:
-        """Attention of scaled `q [B,H,T,K]` over `k, v [B,Hkv,S,K]`, whose last T are the queries' own."""
+        """Attention of scaled `q [B,H,T,K]` over `k, v [B,Hkv,S,K]`; the last T keys are the queries' own."""
         if layout.cu_seqlens is not None:
             return _read_packed(q, k, v, layout.cu_seqlens)
         return causal_read(q, k, v, layout.segments(k.shape[2]))
 
     def num_kept(self, num_tokens: int) -> int:
-        """How many of `num_tokens` tokens keep their keys and values: those that a later query may see."""
+        """Number of keys and values kept after `num_tokens` tokens: those that later queries may see."""
         return num_tokens
 
     def kept(self, x: Tensor) -> Tensor:
-        """The part that is kept of the keys or values `[B, Hkv, T, D]` of all available tokens."""
+        """The part to keep of the keys or values `[B, Hkv, T, D]` of all available tokens."""
         return x
 
     @classmethod
@@ -104,13 +104,13 @@ class SlidingWindowAttention(FullAttention):
     Token t sees tokens `t - W + 1 .. t`, as in transformers.
 
     Args:
-        sliding_window: W, the number of tokens that a query sees, its own included; at least 2.
+        sliding_window: W, the number of tokens that a query sees, including its own; at least 2.
         use_rope: as in `Mixer`, but on by default.
         args: those of `AttentionMixer`.
         kwargs: those of `AttentionMixer`.
 
     Raises:
-        ValueError: a value outside its range.
+        ValueError: if a value is out of range.
 
     Example:
         >>> layer = SlidingWindowAttention(32, num_heads=2, sliding_window=8)
@@ -143,10 +143,9 @@ class SlidingWindowAttention(FullAttention):
         num = self.num_kept(x.shape[2])
         kept = x[:, :, x.shape[2] - num :]
         if torch.compiler.is_compiling():
-            # A graph is made for strides, too; these are the same in each step.
+            # Compiled graphs specialise on strides; contiguous ones are the same in each step.
             return kept.contiguous()
-        # A copy, because a view would keep the whole sequence alive; one token more, as when decoding, may
-        # live.
+        # A copy, as a view would keep the whole sequence in memory; one extra token, as in decoding, is fine.
         return kept if x.shape[2] <= num + 1 else kept.clone()
 
     @classmethod
@@ -165,7 +164,7 @@ class SlidingWindowAttention(FullAttention):
         keys, values = cache.state["keys"], cache.state["values"]
         num_before, dim = keys.shape[2], self.head_dim
         is_fit = keys.shape == values.shape and keys.shape[1::2] == (self.num_kv_heads, dim)
-        # Those of a head one after the other.
+        # The keys and values of a head must be contiguous.
         is_fit &= all(x.stride()[2:] == (dim, 1) for x in (keys, values))
         if not is_fit or num_before >= self.sliding_window or not can_run(keys, values):
             return None
@@ -177,7 +176,7 @@ class SlidingWindowAttention(FullAttention):
         return memory_of_window(keys, values, first, finished, num_heads=self.num_heads)
 
     def _first_seen(self, layout: SequenceLayout, num_keys: int, device: torch.device) -> Tensor | None:
-        """See `SequenceLayout.first_seen`; found once for all layers."""
+        """See `SequenceLayout.first_seen`; computed once for all layers."""
         return layout.once(("first seen", num_keys, device), lambda: layout.first_seen(num_keys))
 
     def attend(
@@ -208,9 +207,9 @@ def causal_read(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None) -> Ten
 
     Args:
         q: `[B, H, T, K]`, scaled.
-        k: `[B, Hkv, S, K]`, whose last T are the queries' own.
+        k: `[B, Hkv, S, K]`; the last T keys are the queries' own.
         v: `[B, Hkv, S, V]`.
-        segments: `[B, S]` row numbers; a token sees only its own row. None: one row.
+        segments: `[B, S]` row indices; a token sees only its own row. None: one row.
 
     Returns:
         `[B, H, T, V]`.
@@ -226,11 +225,11 @@ def causal_read(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None) -> Ten
 def windowed_read(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None, *, window: int) -> Tensor:
     """Causal softmax attention over a window, block by block: O(T * window) time and memory.
 
-    Arguments and result are those of `causal_read`. Queries are cut into blocks of `window`; a block reads
-    its own keys and those of the block before, which include all keys that its queries may see.
+    Arguments and result are as in `causal_read`. Queries are split into blocks of `window`; a block attends
+    to its own keys and those of the previous block, which include all keys that its queries may see.
     """
     num_queries = q.shape[2]
-    # The number of keys outside of every query's window. Only cached keys can be.
+    # Number of keys outside of every query's window, which must be cached ones.
     drop = max(k.shape[2] - num_queries - (window - 1), 0)
     k, v = k[:, :, drop:], v[:, :, drop:]
     segments = None if segments is None else segments[:, drop:]
@@ -247,7 +246,7 @@ def windowed_read(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None, *, w
     num_rest = num_queries - first
     num_blocks = -(-num_rest // window)
     fill = num_blocks * window - num_rest
-    # The n blocks go into the batch: [B n, H, W, K], and keys with the block before them, [B n, Hkv, 2 W, K].
+    # Fold the n blocks into the batch: queries [B n, H, W, K], keys of two blocks [B n, Hkv, 2 W, K].
     blocks = fold(F.pad(q[:, :, first:], (0, 0, 0, fill)), window, window)
     keys = fold(F.pad(k[:, :, num_cached:], (0, 0, 0, fill)), 2 * window, window)
     values = fold(F.pad(v[:, :, num_cached:], (0, 0, 0, fill)), 2 * window, window)
@@ -261,7 +260,7 @@ def windowed_read(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None, *, w
 
 
 def fold(x: Tensor, size: int, step: int) -> Tensor:
-    """Cut `[B, H, T, K]` into overlapping pieces of the time axis: `[B * pieces, H, size, K]`."""
+    """Split `[B, H, T, K]` into overlapping pieces of the time axis: `[B * pieces, H, size, K]`."""
     return x.unfold(2, size, step).transpose(1, 2).flatten(0, 1).transpose(-1, -2)
 
 
@@ -270,8 +269,8 @@ def _allowed(
 ) -> Tensor:
     """Mask of the keys that each query sees: bool `[T, S]`, or `[B, 1, T, S]` with segments.
 
-    The last T of the S keys are the queries' own. A padding token sees only padding. It always sees itself,
-    so no row of the softmax is empty, which would give NaN.
+    The last T of the S keys are the queries' own. A padding token sees only padding, including itself, so no
+    row of the softmax is empty (which would give NaN).
     """
     key = torch.arange(num_keys, device=device)
     query = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
@@ -285,7 +284,7 @@ def _allowed(
 
 
 def _read_packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Causal attention per packed row: it costs the sum of squared lengths, not the square of their sum."""
+    """Causal attention for each packed row; costs the sum of squared lengths, not the square of their sum."""
     offsets = cu_seqlens.tolist()
     rows = [slice(a, b) for a, b in itertools.pairwise(offsets) if a < b]
     return torch.cat(
@@ -296,9 +295,9 @@ def _read_packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
 def softmax_attention(
     q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, is_causal: bool = False
 ) -> Tensor:
-    """PyTorch's attention for queries that are already scaled, with grouped heads if there are any."""
+    """PyTorch's attention for scaled queries, with grouped-query attention if head numbers differ."""
     options: dict[str, Any] = {"attn_mask": mask, "is_causal": is_causal, "scale": 1.0}
-    # In a graph for any sizes, a comparison is decided where it is branched upon, and no bool before.
+    # With dynamic shapes, a comparison of sizes must be branched on here and cannot be passed as a bool.
     if q.shape[1] != k.shape[1]:
         options["enable_gqa"] = True
     return F.scaled_dot_product_attention(q, k, v, **options)

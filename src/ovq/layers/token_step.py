@@ -1,4 +1,4 @@
-"""One token per row through whole layers of a model in one call of a kernel, where a kernel can do it."""
+"""Decode step of whole layers (attention and MLP) in one kernel call, where a kernel supports it."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from ovq.ops.backends.cpu.tokens import can_run
 
 
 class TokenStep(NamedTuple):
-    """A layer that is ready to run, and its cache, which gets the tokens once it has run."""
+    """A prepared layer, and its cache, which is updated after the layer has run."""
 
     layer: LayerStep
     cache: LayerCache
 
 
 class AroundMixer(NamedTuple):
-    """What a layer has beside its mixer: norms before the mixer and the MLP, and the products of the MLP."""
+    """The modules of a layer besides its mixer: norms before the mixer and the MLP, and the MLP's weights."""
 
     mixer_norm: RMSNorm
     mlp_norm: RMSNorm
@@ -38,7 +38,7 @@ class AroundMixer(NamedTuple):
 
 
 def is_token(hidden_states: Tensor, layout: SequenceLayout) -> bool:
-    """Whether a call is one that `token_step` is for: a token for each of a few rows, and no gradient."""
+    """Whether `token_step` applies to a call: one token for each of a few rows, without gradients."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or layout.num_new != 1:
         return False
     is_plain = layout.new_mask is None and layout.cu_seqlens is None and not _has_any_global_hook()
@@ -48,18 +48,18 @@ def is_token(hidden_states: Tensor, layout: SequenceLayout) -> bool:
 def token_step(
     mixer: Mixer, around: AroundMixer, hidden_states: Tensor, layout: SequenceLayout, past_key_values: Any
 ) -> TokenStep | None:
-    """A layer of attention and MLP for the token of each row, in a call that `is_token`.
+    """Prepare a layer (attention and MLP) for one token per row, in a call for which `is_token` holds.
 
     Args:
         mixer: the mixer of the layer.
-        around: the rest of it.
-        hidden_states: `[B, 1, hidden_size]`, what it is to read, or something of the same kind.
-        layout: the padding of the call.
+        around: the other modules of the layer.
+        hidden_states: `[B, 1, hidden_size]`, its input, or a tensor of the same shape, dtype and device.
+        layout: padding of the call.
         past_key_values: the cache of the model.
 
     Returns:
-        What `run_steps` takes; None where no kernel can do it: hooks, adapters, other mixers or dtypes, or a
-        cache that holds nothing yet.
+        An argument of `run_steps`; None if no kernel supports the layer (hooks, adapters, other mixers or
+        dtypes) or the cache is still empty.
     """
     if not isinstance(mixer, AttentionMixer):
         return None
@@ -68,7 +68,7 @@ def token_step(
         return None
     cache = mixer.cache_of_layer(past_key_values)
     check_cache_use(cache, layout)
-    # As in `Mixer.forward`: here, where the mask is at hand.
+    # As in `Mixer.forward`; set here, where the layout is available.
     cache.has_padding = layout.mask is not None
     past = cache.conv_state
     tensors = [hidden_states, *weights[:7]]
@@ -85,7 +85,7 @@ def token_step(
     if mixer_eps is None or mlp_eps is None:
         return None
     if mixer.logn_length is not None:
-        # Of the mixers that a kernel knows, the one that scales logits counts what it reads.
+        # Only OVQ has both a kernel and log-n scaling, so the state has `num_seen`.
         places = {num_seen + 1 for num_seen in cache.state.num_seen.tolist()}
         if len(places) > 1 and max(places) > mixer.logn_length:
             return None
@@ -95,7 +95,7 @@ def token_step(
 
 
 def run_steps(hidden_states: Tensor, steps: Sequence[TokenStep]) -> Tensor | None:
-    """`[B, 1, hidden_size]` through consecutive layers; None if they must run by their modules after all."""
+    """Outputs `[B, 1, hidden_size]` of consecutive layers; None if their modules must run instead."""
     done = run_layers(hidden_states, [step.layer for step in steps])
     if done is not None:
         for layer, cache in steps:
@@ -104,12 +104,12 @@ def run_steps(hidden_states: Tensor, steps: Sequence[TokenStep]) -> Tensor | Non
     return done
 
 
-# Positions whose tables are made together: a dozen operations on tensors, for one token or for many.
+# Positions per cached block of rotary tables: a dozen tensor operations, for one position or for many.
 _POSITIONS = 64
 
 
 def _tables(position: int, dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """The `rotary_tables` of one position, of which kernels take the place in memory."""
+    """`rotary_tables` of one position, as contiguous tensors whose addresses kernels use."""
     cos, sin = _tables_of_block(position // _POSITIONS, dim, theta)
     return cos[position % _POSITIONS], sin[position % _POSITIONS]
 
@@ -123,7 +123,7 @@ def _tables_of_block(block: int, dim: int, theta: float) -> list[tuple[Tensor, .
 
 
 def _weights(mixer: AttentionMixer, around: AroundMixer) -> LayerWeights | None:
-    """The weights of a layer, if all of its modules are plain and their weights dense."""
+    """The weights of a layer if all its modules are plain and the weights contiguous, else None."""
     found = [
         plain_parameter(around.mixer_norm, RMSNorm),
         plain_parameter(mixer.qkv_proj, Linear),
