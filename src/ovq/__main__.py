@@ -1,13 +1,12 @@
-"""The program `ovq`, which is also `python -m ovq`, as `torchrun -m ovq train ...` needs it."""
+"""The command `ovq`, also as `python -m ovq`, which `torchrun -m ovq train ...` requires."""
 
 import signal
 
 
 def main() -> None:
-    """Run the command line in a process of its own.
+    """Run the command line as the main program of a process.
 
-    Ctrl-C ends it as it ends any program while the commands are imported and when all is done: Python would
-    show where it was then.
+    While commands are imported and after they are done, Ctrl-C ends the process without a traceback.
     """
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""Tokens and bytes: a tokenizer of bytes, and the bytes that a token of any tokenizer stands for."""
+"""A byte tokenizer, and the bytes that a token of any tokenizer stands for."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
-"""The text of the token that ends a text, in the tokenizers made here."""
+"""End-of-text token of the tokenizers made here."""
 
 _BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
-"""How tokenizers of characters write the bytes of those that they do not know."""
+"""Byte fallback tokens of character tokenizers, for unknown characters."""
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer whose tokens 0..255 are the bytes of UTF-8 and whose token 256 ends a text.
+    """A tokenizer with the UTF-8 bytes as tokens 0..255 and end of text as token 256.
 
     Example:
         >>> tokenizer = byte_tokenizer()
@@ -32,18 +32,18 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:
-    """The bytes that a token adds to a text, which may be part of a character; none for special tokens.
+    """Bytes that a token adds to a text, possibly part of a character; empty for special tokens.
 
     Args:
-        tokenizer: One of transformers: of bytes or pairs of them, with single bytes for what it does not know
-            (`<0xE2>`), or of whole characters.
-        token: Its id.
+        tokenizer: A tokenizer of transformers: byte-level, with byte fallback (`<0xE2>`), or of whole
+            characters.
+        token: The token id.
 
     Example:
         >>> [token_bytes(byte_tokenizer(), token) for token in (110, 195, 169, 256)]
         [b'n', b'\\xc3', b'\\xa9', b'']
     """
-    # Twice, because at the beginning of a text some tokenizers leave the space out that a word brings.
+    # Decoded twice, as some tokenizers omit the leading space of a word at the start of a text.
     one, two = (str(tokenizer.decode([token] * n, skip_special_tokens=True)) for n in (1, 2))
     if "\ufffd" in two:
         piece = str(tokenizer.convert_ids_to_tokens(token))
@@ -56,10 +56,10 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:
 
 @functools.cache
 def byte_vocabulary() -> dict[str, int]:
-    """How the byte-level parts of `tokenizers` write each byte.
+    """Byte of each character in the byte-level alphabet of `tokenizers`.
 
-    A byte that is a printable character of Latin-1 is written as that character; the others are written as
-    the characters from 256 on, in order.
+    Printable Latin-1 characters stand for themselves; the other bytes are the characters from 256 on, in
+    order.
     """
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), 256)}
     others = itertools.count(256)
@@ -67,21 +67,21 @@ def byte_vocabulary() -> dict[str, int]:
 
 
 def wrapped(tokenizer: Tokenizer, *, is_by_word: bool = False) -> PreTrainedTokenizerFast:
-    """A tokenizer of bytes or of byte pairs, in the form that transformers uses."""
+    """A byte or byte-pair tokenizer as a fast tokenizer of transformers."""
     from tokenizers import decoders, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    # Without pairs, splitting at words has no effect.
+    # Without byte pairs, splitting at words has no effect.
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=is_by_word)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=END_OF_TEXT,
-        # Batches need one, and no model has an embedding for another; the mask says what is padding. It
-        # goes before a prompt, which is continued at its end.
+        # Batches need a padding token, and models have no further embedding for one; the mask marks padding.
+        # Padding is on the left, as prompts are continued at their end.
         pad_token=END_OF_TEXT,
         padding_side="left",
         clean_up_tokenization_spaces=False,
-        # A text that happens to spell the token out does not end there.
+        # The end-of-text token spelled out in a text is ordinary text.
         split_special_tokens=True,
     )

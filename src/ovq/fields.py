@@ -1,5 +1,5 @@
-"""Fields of configurations: their types, also of those that mixers declare, and what earlier versions saved.
-What to say to a misspelt name."""
+"""Fields of configs: type checks, fields declared by mixers, fields saved by earlier versions, and the
+correction of misspelt names."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ LARGEST_SEED = 2**32 - 1
 """Largest seed of NumPy's global generator, which transformers seeds too."""
 
 RENAMED = {"slot_bias": "bias", "slot_rate": "rate"}
-"""Fields of configs that have been saved under another name, and what they are called now."""
+"""Earlier names of config fields in saved files, and their current names."""
 
 REMOVED = {"window": 0, "ovq_sinks": 0, "exact_rope_dim": 0, "slot_temperature": False}
-"""Fields that configs have been saved with and no longer have, and the values that changed nothing."""
+"""Removed config fields that saved files may contain, and the values that had no effect."""
 
 SAVED_WITH_ALL = {
     *("num_sinks", "sink_window", "delta_value_dim", "kda_value_dim", "mamba_head_dim", "mamba_state_size"),
@@ -30,25 +30,25 @@ SAVED_WITH_ALL = {
     *("kvm_chunk_size", "kvm_window_chunks", "kvm_growth", "kvm_sinks", "kvm_rope_dim", "kvm_norm_leak"),
     *("raven_slots", "raven_top_k", "raven_head_dim", "raven_noise"),
 }
-"""Fields of mixers that every config was saved with until version 0.2, whether it had such a mixer or not."""
+"""Fields of mixers that every config was saved with until version 0.2, even without such a mixer."""
 
 _LARGEST = 2**63 - 1
-"""Largest of PyTorch's integers."""
+"""Largest int64."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ConfigField:
-    """A field that the config of a model has if it has a mixer that declares it in `Mixer.config_fields`.
+    """A config field declared by a mixer in `Mixer.config_fields`, for configs of models with that mixer.
 
     Attributes:
-        kind: Its type: `int`, `float`, `bool`, `str`, a list or a union of such, or one with None.
-        default: Its value where a config says nothing.
-        doc: What it is, in a line.
-        name: What the config calls it; `None` for the name of the mixer's argument.
-        at_least: The smallest value; `None` for no bound.
+        kind: Type: `int`, `float`, `bool`, `str`, a list or a union of these, also with None.
+        default: Default value.
+        doc: Description in one line.
+        name: Name in the config; `None` for the name of the mixer's argument.
+        at_least: Minimum value; `None` for no bound.
 
     Raises:
-        ValueError: A default that the field would refuse.
+        ValueError: If the default is invalid.
 
     Example:
         >>> size = ConfigField(int, 4, "how many there are", at_least=1)
@@ -69,11 +69,11 @@ class ConfigField:
         self.check(self.name or "default", self.default)
 
     def accepts(self, value: Any) -> bool:
-        """Whether a value has its type."""
+        """Whether a value has the field's type."""
         return _fits(value, self.kind)
 
     def check(self, name: str, value: Any) -> None:
-        """Raise ValueError, naming the field, for a value that it cannot have."""
+        """Raise ValueError, naming the field, if a value is invalid."""
         if not self.accepts(value):
             raise ValueError(f"{name}: expected {_described(self.kind)}, found {value!r}")
         if self.at_least is not None and value is not None and value < self.at_least:
@@ -82,21 +82,21 @@ class ConfigField:
 
 @functools.cache
 def field_types(section: type[DataclassInstance]) -> dict[str, Any]:
-    """The types of a dataclass's fields by name."""
+    """Types of a dataclass's fields by name."""
     hints = typing.get_type_hints(section)
     return {field.name: hints[field.name] for field in dataclasses.fields(section)}
 
 
 def check_fields(section: DataclassInstance, *, prefix: str = "") -> None:
-    """Raise ValueError for the first field of a dataclass that is not of its type. To be called first in
-    `__post_init__`, so that later checks of ranges see numbers that can be compared.
+    """Raise ValueError for the first field of a dataclass with a value of the wrong type. Call it first in
+    `__post_init__`, so that later range checks see comparable numbers.
 
-    NaN and Inf are refused, and Python's bool is not an integer. A whole number is accepted where a float is
-    expected, as in JSON, and converted to one.
+    NaN and Inf are refused, and a bool is not an integer. An integer is accepted for a float, as in JSON, and
+    converted.
 
     Args:
-        section: The dataclass, which may be frozen.
-        prefix: Put before the name of the field in the message.
+        section: The dataclass instance, which may be frozen.
+        prefix: Prefix of the field name in the message.
 
     Example:
         >>> @dataclasses.dataclass(frozen=True)
@@ -120,11 +120,10 @@ def check_fields(section: DataclassInstance, *, prefix: str = "") -> None:
 
 
 def with_new_names(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a config that was saved once, under the names they have now, without those of `REMOVED`.
+    """The fields of a saved config under their current names, without those of `REMOVED`.
 
     Raises:
-        ValueError: If a field is there under both its names, or one that was removed has a value that
-            changed something.
+        ValueError: If a field is present under both names, or a removed field has a value that had an effect.
 
     Example:
         >>> with_new_names({"num_slots": 64, "slot_rate": 0.1, "window": 0})
@@ -142,7 +141,7 @@ def with_new_names(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def did_you_mean(found: str, names: Iterable[str]) -> str:
-    """The end of a message about a name that does not exist: the name that was probably meant, if any.
+    """End of an error message about an unknown name: the closest known name, if any.
 
     Example:
         >>> did_you_mean("recal-ovq", ["recall-ovq", "recall-full"])
@@ -155,7 +154,7 @@ def did_you_mean(found: str, names: Iterable[str]) -> str:
 
 
 def is_finite(value: float) -> bool:
-    """Whether a number is neither NaN nor infinite, nor an integer too large for a float.
+    """Whether a number is finite as a float: not NaN, infinite, or an integer too large for a float.
 
     Example:
         >>> is_finite(0.5), is_finite(float("nan")), is_finite(10**400)
@@ -168,7 +167,7 @@ def is_finite(value: float) -> bool:
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value has a type as a dataclass declares it."""
+    """Whether a value has a type declared by a dataclass."""
     if typing.get_origin(kind) is types.UnionType:
         return any(_fits(value, part) for part in typing.get_args(kind))
     if (origin := typing.get_origin(kind)) in (tuple, list):

@@ -1,7 +1,7 @@
-"""Texts in which single tokens of long ago matter: values that are hidden in them and asked for at the end.
+"""Needle-in-a-haystack texts: values hidden in a text and repeated at its end.
 
-`hidden_numbers` makes those of a probe. Needles and values are in the style of RULER (arXiv 2404.06654,
-section 3); the wording is ours.
+`hidden_numbers` makes the texts of the conversion probe. Needles and values are in the style of RULER (arXiv
+2404.06654, section 3); the wording is ours.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 VALUES = ("word", "number", "uuid")
-"""Kinds of value that it gives."""
+"""Kinds of hidden values."""
 
 _ADJECTIVES = (
     *("amber", "brave", "brisk", "calm", "clever", "cosmic", "crimson", "curious", "daring", "dry", "dusty"),
@@ -31,24 +31,24 @@ _NOUNS = (
 )
 
 NEEDLE = "One of the special magic {kind}s for {key} is:"
-"""The sentence that gives a key its value, which follows."""
+"""The needle sentence, which the value follows."""
 
-# Longer sentences of essays are cut between words, so that a needle can be placed near any depth.
+# Longer sentences are split between words, so that a needle can be placed near any depth.
 _LONGEST_SENTENCE = 300
-# A quarter of the number of different keys, and of words as values.
+# A quarter of the number of different keys, and of different words as values.
 _MOST_NEEDLES = 256
-# Of a text, for each number that is hidden in it.
+# Tokens of a text per hidden number.
 _TOKENS_PER_NUMBER = 192
 
 
 class HiddenValues:
-    """Hides sentences that give keys values between the sentences of a text.
+    """Hides needles, sentences that give keys their values, between the sentences of a text.
 
     Args:
-        tokenizer: The model's, one of transformers; an attribute too.
-        texts: The sentences of the text, in order. They start over where they end.
-        value: `"word"`, `"number"` or `"uuid"`; an attribute too.
-        is_shifted: Whether each text begins at another sentence.
+        tokenizer: The model's tokenizer, of transformers; also an attribute.
+        texts: The sentences of the text in order, repeated cyclically.
+        value: `"word"`, `"number"` or `"uuid"`; also an attribute.
+        is_shifted: Whether each text starts at a random sentence.
 
     Raises:
         ValueError: If there is no sentence.
@@ -67,16 +67,16 @@ class HiddenValues:
     def repeat(
         self, length: int, *, num_needles: int, random: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
-        """A text to learn from: needles at random depths, all repeated at the end in another order.
+        """A text with needles at random depths, all repeated at the end in random order.
 
         Args:
-            length: Largest number of tokens; sentences are left out to stay within it, all of them if
-                necessary.
-            num_needles: Needles, with different keys and values; fewer if they do not fit, 256 at most.
-            random: What everything is drawn from.
+            length: Maximum number of tokens; sentences are omitted to stay within it, all of them if needed.
+            num_needles: Number of needles, with different keys and values; fewer if they do not fit, at most
+                256.
+            random: Source of randomness.
 
         Returns:
-            `[T]` token ids, and `[T]` bool, which of them belong to values that are repeated.
+            `[T]` token ids, and `[T]` bool mask of the tokens of repeated values.
 
         Raises:
             ValueError: If not even one needle fits.
@@ -100,7 +100,7 @@ class HiddenValues:
         pairs = self._pairs(random, min(num_needles, _MOST_NEEDLES))
         needles = [(NEEDLE.format(kind=self.value, key=key), f" {value}") for key, value in pairs]
         hidden = [self._encode(f" {words}{value}.") for words, value in needles]
-        # Tokenised in parts, cut before and after the value, as a question and its answer are.
+        # Tokenised in parts, split before and after the value like a question and its answer.
         again = [[self._encode(part) for part in (f"\n{words}", value, ".")] for words, value in needles]
         while (room := length - sum(map(len, itertools.chain(hidden, *again)))) < 0:
             if len(hidden) == 1:
@@ -120,7 +120,7 @@ class HiddenValues:
         return np.concatenate(parts), np.concatenate(is_answer)
 
     def _pairs(self, random: np.random.Generator, count: int) -> list[tuple[str, str]]:
-        """Different keys and different values; no value equals a key."""
+        """Pairs of keys and values, all different."""
         words: list[str] = []
         for draw in (_word, self._draw):
             for _ in range(count):
@@ -131,7 +131,7 @@ class HiddenValues:
         return list(zip(words[:count], words[count:], strict=True))
 
     def _fill(self, start: int, room: int) -> Iterator[np.ndarray]:
-        """Sentences from a place on, as many as there is room for."""
+        """Sentences from index `start` on, as many as fit into `room` tokens."""
         for i in itertools.count(start):
             sentence = self._encode(f" {self._sentences[i % len(self._sentences)]}")
             room -= len(sentence)
@@ -140,7 +140,7 @@ class HiddenValues:
             yield sentence
 
     def _draw(self, random: np.random.Generator) -> str:
-        """A value."""
+        """A random value."""
         if self.value == "word":
             return _word(random)
         if self.value == "number":
@@ -153,7 +153,7 @@ class HiddenValues:
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences of a text, each on one line; long ones are cut between words.
+    """The sentences of a text, each on one line; long ones are split between words.
 
     Example:
         >>> sentences("It was late. Very\\n late!  So it was.")
@@ -164,26 +164,26 @@ def sentences(text: str) -> list[str]:
 
 
 def _word(random: np.random.Generator) -> str:
-    """A key, or a value that is a word."""
+    """A random key, or a value of kind `"word"`."""
     return f"{random.choice(_ADJECTIVES)}-{random.choice(_NOUNS)}"
 
 
 def hidden_numbers(
     tokenizer: Any, text: str, length: int, *, random: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sentences of a text with numbers hidden among them, which are all repeated at the end.
+    """Sentences of a text with numbers hidden among them, all repeated at the end.
 
     Args:
-        tokenizer: the model's, one of transformers.
-        text: where the sentences are from, beginning at a random one.
-        length: most tokens. One number is hidden for every 192 of them.
-        random: what numbers and places are drawn from.
+        tokenizer: the model's tokenizer, of transformers.
+        text: source of the sentences, starting at a random one.
+        length: maximum number of tokens. One number is hidden per 192 tokens.
+        random: source of randomness for numbers and places.
 
     Returns:
-        `[T]` token ids, and `[T]` bool, which of them belong to numbers that are repeated.
+        `[T]` token ids, and `[T]` bool mask of the tokens of repeated numbers.
 
     Raises:
-        ValueError: a text without sentences, or a length at which no number fits.
+        ValueError: if the text has no sentence, or no number fits into `length`.
 
     Example:
         >>> from ovq.byte_tokens import byte_tokenizer

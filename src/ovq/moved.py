@@ -1,7 +1,7 @@
-"""The names that modules of the laboratory had when it was part of this package.
+"""Import of `ovq_lab` modules by their old names, from when the laboratory was part of this package.
 
-Runs that were saved then name classes by them, and so may code of users. An old name stands for the new
-module itself, so that there is one class, whichever way it is imported.
+Saved runs refer to classes by these names, and so may user code. An old name gives the new module itself, so
+that there is only one class, however it is imported.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ MOVED = {
         for name in ("vq", "kvm", "kvm_slots", "kvm_state", "raven", "kda", "mesanet", "linear")
     },
 }
-"""Packages and modules, and where they are now."""
+"""Old names of packages and modules, and their new names."""
 
 
 class _Moved(MetaPathFinder, Loader):
-    """Finds modules by their old names."""
+    """Import hook that finds modules by their old names."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        """For a name in `MOVED`, or one below; the first of them warns."""
+        """Spec of a module in `MOVED` or below; warns for the names in `MOVED`."""
         old = next((old for old in MOVED if f"{name}.".startswith(f"{old}.")), None)
         if old is None:
             return None
-        # Here, because `import ovq` is light.
+        # Imported here to keep `import ovq` light.
         from ovq.plugins import MissingLaboratory, has_laboratory
 
         if not has_laboratory():
@@ -53,21 +53,21 @@ class _Moved(MetaPathFinder, Loader):
         return importlib.import_module(spec.loader_state.name)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Nothing is left to be executed; but the module is not to be called by its old name."""
+        """Restore the spec with the new name; the module has already been executed."""
         assert module.__spec__ is not None
         module.__spec__ = module.__spec__.loader_state
 
     def get_code(self, name: str) -> CodeType | None:
-        """What `python -m` runs."""
+        """Code for `python -m`."""
         spec = self.find_spec(name)
         return None if spec is None else spec.loader_state.loader.get_code(spec.loader_state.name)
 
 
 def moved_mixer(name: str) -> Any:
-    """A mixer that `ovq.layers` had, by the name of its class.
+    """A mixer class that used to be in `ovq.layers`, by name.
 
     Raises:
-        AttributeError: If it had none of this name.
+        AttributeError: If there was no such class.
         MissingLaboratory: If the laboratory is not installed.
     """
     from ovq.plugins import LABORATORY, from_laboratory
@@ -77,12 +77,12 @@ def moved_mixer(name: str) -> Any:
         raise AttributeError(f"module 'ovq.layers' has no attribute {name!r}")
     warnings.warn(f"ovq.layers.{name} is now ovq_lab.mixers.{name}", FutureWarning, stacklevel=2)
     found = from_laboratory(path, what=f"ovq.layers.{name}")
-    # An import asks twice.
+    # Stored, as an import looks it up twice.
     setattr(sys.modules["ovq.layers"], name, found)
     return found
 
 
 def install() -> None:
-    """Let old names be imported."""
-    # Before Python's own finders, which would make a second module of a file in a package with two names.
+    """Install the import hook for old names."""
+    # Before Python's own finders, which would load a file twice for a package with two names.
     sys.meta_path.insert(0, _Moved())

@@ -1,8 +1,7 @@
-"""Tasks and mixers of others, by name: from a module that the user imports, or an installed package. What the
-laboratory has, `ovq_lab`.
+"""Plugins by name: tasks and mixers of user modules, of installed packages, and of the laboratory, `ovq_lab`.
 
-A name that a file gives (the config of a model, the configuration of a run) imports nothing by itself. It
-finds what has been registered, and what installed packages offer as entry points.
+A name in a file (the config of a model, the configuration of a run) imports no arbitrary module. It selects
+among registered classes and the entry points of installed packages.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from ovq.fields import did_you_mean
 
 T = TypeVar("T")
 
-#: What the laboratory has, by kind and name. The library imports it in no other way than by this table and
-#: `from_laboratory`, so that it works where the laboratory is not installed.
+#: Contents of the laboratory by kind and name. The library imports them only through this table and
+#: `from_laboratory`, so that it works without the laboratory.
 LABORATORY = {
     "command": {
         "demo": "ovq_lab.cli.demo:demo",
@@ -43,7 +42,7 @@ LABORATORY = {
 
 
 class MissingLaboratory(ModuleNotFoundError, ValueError):
-    """The laboratory is not installed. Also a ValueError, so that a command reports it in one line."""
+    """Error: the laboratory is not installed. Also a ValueError, so that commands report it in one line."""
 
     def __init__(self, what: str):
         super().__init__(
@@ -53,16 +52,16 @@ class MissingLaboratory(ModuleNotFoundError, ValueError):
 
 
 def has_laboratory() -> bool:
-    """Whether the laboratory can be imported."""
+    """Whether the laboratory is installed."""
     return importlib.util.find_spec("ovq_lab") is not None
 
 
 def from_laboratory(path: str, *, what: str) -> Any:
-    """What `module:name` is in the laboratory.
+    """The object `module:name` of the laboratory.
 
     Args:
-        path: The module and the name.
-        what: What needs it, for the error.
+        path: Module and name, as `module:name`.
+        what: What needs it, for the error message.
 
     Raises:
         MissingLaboratory: If the laboratory is not installed.
@@ -74,18 +73,18 @@ def from_laboratory(path: str, *, what: str) -> Any:
 
 
 def register(known: dict[str, type[T]], name: str, cls: Any, *, base: type, what: str) -> None:
-    """Add a class to those that can be named.
+    """Register a class under a name.
 
     Args:
-        known: The classes by name; changed.
+        known: The classes by name; updated in place.
         name: Its name in configurations: letters, digits and underscores.
         cls: The class.
-        base: What it must inherit.
-        what: What it is called in errors, such as `"mixer"`.
+        base: The required base class.
+        what: Its kind, for error messages, such as `"mixer"`.
 
     Raises:
-        ValueError: If the name is no identifier or belongs to another class, or the class does not inherit
-            `base`.
+        ValueError: If the name is not an identifier or belongs to another class, or the class does not
+            inherit `base`.
 
     Example:
         >>> known: dict[str, type[Exception]] = {}
@@ -106,26 +105,26 @@ def register(known: dict[str, type[T]], name: str, cls: Any, *, base: type, what
 
 
 def usable_names(known: Iterable[str], *, what: str) -> list[str]:
-    """The names of registered classes, and of those of the laboratory if it is installed.
+    """Names of the registered classes, and of the laboratory's if it is installed.
 
     Args:
-        known: Those that have been registered.
-        what: What they are called in errors, such as `"mixer"`.
+        known: The registered names.
+        what: Their kind, such as `"mixer"`.
     """
     return list(dict.fromkeys([*known, *(LABORATORY.get(what, ()) if has_laboratory() else ())]))
 
 
 def find(known: dict[str, type[T]], name: str, *, base: type, what: str) -> type[T]:
-    """A class by its name: a registered one, one of the laboratory, or one that an installed package offers.
+    """A class by its name: a registered one, one of the laboratory, or an installed entry point.
 
     Args:
-        known: The registered classes by name. What others offer is added once it is asked for.
+        known: The registered classes by name. Others are added when they are found.
         name: The name.
-        base: What it must inherit.
-        what: What it is called in errors; the group of entry points is `ovq.WHATs`, such as `ovq.mixers`.
+        base: The required base class.
+        what: Its kind, for error messages; the entry point group is `ovq.WHATs`, such as `ovq.mixers`.
 
     Raises:
-        ValueError: If there is none of the name, or it cannot be imported, or is no such class.
+        ValueError: If the name is unknown, or the class cannot be imported or does not inherit `base`.
 
     Example:
         >>> find({"key": KeyError}, "key", base=Exception, what="error")
@@ -149,7 +148,7 @@ def find(known: dict[str, type[T]], name: str, *, base: type, what: str) -> type
 
 
 def import_module(name: str) -> Any:
-    """Import a module of the user's, from the current folder too, as `python -m` does.
+    """Import a user module, also from the current folder, as `python -m` does.
 
     Raises:
         ValueError: If it cannot be imported.
