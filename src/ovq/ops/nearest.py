@@ -95,8 +95,8 @@ def movers(num_slots: list[int], num_merged: list[int], chunk_size: int, device:
     """Mask `[S, n + C]` of the movers: all tokens, and up to C slots in rotation.
 
     Args:
-        num_slots: number of slots of each stream; n is the maximum.
-        num_merged: tokens that each stream has merged so far: the slot, modulo its slots, to start from.
+        num_slots: number of slots n of each stream; the mask is for the largest n.
+        num_merged: number t of tokens that each stream has merged; the rotation starts at slot t mod n.
         chunk_size: C.
         device: device of the mask.
 
@@ -348,7 +348,7 @@ class _Clusters:
             distance[s, t] = self._distances(s, order[s, t], place[s, t])
             return is_found, place, distance, torch.zeros_like(best)
         place, best, second = best_two(scores)
-        # Errors of both scores that are compared, which are half as large as those of distances.
+        # Covers the errors of both compared scores, which differ by half as much as distances.
         tolerance = ((self._error / 2 + 2 * TIE) * size).float()
         s, t = (best - second <= tolerance).nonzero(as_tuple=True)
         is_candidate = scores[s, t, :num] >= (best - tolerance)[s, t, None]

@@ -34,7 +34,7 @@ KNOWN = Known(
     merge=("existing", "nearest"),
     gates=("token_weights", "log_forget"),
 )
-# No `log_forget`: `forget.py` expresses it as token weights, chunk by chunk.
+# `run` gets `log_forget` as token weights, chunk by chunk (`forget.py`); `learn` does not support it.
 LEARNS = dataclasses.replace(KNOWN, gates=("token_weights",))
 
 
