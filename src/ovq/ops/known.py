@@ -9,8 +9,7 @@ import torch
 
 from ovq.ops.options import Options
 
-# Fields of `Options` that are not checked: sizes and factors, which every backend supports, and `Ablation`,
-# whose fields are checked one by one.
+# Unchecked fields of `Options`: sizes and factors, and `Ablation`, whose own fields are checked.
 _NOT_NAMED = frozenset(
     {"num_slots", "chunk_size", "seed", "value_weight", "mass_power", "weighs_chunk", "ablation"}
 )

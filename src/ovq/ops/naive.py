@@ -161,10 +161,8 @@ def _naive_head(
     h: int,
     options: Options,
 ) -> tuple[Tensor, _Head, tuple[Tensor, ...]]:
-    """Outputs, dictionary and pending tokens of one key/value head and its G query heads.
-
-    Shapes: q `[T, G, K]`, k `[T, K]`, v `[T, V]`, weights `[T]`, scale `[G]`.
-    """
+    """Outputs, dictionary and pending tokens of one key/value head and its query heads: q `[T, G, K]`, k
+    `[T, K]`, v `[T, V]`, weights `[T]`, scale `[G]`."""
     wide = state_dtype(k.dtype)
     num_pending = int(state.num_pending[0])
     num_merged = int(state.num_seen[0]) - num_pending

@@ -32,8 +32,7 @@ def cheapest_clusters(x: Tensor, mass: Tensor, num_merges: int, options: Options
     def cost(a: int) -> Tensor:
         """Cost of merging item a with each other item.
 
-        For "ward", the increase of the sum of squared distances to the means; for "ward-sqrt", counts matter
-        less.
+        By "ward", the growth of the sum of squared distances to means; by "ward-sqrt", counts matter less.
         """
         squared = (x - x[a]).square().sum(-1)
         weight = (c * c[a] / divisor(c + c[a], c.dtype)) ** options.count_power

@@ -31,7 +31,7 @@ NO_WEIGHT = 3.0
 # Replaces a non-finite squared distance. Distances are relative to the largest squared length of a point, so
 # finite ones are at most 4.
 NO_DISTANCE = 5.0
-# The priority of an edge by merge="nearest" is its squared distance times (a b / (a + b)) to this power, for
+# The priority of an edge (merge="nearest") is its squared distance times (a b / (a + b)) to this power, for
 # items of masses a and b (docs/results/rules.md). Converted models use 1 (docs/results/convert.md).
 MASS_POWER = 1 / 3
 # Number of parts in which the shortest edges are merged; each but the last makes half of the merges that are
