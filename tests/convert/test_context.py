@@ -68,6 +68,10 @@ def test_contexts_are_only_for_the_model_and_memory_that_made_them(tmp_path):
             "tensors of 2 layers, found 'layers.7",
         ),
         (lambda t: t["layers.0.0.num_merged"].add_(8), r"layer 0: expected 70 tokens read, found \[78\]"),
+        (lambda t: moved(t, 10_000), "layer 0: expected 56 tokens merged, found"),
+        (lambda t: moved(t, -8), r"layer 0: expected 56 tokens merged, found \[64\]"),
+        (lambda t: t["layers.1.0.count"].neg_(), "layer 1: expected counts of 56 tokens at most"),
+        (lambda t: t["layers.1.0.count"].fill_(2**62), "layer 1: expected counts of 56 tokens at most"),
         (lambda t: t["layers.0.0.key_sum"].fill_(torch.nan), "expected finite values in 0.key_sum"),
         (
             lambda t: t.update(
@@ -85,6 +89,12 @@ def test_what_cannot_be_the_memory_of_the_model_is_refused(tmp_path, change, exp
     for read in (context_info, lambda path: load_context(path, model)):
         with pytest.raises(ValueError, match=expected):
             read(path)
+
+
+def moved(tensors, num):
+    """Let a head have so many more exact tokens and fewer merged ones."""
+    tensors["layers.0.0.filled"].add_(num)
+    tensors["layers.0.0.num_merged"].sub_(num)
 
 
 def rewrite(path, change, **header):

@@ -249,6 +249,10 @@ class Budget:
         """Number of rows for sinks and window."""
         return self.num_sinks + self.window
 
+    def num_merges(self, num_exact: int) -> int:
+        """How often exact tokens are merged where so many are to be kept or come."""
+        return max(0, num_exact - self.num_exact + self.chunk_size) // self.chunk_size
+
     def num_open(self, num_merged: int) -> int:
         """Number of slots in use after `num_merged` merged tokens."""
         if not self.num_slots or not num_merged:

@@ -24,11 +24,19 @@ def _check(
         spec = of_rows(HeadMemories(config=config.layer(i)).spec(tensors, dtype), 1)
         check_names(place, tensors, spec)
         check_tensors(place, tensors, spec)
-        for name, filled in tensors.items():
-            if name.endswith(".filled"):
-                num_read = filled + tensors[name.replace("filled", "num_merged")]
-                if num_read.tolist() != [num_tokens]:
-                    raise ValueError(f"{place}: expected {num_tokens} tokens read, found {num_read.tolist()}")
+        for group, budget in enumerate(config.layer(i).budgets):
+            filled, num_merged, count = (
+                tensors[f"{group}.{name}"] for name in ("filled", "num_merged", "count")
+            )
+            if (num_read := filled + num_merged).tolist() != [num_tokens]:
+                raise ValueError(f"{place}: expected {num_tokens} tokens read, found {num_read.tolist()}")
+            # Kernels write where these say.
+            expected = budget.num_merges(num_tokens) * budget.chunk_size
+            if num_merged.tolist() != [expected]:
+                raise ValueError(f"{place}: expected {expected} tokens merged, found {num_merged.tolist()}")
+            # Those that were brought nearer count for fewer. Sums of others may leave int64.
+            if bool((count < 0).any()) or bool((count.double().sum(-1) > expected).any()):
+                raise ValueError(f"{place}: expected counts of {expected} tokens at most, found others")
 
 
 KINDS[KIND] = Kind(

@@ -182,8 +182,7 @@ class HeadMemory:
             self.num_merged[row] += num_merged
 
     def _num_merges(self, row: int, num_new: int) -> int:
-        budget = self.budget
-        return max(0, self.filled[row] + num_new - budget.num_exact + budget.chunk_size) // budget.chunk_size
+        return self.budget.num_merges(self.filled[row] + num_new)
 
     @staticmethod
     def restored(
