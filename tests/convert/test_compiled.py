@@ -149,8 +149,9 @@ def test_a_call_longer_than_what_is_laid_out_at_once(state_dtype):
         assert torch.equal(other.tensors()[name], tensor), name
 
 
-def test_what_autograd_has_saved_does_not_change():
-    model, ids = converted(), tokens(1, 80)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["kernels", "torch"])
+def test_what_autograd_has_saved_does_not_change(dtype):
+    model, ids = converted().to(dtype), tokens(1, 80)
     grads = []
     for reads_on in (False, True):
         model.zero_grad()

@@ -87,6 +87,25 @@ def test_what_is_cropped_was_never_read(model, sizes, most, nums, monkeypatch):
             model(IDS[:1, start : start + 1], **{CACHE_KEY: whole})
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["kernels", "torch"])
+@pytest.mark.parametrize("num_read", [10, 40])
+def test_what_inference_mode_has_read_goes_on_outside_of_it(dtype, num_read):
+    model, logits = converted().to(dtype), []
+    for mode in (torch.inference_mode, torch.no_grad):
+        cache = model.make_cache()
+        cache.activate_past_recording()
+        with mode():
+            model(IDS[:1, :num_read], **{CACHE_KEY: cache})
+        with torch.no_grad():
+            model(IDS[:1, num_read : num_read + 9], **{CACHE_KEY: cache})
+        with mode():
+            model(IDS[:1, num_read + 9 : num_read + 12], **{CACHE_KEY: cache})
+        cache.crop(-5)
+        with torch.no_grad():
+            logits.append(model(IDS[:1, num_read + 7 : num_read + 30], **{CACHE_KEY: cache}).logits)
+    assert torch.equal(*logits)
+
+
 def test_numbers_of_tokens_to_take_out_may_be_tensors(model):
     # So transformers gives them up to version 5.17.
     cache = model.make_cache()

@@ -249,9 +249,15 @@ class HeadMemory:
                 setattr(self, name, getattr(self, name).detach().clone())
             self._has_graph = False
 
+    def _own_all_(self) -> None:
+        """What `own_` does, and copy what inference mode has made where PyTorch writes outside of it."""
+        if not torch.is_inference_mode_enabled():
+            self._has_graph |= any(getattr(self, name).is_inference() for name in self._names)
+        self.own_()
+
     def put_back_(self, before: HeadMemory) -> None:
         """Restore the content of the copy `before`, in place, as kernels hold pointers to the tensors."""
-        self.own_()
+        self._own_all_()
         tensors = self.tensors()
         for name, tensor in before.tensors().items():
             tensors[name].copy_(tensor)
@@ -259,7 +265,7 @@ class HeadMemory:
 
     def drop_(self, num_tokens: int) -> None:
         """Remove the last tokens of each row, which must be later than its last merge."""
-        self.own_()
+        self._own_all_()
         for row, filled in enumerate(self.filled):
             for recent in (self.recent_keys, self.recent_values):
                 recent[row, :, filled - num_tokens : filled] = 0
@@ -340,6 +346,8 @@ class HeadMemory:
             raise ValueError(
                 f"gradients: expected slots in float32 (state_dtype), found {self.budget.state_dtype}"
             )
+        if not has_graph:
+            self._own_all_()
         done, every = [0] * len(lengths), slice(None)
         while done != list(lengths):
             # Up to the next merge of each row.
