@@ -148,13 +148,17 @@ def test_generate_continues_token_ids(trained, capsys, tmp_path, monkeypatch):
     assert run(capsys, *arguments, "--prompt-file", "-") == expected
 
 
-def test_generate_searches_and_samples(trained, capsys):
+def test_generate_searches_and_samples(trained, capsys, tmp_path):
     arguments = ["generate", "--model", trained, "--prompt", "5 40 1 5", "--max-new-tokens", 8]
     model = OVQForCausalLM.from_pretrained(trained).eval()
     found = model.generate(torch.tensor([[5, 40, 1, 5]]), max_new_tokens=8, num_beams=3, do_sample=False)
     beams = run(capsys, *arguments, "--num-beams", 3)
     assert beams.split() == list(map(str, found[0, 4:].tolist()))
     assert beams != run(capsys, *arguments)
+    # As without beams, a penalty is that of the command line alone.
+    model.generation_config.repetition_penalty = 5.0
+    model.save_pretrained(tmp_path)
+    assert run(capsys, *arguments, "--num-beams", 3, "--model", tmp_path) == beams
     sample = [*arguments, "--temperature", 5, "--top-p", 0.9]
     first, again, other = (run(capsys, *sample, "--seed", seed) for seed in (0, 0, 1))
     assert first == again != other

@@ -48,10 +48,10 @@ class Sampling:
         ValueError: If a number is out of range, or a sampling option is set without sampling.
 
     Example:
-        >>> Sampling(temperature=0.8, top_p=0.95).options
-        {'do_sample': True, 'temperature': 0.8, 'top_k': 0, 'top_p': 0.95, 'min_p': 0.0}
+        >>> Sampling(temperature=0.8, top_p=0.95).options["top_p"]
+        0.95
         >>> Sampling().options
-        {'do_sample': False}
+        {'do_sample': False, 'repetition_penalty': 1.0}
     """
 
     temperature: float = 0.0
@@ -83,12 +83,11 @@ class Sampling:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Keyword arguments of `generate` for this sampling."""
+        """Keyword arguments of `generate` for this sampling, whatever the model's generation config has."""
         options: dict[str, Any] = {"do_sample": self.temperature > 0}
+        options["repetition_penalty"] = float(self.repetition_penalty)
         if self.temperature > 0:
             options |= {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "min_p")}
-        if self.repetition_penalty != 1:
-            options["repetition_penalty"] = self.repetition_penalty
         return options
 
     def processors(self) -> LogitsProcessorList:
