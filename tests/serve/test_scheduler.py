@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from ovq import convert
 from ovq.hf import build_context
+from ovq.hf.rows import Rows
 from ovq.hf.streaming import Sampling
 from ovq.serve.engine import Engine
 from ovq.serve.errors import APIError
@@ -241,6 +242,28 @@ def test_a_prompt_that_fails_fails_alone():
     assert [type(event) for event in bad.events] == [FailEvent]
     assert good.tokens() == expected_of(2)[:5]
     assert scheduler.num_rows == 0
+
+
+@pytest.mark.parametrize("num_read", [2, 4], ids=["prompt", "answer"])
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}], ids=str)
+def test_an_answer_without_numbers_fails_alone(options, num_read, monkeypatch):
+    read = Rows.read
+
+    def poisoned(rows, tokens):
+        logits = read(rows, tokens)
+        logits[[place for place, length in enumerate(rows.lengths) if length == num_read]] = torch.nan
+        return logits
+
+    monkeypatch.setattr(Rows, "read", poisoned)
+    scheduler, good, bad = Scheduler(ServedModel(MODELS["ovq"]), Limits()), Log(), Log()
+    scheduler.add(Generation(tokens=PROMPTS[2], deliver=good, max_tokens=9))
+    scheduler.step()
+    sampling = Sampling(**options)
+    scheduler.add(Generation(tokens=[1, 5], deliver=bad, max_tokens=9, sampling=sampling, num_logprobs=1))
+    run(scheduler)
+    assert isinstance(bad.events[-1], FailEvent)
+    assert len(bad.tokens()) == num_read - 2
+    assert good.tokens() == expected_of(2)[:9]
 
 
 def test_after_a_step_that_fails_others_are_served():

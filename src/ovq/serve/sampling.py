@@ -59,7 +59,7 @@ def choices_of(job: Generation, device: torch.device) -> list[Choice]:
 
 
 def next_tokens(logits: Tensor, choices: Sequence[Choice]) -> list[int]:
-    """The next token of each row.
+    """The next token of each row; -1 where its logits are no numbers.
 
     A row gets the token that `ovq.hf.streaming.stream_tokens` would choose with the same generator; the other
     rows of the batch have no influence.
@@ -75,9 +75,12 @@ def next_tokens(logits: Tensor, choices: Sequence[Choice]) -> list[int]:
     """
     logits = _allowed(logits.float(), choices)
     tokens = logits.argmax(-1)
+    # NaN is the largest of all.
+    is_sound = logits.gather(-1, tokens[:, None])[:, 0].isfinite()
+    tokens.masked_fill_(~is_sound, -1)
     by_sampling: dict[Sampling, list[int]] = {}
     for row, choice in enumerate(choices):
-        if choice.generator is not None:
+        if choice.generator is not None and is_sound[row]:
             by_sampling.setdefault(choice.job.sampling, []).append(row)
     for sampling, rows in by_sampling.items():
         scores = logits[rows]

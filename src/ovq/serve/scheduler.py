@@ -325,6 +325,9 @@ class Scheduler:
         ):
             job = choice.job
             choice.tokens.append(token)
+            if token < 0:
+                self._fail([job], ValueError("expected logits that are numbers, found NaN or Inf"))
+                continue
             is_end = is_last = token in job.ends
             if choice.constraint is not None:
                 try:
