@@ -178,6 +178,21 @@ def test_pieces_of_a_prompt_are_no_drafts(steps):
     assert steps[0] == 0
 
 
+@torch.no_grad()
+def test_what_was_read_before_rows_join_or_columns_go_cannot_be_cropped(model):
+    cache = model.make_cache()
+    cache.activate_past_recording()
+    model(IDS[:1, :40], **{CACHE_KEY: cache})
+    joined = type(cache).concatenate([cache])
+    cache.shorten([40])
+    for one in (joined, cache):
+        with pytest.raises(ValueError, match=r"n from 0 to 0, found crop\(-3\)"):
+            one.crop(-3)
+        model(IDS[:1, 40:43], position_ids=torch.arange(40, 43)[None], **{CACHE_KEY: one})
+        one.crop(-3)
+        assert [layer.memories[0].num_read(0) for layer in one.layers] == [40, 40]
+
+
 def test_only_what_was_recorded_can_be_cropped(model):
     cache = model.make_cache()
     with torch.no_grad():

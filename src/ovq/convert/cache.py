@@ -157,6 +157,17 @@ class MemoryLayer(OVQCacheLayer):
             self.state, self._is_shared = [memory.clone() for memory in self.state], False
         return self.state
 
+    # What is recorded is of the rows and columns that there were.
+    def set_state(self, state: Any, num_new: int) -> None:
+        """See `LayerCache.set_state`."""
+        super().set_state(state, num_new)
+        self._recorded = Recorded(self.num_columns)
+
+    def drop_columns(self, num_dropped: int) -> None:
+        """See `LayerCache.drop_columns`."""
+        super().drop_columns(num_dropped)
+        self._recorded = Recorded(self.num_columns)
+
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices`, in their order."""
         super().batch_select_indices(indices)
