@@ -162,6 +162,8 @@ def test_options_that_would_be_ignored_are_refused(capsys, reading, tmp_path):
         said = fail(capsys, *command, *options)
         assert f"{refused}: expected none with {flag}, found one" in said
     assert "expected at least 36, for sinks and the window, found 35" in fail(capsys, *command, "--rows", 35)
+    said = fail(capsys, *command, "--rows", 100, "--window", 64)
+    assert said == "--window: expected --no-probe beside it and --rows, found none"
     run(capsys, *command, "--rows", 100, "--window", 64, "--preset", "auto", "--no-probe")
     config = load(tmp_path / "out").memory_config
     assert (config.window[0][0], config.num_slots[0][0]) == (64, 32)
@@ -178,7 +180,7 @@ def test_what_a_probe_has_found_serves_others_as_a_preset(capsys, reading, tmp_p
     mine = load_preset(tmp_path / "mine")
     monkeypatch.setattr("ovq.convert.presets.preset.packaged_presets", lambda: (mine,))
     monkeypatch.setattr("ovq.cli.convert.probed", lambda *_, **__: pytest.fail("probed"))
-    unsized = [*bare, *SIZED[2:]]
+    unsized = [*bare, *SIZED[4:]]
     run(capsys, *unsized, "--out", tmp_path / "auto", "--rows", 25, "--save-preset", tmp_path / "again")
     assert load(tmp_path / "auto").memory_config == found
     assert load_preset(tmp_path / "again").config == mine.config

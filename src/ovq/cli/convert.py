@@ -140,6 +140,8 @@ def convert(
         if num_slots < 0:
             least = num_sinks + window
             raise ValueError(f"--rows: expected at least {least}, for sinks and the window, found {rows}")
+        if num_slots and "window" in given and not no_probe:
+            raise ValueError("--window: expected --no-probe beside it and --rows, found none")
     wanted = num_sinks + num_slots + window
 
     from ovq.convert import MemoryConfig, attach
