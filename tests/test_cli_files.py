@@ -4,6 +4,7 @@ import tempfile
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq_lab.text import byte_tokenizer
@@ -83,10 +84,17 @@ def test_damaged_weights_are_not_converted(capsys, folder):
     sizes = {"vocab_size": 8, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1)).save_pretrained(folder / "llama")
     weights = folder / "llama/model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:100])
-    capsys.readouterr()
-    found = failed(capsys, folder, "convert --model {f}/llama --out {f}/converted")
-    assert "--model: expected a causal language model, found" in found
+    tensors = load_file(weights)
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    save_file(tensors, folder / "few", metadata={"format": "pt"})
+    for content, message in (
+        (weights.read_bytes()[:100], "--model: expected a causal language model, found"),
+        ((folder / "few").read_bytes(), "describes, found no model.layers.0.mlp.up_proj.weight)"),
+    ):
+        weights.write_bytes(content)
+        capsys.readouterr()
+        found = failed(capsys, folder, "convert -q --model {f}/llama --out {f}/converted")
+        assert message in found
 
 
 def refuse(*_args, **_kwargs):

@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from ovq.convert import ConvertedMixin, MemoryConfig, load
+from ovq.convert import ConvertedMixin, MemoryConfig, attach, load
 from tests.convert.common import KINDS, converted, original, tokens
 
 
@@ -35,6 +36,20 @@ def test_what_was_learned_is_saved(tmp_path):
     torch.testing.assert_close(load(tmp_path)(ids).logits, model(ids).logits)
     plain = converted(num_slots=8, window=16, num_sinks=4, max_distance=4096)
     assert (plain(ids).logits - model(ids).logits).abs().max() > 1e-3
+
+
+def test_weights_that_are_missing_are_not_made_up(tmp_path):
+    model = original()
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    attach(model, num_slots=8).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    assert "lm_head.weight" not in weights
+    load(tmp_path)
+    del weights["model.norm.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"config\.json describes, found no model\.norm\.weight"):
+        load(tmp_path)
 
 
 def test_folders_without_a_memory_are_refused(tmp_path):

@@ -37,7 +37,7 @@ def load_pretrained(
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    from ovq.hf.hub import check_source
+    from ovq.hf.hub import check_loaded, check_source
 
     source, options = _place(name, gguf_file)
     check_source(source, flag="--model")
@@ -47,7 +47,11 @@ def load_pretrained(
     with _parsing_once() if is_gguf else contextlib.nullcontext():
         try:
             wanted = "float32" if is_gguf and dtype == "auto" else dtype
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, **options).eval()
+            # mypy does not know that there is a report, too.
+            auto: Any = AutoModelForCausalLM
+            model, report = auto.from_pretrained(source, dtype=wanted, output_loading_info=True, **options)
+            # Those that are left over may be of other tasks.
+            check_loaded(name, {**report, "unexpected_keys": []})
         # Offline, transformers' error does not name the model.
         except (*FOREIGN_ERRORS, OSError, ValueError, SafetensorError, StrictDataclassError) as error:
             raise ValueError(
@@ -59,7 +63,7 @@ def load_pretrained(
             tensors = _header(source, options["gguf_file"]).tensors if is_gguf else []
             is_rounded = any(tensor.tensor_type.name not in _EXACT for tensor in tensors)
             model = _narrowed(model, is_rounded=is_rounded)
-        return model, _tokenizer(name, source, options)
+        return model.eval(), _tokenizer(name, source, options)
 
 
 def _place(name: str, gguf_file: str | None) -> tuple[str, dict[str, str]]:

@@ -24,6 +24,7 @@ from ovq.convert.step import checked_weight_dtype, token_output
 from ovq.hf.cache import CACHE_KEY, one_of
 from ovq.hf.context_file import digest, weights_of
 from ovq.hf.generation import CachedGeneration
+from ovq.hf.hub import check_loaded
 from ovq.runtime.files import read_json
 
 # Tokens on which the model is compared before and after, and tolerances: the root mean square of the logit
@@ -213,7 +214,8 @@ def load(folder: str | os.PathLike, *, weight_dtype: str | None = None, **option
 
     Raises:
         OSError: no model there.
-        ValueError: a model that is not converted, sizes that do not fit it, or an unknown `weight_dtype`.
+        ValueError: a model that is not converted, sizes or weights that do not fit it, or an unknown
+            `weight_dtype`.
 
     Example:
         >>> import tempfile
@@ -232,7 +234,10 @@ def load(folder: str | os.PathLike, *, weight_dtype: str | None = None, **option
             f"{folder}: expected a converted model, found no {CONFIG_KEY} in its config.json: convert it "
             "with ovq.convert.attach, or ovq convert"
         )
-    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    # mypy does not know that there is a report, too.
+    auto: Any = AutoModelForCausalLM
+    model, report = auto.from_pretrained(folder, output_loading_info=True, **options)
+    check_loaded(folder, {**report, "unexpected_keys": []})
     return attach(model.eval(), config=found, weight_dtype=weight_dtype)
 
 
