@@ -276,6 +276,16 @@ def test_a_gguf_file_is_read_as_it_is(capsys, tmp_path):
     assert "expected a GGUF file, found none in" in missing
 
 
+@pytest.mark.parametrize("size", [3, 500, 24_000])
+def test_a_gguf_file_that_ends_early_costs_one_line(capsys, tmp_path, size):
+    file = write_gguf(tmp_path / "tiny.gguf")
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(SystemExit) as exit_info:
+        main(["convert", "-q", "--model", str(file), "--out", str(tmp_path / "out")])
+    assert exit_info.value.code == 2
+    assert capsys.readouterr().err.startswith("ovq: error: --model: expected a causal language model, found")
+
+
 @pytest.mark.parametrize(("kind", "dtype"), [("F32", torch.float32), ("F16", torch.float16)])
 def test_weights_that_16_bits_would_change_stay_as_they_are(capsys, tmp_path, kind, dtype):
     file = write_gguf(tmp_path / "tiny.gguf", kind=kind, has_tokenizer=False)

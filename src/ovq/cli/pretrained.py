@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ def load_pretrained(
 
     from ovq.hf.hub import check_loaded, check_source
 
+    of_files = (SafetensorError, StrictDataclassError, struct.error)
     source, options = _place(name, gguf_file)
     check_source(source, flag="--model")
     is_gguf = bool(options)
@@ -52,8 +54,8 @@ def load_pretrained(
             model, report = auto.from_pretrained(source, dtype=wanted, output_loading_info=True, **options)
             # Those that are left over may be of other tasks.
             check_loaded(name, {**report, "unexpected_keys": []})
-        # Offline, transformers' error does not name the model.
-        except (*FOREIGN_ERRORS, OSError, ValueError, SafetensorError, StrictDataclassError) as error:
+        # Offline, transformers' error does not name the model. A GGUF file may end anywhere.
+        except (*FOREIGN_ERRORS, OSError, ValueError, *of_files) as error:
             raise ValueError(
                 f"--model: expected a causal language model, found {name!r} ({error})"
             ) from error
