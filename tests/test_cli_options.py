@@ -167,6 +167,11 @@ def test_generate_as_json(capsys, folder, tmp_path):
     assert json.loads(run(capsys, *arguments, "--json", "--num-beams", 2))["completion_tokens"] > 0
     said = fail(capsys, *arguments[:-1], 0, "--json", "--ignore-eos")
     assert said.startswith("--json: expected --max-new-tokens above 0")
+    # Nothing ends a text, either.
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(tmp_path)
+    said = fail(capsys, *arguments[:-1], 0, "--json")
+    assert said.startswith("--json: expected --max-new-tokens above 0")
 
 
 def test_generate_answers_a_message(capsys, folder, tmp_path):

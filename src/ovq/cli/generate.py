@@ -73,10 +73,6 @@ def generate(
     With sampling: [bold]ovq generate --model DIR --prompt-file - --temperature 0.8 --top-p 0.95 <
     prompt.txt[/bold]
     """
-    if json_ and max_new_tokens == 0 and ignore_eos:
-        raise ValueError(
-            "--json: expected --max-new-tokens above 0, or no --ignore-eos, as the text must end"
-        )
     text = _read_prompt(prompt, prompt_file)
     check_generating_folder(model)
     if context is not None and not context.is_file():
@@ -115,6 +111,10 @@ def generate(
     document = None if context is None else load_context(context, loaded)
     set_seed(seed)
     ends = None if ignore_eos else loaded.generation_config.eos_token_id
+    if json_ and max_new_tokens == 0 and ends is None:
+        raise ValueError(
+            "--json: expected --max-new-tokens above 0, or a token that ends a text, as the text must end"
+        )
     tokens: Iterable[int]
     if num_beams > 1:
         size: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
