@@ -1,5 +1,6 @@
 """Once a text is longer than the trained length, rows that are far away are read as if they were nearer."""
 
+import dataclasses
 import json
 
 import pytest
@@ -201,6 +202,19 @@ def test_models_saved_before_there_was_a_reach_get_one(tmp_path):
         del fields["ovq_memory"][name]
     path.write_text(json.dumps(fields))
     assert load(tmp_path).memory_config == model.memory_config
+
+
+@pytest.mark.parametrize("kind", ["linear", "llama3"])
+def test_the_config_of_a_model_that_turns_keys_otherwise_is_refused(kind):
+    config = converted().memory_config
+    assert attach(original().bfloat16(), config=config).memory_config == config
+    with pytest.raises(ValueError, match="rotary_frequencies: expected those of this LlamaForCausalLM"):
+        attach(scaled(kind), config=config)
+    shorter = dataclasses.replace(config, rotary_frequencies=config.rotary_frequencies[:-1])
+    with pytest.raises(ValueError, match="rotary_frequencies: expected those"):
+        attach(original(), config=shorter)
+    anew = dataclasses.replace(config, rotary_frequencies=None)
+    assert attach(scaled(kind), config=anew).memory_config.reach != config.reach
 
 
 def test_models_that_do_not_say_how_they_turn_keys_have_no_limit():

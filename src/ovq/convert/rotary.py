@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -31,9 +32,17 @@ def with_reach(config: MemoryConfig, model: PreTrainedModel) -> MemoryConfig:
         model: a model that is not converted yet.
 
     Raises:
-        ValueError: a length or a distance is given, but the rotary frequencies are not known.
+        ValueError: a length or a distance is given, but the rotary frequencies are not known; or the
+            frequencies that are given are those of another model.
     """
-    if config.rotary_frequencies is not None:
+    if (given := config.rotary_frequencies) is not None:
+        own = _frequencies(model)
+        # The model may hold them in 16 bits.
+        if own is not None and not (len(own) == len(given) and np.allclose(own, given, rtol=0.02, atol=0)):
+            raise ValueError(
+                f"rotary_frequencies: expected those of this {type(model).__name__}, found others: the "
+                "config is of another model; leave them and trained_length out (None)"
+            )
         return config
     length = getattr(model.config, "max_position_embeddings", None)
     length = length if isinstance(length, int) and length >= LEAST_LENGTH else None
@@ -63,10 +72,8 @@ def rotary_frequencies(model: PreTrainedModel) -> list[float] | None:
         >>> [round(x, 4) for x in rotary_frequencies(model)]
         [1.0, 0.01]
     """
-    modules = [(m, m.inv_freq) for m in model.modules() if isinstance(getattr(m, "inv_freq", None), Tensor)]
-    if len(modules) != 1 or getattr(modules[0][0], "rope_type", "default") in _CHANGING:
+    if (found := _frequencies(model)) is None:
         return None
-    found: list[float] = torch.as_tensor(modules[0][1]).double().tolist()
     first, later = (_keys(model, position) for position in (0, _POSITIONS))
     reach = Reach(trained_length=_POSITIONS, max_distance=_POSITIONS, frequencies=tuple(found))
     tolerance = _TOLERANCE.get(model.dtype, _TOLERANCE_OF_NARROW)
@@ -77,6 +84,14 @@ def rotary_frequencies(model: PreTrainedModel) -> list[float] | None:
         if not float((turned - after).norm()) < tolerance * float(after.norm()):
             return None
     return found
+
+
+def _frequencies(model: PreTrainedModel) -> list[float] | None:
+    """What a model says of these angles, if they are fixed."""
+    modules = [(m, m.inv_freq) for m in model.modules() if isinstance(getattr(m, "inv_freq", None), Tensor)]
+    if len(modules) != 1 or getattr(modules[0][0], "rope_type", "default") in _CHANGING:
+        return None
+    return torch.as_tensor(modules[0][1]).double().tolist()
 
 
 @torch.no_grad()
