@@ -60,7 +60,8 @@ def states(cache):
         ([2, 9, 1], 256, [1, 5, 11]),
         # More than is recorded.
         ([12], 10, [2, 10]),
-        ([7, 3], 8, [1, 3]),
+        ([7, 3], 8, [1, 3, 4, 9]),
+        ([3] * 6, 8, [1, 8, 9]),
     ],
 )
 def test_what_is_cropped_was_never_read(model, sizes, most, nums, monkeypatch):

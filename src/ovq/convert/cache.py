@@ -108,11 +108,13 @@ class Recorded:
         num_columns: columns read before recording.
         before: copies of the memories before the first recorded call that merged or re-positioned.
         tokens: keys and values `[1, Hkv, T, D]` of the real tokens from that call on; None if there was none.
+        earlier: what was recorded up to `num_columns`, once there are too many tokens for one record.
     """
 
     num_columns: int
     before: Sequence[HeadMemory] = ()
     tokens: tuple[Tensor, Tensor] | None = None
+    earlier: Recorded | None = None
 
 
 class MemoryLayer(OVQCacheLayer):
@@ -210,7 +212,7 @@ class MemoryLayer(OVQCacheLayer):
         k, v = k[:, order], v[:, order]
         if self.config.key_exponents is not None:
             k = k / key_factors(self.config.key_exponents, k)
-        self._recorded = Recorded(self._recorded.num_columns, before, (k, v))
+        self._recorded = dataclasses.replace(self._recorded, before=before, tokens=(k, v))
 
     def _changes_after(self, num_new: int) -> bool:
         """Whether `num_new` tokens cause a merge or re-positioning, which `HeadMemory.drop_` cannot undo."""
@@ -227,10 +229,11 @@ class MemoryLayer(OVQCacheLayer):
                 tokens = torch.cat([keys, k], 2), torch.cat([values, v], 2)
                 self._recorded = dataclasses.replace(recorded, tokens=tokens)
                 return
-            recorded = self._recorded = Recorded(self.num_columns - num_new)
+            earlier = dataclasses.replace(recorded, earlier=None)
+            recorded = self._recorded = Recorded(self.num_columns - num_new, earlier=earlier)
         if self._changes_after(k.shape[2]):
             before = [memory.clone() for memory in self.state]
-            self._recorded = Recorded(recorded.num_columns, before, (k, v))
+            self._recorded = dataclasses.replace(recorded, before=before, tokens=(k, v))
 
     @torch.no_grad()
     def crop(self, tokens_to_remove: int) -> None:
@@ -242,10 +245,13 @@ class MemoryLayer(OVQCacheLayer):
         # Earlier versions of transformers pass a tensor: `+=` on the column count would change it in place.
         tokens_to_remove = int(tokens_to_remove)
         recorded, num_left = self._recorded, self.num_columns + tokens_to_remove
-        num_recorded = self.num_columns - recorded.num_columns if self.record_past else 0
+        num_before = (recorded.earlier or recorded).num_columns
+        num_recorded = self.num_columns - num_before if self.record_past else 0
         if not -num_recorded <= tokens_to_remove <= 0 or (tokens_to_remove and self.num_rows != 1):
             raise not_croppable(tokens_to_remove, num_recorded)
         num_removed = -tokens_to_remove
+        if recorded.earlier is not None and num_left < recorded.num_columns:
+            num_removed, recorded = recorded.num_columns - num_left, recorded.earlier
         if num_removed and recorded.tokens is not None:
             for memory, before in zip(self.own_(), recorded.before, strict=True):
                 memory.put_back_(before)
