@@ -43,6 +43,10 @@ def test_norm_and_swiglu(dim):
     assert_same(
         normed, lambda x, w: (F.rms_norm(x, (dim,), w, 1e-6),), torch.randn(3, 5, dim), torch.rand(dim)
     )
+    # A weight that lies with others, as a column of their matrix.
+    x, weights = torch.randn(3, 5, dim), torch.rand(dim, 2)
+    (found,), expected = normed(x, weights[:, 1]), F.rms_norm(x, (dim,), weights[:, 1], 1e-6)
+    torch.testing.assert_close(found, expected)
 
     def plain(x):
         gate, up = x.chunk(2, -1)

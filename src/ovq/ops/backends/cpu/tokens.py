@@ -58,7 +58,7 @@ class CompiledRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Normalise each vector."""
-        x = x.contiguous()
+        x, weight = x.contiguous(), weight.contiguous()
         dim = weight.numel()
         num = x.numel() // dim
         y, rates = torch.empty_like(x), x.new_empty(num)
