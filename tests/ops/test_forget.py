@@ -130,6 +130,22 @@ def test_texts_shorter_than_a_chunk_have_gradients(backend):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["naive", "torch"])
+def test_gradients_of_a_call_stand_while_others_go_on_from_its_state(backend):
+    """Decode steps write to the buffers that a state shares with the one that they began with."""
+    tensors, options = arguments(1, 10, weights=True)
+    with torch.no_grad():
+        _, state = run(tensors, options | {"backend": "torch"}, [9, 1])
+    leaves = {name: x.clone().requires_grad_() for name, x in tensors.items()}
+    o, _ = attend(**leaves, **options, initial_state=state, backend=backend)
+    expected = torch.autograd.grad(o.sum(), list(leaves.values()), retain_graph=True)
+    with torch.no_grad():
+        one = {name: x[:, :1] for name, x in tensors.items()}
+        attend(**one, **options, initial_state=state, backend="torch")
+    for a, b in zip(torch.autograd.grad(o.sum(), list(leaves.values())), expected, strict=True):
+        assert torch.equal(a, b)
+
+
 @settings(max_examples=8, deadline=None)
 @given(
     merge=st.sampled_from(["existing", "updated", "nearest"]),

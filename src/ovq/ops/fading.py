@@ -78,7 +78,8 @@ def faded(state: OVQState, log_factor: Tensor) -> OVQState:
     assert state.pending_weights is not None
     factor = log_factor.exp().to(state.weight.dtype)[..., None]
     faded = _with_slots_times(state, factor)
-    return dataclasses.replace(faded, pending_weights=state.pending_weights * factor)
+    # A copy: autograd keeps what is multiplied, and other decode steps from the state may write to it.
+    return dataclasses.replace(faded, pending_weights=state.pending_weights.clone() * factor)
 
 
 def bounded(state: OVQState, rows: Tensor, *, frees_slots: bool) -> OVQState:
