@@ -233,6 +233,15 @@ def with_transposed_weight(model):
     down.weight = nn.Parameter(down.weight.t().contiguous().t())
 
 
+def with_narrow_gate(model):
+    model.model.layers[1].mixer.merge_gate.bfloat16()
+
+
+def with_strided_gate(model):
+    gate = model.model.layers[1].mixer.forget_gate
+    gate.bias = nn.Parameter(torch.stack([gate.bias.detach()] * 2, 1)[:, 0])
+
+
 def parametrized(model):
     nn.utils.parametrize.register_parametrization(model.model.layers[1].mixer.o_proj, "weight", nn.Identity())
 
@@ -256,6 +265,8 @@ def with_mixer(**attributes):
         of_class("model.layers.1.mixer.qkv_proj", OtherLinear),
         of_class("model.layers.1.mixer", OtherMixer),
         with_transposed_weight,
+        with_narrow_gate,
+        with_strided_gate,
         parametrized,
         with_mixer(backend="torch"),
         with_mixer(ablation={"bias": "count+norm"}),
@@ -263,7 +274,8 @@ def with_mixer(**attributes):
     ],
 )
 def test_a_layer_that_is_not_plain_runs_by_its_modules(monkeypatch, runs, change):
-    model, ids = make_model(merge_gate=True, num_hidden_layers=3), random_ids(1, 12)
+    model = make_model(merge_gate=True, forget_gate=True, num_hidden_layers=3)
+    ids = random_ids(1, 12)
     change(model)
     found = decoded(model, ids)
     # The first layer and the third, each by itself.

@@ -20,6 +20,7 @@ from ovq.layers.products import is_plain
 from ovq.ops import SlotAssignments, ovq_attention, slot_assignments
 from ovq.ops.ablation import NAMES, Ablation, with_earlier_names
 from ovq.ops.backends.cpu.layer import TokenMemory, memory_of_slots
+from ovq.ops.backends.cpu.tokens import can_run
 from ovq.ops.options import Options, check_sizes, current_merge, default_growth, options_of, weighing_chunk
 from ovq.ops.parts import StateSpec, check_tensors, of_rows, slot_spec
 from ovq.ops.schedule import scheduled_slots
@@ -233,7 +234,10 @@ class OVQAttention(AttentionMixer):
         if (gate is None and forget_gate is None) != (state.weight is None):
             return None
         for each, kind in ((gate, MergeGate), (forget_gate, ForgetGate)):
-            if each is not None and not (is_plain(each, kind) and each.weight.is_contiguous()):
+            if each is None:
+                continue
+            weights = list(each.parameters())
+            if not (is_plain(each, kind) and can_run(*weights) and all(x.is_contiguous() for x in weights)):
                 return None
         options = options_of(**self._sizes, **self.learning, seed=0)
         if forget_gate is not None:
