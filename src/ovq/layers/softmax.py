@@ -58,7 +58,7 @@ class FullAttention(AttentionMixer):
         """Cached and new keys and values, concatenated; the new ones are `[B, Hkv, T, K]`. Updates the cache.
 
         Raises:
-            ValueError: if the cached ones have another dtype.
+            ValueError: if the cached ones have other rows, heads or components, or another dtype.
         """
         if cache is None:
             return k, v
@@ -68,6 +68,12 @@ class FullAttention(AttentionMixer):
             raise ValueError(
                 f"past_key_values: expected keys and values in {k.dtype}, as the layer computes them, found "
                 f"them in {found}: the cache is of a model in another dtype"
+            )
+        own, cached = ([x.shape[0], x.shape[1], x.shape[3]] for x in (k, past["keys"]))
+        if cached != own:
+            raise ValueError(
+                f"past_key_values: expected keys and values of {own} (rows, heads, components), as the layer "
+                f"computes them, found {cached}"
             )
         k, v = torch.cat([past["keys"], k], dim=2), torch.cat([past["values"], v], dim=2)
         cache.set_state({"keys": self.kept(k), "values": self.kept(v)}, layout.num_new)
