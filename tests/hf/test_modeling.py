@@ -171,6 +171,11 @@ def test_caches_that_cannot_be_are_refused():
         ValueError, match=r"layer 0 .* the keys and values of a window of 5, found an OVQState"
     ):
         model(ids, past_key_values=other)
+    for num_layers in (2, 6):
+        other = make_model(num_hidden_layers=num_layers, mixer_types=None)
+        cache = other(ids, use_cache=True)[CACHE_KEY]
+        with pytest.raises(ValueError, match=f"a cache of 4 layers.* found one of {num_layers}"):
+            model(ids, past_key_values=cache)
 
 
 def test_inputs_without_rows_are_refused(model):

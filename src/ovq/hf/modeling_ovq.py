@@ -108,6 +108,11 @@ class OVQModel(OVQPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         past = one_cache(past_key_values, cache)
+        if past is not None and len(past.layers) != len(self.layers):
+            raise ValueError(
+                f"expected a cache of {len(self.layers)} layers, as the model has, "
+                f"found one of {len(past.layers)}"
+            )
         num_past = 0 if past is None else past.num_columns
         cu_seqlens = packed_offsets(
             cu_seqlens,
