@@ -95,6 +95,9 @@ def test_logits_to_keep(model):
     torch.testing.assert_close(model(ids, logits_to_keep=3).logits, logits[:, -3:])
     index = torch.tensor([0, 5])
     torch.testing.assert_close(model(ids, logits_to_keep=index).logits, logits[:, index])
+    for kept in (3, index):
+        with pytest.raises(ValueError, match="logits_to_keep: expected 0 with labels"):
+            model(ids, labels=ids, logits_to_keep=kept)
 
 
 def test_the_loss_is_that_of_the_next_token(model):

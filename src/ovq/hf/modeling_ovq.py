@@ -241,7 +241,7 @@ class OVQForCausalLM(CachedGeneration, OVQPreTrainedModel, GenerationMixin):
                 the loss includes the layers' auxiliary losses.
             use_cache: return a cache. None: as in `OVQModel.forward`, and not with labels.
             logits_to_keep: compute logits for the last positions only, this many (0: for all), or for these
-                indices.
+                indices; not with labels.
             cache: newer name of `past_key_values`.
             cu_seqlens: `[R + 1]` offsets of rows packed into one (`B == 1`), or its other names, as in
                 `OVQModel.forward`.
@@ -292,6 +292,11 @@ class OVQForCausalLM(CachedGeneration, OVQPreTrainedModel, GenerationMixin):
             raise ValueError(
                 "skip_logits: expected labels and no logits_to_keep, found "
                 + ("logits_to_keep" if has_targets else "no labels")
+            )
+        if has_targets and not keeps_all:
+            raise ValueError(
+                "logits_to_keep: expected 0 with labels, as the loss takes the logits of all positions, "
+                f"found {logits_to_keep}"
             )
         if has_targets:
             # Sequences with targets are not continued, so evaluation need not pay for a cache.
