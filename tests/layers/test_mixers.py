@@ -296,6 +296,27 @@ def test_a_call_that_fails_leaves_the_cache_as_it_was(mixer, x):
     torch.testing.assert_close(o, mixer(x)[0][:, 9:], **TOLERANCE)
 
 
+class Adapted(torch.nn.Module):
+    """A projection that does not say its sizes."""
+
+    def __init__(self, projection):
+        super().__init__()
+        self.weight = projection.weight
+
+    def forward(self, x):
+        return x @ self.weight.T
+
+
+def test_a_projection_need_not_say_its_sizes(mixer, x):
+    expected, _, cache = mixer(x, use_cache=True)
+    spec = mixer.state_spec(TOKENS, x.dtype)
+    mixer.qkv_proj, mixer.o_proj = Adapted(mixer.qkv_proj), Adapted(mixer.o_proj)
+    o, _, found = mixer(x, use_cache=True)
+    torch.testing.assert_close(o, expected)
+    assert found.nbytes == cache.nbytes
+    assert mixer.state_spec(TOKENS, x.dtype) == spec
+
+
 @pytest.mark.parametrize(
     "name", ["ovq", "full", "sliding", "sinks", "vq", "kvm", "raven", "deltanet", "mamba"]
 )

@@ -76,6 +76,8 @@ class Mixer(nn.Module, ABC):
         if layer_idx is not None and layer_idx < 0:
             raise ValueError(f"expected layer_idx of at least 0, found {layer_idx}")
         super().__init__()
+        # Not asked of the projections, as an adapter in their place need not say them.
+        self.hidden_size, self.num_channels = hidden_size, num_channels
         self.conv_size, self.layer_idx, self.use_rope = conv_size, layer_idx, use_rope
         # One projection and one convolution for queries, keys and values: fewer and larger products.
         self.qkv_proj = Linear(hidden_size, num_channels)
@@ -165,7 +167,7 @@ class Mixer(nn.Module, ABC):
         """
         spec: StateSpec = {}
         if self.conv_size:
-            spec["conv_state"] = ((self.qkv_proj.out_features, self.conv_size - 1), dtype)
+            spec["conv_state"] = ((self.num_channels, self.conv_size - 1), dtype)
         return spec | self.memory_spec(num_tokens, dtype)
 
     def state_bytes(self, num_tokens: int, dtype: torch.dtype = torch.float32) -> int:
@@ -286,7 +288,7 @@ class Mixer(nn.Module, ABC):
         return layers[idx]
 
     def _check_hidden_states(self, hidden_states: Tensor) -> None:
-        width = self.qkv_proj.in_features
+        width = self.hidden_size
         if not isinstance(hidden_states, Tensor):
             raise ValueError(f"expected hidden_states to be a tensor, found {type(hidden_states).__name__}")
         if hidden_states.dim() != 3 or hidden_states.shape[-1] != width or hidden_states.shape[1] == 0:
