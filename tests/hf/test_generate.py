@@ -120,6 +120,12 @@ def test_a_prompt_that_was_read_is_refused(model, length, options):
     assert torch.equal(*outs)
 
 
+def test_a_cache_that_is_not_to_be_used_is_refused(model):
+    """Without a mask, each step would read the whole text again, after what the cache has read."""
+    with pytest.raises(ValueError, match="use_cache: expected True with a cache that is given, found False"):
+        model.generate(random_ids(1, 4), **{CACHE_KEY: OVQCache(model.config)}, use_cache=False, **GREEDY)
+
+
 def test_scores_with_cache_are_those_without(model, batch):
     outs = [
         model.generate(

@@ -31,8 +31,8 @@ class CachedGeneration:
         A given cache with one row per prompt is expanded to one row per beam or returned sequence.
 
         Raises:
-            ValueError: a `cache_implementation` that cannot hold a state, or a prompt of which the cache has
-                read every token.
+            ValueError: a `cache_implementation` that cannot hold a state, a cache that is given but not to be
+                used, or a prompt of which it has read every token.
         """
         model: Any = self
         implementation = generation_config.cache_implementation
@@ -42,7 +42,10 @@ class CachedGeneration:
                 "this model has a cache of its own, which is small already"
             )
         given = one_of(model_kwargs.pop("past_key_values", None), model_kwargs.pop("cache", None))
-        if given is not None or generation_config.use_cache is not False:
+        if given is not None and generation_config.use_cache is False:
+            # Every step would read the whole text again, after what the cache has read.
+            raise ValueError("use_cache: expected True with a cache that is given, found False")
+        if generation_config.use_cache is not False:
             cache = model.make_cache() if given is None else model.checked_cache(given)
             model_kwargs[CACHE_KEY] = cache
             if not generation_config.is_assistant:
