@@ -42,6 +42,15 @@ def test_pieces_add_up_to_the_whole(monkeypatch, num_items, dtype):
     torch.testing.assert_close(grads, torch.autograd.grad(expected, (hidden, weight)), **tolerance)
 
 
+def test_the_mean_over_no_target_has_gradients_of_zero():
+    """As the loss of all logits has: a text without a target must not spoil the output layer."""
+    hidden, weight = torch.randn(0, 8, requires_grad=True), torch.randn(13, 8, requires_grad=True)
+    found = loss.loss_in_pieces(hidden, weight, torch.empty(0, dtype=torch.int64))
+    assert found.isnan()
+    found.backward()
+    assert torch.equal(weight.grad, torch.zeros(13, 8))
+
+
 def test_logits_of_all_tokens_never_exist():
     vocab_size, num_tokens = 3000, 1000
     config = OVQConfig(

@@ -56,8 +56,8 @@ def loss_in_pieces(
     if num_items_in_batch is None:
         num_items_in_batch = len(targets)
         if not num_items_in_batch:
-            # The mean over no tokens is NaN.
-            return total * torch.nan
+            # The mean over no tokens is NaN; its gradients are zero.
+            return total + torch.nan
     if isinstance(num_items_in_batch, Tensor):
         num_items_in_batch = num_items_in_batch.to(total.device)
     return total / num_items_in_batch
