@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from ovq.layers import SequenceLayout, ShortConvolution
-from ovq.layers.common import QKNorm, apply_rotary, l2_normalize, rotary_tables, swiglu
+from ovq.layers.common import QKNorm, RMSNorm, apply_rotary, l2_normalize, rotary_tables, swiglu
+from ovq.layers.products import Linear
 from ovq.ops import backend_used, ovq_attention
 from ovq.ops.backends.cpu.kernels import cpu_kernels
 from ovq.ops.backends.cpu.tokens import can_run
@@ -53,6 +54,20 @@ def test_tensors_of_other_classes_are_left_to_pytorch():
     o, _ = ovq_attention(other, other, other, **sizes)
     assert backend_used() == "torch"
     torch.testing.assert_close(torch.Tensor(o), ovq_attention(x, x, x, **sizes)[0])
+
+
+@pytest.mark.parametrize("width", [1, 7, 9, 16])
+@pytest.mark.parametrize("num_tokens", [1, 600])
+@torch.no_grad()
+def test_inputs_of_another_width_are_refused(width, num_tokens):
+    """Kernels would read, and write, beyond them."""
+    x = torch.randn(1, num_tokens, width)
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        Linear(8, 4)(x)
+    with pytest.raises(RuntimeError, match=r"expected input with shape \[\*8\]"):
+        RMSNorm(8, eps=1e-6)(x)
+    with pytest.raises(ValueError, match=rf"expected x of shape \[B, T, 8\], found \[1, .*{width}\]"):
+        ShortConvolution(8, conv_size=3)(x)
 
 
 def test_scale_is_beta_times_root_of_head_dim_and_learns():

@@ -104,7 +104,7 @@ class OVQModel(OVQPreTrainedModel):
         _check_kwargs(kwargs, _TRANSFORMERS_KWARGS | PACKING_KWARGS)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds, found both or neither")
-        _check_inputs(input_ids, inputs_embeds)
+        _check_inputs(input_ids, inputs_embeds, self.config.hidden_size)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         past = one_cache(past_key_values, cache)
@@ -271,7 +271,7 @@ class OVQForCausalLM(CachedGeneration, OVQPreTrainedModel, GenerationMixin):
                 )
         past = one_cache(past_key_values, cache)
         if labels is not None and shift_labels is None and inputs is not None:
-            _check_inputs(input_ids, inputs_embeds)
+            _check_inputs(input_ids, inputs_embeds, self.config.hidden_size)
             # Without labels, only the backbone needs the offsets, and it calls this itself.
             cu_seqlens = packed_offsets(
                 cu_seqlens,
@@ -382,13 +382,17 @@ def _check_kwargs(kwargs: dict, allowed: frozenset[str]) -> None:
         )
 
 
-def _check_inputs(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
+def _check_inputs(input_ids: Tensor | None, inputs_embeds: Tensor | None, hidden_size: int) -> None:
     for name, given, shape in (
         ("input_ids", input_ids, "[B, T]"),
         ("inputs_embeds", inputs_embeds, "[B, T, hidden_size]"),
     ):
         if given is not None and given.dim() != shape.count(",") + 1:
             raise ValueError(f"{name}: expected shape {shape}, found {list(given.shape)}")
+    if inputs_embeds is not None and inputs_embeds.shape[2] != hidden_size:
+        raise ValueError(
+            f"inputs_embeds: expected shape [B, T, {hidden_size}], found {list(inputs_embeds.shape)}"
+        )
 
 
 def _is_first(cu_seqlens: Tensor, num_tokens: int) -> Tensor:

@@ -111,7 +111,9 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension."""
-        if self.eps is not None and can_run(x, self.weight):
+        # Of an input of another width, PyTorch says what is wrong; the kernel would read beyond it.
+        is_fit = self.eps is not None and x.shape[-1:] == self.weight.shape
+        if is_fit and can_run(x, self.weight):
             return applied(CompiledRMSNorm, x, self.weight, self.eps)
         return super().forward(x)
 
@@ -218,8 +220,10 @@ class ShortConvolution(OwnWeights):
             each row.
 
         Raises:
-            ValueError: if the state has another number of rows, channels or inputs.
+            ValueError: if tokens have other channels, or the state other rows, channels or inputs.
         """
+        if x.dim() != 3 or x.shape[2] != len(self.weight):
+            raise ValueError(f"expected x of shape [B, T, {len(self.weight)}], found {list(x.shape)}")
         expected = (len(x), *self.weight.shape[:1], self.conv_size - 1)
         if state is not None and state.shape != expected:
             raise ValueError(
