@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ovq.layers import SequenceLayout
+from ovq.layers import SequenceLayout, SlidingWindowAttention
 
 
 def layout(mask=None, *, batch_size=1, num_past=0, num_new=4, cu_seqlens=None):
@@ -70,7 +70,7 @@ def test_the_bounds_of_the_new_tokens_of_each_row(arguments, expected):
 
 def test_a_layout_is_not_checked_again():
     found = layout(torch.tensor([[0, 1, 1, 1]]))
-    assert layout(found, batch_size=7) is found
+    assert layout(found) is found
 
 
 def test_packed_rows():
@@ -103,3 +103,23 @@ def test_packed_rows():
 def test_what_does_not_fit_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         layout(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("mask", "cu_seqlens", "num_past", "num_new"),
+    [
+        (None, None, 0, 5),
+        (None, None, 0, 12),
+        (None, None, 3, 9),
+        (torch.ones(1, 9).index_fill(1, torch.tensor([0]), 0), None, 0, 9),
+        (None, torch.tensor([0, 4, 9]), 0, 9),
+    ],
+)
+def test_a_layout_of_other_columns_is_refused(mask, cu_seqlens, num_past, num_new):
+    """Kernels would read beyond its tables of positions, and positions would be those of another call."""
+    layer, x = SlidingWindowAttention(16, 2, sliding_window=4), torch.randn(2, 9, 16)
+    sizes = {"batch_size": 1, "num_past": num_past, "num_new": num_new}
+    found = layout(mask, **sizes, cu_seqlens=cu_seqlens)
+    expected = "expected a layout of 2 rows with 0 cached and 9 new columns, found one of "
+    with pytest.raises(ValueError, match=f"{expected}. rows with {num_past} and {num_new}"):
+        layer(x, found)

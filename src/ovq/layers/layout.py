@@ -68,9 +68,11 @@ class SequenceLayout:
 
         Raises:
             ValueError: if the mask has a wrong shape, other values, or a hole; if offsets do not partition
-                the columns; if both mask and offsets are given; if packing is combined with a cache.
+                the columns; if both mask and offsets are given; if packing is combined with a cache; if a
+                layout has other columns.
         """
         if isinstance(attention_mask, SequenceLayout):
+            attention_mask._check(batch_size, num_past, num_new)
             return attention_mask
         if cu_seqlens is not None:
             if attention_mask is not None:
@@ -81,6 +83,18 @@ class SequenceLayout:
         if attention_mask is None:
             return SequenceLayout(num_past=num_past, num_new=num_new)
         return _masked_layout(attention_mask, batch_size, num_past, num_new)
+
+    def _check(self, batch_size: int, num_past: int, num_new: int) -> None:
+        """Raise ValueError if a call has other columns: kernels would read beyond those of the layout."""
+        rows = batch_size if self.mask is None else len(self.mask)
+        own = 1 if self.cu_seqlens is not None else rows, self.num_past, self.num_new
+        # A graph would be made anew for each number of cached columns of each layer.
+        past = self.num_past if torch.compiler.is_compiling() else num_past
+        if own != (batch_size, past, num_new):
+            raise ValueError(
+                f"expected a layout of {batch_size} rows with {past} cached and {num_new} new columns, "
+                "found one of {} rows with {} and {}".format(*own)
+            )
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> SequenceLayout:
         """The layout on another device; accelerate calls this for the inputs of a layer.
