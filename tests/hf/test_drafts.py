@@ -138,6 +138,22 @@ def test_only_what_was_recorded_can_be_cropped(model):
         cache.crop(-1)
 
 
+def test_rows_that_lost_their_padding_are_cropped(model):
+    """The state to go back to had padding, and the last of the tokens were read without a mask."""
+    cache, ids = model.make_cache(), random_ids(2, 9)
+    mask = torch.ones(2, 6)
+    mask[1, :2] = 0
+    model(ids[:, :6], mask, **{CACHE_KEY: cache})
+    cache.batch_select_indices(torch.tensor([0]))
+    cache.activate_past_recording()
+    model(ids[:1, 6:7], mask.new_ones(1, 7), **{CACHE_KEY: cache})
+    model(ids[:1, 7:], **{CACHE_KEY: cache})
+    cache.crop(-1)
+    assert cache.get_seq_length() == 8
+    logits = model(ids[:1, 8:], **{CACHE_KEY: cache}).logits
+    torch.testing.assert_close(logits, model(ids[:1]).logits[:, 8:])
+
+
 def test_a_model_that_was_deleted_cannot_read_again_what_stays():
     model = make_model()
     cache = model.make_cache()

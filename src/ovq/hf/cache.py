@@ -384,7 +384,10 @@ class OVQCache(StateCache):
             )
         self.layers = [layer.branch() for layer in recorded.layers]
         if kept.shape[1]:
-            mask = recorded.mask if recorded.mask is None else recorded.mask[:, :tokens_to_remove]
+            num_columns = self.num_columns + kept.shape[1]
+            # Without a mask no column was padding any more, though one may have been before these tokens.
+            mask = kept.new_ones(len(kept), num_columns) if recorded.mask is None else recorded.mask
+            mask = mask[:, :num_columns]
             model(inputs_embeds=kept, attention_mask=mask, **{CACHE_KEY: self})
             self.recorded = None
 
