@@ -1,4 +1,4 @@
-"""Clusters by the shortest edges from items to their nearest ones, in plain NumPy, apart from the op."""
+"""The clustering of `merge="nearest"`, by shortest nearest-item edges, in NumPy and independent of the op."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def nearest_clusters(
     Args:
         points: `[n, D]` the items; an item may be the mean of several points.
         count: `[n]` the number of points that each item stands for.
-        movers: the items that look for another. Where their edges are too few, all clusters do.
-        num_left: the number of clusters that are to be left.
+        movers: the items that get an edge to their nearest item. If edges run out, all clusters get one.
+        num_left: the number of clusters to stop at.
 
     Returns:
         For each item, the lowest item of its cluster, `[n]`.
@@ -52,13 +52,13 @@ def nearest_clusters(
         for a in order[:num]:
             ends = lowest[a], lowest[target[a]]
             lowest = np.where(lowest == max(ends), min(ends), lowest)
-        # What has joined looks again, others keep to what their targets are in; after all parts, all look.
+        # Merged items look again, other edges follow their targets; after the last part, all items look.
         looks = np.isin(index, lowest[(before != lowest) | (num_parts >= NUM_PARTS)])
     return lowest
 
 
 def _ends_circle(a: int, target: NDArray[np.intp]) -> bool:
-    """Whether item a is the lowest of those on the way along targets from it back to it."""
+    """Whether item a is the lowest item of a cycle of edges."""
     way = [a]
     while (b := int(target[way[-1]])) not in way:
         way.append(b)

@@ -48,7 +48,7 @@ class GaussianMixtureRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
 
     Args:
         num_slots: N, the largest number of components.
-        chunk_size: C, the number of tokens that `partial_fit` keeps unchanged before it merges them.
+        chunk_size: C, the number of tokens that `partial_fit` collects before it merges them.
         precision: b, the inverse variance; the op's `scale`. None: sqrt(K) for keys of K components.
         bias: `"count+norm"`, the log of the mixture's density, or `"count"`, which leaves out -b |D|^2 / 2,
             as the op's default does. Both give the same read for means of equal norm; otherwise `"count"` is
@@ -254,7 +254,7 @@ class GaussianMixtureRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         return self._precision * products + np.log(count)
 
     def _shares_of_pairs(self, points: Array, means: Array, count: Array) -> Array:
-        """The share of each point `[T, K + V]` that belongs to each component: the E-step of `fit`."""
+        """Responsibilities of the components for points `[T, K + V]`: the E-step of `fit`."""
         if self.assignment == "soft":
             return _softmax(self._scores(points, means, count, has_norm=True))
         return np.eye(len(means))[(points @ means.T - np.square(means).sum(-1) / 2).argmax(1)]
@@ -299,7 +299,7 @@ class GaussianMixtureRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         self.count_[existing] += shares.sum(0)
 
     def _merge_pairs(self, keys: Array, values: Array, num_merged: int, wanted: int) -> None:
-        """Merge pairs of slots and tokens of a chunk, after `num_merged`, until `wanted` items are left."""
+        """Merge slots and tokens of a chunk to `wanted` items; `num_merged` tokens were merged before."""
         existing = len(self.count_)
         count = np.concatenate([self.count_, np.ones(len(keys))])
         mean_values = np.concatenate([self.values_, values])
@@ -309,10 +309,10 @@ class GaussianMixtureRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         if self.merge == "ward":
             lowest = ward_clusters(points, count, wanted)
         else:
-            # The tokens, and as many slots in turn.
+            # The tokens, and as many slots, in rotation.
             in_turn = (num_merged + np.arange(min(existing, len(keys)))) % max(existing, 1)
             lowest = nearest_clusters(points, count, [*in_turn, *range(existing, len(points))], wanted)
-        # A cluster keeps its lowest slot. One of tokens alone takes a slot that became free, or a new slot.
+        # A cluster with slots stays in the lowest of them; one of tokens alone takes a freed or new slot.
         slots = np.unique(lowest)
         is_new = slots >= existing
         places = slots.copy()

@@ -15,12 +15,12 @@ from ovq.ops.options import TIE
 def ward_clusters(points: NDArray[np.float64], count: NDArray[np.float64], num_left: int) -> NDArray[np.intp]:
     """Merge the cheapest pair of items until `num_left` clusters are left.
 
-    The cost of a pair is what the merge adds to the sum of squared distances between points and their means.
+    The cost of a pair is the increase of the sum of squared distances between points and their cluster means.
 
     Args:
         points: `[n, D]` the items; an item may be the mean of several points.
         count: `[n]` the number of points that each item stands for.
-        num_left: the number of clusters that are to be left.
+        num_left: the number of clusters to stop at.
 
     Returns:
         For each item, the lowest item of its cluster, `[n]`.

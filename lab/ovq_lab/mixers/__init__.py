@@ -1,4 +1,4 @@
-"""Mixers that OVQ is compared with, beside those of `ovq.layers`. Imports no transformers and no Triton."""
+"""Mixers that OVQ is compared with, besides those of `ovq.layers`. Imports no transformers and no Triton."""
 
 from ovq.layers.registry import MIXERS, mixer_class
 from ovq.plugins import LABORATORY
@@ -10,7 +10,7 @@ from ovq_lab.mixers.mesanet import MesaNet
 from ovq_lab.mixers.raven import RavenAttention
 from ovq_lab.mixers.vq import VQAttention
 
-# From here on `MIXERS` has them beside those of the library.
+# Registers them: from here on `MIXERS` has them too.
 for _name in LABORATORY["mixer"]:
     mixer_class(_name)
 

@@ -19,7 +19,7 @@ from ovq.layers.softmax import FullAttention
 
 
 class ForgettingAttention(FullAttention):
-    """Full attention in which the logit of token j for a query at t is less by what t has forgotten of j.
+    """Full attention with a forget gate: later tokens add their log gates to the logit of token j.
 
     `logit_tj = scale q_t.k_j + sum_{j < i <= t} log f_i`, with the gate `log f` of
     `ovq.layers.gates.ForgetGate`, as in an OVQ layer with a forget gate: the two differ only in memory.
@@ -63,9 +63,9 @@ class ForgettingAttention(FullAttention):
             cache.set_state(known, layout.num_new)
         wide = sum_dtype(v.dtype)
         with without_autocast(q):
-            # The sum behind a key is a logit: one more component of it, which is 1 in every query.
+            # Suffix sums are added to logits as one more component of the keys, which is 1 in every query.
             k = torch.cat([known["keys"].to(wide), later_sums(known["log_forget"])], dim=-1)
-            # PyTorch's fast kernels want values as wide as keys.
+            # PyTorch's fast kernels need values of the same head size as keys.
             o = self.softmax_read(
                 F.pad(q.to(wide), (0, 1), value=1.0), k, F.pad(known["values"].to(wide), (0, 1)), layout
             )
@@ -85,10 +85,10 @@ class ForgettingAttention(FullAttention):
 
 
 def later_sums(x: Tensor) -> Tensor:
-    """The sum over all later tokens of `x [B, H, T, 1]`, for each.
+    """Suffix sums of `x [B, H, T, 1]`: for each token, the sum over all later tokens.
 
-    A softmax is the same whatever is added to all logits of a query. Counted from the end, sums are small
-    near the newest tokens, and therefore exact.
+    A softmax does not change when a constant is added to all logits of a query. So sums may run to the last
+    token instead of to the query; they are then small, and therefore exact, near the newest tokens.
 
     Example:
         >>> later_sums(torch.tensor([1.0, 2.0, 4.0]).view(1, 1, 3, 1)).flatten()

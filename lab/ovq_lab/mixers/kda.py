@@ -19,7 +19,7 @@ CHUNK = 32
 
 
 class KimiDeltaAttention(DeltaRuleMixer):
-    """A state matrix per head whose rows decay apart, and that every token corrects towards `S^T k = v`.
+    """Delta rule with a decay per row of the state; every token corrects the state towards `S^T k = v`.
 
     `S_t = (I - b_t k_t k_t^T) Diag(a_t) S_{t-1} + b_t k_t v_t^T`, `o_t = S_t^T q_t / sqrt(K)`, with decays
     `a_t` in (0, 1)^K and a rate `b_t` in (0, 1) computed from the token. Gated DeltaNet has one decay per
@@ -67,7 +67,7 @@ class KimiDeltaAttention(DeltaRuleMixer):
         if value_dim < 1:
             raise ValueError(f"kda_value_dim: expected at least 1, found {value_dim}")
         super().__init__(hidden_size, num_heads, num_kv_heads, head_dim, value_dim, **kwargs)
-        # Projects to what the decays and the output gate are made of, and to the rate.
+        # Projects to the inputs of `decay_up_proj` and `gate_up_proj`, and to the rate.
         self.gate_proj = nn.Linear(hidden_size, 2 * value_dim + num_heads, bias=False)
         self.decay_up_proj = nn.Linear(value_dim, num_heads * head_dim, bias=False)
         self.gate_up_proj = nn.Linear(value_dim, num_heads * value_dim)
@@ -76,9 +76,9 @@ class KimiDeltaAttention(DeltaRuleMixer):
 
     @classmethod
     def equal_sizes(cls, config: Any) -> dict[str, int]:
-        """As many parameters: the root of a quadratic equation in V.
+        """`kda_value_dim` at which the layer has as many parameters: the root of a quadratic equation in V.
 
-        H V^2 weights and as many biases per component make the gate of rank V, `H K V` the decays.
+        `gate_up_proj` has `H V^2` weights and `H V` biases, `decay_up_proj` `H K V` weights.
         """
         width, num_heads, head_dim = config.hidden_size, config.num_attention_heads, config.head_dim
         linear = width * (2 * num_heads + 2) + num_heads * (head_dim + 1)
@@ -142,11 +142,11 @@ def kimi_delta_rule(
 
 
 def decayed_products(x: Tensor, k: Tensor, total: Tensor) -> Tensor:
-    """Products of the tokens of a chunk where each channel decays from the earlier token to the later one.
+    """Dot products of the tokens of a chunk, with each channel decayed from the earlier to the later token.
 
-    Both halves of a chunk are decayed to the border between them, and multiplied as matrices; so are the
-    halves of these halves, and so on. No exponent is above 0, so nothing overflows, however fast channels
-    decay; and nothing of size C x C x K is formed.
+    The tokens of both halves of a chunk are decayed to the border between the halves and multiplied as
+    matrices; each half is then treated likewise, recursively. No exponent is above 0, so nothing overflows,
+    however fast channels decay, and no C x C x K tensor is formed.
 
     Args:
         x: `[..., C, K]`, C a power of two.

@@ -150,7 +150,7 @@ class KVMAttention(Mixer, OwnWeights):
 
     @classmethod
     def equal_sizes(cls, config: Any) -> dict[str, int]:
-        """Chunks half as long as those of the OVQ layer, so that a window has as many tokens."""
+        """Chunks half as long as the OVQ layer's, so that a window of two has as many tokens as its chunk."""
         return {"kvm_chunk_size": min(max(1 + config.kvm_sinks, config.chunk_size // 2), config.num_slots)}
 
     @classmethod
@@ -159,7 +159,7 @@ class KVMAttention(Mixer, OwnWeights):
         return KVMMemory(schedule=KVMSchedule.of(settings))
 
     def memory_spec(self, num_tokens: int, dtype: torch.dtype) -> StateSpec:
-        """Sums of slots, keys, values and gates in the window, and the number of tokens read."""
+        """Sums of the slots; keys, values and gates of the window; number of tokens read."""
         slots = (self.num_kv_heads, self.schedule.num_open(num_tokens))
         window = (self.num_kv_heads, self.schedule.num_kept(num_tokens))
         wide = sum_dtype(dtype)
@@ -224,18 +224,18 @@ class KVMAttention(Mixer, OwnWeights):
                 )
         return state
 
-    # Not compiled: the numbers of tokens decide what is computed.
+    # Not compiled: control flow depends on the numbers of tokens.
     @uncompiled
     def _attend(
         self, q: Tensor, new: dict[str, Tensor], before: dict[str, Tensor], lengths: list[int]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Read chunk by chunk; as a chunk begins, the one that leaves the window enters the slots.
+        """Attend chunk by chunk; when a chunk begins, the chunk that leaves the window enters the slots.
 
         Args:
             q: `[R, H, T, K]`, normalised.
-            new: the new tokens `[R, Hkv, T, *]`, by the names of `WINDOW_TENSORS`.
+            new: tensors of the new tokens `[R, Hkv, T, *]`, named as in `WINDOW_TENSORS`.
             before: the state before them.
-            lengths: how many of the T are real tokens, per row.
+            lengths: number of real tokens among the T, per row.
 
         Returns:
             `[R, H, T, V]` in the dtype of the values, and the state after the new tokens.
@@ -245,7 +245,7 @@ class KVMAttention(Mixer, OwnWeights):
             return q.new_zeros(*q.shape[:3], self.head_dim, dtype=new["values"].dtype), before
         kept = [schedule.num_kept(n) for n in seen]
         ends = [n + length for n, length in zip(kept, lengths, strict=True)]
-        # Columns count from the first token in a row's window, where a chunk begins in every row.
+        # Column 0 is the first token of each row's window, where a chunk begins in every row.
         tokens = {name: joined(before[name], new[name], kept) for name in WINDOW_TENSORS}
         first, end = min(kept), tokens["keys"].shape[2]
         offsets = [n - first for n in kept]
@@ -277,8 +277,8 @@ class KVMAttention(Mixer, OwnWeights):
                 )
                 outputs.append(o)
         o = cut(torch.cat(outputs, dim=2), offsets, [q.shape[2]] * len(offsets))
-        # Before there are slots, weights that only those need get a gradient of zero and not none: processes
-        # that train together wait for the gradient of every weight.
+        # Before there are slots, weights that only slots use get a zero gradient instead of None: distributed
+        # training waits for the gradient of every weight.
         for x in (q_slots, tokens["gate"], self._normalized(tokens["keys"][:, :, :0])):
             o = o + x[:, :, :0].sum().to(o.dtype)
         num_seen = [n + length for n, length in zip(seen, lengths, strict=True)]
@@ -291,7 +291,7 @@ class KVMAttention(Mixer, OwnWeights):
     def _updated(
         self, slots: Slots, tokens: dict[str, Tensor], start: int, seen: list[int], ends: list[int]
     ) -> Slots:
-        """The slots once column `start` is read and the chunk before the window has entered them."""
+        """The slots for queries from column `start` on: the chunk that has left the window is in them."""
         schedule = self.schedule
         leaving = slice(start - schedule.window_size, start - schedule.window_size + schedule.chunk_size)
         k, v, gate = (tokens[name][:, :, leaving] for name in WINDOW_TENSORS)
@@ -304,19 +304,19 @@ class KVMAttention(Mixer, OwnWeights):
         return slots.updated(k, v, gate, num_open=num_open, is_active=is_active)
 
     def _normalized(self, x: Tensor) -> Tensor:
-        """Keys of slots `[..., K]` from keys without their rotated components, or from sums of keys."""
+        """Layer-normalised slot keys `[..., K]`; `x` are keys without rotated components or sums of keys."""
         x = self.state_norm(x)
         return x if self.kvm_norm_leak else self._without_rotated(x)
 
     def _without_rotated(self, x: Tensor) -> Tensor:
-        """Zeros in the components that are rotated."""
+        """`x` with zeros in the rotated components."""
         return F.pad(x[..., self.rope_dim :], (self.rope_dim, 0))
 
     def _rotated(self, x: Tensor, starts: list[int]) -> Tensor:
-        """`x [R, h, T, K]` rotated by position in the row, which for the first column is in `starts`.
+        """`x [R, h, T, K]` with rotary embedding; `starts` has the position of each row's first column.
 
-        Positions count from the first token of the row, because with `kvm_norm_leak` a query reads slots
-        otherwise at another position.
+        Positions count from the first token of the row: with `kvm_norm_leak`, slot keys are not zero in
+        rotated components, so their scores depend on the position of the query.
         """
         wide = x.to(sum_dtype(x.dtype))
         starts = starts[:1] if len(set(starts)) == 1 else starts
@@ -330,7 +330,7 @@ class KVMAttention(Mixer, OwnWeights):
         return torch.cat([rotated, wide[..., self.rope_dim :]], dim=-1).to(x.dtype)
 
     def _scaled(self, q: Tensor, starts: list[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Rotated queries for slots and for tokens, with the factors of their logits."""
+        """Rotated queries for slots and for tokens, times their temperatures and `1 / sqrt(K)`."""
         q = self._rotated(q, starts) * self.head_dim**-0.5
         slots, window = (
             t.to(q.dtype)[:, None, None] for t in (self.state_temperature, self.window_temperature)
@@ -339,10 +339,10 @@ class KVMAttention(Mixer, OwnWeights):
 
 
 def joined(past: Tensor, new: Tensor, num_past: list[int]) -> Tensor:
-    """The new tokens `[R, h, T, D]` of each row behind the first `num_past` of its past `[R, h, P, D]`.
+    """Append the new tokens `[R, h, T, D]` of each row to the first `num_past` of its past `[R, h, P, D]`.
 
     Returns:
-        `[R, h, max(num_past) + T, D]`; what is behind a row's last token may be anything finite.
+        `[R, h, max(num_past) + T, D]`; columns after a row's last token have arbitrary finite values.
 
     Example:
         >>> past, new = torch.tensor([[1, 2], [3, 0]]), torch.tensor([[4, 5], [6, 7]])
@@ -360,7 +360,7 @@ def joined(past: Tensor, new: Tensor, num_past: list[int]) -> Tensor:
 
 
 def cut(x: Tensor, starts: list[int], lengths: list[int]) -> Tensor:
-    """From each row of `x [R, h, L, D]` the `lengths` columns from `starts` on, padded with zeros: a copy.
+    """Copy `lengths` columns from `starts` on of each row of `x [R, h, L, D]`; pad with zeros.
 
     Example:
         >>> cut(torch.arange(8).view(2, 1, 4, 1), [2, 1], [2, 1])[:, 0, :, 0]
@@ -378,7 +378,7 @@ def cut(x: Tensor, starts: list[int], lengths: list[int]) -> Tensor:
 
 
 def checked_rope_dim(head_dim: int, rope_dim: int | None) -> int:
-    """The components that are rotated, by default half of them. Raises ValueError for an impossible number.
+    """Number of rotated components, by default half of the head. Raises ValueError for an impossible number.
 
     Example:
         >>> checked_rope_dim(128, None), checked_rope_dim(6, None)

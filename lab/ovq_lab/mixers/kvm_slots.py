@@ -13,15 +13,15 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Slots:
-    """Slots of R rows, of which a row may use fewer than there are. They are values: nothing changes them.
+    """Slots of R rows, M allocated per row, of which a row may use fewer. Immutable.
 
     Attributes:
-        key_sum: `[R, Hkv, M, K]` sums of keys, the first of them as it is and the others times their gates.
-        value_sum: `[R, Hkv, M, V]` likewise.
+        key_sum: `[R, Hkv, M, K]` sum of each slot's keys: the first as it is, the others times their gates.
+        value_sum: `[R, Hkv, M, V]` likewise for values.
         value_length: `[R, Hkv, M, 1]` length of the first value of each slot.
         num_open: slots in use, per row.
-        num_sinks: first slots that nothing is added to.
-        normalize: the layer norm that makes keys of sums.
+        num_sinks: number of first slots that nothing is added to.
+        normalize: layer norm that turns a sum of keys into a slot's key.
     """
 
     key_sum: Tensor
@@ -43,7 +43,7 @@ class Slots:
 
     @property
     def size(self) -> int:
-        """M."""
+        """Number of allocated slots, M."""
         return self.key_sum.shape[2]
 
     def updated(
@@ -56,11 +56,11 @@ class Slots:
         ones too (ties: lowest index).
 
         Args:
-            k: `[R, Hkv, C, K]`, normalised as keys of slots are.
+            k: `[R, Hkv, C, K]`, normalised like the keys of slots.
             v: `[R, Hkv, C, V]`.
-            gate: `[R, Hkv, C, 1]`, what tokens are multiplied by as they are added to a slot.
+            gate: `[R, Hkv, C, 1]`, factor of each token that is added to an existing slot.
             num_open: slots in use afterwards, per row.
-            is_active: the rows whose chunk it is; nothing happens in the others.
+            is_active: whether the chunk enters, per row; other rows do not change.
         """
         added = [after - before for after, before in zip(num_open, self.num_open, strict=True)]
         slots, chunk_size = self, k.shape[2]
@@ -89,31 +89,31 @@ class Slots:
 
     @torch.no_grad()
     def _is_new(self, k: Tensor, added: list[int]) -> Tensor:
-        """Which tokens open slots, `[R, Hkv, C]`: the `added` least similar ones (ties: the first)."""
-        # Without a slot, all tokens of the chunk open one.
+        """Whether each token opens a slot, `[R, Hkv, C]`: the `added` least similar do (ties: the first)."""
+        # While there are no slots, every token of the chunk opens one.
         similarity = self._open_scores(k, num_closed=0).amax(-1) if self.size else k.new_zeros(k.shape[:3])
         rank = similarity.argsort(dim=-1, stable=True).argsort(dim=-1)
         return rank < torch.tensor(added, device=k.device)[:, None, None]
 
     @torch.no_grad()
     def _nearest(self, k: Tensor) -> Tensor:
-        """The slot that each token is added to, `[R, Hkv, C]`."""
+        """Index of the slot that each token is added to, `[R, Hkv, C]`."""
         return self._open_scores(k, num_closed=self.num_sinks).argmax(-1)
 
     def _open_scores(self, k: Tensor, *, num_closed: int) -> Tensor:
-        """Products with the slots in use `[R, Hkv, C, M]`, -inf where a slot is unused or closed."""
+        """Dot products with the slots `[R, Hkv, C, M]`; -inf for unused ones and the first `num_closed`."""
         scores = k @ self.keys.detach().transpose(-1, -2)
         slot = torch.arange(self.size, device=k.device)
         num_open = torch.tensor(self.num_open, device=k.device)[:, None, None, None]
         return scores.masked_fill((slot < num_closed) | (slot >= num_open), -torch.inf)
 
     def read(self, q_slots: Tensor, q_window: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """One softmax over the slots and over tokens, causal among the tokens.
+        """Attention with one softmax over slots and tokens, causal among the tokens.
 
         Args:
             q_slots: `[R, H, T, K]` queries for slots, scaled.
             q_window: `[R, H, T, K]` queries for tokens, scaled.
-            k: `[R, Hkv, S, K]`, whose last T are the queries' own.
+            k: `[R, Hkv, S, K]`; the last T are the keys of the queries' own tokens.
             v: `[R, Hkv, S, V]`.
 
         Returns:
@@ -122,7 +122,7 @@ class Slots:
         num_queries, num_kv_heads = q_window.shape[2], k.shape[1]
 
         def products(q: Tensor, keys: Tensor) -> Tensor:
-            """`[R, Hkv, G, T, S]`."""
+            """Dot products `[R, Hkv, G, T, S]` of grouped queries and keys."""
             grouped = q.unflatten(1, (num_kv_heads, -1))
             return (grouped.flatten(2, 3) @ keys.transpose(-1, -2)).unflatten(2, (-1, num_queries))
 

@@ -1,4 +1,4 @@
-"""What a `"kvm"` layer keeps: slots for tokens that have left its window, and the window of whole chunks."""
+"""State of a `"kvm"` layer: slots for tokens that have left its window, and the window of whole chunks."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ KVM_CHUNK_SIZE = 256
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KVMSchedule:
-    """Which tokens of a row have left the window, and how many slots there are for them.
+    """Number of tokens of a row that have left the window, and number of slots for them.
 
-    Both depend on the number of tokens read alone, so that they are the same however a row is cut into calls.
-    The window consists of the last W chunks, counted from the first token of the row. The newest of them may
-    be incomplete; once its first token is read, the oldest chunk leaves the window as a whole.
+    Both depend only on the number of tokens read, so they are the same however a row is cut into calls.
+    Chunks count from the first token of the row, and the window consists of the last W. The newest may be
+    incomplete; once its first token is read, the oldest chunk leaves the window as a whole.
 
     Attributes:
         num_slots: N, the largest number of slots per head; at least C.
@@ -80,22 +80,22 @@ class KVMSchedule:
         return self.window_chunks * self.chunk_size
 
     def num_left(self, num_tokens: int) -> int:
-        """How many of `num_tokens` tokens have left the window."""
+        """Number of tokens, of the first `num_tokens`, that have left the window."""
         num_chunks = -(-num_tokens // self.chunk_size)
         return max(0, num_chunks - self.window_chunks) * self.chunk_size
 
     def num_kept(self, num_tokens: int) -> int:
-        """How many of `num_tokens` tokens are in the window."""
+        """Number of tokens, of the first `num_tokens`, that are in the window."""
         return num_tokens - self.num_left(num_tokens)
 
     def num_open(self, num_tokens: int) -> int:
-        """Slots in use per head after `num_tokens` tokens."""
+        """Number of slots in use per head after `num_tokens` tokens."""
         num_left = self.num_left(num_tokens)
         if num_left <= self.chunk_size:
             # The first chunk opens a slot per token, whatever the schedule.
             return num_left
-        # What counts are the tokens read when the last chunk left. No schedule ever asks for more new slots
-        # than a chunk has tokens, so that the chunks before it need not be gone through.
+        # The schedule is evaluated at the tokens read when the last chunk left. No schedule asks for more new
+        # slots than a chunk has tokens, so earlier chunks need not be simulated.
         num_read = num_left + self.window_size - self.chunk_size
         if self.growth == "sqrt":
             wanted = min(math.isqrt(256 * num_read), self.num_slots)
@@ -106,13 +106,13 @@ class KVMSchedule:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KVMMemory(TensorMemory):
-    """States of `KVMAttention`: slots and a window that are as long as the longest row needs.
+    """Memory of `KVMAttention`: slots and a window that are as long as the longest row needs.
 
-    Rows that need less are padded with zeros at the end. Keys are kept as they are before rotation, so that
-    nothing changes when a row moves. `"num_seen"`, from which all sizes follow, stays on the CPU.
+    Rows that need less are padded with zeros at the end. Keys are stored before rotation, so that nothing
+    changes when a row moves. `"num_seen"`, from which all sizes follow, stays on the CPU.
 
     Attributes:
-        schedule: how many slots and tokens there are.
+        schedule: numbers of slots and of tokens in the window.
 
     Example:
         >>> schedule = KVMSchedule(num_slots=7, chunk_size=4, window_chunks=2, growth="immediate")
@@ -124,7 +124,7 @@ class KVMMemory(TensorMemory):
     schedule: KVMSchedule = dataclasses.field(compare=False)
 
     def __post_init__(self) -> None:
-        """Say in words what tokens are where; the number of slots may differ."""
+        """Describe the window in `kind`, by which memories are compared; numbers of slots may differ."""
         window = f"a window of {self.schedule.window_chunks} chunks of {self.schedule.chunk_size}"
         object.__setattr__(self, "kind", f"the slots of KVM and {window}")
 
@@ -137,7 +137,7 @@ class KVMMemory(TensorMemory):
         return super().to(state, device) | {"num_seen": state["num_seen"].cpu()}
 
     def select(self, state: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
-        """See `Memory.select`; leaves out what only other rows needed."""
+        """See `Memory.select`; drops slots and columns that only other rows needed."""
         return self.trimmed(super().select(state, rows))
 
     def concatenate(
@@ -152,16 +152,16 @@ class KVMMemory(TensorMemory):
         return {name: joined[name] for name in states[0]}
 
     def trimmed(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The state without places that none of its rows needs."""
+        """The state without the slots and columns that none of its rows needs."""
         num_seen = state["num_seen"].tolist()
         num_open = max((self.schedule.num_open(n) for n in num_seen), default=0)
         num_kept = max((self.schedule.num_kept(n) for n in num_seen), default=0)
         sizes = dict.fromkeys(SLOT_TENSORS, num_open) | dict.fromkeys(WINDOW_TENSORS, num_kept)
-        # Copies, because a view would keep all of it alive.
+        # Copies, because a view would keep the whole tensor alive.
         cut = {name: state[name][:, :, :n].clone() for name, n in sizes.items() if state[name].shape[2] > n}
         return state | cut
 
 
-#: The tensors of a state with one entry per slot, and those with one entry per token in the window.
+#: Names of the state's tensors with one entry per slot, and of those with one entry per token of the window.
 SLOT_TENSORS = ("key_sum", "value_sum", "value_length")
 WINDOW_TENSORS = ("keys", "values", "gate")

@@ -12,13 +12,13 @@ from ovq.layers.constant import ConstantStateMixer, sum_dtype, without_autocast
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.memory import StateSpec
 
-# Tokens per chunk, within which all pairs are multiplied: larger chunks mean fewer sums but more pairs. A
-# tiling choice: it changes the result by rounding only.
+# Tokens per chunk, within which all pairs are multiplied: larger chunks mean fewer sums but more pairs. It
+# changes the result by rounding only.
 CHUNK = 64
 
 
 class LinearAttention(ConstantStateMixer, AttentionMixer):
-    """Attention with the kernel `phi(q).phi(k)` in place of `exp(scale q.k)`, so that sums suffice as state.
+    """Attention with the kernel `phi(q).phi(k)` in place of `exp(scale q.k)`, whose state is a sum.
 
     `o_t = sum_{j<=t} phi(q_t).phi(k_j) v_j / sum_{j<=t} phi(q_t).phi(k_j)`, with
     `phi(x) = softmax(scale x)` over the K components of the normalised query or key: positive features, which
@@ -60,7 +60,7 @@ class LinearAttention(ConstantStateMixer, AttentionMixer):
         with without_autocast(q):
             o, kv_sum = linear_attention(q, k, wide_v, before["kv_sum"])
         if cache is not None:
-            # A copy: it is a view of the sums before every chunk, which it would keep alive.
+            # A copy, because the view would keep the sums of all chunks alive.
             cache.set_state({"kv_sum": kv_sum.clone()}, layout.num_new)
         return rows.put(o).to(v.dtype)
 
@@ -70,7 +70,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, kv_sum: Tensor) -> tuple[T
 
     Args:
         q: `[B, T, H, K]` features of the queries, not negative.
-        k: `[B, T, Hkv, K]` features of the keys; zero where there is no token.
+        k: `[B, T, Hkv, K]` features of the keys; zero at positions without a token.
         v: `[B, T, Hkv, V]`.
         kv_sum: `[B, Hkv, K, V + 1]`, the sum of `k [v, 1]` over earlier tokens.
 

@@ -26,14 +26,14 @@ STEPS = 30
 # Tokens per chunk, within which all pairs are multiplied. A tiling choice.
 CHUNK = 32
 
-# The published layer's: the ridge is above the first, which bounds how badly a system may be conditioned, and
-# is the second before training.
+# As published: the lower bound of the ridge, which bounds the condition number of each system, and the ridge
+# before training.
 LEAST_RIDGE = 0.25
 FIRST_RIDGE = 1.0
 
 
 class MesaNet(ConstantStateMixer, OwnWeights):
-    """The linear map that best sends past keys to their values, by ridge regression, applied to the query.
+    """Ridge regression of past values on past keys; the output is its prediction at the query.
 
     `M_t = a_t M_{t-1} + b_t k_t k_t^T`, `S_t = a_t S_{t-1} + b_t k_t v_t^T` and
     `o_t = S_t^T (M_t + diag(ridge))^{-1} q_t`, with decay `a_t` and weight `b_t` in (0, 1) computed from the
@@ -119,7 +119,7 @@ class MesaNet(ConstantStateMixer, OwnWeights):
         q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=2)
         q, k = l2_normalize(F.silu(q)), l2_normalize(F.silu(k))
         decay, weight = self.gate_proj(hidden_states).to(q.dtype).chunk(2, dim=-1)
-        # Where there is no token, zeros: the sums neither decay nor are added to.
+        # Positions without a token are zeros, which neither decay the sums nor add to them.
         inputs = (q, k, v.to(q.dtype), F.logsigmoid(decay), weight.sigmoid())
         q, k, wide_v, log_decay, weight = (rows.take(x) for x in inputs)
         ridge = F.softplus(self.ridge_bias.to(q.dtype)) + LEAST_RIDGE
@@ -144,8 +144,8 @@ def ridge_regression(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The recurrence of `MesaNet`, in chunks: no matrix of a single token is formed.
 
-    Gradients are those of the solution of each system, not of the steps towards it: a second system is
-    solved for them, and nothing is kept of the steps.
+    Gradients are those of the exact solution of each system (implicit differentiation): the backward pass
+    solves a second system, and nothing is stored of the steps.
 
     Args:
         q: `[B, T, H, K]`, normalised.
@@ -164,20 +164,20 @@ def ridge_regression(
     num_kv_heads = k.shape[2]
     chunk = min(CHUNK, num_tokens)
     q, k, v, log_decay, weight = (to_chunks(x, chunk) for x in (q, k, v, log_decay, weight))
-    # Each step multiplies by the keys twice, and would copy them each time if they were not in order.
+    # Each step multiplies by the keys twice, and would copy them each time if they were not contiguous.
     k = k.contiguous()
     total = log_decay.cumsum(-1)
     to_end = ((total[..., -1:] - total).exp() * weight)[..., None]
     added = k.transpose(-1, -2) @ (torch.cat([k, v], dim=-1) * to_end)
     kept = total[..., -1, None, None].exp()
     sums, before = torch.cat([state["key_key"], state["key_value"]], dim=-1), []
-    # Unbound, because the gradient of an index is a tensor as large as all chunks together.
+    # `unbind`, because the gradient of an index is a tensor as large as all chunks together.
     for share, new in zip(kept.unbind(2), added.unbind(2), strict=True):
         before.append(sums)
         sums = sums * share + new
     old_key_key, old_key_value = torch.stack(before, dim=2).split(head_dim, dim=-1)
 
-    # [B, Hkv, n, G C, *] from here on: the tokens of a chunk once for each of the G query heads of a state.
+    # [B, Hkv, n, G C, *] from here on: the tokens of a chunk for each of the G query heads of a state.
     num_groups = q.shape[1] // num_kv_heads
     q = q.unflatten(1, (num_kv_heads, num_groups)).movedim(2, 3).flatten(3, 4)
     since_start = total.exp()[..., None].repeat(1, 1, 1, num_groups, 1)
@@ -195,12 +195,12 @@ def ridge_regression(
 def _sums_times(
     x: Tensor, since_start: Tensor, between: Tensor, k: Tensor, other: Tensor, before: Tensor
 ) -> Tensor:
-    """`(sum_j w_tj k_j other_j^T)^T x_t` for all tokens t, over the tokens j up to it.
+    """`(sum_{j<=t} w_tj k_j other_j^T)^T x_t` for all tokens t.
 
     Args:
         x: `[B, Hkv, n, R, K]`.
-        since_start: `[B, Hkv, n, R, 1]`, what is left at token t of the sum before its chunk.
-        between: `[B, Hkv, n, R, C]`, the weights of the tokens of the chunk.
+        since_start: `[B, Hkv, n, R, 1]`, decay from the start of the chunk to token t.
+        between: `[B, Hkv, n, R, C]`, weights w_tj of the tokens of the chunk.
         k: `[B, Hkv, n, C, K]`.
         other: `[B, Hkv, n, C, V]`.
         before: `[B, Hkv, n, K, V]`, the sum before each chunk.
@@ -214,12 +214,12 @@ def _sums_times(
 def _matrix_times(
     x: Tensor, since_start: Tensor, between: Tensor, k: Tensor, before: Tensor, ridges: Tensor
 ) -> Tensor:
-    """`(M_t + diag(ridge)) x_t` for all tokens; ridges are `[Hkv, 1, R, K]`, else as in `_sums_times`."""
+    """`(M_t + diag(ridge)) x_t` for all tokens; `ridges` `[Hkv, 1, R, K]`, else as in `_sums_times`."""
     return _sums_times(x, since_start, between, k, k, before) + ridges * x
 
 
 def _solve(q: Tensor, num_steps: int, *matrix: Tensor) -> Tensor:
-    """`(M_t + diag(ridge))^{-1} q_t` for all tokens; `matrix` is what `_matrix_times` takes."""
+    """`(M_t + diag(ridge))^{-1} q_t` for all tokens; `matrix` are the arguments of `_matrix_times`."""
     with torch.no_grad():
         solved = conjugate_gradients(lambda x: _matrix_times(x, *matrix), q, num_steps)
     if not torch.is_grad_enabled():
@@ -228,10 +228,10 @@ def _solve(q: Tensor, num_steps: int, *matrix: Tensor) -> Tensor:
 
 
 class _Solution(torch.autograd.Function):
-    """The solution of `A x = q` as a function of `q - A x` for the solution x.
+    """The solution x of `A x = q` as a function of the residual `q - A x`.
 
-    This residual is about zero, but its gradient tells what x depends on: with A symmetric, that of x is
-    `A^{-1}` times the gradient that arrives. From there on autograd goes through the residual to q and A.
+    The residual is about zero, but carries the gradient: as A is symmetric, its gradient is `A^{-1}` times
+    that of x. From there autograd continues through the residual to q and A.
     """
 
     @staticmethod
@@ -250,12 +250,12 @@ class _Solution(torch.autograd.Function):
 
 
 def conjugate_gradients(times: Callable[[Tensor], Tensor], b: Tensor, num_steps: int) -> Tensor:
-    """Solve `A x = b` for symmetric positive definite A, each along the last dimension of b.
+    """Solve `A x = b` for symmetric positive definite A, independently along the last dimension of b.
 
     Args:
-        times: `x` to `A x`.
+        times: maps `x` to `A x`.
         b: `[..., K]`. Where it is zero, so is the solution.
-        num_steps: steps; K of them are enough but for rounding, and fewer if A is well conditioned.
+        num_steps: number of steps; K suffice but for rounding, fewer if A is well conditioned.
 
     Returns:
         `[..., K]`.
@@ -265,7 +265,7 @@ def conjugate_gradients(times: Callable[[Tensor], Tensor], b: Tensor, num_steps:
         >>> torch.allclose(found, torch.tensor([3.0, 4.0]))
         True
     """
-    # Once a system is solved, 0 / 0 would follow.
+    # Avoids 0 / 0 once a system is solved.
     smallest = torch.finfo(b.dtype).tiny
     x, residual, direction = torch.zeros_like(b), b.clone(), b
     size = residual.square().sum(-1, keepdim=True)

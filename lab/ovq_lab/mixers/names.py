@@ -1,8 +1,7 @@
-"""What mixers are called, and how their lines look in figures: one entry per mixer.
+"""Names, markers and colours of the mixers in tables and figures, one entry per mixer.
 
-The hues are Okabe and Ito's, which colour-blind readers can tell apart too, with a grey and a brown for the
-two windows, a magenta for KVM, an olive for Raven, a plum for KDA, a moss green for MesaNet and a crimson
-for FoX.
+The hues are the colour-blind-safe palette of Okabe and Ito, with a grey and a brown for the two windows, a
+magenta for KVM, an olive for Raven, a plum for KDA, a moss green for MesaNet and a crimson for FoX.
 """
 
 from __future__ import annotations
@@ -11,13 +10,13 @@ from typing import NamedTuple
 
 
 class Known(NamedTuple):
-    """A mixer that experiments compare.
+    """Name and style of a mixer that experiments compare.
 
     Attributes:
-        name: In tables, figures and sentences.
-        short: In the names of recipes.
-        marker: Of its lines, as matplotlib names it.
-        shades: The light, normal and dark shade of its hue, as `#RRGGBB`; black has no darker one.
+        name: Name in tables, figures and sentences.
+        short: Name in the names of recipes.
+        marker: Matplotlib marker of its lines.
+        shades: Light, normal and dark shade of its hue, as `#RRGGBB`; black has no darker one.
     """
 
     name: str
@@ -41,7 +40,7 @@ KNOWN = {
     "mesanet": Known("MesaNet", "mesanet", "8", ("#8DB37F", "#4B783C", "#2A4720")),
     "mamba2": Known("Mamba2", "mamba2", "X", ("#8C8C8C", "#000000", "#444444")),
 }
-"""By the name in `mixer_types`."""
+"""Entries by the mixer's name in `mixer_types`."""
 
 MIXER_NAMES = {mixer: known.name for mixer, known in KNOWN.items()}
-"""Names for people; other mixers are shown by their name in `mixer_types`."""
+"""Display names; other mixers are shown by their name in `mixer_types`."""

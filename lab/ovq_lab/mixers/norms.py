@@ -1,4 +1,4 @@
-"""Norms that are computed in float32 or better."""
+"""Norms that are computed in float32 or float64."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""Raven (github.com/goombalab/raven): a router writes each token to a few of M slots, which alone decay."""
+"""Raven (github.com/goombalab/raven): a router writes each token to a few of M slots; only these decay."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from ovq_lab.mixers.norms import WideRMSNorm
 
 NOISE = True
 
-# Tokens per chunk, within which the decay between all pairs is formed for the slots of the earlier token. A
-# tiling choice: it changes the result by rounding only.
+# Tokens per chunk, within which the decays of all pairs are formed, for the slots of the earlier token. It
+# changes the result by rounding only.
 CHUNK = 16
 
 
 class RavenAttention(ConstantStateMixer):
-    """Softmax attention over M slots, of which each token decays and writes to the few that a router selects.
+    """Softmax attention over M slots; each token decays, and writes to, the few slots that a router selects.
 
     With the router's weights `r_t` (sigmoids of the `raven_top_k` largest of M logits, divided by their sum;
     zero for all other slots) and the decay `a_t < 0` of a head, slot m changes by
@@ -93,7 +93,7 @@ class RavenAttention(ConstantStateMixer):
         self.num_slots, self.top_k, self.raven_noise = num_slots, top_k, raven_noise
         # Projects to the logits of the router and the decay of each head.
         self.router_proj = nn.Linear(hidden_size, num_heads * (num_slots + 1), bias=False)
-        # As its authors draw them: slots then take in twice as much of a token as with those of Mamba2.
+        # The authors' range. Slots then take in twice as much of a token as with the range of Mamba2.
         self.rates = DecayRates(num_heads, rate_range=(0.0, 16.0))
         self.q_norm, self.k_norm = (WideRMSNorm(head_dim, eps=1e-5) for _ in range(2))
         self.out_norm = WideRMSNorm(num_heads * head_dim, eps=1e-5)
@@ -105,7 +105,7 @@ class RavenAttention(ConstantStateMixer):
 
     @classmethod
     def equal_sizes(cls, config: Any) -> dict[str, int]:
-        """As many parameters; what its router takes is left to the other projections."""
+        """Head size for as many parameters: the other projections shrink by the size of the router."""
         num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         num_projected = 2 * (num_heads + num_kv_heads) * config.head_dim
         num_slots, _ = checked_slots(config.head_dim, config.raven_slots, config.raven_top_k)
@@ -135,7 +135,7 @@ class RavenAttention(ConstantStateMixer):
         )
         _, log_decay = self.rates(decay)
         slots, weights = self._route(logits.unflatten(-1, (self.num_heads, -1)).to(log_decay.dtype))
-        # Where there is no token, zeros: no slot decays or is written to.
+        # Positions without a token are zeros: no slot decays or is written to.
         inputs = (q, k, v.to(q.dtype), slots, log_decay[..., None] * weights)
         q, k, wide_v, slots, log_decay = (rows.take(x) for x in inputs)
         before = self.state_before(cache, len(q), v)
@@ -148,10 +148,10 @@ class RavenAttention(ConstantStateMixer):
         return self.out_norm(F.silu(rows.put(o)).flatten(2)).to(channels.dtype)
 
     def _route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The k slots `[B, T, H, k]` with the largest logits `[B, T, H, M]`, and their weights."""
+        """The k slots `[B, T, H, k]` with the largest of the logits `[B, T, H, M]`, and their weights."""
         if self.training and self.raven_noise:
             logits = logits - torch.empty_like(logits).exponential_().log()
-        # Sorted, because the order of `topk` is open where logits tie: the first slots are taken.
+        # A stable sort takes the first slots where logits tie; for `topk` the order of ties is undefined.
         slots = logits.argsort(dim=-1, descending=True, stable=True)[..., : self.top_k]
         chosen = logits.gather(-1, slots).sigmoid()
         return slots, chosen / (chosen.sum(-1, keepdim=True) + 1e-9)
@@ -160,7 +160,7 @@ class RavenAttention(ConstantStateMixer):
 def routed_slots(
     q: Tensor, k: Tensor, v: Tensor, slots: Tensor, log_decay: Tensor, *, keys: Tensor, values: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Slots that decay by `exp(log_decay)` and take in the rest of each token, read by softmax; in chunks.
+    """Decay slots by `e = exp(log_decay)`, add `1 - e` of each token, and read by softmax; in chunks.
 
     Args:
         q: `[B, T, H, K]`.
@@ -181,12 +181,12 @@ def routed_slots(
     q, k, v, slots, log_decay = (to_chunks(x, chunk) for x in (q, k, v, slots, log_decay))
     of_slots = log_decay.new_zeros(*slots.shape[:-1], keys.shape[2]).scatter_add(-1, slots, log_decay)
     total = of_slots.cumsum(-2)
-    # What each token leaves in each slot at the end of its chunk.
+    # Share of each token that each slot holds at the end of the chunk.
     left = (total[..., -1:, :] - total).exp() * -torch.expm1(of_slots)
     added = left.transpose(-1, -2) @ torch.cat([k, v], dim=-1)
     kept = total[..., -1, :, None].exp()
     state, before = torch.cat([keys, values], dim=-1), []
-    # Unbound, because the gradient of an index is a tensor as large as all chunks together.
+    # `unbind`, because the gradient of an index is a tensor as large as all chunks together.
     for share, new in zip(kept.unbind(2), added.unbind(2), strict=True):
         before.append(state)
         state = state * share + new
@@ -208,14 +208,14 @@ def _read_chunks(
     keys: Tensor,
     values: Tensor,
 ) -> Tensor:
-    """What the tokens of each chunk read.
+    """Outputs of the tokens of each chunk.
 
     Args:
         q: `[B, H, n, C, K]`.
         k: `[B, H, n, C, K]`.
         v: `[B, H, n, C, V]`.
         slots: `[B, H, n, C, k]`, the slots that each token changes.
-        log_decay: `[B, H, n, C, k]`, how they decay.
+        log_decay: `[B, H, n, C, k]`, the log decays of these slots.
         total: `[B, H, n, C, M]`, the sum of the log decays of the chunk up to each token.
         keys: `[B, H, n, M, K]`, the slots before each chunk.
         values: `[B, H, n, M, V]`, likewise.
@@ -224,7 +224,7 @@ def _read_chunks(
         `[B, H, n, C, V]`.
     """
     chunk, top_k = slots.shape[-2:]
-    # [B, H, n, C, C k] from here on: for token t, all that the tokens j of the chunk have written.
+    # [B, H, n, C, C k] from here on: for each token t, the k writes of each token j of the chunk.
     index = slots.flatten(-2)[..., None, :].expand(*slots.shape[:-1], -1)
     since = total.gather(-1, index) - total.gather(-1, slots).flatten(-2)[..., None, :]
     is_later = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).triu(1)
@@ -239,7 +239,7 @@ def _read_chunks(
 
 
 def checked_slots(head_dim: int, num_slots: int | None, top_k: int | None) -> tuple[int, int]:
-    """The numbers of slots, and of those that a token is written to. Raises ValueError for impossible ones.
+    """Number of slots, and number of slots per token. Raises ValueError for impossible numbers.
 
     Example:
         >>> checked_slots(64, 256, None), checked_slots(64, None, 5)

@@ -24,7 +24,7 @@ from ovq.ops.uncompiled import uncompiled
 VQ_DECAY = 0.99
 COMMITMENT_WEIGHT = 0.1
 
-# A slot whose count is below the first share of the average count is dead; it restarts with the second share.
+# A slot whose count is below the first share of the average is dead; it restarts with the second share of it.
 DEAD_SHARE, RESTART_SHARE = 0.03, 0.1
 
 
@@ -51,14 +51,14 @@ class StaticDictionary(OwnWeights):
     """N slots per head, each the moving average of the keys nearest to it; they change only in training.
 
     The slots are buffers: no optimizer sees them, and they do not count as parameters. A training step reads
-    the slots that the step before computed, and computes those that the next step will read. So the layer may
-    run again in the backward pass of its step, as gradient checkpointing requires.
+    the slots computed by the previous step, and computes those of the next. So the layer may run again in the
+    backward pass of its step, as gradient checkpointing requires.
 
     `requires_grad_(False)` freezes the slots; `requires_grad_(True)` has them learned even if the layer
     around them is frozen.
 
-    A slot to which hardly any key goes is dead [ours]: it restarts at a key of the batch, drawn by PyTorch's
-    global generator with probability proportional to the key's squared distance from its own slot.
+    A slot that is assigned hardly any keys is dead [ours]: it restarts at a key of the batch, drawn by
+    PyTorch's global generator with probability proportional to the key's squared distance from its own slot.
 
     Args:
         num_heads: key/value heads Hkv.
@@ -73,7 +73,7 @@ class StaticDictionary(OwnWeights):
         (torch.Size([2, 8, 4]), torch.Size([3, 2, 5]))
     """
 
-    #: Whether slots are learned in training; None: if the weights that make the keys are.
+    #: Whether slots are learned in training; None: if the projection of the keys is trained.
     is_learned: bool | None = None
     key_sum: Tensor
     count: Tensor
@@ -149,11 +149,11 @@ class StaticDictionary(OwnWeights):
     @torch.no_grad()
     @uncompiled
     def learn(self, k: Tensor, slots: Tensor, mask: Tensor | None, step: DictionaryStep) -> None:
-        """Compute what the next step will read; does nothing in a backward pass, as the forward has done it.
+        """Compute the slots of the next step; does nothing in a backward pass, as the forward has done it.
 
         Args:
             k: `[R, Hkv, T, K]` keys of this step.
-            slots: `[R, Hkv, T]` the slots they went to.
+            slots: `[R, Hkv, T]` the slots they are assigned to.
             mask: `[R, T]`, True for keys of real tokens; None if all are.
             step: the slots that the keys were compared with.
         """
@@ -259,8 +259,8 @@ class VQAttention(ConstantStateMixer, AttentionMixer):
     def begin_step(self) -> DictionaryStep | None:
         """The slots that a training step reads and updates; None if nothing is learned.
 
-        Slots are learned if the weights that make the keys are. In a frozen layer they stay fixed, so that an
-        adapter (LoRA) and its base model are all that has to be saved. `dictionary.requires_grad_()` or
+        Slots are learned if the projection of the keys is trained. In a frozen layer they stay fixed, so that
+        an adapter (LoRA) and its base model are all that has to be saved. `dictionary.requires_grad_()` or
         peft's `modules_to_save=["dictionary"]` overrides this.
         """
         is_learned = self.dictionary.is_learned
@@ -296,8 +296,8 @@ class VQAttention(ConstantStateMixer, AttentionMixer):
         auxiliary_losses: MutableSequence[Tensor] | None = None,
         step: DictionaryStep | None = None,
     ) -> Tensor:
-        """See `AttentionMixer.attend`; options beside those are a list (or deque) that the commitment loss is
-        added to, and the result of `begin_step`, which is called here if it is None."""
+        """See `AttentionMixer.attend`. The commitment loss is appended to `auxiliary_losses` (list or deque);
+        `step` is the result of `begin_step`, which is called here if it is None."""
         rows = layout.rows()
         step = self.begin_step() if step is None else step
         q = q * scale[:, None]
@@ -334,13 +334,13 @@ def vq_read(
 
     Args:
         q: `[R, H, T, K]`, scaled.
-        k: `[R, Hkv, T, K]`, equal to the slots of the tokens, but with a gradient to the keys.
+        k: `[R, Hkv, T, K]`, equal to the slots of the tokens, with a straight-through gradient to the keys.
         v: `[R, Hkv, T, V]`.
         slots: `[R, Hkv, T]` int64.
         means: `[Hkv, N, K]`.
         count: `[R, Hkv, N]` number of earlier tokens in each slot.
         value_sum: `[R, Hkv, N, V]` sum of their values.
-        is_token: `[R, 1, T, 1]` bool, False for places that are not to be counted. None: all are tokens.
+        is_token: `[R, 1, T, 1]` bool, False for positions that are not counted. None: all are tokens.
         chunk_size: C.
 
     Returns:
@@ -381,7 +381,7 @@ def _merged(
 
 
 def _mean_distance(k: Tensor, nearest: Tensor, mask: Tensor | None) -> Tensor:
-    """The squared distance of keys from their slots, averaged over tokens and heads."""
+    """Mean squared distance of keys from their slots, over tokens and heads."""
     distance = (k - nearest.detach()).square().sum(-1)
     if mask is None:
         return distance.mean()
