@@ -1,4 +1,4 @@
-"""The model card of a run: that of its model, and what it was trained on, how, and to which losses."""
+"""The model card of a run: the card of its model, plus training data, settings and losses."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ def save_run_card(
     results: str | None = None,
     license: str | None = None,
 ) -> bool:
-    """Write the card of a run that has ended into its folder, unless a user has written or edited one.
+    """Write the model card of a finished run into its folder, unless a user has written or edited one.
 
     Args:
         model: The trained model.
         config: The run.
         run: Its folder.
         picture: A figure of its losses.
-        out: Where to write instead.
-        name: Of the model; None for that of the folder.
-        results: What tests have found, as Markdown.
-        license: Of the weights, as the hub names it.
+        out: Another folder to write to.
+        name: Name of the model; None for the name of the folder.
+        results: Evaluation results, as Markdown.
+        license: License of the weights, by its identifier on the hub.
 
     Returns:
         Whether it was written.
@@ -83,7 +83,7 @@ def _training(config: RunConfig, history: History) -> str:
         "seed": str(args.seed),
     }
     if args.init_from is not None:
-        # A folder of this machine means nothing to others.
+        # A local path means nothing to others.
         rows["begun with the weights of"] = _public_name(args.init_from)
     for name, losses in (("training loss", history.training), ("loss on held-out text", history.held_out)):
         if losses:
@@ -98,7 +98,7 @@ def _training(config: RunConfig, history: History) -> str:
 
 
 def _data(config: RunConfig) -> str:
-    """The corpus or the task in words."""
+    """Describe the corpus or the task."""
     task = config.task
     if not isinstance(task, TextTask):
         return f"the synthetic task `{task.name}`"
@@ -108,14 +108,14 @@ def _data(config: RunConfig) -> str:
 
 
 def _licenses(config: RunConfig) -> dict[str, str]:
-    """What is known of the licences of a corpus."""
+    """A row with the known licences of a corpus."""
     parts = parts_of(config.task.dataset) if isinstance(config.task, TextTask) else []
     known = {f"`{part}`: {LICENSES[part]}": None for part in parts if part in LICENSES}
     return {"licence of the data": "; ".join(known)} if known else {}
 
 
 def _hub_datasets(config: RunConfig) -> list[str]:
-    """The data sets of the hub that a run reads."""
+    """Hub data sets that a run reads."""
     if not isinstance(config.task, TextTask):
         return []
     return [
@@ -126,5 +126,5 @@ def _hub_datasets(config: RunConfig) -> list[str]:
 
 
 def _public_name(source: str) -> str:
-    """A name without the folders that lead to it on this machine."""
+    """The last part of a local path; other names as they are."""
     return Path(source).resolve().name if Path(source).exists() else source

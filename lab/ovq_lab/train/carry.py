@@ -1,7 +1,7 @@
-"""Training that carries the state of the model from window to window of a document.
+"""Training that carries the state of the model from window to window of a document (truncated BPTT).
 
 The gradient stops at the beginning of a window, so a step needs the memory of one window and of the state,
-however long the documents are. What a window reads still reaches back to the first token of its document.
+however long the documents are. The context of a window still reaches back to the first token of its document.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from ovq.ops.serialization import write_file
 from ovq_lab.train.checkpoints import SealingTrainer
 
 _FILE = "carried-{}.safetensors"
-"""The file in a checkpoint that holds the lanes of one process, by the number of the process."""
+"""Name of the file in a checkpoint that holds the lanes of one process, by the rank of the process."""
 
 
 class CarryTrainer(SealingTrainer):
-    """The `Trainer` for a `CarriedTextDataset`: each window begins with the state that its lane has reached.
+    """The `Trainer` for a `CarriedTextDataset`: each window starts from the current state of its lane.
 
     A checkpoint holds the states of all lanes, one file per process, so that a resumed run has the losses of
     an uninterrupted one, on any number of processes.
@@ -46,13 +46,13 @@ class CarryTrainer(SealingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The loss of a window, read from the state of its lane; the lane then keeps the state after it.
+        """The loss of a window, starting from the state of its lane, which is then updated.
 
         Raises:
-            ValueError: If the lane has not read what precedes the window.
+            ValueError: If the state of the lane does not end where the window begins.
         """
         if "lane" not in inputs:
-            # Held-out windows stand by themselves.
+            # Held-out windows start from an empty state.
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         window = dict(inputs)
         lane, num_read, is_last = (window.pop(name) for name in ("lane", "num_read", "is_last"))
@@ -69,26 +69,25 @@ class CarryTrainer(SealingTrainer):
         return result
 
     def _save_rng_state(self, output_dir: str) -> None:
-        # This is the only part of a checkpoint that every process writes itself, and it is written before the
-        # seal.
+        # Called in every process, before the seal is written: each process saves its lanes here.
         super()._save_rng_state(output_dir)
         path = Path(output_dir) / _FILE.format(self.args.process_index)
         save_lanes(path, self._carried)
 
     def load_carried(self, checkpoint: Path) -> None:
-        """Continue from the states in a checkpoint; each process takes the lanes that it will read."""
+        """Load the states in a checkpoint; each process takes the lanes that it will read."""
         num_processes, rank = self.args.world_size, self.args.process_index
         for path in sorted(checkpoint.glob(_FILE.format("*"))):
             self._carried |= {
                 lane: cache
                 for lane, cache in load_lanes(path, self._config, self.args.device).items()
-                # The windows of a batch are dealt to the processes in turn.
+                # The windows of a batch are assigned to the processes round-robin.
                 if lane % num_processes == rank
             }
 
 
 def save_lanes(path: Path, lanes: dict[int, OVQCache]) -> None:
-    """Write the states of lanes into a file.
+    """Save the states of lanes in a file.
 
     Raises:
         OSError: If the file cannot be written.
@@ -104,7 +103,7 @@ def save_lanes(path: Path, lanes: dict[int, OVQCache]) -> None:
 
 
 def load_lanes(path: Path, config: OVQConfig, device: torch.device | str) -> dict[int, OVQCache]:
-    """Read what `save_lanes` wrote.
+    """Load the states of lanes from a file of `save_lanes`.
 
     Example:
         >>> import tempfile

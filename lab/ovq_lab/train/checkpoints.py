@@ -1,4 +1,4 @@
-"""Checkpoints that can be trusted: they are complete, or they are not used.
+"""Sealed checkpoints: incomplete or damaged ones are detected and not used.
 
 A checkpoint is a folder of files that are written one after the other. When all of them are on the disk, a
 list of their sizes and SHA-256 digests is written beside them: the seal. A folder without a seal was left by
@@ -24,24 +24,24 @@ from transformers import Trainer, TrainerCallback
 from ovq.runtime.files import read_json, write_atomic
 
 SEAL_FILE = "seal.json"
-"""The name of the file with this list."""
+"""Name of the file with the seal."""
 
 _NUM_KEPT = 2
 
-# In transformers 5.17, several processes on a CPU load the state of the optimizer to "cpu:0", while
-# torch.load accepts only "cpu"; 5.24 passes that.
+# In transformers 5.17, several processes on a CPU load the state of the optimizer to "cpu:0", which
+# torch.load does not accept; 5.24 passes "cpu".
 torch.serialization.register_package(
     11, lambda _: None, lambda storage, location: storage if location == "cpu:0" else None
 )
 
 
 def seal(folder: Path, *, with_subfolders: bool = False) -> None:
-    """Declare the checkpoint in a folder complete.
+    """Write the seal of a complete checkpoint.
 
     Args:
         folder: The folder.
-        with_subfolders: Whether folders within are parts of it, as in sharded checkpoints; otherwise what
-            lies in them may change.
+        with_subfolders: Whether subfolders are parts of it, as in sharded checkpoints; otherwise their
+            contents may change.
 
     Example:
         >>> import tempfile
@@ -71,7 +71,7 @@ def seal(folder: Path, *, with_subfolders: bool = False) -> None:
 
 
 def fault(folder: Path) -> str | None:
-    """What is wrong with the checkpoint in a folder, in words; None if it is complete and undamaged."""
+    """Describe what is wrong with the checkpoint in a folder; None if it is complete and undamaged."""
     try:
         entries = dict(read_json(folder / SEAL_FILE))
         for name, entry in entries.items():
@@ -90,7 +90,7 @@ def fault(folder: Path) -> str | None:
 
 
 def newest_checkpoint(out: Path, say: Callable[[str], None]) -> Path | None:
-    """The newest undamaged checkpoint in the folder of a run, or None; says which newer ones are left out."""
+    """The newest undamaged checkpoint in the folder of a run, or None; `say` reports newer ones it skips."""
     for folder in reversed(_by_step(out)):
         found = fault(folder)
         if found is None:
@@ -100,15 +100,15 @@ def newest_checkpoint(out: Path, say: Callable[[str], None]) -> Path | None:
 
 
 def finished_checkpoints(out: Path) -> list[Path]:
-    """The checkpoints in the folder of a run that were sealed, damaged or not, earliest step first."""
+    """All sealed checkpoints in the folder of a run, damaged or not, earliest step first."""
     return [folder for folder in _by_step(out) if (folder / SEAL_FILE).is_file()]
 
 
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Turn any error of a failed write of a model or checkpoint into an OSError that names the place.
+    """Turn any error of a failed write of a model or checkpoint into an OSError that names the folder.
 
-    safetensors and PyTorch raise errors of their own when a disk is full.
+    safetensors and PyTorch raise their own error types when a disk is full.
 
     Example:
         >>> with writing(Path("run")):
@@ -134,10 +134,10 @@ class SealingTrainer(Trainer):
         self.add_callback(_LogAtCheckpoints())
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
-        """The parameters that weight decay acts on: matrices.
+        """Names of the parameters with weight decay: matrices only.
 
-        transformers goes by names, and would decay the logarithms of decay rates, temperatures and skips of
-        KVM, Mamba2 and the delta rules, whose authors exempt them.
+        transformers selects by name, and would decay the log decay rates, temperatures and skips of KVM,
+        Mamba2 and the delta rules, whose authors exempt them.
         """
         matrices = {name for name, parameter in model.named_parameters() if parameter.dim() > 1}
         return [name for name in super().get_decay_parameter_names(model) if name in matrices]
@@ -156,12 +156,12 @@ class SealingTrainer(Trainer):
         assert self.args.output_dir is not None
         out = Path(self.args.output_dir)
         folder = out / f"checkpoint-{self.state.global_step}"
-        # A folder of this name may be left from before the run was resumed; its seal is no longer valid.
+        # The folder may exist from before the run was resumed; its seal is no longer valid.
         (folder / SEAL_FILE).unlink(missing_ok=True)
         try:
             with writing(folder):
                 super()._save_checkpoint(model, trial)
-                # Every process writes the state of its own random numbers.
+                # Every process writes its own random state.
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
                     if self.is_fsdp_enabled and self.processing_class is not None:
@@ -177,21 +177,21 @@ class SealingTrainer(Trainer):
 
 
 class _LogAtCheckpoints(TrainerCallback):
-    """Logs the loss wherever a checkpoint is written.
+    """Logs the loss at every checkpoint.
 
-    A logged loss is the mean since the last one. A checkpoint does not hold what has been added up by then,
-    so the first loss of a resumed run would be the mean of fewer steps than without the interruption.
+    A logged loss is the mean since the previous log. A checkpoint does not hold the running sum, so the first
+    loss of a resumed run would otherwise be the mean of fewer steps than without the interruption.
     """
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Ask for a log; the Trainer writes it before the checkpoint."""
+        """Request a log, which the Trainer writes before the checkpoint."""
         control.should_log |= control.should_save
 
 
 def _remove_old(out: Path) -> None:
-    """Keep the newest sealed checkpoints; remove older ones and those that were never completed.
+    """Keep the newest sealed checkpoints; remove older and incomplete ones.
 
-    `Trainer` would remove them before the newest one is sealed, and would count unfinished ones.
+    `Trainer` itself would do so before the newest one is sealed, and would count incomplete ones.
     """
     sealed = finished_checkpoints(out)
     for folder in _by_step(out):
@@ -200,7 +200,7 @@ def _remove_old(out: Path) -> None:
 
 
 def _by_step(out: Path) -> list[Path]:
-    """The folders of checkpoints, earliest step first."""
+    """All checkpoint folders, earliest step first."""
     steps = {
         path: path.name.removeprefix("checkpoint-") for path in out.glob("checkpoint-*") if path.is_dir()
     }

@@ -1,6 +1,6 @@
-"""The configuration of a training run: frozen dataclasses, checked when they are built, stored as JSON.
+"""The configuration of a training run: frozen dataclasses, validated on construction, stored as JSON.
 
-A field is named by its path, on the command line (`--set train.steps=300`) as in errors.
+Fields are named by their path, on the command line (`--set train.steps=300`) and in errors.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ovq_lab.tasks import Task, TextTask, task_class
 from ovq_lab.train.values import parse_value, type_of_field
 
 CONFIG_FILE = "run_config.json"
-"""The name of the file that holds the configuration, in the folder of the run."""
+"""Name of the configuration file in the folder of a run."""
 
 SECTIONS = ("task", "model", "train")
 """The sections of a configuration."""
@@ -40,15 +40,15 @@ SMALL_MODEL: dict[str, Any] = {
     "chunk_size": 64,
     "initializer_range": 0.1,
 }
-"""The small model of the experiments, which learns a task in minutes on two cores. These are the defaults of
-a run that differ from those of `OVQConfig`. Its weights start larger because it is narrow, so that products
-are as large as in a wide model."""
+"""Defaults of a run that differ from those of `OVQConfig`: a small model, which learns a task in minutes on
+two cores. Because it is narrow, its initial weights are larger, so that products are as large as in a wide
+model."""
 
 
 def _declared(mixer_types: Iterable[str]) -> dict[str, ConfigField]:
-    """Fields that mixers declare: these, and all that have been used or registered."""
+    """Fields declared by these mixers and by all others that are loaded or registered."""
     for name in mixer_types:
-        # A name that is wrong is refused when the model is built.
+        # Unknown names are refused when the model is built.
         with contextlib.suppress(ValueError):
             mixer_class(name)
     return {name: field for mixer in MIXERS.values() for name, field in mixer.own_fields().items()}
@@ -82,22 +82,22 @@ class ModelArgs:
         chunk_size: Tokens per chunk of an OVQ layer, C.
         kvm_chunk_size: Tokens per chunk of KVM; `None` for half of `chunk_size`, so that its window of two
             chunks has as many tokens as a chunk of OVQ.
-        kvm_growth: How the slots of KVM grow, see `ovq_lab.mixers.KVMAttention`.
-        kvm_norm_leak: Whether slots of KVM are as in its published code, see `ovq_lab.mixers.KVMAttention`.
+        kvm_growth: Growth schedule of KVM's slots, see `ovq_lab.mixers.KVMAttention`.
+        kvm_norm_leak: Whether KVM's slots are as in its published code, see `ovq_lab.mixers.KVMAttention`.
         raven_slots: Slots per head of Raven; `None` for as many as components per head.
         raven_top_k: Slots that Raven writes a token to; `None` for one in eight.
         raven_noise: Whether the router of Raven adds Gumbel noise in training.
-        mesa_steps: Steps of conjugate gradients by which MesaNet solves its systems.
+        mesa_steps: Steps of MesaNet's conjugate-gradient solver.
         vq_decay: Decay of the moving averages that are the slots of VQ-attention.
-        commitment_weight: Factor on the loss that draws the keys of VQ-attention to their slots.
-        growth: How the dictionary grows, see `ovq.ops.ovq_attention`.
+        commitment_weight: Factor of the commitment loss of VQ-attention.
+        growth: Growth schedule of the dictionary, see `ovq.ops.ovq_attention`.
         init: Which keys open new slots, see `ovq.ops.ovq_attention`.
-        merge: Which slots a key may be merged into, see `ovq.ops.ovq_attention`.
-        bias: What is added to the scores of slots, see `ovq.ops.ovq_attention`.
-        rate: How far a slot moves towards a key merged into it, see `ovq.ops.ovq_attention`.
-        value_weight: What values weigh beside keys where pairs are merged, see `ovq.ops.ovq_attention`.
-        merge_gate: Whether an OVQ layer learns how much each token counts in the dictionary.
-        forget_gate: Whether an OVQ layer learns how fast what was read earlier fades.
+        merge: The merge rule, see `ovq.ops.ovq_attention`.
+        bias: Term added to the scores of slots, see `ovq.ops.ovq_attention`.
+        rate: Step size of a slot towards a merged token, see `ovq.ops.ovq_attention`.
+        value_weight: Weight of values relative to keys when pairs are merged, see `ovq.ops.ovq_attention`.
+        merge_gate: Whether an OVQ layer learns the weight of each token in the dictionary.
+        forget_gate: Whether an OVQ layer learns how fast earlier tokens are forgotten.
         initializer_range: Standard deviation of the initial weights of the linear layers.
         embedding_std: Standard deviation of the initial embedding. At 1, a step of AdamW hardly turns an
             embedding. Tokens then stay as different as they were drawn, and the projections learn once, for
@@ -107,7 +107,7 @@ class ModelArgs:
 
     Raises:
         ValueError: If a field is not of its type, or a number is not finite or out of range. `OVQConfig`
-            checks the names of mixers and options, and what mixers require of each other's sizes.
+            checks the names of mixers and options, and whether the sizes of mixers fit each other.
     """
 
     mixer_types: tuple[str, ...] = ("sliding_attention", "ovq")
@@ -150,7 +150,7 @@ class ModelArgs:
         check_fields(self, prefix="model.")
         object.__setattr__(self, "merge", current_merge(self.merge))
         if self.growth == default_growth(self.merge):
-            # Said or not, it is the same run; and should the rule be changed, growth follows.
+            # Giving the default explicitly is the same run; and when `merge` is overridden, growth follows.
             object.__setattr__(self, "growth", None)
         if not self.mixer_types:
             raise ValueError("model.mixer_types: expected at least one mixer, found none")
@@ -174,42 +174,42 @@ class ModelArgs:
 
     @property
     def own_fields(self) -> dict[str, str]:
-        """The values of `mixer_fields`, by name."""
+        """Values of `mixer_fields`, by name."""
         return {name: value for name, _, value in (each.partition("=") for each in self.mixer_fields)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainArgs:
-    """The training.
+    """Training settings.
 
     Attributes:
         steps: Optimizer steps.
         batch_size: Examples per optimizer step, over all processes and micro-batches.
-        micro_batches: Parts into which a step is cut to save memory (gradient accumulation).
+        micro_batches: Micro-batches per step (gradient accumulation), which save memory.
         lengths: The length curriculum: example lengths in the order in which they are trained on.
         length_shares: The share of the steps for each length; positive, and they sum to 1.
         learning_rate: Peak learning rate of AdamW.
-        learning_rate_decay: How it falls from the peak: `"cosine"`, or `"linear"`, to 0.
-        min_learning_rate_share: Where the cosine decay ends, as a share of the peak.
+        learning_rate_decay: Its decay from the peak: `"cosine"`, or `"linear"`, to 0.
+        min_learning_rate_share: Final learning rate of the cosine decay, as a share of the peak.
         warmup_steps: Steps of linear warm-up.
         weight_decay: Decoupled weight decay, on matrices only.
         adam_beta2: Decay of AdamW's second moment.
         max_grad_norm: Norm to which gradients are clipped.
         precision: `"float32"`, or `"bfloat16"` for mixed precision.
-        sharding: What several processes divide among them: `"none"`, only the work, while each has the whole
+        sharding: What several processes divide among them: `"none"`, only the batch, while each has the whole
             model; or `"fsdp"`, also weights, gradients and the state of the optimizer.
-        use_gradient_checkpointing: Keep only what goes from layer to layer, and compute the rest again in the
-            backward pass.
+        use_gradient_checkpointing: Store only the activations between layers, and recompute the others in
+            the backward pass.
         init_from: Folder, or name on the hub, of a model whose weights the run begins with; `None` for new
             weights.
         seed: Seed of the weights and of the data.
         log_every: Steps between two logged losses; a loss is logged with each checkpoint as well.
-        eval_every: Steps between two measurements of the loss on held-out text, the split `validation`; 0 for
-            none. The last step is measured, too.
+        eval_every: Steps between two evaluations of the loss on held-out text, the split `validation`; 0 for
+            none. The last step is evaluated, too.
         save_every: Steps between two checkpoints; 0 for none but the final model.
-        report_to: Where losses go besides `trainer_state.json`: `"auto"` for TensorBoard if it is installed,
-            `"none"`, or what transformers reports to and is installed (`"wandb"`, `"trackio"`, ...), several
-            with commas.
+        report_to: Where losses are logged besides `trainer_state.json`: `"auto"` for TensorBoard if it is
+            installed, `"none"`, or installed integrations of transformers (`"wandb"`, `"trackio"`, ...),
+            separated by commas.
 
     Raises:
         ValueError: If a field is not of its type, not finite or out of range; the message names the field and
@@ -286,7 +286,7 @@ class TrainArgs:
             raise ValueError(f"train.sharding: expected none or fsdp, found {self.sharding!r}")
 
     def length_at(self, step: int) -> int:
-        """The example length that step (counted from 0) trains on.
+        """Example length at a step, counted from 0.
 
         Example:
             >>> args = TrainArgs(steps=10, lengths=(64, 128), length_shares=(0.3, 0.7))
@@ -296,7 +296,7 @@ class TrainArgs:
         done = 0.0
         for length, share in zip(self.lengths, self.length_shares, strict=True):
             done += share
-            # Rounded, so that rounding errors in the sum of the shares cannot shift a boundary.
+            # `round`, so that rounding errors in the sum of the shares cannot shift a boundary.
             if step < round(done * self.steps):
                 return length
         return self.lengths[-1]
@@ -313,7 +313,7 @@ class RunConfig:
 
     Raises:
         ValueError: If the task cannot be built at one of the training lengths, or the sections contradict
-        each other.
+            each other.
 
     Example:
         >>> from ovq_lab.tasks import RecallTask
@@ -329,7 +329,7 @@ class RunConfig:
     train: TrainArgs
 
     def __post_init__(self) -> None:
-        """Check that the task can be built at every length, and what the sections require of each other."""
+        """Check that the task can be built at every length, and that the sections fit each other."""
         if self.train.sharding != "none" and "vq" in self.model.mixer_types:
             raise ValueError(
                 "train.sharding: expected none with the mixer 'vq', whose dictionary each process learns for "
@@ -348,7 +348,7 @@ class RunConfig:
             self._check_carry()
 
     def _check_held_out(self) -> None:
-        """There is text to measure a loss on, besides that of the training."""
+        """Check that some text is held out for evaluation."""
         if not isinstance(self.task, TextTask):
             raise ValueError(
                 f"train.eval_every: expected 0 with the task {self.task.name}, whose examples never repeat "
@@ -360,7 +360,7 @@ class RunConfig:
             )
 
     def _check_carry(self) -> None:
-        """Windows that follow each other all have one length, and are read one at a time."""
+        """Check that carried windows have one length and are read one at a time."""
         if len(self.train.lengths) > 1:
             raise ValueError(
                 "task.carry_state: expected one of train.lengths, as documents are cut once, "
@@ -428,7 +428,7 @@ class RunConfig:
         """The configuration as JSON, every field written out."""
         sections = {"task": {"name": self.task.name} | dataclasses.asdict(self.task)}
         sections |= {"model": dataclasses.asdict(self.model), "train": dataclasses.asdict(self.train)}
-        # Must be readable by `from_json`, which refuses NaN and Inf.
+        # `from_json` refuses NaN and Inf.
         return json.dumps(sections, indent=2, allow_nan=False)
 
     @classmethod
@@ -457,7 +457,7 @@ class RunConfig:
 
     @classmethod
     def load(cls, folder: Path) -> RunConfig:
-        """Read the configuration that `save` wrote, from the folder of a run or of a checkpoint in it.
+        """Load the saved configuration from the folder of a run or of one of its checkpoints.
 
         Raises:
             ValueError: If there is none, or it cannot be read.

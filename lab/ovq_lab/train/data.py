@@ -1,5 +1,4 @@
-"""The examples of a training run as a PyTorch data set: text or synthetic, whichever the task needs. The
-synthetic one includes the length curriculum."""
+"""The examples of a training run as a PyTorch data set: text, or a synthetic task with a curriculum."""
 
 from __future__ import annotations
 
@@ -23,9 +22,9 @@ from ovq_lab.train.sharding import is_first_process
 from ovq_lab.train.text import CarriedTextDataset, HeldOutWindows, PackedTextDataset
 
 CORPUS_FILE = "corpus.json"
-"""The name of the file, in the folder of a run, that records what it was trained on."""
+"""Name of the file in the folder of a run that identifies its corpus."""
 
-# Windows of held-out text that are read for one measurement of the loss.
+# Windows of held-out text per evaluation.
 _NUM_HELD_OUT = 32
 
 
@@ -34,9 +33,9 @@ class TrainingData:
     """The data that a run trains on.
 
     Attributes:
-        examples: Builds whole batches by index.
+        examples: Data set that builds whole batches by index.
         tokenizer: The tokenizer of real text, to be saved beside the model; None for synthetic tasks.
-        held_out: Windows of text on which the loss is measured during training; None for no measurements.
+        held_out: Windows of text for evaluation during training; None for no evaluation.
     """
 
     examples: Dataset
@@ -52,14 +51,14 @@ def training_data(
     *,
     is_resumed: bool = False,
 ) -> TrainingData:
-    """The data that a run trains on, read or built.
+    """Load or build the data that a run trains on.
 
     Args:
         config: The run.
-        out: Its folder, in which a new run records what its corpus is.
+        out: Its folder, in which a new run records the digest of its corpus.
         checkpoint: The checkpoint that the run continues from, whose tokenizer is used; None at its
             beginning.
-        reporter: Shows how much of a corpus has been read, if it is not in the cache.
+        reporter: Shows the progress of reading a corpus that is not in the cache.
         is_resumed: Whether the run was started before, even if it begins at step 0 again.
 
     Raises:
@@ -79,7 +78,7 @@ def training_data(
     if not is_new:
         _check_corpus(out / CORPUS_FILE, corpus)
     elif is_first_process():
-        # The others may be here before the first has made the folder.
+        # Other processes may get here before the first has created the folder.
         write_atomic(out / CORPUS_FILE, json.dumps({"dataset": task.dataset, "digest": corpus.digest}) + "\n")
     held_out = None
     if config.train.eval_every:
@@ -105,10 +104,10 @@ def _check_corpus(path: Path, corpus: Corpus) -> None:
 
 
 class CurriculumDataset(Dataset):
-    """Every example of a run, in the order of training: example i belongs to step `i // batch_size`.
+    """All examples of a run, in training order: example i belongs to step `i // batch_size`.
 
-    An example and its length depend only on its index. Reading in sequence can therefore resume at any step,
-    and several processes that take batches in turn train on what a single process would.
+    An example and its length depend only on its index. A run can therefore resume at any step, and several
+    processes that take batches in turn train on the same examples as a single process.
 
     Example:
         >>> from ovq_lab.train.recipes import get_recipe
@@ -123,7 +122,7 @@ class CurriculumDataset(Dataset):
         self._tasks = {length: config.task.at_length(length) for length in config.train.lengths}
 
     def __len__(self) -> int:
-        """Examples of the whole run."""
+        """Number of examples of the whole run."""
         return self._config.train.steps * self._config.train.batch_size
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""The losses of a run, as the Trainer has recorded them in its folder."""
+"""The losses of a run, as logged by the Trainer in its folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class History:
     """Losses by step.
 
     Attributes:
-        training: The mean training loss of the steps since the entry before, by step.
+        training: Mean training loss since the previous entry, by step.
         held_out: The loss on held-out text, by step.
     """
 
@@ -24,7 +24,7 @@ class History:
 
     @classmethod
     def load(cls, folder: Path) -> History:
-        """Read the losses of a run that has ended.
+        """Load the losses of a finished run.
 
         Raises:
             OSError: If the folder holds none.

@@ -1,4 +1,4 @@
-"""Runs that begin with the weights of a saved model: what must agree, and how the weights are read."""
+"""Runs that start from the weights of a saved model: compatibility checks, and loading."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ovq_lab.mixers import MIXERS
 from ovq_lab.text import get_tokenizer
 from ovq_lab.train.config import ModelArgs
 
-# A model may be trained further with other values of these: its weights have the same shapes and meaning.
+# Fields that may change in further training: weights keep their shapes and meaning.
 _FREE = {
     "num_slots",
     "chunk_size",
@@ -38,7 +38,7 @@ _FREE = {
     "raven_noise",
     "mesa_steps",
 }
-# These are about new weights and about generation, or follow from others (the layers from `mixer_types`).
+# Fields about initialisation and generation, and derived ones (the number of layers from `mixer_types`).
 _WITHOUT_EFFECT = {
     "initializer_range",
     "use_cache",
@@ -50,17 +50,17 @@ _WITHOUT_EFFECT = {
 
 
 def check_initial(source: str, config: OVQConfig) -> list[str]:
-    """Check that a run can begin with the weights of a model, before anything else is read.
+    """Check from its config that a run can start from the weights of a model.
 
     Returns:
-        In words, what the run sets otherwise than the model has it.
+        Descriptions of the permitted differences between the run and the model.
 
     Raises:
         ValueError: If there is no such model, it is no OVQ model, or one of another architecture; names the
             first field that differs, and the option that would make both equal.
     """
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
-        # Of an empty folder, transformers makes a config of defaults.
+        # For an empty folder, transformers would return a default config.
         raise ValueError(
             f"train.init_from: expected the folder of a saved model, found no config.json in {source}"
         )
@@ -71,7 +71,7 @@ def check_initial(source: str, config: OVQConfig) -> list[str]:
         # Offline, transformers does not say which model it could not find.
         raise ValueError(f"train.init_from: expected a saved model, found {source!r} ({error})") from error
     if (kind := saved.get("model_type")) != OVQConfig.model_type:
-        # Before transformers says at length that this may be meant.
+        # Checked first, because transformers would print a long warning.
         raise ValueError(
             f"train.init_from: expected a model of type {OVQConfig.model_type!r}, found {kind!r} in {source}"
         )
@@ -80,13 +80,13 @@ def check_initial(source: str, config: OVQConfig) -> list[str]:
     settable |= fields_of_mixers(config.mixer_types).keys()
     free = _FREE - {"num_slots"} if "vq" in config.mixer_types else _FREE
     notes = []
-    # What no layer of the model takes.
+    # Fields that no layer of this model uses have no effect either.
     of_all, of_these = (
         {field for cls in classes for field in cls.config_fields.values() if isinstance(field, str)}
         for classes in (MIXERS.values(), map(mixer_class, config.mixer_types))
     )
     without_effect = _WITHOUT_EFFECT | (of_all - of_these)
-    # Other mixers are refused before their fields are compared.
+    # `mixer_types` is compared before the fields of mixers.
     for name in OVQConfig.field_defaults(config.mixer_types):
         ours, theirs = getattr(config, name), getattr(found, name)
         if name in without_effect or ours == theirs:
@@ -106,26 +106,27 @@ def check_initial(source: str, config: OVQConfig) -> list[str]:
 
 
 def load_initial(source: str, model: OVQForCausalLM, tokenizer: Any | None) -> None:
-    """Give the model of a run, whose tokenizer it is if it reads text, the weights of a saved one.
+    """Load the weights of a saved model into the model of a run.
 
     Raises:
         OSError: If there are no weights.
-        ValueError: If weights are missing or left over, or the tokenizer gives tokens other numbers.
+        ValueError: If weights are missing or unexpected, or the saved tokenizer has other token ids than
+            `tokenizer`, the tokenizer of the run (None without text).
     """
     if tokenizer is not None and get_tokenizer(source).get_vocab() != tokenizer.get_vocab():
         raise ValueError(
             f"train.init_from: expected a model with the tokenizer of this run, found another in {source} "
             f"(--set task.tokenizer={source})"
         )
-    # With `output_loading_info` it returns a pair, which its annotation leaves out.
+    # With `output_loading_info` it returns a pair, contrary to its annotation.
     loaded: Any = OVQForCausalLM.from_pretrained(
         source,
         config=model.config,
         output_loading_info=True,
-        # Refused below, where the weights are named.
+        # Refused by `check_loaded`, which names the weights.
         ignore_mismatched_sizes=True,
     )
     saved, report = loaded
     check_loaded(source, report)
-    # What an optimizer changes stays in float32, whatever was saved.
+    # Copied, so that trained weights stay in float32, whatever dtype was saved.
     model.load_state_dict(saved.state_dict())

@@ -42,9 +42,9 @@ from ovq_lab.train.values import parse_value
 
 
 def model_config(config: RunConfig) -> OVQConfig:
-    """The configuration of a run's model, in transformers' form.
+    """The transformers config of a run's model.
 
-    Sizes of mixers that a run leaves open are those of `equal_sizes`, at which they are compared.
+    Mixer sizes that the run does not set are those of `equal_sizes`, for a fair comparison.
 
     Raises:
         ValueError: If `OVQConfig` refuses a setting.
@@ -58,7 +58,7 @@ def model_config(config: RunConfig) -> OVQConfig:
     mixer_types = list(config.model.mixer_types)
     fields |= {"mixer_types": mixer_types, "num_hidden_layers": len(mixer_types)}
     fields |= {"vocab_size": config.task.vocab_size}
-    # A recipe has fields of all mixers, as it is the same for all.
+    # Recipes set the fields of all mixers.
     own = OVQConfig.field_defaults(mixer_types)
     given = {n: value for n, value in with_ablation(fields).items() if n in own and value is not None}
     declared = fields_of_mixers(mixer_types)
@@ -68,9 +68,9 @@ def model_config(config: RunConfig) -> OVQConfig:
 
 
 def build_model(config: RunConfig, checkpoint: Path | None = None) -> OVQForCausalLM:
-    """The untrained model of a run, with weights determined by the run's seed.
+    """The model of a run with initial weights, which are determined by the run's seed.
 
-    It gets the sizes of a checkpoint of the run if there is one: `equal_sizes` may have had another rule.
+    Sizes are those of the checkpoint if there is one: it may be older than the current `equal_sizes`.
 
     Raises:
         ValueError: If `OVQConfig` refuses a setting.
@@ -95,7 +95,7 @@ def train(config: RunConfig, out: Path, *, reporter: AnyReporter, label: str = "
         config: The run; saved as `run_config.json` before training starts.
         out: The folder of the run; created if necessary.
         reporter: Shows the progress.
-        label: The name of this run in the progress.
+        label: Name of this run in the progress display.
 
     Returns:
         The trained model, in evaluation mode; with `train.sharding`, this process's part of it.
@@ -106,7 +106,7 @@ def train(config: RunConfig, out: Path, *, reporter: AnyReporter, label: str = "
             processes.
         OSError: If the folder cannot be written.
     """
-    # What `OVQConfig` refuses is refused here, before minutes are spent on reading a corpus.
+    # Validates the settings before minutes are spent on reading a corpus.
     described = model_config(config)
     _trackers(config.train.report_to)
     if config.train.init_from is not None:
@@ -114,8 +114,7 @@ def train(config: RunConfig, out: Path, *, reporter: AnyReporter, label: str = "
             if is_first_process():
                 reporter.say(f"train.init_from: {note}")
     with _alone(out):
-        # The first of several processes decides for all; another would already find the file that it has
-        # written.
+        # Only the first of several processes checks; the others could already find its file.
         if is_first_process():
             if (out / CONFIG_FILE).exists():
                 raise ValueError(
@@ -126,21 +125,20 @@ def train(config: RunConfig, out: Path, *, reporter: AnyReporter, label: str = "
         try:
             return _run(config, out, reporter=reporter, label=label)
         except ValueError:
-            # A run that was refused, for example because its corpus is missing, can be tried again in the
-            # same folder.
+            # A run that failed validation (a missing corpus, for example) can be retried in the same folder.
             if is_first_process() and not any(out.glob("checkpoint-*")):
                 (out / CONFIG_FILE).unlink(missing_ok=True)
             raise
 
 
 def _alone(out: Path) -> contextlib.AbstractContextManager[None]:
-    """Keep the folder of a run to the processes of this one."""
+    """Lock the folder of a run against other runs; the first process holds the lock for all."""
     return claimed(out, command="ovq train") if is_first_process() else contextlib.nullcontext()
 
 
 def resume(out: Path, *, reporter: AnyReporter, label: str = "train") -> OVQForCausalLM:
-    """Continue the run in a folder from its newest undamaged checkpoint, with the losses that an
-    uninterrupted run would have; reports which newer checkpoints are left out.
+    """Resume the run in a folder from its newest undamaged checkpoint, with the losses that an uninterrupted
+    run would have; reports newer checkpoints that it skips.
 
     A run that was interrupted before its first checkpoint was complete starts again from its configuration,
     and says so.
@@ -148,14 +146,14 @@ def resume(out: Path, *, reporter: AnyReporter, label: str = "train") -> OVQForC
     Args:
         out: The folder of the run.
         reporter: Shows the progress.
-        label: The name of this run in the progress.
+        label: Name of this run in the progress display.
 
     Returns:
         The trained model, in evaluation mode; with `train.sharding`, this process's part of it.
 
     Raises:
-        ValueError: If the folder holds no run, a run that has ended and kept no checkpoint, or only damaged
-            checkpoints that were complete once, or another process is at work in it.
+        ValueError: If the folder holds no run, a finished run without checkpoints, or only damaged
+            checkpoints, or another process is using it.
         OSError: If the folder cannot be written.
     """
     config = RunConfig.load(out)
@@ -169,26 +167,26 @@ def resume(out: Path, *, reporter: AnyReporter, label: str = "train") -> OVQForC
 
 
 def has_ended(out: Path) -> bool:
-    """Whether the run in a folder has made all its steps, and saved its model and, last of all, its card.
+    """Whether the run in a folder has done all its steps and saved its model and, last, its card.
 
     Raises:
         ValueError: If the folder holds no run, or a damaged one.
     """
     config, state = RunConfig.load(out), out / TRAINER_STATE_NAME
     is_saved = state.is_file() and (out / CARD_FILE).is_file()
-    # Steps may have been added to the configuration since.
+    # The configuration may have been extended to more steps since.
     return is_saved and read_json(state)["global_step"] >= config.train.steps
 
 
 def _check_can_start_again(out: Path) -> None:
-    """Raise ValueError if a run without an undamaged checkpoint has produced more than its configuration."""
+    """Raise ValueError if a run without an undamaged checkpoint has any results that a restart would lose."""
     if damaged := finished_checkpoints(out):
         names = ", ".join(folder.name for folder in damaged)
         raise ValueError(
             f"--resume: expected a whole checkpoint in {out}, found damaged ones alone ({names}); "
             "without them the run starts again from its configuration"
         )
-    # Written last, when the model has been saved.
+    # Written last, after the model.
     if (out / TRAINER_STATE_NAME).is_file():
         raise ValueError(f"--resume: expected a run that has not ended, found its model in {out}")
 
@@ -210,7 +208,7 @@ def _run(
     if config.train.init_from is not None and checkpoint is None:
         load_initial(config.train.init_from, model, data.tokenizer)
     if data.tokenizer is not None:
-        # Generation ends where a text does. The Trainer would set these too, with a warning.
+        # Generation stops at the end of a text. The Trainer would set these too, with a warning.
         for name in ("eos_token_id", "pad_token_id"):
             for config_of in (model.config, model.generation_config):
                 setattr(config_of, name, getattr(data.tokenizer, name))
@@ -223,7 +221,7 @@ def _run(
         data_collator=_as_it_is,
         processing_class=data.tokenizer,
     )
-    # The Trainer's callback prints dictionaries; the reporter shows the same numbers.
+    # It prints dictionaries; the reporter shows the same numbers.
     trainer.remove_callback(PrinterCallback)
     if trainer.is_world_process_zero():
         trainer.add_callback(_ReportCallback(config, reporter.start(label, total=config.train.steps)))
@@ -238,12 +236,12 @@ def _run(
 
 
 def _as_it_is(batch: Any) -> dict[str, Any]:
-    """The collator for a data set that builds whole batches, where others get lists of examples."""
+    """Identity collator, for data sets that build whole batches."""
     return batch
 
 
 def _training_arguments(config: RunConfig, out: Path, *, is_carrying: bool) -> TrainingArguments:
-    """What `Trainer` needs to know, from our configuration."""
+    """The `TrainingArguments` of a run."""
     args = config.train
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     if is_carrying and args.batch_size % num_processes == 0:
@@ -272,7 +270,7 @@ def _training_arguments(config: RunConfig, out: Path, *, is_carrying: bool) -> T
         logging_steps=args.log_every,
         eval_strategy="steps" if args.eval_every else "no",
         eval_steps=args.eval_every or None,
-        # One window at a time, which needs no more memory than a micro-batch.
+        # One window at a time needs no more memory than a micro-batch.
         per_device_eval_batch_size=1,
         save_strategy="steps" if args.save_every else "no",
         save_steps=args.save_every or args.steps,
@@ -281,7 +279,7 @@ def _training_arguments(config: RunConfig, out: Path, *, is_carrying: bool) -> T
         remove_unused_columns=False,
         disable_tqdm=True,
         dataloader_pin_memory=False,
-        # There are no unused parameters; looking for them would walk the graph at every step.
+        # There are no unused parameters; the search would walk the graph at every step.
         ddp_find_unused_parameters=False,
         report_to=_trackers(args.report_to),
         **sharding_arguments(args),
@@ -293,7 +291,7 @@ def _training_arguments(config: RunConfig, out: Path, *, is_carrying: bool) -> T
 
 
 def _learning_rate_decay(args: TrainArgs) -> dict[str, Any]:
-    """How transformers names what `learning_rate_decay` says, after the warm-up."""
+    """The scheduler arguments of transformers for `learning_rate_decay`."""
     if args.learning_rate_decay == "linear":
         return {"lr_scheduler_type": "linear"}
     return {
@@ -303,7 +301,7 @@ def _learning_rate_decay(args: TrainArgs) -> dict[str, Any]:
 
 
 def _trackers(names: tuple[str, ...]) -> list[str]:
-    """Where losses go, by the names that transformers has for it."""
+    """The integrations that losses are logged to, by their names in transformers."""
     if names == ("none",):
         return []
     available = get_available_reporting_integrations()
@@ -336,6 +334,6 @@ class _ReportCallback(TrainerCallback):
             self._held_out = f"held out {float(logs['eval_loss']):.3f}, "
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Show where the run is."""
+        """Show the current step, loss and length."""
         length = self._config.train.length_at(state.global_step - 1)
         self._work.update(state.global_step, note=f"{self._loss}{self._held_out}length {length}")

@@ -1,5 +1,5 @@
-"""Windows of texts in which sentences are hidden and repeated at the end: from these, a small language model
-learns to look back. `task.needle_share` of the windows of a run are of this kind."""
+"""Windows of texts in which sentences (needles) are hidden and repeated at the end, which teach a small
+language model to look back. `task.needle_share` of the windows of a run are of this kind."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from ovq_lab.text import Corpus
 from ovq_lab.text.haystack import NeedleBuilder
 from ovq_lab.train.config import RunConfig
 
-# A needle and its repetition fill most of these where tokens are bytes.
+# A needle and its repetition take most of these tokens if tokens are bytes.
 _TOKENS_PER_NEEDLE = {"word": 144, "number": 144, "uuid": 216}
 
-# Looking back is learned on short texts first, where there is little to look through; it then works in longer
+# Share of the steps with short texts only: looking back is learned on these first, and then works in longer
 # ones.
 _SHARE_OF_SHORT_ONES = 0.6
 
 _MOST_CHARACTERS = 2**22
-"""Characters of the documents that needles are hidden in, at most."""
+"""Largest number of characters of the documents that needles are hidden in."""
 
 
 class NeedleWindows:
     """The windows of a run that have needles.
 
-    In the steps of `task.bare_needle_share`, texts are one needle without its first words, and its
-    repetition, as many as fit. Then, up to six tenths of the steps, all texts have the shortest possible
-    length. After that each window has texts of a length between that and its own, drawn uniformly on a
-    logarithmic scale. A text has one needle per 144 tokens, or per 216 if its values are uuids. Only the
-    repeated values are predicted; when all tokens were predicted, a small model took twice as long to learn
-    to look back.
+    A window holds as many texts as fit. In the first steps (`task.bare_needle_share` of all), a text is one
+    needle without its first words, and its repetition. Then, up to 60 % of the steps, all texts have the
+    shortest possible length. After that each window draws the length of its texts, between the shortest and
+    its own, uniformly on a logarithmic scale. A text has one needle per 144 tokens, or per 216 if its values
+    are uuids. Only the repeated values are predicted; when all tokens were predicted, a small model took
+    twice as long to learn to look back.
 
     Example:
         >>> from ovq_lab.text import TextSource, byte_tokenizer, load_corpus
@@ -64,10 +64,10 @@ class NeedleWindows:
         ]
 
     def texts(self, index: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """The texts of the window with this number; none if it is a window of the corpus.
+        """The texts of a window, by its index; none if it is a window of the corpus.
 
         Returns:
-            For each text, `[T]` token ids, and `[T]` bool, which of them are to be predicted.
+            For each text, `[T]` token ids, and `[T]` bool, which of them are predicted.
         """
         random = np.random.default_rng(np.random.SeedSequence(self._train.seed, spawn_key=(index,)))
         if random.random() >= self._share:
@@ -91,7 +91,7 @@ class NeedleWindows:
             yield ids, is_answer
 
     def _builder(self, random: np.random.Generator) -> NeedleBuilder:
-        # Nothing is drawn where there is no choice: runs with numbers alone are what they always were.
+        # Nothing is drawn without a choice, so runs with one kind of value keep their random numbers.
         if len(self._builders) == 1:
             return self._builders[0]
         return self._builders[int(random.integers(len(self._builders)))]
@@ -99,7 +99,7 @@ class NeedleWindows:
     def _text(self, length: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         builder = self._builder(random)
         num_needles = length // _TOKENS_PER_NEEDLE[builder.value]
-        # The token that ends a text takes one position of it.
+        # The end-of-text token takes one position.
         return builder.repeat(length - 1, num_needles=num_needles, random=random)
 
 

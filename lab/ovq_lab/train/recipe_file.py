@@ -1,6 +1,6 @@
-"""Recipes in files of the user: the configuration of a run as YAML or JSON, whole or as changes to a recipe.
+"""Recipe files: the configuration of a run as YAML or JSON, complete or as changes to a recipe.
 
-    recipe: lm-ovq            # what to begin with; left out, fields that are not named have their defaults
+    recipe: lm-ovq            # the recipe to start from; without it, other fields have their defaults
     task: {dataset: books/}
     model: {num_slots: 1024}
     train:
@@ -26,16 +26,15 @@ from ovq_lab.train.recipes import get_recipe
 from ovq_lab.train.values import parse_value, type_of_field
 
 ENDINGS = (".yaml", ".yml", ".json")
-"""How the name of such a file ends."""
+"""File name extensions of recipe files."""
 
 
 def load_recipe(path: Path) -> RunConfig:
-    """The run that a file describes.
+    """Load the configuration of a run from a recipe file.
 
     Raises:
         OSError: If the file cannot be read.
-        ValueError: If it is neither YAML nor JSON, names what does not exist, or has a value that does not
-            fit.
+        ValueError: If it is neither YAML nor JSON, or a name is unknown or a value invalid.
 
     Example:
         >>> import tempfile
@@ -89,7 +88,7 @@ def _config(content: Mapping[str, Any]) -> RunConfig:
         if name not in (None, recipe.task.name):
             raise ValueError(f"task.name: expected that of the recipe, {recipe.task.name}, found {name!r}")
         sections["task"] = type(recipe.task)
-        # Not by asdict, which would turn what is in a section into dictionaries.
+        # Not by asdict, which would also turn values inside a section into dictionaries.
         base = {section: _fields(getattr(recipe, section)) for section in SECTIONS}
     else:
         if name is None:
@@ -113,7 +112,7 @@ def _fields(section: Any) -> dict[str, Any]:
 
 
 def _values(kind: type, section: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a section, in which lists are tuples."""
+    """The values of a section, with lists as tuples."""
     values = {}
     for name, value in fields.items():
         where = f"{section}.{name}"
@@ -121,7 +120,7 @@ def _values(kind: type, section: str, fields: Mapping[str, Any]) -> dict[str, An
         if isinstance(value, list):
             value = tuple(value)
         elif isinstance(value, str):
-            # YAML takes 1e-3 for a text, and a text may be written as on the command line.
+            # YAML reads 1e-3 as a string; strings are parsed as on the command line.
             value = parse_value(value, expected, where)
         values[str(name)] = value
     return values

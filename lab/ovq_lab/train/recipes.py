@@ -1,4 +1,4 @@
-"""Named training runs; `--set` on the command line changes any of their fields."""
+"""Recipes: named training runs; `--set` on the command line changes any of their fields."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def _recall(long_range_mixer: str) -> RunConfig:
     """In-context recall: one layer finds the value, at any distance."""
     return RunConfig(
         task=RecallTask(vocab_size=66, key_length=2, value_length=1, pair_share=0.2),
-        # A window far shorter than the examples leaves nearly all questions to the other layer. Heads as wide
-        # as the model keep the keys of many pairs apart, which matters at lengths beyond those of training.
+        # The window is far shorter than the examples, so nearly all questions need the other layer. Heads as
+        # wide as the model keep the keys of many pairs apart, which matters beyond the training lengths.
         model=ModelArgs(mixer_types=("sliding_attention", long_range_mixer), head_dim=64, sliding_window=16),
         train=TrainArgs(),
     )
@@ -31,7 +31,7 @@ def _positional(long_range_mixer: str) -> RunConfig:
         model=ModelArgs(
             mixer_types=("sliding_attention", long_range_mixer) * 2, head_dim=64, sliding_window=16
         ),
-        # Examples end with 4 keys; with half that length, the numbering learned fails sooner beyond it.
+        # The longest examples hold 4 keys; at half the length, the learned numbering extrapolates less far.
         train=TrainArgs(steps=1200, lengths=(64, 128, 256), length_shares=(0.3, 0.2, 0.5)),
     )
 
@@ -51,15 +51,13 @@ def _regression(long_range_mixer: str) -> RunConfig:
 
 
 def _mqar(long_range_mixer: str) -> RunConfig:
-    """Zoology's multi-query associative recall, with chunks so short that OVQ cannot read all of it
-    exactly."""
+    """Zoology's multi-query associative recall, with chunks too short for OVQ to read it all exactly."""
     return RunConfig(
         task=MQARTask(),
         model=ModelArgs(
             mixer_types=("sliding_attention", long_range_mixer),
             head_dim=64,
-            # A window of 16 answers the shortest examples by itself, and the other layer learns nothing from
-            # them.
+            # With a window of 16, the other layer would learn nothing from the shortest examples.
             sliding_window=4,
             chunk_size=16,
             # As in Zoology. Otherwise each of the 4,096 values has to be learned separately.
@@ -77,7 +75,7 @@ def _mqar(long_range_mixer: str) -> RunConfig:
 
 
 def _lm(long_range_mixer: str) -> RunConfig:
-    """Language modelling on a plain CPU: 2 million parameters that read bytes."""
+    """Language modelling on a CPU: a byte-level model of 2 million parameters."""
     return RunConfig(
         task=TextTask(),
         model=ModelArgs(
@@ -86,7 +84,7 @@ def _lm(long_range_mixer: str) -> RunConfig:
             intermediate_size=512,
             num_attention_heads=3,
             conv_size=4,
-            # Short, so that the other layers have to remember what is more than a sentence back.
+            # Short, so that the other layers have to remember more than the last sentence.
             sliding_window=128,
             num_slots=512,
             chunk_size=128,
@@ -125,9 +123,9 @@ def _lm_for_gpus(
 ) -> Callable[[str], RunConfig]:
     """Language modelling on books, for GPUs: windows of subword tokens.
 
-    There are `num_pairs` pairs of a sliding-window layer and a long-range layer, of this width, with a SwiGLU
-    of `inner`. `vocab_size` are byte pairs of the tokenizer, and `length` is that of a window of text; the
-    other arguments are fields of `ModelArgs` and `TrainArgs`.
+    The model has `num_pairs` pairs of a sliding-window layer and a long-range layer, of hidden size `width`
+    and SwiGLU size `inner`. `vocab_size` is the size of the BPE tokenizer, `length` the tokens per window;
+    the other arguments are fields of `ModelArgs` and `TrainArgs`.
     """
 
     def build(long_range_mixer: str) -> RunConfig:
@@ -175,14 +173,14 @@ _KVM: dict[str, Any] = {
     "min_learning_rate_share": 0.0,
     "warmup_steps": 200,
 }
-"""What the sizes of KVM's comparison with OVQ (arXiv 2605.09877) share. They are trained as its authors do:
+"""Settings shared by the sizes of KVM's comparison with OVQ (arXiv 2605.09877). Training is as its authors':
 0.5 million tokens per step, 3.1 and 7.9 billion in all.
 
-From their published configs `ovq_swa_ts_c256_s1024_wd.yaml` and `kvm_swa_saturate1024_wd.yaml`: sizes, rates,
-decay, warm-up, windows and chunks of 256, up to 1,024 slots, sliding windows between the layers of OVQ and of
-KVM. Ours: books and a tokenizer learned from them in place of ProLong-64k and GPT-2's, a SwiGLU of as many
-weights as their MLP of four times the width, and the backbone, which has a short convolution where theirs
-shifts tokens."""
+From their published configs `ovq_swa_ts_c256_s1024_wd.yaml` and `kvm_swa_saturate1024_wd.yaml`: sizes,
+learning rates, decay, warm-up, windows and chunks of 256, up to 1,024 slots, sliding windows between the
+layers of OVQ and of KVM. Different here: books and a tokenizer learned from them in place of ProLong-64k and
+GPT-2's, a SwiGLU with as many weights as their MLP of four times the width, and the backbone, which has a
+short convolution in place of their token shift."""
 
 _SIZES = {
     "70m": _lm_for_gpus(
@@ -221,7 +219,7 @@ _SIZES = {
         **_KVM,
     ),
 }
-"""Language models by the millions of their parameters: three sizes of the paper, two of KVM's authors."""
+"""Language models by millions of parameters: three sizes of the paper, two of KVM's authors."""
 
 
 _BUILDERS: dict[str, Callable[[str], RunConfig]] = {
@@ -234,11 +232,11 @@ _BUILDERS: dict[str, Callable[[str], RunConfig]] = {
 }
 
 _MIXERS = {known.short: mixer for mixer, known in KNOWN.items()}
-"""How the names of recipes abbreviate the long-range mixers."""
+"""Long-range mixers by their short names in the names of recipes."""
 
 
 def recipe_for(task: str, long_range_mixer: str) -> RunConfig:
-    """The recipe of a task with any mixer in its long-range layers; nothing else differs between mixers.
+    """The recipe of a task with the given long-range mixer; nothing else differs between mixers.
 
     Raises:
         ValueError: If there is no recipe for the task. The mixer is checked when the model is built.
@@ -255,7 +253,7 @@ def recipe_for(task: str, long_range_mixer: str) -> RunConfig:
 
 
 def beside(mixer: str, config: RunConfig) -> RunConfig:
-    """The same run with a mixer that is good at what is near in place of its windows.
+    """The same run with another short-range mixer in place of its sliding windows.
 
     Example:
         >>> beside("mamba2", recipe_for("lm", "ovq")).model.mixer_types
@@ -272,21 +270,21 @@ RECIPES: dict[str, RunConfig] = {
     for task in _BUILDERS
     if task.startswith(TextTask.name)
 }
-"""Every recipe by its name on the command line."""
+"""All recipes by their name on the command line."""
 
 
 def get_recipe(name: str) -> RunConfig:
     """The recipe of this name.
 
     Raises:
-        ValueError: If there is none; lists what names are made of.
+        ValueError: If there is none; lists the parts of valid names.
 
     Example:
         >>> get_recipe("recall-ovq").model.mixer_types
         ('sliding_attention', 'ovq')
     """
     if name not in RECIPES:
-        # Their products are too many to be read.
+        # All combinations would be too long a list.
         meant = f"{name}-ovq" if name in _BUILDERS else name
         raise ValueError(
             f"recipe: expected a task ({', '.join(_BUILDERS)}) and a mixer ({', '.join(_MIXERS)}) with - "

@@ -1,4 +1,4 @@
-"""Training with several processes: what transformers' Trainer needs to know to shard the model with FSDP2.
+"""Training with several processes: the settings of transformers' Trainer that shard the model with FSDP2.
 
 Sharding, sharded checkpoints, and loading them with another number of processes are PyTorch's (`fully_shard`,
 `torch.distributed.checkpoint`), used through accelerate.
@@ -26,13 +26,13 @@ _CHECKPOINTING = next(
     for name in ("activation_checkpointing", "gradient_checkpointing")
     if name in inspect.signature(TrainingArguments).parameters
 )
-# With 1.12, a run that was continued with another number of processes had different losses. pip checks the
-# version too, but where pip was not used, the losses would be wrong without a warning.
+# With 1.12, a run resumed on another number of processes had different losses. pip checks the version too,
+# but without pip the losses would be silently wrong.
 _OLDEST_ACCELERATE = Version("1.13")
 
 
 def is_first_process() -> bool:
-    """Whether this process writes what a run has only once, by the rank that torchrun and accelerate set."""
+    """Whether this is the main process, by the rank that torchrun and accelerate set."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -72,7 +72,7 @@ def sharding_arguments(args: TrainArgs) -> dict[str, Any]:
 
 
 def prepare_sharding(arguments: TrainingArguments) -> None:
-    """Set what `TrainingArguments` has no field for; to be called before the Trainer is made.
+    """Set what `TrainingArguments` has no field for; call it before the Trainer is created.
 
     Mixed precision sums gradients in float32 and leaves the loss as it is; accelerate's default would round
     both to bfloat16. Processes without a GPU may shard a model too. accelerate supports FSDP on accelerators
@@ -88,13 +88,13 @@ def prepare_sharding(arguments: TrainingArguments) -> None:
     if arguments.device.type == "cpu":
         plugin = FullyShardedDataParallelPlugin(**arguments.fsdp_plugin_args)
         precision = "bf16" if arguments.bf16 else "no"
-        # All Accelerator objects of a process share these two states, including the Trainer's.
+        # All Accelerator objects of a process, including the Trainer's, share these two states.
         state = Accelerator(cpu=True, mixed_precision=precision, fsdp_plugin=plugin).state
         state.fsdp_plugin = plugin
         state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
 
 
 def gather_weights(trainer: Trainer) -> None:
-    """Let `trainer.save_model` write one whole model, whichever processes hold its parts."""
+    """Make `trainer.save_model` gather the shards and write one whole model."""
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")

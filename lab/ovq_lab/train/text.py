@@ -1,8 +1,8 @@
 """Windows of text as PyTorch data sets: packed in random order, or in the order of their documents.
 
-A document of n tokens has n + 1 positions: the first reads the token that ends a text and predicts the first
-token, the last reads the last token and predicts the end. Windows are cut from positions, so every position
-of a window has a target, wherever it is cut.
+A document of n tokens has n + 1 positions: the first has the end-of-text token as input and the first token
+as target, the last has the last token as input and end-of-text as target. Windows are cut from positions, so
+every position of a window has a target, wherever it is cut.
 """
 
 from __future__ import annotations
@@ -23,13 +23,12 @@ from ovq_lab.train.needles import NeedleWindows
 
 
 class PackedTextDataset(Dataset):
-    """Every window of a run, in the order of training: window i belongs to step `i // batch_size`.
+    """All windows of a run, in training order: window i belongs to step `i // batch_size`.
 
     Each epoch concatenates the documents in a new order, cuts the result into windows of the step's length,
-    and shows the windows in random order. A window holds one document, or the end of one, some short ones and
-    the beginning of another; each of these is then a row of its own in `cu_seqlens`, and none sees another. A
-    window depends only on the seed and its index, as in `CurriculumDataset`. With needles, texts that contain
-    them replace some of the windows.
+    and shuffles the windows. A window may hold parts of several documents; each part is a row of its own in
+    `cu_seqlens`, and none sees another. A window depends only on the seed and its index, as in
+    `CurriculumDataset`. With needles, texts that contain them replace some of the windows.
 
     Raises:
         ValueError: If all documents together are shorter than a window.
@@ -66,25 +65,25 @@ class PackedTextDataset(Dataset):
         return _packed([row for index in indices for row in self._rows(index)])
 
     def _rows(self, index: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """What the rows of a window read and predict."""
+        """Inputs and targets of the rows of a window."""
         texts = [] if self._needles is None else self._needles.texts(index)
         if texts:
             return [_answers(*text, self._corpus.end_of_text) for text in texts]
         return [read_positions(self._corpus, *piece) for piece in self._window(index)]
 
     def _window(self, index: int) -> list[tuple[int, int, int]]:
-        """The pieces of a window: for each, its document and its range of positions."""
+        """The pieces of a window: document, first position and end of each."""
         length = self._train.length_at(index // self._train.batch_size)
         number, place = divmod(index, int(self._num_positions.sum()) // length)
         epoch = self._epochs.get(length)
         if epoch is None or epoch.number != number:
-            # Keeping one epoch per length is enough: a run goes through them in order.
+            # One epoch per length is enough, as a run goes through them in order.
             epoch = self._epochs[length] = _Epoch(self._num_positions, length, self._train.seed, number)
         return epoch.window(place)
 
 
 class _Epoch:
-    """Where each window of an epoch of a run lies, for documents with `num_positions` `[D]`."""
+    """The windows of one epoch, for documents with `num_positions` `[D]`."""
 
     def __init__(self, num_positions: np.ndarray, length: int, seed: int, number: int) -> None:
         random = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(length, number)))
@@ -93,12 +92,12 @@ class _Epoch:
         self._documents = random.permutation(len(num_positions))
         self._ends = num_positions[self._documents].cumsum()
         num_windows, num_left = divmod(int(self._ends[-1]), length)
-        # The positions left over are not always those at the end of the last document.
+        # A random start, so that the positions left over are not always at the end of the last document.
         self._first = int(random.integers(num_left + 1))
         self._order = random.permutation(num_windows)
 
     def window(self, place: int) -> list[tuple[int, int, int]]:
-        """The pieces of the window that is shown at this place."""
+        """The pieces of the window at this place of the epoch."""
         start = self._first + int(self._order[place]) * self._length
         pieces = _pieces(self._ends, start, start + self._length)
         return [(int(self._documents[i]), begin, end) for i, begin, end in pieces]
@@ -107,8 +106,8 @@ class _Epoch:
 class HeldOutWindows(Dataset):
     """Windows of documents that are not trained on, each built as in `PackedTextDataset`.
 
-    The documents are concatenated in their order and cut into windows, of which some are taken, evenly
-    spread: `num_windows` of them if there are as many, of less than `length` if all together are shorter.
+    The documents are concatenated in order and cut into windows, of which `num_windows` (or all, if fewer)
+    are taken at even distances. If all documents together are shorter than `length`, so is the window.
 
     Example:
         >>> from ovq_lab.text import TextSource, load_corpus
@@ -143,10 +142,10 @@ class HeldOutWindows(Dataset):
 class CarriedTextDataset(Dataset):
     """The windows of whole documents in order, for training that carries the state between them.
 
-    An optimizer step has `batch_size` windows. Each of these places is a lane, which reads one document after
-    the other, each from its first window to its last; the last window is only as long as what is left. Window
-    i belongs to lane `i % batch_size`. The next document of the epoch goes to the lane that has the least
-    left to read. Lanes depend only on the seed, not on the processes that share them.
+    An optimizer step has `batch_size` windows, one per lane. A lane reads one document after the other, each
+    from its first window to its last, which may be shorter. Window i belongs to lane `i % batch_size`. The
+    next document of the epoch goes to the lane that has the least left to read. Lanes depend only on the
+    seed, not on the processes that share them.
 
     Example:
         >>> from ovq_lab.text import TextSource, load_corpus
@@ -166,7 +165,7 @@ class CarriedTextDataset(Dataset):
         self._lanes = self._schedule(-(-self._num_positions // self._length))
 
     def _schedule(self, num_windows: np.ndarray) -> list[tuple[list[int], list[int]]]:
-        """For each lane its documents, and the step at which each begins."""
+        """For each lane, its documents and the step at which each begins."""
         lanes: list[tuple[list[int], list[int]]] = [([], []) for _ in range(self._train.batch_size)]
         free_at = [(0, lane) for lane in range(self._train.batch_size)]
         number = 0
@@ -188,8 +187,8 @@ class CarriedTextDataset(Dataset):
         """Build a window.
 
         Returns:
-            `input_ids` and targets `[1, T]`; the `lane`; `num_read`, how many positions of the document were
-            read before; `is_last`, whether the document ends in the window.
+            `input_ids` and targets `[1, T]`; the `lane`; `num_read`, number of positions of the document
+            before the window; `is_last`, whether the document ends in the window.
         """
         (index,) = indices
         step, lane = divmod(index, self._train.batch_size)
@@ -204,7 +203,7 @@ class CarriedTextDataset(Dataset):
 
 
 def _pieces(ends: np.ndarray, start: int, stop: int) -> list[tuple[int, int, int]]:
-    """The pieces of a range of concatenated documents: for each, its place and its range of positions.
+    """The pieces of a range of concatenated documents: index, first position and end of each.
 
     Example:
         >>> _pieces(np.array([3, 10, 12]), 1, 11)
@@ -221,13 +220,13 @@ def _pieces(ends: np.ndarray, start: int, stop: int) -> list[tuple[int, int, int
 
 
 def _answers(tokens: np.ndarray, is_answer: np.ndarray, end_of_text: int) -> tuple[np.ndarray, np.ndarray]:
-    """What a text reads, and what it predicts at positions that belong to an answer."""
+    """Inputs and targets of a text; targets outside of answers are ignored."""
     inputs, targets = positions(tokens, end_of_text)
     return inputs, np.where(np.append(is_answer, False), targets, IGNORE_INDEX)
 
 
 def read_positions(corpus: Corpus, document: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-    """What a range of positions of a document reads and predicts, `[stop - start]` int64 each.
+    """Inputs and targets of a range of positions of a document, `[stop - start]` int64 each.
 
     Example:
         >>> from ovq_lab.text import TextSource, load_corpus
@@ -242,7 +241,7 @@ def read_positions(corpus: Corpus, document: int, start: int, stop: int) -> tupl
 def positions(
     tokens: np.ndarray, end_of_text: int, start: int = 0, stop: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What a range of positions of a text reads and predicts; by default all of them.
+    """Inputs and targets of a range of positions of a text; by default all of them.
 
     Example:
         >>> inputs, targets = positions(np.array([7, 8]), 256)
@@ -257,13 +256,14 @@ def positions(
 
 
 def _packed(rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, torch.Tensor]:
-    """Rows that do not see each other as one, with their bounds."""
+    """Pack rows into one batch row, with their bounds in `cu_seqlens`."""
     inputs, targets = zip(*rows, strict=True)
     ends = np.cumsum([0, *map(len, inputs)], dtype=np.int32)
     return _batch(inputs, targets) | {"cu_seqlens": torch.from_numpy(ends)}
 
 
 def _batch(inputs: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
-    """Pieces as one row. The targets have two names: the Trainer needs `labels`, the model the other."""
+    """Concatenate pieces to one row. Targets have two names: `labels` for the Trainer, `shift_labels` for the
+    model."""
     input_ids, shift_labels = (torch.from_numpy(np.concatenate(parts))[None] for parts in (inputs, targets))
     return {"input_ids": input_ids, "labels": shift_labels, "shift_labels": shift_labels}

@@ -1,4 +1,4 @@
-"""Values of the fields of a configuration, read from the texts of a command line or of a recipe in a file."""
+"""Parsing of field values from strings of a command line or of a recipe file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def type_of_field(
     section: type[DataclassInstance], name: str, where: str, others: Mapping[str, ConfigField] | None = None
 ) -> Any:
-    """The type of a field of a section, or of `others` beside its own; the error begins with `where`."""
+    """The type of a field of a section or of `others`; the error message begins with `where`."""
     of_others = {name: field.kind for name, field in (others or {}).items()}
     types_of_fields = of_others | field_types(section)
     if name not in types_of_fields:
@@ -29,7 +29,7 @@ def type_of_field(
 
 
 def parse_value(text: str, kind: Any, where: str) -> Any:
-    """Read a text as the type of a field; errors begin with `where`.
+    """Parse a string as the type of a field; error messages begin with `where`.
 
     Example:
         >>> parse_value("64, 128", tuple[int, ...], "--set train.lengths")
@@ -53,7 +53,7 @@ def parse_value(text: str, kind: Any, where: str) -> Any:
 
 
 def _parse_union(text: str, kinds: tuple[Any, ...], where: str) -> Any:
-    """Read a command line value as the first of several types that it fits."""
+    """Parse a string as the first of several types that fits."""
     if type(None) in kinds and text.lower() == "none":
         return None
     *others, last = (kind for kind in kinds if kind is not type(None))
