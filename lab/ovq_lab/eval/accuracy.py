@@ -15,7 +15,7 @@ from ovq_lab.eval.rows import ResultRow
 from ovq_lab.tasks import IGNORE_INDEX, Task, TaskBatch
 
 TOKENS_PER_BATCH = 16384
-"""Tokens per micro-batch, at most: enough to keep a few cores busy."""
+"""Most tokens per micro-batch: enough to keep a few cores busy."""
 
 
 @torch.no_grad()
@@ -31,10 +31,10 @@ def evaluate(
     reporter: WorkReporter,
     label: str = "test",
 ) -> list[ResultRow]:
-    """Test a model on a task, at several lengths and with several dictionaries.
+    """Evaluate a model on a task, at several lengths and with several dictionaries.
 
     Args:
-        model: Tested on the device and in the dtype that it has; its dictionary is restored afterwards.
+        model: Evaluated on its device and in its dtype; its dictionary is restored afterwards.
         task: The kind of data; its own length is ignored.
         lengths: Tokens per example, one test for each.
         num_slots: Sizes of the dictionary to test, see `dictionaries_to_test`.
@@ -89,9 +89,9 @@ def _evaluate_at(
     work: AnyWork,
     done: int,
 ) -> ResultRow:
-    """One row: all test examples of one length, with the current dictionary."""
+    """Result row of all test examples of one length, with the current dictionary."""
     batch_size = max(1, TOKENS_PER_BATCH // task.length)
-    # Of each batch, what is known of each asked token.
+    # One array per batch, with an entry per asked token.
     right, errors, slices = [], [], []
     for first in range(0, num_examples, batch_size):
         indices = range(first, min(first + batch_size, num_examples))
@@ -118,7 +118,7 @@ def _evaluate_at(
 
 
 def _means(batches: Sequence[np.ndarray], masks: dict[str, np.ndarray]) -> tuple[float, dict[str, float]]:
-    """The mean over all asked tokens, and over those of each slice that has some."""
+    """Mean over all asked tokens, and over those of each non-empty slice."""
     values = np.concatenate(batches)
     return float(values.mean()), {
         name: float(values[mask].mean()) for name, mask in masks.items() if mask.any()
@@ -126,7 +126,7 @@ def _means(batches: Sequence[np.ndarray], masks: dict[str, np.ndarray]) -> tuple
 
 
 def answers_of(model: OVQForCausalLM, batch: TaskBatch) -> np.ndarray:
-    """The most likely token at each asked place, given what precedes it, in order of rows and places."""
+    """The most likely token at each asked position, given the tokens before it, in row-major order."""
     is_asked = torch.from_numpy(batch.labels != IGNORE_INDEX)
     hidden = model.base_model(
         torch.from_numpy(batch.inputs).to(model.device), use_cache=False

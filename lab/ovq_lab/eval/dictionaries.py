@@ -1,4 +1,4 @@
-"""The dictionaries that one model is tested with: other numbers of slots, other rules, the same weights."""
+"""The dictionaries that one model is tested with: numbers of slots and merge rules, on the same weights."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ovq_lab.eval.rows import MERGE_NAMES
 
 
 class Dictionary(NamedTuple):
-    """What the OVQ layers of a model remember with during a test.
+    """Dictionary settings of the OVQ layers of a model during a test.
 
     Attributes:
         num_slots: Slots per layer; `None` for a model without OVQ layers.
-        merge: The rule that keeps them, as `OVQConfig.merge` names it; `None` likewise.
+        merge: The merge rule, as in `OVQConfig.merge`; `None` likewise.
     """
 
     num_slots: int | None = None
@@ -25,7 +25,7 @@ class Dictionary(NamedTuple):
 
     @property
     def note(self) -> str:
-        """What a progress report says before other words; empty for a model without OVQ layers.
+        """Prefix of progress reports; empty for a model without OVQ layers.
 
         Example:
             >>> Dictionary(64, "nearest").note, Dictionary(64, "existing").note, Dictionary().note
@@ -38,12 +38,12 @@ class Dictionary(NamedTuple):
 def dictionaries_to_test(
     config: PreTrainedConfig, *, num_slots: Sequence[int] = (), merges: Sequence[str] = ()
 ) -> list[Dictionary]:
-    """Each number of slots with each rule.
+    """All combinations of numbers of slots and merge rules.
 
     Args:
-        config: That of the model. Without OVQ layers, or of another kind, it has one to test: none.
-        num_slots: The numbers; if empty, the one that the model has.
-        merges: The rules, as `OVQConfig.merge` names them; if empty, the one that the model has.
+        config: The model's config. Models without OVQ layers are tested once, with `Dictionary()`.
+        num_slots: Numbers of slots; if empty, the model's own.
+        merges: Merge rules, as in `OVQConfig.merge`; if empty, the model's own.
 
     Example:
         >>> dictionaries_to_test(OVQConfig(num_slots=64), merges=["existing", "nearest"])
@@ -61,9 +61,9 @@ def dictionaries_to_test(
 
 
 def each_dictionary(model: Any, tested: Sequence[Dictionary]) -> Iterator[Dictionary]:
-    """Give a model one dictionary after the other, in evaluation mode, and at the end what it had.
+    """Set a model to one dictionary after the other, in evaluation mode; restore its own at the end.
 
-    Its own rule keeps its growth; the others have the growth that they are meant for.
+    The model's own merge rule keeps its growth schedule; other rules use their default schedules.
 
     Raises:
         ValueError: If a rule does not exist or does not fit the model.

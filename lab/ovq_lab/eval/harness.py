@@ -14,8 +14,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 MAX_LENGTH = 8192
-"""Default for the most tokens that the harness shows a model; longer texts lose their beginning. Models here
-have no limit of their own, and without this the harness would take 2048."""
+"""Default maximum length in tokens; longer texts lose their beginning. Models here have no limit of their
+own, and without this the harness would take 2048."""
 
 
 def evaluate_tasks(
@@ -34,20 +34,20 @@ def evaluate_tasks(
     """Run tasks of the harness.
 
     Args:
-        model: Of this library, converted, or any causal language model of transformers; tested on the device
-            and in the dtype that it has.
+        model: A model of this library, a converted one, or any causal language model of transformers;
+            evaluated on its device and in its dtype.
         tokenizer: The model's, one of transformers.
         tasks: Names of tasks.
         batch_size: Requests at a time; scores do not depend on it.
-        max_length: The most tokens that the model is shown.
-        num_fewshot: Examples before each question; None: what the task says.
+        max_length: Maximum length in tokens.
+        num_fewshot: Examples before each question; None: the task's default.
         limit: Use only this many examples of each task, for a quick look.
         include_path: A folder with your own tasks, as YAML.
-        include_defaults: Look among the harness's own tasks for those that are not in this folder.
+        include_defaults: Also search the harness's own tasks for those that are not in this folder.
         metadata: For tasks that build their data, for example `max_seq_lengths` of RULER.
 
     Returns:
-        What the harness's `simple_evaluate` returns: `results` by task, `samples`, `configs` and more.
+        The result of the harness's `simple_evaluate`: `results` by task, `samples`, `configs` and more.
 
     Raises:
         ValueError: If lm-eval is not installed, a task or `include_path` does not exist, or there is no
@@ -62,10 +62,10 @@ def evaluate_tasks(
     if tokenizer is None:
         raise ValueError("tokenizer: expected one of transformers, found none")
     if include_path is not None and not Path(include_path).is_dir():
-        # The harness would go on without the tasks in it.
+        # The harness would silently continue without the tasks in it.
         raise ValueError(f"include_path: expected a folder with tasks, found none at {include_path}")
     try:
-        # It takes seconds to import.
+        # Imported here, as it takes seconds.
         import lm_eval
     except ImportError as error:
         raise ValueError(

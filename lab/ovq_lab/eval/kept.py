@@ -1,9 +1,9 @@
-"""What a trained model keeps of a recall task: which pairs have a slot of their own, and what that is worth.
+"""Which pairs of a recall task a trained model keeps in slots of their own, and what that is worth.
 
-A pair is several tokens, of which the long-range layer reads one: that whose key, thanks to the short
-convolution, speaks of the pair's key, and whose value of its value. Which one it is, training decides: the
-value token itself in some models, the token after it in others. It is found by what the questions attend to
-where nothing is merged.
+A pair has several tokens, of which the long-range layer reads one: through the short convolution, the key of
+this token encodes the pair's key, and its value the pair's value. Which token it is depends on training: the
+value token itself in some models, the token after it in others. It is the token that questions attend to most
+when nothing is merged.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ovq_lab.eval.models import long_range_mixer
 from ovq_lab.tasks import IGNORE_INDEX, RecallTask
 
 NUM_PARTS = 16
-"""Parts of equal length that the context is divided into, to tell how old slots are."""
+"""Number of equal parts of the context, by which the ages of slots are counted."""
 _MOST = 256
 COUNT_NAMES = ("1", "2", *(f"{2**i + 1}-{2 ** (i + 1)}" for i in range(1, 8)), f"over {_MOST}")
 """Octaves of the number of tokens in a slot."""
@@ -36,33 +36,33 @@ COUNT_NAMES = ("1", "2", *(f"{2**i + 1}-{2 ** (i + 1)}" for i in range(1, 8)), f
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KeptRow:
-    """What one model keeps at one length, and what it answers.
+    """Accuracy of one model at one length, and statistics of its slots.
 
-    A pair *has a slot of its own* if in one of the heads the token that is read of it shares its slot with no
-    such token of another pair, at the moment of the question. A repetition of the pair counts as well, and so
-    does a token of the question's own chunk, which is read exactly.
+    A pair *has a slot of its own* if, at the moment of the question and in at least one head, its read token
+    shares its slot with no read token of another pair. A repetition of the pair counts as well, and so does a
+    token of the question's own chunk, which is read exactly.
 
     Attributes:
         mixer: The long-range mixer.
         num_slots: Slots of its dictionary during the test.
-        merge: The rule that kept the dictionary.
+        merge: The merge rule during the test.
         length: Tokens per example.
-        context_length: Those of them before the questions.
-        num_questions: Questions asked.
-        accuracy: Share of them that were answered right.
+        context_length: Tokens before the questions.
+        num_questions: Number of questions.
+        accuracy: Share of the questions answered correctly.
         layer: The layer that reads the pairs.
-        offset: Which token of a pair it reads: how many tokens after the pair's first.
-        weight: Share of the questions' attention on that token, if no token were merged with another.
+        offset: Position of the read token of a pair, counted from the pair's first token.
+        weight: Share of the questions' attention on that token, if no tokens were merged.
         own_share: Share of the questions whose pair has a slot of its own.
-        own_accuracy: Share of those that were answered right; `None` if there are none.
-        shared_accuracy: Likewise of the others.
-        heads_share: By the number of heads in which a pair has a slot of its own, the share of the questions.
-        clean_share: Share of the questions whose pair has a slot with no token of another pair whatever.
-        slot_counts: When the questions begin, the share of slots with so many tokens, by `COUNT_NAMES`.
-        oldest: Likewise the share of slots whose oldest token is in this part of the context, by its number.
-        mean_position: Likewise of slots whose tokens are there on average.
+        own_accuracy: Accuracy on these questions; `None` if there are none.
+        shared_accuracy: Likewise on the others.
+        heads_share: Share of the questions by the number of heads in which their pair has a slot of its own.
+        clean_share: Share of the questions whose pair has a slot without any token of another pair.
+        slot_counts: Share of slots by number of tokens (`COUNT_NAMES`), when the questions begin.
+        oldest: Likewise by the part of the context that holds their oldest token.
+        mean_position: Likewise by the part that holds the mean position of their tokens.
         effective_slots: Likewise exp(entropy) of the shares of tokens in slots, mean over heads.
-        largest_share: Likewise the share of the tokens that are in the fullest slot, mean over heads.
+        largest_share: Likewise the share of the tokens in the fullest slot, mean over heads.
     """
 
     mixer: str
@@ -98,14 +98,14 @@ def evaluate_kept(
     seed: int = 0,
     reporter: WorkReporter,
 ) -> KeptRow:
-    """Ask a model, and look which pairs have a slot of their own when they are asked for.
+    """Evaluate a model, and find which pairs have a slot of their own when they are asked for.
 
     Args:
-        model: Tested on the device and in the dtype that it has; its dictionary is restored afterwards.
+        model: Evaluated on its device and in its dtype; its dictionary is restored afterwards.
         task: The kind of data, at the length to test.
         num_slots: Slots of the dictionary.
-        merge: The rule that keeps it, with the growth that it is meant for.
-        num_examples: Examples.
+        merge: The merge rule, with its default growth.
+        num_examples: Number of examples.
         seed: Seed of the test data.
         reporter: Shows the progress.
 
@@ -140,7 +140,7 @@ def evaluate_kept(
 
 
 class _Site(NamedTuple):
-    """Where a model reads pairs; see `KeptRow`."""
+    """Layer and token at which a model reads pairs; see `KeptRow`."""
 
     layer: int
     offset: int
@@ -150,7 +150,7 @@ class _Site(NamedTuple):
 def _ask(
     model: OVQForCausalLM, task: RecallTask, seed: int, indices: range, site: _Site | None, tally: _Tally
 ) -> _Site:
-    """Ask a batch of examples, and add what is found to the tally; returns where the model reads pairs."""
+    """Evaluate a batch of examples and add it to the tally; returns where the model reads pairs."""
     batch = task.build(seed, indices=indices, split="test")
     pairs = _Pairs(task, *task.pair_places(seed, indices=indices, split="test"))
     with recording(model) as calls:
@@ -168,11 +168,12 @@ def _ask(
 
 
 class _Pairs:
-    """Where the pairs of a batch of examples lie.
+    """Positions of the pairs of a batch of examples.
 
     Args:
         task: The task.
-        starts: `[B, P]` first tokens, those of the context first. pairs: `[B, P]` their numbers.
+        starts: `[B, P]` first tokens, those of the context first.
+        pairs: `[B, P]` numbers of the pairs.
     """
 
     def __init__(self, task: RecallTask, starts: np.ndarray, pairs: np.ndarray) -> None:
@@ -180,27 +181,27 @@ class _Pairs:
 
     @property
     def num_candidates(self) -> int:
-        """How many tokens, from a pair's first on, may be the one that is read: its own and the next."""
+        """Number of tokens, from a pair's first on, that may be the read token: its own and the next."""
         return self._task.pair_length + 1
 
     @property
     def questions(self) -> np.ndarray:
-        """`[Q]` the last key token of each question, at which the value is to be said."""
+        """`[Q]` the last key token of each question, after which the value is predicted."""
         return self.starts[0, self._task.num_stored :] + self._task.key_length - 1
 
     def tokens(self, offset: int) -> np.ndarray:
-        """`[B, P]` the token so far after each pair's first; the last token if the text ends before."""
+        """`[B, P]` the token at this offset of each pair; the last token if the text ends before."""
         return np.minimum(self.starts + offset, self._task.length - 1)
 
     def owned(self, found: SlotAssignments, offset: int, chunk_size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of each question `[B, Q]`, in how many heads its pair has a slot of its own.
+        """Number of heads in which the pair of each question has a slot of its own.
 
         Returns:
-            In how many heads the slot has no token of another pair that the layer reads, which is the one
-            with this offset, and in how many it has no token of another pair at all.
+            `[B, Q]`, heads in which the slot has no read token (at `offset`) of another pair; and `[B, Q]`,
+            heads in which it has no token of another pair at all.
         """
         read, own_tokens = self.tokens(offset), [self.tokens(i) for i in range(self._task.pair_length)]
-        # The token that is read comes last: it may also be the first token of the next pair.
+        # The read token comes last and overrides: it may also be the first token of the next pair.
         every = np.stack([*own_tokens, read], 1)
         num_asked = len(self.questions)
         own, clean = (np.zeros((len(self.starts), num_asked), dtype=np.int64) for _ in range(2))
@@ -217,7 +218,7 @@ class _Pairs:
                 for result, pair_of in ((own, labels), (clean, all_labels)):
                     is_own = _is_alone(of_row, pair_of)[:, read[b]]
                     for q in asked:
-                        # Of the question's own pair nothing counts but what was there before.
+                        # Only occurrences of the pair before the question count.
                         place = self._task.num_stored + q
                         is_known = self.pairs[b, :place] == self.pairs[b, place]
                         is_known &= read[b, :place] <= self.questions[q]
@@ -226,11 +227,11 @@ class _Pairs:
 
 
 def _is_alone(slots: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-    """Whether there is no token of another pair in the slot of each token, `[H, T]`.
+    """Whether the slot of each token holds no token of another pair, `[H, T]`.
 
     Args:
-        slots: `[H, T]` slots, -1 for tokens that are in none, and so on their own.
-        pairs: `[T]` pairs, -1 for tokens of none.
+        slots: `[H, T]` slots; -1 for tokens that are in no slot, which are alone.
+        pairs: `[T]` pairs; -1 for tokens of no pair.
 
     Example:
         >>> _is_alone(np.array([[0, 0, 0, 1, 1, -1]]), np.array([3, -1, 3, 4, 5, 4]))
@@ -248,9 +249,9 @@ def _is_alone(slots: np.ndarray, pairs: np.ndarray) -> np.ndarray:
 
 
 def _weights(call: RecordedCall, pairs: _Pairs) -> Tensor:
-    """What questions of the first example attend to if nothing is merged, `[1, Q, T]`, mean over heads.
+    """Attention weights of the questions of the first example without merging, `[1, Q, T]`, mean over heads.
 
-    The first example is enough: its questions are many, and it is the same one whatever the size of a batch.
+    The first example is enough: it has many questions, and it does not depend on the batch size.
     """
     asked = torch.from_numpy(pairs.questions).to(call.q.device)
     group = call.q.shape[2] // call.k.shape[2]
@@ -262,15 +263,15 @@ def _weights(call: RecordedCall, pairs: _Pairs) -> Tensor:
 
 
 def _most_read(weights: Tensor, pairs: _Pairs) -> tuple[int, float]:
-    """The offset with the highest mean weight, and that weight.
+    """The offset with the highest mean attention weight, and that weight.
 
     Args:
-        weights: `[B, Q, T]` of each question on each token, of the first B examples.
+        weights: `[B, Q, T]` weight of each question on each token, in the first B examples.
         pairs: The pairs.
     """
     num_examples, num_asked, num_places = len(weights), len(pairs.questions), pairs.pairs.shape[1]
     numbers = pairs.pairs[:num_examples]
-    # All earlier places of the pair count: the context's and those of earlier questions.
+    # All earlier occurrences of the pair count: in the context and in earlier questions.
     place = np.arange(num_places)
     is_known = numbers[:, -num_asked:, None] == numbers[:, None]
     is_known &= place < place[-num_asked:, None]
@@ -284,7 +285,7 @@ def _most_read(weights: Tensor, pairs: _Pairs) -> tuple[int, float]:
 
 
 class _Tally:
-    """Questions and slots, summed over batches."""
+    """Statistics of questions and slots, collected over batches."""
 
     def __init__(self) -> None:
         self._right: list[np.ndarray] = []
@@ -302,7 +303,7 @@ class _Tally:
             found.append(each.ravel())
 
     def add_memory(self, slots: Tensor, num_tokens: int) -> None:
-        """Add the slots `[B, H, T]` of a batch, as they are after so many tokens."""
+        """Add the slots `[B, H, T]` of a batch after `num_tokens` tokens."""
         rows = slots.flatten(0, 1).cpu().numpy()
         self._num_heads = slots.shape[1]
         for of_head in rows:
@@ -321,7 +322,7 @@ class _Tally:
             self._largest.append(float(shares.max()))
 
     def fields(self) -> dict[str, Any]:
-        """The fields of a `KeptRow` that are counted."""
+        """The fields of a `KeptRow` that follow from the statistics."""
         right, own, clean = (np.concatenate(x) for x in (self._right, self._own, self._clean))
         counts = np.concatenate(self._counts)
         octave = np.minimum(np.ceil(np.log2(counts)), len(COUNT_NAMES) - 1).astype(int)
@@ -347,7 +348,7 @@ def _mean(values: np.ndarray) -> float | None:
 
 
 def _by_part(places: np.ndarray) -> dict[str, float]:
-    """Shares of places from 0 to 1 by part of the context."""
+    """Shares of relative positions (0 to 1) by part of the context."""
     names = [str(i + 1) for i in range(NUM_PARTS)]
     return _shares(np.minimum((places * NUM_PARTS).astype(int), NUM_PARTS - 1), names)
 

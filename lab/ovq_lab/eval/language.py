@@ -1,4 +1,4 @@
-"""How well a language model predicts long documents: by position, by place in a chunk, in bits per byte.
+"""Loss of language models on long documents: by position, by position in a chunk, in bits per byte.
 
 Run it as `ovq eval lm --model DIR --dataset NAME --lengths 4096,65536`.
 """
@@ -34,14 +34,14 @@ class LanguageRow(NamedRow):
     A position is that of the last token read: the loss at p is the loss on token p + 1.
 
     Attributes:
-        num_windows: Windows, the same for all models that are given the same documents.
+        num_windows: Number of windows, the same for all models on the same documents.
         loss: Mean over all positions of all windows, in nats per token.
-        bits_per_byte: The loss in bits per byte of text; `None` where the bytes are not known.
-        tokens_per_second: Tokens read per second of wall-clock time, computing the losses included.
+        bits_per_byte: The loss in bits per byte of text; `None` if the bytes are not known.
+        tokens_per_second: Tokens read per second of wall-clock time, including the losses.
         block_size: Positions per block.
         window_losses: For each window, the mean loss of each block of positions, first block first.
-        chunk_size: Tokens per chunk of the OVQ layers, C; that of the config for models without them.
-        phase_losses: Mean loss by position modulo C; empty where the windows hold no whole chunk to look at.
+        chunk_size: Tokens per chunk of the OVQ layers, C; the config's for models without them.
+        phase_losses: Mean loss by position modulo C; empty if the windows hold no whole chunk to evaluate.
         sawtooth: Mean loss in the second half of a chunk minus that in the first half; 0 if the ends of
             chunks have no effect. `None` without whole chunks, or with chunks of one token.
         sawtooth_error: Standard error of `sawtooth` over chunks; `None` for fewer than two of them.
@@ -67,12 +67,12 @@ class LanguageRow(NamedRow):
 def take_windows(
     documents: Sequence[np.ndarray], length: int, most: int, *, first_token: int | None = None
 ) -> list[np.ndarray]:
-    """Windows of documents that do not overlap: first the beginnings, then the parts that follow.
+    """Non-overlapping windows of documents: first the beginnings, then the parts that follow.
 
     Args:
         documents: `[T]` token ids of each.
         length: Tokens per window.
-        most: Number of windows to take at most.
+        most: Largest number of windows.
         first_token: A token put before each document, if any; it counts as one of its tokens.
 
     Raises:
@@ -118,20 +118,20 @@ def evaluate_language(
     reporter: WorkReporter,
     name: str = "",
 ) -> list[LanguageRow]:
-    """Measure the loss on windows of documents, at several lengths and with several sizes of the dictionary.
+    """Measure the loss on windows of documents, at several lengths and with several dictionaries.
 
     Args:
-        model: Of this library, converted, or a causal language model of transformers; tested on the device
-            and in the dtype that it has; its dictionary is restored afterwards.
+        model: A model of this library, a converted one, or a causal language model of transformers;
+            evaluated on its device and in its dtype; its dictionary is restored afterwards.
         documents: `[T]` token ids of each.
         lengths: Tokens per window, one test for each.
         num_slots: Sizes of the dictionary to test, see `dictionaries_to_test`.
         merges: Merge rules to test, likewise.
-        num_windows: The most windows per length.
+        num_windows: Largest number of windows per length.
         block_size: Positions per block.
         piece_size: Tokens read at a time, which limits the memory needed.
         bytes_of_tokens: `[V]` bytes of text that each token stands for, see `token_bytes`.
-        first_token: What the model was shown before each document in training, if anything.
+        first_token: The token before each document in training, if any.
         reporter: Shows the progress.
         name: The model's name in the rows.
 
@@ -158,7 +158,7 @@ def evaluate_language(
     rows: list[LanguageRow] = []
     for dictionary in each_dictionary(model, tested):
         check_logits(model)
-        # What is built on first use must not count towards the speed.
+        # Warm-up: compilation on first use must not count towards the speed.
         token_losses(model, by_length[min(lengths)][0][: piece_size + 1], piece_size=piece_size)
         for length in lengths:
             losses, seconds = [], 0.0
@@ -185,13 +185,12 @@ def evaluate_language(
 def _summary(
     losses: list[np.ndarray], num_bytes: int | None, block_size: int, chunk_size: int
 ) -> dict[str, Any]:
-    """The fields of a row that follow from the losses `[T - 1]` of windows."""
+    """The fields of a `LanguageRow` that follow from the losses `[T - 1]` of windows."""
     wide = np.stack(losses).astype(np.float64)
     edges = np.arange(0, wide.shape[1], block_size)
     sizes = np.diff([*edges, wide.shape[1]])
     blocks = np.add.reduceat(wide, edges, axis=1) / sizes
-    # The first tokens of a window have a far higher loss than those that follow, which would look like a
-    # sawtooth.
+    # The first chunks are left out: the loss falls steeply there, which would look like a sawtooth.
     first = -(-min(block_size, wide.shape[1] // 2) // chunk_size) * chunk_size
     num_chunks = max(0, wide.shape[1] - first) // chunk_size
     chunks = wide[:, first : first + num_chunks * chunk_size].reshape(-1, chunk_size)

@@ -1,4 +1,4 @@
-"""What tests of language models need of a model: of this library, converted, or pretrained."""
+"""Uniform access to language models under evaluation: of this library, converted, or pretrained."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from ovq.hf.cache import CACHE_KEY, StateCache
 from ovq_lab.eval.dictionaries import Dictionary
 
 CONVERTED = "converted"
-"""What stands in the place of a mixer for a model that `ovq convert` has written."""
+"""Stands in place of a mixer's name for a model that `ovq convert` has written."""
 
 PRETRAINED = "pretrained"
-"""The same for a model of transformers as it is, with the cache of transformers, which grows."""
+"""The same for an unchanged model of transformers, whose cache grows."""
 
 _CHECK_TOKENS = 4
 _TOLERANCE = 0.05
 
 
 def long_range_mixer(config: PreTrainedConfig) -> str:
-    """The mixer that a model is named by: its last mixer that is not a window, or the window if it has no
-    other; `"converted"` or `"pretrained"` for models that are not of this library.
+    """Name of the model's last mixer that is not a sliding window, or of the window if it has no other;
+    `"converted"` or `"pretrained"` for models that are not of this library.
 
     Example:
         >>> from transformers import LlamaConfig
@@ -42,13 +42,13 @@ def long_range_mixer(config: PreTrainedConfig) -> str:
 
 
 def new_cache(model: PreTrainedModel) -> Any:
-    """An empty cache of the kind that the model has; a `DynamicCache` for models of transformers."""
+    """An empty cache for the model; a `DynamicCache` for models of transformers."""
     make_cache = getattr(model, "make_cache", None)
     return DynamicCache(config=model.config) if make_cache is None else make_cache()
 
 
 def branch(cache: Any) -> Any:
-    """An independent cache with the same content."""
+    """An independent copy of a cache."""
     return cache.snapshot() if isinstance(cache, StateCache) else copy.deepcopy(cache)
 
 
@@ -72,7 +72,7 @@ def state_bytes(model: PreTrainedModel, num_tokens: int) -> int:
         return cache.nbytes
     total = 0
     for layer in cache.layers:
-        # A window keeps no more than that many tokens.
+        # A window keeps at most its size.
         most = getattr(layer, "sliding_window", None) or num_tokens
         per_token = sum(x.nbytes for x in vars(layer).values() if isinstance(x, torch.Tensor))
         total += per_token * min(num_tokens, most)
@@ -80,7 +80,7 @@ def state_bytes(model: PreTrainedModel, num_tokens: int) -> int:
 
 
 def row_fields(model: PreTrainedModel, dictionary: Dictionary, length: int) -> dict[str, Any]:
-    """The fields of a `ModelRow` for a model that has this dictionary."""
+    """The fields of a `ModelRow` for a model with this dictionary."""
     return {
         "mixer": long_range_mixer(model.config),
         "num_slots": dictionary.num_slots,
@@ -92,8 +92,8 @@ def row_fields(model: PreTrainedModel, dictionary: Dictionary, length: int) -> d
 
 
 def chunk_size_of(model: PreTrainedModel) -> int:
-    """Tokens per chunk: those that are merged at a time. Models without chunks have the default of OVQ's
-    config, so that they can be measured in the same way."""
+    """Tokens per chunk, which are merged at a time. For models without chunks it is the default of
+    `OVQConfig`, so that they can be measured in the same way."""
     if isinstance(model, ConvertedMixin):
         return model.memory_config.chunk_size
     return model.config.chunk_size if isinstance(model.config, OVQConfig) else OVQConfig().chunk_size
@@ -101,9 +101,9 @@ def chunk_size_of(model: PreTrainedModel) -> int:
 
 @torch.no_grad()
 def check_logits(model: PreTrainedModel) -> None:
-    """Raise ValueError unless logits are what the output layer makes of the last hidden states.
+    """Raise ValueError unless logits equal the output layer applied to the last hidden states.
 
-    The tests compute them so, for a few tokens at a time. Some models scale or bound them afterwards.
+    Evaluation computes them so, for a few tokens at a time. Some models scale or cap them afterwards.
     """
     name, output = type(model).__name__, model.get_output_embeddings()
     if (found := getattr(model.config, "final_logit_softcapping", None)) is not None:

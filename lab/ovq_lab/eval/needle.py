@@ -1,4 +1,4 @@
-"""Needle in a haystack: whether a model finds one sentence in a long text, by length and depth.
+"""Needle in a haystack: retrieval of one sentence from a long text, by length and depth.
 
 Run it as `ovq eval needle --model DIR --lengths 1024,4096 --haystack noise --value number`.
 """
@@ -29,14 +29,14 @@ _EXTRA_TOKENS = 16
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NeedleRow(NamedRow):
-    """The scores of one model at one length, the most tokens of prompt and answer together, and depth.
+    """Scores of one model at one depth and one length (most tokens of prompt and answer together).
 
     Attributes:
         haystack: Kind of text, `"noise"` or `"essay"`.
         value: Kind of value, `"word"`, `"number"` or `"uuid"`.
-        depth: Where the needle was, from 0 (the beginning) to 1 (right before the question).
-        num_examples: Questions.
-        num_distractors: Other values beside the right one.
+        depth: Relative position of the needle, from 0 (the beginning) to 1 (right before the question).
+        num_examples: Number of questions.
+        num_distractors: Number of wrong values that the right one is compared with.
         generated: Share of questions after which greedy generation produces the value.
         token_accuracy: Share of the values' tokens that the model ranks first, given those before them.
         choice: Share of questions whose value is more likely than each of the distractors; `1 / (1 +
@@ -75,14 +75,14 @@ def evaluate_needle(
     reporter: WorkReporter,
     name: str = "",
 ) -> list[NeedleRow]:
-    """Ask a model for needles at several lengths and depths and with several sizes of the dictionary.
+    """Evaluate needle retrieval at several lengths and depths and with several dictionaries.
 
     Args:
-        model: Of this library, converted, or a causal language model of transformers; tested on the device
-            and in the dtype that it has; its dictionary is restored afterwards.
+        model: A model of this library, a converted one, or a causal language model of transformers;
+            evaluated on its device and in its dtype; its dictionary is restored afterwards.
         builder: Builds the questions, with the model's tokenizer.
         lengths: Largest numbers of tokens of prompt and answer together, one test for each.
-        depths: Where the needle is, from 0 to 1.
+        depths: Relative positions of the needle, from 0 to 1.
         num_slots: Sizes of the dictionary to test, see `dictionaries_to_test`.
         merges: Merge rules to test, likewise.
         num_examples: Questions per length and depth; they are the same at every length and depth.
@@ -103,7 +103,7 @@ def evaluate_needle(
             "expected lengths, depths and at least one example, "
             f"found {list(lengths)}, {list(depths)} and {num_examples}"
         )
-    # Questions that cannot be built are reported before anything is read.
+    # Fail before anything is read if a question cannot be built.
     for index in range(num_examples):
         for depth in {min(depths), max(depths)}:
             builder.build(min(lengths), depth=depth, seed=seed, index=index)
@@ -140,9 +140,9 @@ def evaluate_needle(
 
 @torch.no_grad()
 def ask(model: PreTrainedModel, tokenizer: Any, needle: Needle, *, piece_size: int = PIECE_SIZE) -> Score:
-    """Ask one question: the text is read once, and everything asked continues from that cache.
+    """Score a model on one question. The prompt is read once; generation and answers continue from its cache.
 
-    Call `eval()` on the model first; it is used on the device and in the dtype that it has.
+    Call `eval()` on the model first; it is used on its device and in its dtype.
 
     Raises:
         ValueError: If there are token ids that the model does not know.
@@ -159,7 +159,7 @@ def ask(model: PreTrainedModel, tokenizer: Any, needle: Needle, *, piece_size: i
         # Only the cache is needed.
         pass
     output = model.generate(  # type: ignore[operator]  # a method of models with an output layer
-        # Of which all but the last token is in the cache.
+        # All tokens but the last are in the cache.
         input_ids=prompt[None],
         attention_mask=torch.ones_like(prompt[None]),
         max_new_tokens=len(needle.answer) + _EXTRA_TOKENS,
@@ -180,7 +180,7 @@ def ask(model: PreTrainedModel, tokenizer: Any, needle: Needle, *, piece_size: i
 def _forced(
     model: PreTrainedModel, last: torch.Tensor, answer: np.ndarray, cache: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Losses of an answer's tokens after a prompt, and whether each was the most likely token."""
+    """Teacher-forced losses of an answer's tokens, and whether each was the most likely token."""
     ids = torch.from_numpy(answer).to(last.device)
     [hidden] = read_pieces(model, torch.cat([last, ids[:-1]]), branch(cache), piece_size=len(ids))
     return target_losses(model, hidden, ids)

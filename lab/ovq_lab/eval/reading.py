@@ -1,7 +1,7 @@
-"""Reading documents of any length in pieces, with the model's cache carried between them, and their losses.
+"""Losses of documents of any length, read in pieces with the model's cache carried between them.
 
-Only the cache goes from piece to piece, and logits are computed for a few tokens at a time, so that a model
-with a state of constant size reads any length in the memory of one piece.
+Only the cache is carried, and logits are computed for a few tokens at a time, so a model with a state of
+constant size reads any length in the memory of one piece.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ PIECE_SIZE = 2048
 """Default number of tokens read at a time."""
 
 _MOST_LOGITS = 2**24
-"""Most logits computed at once, 64 MiB of float32: with a large vocabulary, those of a whole piece would be
-by far the largest tensor."""
+"""Most logits computed at once, 64 MiB of float32: with a large vocabulary, the logits of a whole piece would
+be by far the largest tensor."""
 
 
 @torch.no_grad()
 def read_pieces(
     model: PreTrainedModel, ids: Tensor, cache: Any, *, piece_size: int = PIECE_SIZE
 ) -> Iterator[Tensor]:
-    """The last hidden states of a document, `[t, hidden_size]` for each piece of t tokens.
+    """Yield the last hidden states of a document, `[t, hidden_size]` for each piece of t tokens.
 
     Args:
-        model: Used in the dtype that it has.
+        model: Used in its dtype.
         ids: `[T]` token ids on its device.
-        cache: Of the tokens before them, such as `new_cache` makes; updated in place.
+        cache: Cache of the tokens before them, such as `new_cache` returns; updated in place.
         piece_size: Tokens read at a time.
 
     Raises:
@@ -49,10 +49,10 @@ def read_pieces(
 
 @torch.no_grad()
 def target_losses(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The losses on the tokens `[t]` that follow hidden states `[t, hidden_size]`.
+    """Losses on target tokens `[t]`, predicted from hidden states `[t, hidden_size]`.
 
     Returns:
-        `[t]` float32 losses in nats, and `[t]` bool whether the token was the most likely one.
+        `[t]` float32 losses in nats, and `[t]` bool, whether the target was the most likely token.
     """
     output = model.get_output_embeddings()
     at_once = max(1, _MOST_LOGITS // model.config.vocab_size)
@@ -68,7 +68,7 @@ def token_losses(model: PreTrainedModel, ids: np.ndarray, *, piece_size: int = P
     """The loss on every token of a document except the first, given all tokens before it.
 
     Args:
-        model: Used on the device and in the dtype that it has; call `eval()` on it first.
+        model: Used on its device and in its dtype; call `eval()` on it first.
         ids: `[T]` token ids.
         piece_size: Tokens read at a time; changes the result by rounding only.
 
@@ -97,8 +97,7 @@ def token_losses(model: PreTrainedModel, ids: np.ndarray, *, piece_size: int = P
     for hidden in read_pieces(model, tokens[:-1], cache, piece_size=piece_size):
         done = sum(map(len, pieces))
         losses, _ = target_losses(model, hidden, tokens[done + 1 : done + 1 + len(hidden)])
-        # Moving the losses to the CPU waits for the device, so a clock around this function measures the
-        # reading.
+        # Moving the losses to the CPU synchronises with the device, so callers can time this function.
         pieces.append(losses.cpu().numpy())
     return np.concatenate(pieces)
 
@@ -118,8 +117,7 @@ def start_token(tokenizer: Any) -> int | None:
 def token_bytes(tokenizer: Any) -> np.ndarray:
     """The number of bytes of text that each token stands for, `[V]` int64; 0 for special tokens.
 
-    Exact for tokenizers of bytes and of byte pairs. For others, it is the text that a token adds when it
-    follows a word.
+    Exact for byte-level and BPE tokenizers. For others, it counts the text that a token adds after a word.
 
     Example:
         >>> from ovq_lab.text import byte_tokenizer

@@ -1,4 +1,4 @@
-"""What `ovq eval` has found, as Markdown: tables for the card of a model."""
+"""Results of `ovq eval` as Markdown tables, for the card of a model."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ Row = TypeVar("Row", LanguageRow, NeedleRow, ResultRow)
 
 
 def results_as_markdown(path: Path, *, model: Path) -> str:
-    """A table of the results of a model, with a sentence before it that says what was tested.
+    """A Markdown table of the results of a model, after a sentence that says what was tested.
 
-    The file is `lm.json`, `needle.json` or `harness.json` of `ovq eval ... --out`, or what `ovq eval --json`
-    prints.
+    The file is `lm.json`, `needle.json` or `harness.json` of `ovq eval ... --out`, or the output of
+    `ovq eval --json`.
 
     Raises:
-        ValueError: If it holds no such results, or those of another model or of several.
+        ValueError: If it holds no such results, or results of another model or of several.
     """
     found = read_json(path)
     about: Mapping[str, Any] = found if isinstance(found, dict) else {}
@@ -62,7 +62,7 @@ def _language(about: Mapping[str, Any]) -> str:
 
 
 def _needle(about: Mapping[str, Any]) -> str:
-    """Values found, by length; the mean of all depths."""
+    """Share of values found, by length; mean over depths."""
     rows = _read(NeedleRow, about)
     source = "" if about["source"] is None else f", {_source(about)}"
     num_depths = len({row.depth for row in rows})
@@ -74,7 +74,7 @@ def _needle(about: Mapping[str, Any]) -> str:
 
 
 def _accuracy(about: Mapping[str, Any]) -> str:
-    """Right answers on a synthetic task, by length."""
+    """Accuracy or mean error on a synthetic task, by length."""
     rows = _read(ResultRow, about)
     has_error = rows[0].mean_error is not None
     what = "mean error" if has_error else "share of right answers"
@@ -88,7 +88,7 @@ _KINDS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "generated": _needle,
     "accuracy": _accuracy,
 }
-"""By a field that no other kind of row has."""
+"""Table functions by a field that only their kind of row has."""
 
 
 def _harness(about: Mapping[str, Any]) -> str:
@@ -102,14 +102,14 @@ def _harness(about: Mapping[str, Any]) -> str:
 
 
 def _read(kind: type[Row], about: Mapping[str, Any]) -> list[Row]:
-    """The rows of a file; a result of a later version may have more fields."""
+    """The rows of a file; unknown fields (of a later version) are ignored."""
     names = {field.name for field in dataclasses.fields(kind)}
     return [kind(**{name: row[name] for name in row if name in names}) for row in about["rows"]]
 
 
 def _source(about: Mapping[str, Any]) -> str:
     dataset = about["source"]["dataset"]
-    # A folder of this machine means nothing to others.
+    # A local path means nothing to others.
     return f"`{Path(dataset).name if Path(dataset).is_absolute() else dataset}`, {about['split']}"
 
 

@@ -1,4 +1,4 @@
-"""One measured result, and what it is called in tables, figures and sentences."""
+"""Result rows, and the display names of models in tables, figures and sentences."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ import math
 from ovq_lab.mixers.names import MIXER_NAMES
 
 MERGE_NAMES = {"updated": "updated", "ward": "Ward", "ward-sqrt": "Ward-sqrt", "nearest": "nearest"}
-"""Display names of the rules that keep a dictionary; the paper's, `"existing"`, goes without saying. Files of
-rows that earlier versions wrote have Ward's."""
+"""Display names of the merge rules; the paper's, `"existing"`, is not named. Ward's occur in files of earlier
+versions."""
 
 LOGN = "log-n"
-"""What labels say of models whose logits are scaled beyond the training length."""
+"""Label of models whose logits are scaled beyond the training length."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelRow:
-    """What any result of a model is about.
+    """Fields that all results of a model have.
 
     Attributes:
-        mixer: The long-range mixer, as `mixer_types` names it; `"converted"` or `"pretrained"` for models of
+        mixer: The long-range mixer, as in `mixer_types`; `"converted"` or `"pretrained"` for models of
             other libraries.
         num_slots: Slots of its dictionary during the test; `None` if it has none.
         length: Tokens per example.
-        state_bytes: Bytes that the model carries from token to token for one sequence of this length.
-        merge: The rule that kept the dictionary during the test, as `OVQConfig.merge` names it; `None` if
-            there is none, and in files written before rows had this field.
-        logn_length: Tokens beyond which logits were scaled, as `OVQConfig.logn_length`; `None` for nowhere.
+        state_bytes: Bytes of the model's state for one sequence of this length.
+        merge: The merge rule during the test, as in `OVQConfig.merge`; `None` without a dictionary, and in
+            files written before rows had this field.
+        logn_length: Tokens beyond which logits were scaled, as in `OVQConfig.logn_length`; `None` for none.
     """
 
     mixer: str
@@ -48,7 +48,7 @@ class NamedRow(ModelRow):
     """A result of one of several models that a user compares.
 
     Attributes:
-        name: The model's name; empty if its mixer is name enough.
+        name: The model's name; empty to name it by its mixer.
     """
 
     name: str = ""
@@ -66,7 +66,7 @@ class ResultRow(ModelRow):
     """The accuracy of one model at one length.
 
     Attributes:
-        accuracy: Share of the asked tokens that were answered right.
+        accuracy: Share of the asked tokens that were answered correctly.
         num_questions: Asked tokens.
         slices: Accuracy on the slices of the task, by name.
         mean_error: Mean error, for tasks that have one (`Task.error_name`); `None` for others.
@@ -93,9 +93,9 @@ def model_label(
     merge: str | None = None,
     logn_length: int | None = None,
 ) -> str:
-    """What a model is called in tables, figures and sentences.
+    """Display name of a model in tables, figures and sentences.
 
-    The name stands in the place of its mixer's, the other arguments are fields of `ModelRow`.
+    `name` replaces the mixer's name; the other arguments are fields of `ModelRow`.
 
     Example:
         >>> model_label("gated_deltanet", None), model_label("ovq", 64, "big", logn_length=256)
@@ -112,7 +112,7 @@ def model_label(
 
 
 def short_number(value: float) -> str:
-    """A number as short as it can be written.
+    """Format a number in as few characters as possible.
 
     Example:
         >>> [short_number(value) for value in (0.25, 512, 1024, 65536, 3000)]
