@@ -1,1 +1,1 @@
-"""Processes that work beside each other, and what stands beside a measured number."""
+"""Parallel worker processes, and the environment that is recorded with measurements."""

@@ -29,9 +29,9 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    # 32 MiB is the largest threshold that glibc accepts; larger blocks are still mapped and returned one by
+    # 32 MiB is the largest threshold that glibc accepts; larger blocks are still mapped and unmapped one by
     # one.
     settings = ((_MMAP_THRESHOLD, 2**25), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 2**26))
-    # All are tried, even if one of them fails.
+    # All are set, even if one of them fails.
     were_taken = [mallopt(parameter, value) == 1 for parameter, value in settings]
     return all(were_taken)

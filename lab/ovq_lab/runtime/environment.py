@@ -1,4 +1,4 @@
-"""What must stand beside a measured number: hardware, versions, threads and commit."""
+"""The environment that is recorded with measurements: hardware, versions, threads and commit."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ import ovq
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Where, on `"cpu"` or `"cuda"`, and with which software this process computes, as JSON types.
+    """Hardware (of device `"cpu"` or `"cuda"`) and software of this process, as JSON types.
 
-    Features are those of the processor that say how fast it multiplies.
+    `features` are the processor's instruction sets that matter for the speed of matrix products.
 
     Example:
         >>> found = environment("cpu")
@@ -42,12 +42,12 @@ def environment(device: str) -> dict[str, Any]:
     }
 
 
-# Of all that processors can do, in the words of Linux.
+# The recorded processor features, by their names in Linux.
 _FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16", "asimd", "bf16", "sve")
 
 
 def _cpu_line(name: str) -> str:
-    """The value of the first such line of Linux's /proc/cpuinfo; empty if there is none."""
+    """The value of the first line with this name in Linux's /proc/cpuinfo; empty if there is none."""
     info = Path("/proc/cpuinfo")
     for line in info.read_text(encoding="utf-8").splitlines() if info.is_file() else ():
         if line.startswith(name):

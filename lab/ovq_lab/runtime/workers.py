@@ -1,9 +1,8 @@
-"""Running a few independent jobs side by side, each in a process of its own, with one display of their
-progress.
+"""A pool of worker processes for a few independent jobs, with one progress display.
 
-Two small models trained side by side, each with one thread, finish sooner than one after the other with two
+Two small models trained in parallel, each with one thread, finish sooner than one after the other with two
 threads. Operations this small gain little from a second thread, and wait for it at every step when the
-machine has other work to do.
+machine is busy with other work.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ _SECONDS_BETWEEN_LOOKS = 0.05
 
 
 class RemoteReporter:
-    """A `Reporter` for a worker process: the process that started the worker shows what is reported.
+    """A `Reporter` for a worker process, which forwards reports to the parent process.
 
     Args:
         messages: The queue between the two processes.
@@ -61,7 +60,7 @@ class RemoteWork:
         self.update(0)
 
     def update(self, done: int, *, note: str = "") -> None:
-        """Report that `done` units are finished, with a note on the state of the work."""
+        """Report that `done` units are finished, with a note on the current state."""
         self._messages.put(self._start | {"done": done, "note": note})
 
 
@@ -73,23 +72,22 @@ def run_jobs(
     num_workers: int | None = None,
     label: str | None = None,
 ) -> list[Result]:
-    """Run a function on every job, with as many jobs at a time as PyTorch would use threads.
+    """Run a function on every job in parallel processes, by default as many as PyTorch uses threads.
 
     Args:
         function: Called as `function(job, reporter)` in a worker process. The function, the jobs and the
             results are pickled.
         jobs: The arguments of the calls; jobs are started in this order.
         reporter: Shows the progress of all of them.
-        num_workers: Jobs at a time, for work that the number of cores does not limit; None: as many as
-            PyTorch would use threads.
-        label: Name of a bar for all jobs together; if None, there is no such bar.
+        num_workers: Jobs at a time, for work that is not limited by the number of cores; None: as many as
+            PyTorch uses threads.
+        label: Label of a progress bar for all jobs together; None for no such bar.
 
     Returns:
         The results, in the order of the jobs.
 
     Raises:
-        Exception: The first that a job raises. The other jobs are then ended at once, as they are after
-            Ctrl-C.
+        Exception: The first that a job raises. The other jobs are then terminated at once, as after Ctrl-C.
     """
     num_cores = torch.get_num_threads()
     num_workers = max(1, min(len(jobs), num_workers or num_cores))
@@ -113,7 +111,7 @@ def run_jobs(
                     future.result()
                 if done and work is not None:
                     work.update(len(jobs) - len(running))
-                # The executor checks this too, but its thread was once found dead, and the jobs with it.
+                # The executor checks this too, but its thread was once found dead together with the jobs.
                 if running and any(process.exitcode for process in processes):
                     raise BrokenProcessPool("a worker process terminated abruptly")
             return [future.result() for future in futures]
@@ -126,9 +124,9 @@ def run_jobs(
 
 @contextlib.contextmanager
 def _ctrl_c_waits() -> Iterator[None]:
-    """Let Ctrl-C wait until the block ends, and never reach the processes that are started in it.
+    """Delay Ctrl-C until the block ends, and block it in the processes that are started within.
 
-    It is sent to all of them, and each would show where it was among its imports.
+    It is sent to all of them, and each would print a traceback from its imports.
     """
     if not hasattr(signal, "pthread_sigmask"):
         # On Windows.
@@ -142,7 +140,7 @@ def _ctrl_c_waits() -> Iterator[None]:
 
 
 def _show(messages: Any, reporter: Reporter, works: dict[Hashable, Work]) -> None:
-    """Pass on all messages that there are; `works` has the pieces of work that they have told of, by key."""
+    """Forward all waiting messages to the reporter; `works` has the pieces of work seen so far, by key."""
     while not messages.empty():
         message = messages.get()
         if isinstance(message, str):
@@ -161,15 +159,15 @@ def _begin(messages: Any, num_threads: int) -> None:
     _reporter = RemoteReporter(messages)
     torch.set_num_threads(num_threads)
     keep_freed_memory()
-    # Ctrl-C reaches all processes; the parent ends the workers.
+    # Ctrl-C reaches all processes; the parent terminates the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """End this process when the process that started it is gone, even by kill -9.
+    """Exit when the parent process is gone, even by kill -9.
 
-    Otherwise the job would continue unnoticed, beside the same job of a restarted command.
+    Otherwise the job would continue unnoticed, in parallel to the same job of a restarted command.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None

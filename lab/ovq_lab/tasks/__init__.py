@@ -1,4 +1,4 @@
-"""Synthetic tasks, which build their examples from a seed, and language modelling on real text."""
+"""Synthetic tasks, whose examples are generated from a seed, and language modelling on real text."""
 
 from ovq_lab.tasks.base import IGNORE_INDEX, SPLITS, Task, TaskBatch, example_generator
 from ovq_lab.tasks.mqar import MQARTask

@@ -1,4 +1,4 @@
-"""What all synthetic tasks share: the batch they build, their random streams, and how they change length.
+"""Base of all synthetic tasks: the batches they build, their random streams, and how they change length.
 
 A task is a frozen dataclass whose fields describe the data. Its `build` makes any example from a seed and an
 index alone. Nothing is stored, and nothing depends on the order in which examples are requested. A training
@@ -18,7 +18,7 @@ import numpy as np
 from ovq.fields import check_fields
 
 IGNORE_INDEX = -100
-"""The label of a token that no loss is taken on (PyTorch's and Hugging Face's convention)."""
+"""Label of tokens without a loss (PyTorch's and Hugging Face's convention)."""
 
 SPLITS = ("train", "test")
 """The two families of random streams: no seed or index of one gives a stream of the other."""
@@ -31,8 +31,8 @@ class TaskBatch(NamedTuple):
 
     Attributes:
         inputs: `[B, T]` int64, the token ids.
-        labels: `[B, T]` int64, aligned with `inputs` (the model shifts them), and `IGNORE_INDEX` where there
-            is no question.
+        labels: `[B, T]` int64, aligned with `inputs` (the model shifts them); `IGNORE_INDEX` at tokens that
+            are not asked for.
         slices: Name -> `[B, T]` bool. Each mask selects some of the labelled tokens, so that a report can
             tell easy questions from hard ones. All examples of a task have the same names in the same order.
     """
@@ -47,8 +47,8 @@ class Task(ABC):
     """A family of examples of one length.
 
     Attributes:
-        name: What configurations and reports call the task.
-        error_name: What `errors` measures; `None` where an answer is either right or wrong.
+        name: Name of the task in configurations and reports.
+        error_name: Name of the quantity that `errors` returns; `None` if answers are just right or wrong.
         length: Tokens per example, T.
         vocab_size: Number of token ids; all ids are smaller.
 
@@ -71,7 +71,7 @@ class Task(ABC):
 
         Args:
             seed: Non-negative; each seed gives a different data set.
-            indices: Which examples of the data set, B of them, each non-negative.
+            indices: Non-negative indices of the B examples within the data set.
             split: `"train"` or `"test"`.
 
         Raises:
@@ -79,7 +79,7 @@ class Task(ABC):
         """
 
     def errors(self, answers: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """How wrong each answer is, for tasks that have an `error_name`.
+        """Error of each answer, for tasks that have an `error_name`.
 
         Args:
             answers: Token ids, of any shape.
@@ -94,7 +94,7 @@ class Task(ABC):
         """The same task with examples of another length.
 
         Raises:
-            ValueError: If an example of that length cannot hold what the other fields ask for.
+            ValueError: If the other fields do not fit into an example of that length.
         """
         return dataclasses.replace(self, length=length)
 

@@ -22,14 +22,14 @@ _TOKENS_PER_PAIR = 2
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MQARTask(Task):
-    """Key-value pairs at the start; later each key comes once more, and the model has to say its value.
+    """Key-value pairs at the start; later each key occurs once more, and the model predicts its value.
 
-    An example begins with `num_pairs` pairs of one token each: different keys and different values. After the
-    pairs every key is placed once, at an even distance. The i-th place has a probability proportional to
-    i^(power - 1), so most keys come again soon. The value is asked for at the token after the key, but it
-    does *not* stand there, so no answer is shown. All other tokens after the pairs are fillers. By default
-    these are random tokens, which may be keys and values too. Ids: keys are 1 to vocab_size / 2 - 1, values
-    are the upper half.
+    An example begins with `num_pairs` pairs of a one-token key and a one-token value, all different. After
+    the pairs every key is placed once, at an even distance. The i-th place has a probability proportional to
+    i^(power - 1), so most keys recur soon. The label of the token after the key is the value, but the input
+    there is *not*, so no answer is shown. All other tokens after the pairs are fillers, by default random
+    tokens, which may be keys and values too. Ids: keys are 1 to vocab_size / 2 - 1, values are the upper
+    half.
 
     This differs from Zoology in three ways. Labels stand one place further right, as everywhere in this
     package (the model shifts them). Each example has its own random stream, where Zoology draws a data set as
@@ -86,7 +86,7 @@ class MQARTask(Task):
     use_random_fillers: bool = True
 
     def __post_init__(self) -> None:
-        """Check every field, in the order in which one depends on another."""
+        """Check every field, dependent ones last."""
         super().__post_init__()
         if self.length < 4 or self.length % 2:
             raise ValueError(f"length: expected an even number of at least 4 tokens, found {self.length}")
@@ -111,7 +111,7 @@ class MQARTask(Task):
 
     @property
     def context_length(self) -> int:
-        """Tokens that the pairs take."""
+        """Tokens of all pairs."""
         return self.num_stored * _TOKENS_PER_PAIR
 
     def build(self, seed: int, *, indices: Sequence[int] = (0,), split: str = "train") -> TaskBatch:

@@ -1,8 +1,8 @@
 """Positional in-context recall: a key occurs several times, and its values are asked for in order.
 
-Recall by content alone finds the values of a key, but not which came first. One long-range layer can mark
-each pair with how often its key came before; a second layer can then look for the key together with that
-number. A model therefore needs two such layers, and a memory that keeps the occurrences of a key apart.
+Recall by content alone finds the values of a key, but not their order. One long-range layer can mark each
+pair with the number of earlier occurrences of its key; a second layer can then look up the key together with
+that number. A model therefore needs two such layers, and a memory that keeps the occurrences of a key apart.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class PositionalRecallTask(Task):
     An example is `context, separator, queries`. The context holds `num_keys` keys, each `num_occurrences`
     times, each time with another value of one token. The pairs lie at random places in a random order, and
     the remaining tokens are fillers. A query is a key, once, followed by its values in order of appearance,
-    which the model has to say. No key is asked a second time before every key was asked once. Ids: 0 is the
-    filler, 1 the separator, then come the key tokens, and the upper half are value tokens. The paper's own
-    layout and sizes are not public; these are [ours].
+    which the model has to predict. No key is asked a second time before every key was asked once. Ids: 0 is
+    the filler, 1 the separator, then come the key tokens, and the upper half are value tokens. The paper's
+    own layout and sizes are not public; these are [ours].
 
     Attributes:
         length: Tokens per example, T.
@@ -86,7 +86,7 @@ class PositionalRecallTask(Task):
     pair_share: float = 1.0
 
     def __post_init__(self) -> None:
-        """Check every field, in the order in which one depends on another."""
+        """Check every field, dependent ones last."""
         super().__post_init__()
         if self.key_length < 1 or self.num_occurrences < 1:
             raise ValueError(
@@ -117,7 +117,7 @@ class PositionalRecallTask(Task):
 
     @property
     def stored_length(self) -> int:
-        """Tokens of all pairs that a key occurs in."""
+        """Tokens of all pairs of one key."""
         return self.num_occurrences * self.pair_length
 
     @property
@@ -187,7 +187,7 @@ class PositionalRecallTask(Task):
     def _draw(
         self, seed: int, indices: Sequence[int], split: str
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Draw all that is random: the keys `[B, P, key_length]`, the values and the starts of their pairs
+        """Draw the keys `[B, P, key_length]`, the values and the starts of their pairs
         `[B, P, num_occurrences]` (starts in rising order), and the keys to ask for `[B, Q]`."""
         num_keys, num_queries, num_values = (
             self.num_keys,
@@ -210,9 +210,9 @@ class PositionalRecallTask(Task):
             rounds = [rng.permutation(num_keys) for _ in range(-(-num_queries // num_keys))]
             asked[row] = np.concatenate(rounds)[:num_queries]
 
-        # `places` counts a pair as one place; each earlier pair moves it on by that pair's further tokens.
+        # `places` counts a pair as one place; the further tokens of earlier pairs are added here.
         starts = np.sort(places, axis=1) + np.arange(num_pairs) * (self.pair_length - 1)
-        # Bring the pairs of each key together; the sort is stable, so they stay in the order of their places.
+        # Group the pairs by key; the sort is stable, so the pairs of a key stay in order.
         order = np.argsort(owners, axis=1, kind="stable")
         starts = np.take_along_axis(starts, order, axis=1).reshape(values.shape)
         keys = spell_keys(key_ids, self.num_key_tokens, self.key_length)
@@ -220,11 +220,10 @@ class PositionalRecallTask(Task):
 
 
 def _distinct(rng: np.random.Generator, num_rows: int, size: int, bound: int) -> np.ndarray:
-    """`[num_rows, size]`: in each row different integers below the bound, every choice equally likely."""
+    """Draw `[num_rows, size]` integers below `bound`, distinct within a row, uniformly."""
     drawn = np.empty((num_rows, size), dtype=np.int64)
     for column in range(size):
-        # Draw the rank among those left; stepping over the smaller ones taken, in rising order, makes it an
-        # id.
+        # Draw a rank among the integers left, and skip the smaller taken ones in rising order.
         new = rng.integers(bound - column, size=num_rows)
         for taken in np.sort(drawn[:, :column], axis=1).T:
             new += new >= taken

@@ -1,6 +1,6 @@
 """Basic in-context recall: a context of key-value pairs, then questions about some of the keys.
 
-This is the smallest task that tells a memory from a window. To answer, a model must have stored the value
+This is the simplest task that needs a memory beyond a window. To answer, a model must have stored the value
 when it read it, under a key that means nothing outside this example, and must find it among all the others.
 """
 
@@ -30,9 +30,9 @@ class RecallTask(Task):
 
     An example is `context, separator, queries`. The context holds `num_pairs` pairs, each of `key_length` key
     tokens and then `value_length` value tokens. They lie at random places in a random order, and the
-    remaining tokens are fillers. A query repeats a pair, and the model has to say the value. No key is asked
-    a second time before every key was asked once. Ids: 0 is the filler, 1 the separator, then come the key
-    tokens, and the upper half are value tokens.
+    remaining tokens are fillers. A query repeats a pair, and the model has to predict the value. No key is
+    asked a second time before every key was asked once. Ids: 0 is the filler, 1 the separator, then come the
+    key tokens, and the upper half are value tokens.
 
     Attributes:
         length: Tokens per example, T.
@@ -91,7 +91,7 @@ class RecallTask(Task):
     num_pairs: int | None = None
 
     def __post_init__(self) -> None:
-        """Check every field, in the order in which one depends on another."""
+        """Check every field, dependent ones last."""
         super().__post_init__()
         if self.key_length < 1 or self.value_length < 1:
             raise ValueError(
@@ -177,7 +177,7 @@ class RecallTask(Task):
 
         query_positions = query_start + np.arange(self.num_queries) * self.pair_length
         distances = query_positions - starts[rows, asked]
-        # The shortest distance is that to the last pair, with the separator between.
+        # The shortest distance is from the first query to the last pair, with the separator between.
         slices = distance_masks(
             np.repeat(distances, self.value_length, axis=1),
             labels != IGNORE_INDEX,
@@ -188,11 +188,11 @@ class RecallTask(Task):
     def pair_places(
         self, seed: int, *, indices: Sequence[int] = (0,), split: str = "train"
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Where pairs begin in the examples of `build`: those of the context, then those of the queries.
+        """Positions of the pairs in the examples of `build`: pairs of the context, then of the queries.
 
         Returns:
-            The first token of each, `[B, num_stored + num_queries]`, and its pair, numbered in the order of
-            the context.
+            `[B, num_stored + num_queries]` positions of their first tokens, and the numbers of the pairs, in
+            the order of the context.
 
         Example:
             >>> task = RecallTask(length=19, vocab_size=16, key_length=2, num_pairs=3, query_share=0.35)
@@ -209,8 +209,7 @@ class RecallTask(Task):
     def _draw(
         self, seed: int, indices: Sequence[int], split: str
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Draw all that is random: pairs `[B, P, pair_length]`, their starts `[B, P]`, those asked `[B,
-        Q]`."""
+        """Draw pairs `[B, P, pair_length]`, their starts `[B, P]` and the pairs to ask for `[B, Q]`."""
         num_stored, num_queries = self.num_stored, self.num_queries
         num_free = self.context_length - num_stored * self.pair_length
         key_ids = np.empty((len(indices), num_stored), dtype=np.int64)
@@ -226,13 +225,13 @@ class RecallTask(Task):
             asked[row] = np.concatenate(rounds)[:num_queries]
 
         keys = spell_keys(key_ids, self.num_key_tokens, self.key_length)
-        # `places` counts a pair as one place; each earlier pair moves it on by that pair's further tokens.
+        # `places` counts a pair as one place; the further tokens of earlier pairs are added here.
         starts = np.sort(places, axis=1) + np.arange(num_stored) * (self.pair_length - 1)
         return np.concatenate([keys, values], axis=2), starts, asked
 
 
 def check_possible_keys(num_key_tokens: int, key_length: int, *, at_least: int) -> None:
-    """Refuse sizes that allow too few different keys, or more keys than can be counted.
+    """Check that the sizes allow enough different keys, and no more than an int64 can count.
 
     Raises:
         ValueError: If there are fewer than `at_least` keys, or more than 2**62.
@@ -256,7 +255,7 @@ def spell_keys(key_ids: np.ndarray, num_key_tokens: int, key_length: int) -> np.
 
 
 def distance_masks(distances: np.ndarray, is_labelled: np.ndarray, *, smallest: int) -> dict[str, np.ndarray]:
-    """Slices of the labelled tokens, by octave of a distance.
+    """Slices of the labelled tokens by octaves of a distance.
 
     Args:
         distances: `[B, A]` positive, one for each labelled token of a row, in order.

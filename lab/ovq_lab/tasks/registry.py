@@ -17,10 +17,10 @@ TASKS: dict[str, type[Task]] = {
 
 
 def task_class(name: str) -> type[Task] | type[TextTask]:
-    """The class of a task: one of ours, a registered one, or one that an installed package offers.
+    """The class of a built-in task, a registered one, or one from an installed package's entry point.
 
     Raises:
-        ValueError: If the name is unknown, or what a package offers under it is no task.
+        ValueError: If the name is unknown, or the package's entry point is no task.
 
     Example:
         >>> task_class("recall").__name__
@@ -32,12 +32,12 @@ def task_class(name: str) -> type[Task] | type[TextTask]:
 
 
 def register_task(cls: type[Task]) -> None:
-    """Make a task of your own usable by its name in configurations, in this process.
+    """Register a task under its name in configurations, for this process.
 
-    A package does the same for all who install it by an entry point of the group `ovq.tasks`.
+    A package can do the same by an entry point of the group `ovq.tasks`.
 
     Args:
-        cls: The class; its `name` is an identifier.
+        cls: The class; its `name` must be an identifier.
 
     Raises:
         ValueError: If the name is taken or no identifier, or the class is no `Task`.

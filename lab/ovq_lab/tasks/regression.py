@@ -1,7 +1,7 @@
-"""In-context linear regression: many lines at once, each to be found from its points.
+"""In-context linear regression: many linear functions at once, each inferred from its points.
 
-In recall, the answer was stored as it is asked for. Here it was not stored: the model has to pick the points
-of one function from among those of all others, and work out from them what the function is.
+In recall, the answer itself was stored. Here it was not: the model has to select the points of one function
+among those of all others, and infer the function from them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from ovq_lab.tasks.base import IGNORE_INDEX, Task, TaskBatch, example_generator
 
 FILLER = 0
-"""The token before the first point, where the length is not a multiple of a point's three tokens."""
+"""Token before the first point, if the length is not a multiple of a point's three tokens."""
 _FIRST_NAME = 1
 _TOKENS_PER_POINT = 3
 
@@ -28,14 +28,14 @@ class RegressionTask(Task):
     `max_offset` and `max_x`. So y is an integer, and two points determine a function. All numbers are tokens.
     The range is finite, so that answers can be right or wrong; it is made of integers, not of a finite field,
     so that answers can also be wrong by a little. Both choices are [ours], as the paper's layout is not
-    public. An argument repeats only after all others have come, so that nothing can be looked up within the
-    first `2 max_x + 1` points of a function. A y is asked for once `min_seen` points of its function have
+    public. An argument repeats only after all others have occurred, so that nothing can be looked up within
+    the first `2 max_x + 1` points of a function. A y is asked for once `min_seen` points of its function have
     been seen. Ids: 0 is the filler, then come the names of functions, then the 2 max_x + 1 arguments in
     rising order, then all values of y in rising order.
 
     Attributes:
         length: Tokens per example, T.
-        vocab_size: Number of token ids; those that the numbers do not need are names.
+        vocab_size: Number of token ids; ids that are neither filler nor numbers are names.
         points_per_function: Points per function in an example, on average. Longer examples therefore have
             more functions, up to `max_functions`, and beyond that more points of each.
         max_functions: Largest number of functions in an example.
@@ -96,7 +96,7 @@ class RegressionTask(Task):
     min_seen: int = 2
 
     def __post_init__(self) -> None:
-        """Check every field, in the order in which one depends on another."""
+        """Check every field, dependent ones last."""
         super().__post_init__()
         for field, lowest in (
             ("points_per_function", 1),
@@ -157,7 +157,7 @@ class RegressionTask(Task):
         return self.first_x_token + 2 * self.max_x + 1
 
     def errors(self, answers: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """Distance of each answer from y; an answer that is not a value counts as the width of the range."""
+        """|answer - y|; an answer that is not a value of y has the width of the range of y as its error."""
         distance = np.abs(answers - labels).astype(float)
         return np.where(answers >= self.first_y_token, distance, 2.0 * self.max_y + 1)
 
@@ -185,7 +185,7 @@ class RegressionTask(Task):
         return TaskBatch(inputs, labels, slices)
 
     def _ranges_of_seen(self) -> list[tuple[int, int]]:
-        """The ranges 0, 1, 2-3, 4-7, ... that hold a number of points after which there may be a question."""
+        """The ranges of `seen` for the slices (0, 1, 2-3, 4-7, ...) that can contain questions."""
         ranges = [(0, 0)] + [
             (2**octave, 2 ** (octave + 1) - 1) for octave in range(self.num_points.bit_length())
         ]
@@ -193,21 +193,20 @@ class RegressionTask(Task):
         return [(low, high) for low, high in ranges if self.min_seen <= high and low <= most]
 
     def _draw(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """One example: its points `[num_points, 3]` as tokens, and how many points of its function each
-        follows."""
+        """One example: its points `[num_points, 3]` as tokens, and for each the number of earlier points of
+        its function."""
         num_functions, num_points, num_arguments = self.num_functions, self.num_points, 2 * self.max_x + 1
         names = _FIRST_NAME + rng.permutation(self.num_names)[:num_functions]
         slopes = rng.integers(-self.max_slope, self.max_slope + 1, num_functions)
         offsets = rng.integers(-self.max_offset, self.max_offset + 1, num_functions)
         owners = rng.permutation(np.arange(num_points) % num_functions)
-        # The number of earlier points of the same function is a point's place among them, as the sort is
-        # stable.
+        # As the sort is stable, the rank of a point within its function is the number of earlier points.
         order = np.argsort(owners, kind="stable")
         counts = np.bincount(owners, minlength=num_functions)
         seen = np.empty(num_points, dtype=np.int64)
         seen[order] = np.arange(num_points) - np.repeat(np.cumsum(counts) - counts, counts)
 
-        # Rounds over all arguments, each round in a new order.
+        # Each function goes through all arguments in rounds, each round in a new order.
         num_rounds = -(-int(counts.max()) // num_arguments)
         rounds = rng.permuted(
             np.broadcast_to(np.arange(num_arguments), (num_functions, num_rounds, num_arguments)), axis=2

@@ -1,4 +1,4 @@
-"""Language modelling on real text, as a section of a run's configuration like the synthetic tasks."""
+"""Language modelling on real text, as a task section of a run's configuration."""
 
 from __future__ import annotations
 
@@ -9,23 +9,22 @@ from ovq_lab.text import TextSource, get_tokenizer
 from ovq_lab.text.haystack import VALUES
 
 SHORTEST_NEEDLE_TEXT = 288
-"""Tokens of the shortest texts with needles: in bytes, two needles and their repetitions nearly fill them."""
+"""Tokens of the shortest texts with needles: two needles and their repetitions, if tokens are bytes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextTask(TextSource):
-    """Predict the next token of a corpus; has the fields of `TextSource`, and how documents are shown.
+    """Next-token prediction on a corpus; has the fields of `TextSource`, and how documents are presented.
 
     Attributes:
-        name: What configurations and reports call the task.
-        carry_state: Read documents in order, window after window, each from the state that the previous
-            window left, without its gradient. The context is then as long as the document, and the memory
-            needed is that of a window.
+        name: Name of the task in configurations and reports.
+        carry_state: Read documents in order, window after window, each from the detached state of the
+            previous window. The context is then as long as the document, in the memory of one window.
         needle_share: Share of the windows that are replaced by texts with needles in them. These texts repeat
             the needles at the end, and only the values there are predicted; see `ovq_lab.train.needles`.
-        needle_values: Kinds of value in them, `"word"`, `"number"` or `"uuid"`; one of these for each text.
-        bare_needle_share: Share of the steps, the first ones, in which a text with needles is one needle
-            without the words before its key, and its repetition. From these copying is learned far sooner.
+        needle_values: Kinds of value in them, `"word"`, `"number"` or `"uuid"`; each text has one kind.
+        bare_needle_share: Share of the steps, at the start, in which a text with needles is one needle
+            without the words before its key, and its repetition. Copying is learned far sooner from these.
 
     Raises:
         ValueError: If a field is out of range.
