@@ -1,7 +1,7 @@
-"""The paper's claims measured anew, a figure at a time: `ovq reproduce NAME`.
+"""Reproduction of the paper's claims, one figure at a time: `ovq reproduce NAME`.
 
-A figure is an object (`plan.py`): lines, each a training run and what the trained model is evaluated on
-(`evaluations.py`). `figures.py` has those there are, over the sizes in `presets.py`; `jobs.py` trains and
-evaluates, `engine.py` brings a figure about and remembers all that is finished, `results.py` keeps it,
-`draw.py`, `page.py` and `tables.py` show it.
+A figure (`plan.py`) has lines: training runs, with evaluations of the trained models (`evaluations.py`).
+`figures.py` lists the figures, with sizes from `presets.py`; `jobs.py` trains and evaluates; `engine.py`
+makes a figure and reuses all that is finished; `results.py` stores it; `draw.py`, `page.py` and `tables.py`
+show it.
 """

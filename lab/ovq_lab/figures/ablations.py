@@ -1,4 +1,4 @@
-"""Figures of what OVQ is without one of its parts, or with another in its place, on basic recall."""
+"""Ablation figures of OVQ on basic recall."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def _ablation(
 ) -> Figure:
     """OVQ on basic recall with fields of the model changed, evaluated with two sizes of the dictionary.
 
-    `variants` say by a label what is changed, where `mixer` stands for the long-range mixer, and `rules` by
-    the same label which rule keeps the dictionary in the evaluation, if not that of training.
+    `variants` maps labels to changed fields, of which `mixer` is the long-range mixer; `rules` maps labels to
+    the merge rule of the evaluation, if it differs from that of training.
     """
     usual = preset.config("recall")
     tasks = [preset.task("recall").at_length(length) for length in preset.near_lengths("recall")]
@@ -64,7 +64,7 @@ def init(preset: Preset) -> Figure:
 
 
 def growth(preset: Preset) -> Figure:
-    """How the dictionary grows."""
+    """The growth schedule of the dictionary."""
     return _ablation(
         preset,
         "growth",
@@ -75,7 +75,7 @@ def growth(preset: Preset) -> Figure:
 
 
 def rate(preset: Preset) -> Figure:
-    """How far a slot moves to a key that is merged into it."""
+    """Constant step sizes of a slot towards a merged key, against 1/count."""
     constant = {f"{value:g}": {"rate": value} for value in preset.rates}
     return _ablation(
         preset,
@@ -87,7 +87,7 @@ def rate(preset: Preset) -> Figure:
 
 
 def bias(preset: Preset) -> Figure:
-    """What is added to the scores of slots."""
+    """The term added to the scores of slots."""
     return _ablation(
         preset,
         "bias",
@@ -97,7 +97,7 @@ def bias(preset: Preset) -> Figure:
 
 
 def merge(preset: Preset) -> Figure:
-    """What is merged: keys into slots from before their chunk or of any age, or what is nearest."""
+    """The merge rule: keys into slots from before their chunk, into slots of any age, or nearest pairs."""
     asked = {f"trained by the first, evaluated by {MERGE_NAMES[BEST_MERGE]}": BEST_MERGE}
     return _ablation(
         preset,

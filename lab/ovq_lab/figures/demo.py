@@ -1,9 +1,10 @@
-"""The demonstration: three models that differ only in their long-range mixer, trained short and tested long.
+"""The demonstration: three models that differ only in their long-range mixer, trained on short examples and
+tested on long ones.
 
 Run it as `ovq demo --out DIR`. OVQ, full attention and a window alone learn in-context recall with the same
 recipe, at lengths up to 256 tokens. They are tested at up to 16 times that length. The weights of OVQ are
-tested with a dictionary as large as in training, 4 and 16 times as large, each kept by the paper's rule, as
-in training, and by merging along the shortest edges (nearest).
+tested with the dictionary of training and with dictionaries 4 and 16 times as large, each with the merge rule
+of training (the paper's) and with "nearest".
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ _TEST_TOKENS_PER_LENGTH = 65536
 def run_demo(
     out: Path, *, seed: int = 0, is_quick: bool = False, console: Console | None = None
 ) -> dict[str, Any]:
-    """Train, test, draw, and report the result; returns the content of `results.json`.
+    """Train, test, draw and report; returns the content of `results.json`.
 
     Args:
         out: Folder for `results.json`, `accuracy.png`, `state.png` and the OVQ model (`ovq/`); created if
@@ -59,14 +60,13 @@ def run_demo(
         seed: Seed of the weights and of the training and test data.
         is_quick: Cut training and tests down to seconds. The models then learn nothing, and the conclusion
             says so.
-        console: Where to print the results; standard output if None.
+        console: Where to print the results; None for standard output.
     """
     console = console or Console()
     out.mkdir(parents=True, exist_ok=True)
     configs = [_configure(name, seed, is_quick=is_quick) for name in RECIPES]
     begun = time.monotonic()
-    # In `out`, so that a folder that cannot be written is noticed before minutes of work, and the model can
-    # be moved by a rename.
+    # Temporary runs are in `out`, so that an unwritable folder fails at once and the model moves by a rename.
     with tempfile.TemporaryDirectory(dir=out, prefix=".runs-") as runs, Reporter() as reporter:
         jobs = [_Job(config, Path(runs) / config.mixer, is_quick) for config in configs]
         outcomes = run_jobs(_train_and_test, jobs, reporter=reporter)
@@ -98,7 +98,7 @@ def run_demo(
     console.print(
         f"Wrote {out / 'results.json'}, {', '.join(str(path) for path in figures)} "
         f"and the model {out / 'ovq'} in {seconds['total']:.0f} s.",
-        # A path broken over two lines could not be copied.
+        # Keeps the path on one line, so that it can be copied.
         soft_wrap=True,
     )
     console.print(conclusion(rows, train_length=results["train_length"], is_quick=is_quick), highlight=False)
@@ -106,7 +106,7 @@ def run_demo(
 
 
 def conclusion(rows: Sequence[ResultRow], *, train_length: int, is_quick: bool = False) -> str:
-    """The result at the longest length in a few sentences, made from the numbers."""
+    """Summarise the results at the longest length in a few sentences."""
     longest = max(row.length for row in rows)
     rows = [row for row in rows if row.length == longest]
     papers, ours = (
@@ -133,7 +133,7 @@ def conclusion(rows: Sequence[ResultRow], *, train_length: int, is_quick: bool =
 
 
 def _configure(recipe: str, seed: int, *, is_quick: bool) -> RunConfig:
-    """The recipe with the seed of the demonstration, shortened if it is to be quick."""
+    """The recipe with this seed, shortened if `is_quick`."""
     changes = [f"train.seed={seed}"]
     if is_quick:
         changes += ["train.steps=6", "train.batch_size=4", "train.log_every=1"]
@@ -152,7 +152,7 @@ def _train_and_test(job: _Job, reporter: RemoteReporter) -> tuple[list[ResultRow
     """Train a model, and test it at every length, and with every dictionary if it has one.
 
     Returns:
-        The rows, and the seconds that each took.
+        The rows, and the seconds of training and of testing.
     """
     config = job.config
     name = MIXER_NAMES[config.mixer]
@@ -177,8 +177,8 @@ def _train_and_test(job: _Job, reporter: RemoteReporter) -> tuple[list[ResultRow
 
 
 def _one_answer(folder: Path, seed: int) -> str:
-    """Let the saved model answer the first question of an unseen example with `generate`, and print it."""
-    # Loading a model this small takes too short a time for a progress bar.
+    """The saved model's answer to the first question of an unseen example, by `generate`, as text."""
+    # Loading a model this small is too fast for a progress bar.
     disable_progress_bar()
     model = OVQForCausalLM.from_pretrained(folder, local_files_only=True).eval()
     task = RunConfig.load(folder).task
@@ -205,7 +205,7 @@ def _bytes_of(rows: Sequence[ResultRow]) -> str:
 
 
 def _listed(parts: Sequence[str]) -> str:
-    """Words in a row.
+    """Join words with commas and "and".
 
     Example:
         >>> _listed(["a"]), _listed(["a", "b", "c"])

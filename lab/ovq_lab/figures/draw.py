@@ -1,4 +1,4 @@
-"""Drawing a figure from its rows: means over seeds, with bars from the lowest to the highest seed."""
+"""Drawing a figure from its rows: means over seeds, with error bars from the lowest to the highest seed."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ovq_lab.plots.heat import draw_heat_maps
 from ovq_lab.plots.panels import length_axis, mark_training, new_panels, save
 from ovq_lab.plots.style import Style, line_styles, style_name
 
-# Labels such as "256 KiB" would touch each other.
+# With more ticks, labels such as "256 KiB" would touch each other.
 _MOST_TICKS = 6
 _MOST_NAMES = 5
 
 
 class Point(NamedTuple):
-    """What the seeds say at one place of a line."""
+    """One point of a line: mean, lowest and highest value over seeds."""
 
     x: float | str
     mean: float
@@ -53,20 +53,20 @@ AXIS_NAMES = {
     "oldest": "share of the slots",
     "mean_position": "share of the slots",
 }
-"""Fields of the rows for people; others keep their names."""
+"""Axis labels of row fields; other fields are shown by their names."""
 
-# What stands for a point within a row, and how to read its name there.
+# Values of `x` for which a row holds a dict of several points, and the parser of its keys.
 _IN_PARTS: dict[str, Callable[[str], float | str]] = {"slices": str, "positions": int}
 
 _IS_LOGARITHMIC = frozenset({"state_bytes", "microseconds_per_token"})
 
 
 _Values = dict[float | str, dict[int, float]]
-"""The values of a line by place and seed."""
+"""The values of a line by x and seed."""
 
 
 def points(results: dict[str, Any], panel: dict[str, Any]) -> dict[str, list[Point]]:
-    """What a panel of a figure shows: the points of each line by its label, from left to right."""
+    """The points of a panel, from left to right, by the label of the line."""
     values: dict[str, _Values] = {}
     for row in results["rows"]:
         if row["group"] != panel["group"] or panel["at_length"] not in (None, row["length"]):
@@ -77,7 +77,7 @@ def points(results: dict[str, Any], panel: dict[str, Any]) -> dict[str, list[Poi
         else:
             found = {field_of(row, panel["x"]): field_of(row, panel["y"])}
         for x, value in found.items():
-            # What was not seen at all, such as answers to questions that nobody was asked.
+            # No data, such as the accuracy on questions that did not occur.
             if value is None:
                 continue
             by_x.setdefault(x, {})[row["seed"]] = value
@@ -95,7 +95,7 @@ def points(results: dict[str, Any], panel: dict[str, Any]) -> dict[str, list[Poi
 
 
 def _per_cent_above(base: _Values, values: _Values) -> _Values:
-    """By how many per cent values are above those of a line, where it has the same seed at the same place."""
+    """Per cent by which values exceed those of `base` with the same x and seed; others are left out."""
     found = {
         x: {
             seed: 100 * (value / base[x][seed] - 1)
@@ -108,7 +108,7 @@ def _per_cent_above(base: _Values, values: _Values) -> _Values:
 
 
 def save_figure(results: dict[str, Any], path: Path) -> None:
-    """Draw the panels of a figure, as `load_results` reads it, into a PNG file, one below the other."""
+    """Draw the panels of a figure into a PNG file, one below the other; `results` is from `load_results`."""
     models = models_of(results)
     styles = _styles(models)
     canvas, places = new_panels(len(results["panels"]))
@@ -118,7 +118,7 @@ def save_figure(results: dict[str, Any], path: Path) -> None:
 
 
 def _styles(models: dict[str, tuple[str, int | None]]) -> dict[str, Style]:
-    """The style of each line. With scaled logits it is that of the same model without, which is dashed."""
+    """The style of each line. A model with and without scaled logits has one colour; without is dashed."""
     endings = {label: label.removesuffix(f", {LOGN}") for label in models if label.endswith(f", {LOGN}")}
     scaled = {label: plain for label, plain in endings.items() if plain in models}
     styles = line_styles({label: model for label, model in models.items() if label not in scaled})
@@ -131,10 +131,10 @@ def _styles(models: dict[str, tuple[str, int | None]]) -> dict[str, Style]:
 
 
 def models_of(results: dict[str, Any]) -> dict[str, tuple[str, int | None]]:
-    """By the label of each line its mixer, and the most slots it was evaluated with."""
+    """Mixer, and largest number of slots in the evaluations, by the label of the line."""
     models: dict[str, tuple[str, int | None]] = {}
     for row in results["rows"]:
-        # Files of earlier versions do not say which rule kept the dictionary.
+        # Files of earlier versions lack the merge rule.
         mixer = style_name(row["mixer"], row.get("merge"))
         _, known = models.get(row["line"], (mixer, None))
         slots = [number for number in (known, row.get("num_slots")) if number is not None]
@@ -149,7 +149,7 @@ def _draw_panel(axes: Axes, results: dict[str, Any], panel: dict[str, Any], styl
         axes.errorbar(
             [places.index(point.x) if panel["x"] == "slices" else point.x for point in line],
             [point.mean for point in line],
-            # Rounding may put a mean of equal values a hair outside of them.
+            # Through rounding, the mean of equal values may lie slightly outside of them.
             yerr=[
                 [max(0.0, point.mean - point.low) for point in line],
                 [max(0.0, point.high - point.mean) for point in line],
@@ -167,7 +167,7 @@ def _draw_panel(axes: Axes, results: dict[str, Any], panel: dict[str, Any], styl
     elif panel["y"] in ("mean_error", "slice_errors"):
         axes.set_ylim(bottom=0)
     if panel["x"] == "slices":
-        # More names than these would touch each other.
+        # More names would touch each other if horizontal.
         slanted: dict[str, Any] = {"rotation": 35, "ha": "right"} if len(places) > _MOST_NAMES else {}
         axes.set_xticks(range(len(places)), [str(place) for place in places], fontsize=9, **slanted)
         axes.margins(x=0.1)
@@ -182,15 +182,15 @@ def _draw_panel(axes: Axes, results: dict[str, Any], panel: dict[str, Any], styl
 
 
 def y_name(panel: dict[str, Any]) -> str:
-    """What the values of a panel are."""
+    """The label of a panel's y axis."""
     if (base := panel.get("relative_to")) is not None:
         return f"% above {base}"
     return AXIS_NAMES.get(panel["y"], panel["y"])
 
 
 def save_heat_maps(results: dict[str, Any], path: Path) -> None:
-    """Draw a map for each line into a PNG file: panels, which share their places, from top to bottom, places
-    from left to right."""
+    """Draw a heat map for each line into a PNG file: panels from top to bottom, their common x values from
+    left to right."""
     panels = results["panels"]
     found = [points(results, panel) for panel in panels]
     means = {
@@ -211,16 +211,16 @@ def save_heat_maps(results: dict[str, Any], path: Path) -> None:
 
 
 def _numbers(places: Iterable[float | str]) -> list[float]:
-    """Places as numbers, which all are but the names of slices."""
+    """The x values that are numbers, as all are except names of slices."""
     return [place for place in places if not isinstance(place, str)]
 
 
 def _scale(axes: Axes, which: str, field: str, places: Sequence[float] = ()) -> None:
-    """A scale of powers of two, with ticks at the places that were measured if they are few."""
+    """Set a log2 scale, with ticks at the measured values if they are few."""
     if which == "x" and (not places or places[0] <= 0):
         return
     axis = axes.xaxis if which == "x" else axes.yaxis
-    # Bytes of several models lie anywhere, other fields where they were asked for.
+    # Bytes differ between models; other fields have the requested values.
     if which == "x" and field != "state_bytes":
         length_axis(axes, places, [short_number(place) for place in places])
         return

@@ -1,4 +1,4 @@
-"""Bringing a figure about: choose settings, train and evaluate what is missing, gather the rows, draw."""
+"""Making a figure: choose hyperparameters, train and evaluate what is missing, collect the rows, draw."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from ovq_lab.figures.results import load_results, save_results
 from ovq_lab.runtime.workers import run_jobs
 from ovq_lab.train.config import RunConfig
 
-# What chooses the settings of an optimizer and what is reported are of different data seeds.
+# Trials are judged on other data seeds than those that are reported.
 _VALIDATION_SEEDS = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Workshop:
-    """Where and how figures are made.
+    """Output folder and execution settings of figures.
 
     Attributes:
-        out: The folder of all results; created if need be.
-        preset: The name of the sizes in use, for the record.
+        out: The folder of all results; created if necessary.
+        preset: The name of the preset, for the record.
         num_seeds: Repetitions of each run; their seeds are 0, 1 and so on.
-        num_workers: Runs side by side; `None` for as many as there are cores to use.
+        num_workers: Parallel runs; `None` for as many as there are usable cores.
     """
 
     out: Path
@@ -42,11 +42,11 @@ class Workshop:
 
     @property
     def seeds(self) -> range:
-        """The seeds of the repetitions."""
+        """Seeds of the repetitions."""
         return range(self.num_seeds)
 
     def job(self, config: RunConfig, evaluations: tuple[Evaluation, ...], label: str) -> RunJob:
-        """A run in this workshop; the seeds of its evaluations follow its own."""
+        """The job of a run; its seed is added to the seeds of its evaluations."""
         seed = config.train.seed
         return RunJob(
             config=config,
@@ -58,7 +58,7 @@ class Workshop:
         )
 
     def do(self, jobs: Sequence[Job], label: str) -> None:
-        """Do what is not done of these jobs."""
+        """Do those jobs that are not done yet."""
         open_jobs = [job for job in jobs if not job.is_done()]
         if len(open_jobs) < len(jobs):
             self.reporter.say(f"{label}: {len(jobs) - len(open_jobs)} of {len(jobs)} were finished before")
@@ -70,11 +70,10 @@ def reproduce(figure: Figure, shop: Workshop, *, lines: Sequence[str] = ()) -> d
     """Make a figure: `rows/NAME.json`, whose content it returns, and `figures/NAME.png`.
 
     Args:
-        figure: What to make.
-        shop: Where to make it.
-        lines: What the labels of its lines match that are made anew, with `*` for any text; the rows of all
-            others, and the settings that were chosen for a model before, are those of `rows/NAME.json`. None
-            to make all lines.
+        figure: The figure.
+        shop: Output folder and execution settings.
+        lines: Patterns for the labels of lines to make anew, with `*` for any text. The rows of other lines,
+            and trials that were chosen before, are taken from `rows/NAME.json`. Empty to make all lines.
 
     Raises:
         ValueError: If a run cannot be trained as it is configured, the folder has results of another preset,
@@ -98,7 +97,7 @@ def reproduce(figure: Figure, shop: Workshop, *, lines: Sequence[str] = ()) -> d
         "panels": [dataclasses.asdict(panel) for panel in figure.panels],
         "sweep": sweep,
         "rows": rows,
-        # Each hardware and version once.
+        # Without duplicates.
         "environments": [each for i, each in enumerate(environments) if each not in environments[:i]],
     }
     if earlier:
@@ -111,11 +110,11 @@ def reproduce(figure: Figure, shop: Workshop, *, lines: Sequence[str] = ()) -> d
 
 
 _Found = tuple[list[dict[str, Any]], list[dict[str, Any]]]
-"""Rows, and the hardware and versions that they come from."""
+"""Rows, and the environments in which they were measured."""
 
 
 def _measured(figure: Figure, shop: Workshop) -> _Found:
-    """The rows that a figure measures without training; missing seeds are measured now."""
+    """Rows that a figure measures without training; missing seeds are measured now."""
     if figure.measure is None:
         return [], []
     jobs = [
@@ -123,7 +122,7 @@ def _measured(figure: Figure, shop: Workshop) -> _Found:
             figure=figure.name,
             measure=figure.measure,
             seed=seed,
-            # The name of the folder in earlier versions, whose files are still used.
+            # The folder name of earlier versions, whose files are still used.
             root=shop.out / "studies",
             label=f"{figure.name}: seed {seed}",
         )
@@ -135,8 +134,8 @@ def _measured(figure: Figure, shop: Workshop) -> _Found:
 
 
 def _trained(figure: Figure, chosen: dict[str, Trial], shop: Workshop) -> _Found:
-    """The rows of the lines of a figure; missing runs and evaluations are done now."""
-    # One job a run, with the evaluations of all lines that share it.
+    """Rows of the lines of a figure; missing runs and evaluations are done now."""
+    # One job per run, with the evaluations of all lines that share it.
     jobs: dict[str, RunJob] = {}
     by_line: list[tuple[Line, RunJob]] = []
     for line in figure.lines:
@@ -157,13 +156,13 @@ def _trained(figure: Figure, chosen: dict[str, Trial], shop: Workshop) -> _Found
 
 
 def _written(record: dict[str, Any] | None) -> dict[str, Any]:
-    """What a job has written that was done."""
+    """The record of a finished job, which cannot be None."""
     assert record is not None
     return record
 
 
 def _check_data(jobs: Iterable[RunJob]) -> None:
-    """Check before hours of training that there is enough text to evaluate on."""
+    """Check that there is enough text for the missing evaluations, before hours of training."""
     missing = {
         dataclasses.replace(evaluation, seed=0, num_slots=None)
         for job in jobs
@@ -175,7 +174,7 @@ def _check_data(jobs: Iterable[RunJob]) -> None:
 
 
 def _check_preset(shop: Workshop) -> None:
-    """One folder, one preset: the page of all results would mix them."""
+    """Check that the folder has results of this preset only: the page of all results would mix them."""
     for path in (shop.out / "rows").glob("*.json"):
         if (found := load_results(path).get("preset")) != shop.preset:
             raise ValueError(
@@ -186,12 +185,12 @@ def _check_preset(shop: Workshop) -> None:
 def _sweep(
     figure: Figure, part: Figure, shop: Workshop, *, known: Sequence[dict[str, Any]] = ()
 ) -> tuple[list[dict[str, Any]], dict[str, Trial]]:
-    """Try each model of a part of a figure with each trial on the first seed, but those that are `known`.
+    """Train each model of a part of a figure with each trial on the first seed, except models in `known`.
 
     Returns:
-        What came out, for the record, and the trial to go on with by the name of the run as configured.
+        The outcomes, for the record, and the chosen trial by the name of the configured run.
     """
-    # Where several lines share a run, the first one names it.
+    # A run that several lines share is named after the first.
     swept = {run_name(line.swept): line for line in reversed(figure.lines)}
     needed = {run_name(line.swept) for line in part.lines}
     swept = {name: line for name, line in reversed(swept.items()) if name in needed}
@@ -243,7 +242,7 @@ def _sweep(
 
 
 def choose_trial(accuracies: dict[Trial, float], usual: Trial) -> Trial:
-    """The trial of the highest accuracy; of equals, the one whose learning rate is nearest to the usual.
+    """The trial with the highest accuracy (ties: learning rate nearest to `usual` in logs).
 
     Example:
         >>> trials = [Trial(learning_rate=rate) for rate in (0.002, 0.004, 0.016)]
@@ -258,7 +257,7 @@ def choose_trial(accuracies: dict[Trial, float], usual: Trial) -> Trial:
 
 
 def _rows(line: Line, job: RunJob) -> list[dict[str, Any]]:
-    """One row per evaluation of a run that a line has."""
+    """One row per evaluation of a line's run."""
     record = job.training_record()
     rows = []
     for evaluation, outcome in zip(job.evaluations, job.outcomes(), strict=True):
@@ -267,7 +266,7 @@ def _rows(line: Line, job: RunJob) -> list[dict[str, Any]]:
             {
                 "line": line.label,
                 "group": line.group,
-                # Outcomes of earlier versions do not say which rule kept the dictionary: that of training.
+                # Outcomes of earlier versions lack the merge rule, which was that of training.
                 "merge": job.config.model.merge if job.config.mixer == "ovq" else None,
                 "logn_length": None,
                 **{key: value for key, value in outcome.items() if key not in ("evaluation", "environment")},
@@ -286,8 +285,8 @@ def _rows(line: Line, job: RunJob) -> list[dict[str, Any]]:
 
 
 def count_runs(figure: Figure, num_seeds: int) -> int:
-    """How many models a figure trains when none is there yet, at most."""
+    """Largest number of models that a figure trains if none is finished yet."""
     num_models = len({run_name(line.config) for line in figure.lines})
     num_trials = {run_name(line.swept): len(figure.trials_of(line)) for line in figure.lines}
-    # The first seed of the trial that was chosen is one of those that are trained anyway.
+    # The first seed of the chosen trial is trained anyway.
     return num_models * num_seeds + sum(max(0, num - 1) for num in num_trials.values())

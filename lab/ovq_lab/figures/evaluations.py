@@ -1,6 +1,6 @@
-"""What trained models are evaluated on: synthetic tasks, the loss on held-out text, needles hidden in it.
+"""Evaluations of trained models: accuracy on synthetic tasks, loss on held-out text, needles hidden in text.
 
-Each kind is a class, with the fields that identify it and the measure of `ovq_lab.eval` that it uses.
+Each kind is a class, with the fields that identify it and the function of `ovq_lab.eval` that it calls.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _LATER: dict[str, Any] = {
     "needle_values": ["number"],
     "bare_needle_share": 0.0,
 }
-"""Fields that earlier versions lacked, with what they mean if they are missing from an outcome."""
+"""Fields that earlier versions lacked, with their values for outcomes without them."""
 
 
 def _without_later(fields: dict[str, Any]) -> dict[str, Any]:
@@ -56,32 +56,31 @@ def _without_later(fields: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-# A model keeps its texts while it is evaluated at one length and depth after the other.
+# Cached, so that texts are loaded once for all lengths and depths.
 _essay_texts = functools.lru_cache(maxsize=4)(essay_texts)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation(ABC):
-    """What a trained model is evaluated on: several examples of one length.
+    """An evaluation of a trained model on several examples of one length.
 
     Attributes:
-        num_examples: How many examples.
-        num_slots: Slots of the dictionary while they are read; `None` for as many as in training.
-        merge: The rule that keeps it meanwhile, as `OVQConfig.merge` names it; `None` for that of training.
-        logn_length: Tokens beyond which logits are scaled meanwhile, as `OVQConfig.logn_length`; `None` for
-            what the model has.
-        seed: Seed of the examples. In a figure it stands for an offset to the seed of the run.
+        num_examples: Number of examples.
+        num_slots: Slots of the dictionary during the evaluation; `None` for as many as in training.
+        merge: The merge rule during the evaluation, as in `OVQConfig.merge`; `None` for that of training.
+        logn_length: Tokens beyond which logits are scaled, as in `OVQConfig.logn_length`; `None` for the
+            model's own setting.
+        seed: Seed of the examples. In a figure it is an offset to the seed of the run.
 
     Raises:
         ValueError: If a number is out of range.
     """
 
     known_as: ClassVar[str]
-    """The kind as file names spell it: that of earlier versions, so that their outcomes are found."""
+    """Name of the kind in file names: unchanged from earlier versions, so that their outcomes are found."""
 
     judged_by: ClassVar[str] = "accuracy"
-    """The field of the outcome that decides between trials; the lowest is best of a `"loss"`, the highest of
-    all others."""
+    """Field of the outcome that trials are chosen by: the lowest `"loss"`, the highest of all others."""
 
     num_examples: int
     num_slots: int | None = None
@@ -100,35 +99,35 @@ class Evaluation(ABC):
     @property
     @abstractmethod
     def topic(self) -> str:
-        """What it is about, in a word, for file names."""
+        """A word for file names."""
 
     @property
     @abstractmethod
     def num_tokens(self) -> int:
-        """Tokens per example, at most."""
+        """Largest number of tokens per example."""
 
     @property
     def num_read(self) -> int:
-        """Tokens of all examples together, at most."""
+        """Largest number of tokens of all examples together."""
         return self.num_examples * self.num_tokens
 
     @property
     def num_steps(self) -> int:
-        """The number of steps that it reports progress in: usually one per token."""
+        """Number of progress steps, usually one per token."""
         return self.num_read
 
     @abstractmethod
     def check(self) -> None:
-        """Raise ValueError if there is too little data, as far as that can be known without a model."""
+        """Raise ValueError if there is too little data, as far as that can be checked without a model."""
 
     @abstractmethod
     def evaluate(self, model: OVQForCausalLM, folder: Path, reporter: WorkReporter) -> dict[str, Any]:
-        """Evaluate a model; returns the outcome, as JSON can hold it.
+        """Evaluate a model; returns the outcome as JSON types.
 
         Args:
-            model: Run where it is, in its dtype.
-            folder: Where it was loaded from, with its tokenizer if it reads text.
-            reporter: Where to show progress, in `num_steps` steps.
+            model: Evaluated on its device and in its dtype.
+            folder: The folder it was loaded from, with its tokenizer if it reads text.
+            reporter: Shows progress, in `num_steps` steps.
 
         Raises:
             ValueError: If the model cannot be evaluated.
@@ -136,7 +135,7 @@ class Evaluation(ABC):
 
     @contextmanager
     def scaling(self, model: OVQForCausalLM) -> Iterator[None]:
-        """Within this context, the logits of the model are scaled as the evaluation asks for.
+        """Context in which the model's logits are scaled by `logn_length`.
 
         Raises:
             ValueError: If no layer of the model has logits to scale.
@@ -152,7 +151,7 @@ class Evaluation(ABC):
 
     @property
     def name(self) -> str:
-        """The file name of outcomes: readable, and different for different evaluations.
+        """File name of the outcome: readable, and different for different evaluations.
 
         Example:
             >>> from ovq_lab.tasks import RecallTask
@@ -162,17 +161,17 @@ class Evaluation(ABC):
         return f"{self.topic}-{self.num_tokens}-{digest(described(self) | {'class': self.known_as})}"
 
     def as_json(self) -> dict[str, Any]:
-        """Every field, as JSON gives it back."""
+        """All fields as JSON types; fields of `_LATER` only if they differ from their values there."""
         return _without_later(json.loads(json.dumps(dataclasses.asdict(self))))
 
     def row_fields(self) -> dict[str, Any]:
-        """The fields of it that the rows of a figure have, beside those of the outcome."""
+        """Fields of the evaluation in the rows of a figure, besides those of the outcome."""
         of_outcome = ("seed", "num_slots", "merge")
         return {name: value for name, value in self.as_json().items() if name not in of_outcome}
 
     @property
     def _dictionary(self) -> dict[str, Any]:
-        """The dictionary as the measures take it."""
+        """The dictionary, as arguments of the functions in `ovq_lab.eval`."""
         return {
             "num_slots": [] if self.num_slots is None else [self.num_slots],
             "merges": [] if self.merge is None else [self.merge],
@@ -181,10 +180,10 @@ class Evaluation(ABC):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskEvaluation(Evaluation):
-    """Examples of a synthetic task: how many answers are right?
+    """Accuracy on examples of a synthetic task.
 
     Attributes:
-        task: The kind of examples, at the length to evaluate at.
+        task: The task, at the length of the evaluation.
     """
 
     known_as: ClassVar[str] = "Evaluation"
@@ -207,7 +206,7 @@ class TaskEvaluation(Evaluation):
         return self.num_examples
 
     def check(self) -> None:
-        """Nothing can be missing: examples are generated."""
+        """Always passes, as examples are generated."""
 
     def evaluate(self, model: OVQForCausalLM, folder: Path, reporter: WorkReporter) -> dict[str, Any]:
         """The fields of a `ResultRow`."""
@@ -228,7 +227,7 @@ class TaskEvaluation(Evaluation):
         return fields | {"task": {"name": self.task.name} | fields["task"]}
 
     def row_fields(self) -> dict[str, Any]:
-        """Those of all evaluations, and the counts of the task at its length: pairs, queries, functions."""
+        """Fields of all evaluations, and the task's counts at its length: pairs, queries, functions."""
         fields = super().row_fields()
         names = (name for name in dir(type(self.task)) if name.startswith("num_"))
         counts = {name: getattr(self.task, name) for name in names}
@@ -241,8 +240,8 @@ class _TextEvaluation(Evaluation):
 
     Attributes:
         source: The corpus.
-        length: Tokens per example, at most.
-        split: Which of its documents are read: `"test"`, or `"validation"` to choose between trials.
+        length: Largest number of tokens per example.
+        split: The documents used: `"test"`, or `"validation"` to choose between trials.
     """
 
     source: TextSource
@@ -257,10 +256,10 @@ class _TextEvaluation(Evaluation):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossEvaluation(_TextEvaluation):
-    """Windows of held-out documents: how well is each next token predicted?
+    """Next-token loss on windows of held-out documents.
 
     Attributes:
-        block_size: Positions of the first part that the loss is given for; each later one is as long as all
+        block_size: Positions of the first part with a loss of its own; each later part is as long as all
             before it.
     """
 
@@ -275,11 +274,11 @@ class LossEvaluation(_TextEvaluation):
         return "loss"
 
     def check(self) -> None:
-        """There must be enough windows."""
+        """Check that there are enough windows."""
         self._windows()
 
     def evaluate(self, model: OVQForCausalLM, folder: Path, reporter: WorkReporter) -> dict[str, Any]:
-        """The fields of a `LanguageRow` but the losses of single windows, which are many."""
+        """The fields of a `LanguageRow`, except the many losses of single windows."""
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         corpus = self._windows(tokenizer)
         [row] = evaluate_language(
@@ -302,10 +301,10 @@ class LossEvaluation(_TextEvaluation):
         """The documents that windows are cut from.
 
         Raises:
-            ValueError: If they have fewer.
+            ValueError: If they have fewer than `num_examples` windows.
         """
         corpus = load_corpus(self.source, self.split, tokenizer=tokenizer)
-        # The end of a text stands before each document, and windows do not overlap.
+        # An end-of-text token is put before each document, and windows do not overlap.
         found = int(((corpus.num_tokens + 1) // self.length).sum())
         if found < self.num_examples:
             raise ValueError(
@@ -327,7 +326,7 @@ class _HiddenValues(_TextEvaluation):
     value: str
 
     def check(self) -> None:
-        """There must be texts to hide values in."""
+        """Check that there are texts to hide values in."""
         self._texts()
 
     def _texts(self) -> list[str]:
@@ -342,7 +341,7 @@ class _HiddenValues(_TextEvaluation):
         haystack: str,
         depths: Sequence[float],
     ) -> list[NeedleRow]:
-        """The scores at each depth."""
+        """Scores at each depth."""
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         return evaluate_needle(
             model,
@@ -358,10 +357,10 @@ class _HiddenValues(_TextEvaluation):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NeedleEvaluation(_HiddenValues):
-    """Values hidden in held-out documents at one depth: are they found?
+    """Retrieval of values hidden in held-out documents at one depth.
 
     Attributes:
-        depth: Where the value is, from 0 (the beginning) to 1 (right before the question).
+        depth: Relative position of the value, from 0 (the beginning) to 1 (right before the question).
     """
 
     known_as: ClassVar[str] = "NeedleEvaluation"
@@ -375,18 +374,18 @@ class NeedleEvaluation(_HiddenValues):
         return "needle"
 
     def evaluate(self, model: OVQForCausalLM, folder: Path, reporter: WorkReporter) -> dict[str, Any]:
-        """The fields of a `NeedleRow` but the name."""
+        """The fields of a `NeedleRow`, except the name."""
         [row] = self._rows(model, folder, reporter, haystack="essay", depths=[self.depth])
         return {name: value for name, value in dataclasses.asdict(row).items() if name != "name"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NeedlesEvaluation(_HiddenValues):
-    """Values hidden at several depths, in noise or in held-out documents: how many are found?
+    """Retrieval of values hidden at several depths, in noise or in held-out documents.
 
     Attributes:
-        haystack: Kind of text around it: `"noise"` or `"essay"`.
-        depths: Where the values are, from 0 to 1; there are `num_examples` at each.
+        haystack: Kind of text around the value: `"noise"` or `"essay"`.
+        depths: Relative positions of the values, from 0 to 1, with `num_examples` each.
     """
 
     known_as: ClassVar[str] = "NeedlesEvaluation"
@@ -406,7 +405,7 @@ class NeedlesEvaluation(_HiddenValues):
         return super().num_read * len(self.depths)
 
     def evaluate(self, model: OVQForCausalLM, folder: Path, reporter: WorkReporter) -> dict[str, Any]:
-        """The mean over the depths of each score of a `NeedleRow`, and what was found at each depth."""
+        """Each score of a `NeedleRow` as mean over depths, and the scores at each depth."""
         rows = self._rows(model, folder, reporter, haystack=self.haystack, depths=self.depths)
         return {
             **{

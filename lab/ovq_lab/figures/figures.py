@@ -1,4 +1,4 @@
-"""The figures there are, each built for the sizes of a preset."""
+"""All figures, each built for the sizes of a preset."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ovq_lab.mixers.names import MIXER_NAMES
 from ovq_lab.plots.fidelity import fidelity_figure
 from ovq_lab.tasks import PositionalRecallTask, RegressionTask, Task
 
-# The order of legends and tables.
+# In the order of legends and tables.
 _COMPARED = (
     "full_attention",
     "ovq",
@@ -30,15 +30,15 @@ _COMPARED = (
     "sliding_attention",
 )
 
-# As it was trained, and by the best rule of ours on the same weights.
+# OVQ with the merge rule of training, and with our best rule on the same weights.
 _RULES = (("OVQ", None), ("OVQ, nearest", BEST_MERGE))
 
 _VALIDATION_FACTOR = 4
-"""Trials are judged at so many times the training length: at that length itself several are perfect."""
+"""Trials are judged at this multiple of the training length: at that length itself several are perfect."""
 
 
 def _validation(preset: Preset, task: str, mixer: str) -> Evaluation:
-    """What decides between trials of a mixer; OVQ is tried with the enlarged dictionary."""
+    """The evaluation that chooses between trials of a mixer; for OVQ with the enlarged dictionary."""
     length = _VALIDATION_FACTOR * preset.train_length(task)
     num_slots = preset.enlarged(task, length) if mixer == "ovq" else None
     return preset.evaluation(preset.task(task).at_length(length), num_slots=num_slots)
@@ -47,7 +47,7 @@ def _validation(preset: Preset, task: str, mixer: str) -> Evaluation:
 def _mixers_by_length(
     preset: Preset, task: str, *, title: str, note: str, quality: tuple[Panel, ...]
 ) -> Figure:
-    """Every mixer on one task, against length: how good, how many bytes, how long it took."""
+    """All mixers on one task against length: quality, bytes of state, time."""
     tasks = [preset.task(task).at_length(length) for length in preset.lengths(task)]
     lines = []
     for mixer in _COMPARED:
@@ -78,7 +78,8 @@ def _mixers_by_length(
 
 
 def _by_both_rules(preset: Preset, name: str, tasks: Sequence[Task]) -> dict[str, list[TaskEvaluation]]:
-    """OVQ as it was trained and by the best rule of ours, with the slots of training and with more."""
+    """Evaluations of OVQ with the merge rule of training and with our best rule, each with the slots of
+    training and with more."""
     trained = preset.configs[name].model.num_slots
     evaluations = {}
     for rule, merge in _RULES:
@@ -133,7 +134,7 @@ def regression(preset: Preset) -> Figure:
     """Error of all mixers on linear regression in context, by number of functions and of points seen."""
     usual = preset.task("regression")
     assert isinstance(usual, RegressionTask)
-    # The shortest length with as many functions as there can be.
+    # The shortest length with the largest number of functions.
     length = next(
         each
         for each in preset.lengths("regression")
@@ -279,31 +280,30 @@ FIGURES: dict[str, Callable[[Preset], Figure]] = {
     "long": longer,
     **rivals.FIGURES,
 }
-"""Every figure by its name on the command line, in the order of `--all`."""
+"""All figures by their names on the command line, in the order of `--all`."""
 
 
 TEXT_FIGURES = (
     *("lm", "hybrids", "partners", "needle", "long", "logn-needles"),
     *("rivals-needles", "rivals-lm", "rivals-lm-mamba2"),
 )
-"""Those that can be made of any corpus."""
+"""Figures that can be made of any corpus."""
 
 
 GROUPS = {
     group: tuple(name for name in FIGURES if name.startswith(f"{group}-")) for group in ("rivals", "logn")
 }
-"""Figures that the command line knows by one name together."""
+"""Groups of figures by their common names on the command line."""
 
 
 def get_figure(
     name: str, preset: Preset, *, dataset: str | None = None, held_out: float | None = None
 ) -> Figure:
-    """The figure of this name in `FIGURES`; of language models also for a corpus and held-out share of one's
-    own, which its name then says.
+    """The figure of this name in `FIGURES`. Figures of language models can use another corpus and held-out
+    share, which are then part of their name.
 
     Raises:
-        ValueError: If there is none, lists those there are; if it has no corpus to choose; or if the share is
-            not in [0, 1).
+        ValueError: If there is none (lists all), it has no corpus to choose, or the share is not in [0, 1).
 
     Example:
         >>> from ovq_lab.figures.presets import CPU

@@ -1,9 +1,9 @@
-"""What worker processes do for a figure: train and evaluate a run, or measure without training.
+"""Jobs of worker processes for a figure: train and evaluate a run, or measure without training.
 
-Whatever interrupts a job, at any moment, it can continue from there. The folder of a run is sealed once its
-model is trained (`ovq_lab.train.checkpoints`); until then it holds checkpoints to resume from. The outcome of
-an evaluation is a file of its own, `evaluations/NAME.json`, and so are the rows that are measured for a seed;
-a file is written completely or not at all.
+A job can be interrupted at any moment and resumed. The folder of a run is sealed once its model is trained
+(`ovq_lab.train.checkpoints`); until then it holds checkpoints to resume from. Each outcome of an evaluation
+is a file, `evaluations/NAME.json`, and so are the rows that are measured for a seed; files are written
+atomically.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ovq_lab.train.checkpoints import fault, newest_checkpoint, seal
 from ovq_lab.train.config import CONFIG_FILE, RunConfig
 
 TRAINING_FILE = "training.json"
-"""How the training of a run went: seconds, parameters, where."""
+"""Name of the file with the training time, number of parameters and environment of a run."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,8 +40,8 @@ class Job(ABC):
     """A piece of work that is independent of all others.
 
     Attributes:
-        root: The folder that files of its kind are in.
-        label: What to call it in progress reports.
+        root: The folder for files of its kind.
+        label: Its name in progress reports.
     """
 
     root: Path
@@ -53,7 +53,7 @@ class Job(ABC):
 
     @abstractmethod
     def do(self, reporter: RemoteReporter) -> None:
-        """Do what is not done yet.
+        """Do the missing parts of the job.
 
         Raises:
             ValueError: If it cannot be done as it is configured.
@@ -71,7 +71,7 @@ class RunJob(Job):
 
     Attributes:
         config: The run.
-        evaluations: What to evaluate the model on.
+        evaluations: Evaluations of the trained model.
     """
 
     config: RunConfig
@@ -79,7 +79,7 @@ class RunJob(Job):
 
     @property
     def folder(self) -> Path:
-        """Where the run is kept."""
+        """The folder of the run."""
         return self.root / run_name(self.config)
 
     def is_done(self) -> bool:
@@ -87,10 +87,10 @@ class RunJob(Job):
         return self.is_trained() and None not in self.outcomes()
 
     def is_trained(self) -> bool:
-        """Whether the folder holds the trained model, whole.
+        """Whether the folder holds the complete trained model.
 
         Raises:
-            ValueError: If it holds that of another configuration, which is left as it is.
+            ValueError: If it holds a model of another configuration, which is left as it is.
         """
         if fault(self.folder) is not None:
             return False
@@ -103,16 +103,16 @@ class RunJob(Job):
         return True
 
     def outcomes(self) -> list[dict[str, Any] | None]:
-        """The outcome of each evaluation, None for those that are not finished."""
+        """Outcomes of the evaluations; None for those that are not finished."""
         return [self._outcome(evaluation) for evaluation in self.evaluations]
 
     def training_record(self) -> dict[str, Any]:
-        """What `TRAINING_FILE` of the trained run holds."""
+        """The content of `TRAINING_FILE` of the trained run."""
         return read_json(self.folder / TRAINING_FILE)
 
     def do(self, reporter: RemoteReporter) -> None:
         """Train the model if it is not trained, and do the missing evaluations."""
-        # The bar of loading a model this small is over before it is seen.
+        # Loading a model this small is too fast for a progress bar.
         disable_progress_bar()
         if not self.is_trained():
             self._train(reporter)
@@ -125,7 +125,7 @@ class RunJob(Job):
             self._evaluate(missing, reporter)
 
     def _train(self, reporter: RemoteReporter) -> None:
-        """Train the model, from the newest whole checkpoint if there is one, and seal the folder."""
+        """Train the model, from the newest undamaged checkpoint if there is one, and seal the folder."""
         begun = time.monotonic()
         can_resume = (
             (self.folder / CONFIG_FILE).is_file()
@@ -136,11 +136,11 @@ class RunJob(Job):
         if can_resume:
             model = loop.resume(self.folder, reporter=reporter, label=label)
         else:
-            # What is there was never finished, or is damaged.
+            # Remove incomplete or damaged files.
             shutil.rmtree(self.folder, ignore_errors=True)
             model = loop.train(self.config, self.folder, reporter=reporter, label=label)
         record = {
-            # Of a run that was interrupted only the last part is known.
+            # For a resumed run only the time of the last part is known.
             "seconds": None if can_resume else round(time.monotonic() - begun, 2),
             "num_parameters": model.num_parameters(),
             "environment": environment(model.device.type),
@@ -151,7 +151,7 @@ class RunJob(Job):
             shutil.rmtree(checkpoint)
 
     def _evaluate(self, evaluations: list[Evaluation], reporter: RemoteReporter) -> None:
-        """Evaluate the trained model, and write each outcome once it is known."""
+        """Evaluate the trained model, and write each outcome at once."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = OVQForCausalLM.from_pretrained(self.folder, local_files_only=True)
         # transformers wraps `to` in a way that leaves mypy without its `self`.
@@ -181,7 +181,7 @@ class RunJob(Job):
         return self.folder / "evaluations" / f"{evaluation.name}.json"
 
     def _outcome(self, evaluation: Evaluation) -> dict[str, Any] | None:
-        """The outcome in the file of an evaluation, None if the file is missing or of another evaluation."""
+        """The outcome of an evaluation from its file; None if missing or of another evaluation."""
         path = self._path(evaluation)
         if not path.is_file():
             return None
@@ -189,13 +189,13 @@ class RunJob(Job):
             outcome = read_json(path)
             return outcome if outcome["evaluation"] == evaluation.as_json() else None
         except (KeyError, TypeError, ValueError):
-            # What is damaged is done again.
+            # Damaged outcomes are computed again.
             return None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeasureJob(Job):
-    """What a figure measures without training, for one seed.
+    """The measurement of a figure without training, for one seed.
 
     Attributes:
         figure: The name of the figure.
@@ -209,11 +209,11 @@ class MeasureJob(Job):
 
     @property
     def path(self) -> Path:
-        """Where the rows are kept."""
+        """The file of the rows."""
         return self.root / f"{self.figure}-seed{self.seed}.json"
 
     def is_done(self) -> bool:
-        """Whether the seed is measured, and the rows can be read."""
+        """Whether the rows of this seed exist and can be read."""
         try:
             return {"rows", "environment"} <= self.record().keys()
         except (AttributeError, FileNotFoundError, ValueError):
@@ -241,16 +241,16 @@ class MeasureJob(Job):
 
 
 class _PartReporter:
-    """A reporter for one evaluation of several that are shown as one piece of work."""
+    """A reporter for one of several evaluations that share a progress bar."""
 
     def __init__(self, work: RemoteWork, done_before: int) -> None:
         self._work = work
         self._done_before = done_before
 
     def start(self, label: str, *, total: int) -> _PartReporter:
-        """Begin this part; its label and total are known."""
+        """Begin this part; label and total are ignored, as the bar has its own."""
         return self
 
     def update(self, done: int, *, note: str = "") -> None:
-        """Say how far this part has come."""
+        """Report the progress of this part."""
         self._work.update(self._done_before + done, note=note)

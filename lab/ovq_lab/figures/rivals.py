@@ -1,4 +1,4 @@
-"""The figures `rivals-*`: OVQ beside the mixers that readers ask for first, at equal bytes and parameters."""
+"""The figures `rivals-*`: OVQ against the mixers readers ask about first, at equal bytes and parameters."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ RIVALS = (
     "mamba2",
     "sink_attention",
 )
-"""The mixers compared, in the order of legends. Another is added by its name here."""
+"""The mixers compared, in the order of legends. To compare another, add its name here."""
 
 _RULE = BEST_MERGE
-"""The rule that OVQ is evaluated by, besides that of its training."""
+"""The merge rule that OVQ is evaluated with, besides that of its training."""
 
 _FULL = MIXER_NAMES["full_attention"]
 
@@ -38,17 +38,17 @@ _NEEDLES = {
     "S2, a number in an essay": ("number", "essay"),
     "S3, a uuid in an essay": ("uuid", "essay"),
 }
-"""Values and texts around them, by what RULER's needles of these kinds are called."""
+"""Kinds of value and of haystack, by RULER's names for these needle tasks."""
 
 NEEDLE_FACTORS = (1, 2, 4, 8)
-"""Where needles are looked for, in training lengths."""
+"""Needle test lengths, as multiples of the training length."""
 
-# Questions are the same at every depth and those of a seed few, so rather more of them than more depths.
+# Questions are the same at every depth, and few per seed; so more questions are better than more depths.
 _NEEDLE_DEPTHS = (0.0, 0.5, 1.0)
 _QUESTIONS_FACTOR = 2
 
 _VALIDATION_FACTOR = 4
-"""Trials are judged at so many times the training length, as in the figures of all mixers."""
+"""Trials are judged at this multiple of the training length, as in the figures of all mixers."""
 
 _NOTE = (
     "States have equal bytes: those of full dictionaries of OVQ, of KVM's slots and window, and of a window "
@@ -70,9 +70,9 @@ def _lines(
     group: str = "",
     partner: str | None = None,
 ) -> list[Line]:
-    """A line for each model of a task, with a partner in the place of its windows if one is given.
+    """A line for each model of a task, with `partner` in place of its windows if given.
 
-    All that is evaluated, and what decides between trials, is the same for all.
+    All models have the same evaluations and the same validation.
     """
 
     def line(label: str, mixer: str, merge: str | None = None, gate: str | None = None) -> Line:
@@ -105,11 +105,11 @@ def _lines(
 
 
 def _variants(preset: Preset, task: str) -> dict[str, tuple[Variant, ...]]:
-    """What mixers are tried with beside settings of the optimizer, as their authors leave it open.
+    """Configurations of mixers to try in addition to optimizer settings, where their authors leave a choice.
 
-    KVM: slots that grow as in `kvm_swa_saturate1024_wd.yaml`, the one of its published configurations that
-    is nearest to ours, or as soon as there are tokens for them. Raven: as many slots as components per head,
-    or twice as many, with which it has most bytes at equal parameters, as its router then takes half of them.
+    KVM: growth of the slots as in `kvm_swa_saturate1024_wd.yaml`, its published configuration that is nearest
+    to ours, or immediate. Raven: as many slots as components per head, or twice as many, which gives most
+    bytes at equal parameters, as its router then takes half of them.
     """
     model = preset.configs[task].model
     head_dim = model.head_dim or model.hidden_size // model.num_attention_heads
@@ -122,7 +122,7 @@ def _variants(preset: Preset, task: str) -> dict[str, tuple[Variant, ...]]:
 def _by_length(
     preset: Preset, name: str, title: str, quality: Panel = _ACCURACY, note: str = _NOTE
 ) -> Figure:
-    """A synthetic task at the lengths that are evaluated as a matter of course."""
+    """A synthetic task at the standard evaluation lengths."""
     task, longest = preset.task(name), _VALIDATION_FACTOR * preset.train_length(name)
     return Figure(
         name=f"rivals-{name}",
@@ -142,11 +142,11 @@ def _by_length(
 
 
 def _needles(preset: Preset) -> Figure:
-    """Needles of three kinds, each by length, as means over the depths."""
+    """Needles of three kinds by length, as means over depths."""
     lines, trained = [], preset.train_length("needles")
     for group, (value, haystack) in _NEEDLES.items():
         evaluation = needle_evaluation(preset, value, haystack)
-        # What all kinds are judged by: numbers and uuids have been learned on essays.
+        # One validation for all kinds: numbers in essays, as in training.
         validation = dataclasses.replace(evaluation, split="validation", haystack="essay", value="number")
         lines += _lines(
             preset,
@@ -183,7 +183,7 @@ def needle_evaluation(preset: Preset, value: str, haystack: str) -> NeedlesEvalu
 
 
 def _by_position(preset: Preset, name: str, partner: str | None = None) -> Figure:
-    """The loss of language models by position, beside windows or a partner that is good at what is near."""
+    """The loss of language models by position, with windows or another short-range mixer as partner."""
     near = "windows" if partner is None else MIXER_NAMES[partner]
     text, source = preset.text, preset.text_task("lm")
     evaluation = LossEvaluation(
@@ -191,7 +191,7 @@ def _by_position(preset: Preset, name: str, partner: str | None = None) -> Figur
         length=text.length,
         num_examples=text.num_windows,
     )
-    # As long as in training: few documents make longer windows, and they are not joined here.
+    # Windows as long as in training: few documents are longer, and they are not joined here.
     validation = LossEvaluation(
         source=source, length=preset.train_length("lm"), num_examples=text.num_windows, split="validation"
     )
@@ -225,4 +225,4 @@ FIGURES: dict[str, Callable[[Preset], Figure]] = {
     "rivals-lm": partial(_by_position, name="rivals-lm"),
     "rivals-lm-mamba2": partial(_by_position, name="rivals-lm-mamba2", partner="mamba2"),
 }
-"""Each by its name on the command line."""
+"""Figures by their names on the command line."""

@@ -1,4 +1,4 @@
-"""The figures `logn-*`: what log-n scaling changes beyond the training length."""
+"""The figures `logn-*`: the effect of log-n scaling beyond the training length."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ovq_lab.train.config import RunConfig
 _FULL = MIXER_NAMES["full_attention"]
 
 _RULE = BEST_MERGE
-"""The rule that OVQ is evaluated by."""
+"""The merge rule that OVQ is evaluated with."""
 
 _ACCURACY = Panel(title="accuracy")
 
@@ -41,7 +41,7 @@ def _by_length(preset: Preset, task: str, title: str, quality: Panel = _ACCURACY
         (
             *_twice(_FULL, preset.config(task, "full_attention"), asked, trained),
             *_twice(f"OVQ, a slot for {TOKENS_PER_SLOT[_RULE]} tokens", usual, grown, trained),
-            # The gate learns what to leave out, which matters where slots are few.
+            # The gate learns which tokens to leave out, which matters with few slots.
             *_twice(f"OVQ, {slots}", usual, few, trained),
             *_twice(f"OVQ, merge gate, {slots}", preset.config(task, merge_gate=True), few, trained),
         ),
@@ -50,7 +50,7 @@ def _by_length(preset: Preset, task: str, title: str, quality: Panel = _ACCURACY
 
 
 def _needles(preset: Preset) -> Figure:
-    """Uuids hidden in essays: values of 36 characters, which are found one by one."""
+    """Uuids hidden in essays: values of 36 characters, which are retrieved character by character."""
     trained, usual = preset.train_length("needles"), preset.config("needles")
     slots = f"{usual.model.num_slots} slots"
     lines: list[Line] = []
@@ -80,7 +80,7 @@ def _figure(name: str, title: str, trained: int, lines: Sequence[Line], quality:
 
 
 def _twice(label: str, config: RunConfig, evaluations: Sequence[Evaluation], trained: int) -> list[Line]:
-    """A model as it was trained and with scaled logits."""
+    """Lines of a model without and with scaled logits."""
     scaled = [dataclasses.replace(each, logn_length=trained) for each in evaluations]
     return [
         Line(label=label, config=config, evaluations=tuple(evaluations)),
@@ -100,4 +100,4 @@ FIGURES: dict[str, Callable[[Preset], Figure]] = {
     ),
     "logn-needles": _needles,
 }
-"""Each by its name on the command line."""
+"""Figures by their names on the command line."""

@@ -1,15 +1,15 @@
-"""Tables of Markdown files, made from the JSON files of results that they show.
+"""Tables in Markdown files, generated from the results files that they show.
 
-The Markdown file marks where a table goes, and which of the tables described in a JSON file it is:
+Markers in the Markdown file enclose a table and name its description in a JSON file:
 
     <!-- table: tables.json recall -->
     ...
     <!-- end -->
 
-`ovq reproduce --tables FILE` fills in what is between the marks. A description says which rows of a file of
-results each line of the table uses (`rows`: a label, and values that a row must have), and what the table
-shows of them (`columns`, see `Column`). A cell is the mean over seeds of what both select. Paths are relative
-to the file that contains them.
+`ovq reproduce --tables FILE` writes the table between the markers. A description says which rows of a results
+file each line of the table uses (`rows`: a label, and values that a row must have), and what the table shows
+of them (`columns`, see `Column`). A cell is the mean over seeds of the rows that both select. Paths are
+relative to the file that contains them.
 
     "recall": {
      "file": "results/recall.json",
@@ -24,9 +24,9 @@ to the file that contains them.
      ]
     }
 
-A row that is a string stands for the line of that name. An entry with `over` a field gives one column for
-each of the `values`, with the `heads` above them if the values themselves should not stand there. Keys that
-are not options of a column are values that a row must have.
+A row that is a string stands for the line of that name. An entry with a field in `over` gives one column for
+each of its `values`, with `heads` as column heads, or else the values. Keys that are not options of a column
+are values that a row must have.
 """
 
 from __future__ import annotations
@@ -50,30 +50,29 @@ _FORMS = ("number", "commas", "MiB", "seeds")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Column:
-    """What a column shows of the rows that a line of the table uses.
+    """A column of a table: the value that it shows of each line's rows.
 
     Attributes:
         head: The head of the column.
         value: A field, or a field of a part as `"part.field"`; several are shown side by side.
-        where: What a row must have in addition to what the line requires: a value, or a list of allowed
-            values.
-        file: Another file than that of the table.
-        each: A field, and those of its values that are shown one after the other in a cell.
+        where: Further values that a row must have, in addition to the line's: a value, or a list of allowed
+            values, by field.
+        file: A results file other than the table's.
+        each: A field, and the values of it that are shown one after the other in a cell.
         positions: With `value="position_losses"`, the first and the last position of the mean.
-        relative_to: Show the value as a share in per cent, seed by seed, of that of the row in which these
-            fields replace those of the line; `file` names another file to find it in, and `by` the line's
-            fields that count there.
-        above: Show by how many per cent the value is above that row's, instead of the share; empty for the
-            row itself.
-        form: `"number"`, `"commas"` (1,234), `"MiB"`, or `"seeds"` for the number of each seed instead of the
+        relative_to: Show the value in per cent, seed by seed, of the value of a base row, in which these
+            fields replace those of the line; `file` names another results file for the base row, and `by` the
+            line's fields that select it.
+        above: Show the per cent above the base row instead; empty for the base row itself.
+        form: `"number"`, `"commas"` (1,234), `"MiB"`, or `"seeds"` for the value of each seed instead of the
             mean.
         digits: Digits after the decimal point.
         spread: Show the lowest and the highest seed too if they differ by this much.
         unit: Written after a mean.
-        learned: What a seed must have reached to count as having learned its task, as `{"length": 256,
-            "at_least": 0.9}` for the column's own value, or `"at_most"` for errors. Other seeds are left out
-            of the mean, if any has.
-        says_learned: Say in each cell how many seeds have learned the task, if not all have.
+        learned: Condition for a seed to have learned its task, on the column's own value, as
+            `{"length": 256, "at_least": 0.9}`, or `"at_most"` for errors. Other seeds are left out of the
+            mean, unless none has learned.
+        says_learned: Show in each cell how many seeds have learned the task, if not all have.
     """
 
     head: str
@@ -92,7 +91,7 @@ class Column:
     says_learned: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse a form that does not exist: it is a mistake in the description."""
+        """Check that `form` is known."""
         if self.form not in _FORMS:
             raise ValueError(f"form: expected one of {', '.join(_FORMS)}, found {self.form!r}")
 
@@ -101,10 +100,10 @@ _OPTIONS = {field.name for field in dataclasses.fields(Column)} - {"where"}
 
 
 def update_tables(paths: Sequence[Path]) -> list[Path]:
-    """Fill in the tables of Markdown files, which are written once all tables could be made.
+    """Update the tables of Markdown files; none is written if any table cannot be made.
 
     Returns:
-        The files that were not up to date.
+        The files that were out of date.
 
     Raises:
         ValueError: If a file has no tables, or one cannot be made; names the file and the table.
@@ -148,7 +147,7 @@ def make_table(description: Path, name: str) -> str:
     """A table in Markdown, by its name in the JSON file that describes it.
 
     Raises:
-        ValueError: If it is not described, or the results lack what it shows.
+        ValueError: If it is not described, or the results lack its rows.
     """
     tables = read_json(description)
     if name not in tables:
@@ -166,7 +165,7 @@ def make_table(description: Path, name: str) -> str:
 
 
 def _columns(entry: dict[str, Any]) -> Iterable[Column]:
-    """The columns that an entry describes: one, or one for each value of the field in `over`."""
+    """The columns of an entry: one, or one for each value of the field in `over`."""
     options = {name: value for name, value in entry.items() if name in _OPTIONS}
     where = {name: value for name, value in entry.items() if name not in _OPTIONS}
     if "over" not in entry:
@@ -179,7 +178,7 @@ def _columns(entry: dict[str, Any]) -> Iterable[Column]:
 
 
 _RowsOf = Callable[[str | None], list[Row]]
-"""The rows of the file with a name; for None, of the table's own file."""
+"""Maps a file name to its rows; None is the table's own file."""
 
 
 def _read(path: Path) -> list[Row]:
@@ -190,7 +189,7 @@ def _read(path: Path) -> list[Row]:
 
 
 def _cell(column: Column, line: dict[str, Any], rows_of: _RowsOf) -> str:
-    """What a column shows of the rows of a line."""
+    """The text of a cell."""
     file = column.file or line.get("file")
     asked = {name: value for name, value in line.items() if name != "file"}
     asked |= column.where
@@ -226,7 +225,7 @@ def _told(column: Column, asked: dict[str, Any], file: str | None, rows_of: _Row
 
 
 def _learned(column: Column, asked: dict[str, Any], rows: Iterable[Row]) -> set[Any]:
-    """The seeds that have learned their task."""
+    """Seeds that have learned their task."""
     assert column.learned is not None
     where = dict(column.learned)
     lowest, highest = where.pop("at_least", -math.inf), where.pop("at_most", math.inf)
@@ -238,7 +237,7 @@ def _by_seed(column: Column, asked: dict[str, Any], rows: Iterable[Row]) -> dict
     """The value of each seed.
 
     Raises:
-        ValueError: If there is none, or there are two that differ.
+        ValueError: If there are no rows, or two of a seed differ.
     """
     assert isinstance(column.value, str), "one field at a time"
     found: dict[Any, Any] = {}
@@ -260,7 +259,7 @@ def _fits(found: Any, asked: Any) -> bool:
 
 
 def _mean_over(losses: dict[str, float], first: int, last: int) -> float:
-    """The mean over positions, from means over octaves that are named by their ends.
+    """Mean loss over positions, from means over octaves that are named by their ends.
 
     Example:
         >>> _mean_over({"1024": 9.0, "2048": 3.0, "4096": 6.0}, 1024, 4096)
@@ -275,7 +274,7 @@ def _mean_over(losses: dict[str, float], first: int, last: int) -> float:
 
 
 def _written(column: Column, values: Sequence[Any]) -> str:
-    """The values of the seeds, as written into a cell."""
+    """Format the values of the seeds for a cell."""
     if column.form == "seeds":
         return ", ".join(_number(column, value) for value in values)
     mean, low, high = sum(values) / len(values), min(values), max(values)

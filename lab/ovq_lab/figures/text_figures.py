@@ -17,28 +17,28 @@ from ovq_lab.mixers.names import MIXER_NAMES
 from ovq_lab.train.config import RunConfig
 from ovq_lab.train.recipes import beside
 
-# Those that the paper compares on text.
+# The mixers that the paper compares on text.
 _COMPARED = ("full_attention", "ovq", "gated_deltanet", "mamba2", "sliding_attention")
 
 _RULE = BEST_MERGE
-"""The rule that OVQ is evaluated by."""
+"""The merge rule that OVQ is evaluated with."""
 
 _LOCAL = "mamba2"
-"""What `hybrids` has in the place of the windows: it is good at what is near."""
+"""The short-range mixer of `hybrids`, in place of the windows."""
 
 _PARTNER = "gated_deltanet"
-"""What `partners` has in the place of the windows."""
+"""The short-range mixer of `partners`, in place of the windows."""
 
 _MOST_BYTES_PER_TOKEN = 5
-"""So many bytes of text per token of a window are joined where tokens are subwords: never fewer tokens."""
+"""Bytes of text to join per token of a window if tokens are subwords: enough for every window."""
 
 
 _NUM_LONG_WINDOWS = 4
-"""Windows for models of subword tokens that are trained longer."""
+"""Number of windows for models of subword tokens that are trained longer."""
 
 
 class _Model(NamedTuple):
-    """What a compared model is called, its run, and the dictionary that it is evaluated with."""
+    """Label, run and evaluation dictionary of a compared model."""
 
     label: str
     config: RunConfig
@@ -49,7 +49,7 @@ class _Model(NamedTuple):
 def of_corpus(
     make: Callable[[Preset], Figure], preset: Preset, *, dataset: str | None, held_out: float | None
 ) -> Figure:
-    """A figure of another corpus, or of other held-out documents; its name tells it from the usual one."""
+    """A figure of another corpus or held-out share, with the corpus in its name."""
     figure = make(preset.on_corpus(dataset, held_out))
     arguments = figure.name
     if dataset is not None:
@@ -77,7 +77,7 @@ def language(preset: Preset) -> Figure:
 
 
 def hybrids(preset: Preset) -> Figure:
-    """The loss by position where a mixer that is good at what is near stands in the place of the windows."""
+    """The loss by position with another short-range mixer in place of the windows."""
     trained = preset.configs["lm"].model.num_slots
     local, windows = MIXER_NAMES[_LOCAL], "windows and"
     full, ovq = preset.config("lm", "full_attention"), preset.config("lm")
@@ -101,7 +101,7 @@ def hybrids(preset: Preset) -> Figure:
 
 
 def partners(preset: Preset) -> Figure:
-    """The loss by position beside the mixer that has the lowest loss by itself."""
+    """The loss by position with the mixer of the lowest loss by itself in place of the windows."""
     slots, near = preset.configs["lm"].model.num_slots, MIXER_NAMES[_PARTNER]
     alone = f"{near} alone"
     models = [
@@ -137,7 +137,7 @@ def longer(preset: Preset) -> Figure:
     gated = f"{local} and OVQ, ", f", nearest, {usual.num_slots} slots"
     models = [
         _Model(exact, preset.config("long", "full_attention")),
-        # Trained by the paper's rule, like the layers with a gate that are compared with rivals.
+        # Trained with the paper's rule, like the gated layers in the comparison with rivals.
         _Model(f"{gated[0]}merge gate{gated[1]}", preset.config("long", merge_gate=True), merge=_RULE),
         _Model(f"{gated[0]}forget gate{gated[1]}", preset.config("long", forget_gate=True), merge=_RULE),
         _Model(f"{local} and {MIXER_NAMES['kvm']}", preset.config("long", "kvm")),
@@ -165,7 +165,7 @@ def _by_position(
     task: str = "lm",
     num_windows: int | None = None,
 ) -> Figure:
-    """The loss of models by position, and by how much it is above that of one of them."""
+    """The loss of models by position, and its difference in per cent to one of them."""
     length, source = preset.text.length, preset.text_task(task)
     num_bytes = length if source.tokenizer == "bytes" else _MOST_BYTES_PER_TOKEN * length
     evaluation = LossEvaluation(
@@ -203,7 +203,7 @@ def _by_position(
 
 
 def needle(preset: Preset) -> Figure:
-    """Whether language models that have learned to look back say a value that is hidden in a text."""
+    """Needle retrieval of language models that have learned to look back."""
     text, source = preset.text, preset.text_task("needle")
     lines = []
     for depth in text.needle_depths:
@@ -239,7 +239,7 @@ def needle(preset: Preset) -> Figure:
 
 
 def _models(preset: Preset, name: str) -> list[_Model]:
-    """The mixers compared, each beside windows; OVQ by the paper's rule and by ours on the same weights."""
+    """The compared mixers, each with windows; OVQ with the paper's rule and with ours on the same weights."""
     trained = preset.configs[name].model.num_slots
     models = []
     for mixer in _COMPARED:

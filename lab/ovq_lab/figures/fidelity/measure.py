@@ -1,8 +1,7 @@
-"""Fidelity without training: how far the read of each memory is from exact attention, at equal bytes.
+"""Fidelity without training: error of the outputs of memories against exact attention, at equal bytes.
 
-The memories read a growing stream of keys and values. At each length they answer the same queries, and their
-answers are compared with those of softmax attention over all tokens so far. No model is trained, so only the
-memory is measured.
+The memories read a growing stream of keys and values. At each length their outputs for the same queries are
+compared with softmax attention over all tokens so far. No model is trained, so only the memory is measured.
 """
 
 from __future__ import annotations
@@ -31,23 +30,23 @@ def fidelity_rows(
 ) -> list[dict[str, Any]]:
     """Measure the error of every memory on every stream as the stream grows.
 
-    The budget of all memories is what the slots of OVQ take: `num_slots` times a key, a value and a count.
-    Lengths are ends of chunks, where OVQ has no pending tokens. What must be fixed before a stream begins
-    (the codebook of static VQ, the rate of the delta rule) is fitted on a sample of 16384 other tokens.
-    Offline k-means sees all tokens at once; it is an upper bound and not a memory.
+    All memories have the bytes of OVQ's slots: `num_slots` times a key, a value and a count. Lengths are ends
+    of chunks, where OVQ has no pending tokens. Parameters that are fixed before a stream begins (the codebook
+    of static VQ, the rate of the delta rule) are fitted on a sample of 16384 other tokens. Offline k-means
+    sees all tokens at once; it is an upper bound and not a memory.
 
     Args:
         seed: Seed of the streams, the samples, the queries and all random choices.
-        lengths: Tokens after which to ask, ascending, each a multiple of 64.
+        lengths: Tokens after which to measure, ascending, each a multiple of 64.
         streams: Names in `ovq_lab.figures.fidelity.streams.STREAMS`.
         num_slots: Slots of OVQ, N.
         head_dim: Components of keys and of values.
 
     Returns:
         A JSON-ready row for each stream, memory and length: `stream`, `seed`, `memory`, `length`, `bytes` of
-        the memory when full, and `error`: the root of the mean squared distance to exact attention over 256
-        queries, divided by the root mean square of exact attention. Answering 0 has an error of 1. For the
-        figure, the memory is the `line` and the stream the `group`.
+        the memory when full, and `error`: the root mean squared difference to exact attention over 256
+        queries, divided by the root mean square of exact attention, so that an output of 0 has an error of 1.
+        For the figure, the memory is the `line` and the stream the `group`.
 
     Raises:
         ImportError: If scikit-learn is not installed (`pip install './lab[theory]'`).

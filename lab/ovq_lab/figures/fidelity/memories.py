@@ -1,7 +1,7 @@
 """Memories of a stream of keys and values, each allowed the same number of bytes.
 
-All have one head and are in float32, and are written to be compared, not to be fast. What is fixed before a
-stream begins (a codebook, random features, a learning rate) counts as weights, not as state, and costs
+All have one head and are in float32, and are written for comparison, not for speed. Parameters that are fixed
+before a stream begins (a codebook, random features, a learning rate) count as weights, not as state, and cost
 nothing here.
 """
 
@@ -20,7 +20,7 @@ from ovq_lab.figures.fidelity.streams import Stream
 CHUNK_SIZE = 64
 _NUMBER_BYTES = 4
 _COUNT_NUMBERS = 2
-"""A count is an integer of 64 bits."""
+"""float32 numbers that a count of 64 bits takes."""
 _NUM_SINKS = 4
 _KMEANS_ITERATIONS = 10
 _LEARNING_RATES = (0.03, 0.1, 0.3, 1.0)
@@ -29,12 +29,12 @@ _NUM_TUNING_QUERIES = 256
 
 
 class Memory(ABC):
-    """Keeps something of a stream, from which queries are answered instead of from exact attention.
+    """A bounded memory of a stream, whose read approximates exact attention.
 
     Args:
-        num_bytes: The most bytes it may hold, whatever the length of the stream.
+        num_bytes: Largest number of bytes of state, whatever the length of the stream.
         scale: Factor of the dot products of the attention that it replaces.
-        sample: Another stream of the same kind, to fit what is fixed beforehand.
+        sample: Another stream of the same kind, to fit fixed parameters.
         seed: Seed of its random choices.
     """
 
@@ -49,7 +49,7 @@ class Memory(ABC):
 
     @abstractmethod
     def prepare(self, sample: Stream) -> int:
-        """Fit what is fixed beforehand, and begin empty; returns how many numbers it will hold."""
+        """Fit the fixed parameters, and start empty; returns the number of float32 numbers when full."""
 
     @abstractmethod
     def append(self, keys: Tensor, values: Tensor) -> None:
@@ -57,10 +57,10 @@ class Memory(ABC):
 
     @abstractmethod
     def read(self, queries: Tensor) -> Tensor:
-        """Answer queries `[Q, K]` with `[Q, V]` from what is kept."""
+        """Outputs `[Q, V]` for queries `[Q, K]`."""
 
     def cluster(self, keys: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
-        """Centres `[num_clusters, K]` of k-means, and the nearest one `[T]` of each key."""
+        """Centres `[num_clusters, K]` of k-means, and the index of the nearest one for each key, `[T]`."""
         try:
             from sklearn.cluster import KMeans
         except ImportError as error:
@@ -88,20 +88,20 @@ def softmax_read(
 
 
 class OVQMemory(Memory):
-    """The dictionary of OVQ, as `ovq_attention` learns it, by the paper's rule."""
+    """The dictionary of OVQ with the paper's merge rule, computed by `ovq_attention`."""
 
     name = "OVQ"
     merge: ClassVar[str] = "existing"
 
     def prepare(self, sample: Stream) -> int:
-        """Begin without slots; at the ends of chunks no tokens are pending."""
+        """Start without slots; at the ends of chunks no tokens are pending."""
         slot_numbers = self.key_dim + self.value_dim + _COUNT_NUMBERS
         self.num_slots = self.num_numbers // slot_numbers
         self.state: OVQState | None = None
         return self.num_slots * slot_numbers
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """Read as a layer would; the outputs are not needed."""
+        """Read as a layer would; the outputs are ignored."""
         keys, values = keys[None, :, None], values[None, :, None]
         _, self.state = ovq_attention(
             keys,
@@ -124,19 +124,19 @@ class OVQMemory(Memory):
 
 
 class NearestMemory(OVQMemory):
-    """The same number of slots, of which those nearest to each other are merged."""
+    """The same number of slots, with `merge="nearest"`."""
 
     name = "OVQ, nearest"
     merge = "nearest"
 
 
 class RandomMerging(OVQMemory):
-    """As many slots as OVQ has at any time, but which tokens open slots and which merge where is random."""
+    """As many slots as OVQ at any time, but tokens open slots and merge into slots at random."""
 
     name = "random merging"
 
     def prepare(self, sample: Stream) -> int:
-        """Begin without slots."""
+        """Start without slots."""
         num_numbers = super().prepare(sample)
         self.num_seen, self.num_open = 0, 0
         self.sums = torch.zeros(self.num_slots, self.key_dim + self.value_dim)
@@ -167,13 +167,12 @@ class RandomMerging(OVQMemory):
 
 
 class OfflineKMeans(OVQMemory):
-    """k-means over all keys at once, which no memory of constant size can do: the best that clustering can
-    do."""
+    """k-means over all keys at once, which no memory of constant size can do: a bound for all clustering."""
 
     name = "offline k-means"
 
     def prepare(self, sample: Stream) -> int:
-        """Begin with no tokens; it is allowed what the slots take, as if it were a memory."""
+        """Start with no tokens; its size counts as that of the slots, as if it were a memory."""
         self.keys, self.values = sample.keys[:0], sample.values[:0]
         return super().prepare(sample)
 
@@ -195,7 +194,7 @@ class OfflineKMeans(OVQMemory):
 
 
 class StaticVQ(Memory):
-    """VQ-attention: slots fixed beforehand, by k-means over the sample; each slot averages its values.
+    """VQ-attention: slots fixed by k-means over the sample; each slot averages its values.
 
     Source: Lingle, *Transformer-VQ* (arXiv 2309.16354); there the slots are learned in training.
     """
@@ -203,7 +202,7 @@ class StaticVQ(Memory):
     name = "static VQ"
 
     def prepare(self, sample: Stream) -> int:
-        """Fit the slots, whose keys are fixed: sums and counts are what is held."""
+        """Fit the keys of the slots; only sums of values and counts are state."""
         slot_numbers = self.value_dim + _COUNT_NUMBERS
         num_slots = min(self.num_numbers // slot_numbers, len(sample.keys) // 2)
         self.codes, _ = self.cluster(sample.keys, num_slots)
@@ -241,11 +240,11 @@ class LinearAttention(Memory):
         return self.state.numel()
 
     def _features(self, x: Tensor) -> Tensor:
-        # exp(|x|^2 / 2) is left out: it is the same for all vectors of length 1 and cancels.
+        # The factor exp(-scale |x|^2 / 2) is left out: it is equal for all vectors of length 1 and cancels.
         return (self.scale**0.5 * x @ self.directions.T).exp()
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """Add to the sums of the products of features and values, and of the features."""
+        """Add to the sums of products of features and values, and to the sums of features."""
         self.state += self._features(keys).T @ torch.cat([values, torch.ones(len(values), 1)], dim=1)
 
     def read(self, queries: Tensor) -> Tensor:
@@ -257,7 +256,7 @@ class LinearAttention(Memory):
 class DeltaRule(Memory):
     """The delta rule S <- S + b phi(k) (v - S^T phi(k))^T on random Fourier features of the keys.
 
-    The rate b is the one of four with the lowest error on the sample. Source of the rule: Schlag et al.,
+    The rate b is the best of four on the sample. Source of the rule: Schlag et al.,
     *Linear Transformers Are Secretly Fast Weight Programmers* (arXiv 2102.11174); of the features: Rahimi and
     Recht, *Random Features for Large-Scale Kernel Machines* (2007).
     """
@@ -265,7 +264,7 @@ class DeltaRule(Memory):
     name = "delta rule"
 
     def prepare(self, sample: Stream) -> int:
-        """Draw features of a Gaussian kernel, which is exp(scale q.k) on the sphere; choose the rate."""
+        """Draw features of a Gaussian kernel (exp(scale (q.k - 1)) on the sphere); choose the rate."""
         num_pairs = self.num_numbers // self.value_dim // 2
         self.directions = self.scale**0.5 * torch.randn(num_pairs, self.key_dim, generator=self.generator)
         num_tokens = min(_NUM_TUNING_TOKENS, len(sample.keys) // 2) // CHUNK_SIZE * CHUNK_SIZE
@@ -298,7 +297,7 @@ class DeltaRule(Memory):
             self.state += features.T @ updates
 
     def read(self, queries: Tensor) -> Tensor:
-        """Read what is stored under the queries."""
+        """Product of the queries' features with the state."""
         return self._features(queries) @ self.state
 
 
@@ -311,7 +310,7 @@ class WindowAndSinks(Memory):
     name = "window + sinks"
 
     def prepare(self, sample: Stream) -> int:
-        """Begin with no tokens."""
+        """Start with no tokens."""
         self.num_kept = self.num_numbers // (self.key_dim + self.value_dim)
         self.keys, self.values = sample.keys[:0], sample.values[:0]
         return self.num_kept * (self.key_dim + self.value_dim)

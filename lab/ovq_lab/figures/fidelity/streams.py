@@ -15,20 +15,20 @@ from torch import Tensor
 
 _NUM_CLUSTERS = 1024
 _CLUSTER_SPREAD = 0.5
-"""Size of the noise in a cluster: on keys its length, where a centre has length 1; on values its
-deviation."""
+"""Noise within a cluster: its length on keys, whose centres have length 1; its standard deviation on
+values."""
 _WORD_OR_SIGN = re.compile(r"\w+|[^\w\s]")
 _CONTEXT_WEIGHTS = (1.0, 0.5)
 """Weights of a word and of the previous word in a key, so that a key reflects a little of its context."""
 
 
 class Stream(NamedTuple):
-    """Keys and values in order, and where queries are taken from.
+    """Keys, values and queries in order.
 
     Attributes:
         keys: `[T, K]` float32, of length 1.
         values: `[T, V]` float32.
-        queries: `[T, K]` float32, of length 1; those from row t on are asked after t tokens.
+        queries: `[T, K]` float32, of length 1; after t tokens, those from row t on are used.
     """
 
     keys: Tensor
@@ -46,7 +46,7 @@ def random_stream(seed: int, num_sample: int, num_tokens: int, head_dim: int) ->
         head_dim: K, and V.
 
     Returns:
-        A sample, to fit beforehand what a memory does not learn from the stream, and the stream.
+        A sample, to fit the fixed parameters of a memory, and the stream.
 
     Example:
         >>> sample, stream = random_stream(0, 10, 100, 8)
@@ -61,7 +61,7 @@ def random_stream(seed: int, num_sample: int, num_tokens: int, head_dim: int) ->
 def clustered_stream(seed: int, num_sample: int, num_tokens: int, head_dim: int) -> tuple[Stream, Stream]:
     """Keys around 1024 centres, the i-th with a frequency proportional to 1 / i; values cluster too.
 
-    Queries come from the same clusters, and so does the sample: the best case for what is fixed beforehand.
+    Queries and the sample come from the same clusters: the best case for memories with fixed parameters.
     Arguments and returns are those of `random_stream`.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -71,7 +71,7 @@ def clustered_stream(seed: int, num_sample: int, num_tokens: int, head_dim: int)
 def new_clusters_stream(seed: int, num_sample: int, num_tokens: int, head_dim: int) -> tuple[Stream, Stream]:
     """As `clustered_stream`, but the centres of the stream are not those of the sample.
 
-    What was fixed beforehand does not know these centres, like names that mean nothing outside their context.
+    Fixed parameters do not fit these centres, like names that mean nothing outside their context.
     """
     generator = torch.Generator().manual_seed(seed)
     return _clustered(num_sample, head_dim, generator), _clustered(num_tokens, head_dim, generator)
@@ -80,11 +80,11 @@ def new_clusters_stream(seed: int, num_sample: int, num_tokens: int, head_dim: i
 def text_stream(seed: int, num_sample: int, num_tokens: int, head_dim: int) -> tuple[Stream, Stream]:
     """Real text, as seen by an attention head that looks up what followed words like the current ones.
 
-    The text is the source of Python's standard library, cut into words and signs, starting at a file that the
-    seed picks; its beginning is the sample. Embeddings are made from the singular vectors of how often each
-    word follows each other word, counted on as many words of the files after it. A key is the embedding of a
-    word plus half that of the previous word; the value is the embedding of the next word; queries are the
-    keys of the text that follows.
+    The text is the source of Python's standard library, split into words and signs, with files in an order
+    that the seed draws; its beginning is the sample. Embeddings are made from the singular vectors of word
+    bigram counts, counted on as many words of the files after it. A key is the embedding of a word plus half
+    that of the previous word; the value is the embedding of the next word; queries are the keys of the text
+    that follows.
 
     Arguments and returns are those of `random_stream`.
 
@@ -92,7 +92,7 @@ def text_stream(seed: int, num_sample: int, num_tokens: int, head_dim: int) -> t
         ValueError: If this Python has no source of its standard library, or too little for the length.
     """
     num_keys, num_before = num_sample + num_tokens, len(_CONTEXT_WEIGHTS) - 1
-    # One word before the first key, and one after the last.
+    # One more word before the first key, and one after the last.
     num_read = num_before + num_keys + 1
     words = _standard_library(seed, num_read + num_keys)
     vocabulary = {word: i for i, word in enumerate(dict.fromkeys(words))}
@@ -103,7 +103,7 @@ def text_stream(seed: int, num_sample: int, num_tokens: int, head_dim: int) -> t
         start=torch.zeros(()),
     )
     keys = F.normalize(keys, dim=-1)
-    # Key t is what is asked after t tokens, so queries are keys that come after the tokens read.
+    # After t tokens, queries start at key t: queries are keys that come after the tokens read.
     return _split(Stream(keys, embedded[num_before + 1 :], keys), num_sample)
 
 
@@ -117,14 +117,14 @@ STREAMS: dict[str, Callable[[int, int, int, int], tuple[Stream, Stream]]] = {
 
 
 def _split(stream: Stream, num_sample: int) -> tuple[Stream, Stream]:
-    """The first tokens as a sample, and the rest as the stream."""
+    """Split the first tokens off as the sample."""
     return Stream(*(tensor[:num_sample] for tensor in stream)), Stream(
         *(tensor[num_sample:] for tensor in stream)
     )
 
 
 def _clustered(num_tokens: int, head_dim: int, generator: torch.Generator) -> Stream:
-    """Keys, values and queries of clusters that are drawn anew."""
+    """Keys, values and queries of newly drawn clusters."""
     centres = F.normalize(torch.randn(_NUM_CLUSTERS, head_dim, generator=generator), dim=-1)
     cluster_values = torch.randn(_NUM_CLUSTERS, head_dim, generator=generator)
     weights = 1 / torch.arange(1, _NUM_CLUSTERS + 1)
@@ -132,7 +132,7 @@ def _clustered(num_tokens: int, head_dim: int, generator: torch.Generator) -> St
         weights, 2 * num_tokens, replacement=True, generator=generator
     ).chunk(2)
     noise = _CLUSTER_SPREAD * torch.randn(3, num_tokens, head_dim, generator=generator)
-    # On keys and queries, noise of that length; on values, noise of that size in each component.
+    # On keys and queries `_CLUSTER_SPREAD` is the length of the noise, on values its deviation per component.
     noise[:2] /= head_dim**0.5
     return Stream(
         F.normalize(centres[of_keys] + noise[0], dim=-1),
@@ -142,8 +142,7 @@ def _clustered(num_tokens: int, head_dim: int, generator: torch.Generator) -> St
 
 
 def _standard_library(seed: int, num_words: int) -> list[str]:
-    """This many words of the standard library's source, from a file that the seed picks on, wrapping
-    around."""
+    """The first `num_words` words of the standard library's source, with its files in random order."""
     folder = Path(sysconfig.get_path("stdlib"))
     paths = sorted(folder.glob("*.py"))
     rng = np.random.default_rng(seed)
@@ -159,14 +158,13 @@ def _standard_library(seed: int, num_words: int) -> list[str]:
 
 
 def _word_embeddings(ids: list[int], num_words: int, head_dim: int, seed: int) -> Tensor:
-    """`[num_words, head_dim]` of length 1, from counts of which word follows which; random if not counted."""
+    """Embeddings `[num_words, head_dim]` of length 1, from bigram counts; random for words without counts."""
     generator = torch.Generator().manual_seed(seed)
     follows = torch.tensor([ids[:-1], ids[1:]])
     both = torch.cat([follows, follows.flip(0)], dim=1)
-    # Counts of the words that come after fill the left columns, those of words that come before the right
-    # ones.
+    # Counts of following words are in the left columns, counts of preceding words in the right ones.
     both[1, follows.shape[1] :] += num_words
-    # Checked where it is said so for all: PyTorch 2.11 warns of what follows from these.
+    # Enabled for all tensors inside: otherwise PyTorch 2.11 warns for tensors derived from these.
     with torch.sparse.check_sparse_tensor_invariants():
         ones = torch.ones(both.shape[1])
         counts = torch.sparse_coo_tensor(both, ones, (num_words, 2 * num_words)).coalesce()
