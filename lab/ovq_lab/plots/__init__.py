@@ -1,1 +1,1 @@
-"""Showing results: tables and figures."""
+"""Tables and figures of results."""

@@ -1,4 +1,4 @@
-"""What figures are drawn with: matplotlib and Pillow, which come with the extra `./lab[plots]`."""
+"""Imports of matplotlib and Pillow, which come with the extra `./lab[plots]`."""
 
 try:
     from matplotlib.axes import Axes
@@ -7,7 +7,7 @@ try:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
     from PIL import Image
 except ImportError as error:
-    # Also a ValueError, so that a command reports it in one line.
+    # Also a ValueError, which commands report in one line.
     class MissingPlots(ImportError, ValueError):
         """Figures were requested, but matplotlib is not installed."""
 

@@ -17,7 +17,7 @@ from ovq_lab.plots.style import CONTROLS, MIXER_STYLES, PAIRS
 MEMORY_STYLES = {
     "OVQ": MIXER_STYLES["ovq"],
     "OVQ, nearest": MIXER_STYLES[PAIRS],
-    # Of earlier versions.
+    # Occurs in files of earlier versions.
     "OVQ, Ward-sqrt": MIXER_STYLES[PAIRS],
     "static VQ": MIXER_STYLES["vq"],
     "linear attention": MIXER_STYLES["linear_attention"],
@@ -25,7 +25,7 @@ MEMORY_STYLES = {
     "window + sinks": MIXER_STYLES["sink_attention"],
     **CONTROLS,
 }
-"""The style of each memory of `ovq_lab.figures.fidelity`."""
+"""Styles of the memories of `ovq_lab.figures.fidelity`."""
 
 _TITLES = {
     "random": "random keys",

@@ -14,15 +14,15 @@ from ovq_lab.plots.canvas import Axes, FuncFormatter
 from ovq_lab.plots.panels import length_axis, mark_training, new_panels, save
 from ovq_lab.plots.style import line_styles, style_name
 
-# Between the names at the ends of lines, as a share of all answers.
+# Smallest distance between the names at the ends of lines, in accuracy.
 _LEAST_GAP = 0.06
 
 
 def save_figures(
     rows: Sequence[ResultRow], folder: Path, *, train_length: int, prefix: str = ""
 ) -> list[Path]:
-    """Draw the results into `accuracy.png` and `state.png`, whose names begin with the prefix; the longest
-    length of the training is marked."""
+    """Draw the results into `accuracy.png` and `state.png`, with `prefix` before the names, and mark the
+    longest training length."""
     paths = []
     for name, title, draw in (
         ("accuracy", "In-context recall beyond the training length", _draw_accuracy),
@@ -37,7 +37,7 @@ def save_figures(
 
 
 def _draw_accuracy(axes: Axes, rows: Sequence[ResultRow]) -> None:
-    """The share of right answers by length, each line with its name at its end."""
+    """Draw accuracy by length, with the name of each line at its end."""
     _draw_lines(axes, rows, lambda row: row.accuracy)
     axes.set_ylim(-0.03, 1.05)
     axes.set_ylabel("right answers (share)")
@@ -53,21 +53,21 @@ def _draw_accuracy(axes: Axes, rows: Sequence[ResultRow]) -> None:
             color=line.get_color(),
             va="center",
             fontsize=10,
-            # Else one above the axes would not be drawn.
+            # Otherwise names above the axes would not be drawn.
             annotation_clip=False,
         )
-        # Its name is at the line, not in the legend.
+        # The underscore keeps the line out of the legend, as its name is at its end.
         line.set_label(f"_{name}")
 
 
 def _apart(heights: Sequence[float]) -> list[float]:
-    """Heights that are `_LEAST_GAP` apart, as near as can be to those given, which ascend.
+    """The heights at least `_LEAST_GAP` apart that are nearest to the given ascending ones.
 
     Example:
         >>> [round(height, 3) for height in _apart([0.0, 0.5, 0.5, 0.53])]
         [0.0, 0.45, 0.51, 0.57]
     """
-    # What moves together moves to the mean of where its members would put the lowest.
+    # Groups of touching names: the position of the lowest is the mean of what each member would choose.
     groups: list[list[float]] = []
     for height in heights:
         groups.append([height])
@@ -81,7 +81,7 @@ def _lowest(group: Sequence[float]) -> float:
 
 
 def _draw_state(axes: Axes, rows: Sequence[ResultRow]) -> None:
-    """The bytes that a model carries from token to token, by length."""
+    """Draw bytes of state by length."""
     _draw_lines(axes, rows, lambda row: row.state_bytes)
     axes.set_yscale("log", base=2)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(value).replace(".0 ", " ")))
@@ -89,7 +89,7 @@ def _draw_state(axes: Axes, rows: Sequence[ResultRow]) -> None:
 
 
 def _draw_lines(axes: Axes, rows: Sequence[ResultRow], value: Callable[[ResultRow], float]) -> None:
-    """One line for each model and number of slots."""
+    """Draw one line for each model and number of slots."""
     styles = line_styles({row.label: (style_name(row.mixer, row.merge), row.num_slots) for row in rows})
     for label, style in styles.items():
         line = sorted((row for row in rows if row.label == label), key=lambda row: row.length)

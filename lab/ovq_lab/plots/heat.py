@@ -25,14 +25,14 @@ def draw_heat_maps(
     """Draw one map for each model, framed in the colour of its mixer, with the share written into each cell.
 
     Args:
-        maps: By the name of a model, the shares from 0 to 1 of each row and column; NaN where there is none.
-        models: Likewise its mixer and slots, as `line_styles` takes them.
+        maps: Shares from 0 to 1 by row and column, for each model by name; NaN for missing values.
+        models: Mixer and slots of each model by name, as for `line_styles`.
         columns: Labels of the columns.
         rows: Labels of the rows, from top to bottom.
-        column_name: What the columns are.
-        value_name: What the shares are.
+        column_name: Label of the x axis.
+        value_name: Name of the shares.
         title: Written above the maps.
-        row_name: What the rows are.
+        row_name: Label of the y axis.
     """
     height = 0.55 + 0.27 * len(rows)
     figure = Figure(figsize=(WIDTH, height * len(maps) + 1.5), layout="constrained")

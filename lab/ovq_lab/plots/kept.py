@@ -1,4 +1,4 @@
-"""The figure of `ovq_lab.eval.kept`: pairs with a slot of their own, their worth, and what slots hold."""
+"""The figure of `ovq_lab.eval.kept`: pairs with a slot of their own, accuracy on them, contents of slots."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ovq_lab.plots.style import MIXER_STYLES, Style, style_name
 
 Row = Mapping[str, Any]
 
-# Of a place.
+# Horizontal distance between the lines of two rules, in units of one x position.
 _SHIFT = 0.08
 _NAMES = {"existing": "OVQ, paper's rule", "nearest": "OVQ, nearest", "ward": "OVQ, Ward"}
 
 
 def kept_figure(results: Mapping[str, Any], path: Path) -> None:
-    """Draw a line for each rule, with bars from the lowest to the highest seed."""
+    """Draw a line for each merge rule, with error bars from the lowest to the highest seed."""
     rows = results["rows"]
     # From the dictionary with the most room to that with the least.
     sizes = sorted({(row["num_slots"], row["length"]) for row in rows}, key=lambda s: (s[1] / s[0], s[1]))
@@ -29,7 +29,7 @@ def kept_figure(results: Mapping[str, Any], path: Path) -> None:
     figure, panels = new_panels(4, height=2.7)
     merges = list(dict.fromkeys(row["merge"] for row in rows))
     for place, merge in enumerate(merges):
-        # Apart by a little, so that bars at one place do not lie on each other.
+        # Shifted, so that error bars at one x position do not overlap.
         shift = _SHIFT * (place - (len(merges) - 1) / 2)
         of_sizes = [
             [row for row in rows if (row["merge"], row["num_slots"], row["length"]) == (merge, *size)]
@@ -74,7 +74,7 @@ def kept_figure(results: Mapping[str, Any], path: Path) -> None:
 
 
 def _values(rows: Sequence[Row], field: str) -> list[float]:
-    """The values of a field, by seed; `None` stands for none."""
+    """The values of a field by seed, without `None`."""
     return [row[field] for row in rows if row[field] is not None]
 
 
@@ -86,13 +86,13 @@ def _by_part(rows: Sequence[Row], field: str) -> list[list[float]]:
 def _draw(
     axes: Axes, seeds: Sequence[Sequence[float]], style: Style, label: str = "", *, shift: float
 ) -> None:
-    """Draw a line through the means over seeds, with bars; places without a value are left out."""
+    """Draw a line through the means over seeds, with error bars; positions without values are left out."""
     places = [place for place, values in enumerate(seeds) if values]
     means = [fmean(seeds[place]) for place in places]
     axes.errorbar(
         [place + shift for place in places],
         means,
-        # Rounding may put a mean of equal values a hair outside of them.
+        # Through rounding, the mean of equal values may lie slightly outside of them.
         yerr=[
             [max(0.0, mean - min(seeds[place])) for place, mean in zip(places, means, strict=True)],
             [max(0.0, max(seeds[place]) - mean) for place, mean in zip(places, means, strict=True)],

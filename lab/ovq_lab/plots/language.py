@@ -1,4 +1,4 @@
-"""Tables and figures of `ovq_lab.eval.language`: loss by position, and by the place in a chunk."""
+"""Tables and figures of `ovq_lab.eval.language`: loss by position, and by position in a chunk."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def language_table(rows: Sequence[LanguageRow], *, title: str) -> Table:
 
 
 def position_table(rows: Sequence[LanguageRow], *, title: str) -> Table:
-    """Loss in octaves of positions at the longest length, and how much higher it is late in a chunk."""
+    """Loss by octaves of positions at the longest length, and the sawtooth within chunks."""
     rows = _longest(rows)
     octaves = octave_losses(rows[0])
     table = Table(title=title)
@@ -53,11 +53,10 @@ def position_table(rows: Sequence[LanguageRow], *, title: str) -> Table:
 
 
 def octave_losses(row: LanguageRow) -> list[tuple[int, int, float]]:
-    """Mean loss of the first block, then of ranges that each have as many positions as all before.
+    """Mean loss of the first block, then of ranges that are each as long as all before.
 
     Returns:
-        For each range: its first position, the one after its last, and the mean loss between, weighted by
-        positions.
+        For each range: its first position, its end (exclusive), and its mean loss over positions.
     """
     size, losses, num_positions = row.block_size, row.block_losses, row.length - 1
     octaves = []
@@ -109,7 +108,7 @@ def _draw_positions(axes: Axes, rows: Sequence[LanguageRow]) -> str:
 
 
 def _draw_chunk(axes: Axes, rows: Sequence[LanguageRow]) -> str:
-    """Draw the loss by place in a chunk, minus its mean, so that all models share an axis; returns the
+    """Draw the loss by position in a chunk, minus its mean, so that all models share an axis; returns the
     title."""
     for row in rows:
         if row.phase_losses:

@@ -1,4 +1,4 @@
-"""Figures of `ovq.inspect`: where tokens go, what is kept exactly and what is blurred, counts and ages."""
+"""Figures of `ovq.inspect`: slots of tokens, exact and shared storage, counts and ages of slots."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ovq_lab.plots.panels import new_panels, save
 from ovq_lab.plots.style import MIXER_STYLES, PALETTE
 
 _NUM_PARTS = 32
-# From sharp to blurred, as on the page: blue for what is exact, yellow to red for what is shared.
+# From exact to blurred, as on the page: blue for exact tokens, yellow to red for tokens in shared slots.
 LEVEL_COLORS = ("#D9E8F5", "#0072B2", "#FFE9A0", "#FDBB5C", "#E5763F", "#B2432F", "#AEB4BB")
 _THOUSANDS = FuncFormatter(lambda value, _: f"{value:,.0f}")
 _COUNT_NAMES = ("1", "2", "3-4", "5-8", "9-16", "17-32", "33-64", "65-128", "over 128")
@@ -26,11 +26,11 @@ def save_memory_figures(
 
     Args:
         found: The text and the memory.
-        folder: Where to write `slots.png` (slots over positions, and what is kept by position, of one head),
-            `heads.png` (what is kept in all heads) and `counts.png` (counts and ages of slots in the heads of
-            one layer), and `reads.png` (what the queries of one head read).
+        folder: Where to write `slots.png` (slots and storage of tokens by position, of one head), `heads.png`
+            (storage of tokens in all heads), `counts.png` (counts and ages of slots in the heads of one
+            layer), and `reads.png` (attention weights of the queries of one head).
         layer: The layer, by its number in the model; None for the highest one.
-        head: The query head; None for the one that reads the most from slots.
+        head: The query head; None for the one with the most attention on slots.
 
     Returns:
         The paths of the pictures.
@@ -54,7 +54,7 @@ def save_memory_figures(
 
 
 def _slots_figure(memory: LayerMemory, kv_head: int, names: Sequence[str], path: Path, *, title: str) -> None:
-    """Slots over positions, and what became of the tokens by position."""
+    """Draw the slot of each token, and shares of storage levels by position."""
     figure, (places, shares) = new_panels(2, height=3.4)
     _draw_places(places, memory, kv_head)
     counts, kept = memory.counts()[kv_head], memory.kept[kv_head]
@@ -71,7 +71,7 @@ def _slots_figure(memory: LayerMemory, kv_head: int, names: Sequence[str], path:
 
 
 def _reads_figure(memory: LayerMemory, head: int, path: Path, *, title: str) -> None:
-    """The weight of queries on exact tokens, on slots of one token and on shared slots, by position."""
+    """Draw the attention on exact tokens, on slots of one token and on shared slots, by query position."""
     figure, [axes] = new_panels(1)
     edges = _edges(memory.num_tokens)
     of_part = [memory.shares[head, a:b].mean(0) for a, b in _pairs(edges)]
@@ -83,14 +83,14 @@ def _reads_figure(memory: LayerMemory, head: int, path: Path, *, title: str) -> 
 
 
 def _edges(num_tokens: int) -> np.ndarray:
-    """The positions that divide a text into parts of about equal length."""
+    """Edges that divide the positions of a text into parts of about equal length."""
     return np.linspace(0, num_tokens, min(_NUM_PARTS, num_tokens) + 1).astype(int)
 
 
 def _stack(
     axes: Axes, edges: np.ndarray, shares: np.ndarray, colors: Sequence[str], names: Sequence[str]
 ) -> None:
-    """Stacked steps of shares `[parts, kinds]` over the parts of a text."""
+    """Draw shares `[parts, kinds]` as stacked steps over the parts of a text."""
     below = np.zeros(len(shares))
     for share, color, name in zip(shares.T, colors, names, strict=True):
         # One artist for all parts: hundreds of bars would take seconds to lay out.
@@ -102,13 +102,13 @@ def _stack(
 
 
 def _mark_whole_numbers(axes: Axes) -> None:
-    """Mark positions of tokens, in short texts too, where a fraction of one would be marked otherwise."""
+    """Put ticks at whole positions; in short texts they would otherwise be at fractions."""
     axes.locator_params(axis="x", integer=True)
     axes.xaxis.set_major_formatter(_THOUSANDS)
 
 
 def _draw_places(axes: Axes, memory: LayerMemory, kv_head: int) -> None:
-    """A dot for each token at its slot, and a line for each slot that is merged into another."""
+    """Draw a dot for each token at its slot, and a line for each slot that is merged into another."""
     slots = memory.slots[kv_head]
     is_merged = slots >= 0
     opens = np.array(_openers(memory, kv_head), dtype=np.int64)
@@ -133,7 +133,7 @@ def _draw_places(axes: Axes, memory: LayerMemory, kv_head: int) -> None:
         (opens, "s", MIXER_STYLES["linear_attention"].color, "opens a slot"),
     )
     for tokens, marker, color, label in kinds:
-        # The first token's lies on the edge.
+        # Not clipped, as the first token's dot lies on the edge.
         axes.scatter(tokens, slots[tokens], s=dot, color=color, linewidths=0, marker=marker, clip_on=False)
         # The dots themselves are too small for a legend.
         axes.plot([], [], color=color, linestyle="", marker=marker, markersize=5, label=label)
@@ -147,7 +147,7 @@ def _draw_places(axes: Axes, memory: LayerMemory, kv_head: int) -> None:
 
 
 def _openers(memory: LayerMemory, kv_head: int) -> list[int]:
-    """The tokens that are the first in a slot, also in one that had been merged away."""
+    """The tokens that opened a slot, including slots that were freed by a merge before."""
     used: set[int] = set()
     found = []
     for chunk in range(memory.num_chunks(kv_head)):
@@ -163,7 +163,7 @@ def _openers(memory: LayerMemory, kv_head: int) -> list[int]:
 
 
 def _heads_figure(found: InspectedText, path: Path, *, title: str) -> None:
-    """A bar for each key/value head of each layer: what became of the tokens, and what is kept of values."""
+    """Draw a bar for each key/value head of each layer: storage of tokens, and of their values."""
     heads = [(memory, kv) for memory in found.layers for kv in range(memory.num_kv_heads)]
     figure, [axes] = new_panels(1, height=0.9 + 0.28 * len(heads))
     level = [levels(memory.counts()[kv]) for memory, kv in heads]
@@ -187,14 +187,14 @@ def _heads_figure(found: InspectedText, path: Path, *, title: str) -> None:
 
 
 def _head_name(memory: LayerMemory, kv_head: int) -> str:
-    """A key/value head by the query heads that read it."""
+    """Name of a key/value head by its query heads."""
     group = memory.num_heads // memory.num_kv_heads
     first = kv_head * group
     return f"head {first}" if group == 1 else f"heads {first}-{first + group - 1}"
 
 
 def _counts_figure(memory: LayerMemory, path: Path, *, title: str) -> None:
-    """For the heads of a layer, how many tokens slots hold, and how old they are."""
+    """Draw the counts and ages of slots for the heads of a layer."""
     figure, (counts, ages) = new_panels(2, height=2.8)
     merged = memory.tokens(max(map(memory.num_chunks, range(memory.num_kv_heads)))).start
     num_parts = 16
@@ -223,5 +223,5 @@ def _counts_figure(memory: LayerMemory, path: Path, *, title: str) -> None:
 
 
 def _pairs(edges: np.ndarray) -> list[tuple[int, int]]:
-    """The parts between edges."""
+    """Start and end of each part between edges."""
     return list(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True))

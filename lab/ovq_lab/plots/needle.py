@@ -21,7 +21,7 @@ SCORES = {
     "token_accuracy": "share of value tokens that are the most likely ones",
     "choice": "share of values more likely than all others",
 }
-"""Fields of a row that are scores, and what they mean."""
+"""Score fields of a row, with descriptions."""
 
 
 def needle_table(rows: Sequence[NeedleRow], *, title: str) -> Table:

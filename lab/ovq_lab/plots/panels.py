@@ -1,4 +1,4 @@
-"""Panels one below the other, legible at the width of a phone, with one legend above that covers nothing."""
+"""Layout of figures: panels one below the other, legible on a phone, with one legend above all panels."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ovq.runtime.files import atomic_path
 from ovq_lab.plots.canvas import Axes, ConstrainedLayoutEngine, Figure, Image, NullLocator
 
 WIDTH = 6.4
-"""Inches: the width of a column of text, and, as labels have 10 points, legible on a phone."""
+"""Inches: the width of a column of text, at which labels of 10 points are legible on a phone."""
 _DPI = 150
 _MOST_COLUMNS = 4
 _LETTERS_A_LINE = 62
 _LEGEND = 0.9
-"""Inches for a legend; a higher one makes its figure higher."""
+"""Inches for a legend; a higher legend makes the figure higher."""
 
 
 def new_panels(count: int, *, height: float = 3.3) -> tuple[Figure, list[Axes]]:
@@ -32,25 +32,25 @@ def new_panels(count: int, *, height: float = 3.3) -> tuple[Figure, list[Axes]]:
 
 
 def mark_training(axes: Axes, length: int, label: str) -> None:
-    """Draw a line at the longest length of the training."""
+    """Draw a line at the longest training length."""
     axes.axvline(length, color="#BBBBBB", linestyle=":", zorder=0, label=label)
 
 
 def length_axis(axes: Axes, lengths: Sequence[float], labels: Sequence[str]) -> None:
-    """Powers of two along x, with a tick at each length."""
+    """Set a log2 scale along x, with a tick at each length."""
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, labels, fontsize=9 if len(lengths) > 6 else 10)
     axes.xaxis.set_minor_locator(NullLocator())
 
 
 def save(figure: Figure, path: Path, *, title: str = "", first: Sequence[str] = ()) -> None:
-    """Put the title and the legend above the panels, and write the picture completely or not at all.
+    """Put the title and the legend above the panels, and write the picture atomically.
 
     Args:
-        figure: The legend shows the labelled lines of its panels.
+        figure: The figure; the legend shows the labelled lines of its panels.
         path: The PNG file.
         title: Written above all panels.
-        first: Labels that begin the legend, in this order; others follow in the order in which they occur.
+        first: Labels to put first in the legend; others follow in order of occurrence.
     """
     handles: dict[str, Any] = {}
     for axes in figure.axes:
@@ -69,14 +69,14 @@ def save(figure: Figure, path: Path, *, title: str = "", first: Sequence[str] = 
 
 
 def _shrink(path: Path) -> None:
-    """Keep only the nearest 256 colours: a third of the bytes, and no visible difference."""
+    """Quantize a PNG to 256 colours: a third of the bytes, and no visible difference."""
     with Image.open(path) as picture:
         small = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
     small.save(path, format="PNG", optimize=True)
 
 
 def wrapped(title: str) -> str:
-    """A title in as few lines as fit the figure, all about equally long.
+    """Wrap a title into as few lines as possible, all about equally long.
 
     Example:
         >>> wrapped("a title that would otherwise have a last line with nothing but a word").splitlines()
@@ -86,7 +86,7 @@ def wrapped(title: str) -> str:
         textwrap.wrap(title, width, break_on_hyphens=False)
         for width in range(_LETTERS_A_LINE, _LETTERS_A_LINE // 2, -1)
     )
-    # Of the wrappings with the fewest lines, take the narrowest; min takes the first of equals.
+    # The narrowest wrapping with the fewest lines; of equals, min takes the first.
     lines = min(reversed(list(folds)), key=len)
     return "\n".join(lines)
 

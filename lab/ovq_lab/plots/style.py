@@ -1,8 +1,8 @@
-"""How lines look: one colour and one marker per mixer, the same in every figure of the project.
+"""Line styles: one colour and one marker per mixer, the same in every figure of the project.
 
 Hues and markers are those of `ovq_lab.mixers.names`. Lines of one mixer keep its hue and differ in shade,
-marker and dashes. OVQ has a second blue, with filled markers, for dictionaries whose cheapest pairs are
-merged. Where all lines have the same mixer, as in an ablation, they have colours that belong to no mixer.
+marker and dashes. OVQ has a second blue, with filled markers, for rules that merge pairs. If all lines have
+the same mixer, as in an ablation, they have colours that belong to no mixer.
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ from ovq_lab.mixers.names import KNOWN
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Style:
-    """How a line looks.
+    """Style of a line.
 
     Attributes:
-        color: Of the line and its markers, as `#RRGGBB`.
-        marker: As matplotlib names it.
-        line: Solid, dashed or dotted, as matplotlib writes it.
-        is_filled: Whether markers are filled. Where lines lie on each other, hollow ones stay visible as
-            rings.
+        color: Colour of the line and its markers, as `#RRGGBB`.
+        marker: Matplotlib marker.
+        line: Matplotlib line style: solid, dashed or dotted.
+        is_filled: Whether markers are filled. Hollow markers stay visible as rings where lines overlap.
     """
 
     color: str
@@ -44,7 +43,7 @@ class Style:
             "marker": self.marker,
             "linestyle": self.line,
             "linewidth": 1.8,
-            # A solid line below shows through the dashes, a filled marker through the rings.
+            # Dashed lines and hollow markers are drawn above solid lines and filled markers, so both show.
             "zorder": (2 if self.line == "-" else 2.2) - (0.5 if self.is_filled else 0),
             "markersize": 6,
             "markerfacecolor": self.color if self.is_filled else "white",
@@ -53,7 +52,7 @@ class Style:
 
 
 PAIRS = "ovq, pairs"
-"""The name of OVQ with a dictionary in which pairs are merged, where this module asks for a mixer."""
+"""Stands in place of a mixer's name for OVQ with a rule that merges pairs."""
 
 _LOOKS = {mixer: (known.marker, known.shades) for mixer, known in KNOWN.items()}
 _LOOKS[PAIRS] = ("*", ("#9FA0FF", "#4B3CF0", "#35108F"))
@@ -64,18 +63,18 @@ MIXER_STYLES = {
     mixer: Style(color=shades[1], marker=marker, is_filled=mixer == PAIRS)
     for mixer, (marker, shades) in _LOOKS.items()
 }
-"""The style of each mixer of `ovq_lab.mixers.MIXERS`, and of `PAIRS`, in figures with one line per mixer."""
+"""Styles of the mixers in `ovq_lab.mixers.MIXERS`, and of `PAIRS`, in figures with one line per mixer."""
 
 PALETTE = tuple(
     Style(color=color, marker=marker)
     for color, marker in zip(
-        # Tol's muted colours, without those that are too light for a line.
+        # Tol's muted colours, except those that are too light for a line.
         ("#332288", "#CC6677", "#44AA99", "#999933", "#882255", "#88CCEE", "#117733", "#AA4499"),
         ("o", "D", "v", "s", "^", "P", "X", "h"),
         strict=True,
     )
 )
-"""Styles that belong to no mixer, for lines of one mixer and for what is not a mixer."""
+"""Styles that belong to no mixer, for figures of one mixer and for lines of no mixer."""
 
 CONTROLS = {
     "random merging": Style(color="#882255", marker="D", line="--"),
@@ -85,11 +84,11 @@ CONTROLS = {
 
 
 def style_name(mixer: str, merge: str | None) -> str:
-    """What `line_styles` and `MIXER_STYLES` call a mixer.
+    """Name of a mixer in `line_styles` and `MIXER_STYLES`.
 
     Args:
-        mixer: As `mixer_types` names it.
-        merge: Its merge rule; `None` if it has none, or where that is not known.
+        mixer: Its name in `mixer_types`.
+        merge: Its merge rule; `None` if it has none or is not known.
 
     Example:
         >>> style_name("ovq", "existing"), style_name("ovq", "nearest"), style_name("mamba2", None)
@@ -102,11 +101,11 @@ def line_styles(models: Mapping[str, tuple[str, int | None]]) -> dict[str, Style
     """The style of each line of a figure.
 
     Args:
-        models: For the label of each line, its mixer as `style_name` names it, and the slots of its
-            dictionary, or `None` if it has none. More slots are darker.
+        models: For the label of each line, its mixer by `style_name`, and the slots of its dictionary, or
+            `None` if it has none. More slots are darker.
 
     Returns:
-        For each label, a style that no other line of the figure has.
+        A unique style for each label.
 
     Example:
         >>> styles = line_styles({"few": ("ovq", 64), "many": ("ovq", 4096), "all": ("full_attention", None)})
@@ -127,7 +126,7 @@ def line_styles(models: Mapping[str, tuple[str, int | None]]) -> dict[str, Style
 
 
 def _in_turn(labels: list[str]) -> dict[str, Style]:
-    """The styles of the palette in order; when they are used up, they are repeated with other dashes."""
+    """The styles of the palette in order; once used up, they are repeated with other dashes."""
     return {
         label: dataclasses.replace(
             PALETTE[place % len(PALETTE)], line=("-", "--", "-.", ":")[place // len(PALETTE) % 4]
@@ -150,7 +149,7 @@ def _variants(mixer: str, count: int) -> list[Style]:
             marker=marker
             if shade == 1 and shade not in places[:i]
             else _OTHER_MARKERS[i % len(_OTHER_MARKERS)],
-            # Where markers lie on those of other lines, dots tell two lines of one shade apart.
+            # Dots distinguish two lines of one shade even where their markers overlap.
             line=":" if shade in places[:i] else _DASHES[shade],
             is_filled=MIXER_STYLES[mixer].is_filled,
         )

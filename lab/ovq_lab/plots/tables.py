@@ -24,7 +24,7 @@ def result_table(
         ['model', '256', 'state at 256']
     """
     lengths = sorted({row.length for row in rows})
-    # The longest names of the demonstration fit into 80 columns that way.
+    # So the longest names of the demonstration fit into 80 columns.
     table = Table(title=title, pad_edge=False)
     table.add_column("model", no_wrap=True)
     for length in lengths:
@@ -42,7 +42,7 @@ def slice_table(rows: Sequence[ResultRow], *, title: str) -> Table:
     """Accuracy by model and slice at the longest length, and the mean error for tasks that have one."""
     longest = max(row.length for row in rows)
     rows = [row for row in rows if row.length == longest]
-    # All models have the same slices, because they answer the same examples.
+    # All models have the same slices, because they are tested on the same examples.
     table = Table(title=title)
     table.add_column("slice", no_wrap=True)
     for row in rows:

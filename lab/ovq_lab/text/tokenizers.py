@@ -1,7 +1,7 @@
 """Tokenizers. All are Hugging Face's, so they can be saved beside a model, and every command can use them.
 
-In the tokenizers made here, tokens 0..255 are the bytes and the last token is the end of a text, which pads
-batches as well.
+In the tokenizers made here, tokens 0..255 are the bytes, and the last token is the end of text, which is also
+the padding token.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ _TRAINING_BYTES = 2**28
 
 
 def encode_bytes(text: str) -> np.ndarray:
-    """The tokens that `byte_tokenizer` gives a text, `[T]` uint8, but much faster.
+    """The tokens of `byte_tokenizer` for a text, `[T]` uint8, computed much faster.
 
     Example:
         >>> encode_bytes("né").tolist()
         [110, 195, 169]
     """
-    # Half of a surrogate pair, which JSON can hold, has no bytes.
+    # A lone surrogate, which JSON can hold, has no UTF-8 encoding.
     return np.frombuffer(text.encode("utf-8", errors="replace"), dtype=np.uint8)
 
 
 def train_tokenizer(documents: Iterable[Document], vocab_size: int = 4096) -> PreTrainedTokenizerFast:
-    """A tokenizer of byte pairs, trained on these documents.
+    """Train a byte-level BPE tokenizer.
 
     Args:
-        documents: The texts in which pairs are counted.
-        vocab_size: Number of tokens, including the bytes and the end of a text. Few documents may give fewer.
+        documents: The training texts.
+        vocab_size: Number of tokens, including the bytes and the end of text. Few documents may give fewer.
 
     Raises:
-        ValueError: If the bytes and the end of a text do not fit.
+        ValueError: If the bytes and the end of text do not fit.
 
     Example:
         >>> text = Document(name="a", text="again and again and again")
@@ -64,7 +64,7 @@ def train_tokenizer(documents: Iterable[Document], vocab_size: int = 4096) -> Pr
     )
     tokenizer.train_from_iterator((document.text for document in documents), trainer)
     trained = json.loads(tokenizer.to_str())["model"]
-    # The trainer numbers the bytes in the sorted order of their characters; its pairs follow.
+    # The trainer numbers the bytes in the sorted order of their characters, then the pairs.
     merges = [tuple(pair) for pair in trained["merges"]]
     return wrapped(Tokenizer(models.BPE(vocab=trained["vocab"] | vocabulary, merges=merges)), is_by_word=True)
 
@@ -76,7 +76,7 @@ def get_tokenizer(name: str) -> PreTrainedTokenizerBase:
         name: `"bytes"`, the folder of a saved tokenizer, or the name of one on the hub.
 
     Raises:
-        ValueError: If there is none, or it has no token for the end of a text.
+        ValueError: If there is none, or it has no end-of-text token.
 
     Example:
         >>> len(get_tokenizer("bytes"))
@@ -99,7 +99,7 @@ def get_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def source_tokenizer(source: TextSource) -> PreTrainedTokenizerBase:
-    """The tokenizer that a corpus is read with; for `"bpe:N"` it is trained here and kept in the cache.
+    """The tokenizer of a corpus; for `"bpe:N"` it is trained here and cached.
 
     It is trained on the first 256 MiB of the training documents; more text hardly changes which pairs are
     frequent.
@@ -121,7 +121,7 @@ def source_tokenizer(source: TextSource) -> PreTrainedTokenizerBase:
 
 
 def _first_bytes(documents: Iterable[Document]) -> Iterator[Document]:
-    """Documents until there are enough to train a tokenizer on."""
+    """The first documents, as many as a tokenizer is trained on."""
     size = 0
     for document in documents:
         yield document
@@ -131,7 +131,7 @@ def _first_bytes(documents: Iterable[Document]) -> Iterator[Document]:
 
 
 def is_byte_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether it does the same as `encode_bytes`.
+    """Whether a tokenizer is equivalent to `encode_bytes`.
 
     Example:
         >>> is_byte_tokenizer(byte_tokenizer())
@@ -141,7 +141,7 @@ def is_byte_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> str:
-    """All that determines what a tokenizer does, as text."""
+    """A string that determines the behaviour of a tokenizer."""
     if tokenizer.is_fast:
         return tokenizer.backend_tokenizer.to_str()
     return f"{type(tokenizer).__name__} {sorted(tokenizer.get_vocab().items())}"
