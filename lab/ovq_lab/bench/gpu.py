@@ -1,4 +1,4 @@
-"""How `ovq bench --device cuda` measures: events around calls, a cold cache, and a check of the trace."""
+"""Measurements of `ovq bench --device cuda`: event timing, a flushed L2 cache, and a check of the trace."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from ovq_lab.bench.measure import timed_rows
 from ovq_lab.bench.rivals import RIVALS
 from ovq_lab.bench.workloads import Workload
 
-# Kernels of `ovq.ops.backends.triton`, as they are named in the trace.
+# Kernels of `ovq.ops.backends.triton`, by their names in the trace.
 _OVQ_KERNELS = r"^(advance|nearest|read|read_token|grad_queries|grad_slots)$"
-# Errors of mixers that cannot run: not installed, a dtype or size that is not supported, too little memory.
+# Errors of mixers that cannot run: not installed, unsupported dtype or size, too little memory.
 _REFUSALS = (ImportError, RuntimeError, ValueError, NotImplementedError)
-# Calls before the first one that counts; the first of them compiles and tunes kernels.
+# Warm-up calls, of which the first compiles and tunes kernels.
 WARM_UP = 3
 
 
 def measure(
     part: str, candidates: Sequence[Workload], matrix_rate: float, copy_rate: float, left_out: list[dict]
 ) -> list[dict[str, Any]]:
-    """The rows of one part at one length, with a check of the kernels that ran.
+    """Measure one part at one length, with a check of the kernels that ran; returns rows.
 
     Args:
         part: `"forward"`, `"forward_backward"`, `"decode"` or `"memory"`.
         candidates: The workloads to measure.
         matrix_rate: FLOP/s of matrix products in their dtype.
         copy_rate: Bytes per second of a copy.
-        left_out: What cannot run here is added to it, `{"label", "what", "length", "dtype", "reason"}`.
+        left_out: Workloads that cannot run are appended, as `{"label", "what", "length", "dtype", "reason"}`.
     """
     rows, ready, functions, kernels = [], [], [], []
     for workload in candidates:
@@ -55,7 +55,7 @@ def measure(
             functions.append(function)
     if not ready:
         return rows
-    # Enough steps to pass the end of a chunk, where OVQ merges.
+    # As many steps as a chunk has tokens, to include a merge of OVQ.
     run = {"max_rounds": 3, "run": ready[0].chunk_size} if part == "decode" else {}
     rows = timed_rows(part, ready, flushed_times(functions, **run), matrix_rate, copy_rate)
     for row, workload, names in zip(rows, ready, kernels, strict=True):
@@ -67,16 +67,15 @@ def measure(
 def flushed_times(
     functions: Sequence[Callable[[], object]], *, max_rounds: int = 30, seconds: float = 3.0, run: int = 1
 ) -> list[list[float]]:
-    """Seconds of each call of each function on the GPU. The functions take turns, with an empty L2 cache.
+    """Seconds of each call of each function on the GPU. The functions take turns, with a flushed L2 cache.
 
-    The time of a call runs from when the GPU is idle and the cache overwritten to the end of its last kernel.
-    Where the host cannot launch kernels as fast as the GPU runs them, the host's time therefore counts, as it
-    does in a model.
+    A call is timed from an idle GPU with an overwritten cache to the end of its last kernel. If the host
+    launches kernels more slowly than the GPU runs them, the host's time therefore counts, as in a model.
 
     Args:
-        functions: What to time; each is warmed up first.
-        max_rounds: Most rounds.
-        seconds: Time after which no further round of the slowest function starts.
+        functions: The functions to time; each is warmed up first.
+        max_rounds: Largest number of rounds.
+        seconds: Time of the slowest function after which no further round starts.
         run: Calls per turn.
     """
     scratch = torch.empty(flush_bytes(), dtype=torch.int8, device="cuda")
@@ -94,7 +93,7 @@ def flushed_times(
 
 
 def flush_bytes() -> int:
-    """Bytes to write so that the L2 cache keeps nothing of a call's inputs."""
+    """Number of bytes to write to flush a call's inputs from the L2 cache."""
     return max(256 << 20, 4 * torch.cuda.get_device_properties("cuda").L2_cache_size)
 
 
@@ -110,9 +109,9 @@ def _event_seconds(function: Callable[[], object], scratch: torch.Tensor) -> flo
 
 
 def peak_allocated(make: Callable[[], Callable[[], object]]) -> int:
-    """The most bytes allocated while `make` makes a call's inputs and the function it returns is called.
+    """Peak allocated bytes while `make` creates a call's inputs and the function it returns is called.
 
-    This is done once beforehand, because compiling and tuning need memory of their own.
+    Both are done once before the measurement, because compiling and tuning need memory too.
     """
     make()()
     torch.cuda.synchronize()
@@ -124,7 +123,7 @@ def peak_allocated(make: Callable[[], Callable[[], object]]) -> int:
 
 
 def copy_rate(device: str) -> float:
-    """Bytes per second that one large copy reads and writes: the roofline of what memory limits."""
+    """Bytes per second, read and written, of one large copy: the roofline of memory-bound calls."""
     size = 1 << 28 if device == "cpu" else 1 << 31
     source = torch.zeros(size, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
@@ -144,7 +143,7 @@ def copy_rate(device: str) -> float:
 
 
 def kernel_names(function: Callable[[], object]) -> list[str]:
-    """Names of the kernels that a call runs, those that take longest first."""
+    """Names of the kernels that a call runs, slowest first."""
     function()
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
@@ -154,13 +153,13 @@ def kernel_names(function: Callable[[], object]) -> list[str]:
 
 
 def names_by_time(events: Iterable) -> list[str]:
-    """Names of the profiler's averages that ran on the device, those that took longest first."""
+    """Names of the profiler's averages that ran on the device, slowest first."""
     on_device = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
     return [e.key for e in sorted(on_device, key=lambda e: -e.self_device_time_total)]
 
 
 def runs_intended(names: Sequence[str], pattern: str) -> bool:
-    """Whether a kernel that matches `pattern` is among those that take longest.
+    """Whether a kernel that matches `pattern` is among the slowest ones.
 
     Example:
         >>> runs_intended(["pytorch_flash::flash_fwd_kernel", "vectorized_add"], "flash")

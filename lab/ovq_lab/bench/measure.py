@@ -1,6 +1,6 @@
-"""How `ovq bench` measures: interleaved rounds and medians in time, fresh processes in memory.
+"""Measurements of `ovq bench`: medians over interleaved rounds for time, fresh processes for memory.
 
-Machines are noisy, so numbers are compared within one run: the functions that are compared take turns.
+Machines are noisy, so numbers are compared only within one run, in which the compared functions take turns.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from ovq_lab.bench.workloads import Workload
 from ovq_lab.runtime.environment import environment
 
 Piece = tuple[str, Callable[[], list[dict]]]
-"""A piece of work by its name in the progress; returns rows of the report."""
+"""Name of a piece of work in the progress, and the function that does it and returns rows of the report."""
 
 
 def do_pieces(pieces: Sequence[Piece], reporter: WorkReporter) -> list[dict]:
-    """The rows of all pieces of work, which are done one after the other."""
+    """Do all pieces of work one after the other; returns their rows."""
     work = reporter.start("measuring", total=len(pieces))
     rows: list[dict] = []
     for done, (note, piece) in enumerate(pieces):
@@ -46,7 +46,7 @@ def as_report(
     backends: dict[str, str | None] | None = None,
     **others: Any,
 ) -> dict[str, Any]:
-    """A report, as JSON types: where it was measured, what was asked for, and the rows."""
+    """A report as JSON types: environment, suite and rows."""
     return {
         "environment": environment(device) | {"backends": backends or {}, "cpu_kernels": cpu_kernels()},
         "suite": suite,
@@ -65,12 +65,12 @@ def interleaved(
     run: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[list[float]]:
-    """Seconds by a clock of each call of each function; the functions take turns.
+    """Seconds of each call of each function; the functions take turns.
 
     Each function is first called once to warm up. Then rounds follow until the slowest function has taken
     `seconds` or there were `max_rounds` of them, but at least three (one, for functions that take over ten
-    seconds). A turn is `run` calls: where calls are so short that caches matter, the other functions must not
-    empty the caches between them.
+    seconds). A turn is `run` calls: for calls so short that caches matter, the other functions must not evict
+    their data in between.
 
     Example:
         >>> times = interleaved([lambda: sum(range(10)), lambda: sum(range(1000))], max_rounds=5)
@@ -97,11 +97,11 @@ def _seconds(function: Callable[[], object], device: str, clock: Callable[[], fl
 
 
 def matrix_rate(dtype: str, *, device: str = "cpu", num_heads: int = 8) -> float:
-    """FLOP/s of the matrix products that attention consists of: the roofline of the roofline share.
+    """FLOP/s of the matrix products in attention, which the roofline share is relative to.
 
-    The highest rate of a score product (`num_heads` times 256 x 64 x 1024), a read product (256 x 1024 x 64)
-    and one large square product, which is larger on a GPU, by PyTorch; and, on a CPU, of the loop that the
-    kernels of this project are made of. They compute in float32 where processors have no faster products.
+    It is the highest rate of a score product (`num_heads` times 256 x 64 x 1024), a read product
+    (256 x 1024 x 64) and one large square product, larger on a GPU, in PyTorch; and, on a CPU, of the inner
+    loop of this project's kernels, which compute in float32 if the processor has no faster products.
     """
     rates = []
     if device == "cpu" and (loop := product_loop()) is not None:
@@ -125,7 +125,7 @@ def matrix_rate(dtype: str, *, device: str = "cpu", num_heads: int = 8) -> float
 
 
 def peak_bytes(call: dict) -> dict[str, int]:
-    """Bytes by which a fresh process grew to do `call`, the arguments of `ovq_lab.bench.peak`."""
+    """Bytes by which a fresh process grew for `call`, the arguments of `ovq_lab.bench.peak`."""
     done = subprocess.run(
         [sys.executable, "-m", "ovq_lab.bench.peak", json.dumps(call)],
         capture_output=True,
@@ -138,7 +138,7 @@ def peak_bytes(call: dict) -> dict[str, int]:
 
 
 def spread(times: Sequence[float]) -> dict[str, float]:
-    """Median, smallest and largest of some seconds.
+    """Median, smallest and largest time.
 
     Example:
         >>> spread([3.0, 1.0, 2.0])
@@ -158,14 +158,14 @@ def timed_rows(
     matrix_rate: float,
     copy_rate: float | None = None,
 ) -> list[dict[str, Any]]:
-    """What the seconds of each call say of each workload; speeds are relative to the fastest exact attention.
+    """Report rows from the times of the workloads; speedups are relative to the fastest exact attention.
 
     Args:
         part: `"forward"`, `"forward_backward"` or `"decode"`.
-        workloads: What was measured.
-        all_times: Seconds of each call of each.
+        workloads: The measured workloads.
+        all_times: Seconds of each call of each workload.
         matrix_rate: FLOP/s of matrix products in their dtype.
-        copy_rate: Bytes per second of a copy; None where memory is not what limits.
+        copy_rate: Bytes per second of a copy; None to leave memory out of the roofline.
 
     Example:
         >>> fields = {"length": 1024, "dtype": "float32"}

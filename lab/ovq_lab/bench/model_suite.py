@@ -1,4 +1,4 @@
-"""Which measurements of whole models make a report (`ovq bench --what model`), as JSON rows."""
+"""Measurements of whole models (`ovq bench --what model`), as JSON rows."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from ovq_lab.bench.measure import (
 )
 from ovq_lab.bench.models import MODELS, SIZES, ModelWorkload
 
-# Tokens of a turn of `generate`, and turns: together as many tokens as a chunk has, to include a merge.
+# Tokens per turn of `generate`, and turns: together as many tokens as a chunk has, to include a merge.
 NEW_TOKENS, TURNS = 64, 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSuite:
-    """What to measure.
+    """Settings of a measurement of whole models.
 
     Attributes:
-        models: some of `MODELS`; the others are compared with the first.
-        sizes: some of `SIZES`.
+        models: names in `MODELS`; the first is the baseline of the others.
+        sizes: names in `SIZES`.
         lengths: tokens of a training step.
         prompts: tokens before generation.
 
@@ -65,7 +65,7 @@ class ModelSuite:
 
 
 def run_models(suite: ModelSuite, reporter: WorkReporter) -> dict[str, Any]:
-    """Measure everything; the report is like that of `run_suite`, with `size` and `parameters` in rows."""
+    """Run a suite; the report is as by `run_suite`, with `size` and `parameters` in its rows."""
     rate = matrix_rate("float32")
     pieces: list[Piece] = []
     for size in suite.sizes:
@@ -91,7 +91,7 @@ def _training_rows(workloads: list[ModelWorkload], rate: float) -> list[dict]:
         workloads,
         interleaved([w.training() for w in workloads], max_rounds=5, seconds=30),
     ):
-        # The products with weights, forward and backward; attention is not counted.
+        # Products with weights, forward and backward, without attention.
         flops = 6 * row["parameters"] * row["length"]
         per_second = {"tokens_per_second": row["length"] / row["seconds"]}
         rows.append(row | per_second | {"roofline_share": flops / row["seconds"] / rate})
@@ -124,6 +124,6 @@ def _generation_rows(workloads: list[ModelWorkload]) -> list[dict]:
 
 
 def _rows(what: str, workloads: list[ModelWorkload], all_times: list[list[float]]) -> list[dict]:
-    """What the seconds of calls say of some models, the first of which the others are compared with."""
+    """Report rows from the times of the models; speedups are relative to the first."""
     rows = [w.row(what) | spread(times) for w, times in zip(workloads, all_times, strict=True)]
     return [row | {"speedup": rows[0]["seconds"] / row["seconds"]} for row in rows]

@@ -1,4 +1,4 @@
-"""What `ovq bench --what model` runs: training steps and generation of whole models of about equal size."""
+"""Workloads of `ovq bench --what model`: training steps and generation of models of about equal size."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from ovq.hf.equal_sizes import equal_sizes
 from ovq_lab.runtime.allocator import keep_freed_memory
 
 VOCAB_SIZE, NUM_SLOTS, CHUNK_SIZE = 4096, 1024, 256
-#: Name of a size -> hidden size, layers, heads and intermediate size.
+#: Hidden size, layers, heads and intermediate size, by the name of a size.
 SIZES = {"2M": (128, 4, 2, 352), "30M": (512, 8, 8, 1408), "135M": (576, 30, 9, 1536)}
-#: Name of a model -> its name in tables.
+#: Names of the models in tables.
 MODELS = {
     "llama": "Llama (SDPA)",
     "ovq": "OVQ and windows",
@@ -25,17 +25,17 @@ MODELS = {
     "mamba2": "Mamba2 and windows",
     "gated_deltanet": "Gated DeltaNet and windows",
 }
-# Tokens that are read at a time before the measurement of `generate`.
+# Tokens per call when the prompt is read before the measurement of `generate`.
 _PIECE = 4096
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelWorkload:
-    """A model with random weights, to be trained and to generate.
+    """Training and generation of a model with random weights.
 
     Attributes:
-        model: one of `MODELS`: transformers' Llama, or the backbone of `OVQForCausalLM` with sliding windows
-            and this mixer in turn (`"full_attention"`: in every layer).
+        model: one of `MODELS`: transformers' Llama, or the backbone of `OVQForCausalLM` with alternating
+            sliding-window layers and layers of this mixer (`"full_attention"`: in every layer).
         size: one of `SIZES`.
         length: tokens of a training step, or of the prompt.
 
@@ -55,7 +55,7 @@ class ModelWorkload:
         return f"{MODELS[self.model]}, {self.size}"
 
     def row(self, what: str) -> dict[str, Any]:
-        """The first fields of a row of the report."""
+        """The fields of a report row that describe the workload."""
         return {
             "what": what,
             "mixer": self.model,
@@ -82,7 +82,7 @@ class ModelWorkload:
         }
         torch.manual_seed(0)
         if self.model == "llama":
-            # As many positions as any prompt has.
+            # More positions than any prompt has.
             return LlamaForCausalLM(LlamaConfig(**shape, max_position_embeddings=1 << 20))
         mixers = ("sliding_attention", self.model)
         if self.model == "full_attention":
@@ -94,13 +94,13 @@ class ModelWorkload:
             chunk_size=CHUNK_SIZE,
             mixer_types=[mixers[i % 2] for i in range(num_layers)],
         )
-        # As many parameters as an OVQ layer has.
+        # Makes layers of other mixers as large as an OVQ layer.
         for name, value in equal_sizes(config).items():
             setattr(config, name, value)
         return OVQForCausalLM(config)
 
     def num_parameters(self) -> int:
-        """Parameters of the model."""
+        """Number of parameters of the model."""
         with torch.device("meta"):
             return sum(parameter.numel() for parameter in self.build().parameters())
 
@@ -116,7 +116,7 @@ class ModelWorkload:
         torch.set_num_threads(self.num_threads)
         model, ids = self.build().train(), self.tokens()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-        # Without logits, as `ovq train` does. Llama always returns them.
+        # Without logits, as in `ovq train`. Llama always returns them.
         options = {} if self.model == "llama" else {"skip_logits": True}
 
         def step() -> float:
@@ -129,7 +129,7 @@ class ModelWorkload:
         return step
 
     def generation(self, num_new: int) -> Callable[[], torch.Tensor]:
-        """A function that generates `num_new` tokens after the prompt, then as many after those."""
+        """A function that generates `num_new` tokens after the prompt, and continues at each further call."""
         torch.set_num_threads(self.num_threads)
         model, ids = self.build().eval(), self.tokens()
         cache = self._read(model, ids[:, :-1])
@@ -142,7 +142,7 @@ class ModelWorkload:
                 min_new_tokens=num_new,
                 max_new_tokens=num_new,
                 do_sample=False,
-                # As the installed version of transformers calls it.
+                # The argument's name in the installed version of transformers.
                 **{CACHE_KEY: cache},
             )
             return ids
@@ -151,10 +151,10 @@ class ModelWorkload:
 
     @torch.no_grad()
     def _read(self, model: PreTrainedModel, ids: torch.Tensor) -> Any:
-        """The cache after the prompt. Where it holds keys and values alone, these are random numbers.
+        """The cache after the prompt; caches of keys and values only are filled with random numbers.
 
-        How long it takes to read them does not depend on them, and exact attention over a long prompt does
-        take long.
+        The time to attend to them does not depend on their values, and reading a long prompt with exact
+        attention would take long.
         """
         if not isinstance(model, OVQForCausalLM):
             kept = DynamicCache(config=model.config)

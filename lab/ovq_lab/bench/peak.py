@@ -1,8 +1,8 @@
-"""Peak memory of one workload, alone in its process.
+"""Peak memory of one workload in its own process.
 
     python -m ovq_lab.bench.peak '{"what": ..., "workload": ...}'
 
-Prints, as JSON, how far the resident memory of the process rose above its value before any input existed.
+Prints, as JSON, the rise of the process's resident memory above its value before any input existed.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 
 def main(arguments: dict) -> dict[str, int]:
-    """Do the work and return the bytes it took."""
+    """Run the workload; returns its bytes."""
     if arguments["what"] == "model":
-        # Calls of the op, which most are, need no transformers.
+        # Imported only here, as calls of the op (most workloads) need no transformers.
         from ovq_lab.bench.models import ModelWorkload
 
         return _model(ModelWorkload(**arguments["workload"]))
     workload = Workload(**arguments["workload"])
     what = arguments["what"]
-    # A tiny call first, so that thread pools and libraries, which are loaded once, are not counted.
+    # A tiny call first, so that thread pools and libraries, which are loaded only once, are not counted.
     small = dataclasses.replace(workload, length=2 * workload.chunk_size)
     small.forward_backward("cpu")()
     if what == "stream":
@@ -37,7 +37,7 @@ def main(arguments: dict) -> dict[str, int]:
     if what == "forward":
         workload.forward("cpu")()
     elif what == "forward_backward":
-        # The result is kept while the peak is read: a training step holds its gradients too.
+        # The result is held while the peak is read, as a training step holds its gradients too.
         result = workload.forward_backward("cpu")()
         assert len(result) == 3
     else:
@@ -46,7 +46,7 @@ def main(arguments: dict) -> dict[str, int]:
 
 
 def _model(workload: ModelWorkload) -> dict[str, int]:
-    """A second training step, in which the optimizer has its state; the model and its gradients count too."""
+    """Peak of a second training step, which has optimizer state; the model and its gradients count too."""
     dataclasses.replace(workload, size="2M", length=64).training()()
     before = resident()
     step = workload.training()
@@ -76,12 +76,12 @@ def resident() -> int:
 
 
 def _peak() -> int:
-    """Largest resident memory so far. (`getrusage` would count the parent's, from before the exec.)"""
+    """Peak resident memory so far. (`getrusage` would include the parent's, from before the exec.)"""
     return _status("VmHWM")
 
 
 def _status(field: str) -> int:
-    """Bytes of a field of Linux's `/proc/self/status`."""
+    """Value of a field of Linux's `/proc/self/status`, in bytes."""
     for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024

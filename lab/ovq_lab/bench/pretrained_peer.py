@@ -1,10 +1,10 @@
-"""One way to run a pretrained model, alone in its process: how fast it reads and writes, and what it keeps.
+"""One runtime for a pretrained model in its own process: prompt speed, generation speed and memory.
 
     PYTHON pretrained_peer.py '{"kind": ..., "model": ..., "tokens": ..., "lengths": [...], ...}'
 
-It is run as a file, by the interpreter of an environment that has the peer and need not have ovq: it imports
-what every Python has, and the peer. After each length it prints a row as JSON. Times are of one token, in
-seconds; bytes are those of the process beyond what it had once its libraries were loaded.
+It is run as a file, by the interpreter of an environment that has the runtime and need not have ovq: it
+imports only the standard library and the runtime. After each length it prints a row as JSON. Times are in
+seconds per token; bytes are those of the process beyond its size once its libraries were loaded.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Tokens that are read at a time, so that all of a long text is never in one call.
+# Tokens per call, so that a long text is never in one call.
 PIECE = 2048
 
 
 class Peer(NamedTuple):
-    """A loaded model that has read nothing.
+    """A loaded model with an empty context.
 
     Attributes:
-        version: of the package that runs it.
-        measure: seconds that it takes to read a text, which begins with the one that it was given before, and
-            for each of a number of tokens that it then writes.
-        imported_bytes: of the process, before the model was loaded.
+        version: version of the runtime's package.
+        measure: returns the seconds to read a text, which extends the text of the previous call, and the
+            seconds of each of a number of generated tokens.
+        imported_bytes: bytes of the process before the model was loaded.
     """
 
     version: str
@@ -38,7 +38,7 @@ class Peer(NamedTuple):
 
 
 def llama_cpp(model: str, *, most_tokens: int, threads: int) -> Peer:
-    """A GGUF file, by llama-cpp-python, with flash attention and its default cache, float16."""
+    """A GGUF file in llama-cpp-python, with flash attention and its default cache in float16."""
     import llama_cpp
 
     imported = resident()
@@ -59,14 +59,14 @@ def llama_cpp(model: str, *, most_tokens: int, threads: int) -> Peer:
 
 
 def transformers(model: str, *, most_tokens: int, threads: int, dtype: str) -> Peer:
-    """A folder, by transformers, with SDPA and its cache that grows."""
+    """A model folder in transformers, with SDPA and its growing cache."""
     import torch
     import transformers
 
     torch.set_num_threads(threads)
     imported = resident()
     loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
-    # Its name for the cache has changed.
+    # The name of the cache argument depends on the version.
     named = "cache" if "cache" in inspect.signature(loaded.forward).parameters else "past_key_values"
     return Peer(
         transformers.__version__, _by_pieces(_reader(loaded, named, transformers.DynamicCache())), imported
@@ -74,7 +74,7 @@ def transformers(model: str, *, most_tokens: int, threads: int, dtype: str) -> P
 
 
 def ovq(model: str, *, most_tokens: int, threads: int, dtype: str, weight_dtype: str) -> Peer:
-    """A folder that `ovq convert` has written, with weights in `weight_dtype`."""
+    """A folder of `ovq convert`, with weights in `weight_dtype`."""
     import torch
 
     import ovq
@@ -88,9 +88,9 @@ def ovq(model: str, *, most_tokens: int, threads: int, dtype: str, weight_dtype:
 
 
 def openvino(model: str, *, most_tokens: int, threads: int, rows: int) -> Peer:
-    """A folder of `optimum-cli export openvino`, by OpenVINO GenAI; its cache keeps `rows` tokens, 0 for all.
+    """A folder of `optimum-cli export openvino` in OpenVINO GenAI; its cache keeps `rows` tokens, 0 for all.
 
-    It has no state that goes on: each length is read from its first token on.
+    It cannot continue from its cache: each length is read from the first token on.
     """
     import numpy
     import openvino
@@ -98,12 +98,12 @@ def openvino(model: str, *, most_tokens: int, threads: int, rows: int) -> Peer:
 
     imported = resident()
     scheduler = genai.SchedulerConfig()
-    # In GB.
+    # GB.
     scheduler.cache_size = 1
     scheduler.max_num_batched_tokens, scheduler.enable_prefix_caching = PIECE, False
     if rows:
         scheduler.use_cache_eviction = True
-        # First tokens, last ones, and in all: what is most attended to between them stays as well.
+        # Number of first tokens, of last tokens and of all; between them, the most attended tokens are kept.
         first, last, score = 32, max(32, min(128, rows // 4)), genai.AggregationMode.NORM_SUM
         scheduler.cache_eviction_config = genai.CacheEvictionConfig(first, last, rows, score)
     engine = genai.LLMPipeline(model, "CPU", scheduler_config=scheduler, INFERENCE_NUM_THREADS=threads)
@@ -111,7 +111,7 @@ def openvino(model: str, *, most_tokens: int, threads: int, rows: int) -> Peer:
     def measure(tokens: list[int], num_written: int) -> tuple[float, list[float]]:
         ids = openvino.Tensor(numpy.array([tokens], dtype=numpy.int64))
         given = genai.TokenizedInputs(ids, openvino.Tensor(numpy.ones((1, len(tokens)), dtype=numpy.int64)))
-        # The first token comes with reading. Times are in microseconds.
+        # The first token belongs to reading. Times are in microseconds.
         answer = engine.generate(given, max_new_tokens=num_written + 1, ignore_eos=True, do_sample=False)
         found = answer.perf_metrics.raw_metrics
         seconds, *written = (
@@ -123,7 +123,7 @@ def openvino(model: str, *, most_tokens: int, threads: int, rows: int) -> Peer:
 
 
 def _by_pieces(read: Callable[[list[int]], int]) -> Callable[[list[int], int], tuple[float, list[float]]]:
-    """What measures a model that goes on from where it is: `read` reads tokens, and returns what follows."""
+    """`Peer.measure` for a runtime with a cache: `read` reads tokens and returns the most likely next one."""
     num_read, seconds = 0, 0.0
 
     def measure(tokens: list[int], num_written: int) -> tuple[float, list[float]]:
@@ -154,7 +154,7 @@ def _reader(model: Any, named: str, cache: Any) -> Callable[[list[int]], int]:
 
 
 def resident(field: str = "VmRSS") -> int:
-    """Bytes of this process in memory; of `VmHWM`, the most that there were."""
+    """Resident bytes of this process; for `VmHWM`, their peak."""
     [line] = [
         x for x in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if x.startswith(field)
     ]
@@ -162,7 +162,7 @@ def resident(field: str = "VmRSS") -> int:
 
 
 def main(kind: str, model: str, tokens: str, lengths: list[int], num_written: int, **options: Any) -> None:
-    """Read a text up to each length, and write some tokens there."""
+    """Read a text up to each length, and generate some tokens there."""
     text = json.loads(Path(tokens).read_text(encoding="utf-8"))
     peer = KINDS[kind](model, most_tokens=max(lengths) + num_written * (len(lengths) + 1), **options)
     for length in lengths:
@@ -170,7 +170,7 @@ def main(kind: str, model: str, tokens: str, lengths: list[int], num_written: in
         row = {
             "length": length,
             "read_seconds": seconds / length,
-            # The first token is slower: weights are packed, caches are cold.
+            # The first token is slower (weights are packed, caches are cold) and not counted.
             "write_seconds": statistics.median(written[1:]),
             "bytes": resident() - peer.imported_bytes,
             "peak_bytes": resident("VmHWM") - peer.imported_bytes,

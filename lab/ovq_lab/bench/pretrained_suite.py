@@ -1,4 +1,4 @@
-"""Which ways to run a pretrained model are measured beside each other (`ovq bench --what converted`)."""
+"""Comparison of runtimes for a pretrained model (`ovq bench --what converted`)."""
 
 from __future__ import annotations
 
@@ -18,24 +18,25 @@ from ovq.runtime.progress import WorkReporter
 from ovq_lab.bench import pretrained_peer
 from ovq_lab.bench.measure import as_report
 
-# Written after each length; the first is not counted.
+# Tokens generated after each length; the first is not counted.
 NUM_WRITTEN = 17
-# OpenVINO keeps so many tokens together, and at least four times as many.
+# OpenVINO evicts blocks of this many tokens, and keeps at least four blocks.
 BLOCK = 32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainedSuite:
-    """What to measure.
+    """Settings of a comparison of runtimes.
 
     Attributes:
         model: folder that `ovq convert` has written.
-        tokens: of a text, at least as many as the largest length.
-        lengths: after how many tokens to measure.
-        dtypes: pairs of formats, of the model and of its weights (`weight_dtype` of `ovq.convert.attach`).
-        gguf: the same model for llama.cpp; None to leave that out.
+        tokens: token ids of a text, at least as many as the largest length.
+        lengths: numbers of tokens after which to measure.
+        dtypes: pairs of the model's dtype and the format of its weights (`weight_dtype` of
+            `ovq.convert.attach`).
+        gguf: the same model for llama.cpp; None to leave it out.
         llama_cpp: interpreter of an environment that has llama-cpp-python.
-        openvino: the same model for OpenVINO, a folder; None to leave that out.
+        openvino: folder of the same model for OpenVINO; None to leave it out.
         genai: interpreter of an environment that has openvino-genai.
     """
 
@@ -60,7 +61,7 @@ class PretrainedSuite:
             )
 
     def peers(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
-        """Name, interpreter and arguments of each way."""
+        """Name, interpreter and arguments of each runtime."""
         ours = {"kind": "ovq", "model": str(self.model)}
         for dtype, weight_dtype in self.dtypes:
             label = f"ovq, {dtype}" if weight_dtype == dtype else f"ovq, {dtype}, weights in {weight_dtype}"
@@ -69,7 +70,8 @@ class PretrainedSuite:
             arguments = {"kind": "llama_cpp", "model": str(self.gguf)}
             yield f"llama.cpp, {self.gguf.stem}, f16 cache", self.llama_cpp, arguments
         if self.openvino is not None:
-            # As many rows as the converted model has, and as many bytes: its numbers have one byte, not four.
+            # As many rows as the converted model, and as many bytes (4 x rows: OpenVINO's numbers have one
+            # byte, not four).
             memory = memory_config_in(self.model)
             assert memory is not None, "checked"
             rows = max(round(memory.rows_per_head) // BLOCK, 4) * BLOCK
@@ -82,10 +84,10 @@ class PretrainedSuite:
 
 
 def run_pretrained(suite: PretrainedSuite, reporter: WorkReporter) -> dict[str, Any]:
-    """Measure each way in a process of its own, one after the other.
+    """Measure each runtime in a process of its own, one after the other.
 
     Raises:
-        ValueError: a way that fails; says what it wrote last.
+        ValueError: a runtime failed; includes the end of its output.
     """
     peers, lengths, rows, num_done = list(suite.peers()), sorted(suite.lengths), list[dict[str, Any]](), 0
     work = reporter.start("measuring", total=len(peers) * len(lengths))
@@ -108,7 +110,7 @@ def run_pretrained(suite: PretrainedSuite, reporter: WorkReporter) -> dict[str, 
 
 
 def _rows(label: str, kind: str, found: dict[str, Any]) -> list[dict[str, Any]]:
-    """What a peer has printed for one length, in the form of `ovq_lab.bench.show`."""
+    """Report rows, in the form of `ovq_lab.bench.show`, from a peer's output for one length."""
     same = {"label": label, "mixer": kind, "num_slots": None, "dtype": "float32", "length": found["length"]}
     same["version"] = found["version"]
     return [
@@ -121,7 +123,7 @@ def _rows(label: str, kind: str, found: dict[str, Any]) -> list[dict[str, Any]]:
 def _run(python: str, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
     command = [python, pretrained_peer.__file__, json.dumps(arguments)]
     with tempfile.TemporaryFile("w+") as errors:
-        # The rows come one by one, minutes apart.
+        # Rows arrive one by one, minutes apart.
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
             assert process.stdout is not None
             yield from (json.loads(line) for line in process.stdout if line.startswith("{"))

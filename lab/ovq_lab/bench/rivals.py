@@ -1,7 +1,7 @@
-"""What `ovq bench` compares OVQ with: on a CPU PyTorch's exact attention and a sliding window, with
-`--device cuda` others, each pinned to one implementation and named after it.
+"""Other mixers in `ovq bench`: on a CPU PyTorch's exact attention and a sliding window, with `--device cuda`
+others, each pinned to one implementation and named after it.
 
-Those are PyTorch's exact attention with each of its backends, FlexAttention over a sliding window, and, where
+These are PyTorch's exact attention with each of its backends, FlexAttention over a sliding window, and, if
 flash-linear-attention is installed, Gated DeltaNet and Mamba2 (whose state-space recurrence is linear
 attention with one decay per head, fla's `simple_gla`).
 """
@@ -28,15 +28,16 @@ class Rival:
     """Another mixer.
 
     Attributes:
-        label: Its name in tables, where `{window}` stands for the width of a window.
-        kernels: On a GPU, a regular expression that one of its kernels must match, as proof that it was
-            measured.
-        cost: How its products are counted: `"exact"`, `"window"`, or `"state"` for those of a state.
-        products: Products with its `[K, V]` state per token, if it has one.
+        label: Its name in tables; `{window}` stands for the width of a window.
+        kernels: On a GPU, a regular expression that one of its kernels must match, as proof that this
+            implementation was measured.
+        cost: How its products are counted: `"exact"`, `"window"` or `"state"`.
+        products: Number of products with its `[K, V]` state per token, if it has one.
         is_token_first: Whether it takes `[B, T, H, D]` rather than `[B, H, T, D]`.
-        read: Makes the function of q, k and v that is measured, given the scale and the window.
-        decode: The same for one token after a context, given of each step its query and a cache, or q, k and
-            v of the token alone where there is a state, and the scale; None: not measured.
+        read: Returns the measured function of q, k and v, given the scale and the window.
+        decode: Likewise for decoding a token after a context, given the inputs of each step and the scale.
+            Inputs are the query and a cache, or the token's q, k and v if the mixer has a state. None: not
+            measured.
     """
 
     label: str
@@ -49,7 +50,7 @@ class Rival:
 
 
 def _exact(label: str, backend: SDPBackend | None = None, kernels: str = "") -> Rival:
-    """PyTorch's exact attention, by one of its backends or the one that it chooses."""
+    """PyTorch's exact attention, with a given backend or the one it chooses."""
 
     def pinned() -> AbstractContextManager[None]:
         return nullcontext() if backend is None else sdpa_kernel(backend)
@@ -88,7 +89,7 @@ def _flex_window(scale: float, window: int) -> Read:
 
     def read(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         length = q.shape[2]
-        # Made once, as a model makes it once for all layers.
+        # Built once, as in a model, which builds it once for all layers.
         if length not in masks:
             masks[length] = create_block_mask(is_seen, None, None, length, length, device=q.device)
         return compiled(q, k, v, block_mask=masks[length], scale=scale)
@@ -151,7 +152,7 @@ def _mamba2_decode(steps: Steps, scale: float) -> Callable[[], Tensor]:
 
 
 def _last(steps: Steps) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The token of a step, and a state `[B, H, K, V]`."""
+    """q, k and v of one step's token, and a state `[B, H, K, V]`."""
     q, k, v = next(steps)
     state = torch.randn(q.shape[0], q.shape[2], q.shape[3], v.shape[3], device=q.device)
     return q, k, v, state
@@ -187,7 +188,7 @@ RIVALS = {
         decode=_mamba2_decode,
     ),
 }
-"""Each by its name, which is `mixer` in rows."""
+"""All rivals by name, which is `mixer` in rows."""
 
 ON_CPU = ("sdpa", "window")
-"""Those that are measured on a CPU; on a GPU it is all others."""
+"""Rivals that are measured on a CPU; all others are measured on a GPU."""

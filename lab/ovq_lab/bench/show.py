@@ -24,7 +24,7 @@ TITLES = {
     "converted_write": "Writing one token after T",
     "converted_memory": "Peak memory of the process after T, libraries not included",
 }
-# What is measured has the style of the mixer that reads in the same way.
+# Workloads have the style of the corresponding mixer.
 _MIXERS = {
     **dict.fromkeys(("sdpa", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient"), "full_attention"),
     **dict.fromkeys(("window", "flex_window"), "sliding_attention"),
@@ -58,7 +58,7 @@ def _table(title: str, rows: list[dict]) -> Table:
 def _cell(row: dict) -> str:
     if "peak_bytes" in row:
         return format_bytes(row["peak_bytes"])
-    # A mark if the trace shows other kernels than those that were meant to run.
+    # Marked if the trace does not show the intended kernels.
     parts = [format_seconds(row["seconds"]) + ("" if row.get("is_intended", True) else "!")]
     if row["what"].startswith("model_"):
         parts.append(f"{row['tokens_per_second']:.0f} tokens/s")
@@ -70,7 +70,7 @@ def _cell(row: dict) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """Seconds, for display.
+    """Format a time for display.
 
     Example:
         >>> format_seconds(0.0000321), format_seconds(0.0321), format_seconds(3.21)
@@ -82,8 +82,8 @@ def format_seconds(seconds: float) -> str:
 
 
 def sentences(report: dict) -> list[str]:
-    """What the numbers say: from where OVQ is faster than exact attention, and how little memory and decode
-    grow."""
+    """Sentences on the results: lengths from which OVQ is faster than exact attention, and growth of memory
+    and decoding time."""
     said = []
     for found in report["crossover"]:
         part = f"{TITLES[found['what']]}, {found['dtype']}, {found['label']}"
@@ -114,7 +114,7 @@ def sentences(report: dict) -> list[str]:
 
 
 def save_figures(report: dict, folder: Path) -> list[Path]:
-    """Draw time and memory by length into `bench.png`, with one panel for each part and dtype."""
+    """Draw time and memory by length into `bench.png`, one panel per part and dtype."""
     panels = [
         (what, dtype)
         for what in TITLES
@@ -138,12 +138,12 @@ def save_figures(report: dict, folder: Path) -> list[Path]:
 
 
 def _style(row: dict) -> str:
-    """What `line_styles` calls the mixer of a row; those of whole models have no rule."""
+    """Name of a row's mixer in `line_styles`; rows of whole models have no merge rule."""
     return style_name(_MIXERS.get(row["mixer"], row["mixer"]), row.get("merge"))
 
 
 def _processor(report: dict) -> str:
-    """What ran it, in brackets; nothing for rows that say nothing of it."""
+    """The processor in brackets; empty if the report does not name it."""
     environment = report.get("environment", {})
     names = [environment.get("processor"), *environment.get("features", ())]
     return f" ({', '.join(filter(None, names))})" if any(names) else ""

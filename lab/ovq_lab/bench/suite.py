@@ -1,4 +1,4 @@
-"""Which measurements make a report: lengths, dtypes and dictionary sizes, as JSON rows."""
+"""Measurements of a report over lengths, dtypes and dictionary sizes, as JSON rows."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ STREAM_PIECE = 16384
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Suite:
-    """What to measure.
+    """Settings of a measurement.
 
     Attributes:
-        parts: Some of `PARTS`.
+        parts: Names in `PARTS`.
         lengths: Tokens T, ascending.
         dtypes: `"float32"`, `"bfloat16"` or both.
         num_slots: Dictionary sizes N of OVQ.
-        merges: Its merge rules, each with the growth that it is meant for.
+        merges: Merge rules of OVQ, each with its default growth.
         chunk_size: C, and the width of the window.
         num_heads: H.
         head_dim: K = V.
@@ -81,7 +81,7 @@ class Suite:
                 raise ValueError("--what: expected no stream with --device cuda, found stream")
 
     def workloads(self, length: int, dtype: str) -> list[Workload]:
-        """Other mixers, and OVQ at every size and by every rule, at one length."""
+        """Other mixers, and OVQ with every size and merge rule, at one length."""
         shape: Shape = {
             "length": length,
             "dtype": dtype,
@@ -94,14 +94,14 @@ class Suite:
 
 
 def run_suite(suite: Suite, reporter: WorkReporter) -> dict[str, Any]:
-    """Measure everything.
+    """Run a suite.
 
     Returns:
         `{"environment", "suite", "matrix_rate", "rows", "crossover"}`: the report, as JSON types. A row has
-        `what`, `mixer`, `label`, `num_slots`, `merge`, `length`, `dtype` and, depending on what was measured,
-        seconds (median, smallest, largest), tokens per second, times faster than SDPA, share of the roofline,
-        or bytes. On a GPU the report also has `copy_rate` and `left_out` (what could not run, and why), and
-        each row the kernels seen in the trace and whether they are the intended ones.
+        `what`, `mixer`, `label`, `num_slots`, `merge`, `length`, `dtype` and, depending on the part, seconds
+        (median, smallest, largest), tokens per second, speedup over SDPA, share of the roofline, or bytes. On
+        a GPU the report also has `copy_rate` and `left_out` (workloads that could not run, and why), and each
+        row the kernels in the trace and whether they are the intended ones.
     """
     rates = {
         dtype: matrix_rate(dtype, device=suite.device, num_heads=suite.num_heads) for dtype in suite.dtypes
@@ -144,14 +144,14 @@ def run_suite(suite: Suite, reporter: WorkReporter) -> dict[str, Any]:
 def _timed_rows(part: str, workloads: list[Workload], rate: float) -> list[dict]:
     """Times of one part at one length; mixers take turns."""
     functions = [getattr(w, part)("cpu") for w in workloads]
-    # A merge comes once per chunk, so each turn of decode takes as many tokens as a chunk has, to include
-    # one. There are few turns, because exact attention over a long cache takes long.
+    # A merge occurs once per chunk, so each turn of decode has as many tokens as a chunk, to include one.
+    # There are few turns, because exact attention over a long cache is slow.
     rounds, run = (3, workloads[0].chunk_size) if part == "decode" else (9, 1)
     return timed_rows(part, workloads, interleaved(functions, max_rounds=rounds, run=run), rate)
 
 
 def _memory_rows(workloads: list[Workload]) -> list[dict]:
-    """Peak bytes of a forward and backward, everything included, each in a process of its own."""
+    """Peak bytes of a forward and backward pass including inputs, each in a process of its own."""
     return [
         w.row("memory") | peak_bytes({"what": "forward_backward", "workload": dataclasses.asdict(w)})
         for w in workloads

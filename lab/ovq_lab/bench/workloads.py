@@ -1,4 +1,4 @@
-"""What `ovq bench` runs: one attention read by OVQ or another mixer."""
+"""Workloads of `ovq bench`: attention by OVQ or another mixer."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Shape(TypedDict):
 
 
 class DictionaryOptions(TypedDict):
-    """The options of `ovq_attention` that decide how large the dictionary grows, and how it is kept."""
+    """Options of `ovq_attention` for the size, the growth and the merge rule of the dictionary."""
 
     num_slots: int
     chunk_size: int
@@ -39,16 +39,16 @@ class DictionaryOptions(TypedDict):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Workload:
-    """An attention read to be measured.
+    """One attention workload.
 
     Attributes:
         mixer: `"ovq"` or one of `rivals.RIVALS`.
         length: Tokens T.
         dtype: Dtype of queries, keys and values: `"float32"` or `"bfloat16"`.
         num_slots: N, for OVQ.
-        merge: The merge rule of OVQ, with the growth that it is meant for.
+        merge: The merge rule of OVQ, with its default growth.
         chunk_size: C of OVQ, and the width of the window.
-        num_heads: H, of queries, keys and values alike.
+        num_heads: H, the same for queries, keys and values.
         head_dim: K = V.
     """
 
@@ -81,7 +81,7 @@ class Workload:
         return RIVALS[self.mixer].label.format(window=self.chunk_size)
 
     def row(self, what: str) -> dict[str, Any]:
-        """The first fields of a row of the report."""
+        """The fields of a report row that describe the workload."""
         return {
             "what": what,
             "mixer": self.mixer,
@@ -94,12 +94,12 @@ class Workload:
 
     @property
     def options(self) -> DictionaryOptions:
-        """Options of `ovq_attention`, for OVQ alone."""
+        """Options of `ovq_attention`, for OVQ only."""
         assert self.num_slots is not None
         return {"num_slots": self.num_slots, "chunk_size": self.chunk_size, "merge": self.merge}
 
     def inputs(self, *, device: str = "cpu", requires_grad: bool = False) -> list[Tensor]:
-        """q, k, v in the layout that suits the mixer: `[1, T, H, K]` for OVQ and fla, else `[1, H, T, K]`."""
+        """q, k, v in the mixer's layout: `[1, T, H, K]` for OVQ and fla, else `[1, H, T, K]`."""
         generator = torch.Generator().manual_seed(0)
         shape = (1, self.length, self.num_heads, self.head_dim)
         tensors = []
@@ -112,14 +112,14 @@ class Workload:
         return tensors
 
     def read(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        """The function of q, k and v that is measured."""
+        """The measured function of q, k and v."""
         scale = self.head_dim**0.5
         if self.mixer == "ovq":
             return lambda q, k, v: ovq_attention(q, k, v, scale=scale, **self.options)[0]
         return RIVALS[self.mixer].read(scale, self.chunk_size)
 
     def forward(self, device: str) -> Callable[[], object]:
-        """A function that runs the forward once."""
+        """A function that runs the forward pass once."""
         inputs, read = self.inputs(device=device), self.read()
 
         def call() -> object:
@@ -129,7 +129,7 @@ class Workload:
         return call
 
     def forward_backward(self, device: str) -> Callable[[], tuple[Tensor, ...]]:
-        """A function that runs the forward and the backward once, and returns the gradients of q, k and v."""
+        """A function that runs forward and backward once, and returns the gradients of q, k and v."""
         inputs, read = self.inputs(device=device, requires_grad=True), self.read()
         grad = torch.randn_like(inputs[0].detach())
 
@@ -139,9 +139,8 @@ class Workload:
         return call
 
     def decode(self, device: str) -> Callable[[], object]:
-        """A function that decodes one token after `length` tokens, and continues from there at each call, for
-        a chunk of tokens; then it begins again. A cache holds as many tokens as the others have read by then.
-        """
+        """A function that decodes one token after `length` tokens and continues at each further call; after a
+        chunk of tokens it starts again. Caches hold as many tokens as have been read at each step."""
         if self.mixer == "ovq":
             return self._decode_ovq(device)
         make = RIVALS[self.mixer].decode
@@ -155,13 +154,13 @@ class Workload:
         return call
 
     def _steps(self, device: str) -> Iterator[list[Tensor]]:
-        """A query with the keys and values that it reads, for each token after the first `length`."""
+        """A query and the keys and values it attends to, for each token after the first `length`."""
         if self.cost == "exact":
             q, *cache = dataclasses.replace(self, length=self.length + self.chunk_size).inputs(device=device)
             places = range(self.length, self.length + self.chunk_size)
-            # Parts of a cache that has room for all, cut beforehand so that this is not measured.
+            # Slices of a preallocated cache, made beforehand so that slicing is not measured.
             return itertools.cycle([[q[:, :, t : t + 1], *(x[:, :, : t + 1] for x in cache)] for t in places])
-        # One window is as good as another, and the size of a state does not depend on what was read into it.
+        # Any window serves, and the cost of a state does not depend on its content.
         kept = min(self.length, self.chunk_size) if self.cost == "window" else 1
         q, k, v = dataclasses.replace(self, length=kept).inputs(device=device)
         return itertools.repeat([q[:, :, -1:] if self.cost == "window" else q, k, v])
@@ -183,7 +182,7 @@ class Workload:
         def call() -> object:
             nonlocal state, t
             if t == self.chunk_size:
-                # Not much more than `length` tokens are read, however often this is called.
+                # Starts again, so that no more than a chunk is read beyond `length` tokens.
                 state, t = first, 0
             token = tokens[t]
             t += 1
@@ -194,8 +193,7 @@ class Workload:
         return call
 
     def stream(self, piece: int) -> OVQState:
-        """The state after reading `length` tokens in pieces, for OVQ only; memory must not grow with the
-        length."""
+        """The state of OVQ after reading `length` tokens in pieces; memory must not grow with the length."""
         state: OVQState | None = None
         inputs = dataclasses.replace(self, length=piece).inputs()
         with torch.no_grad():
@@ -211,8 +209,8 @@ class Workload:
 
         OVQ: 2 T H (n (2 K + V) + C (K + V) / 2), with n the mean size of the dictionary, for routing, scores
         and the read. Exact attention: 2 T H (T / 2) (K + V). A backward needs twice the products of the read
-        (it has no routing); products that an implementation computes again are not counted, nor those by
-        which "nearest" finds what is nearest.
+        (it has no routing). Recomputed products are not counted, nor those of the nearest-item search of
+        "nearest".
 
         Example:
             >>> w = Workload(mixer="sdpa", length=1024, dtype="float32", num_heads=1, head_dim=64)
@@ -235,17 +233,17 @@ class Workload:
         return 2 * self.num_heads * self.length * ((2 if backward else 1) * read + routing)
 
     def _sizes(self, num_chunks: int) -> list[int]:
-        """Slots of OVQ before each of so many chunks, and after the last."""
+        """Slots of OVQ before each of `num_chunks` chunks, and after the last."""
         sizes = {"num_slots": self.options["num_slots"], "chunk_size": self.chunk_size}
         return slots_by_chunk(0, 0, num_chunks, growth=default_growth(self.merge), **sizes)
 
     @property
     def cost(self) -> str:
-        """What the mixer reads: `"exact"`, `"window"`, `"slots"` or a `"state"`."""
+        """Kind of cost: `"exact"`, `"window"`, `"slots"` or `"state"`."""
         return "slots" if self.mixer == "ovq" else RIVALS[self.mixer].cost
 
     def bytes(self, part: str) -> float:
-        """The fewest bytes that must be read and written, whatever the implementation.
+        """Lower bound of the bytes read and written by any implementation.
 
         These are the inputs, the output and their gradients, once; for a decoded token, its cache, state or
         dictionary.
@@ -262,7 +260,7 @@ class Workload:
                 return 2 * self.num_heads * self.head_dim**2 * 4
             if self.cost == "slots":
                 slots = self._sizes(self.length // self.chunk_size)[-1]
-                # Sums are float32, counts have 8 bytes; on average the chunk is half full.
+                # Sums are float32, counts have 8 bytes; the chunk is half full on average.
                 return slots * self.num_heads * (8 * self.head_dim + 8) + self.chunk_size * row
             return 2 * row * (self.length if self.cost == "exact" else min(self.length, self.chunk_size))
         # The backward reads q, k, v, o and the gradient of o, and writes three gradients.
@@ -272,7 +270,7 @@ class Workload:
 def contenders(
     others: Iterable[str], shape: Shape, num_slots: Iterable[int], merges: Iterable[str] = ("existing",)
 ) -> list[Workload]:
-    """Other mixers, and OVQ at every size and by every rule; `shape` holds the fields that they share.
+    """Workloads of other mixers, and of OVQ with every size and merge rule; `shape` has their common fields.
 
     Example:
         >>> shape = {"length": 64, "dtype": "float32", "chunk_size": 16, "num_heads": 1, "head_dim": 8}

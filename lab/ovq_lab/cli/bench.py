@@ -106,7 +106,7 @@ def bench(
 
     Example: [bold]ovq bench --what forward --lengths 4096,16384 --num-slots 1024[/bold]
     """
-    # Everything that can be wrong is checked before anything is measured.
+    # All arguments are validated before anything is measured.
     kinds = [] if what is None else [name.strip() for name in what.split(",")]
     is_model, is_converted = kinds == ["model"], kinds == ["converted"]
     if len(kinds) > 1 and {"model", "converted"} & set(kinds):
@@ -160,10 +160,10 @@ def bench(
 def _pretrained_suite(
     model: Path | None, text: Path | None, peers: dict[str, Any], lengths: list[int]
 ) -> PretrainedSuite:
-    """What `--what converted` measures; `peers` are the files and interpreters of others, or None.
+    """The suite of `--what converted`; `peers` are files and interpreters of other runtimes, or None.
 
     Raises:
-        ValueError: A model or a text that is missing, or is none; too short a text.
+        ValueError: The model or the text is missing or invalid, or the text is too short.
     """
     if model is None or text is None:
         raise ValueError("--what converted: expected --model and --text, found one of them or none")
@@ -222,5 +222,5 @@ def _measure(run: Callable[[WorkReporter], dict], out: Path, *, as_json: bool) -
     for sentence in sentences(report):
         out_console.print(sentence, highlight=False)
     written = ", ".join(str(path) for path in (out / "bench.json", *paths))
-    # A path broken over two lines could not be copied.
+    # Paths stay on one line, so that they can be copied.
     out_console.print(f"Wrote {written}", highlight=False, soft_wrap=True)

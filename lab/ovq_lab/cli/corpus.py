@@ -1,4 +1,4 @@
-"""The options that determine which documents a command reads."""
+"""Command line options for the corpus of a command."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ MaxDocuments = Annotated[int | None, typer.Option(help="Read only the first docu
 
 
 def corpus_to_read(folder: Path, dataset: str | None, **options: Any) -> TextSource:
-    """The requested corpus, or the one that the model in a folder was trained on, with those fields of
-    `TextSource` changed that are not `None`.
+    """The requested corpus, or the one that the model in a folder was trained on, with all fields of
+    `TextSource` in `options` that are not `None`.
 
     Raises:
         ValueError: If no corpus is given, and the folder is not that of a run on text.
@@ -49,12 +49,11 @@ def corpus_to_read(folder: Path, dataset: str | None, **options: Any) -> TextSou
         raise ValueError(f"{error}; other models need --dataset") from error
     if not isinstance(task, TextSource):
         raise ValueError(f"--dataset: expected one, as {folder} was trained on {task.name}, found none")
-    # Only the fields that determine what is read; how the model was shown it in training does not matter
-    # here.
+    # Only the fields of the corpus; how it was presented in training does not matter here.
     fields = {field.name: getattr(task, field.name) for field in dataclasses.fields(TextSource)}
     return TextSource(**fields | changes)
 
 
 def described_corpus(source: TextSource) -> dict[str, Any]:
-    """The fields of a corpus, to be recorded with results; each model reads it with its own tokenizer."""
+    """The fields of a corpus to record with results, without the tokenizer, which differs between models."""
     return {name: value for name, value in dataclasses.asdict(source).items() if name != "tokenizer"}

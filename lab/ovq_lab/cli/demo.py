@@ -41,7 +41,7 @@ def demo(
     from ovq_lab.figures.demo import run_demo
 
     run_demo(out, seed=seed, is_quick=quick)
-    # `make demo` runs it in an environment that need not be active.
+    # `make demo` runs it in an environment that may not be active.
     program = "ovq" if shutil.which("ovq") else sys.argv[0]
     out_console.print(
         f"Next, twice as long: {program} eval --model {out / 'ovq'} --merge nearest --num-slots 1024 "

@@ -1,4 +1,4 @@
-"""The options that determine which dictionaries a command tests a model with."""
+"""Command line options for the dictionaries that a model is tested with."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ Rules = Annotated[
 
 
 class Tested(TypedDict):
-    """The arguments of the tests of `ovq_lab.eval` that both options make."""
+    """Arguments of the functions in `ovq_lab.eval` that these options set."""
 
     num_slots: list[int]
     merges: list[str]
 
 
 def parse(num_slots: str | None, merge: Sequence[str] | None) -> Tested:
-    """Read `--num-slots` and `--merge`.
+    """Parse `--num-slots` and `--merge`.
 
     Raises:
         ValueError: If a size is not a positive integer, or there is no such rule; names the flag.
@@ -47,7 +47,7 @@ def parse(num_slots: str | None, merge: Sequence[str] | None) -> Tested:
 
 
 def _parse_rules(texts: Sequence[str]) -> list[str]:
-    """Read rules such as `["existing,nearest"]` or `["existing", "nearest"]`; each counts once."""
+    """Parse rules such as `["existing,nearest"]` or `["existing", "nearest"]`, without duplicates."""
     from ovq.ops.options import current_merge
 
     rules = [part.strip() for text in texts for part in text.split(",")]

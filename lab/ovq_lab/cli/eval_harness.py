@@ -54,7 +54,7 @@ def harness(
     metadata: dict[str, Any] = {"tokenizer": str(model)}
     if lengths is not None:
         metadata["max_seq_lengths"] = lengths
-    # Some tasks print their progress; standard output is for results.
+    # Some tasks print progress; standard output is for results only.
     with redirect_stdout(sys.stderr):
         results = evaluate_tasks(
             load_any_model(model, num_slots=num_slots, merge=merge, logn_length=logn_length),

@@ -1,4 +1,4 @@
-"""`ovq eval lm`: how well language models predict long documents."""
+"""`ovq eval lm`: loss of language models on long documents."""
 
 from __future__ import annotations
 
@@ -102,14 +102,14 @@ def _measure(
     with Reporter() as reporter:
         progress = say_progress(source.dataset, reporter)
         for folder, name in zip(folders, model_names(folders), strict=True):
-            # Loaded before the corpus, which may take long to read.
+            # Loaded first, as reading the corpus may take long.
             loaded, tokenizer = load_any_model(folder, logn_length=logn_length), text_tokenizer(folder)
             documents = load_corpus(source, split, tokenizer=tokenizer, progress=progress)
             rows += evaluate_language(
                 loaded,
                 documents,
                 bytes_of_tokens=token_bytes(tokenizer),
-                # As in training, for models of this library; as its tokenizer does, for others.
+                # For models of this library as in training, for others as by their tokenizer.
                 first_token=documents.end_of_text if is_own(folder) else start_token(tokenizer),
                 reporter=reporter,
                 name=name,

@@ -1,4 +1,4 @@
-"""`ovq eval needle`: whether language models find a needle in a haystack."""
+"""`ovq eval needle`: needle-in-a-haystack retrieval of language models."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def _measure(
 
 
 def _parse_depths(text: str) -> list[float]:
-    """Read per cents as shares; each counts once.
+    """Parse percentages as shares, without duplicates.
 
     Example:
         >>> _parse_depths("0, 12.5,100,0")

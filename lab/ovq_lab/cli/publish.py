@@ -1,4 +1,4 @@
-"""`ovq publish`: the folder of a trained model as the hub wants it, with what was measured in its card."""
+"""`ovq publish`: a folder of a trained model for the hub, with evaluation results in its card."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def publish(
         raise ValueError(f"--license: expected a licence as the hub names it, found {license_!r}")
     check_model_folder(model)
     check_new_folder("--out", out)
-    # One without is refused before anything is loaded.
+    # Validated before anything is loaded.
     config = _config(model)
 
     from ovq.hf.card import CARD_FILE, is_untouched
@@ -87,17 +87,17 @@ def publish(
         to_add = " Results to add to it:" if tables else ""
         out_console.print(f"{card} was edited and is copied as it is.{to_add}", soft_wrap=True)
         out_console.print(tables, highlight=False, markup=False, soft_wrap=True)
-    # A path or a command broken over two lines could not be copied.
+    # Paths and commands stay on one line, so that they can be copied.
     out_console.print(
         f"Made {out}. Upload it: hf upload YOU/{out.resolve().name} {out}", soft_wrap=True, highlight=False
     )
 
 
 def _config(model: Path) -> RunConfig:
-    """The run that the model is of.
+    """The configuration of the model's run.
 
     Raises:
-        ValueError: If it is of none, or has not ended.
+        ValueError: If the folder is not that of a run, or the run is not finished.
     """
     from transformers.trainer import TRAINER_STATE_NAME
 

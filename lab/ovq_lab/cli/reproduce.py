@@ -1,4 +1,4 @@
-"""`ovq reproduce`: produce the figures of the project again."""
+"""`ovq reproduce`: reproduce the figures of the project."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def reproduce(
             )
             for figure in figures:
                 make(figure, shop, lines=lines or ())
-                # Paths broken over two lines could not be copied.
+                # Paths stay on one line, so that they can be copied.
                 reporter.say(
                     f"Wrote {out / 'rows' / figure.name}.json and {out / 'figures' / figure.name}.png"
                 )

@@ -1,4 +1,4 @@
-"""What the tests of language models share: options, showing results, names and tokenizers of models."""
+"""Shared by the tests of language models: options, display of results, names and tokenizers of models."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def show_results(
     for table in tables:
         console.print(table)
     if paths:
-        # A path broken over two lines could not be copied.
+        # Paths stay on one line, so that they can be copied.
         console.print(f"Wrote {', '.join(map(str, paths))}", soft_wrap=True, highlight=False)
 
 
@@ -71,8 +71,8 @@ def text_tokenizer(folder: Path) -> Any:
 
 
 def model_names(folders: Sequence[Path]) -> list[str]:
-    """Names for models in one table: empty where their mixers tell them apart, otherwise the names of their
-    folders, or whole paths where names repeat.
+    """Names for models in one table: empty if their mixers differ, otherwise the names of their folders, or
+    whole paths if names repeat.
     """
     from ovq_lab.eval.models import long_range_mixer
 

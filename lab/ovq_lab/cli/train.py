@@ -1,4 +1,4 @@
-"""`ovq train`: train a model by a recipe, or continue a run."""
+"""`ovq train`: train a model by a recipe, or resume a run."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def train(
     if not resume and recipe is None:
         raise ValueError("expected a recipe, or --resume, found neither; see ovq train --help")
 
-    # Configurations import little: a misspelt field is reported before PyTorch is imported.
+    # These imports are light: a misspelt field is reported before PyTorch is imported.
     from ovq_lab.train.recipe_file import ENDINGS, load_recipe
     from ovq_lab.train.recipes import get_recipe
 
@@ -121,7 +121,7 @@ def train(
         config = RunConfig.load(out)
         save_run_card(model, config, out, picture=_draw_losses(config, out))
         is_text = config.task.name == TextTask.name
-        # Paths and commands broken over two lines could not be copied.
+        # Paths and commands stay on one line, so that they can be copied.
         test = f"ovq eval {'lm ' if is_text else ''}--model {out}"
         out_console.print(
             f"Saved the model and its configuration in {out}. "
@@ -160,7 +160,7 @@ def _modules_to_import(config: RunConfig) -> str:
 
 
 def _rules_to_test(config: RunConfig) -> str:
-    """The `--merge` of a test of this run: its own rule, and the one by which models recall most."""
+    """The `--merge` option to test this run with: its own rule, and the rule with the best recall."""
     from ovq.ops.options import BEST_MERGE, can_merge_best
 
     model = config.model
@@ -170,7 +170,7 @@ def _rules_to_test(config: RunConfig) -> str:
 
 
 def _draw_losses(config: RunConfig, out: Path) -> Path | None:
-    """A figure of the losses in the folder of the run; None without matplotlib, or if none was logged."""
+    """Draw the losses into the folder of the run; None without matplotlib or logged losses."""
     try:
         from ovq_lab.plots.training import save_loss_curve
     except ImportError:
