@@ -118,7 +118,7 @@ def save_figure(results: dict[str, Any], path: Path) -> None:
 
 
 def _styles(models: dict[str, tuple[str, int | None]]) -> dict[str, Style]:
-    """The style of each line. A model with and without scaled logits has one colour; without is dashed."""
+    """The style of each line. A model with and without scaled logits has one style, but dashed without."""
     endings = {label: label.removesuffix(f", {LOGN}") for label in models if label.endswith(f", {LOGN}")}
     scaled = {label: plain for label, plain in endings.items() if plain in models}
     styles = line_styles({label: model for label, model in models.items() if label not in scaled})

@@ -61,7 +61,7 @@ class Line:
         config: The run; the seed is set for each repetition, and the trial's hyperparameters if there are
             trials.
         evaluations: Evaluations of each trained model.
-        group: Shown in panels of the same group.
+        group: Panels of this group show it.
         trial_of: The run whose best trial this line uses; by default its own.
         validation: The evaluation that chooses the trial; no row uses its examples.
         variants: Configurations of its mixer, each of which is combined with each trial.

@@ -250,7 +250,7 @@ CPU = Preset(
     sizes={
         "ovq": ({"num_slots": 256}, {"num_slots": 1024}),
         "vq": ({"num_slots": 1024},),
-        # The size of their states follows from the head size, and so does that of their projections.
+        # States of these mixers grow with the head size, and so do their projections.
         "linear_attention": ({"head_dim": 256, "chunk_size": 64},),
         "gated_deltanet": ({"head_dim": 368},),
         "mamba2": ({"mamba_state_size": 1024, "chunk_size": 128},),

@@ -67,7 +67,7 @@ def _drawing(results: dict[str, Any]) -> Callable[[dict[str, Any], Path], None]:
 
 
 def _joined(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Merge the reports of several calls of `ovq bench` into one."""
+    """Merge the reports of several runs of `ovq bench` into one."""
     dtypes = dict.fromkeys(dtype for report in reports for dtype in report["suite"]["dtypes"])
     environments = [report.get("environment", {}) for report in reports]
     is_one = len({environment.get("processor") for environment in environments}) == 1

@@ -100,8 +100,8 @@ def load_corpus(
 ) -> Corpus:
     """Load the documents of a split as tokens, from the cache if they have been read before.
 
-    Volumes join only documents of one split, so no part of a test document is ever trained on, whatever
-    `join_to` is.
+    Volumes join consecutive documents of one split only, so no part of a test document is ever trained on,
+    whatever `join_to` is.
 
     Args:
         source: The corpus.

