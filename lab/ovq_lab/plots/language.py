@@ -71,8 +71,16 @@ def octave_losses(row: LanguageRow) -> list[tuple[int, int, float]]:
 
 
 def save_language_figures(rows: Sequence[LanguageRow], folder: Path) -> list[Path]:
-    """Draw the results at the longest length into `loss.png` and, if a window holds whole chunks,
-    `chunk.png`; returns their paths."""
+    """Draw the results of each model at its longest length into `folder`, which must exist.
+
+    Returns:
+        The paths of `loss.png` and, if a window holds whole chunks, `chunk.png`.
+
+    Raises:
+        ValueError: If there are no rows.
+    """
+    if not rows:
+        raise ValueError("expected rows to draw, found none")
     rows = _longest(rows)
     paths = []
     for name, draw in (("loss.png", _draw_positions), ("chunk.png", _draw_chunk)):

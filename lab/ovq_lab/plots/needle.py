@@ -42,8 +42,16 @@ def needle_table(rows: Sequence[NeedleRow], *, title: str) -> Table:
 
 
 def save_needle_figures(rows: Sequence[NeedleRow], folder: Path) -> list[Path]:
-    """Draw `needle_SCORE.png` for each of `SCORES`, with a heat map of length and depth for each model;
-    returns their paths."""
+    """Draw a heat map of length and depth for each model and score into `folder`, which must exist.
+
+    Returns:
+        The paths of `needle_SCORE.png`, one for each of `SCORES`.
+
+    Raises:
+        ValueError: If there are no rows.
+    """
+    if not rows:
+        raise ValueError("expected rows to draw, found none")
     lengths = sorted({row.length for row in rows})
     depths = sorted({row.depth for row in rows})
     labels = list(dict.fromkeys(row.label for row in rows))
