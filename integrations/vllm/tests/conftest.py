@@ -1,4 +1,4 @@
-"""Small models whose argmax is not always the same, and engines that are one process with the test."""
+"""Small random models with varied greedy tokens, and engines that run in the test's process."""
 
 import dataclasses
 import gc
@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-# Before vLLM is imported: the engine in this process, so that it starts in seconds; memory for blocks in GiB.
+# Set before importing vLLM: the engine in this process, so that it starts in seconds; GiB for blocks.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
 os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
@@ -27,18 +27,18 @@ SIZES = {
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    # vLLM's attention on CPUs has none below.
+    # The smallest that vLLM's attention on CPUs supports.
     "head_dim": 32,
     "num_slots": 64,
     "chunk_size": 32,
     "sliding_window": 48,
 }
 
-#: Families that are converted, each with fields of its config and of its memory. Budgets differ by head.
+#: Converted families: fields of the model's config and of its memory. Budgets differ by head.
 CONVERTED = {
     "llama": (
         {"max_position_embeddings": 4096},
-        # Long prompts are longer than the model was trained for, so that rows are brought nearer.
+        # Below the length of long prompts, so that rows beyond the trained range are re-positioned.
         {"num_slots": [[32, 7], [0, 64], [20, 20]], "window": [[16, 48], [64, 16], [32, 32]], "num_sinks": 3}
         | {"trained_length": 600, "value_weight": [[0.5, 1.0], [1.0, 0.25], [0.5, 0.5]]},
     ),
@@ -49,7 +49,7 @@ CONVERTED = {
     "qwen3": (
         {"num_hidden_layers": 2},
         {"num_slots": [[16, 48], [30, 0]], "window": [[48, 16], [16, 16]]}
-        # Tokens weigh as much as their keys and values say, and slots have a bias.
+        # Weights of tokens depend on their keys and values, and slots have a bias.
         | {"token_use": [[[0.1] * 64 + [0.5]] * 2] * 2, "slot_bias": [[0.3, -0.2, 0.0, 0.5]] * 2}
         | {"key_exponents": [[[1, 0, -1, 0] * 8] * 2] * 2},
     ),
@@ -62,27 +62,27 @@ CONVERTED = {
 
 @dataclasses.dataclass
 class Saved:
-    """A model of transformers and the folder that it was saved to."""
+    """A transformers model and the folder it was saved to."""
 
     model: OVQForCausalLM
     folder: str
 
     @torch.no_grad()
     def greedy(self, prompt, num_new):
-        """What `generate()` continues a prompt with."""
+        """Greedy continuation of a prompt by `generate()`."""
         ids = torch.tensor([prompt])
         return self.model.generate(ids, max_new_tokens=num_new, do_sample=False)[0, len(prompt) :].tolist()
 
     @torch.no_grad()
     def log_softmax(self, tokens):
-        """The logs of the probabilities of all tokens after each one, `[len(tokens), vocab_size]`."""
+        """Log-probabilities of the next token after each token, `[len(tokens), vocab_size]`."""
         return self.model(torch.tensor([tokens])).logits[0].float().log_softmax(-1)
 
     @torch.no_grad()
     def logprobs(self, prompt, written=()):
-        """The log of the probability of each token but the first, read as `generate()` reads them.
+        """Log-probability of each token but the first, with the prompt in one call and then single tokens.
 
-        Reading all at once may merge other tokens where two pairs cost the same but for rounding.
+        As `generate()` reads. One call for all might merge other pairs where costs tie up to rounding.
         """
         cache, found = None, []
         for part in [prompt, *([token] for token in written)]:
@@ -93,10 +93,10 @@ class Saved:
         return torch.cat(found)[:-1].gather(1, tokens[1:, None])[:, 0]
 
     def assert_greedy(self, prompts, found, *, most_ties=2):
-        """All continuations are those of `generate()`, but after two tokens that are equally likely.
+        """Assert that continuations equal those of `generate()`, except after a tie of two tokens.
 
-        Products of other sizes are rounded otherwise, so `generate()` itself decides such ties, and those of
-        pairs to be merged, by how what was read is cut into calls. Few prompts may have one.
+        Rounding depends on the size of a product, so `generate()` itself decides such ties, and ties of pairs
+        to merge, by how tokens are split into calls. At most `most_ties` prompts may have one.
         """
         longest: dict[tuple[int, ...], int] = {}
         for prompt, tokens in zip(prompts, found, strict=True):
@@ -117,7 +117,7 @@ class Saved:
         assert len(ties) <= most_ties
 
     def _can_follow(self, prompt, written):
-        """Whether `generate()` writes this after it has read some of it at once, as when it was preempted."""
+        """Whether `generate()` can write this after reading a part of it at once, as after a preemption."""
         return any(
             self.greedy([*prompt, *written[:n]], len(written) - n) == written[n:] for n in range(len(written))
         )
@@ -125,7 +125,7 @@ class Saved:
 
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory):
-    """A model of fields that differ from `SIZES`, and its folder; made once. `family` is of `CONVERTED`."""
+    """Makes a `Saved` (cached) of fields that differ from `SIZES`; `family` is a key of `CONVERTED`."""
     made = {}
 
     def find(dtype=torch.float32, **fields):
@@ -150,7 +150,7 @@ def saved(tmp_path_factory):
             model = OVQForCausalLM(OVQConfig(**SIZES | fields)).eval()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                # With weights as large as this, and gates that differ between tokens, the context decides.
+                # Large weights and gates that differ between tokens make the output depend on the context.
                 if parameter.dim() > 1 and "conv" not in name:
                     parameter.normal_(0, 1.5 / parameter.shape[-1] ** 0.5)
             # Small, so that with tied embeddings no token predicts itself.
@@ -160,7 +160,7 @@ def saved(tmp_path_factory):
             model.to(dtype).save_pretrained(folder)
             return Saved(model, folder)
         attach(model, config=MemoryConfig(chunk_size=16, **memory)).save_pretrained(folder)
-        # `to` would round the angles of rotated keys.
+        # Loaded anew, as `to` would round the rotary angles.
         return Saved(load(folder, dtype=dtype), folder)
 
     return find
@@ -168,7 +168,7 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def engine():
-    """Starts an engine on a folder; it ends with the test."""
+    """A function that starts an engine on a folder; engines stop after the test."""
     started = []
 
     def start(folder, **options):
@@ -177,7 +177,7 @@ def engine():
         return started[-1]
 
     yield start
-    # The report of a test that failed would keep the engine alive.
+    # Clear it, as the report of a failed test would keep the engine alive.
     for llm in started:
         vars(llm).clear()
     gc.collect()
@@ -191,17 +191,17 @@ def prompts_of(lengths, seed=0):
 
 
 def run(llm, prompts, num_new, **params):
-    """The outputs of a batch of prompts of token ids."""
+    """Outputs of the engine for a batch of prompts of token ids."""
     settings = {"temperature": 0, "max_tokens": num_new, "detokenize": False, "ignore_eos": True}
     requests = [{"prompt_token_ids": prompt} for prompt in prompts]
     return llm.generate(requests, SamplingParams(**settings | params), use_tqdm=False)
 
 
 def tokens_of(outputs):
-    """The tokens that were generated for each prompt."""
+    """Generated tokens of each prompt."""
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
 def found_tokens(llm):
-    """How many tokens of prompts were found and not read."""
+    """Number of prompt tokens that were found in the prefix cache."""
     return {metric.name: metric for metric in llm.get_metrics()}["vllm:prefix_cache_hits"].value

@@ -1,4 +1,4 @@
-"""A converted folder runs with its memory, and nothing else does."""
+"""Folders of converted models are detected and run with their memory; no others are."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The engine gives the tokens that transformers' `generate()` gives, however requests are batched."""
+"""The engine generates the same tokens as transformers' `generate()`, however requests are batched."""
 
 import random
 

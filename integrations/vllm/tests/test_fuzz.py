@@ -1,8 +1,8 @@
-"""Requests that come, go and are cancelled at random: whoever is answered gets the tokens of `generate()`.
+"""Random arrivals and cancellations: every answered request gets the tokens of `generate()`.
 
-Half of the prompts begin like another one.
+Half of the prompts share a prefix with another one.
 
-`ARRIVALS` in the environment is how many come to each model, `SEED` which.
+The environment variable `ARRIVALS` is the number of requests to each model, `SEED` the random seed.
 
     ARRIVALS=10000 SEED=1 .venv-vllm/bin/python -m pytest integrations/vllm/tests/test_fuzz.py
 """
@@ -77,7 +77,7 @@ def test_arrivals_and_cancellations(name, saved, engine):
 
 
 def advance(core, open_, answers, draw):
-    """A step of the engine, before which a request may be cancelled; returns how many were."""
+    """Run a step of the engine, possibly after cancelling a request; returns the number cancelled."""
     num_cancelled = 0
     if open_ and draw.random() < 0.02:
         gone = draw.choice(list(open_))
@@ -85,7 +85,7 @@ def advance(core, open_, answers, draw):
         del open_[gone]
         num_cancelled = 1
     if draw.random() < 0.01:
-        # All that run are preempted.
+        # Preempts all running requests.
         assert core.reset_prefix_cache(reset_running_requests=True)
     for output in core.step():
         if output.finished:

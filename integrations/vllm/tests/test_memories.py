@@ -1,4 +1,4 @@
-"""What requests have read is found again, at once or after a while, whatever the blocks held before."""
+"""Requests keep their memories from step to step and across pauses, whatever the blocks held before."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""With prefix caching, requests that begin alike go on from what one has read, and get the same tokens."""
+"""With prefix caching, requests continue from a prefix that another has read, and get the same tokens."""
 
 from itertools import chain
 

@@ -1,4 +1,4 @@
-"""What cannot run is refused before anything is loaded, by name and with a reason."""
+"""Unsupported models and settings are refused before anything is loaded, by name and with a reason."""
 
 import pytest
 from vllm.engine.arg_utils import EngineArgs

@@ -1,4 +1,4 @@
-"""vLLM's own server finds the plugin in each of its processes, and answers text with text."""
+"""vLLM's own server loads the plugin in each of its processes, and completes text."""
 
 import os
 import socket

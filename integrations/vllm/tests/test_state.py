@@ -1,4 +1,4 @@
-"""States in blocks are those that the op would have kept, whatever the blocks held before."""
+"""States in blocks equal the states that the op returns, whatever the blocks held before."""
 
 import random
 
@@ -68,7 +68,7 @@ def test_requests_that_come_and_go(gates):
 
 
 def _holder(cache):
-    """A cache of a single layer, at the place of the mixer."""
+    """A model cache with a single layer cache, at the mixer's index."""
     return type("Holder", (), {"layers": [None, cache], "get_seq_length": cache.get_seq_length})()
 
 

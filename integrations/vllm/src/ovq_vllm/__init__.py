@@ -1,13 +1,13 @@
-"""Runs OVQ language models on vLLM's engine: vLLM finds `register` by the entry point of this package."""
+"""vLLM plugin for OVQ language models: vLLM calls `register` through the entry point of this package."""
 
 
 def register() -> None:
-    """Tell vLLM of the models, of the metadata of their states, and of what to check before it starts."""
+    """Register the models, the backend that builds the metadata of their states, and the checks at start."""
     from vllm.model_executor.models import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum, register_backend
 
-    # With the Auto classes, so that vLLM can read the config.
+    # Adds the model to the Auto classes, with which vLLM reads the config.
     import ovq.hf
     from ovq_vllm.checks import ConvertedStartChecks, StartChecks
     from ovq_vllm.detect import CONVERTED, detect_converted

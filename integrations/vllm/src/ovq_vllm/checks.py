@@ -1,4 +1,4 @@
-"""What is refused before anything is loaded, each by name and with the reason."""
+"""Checks of models and engine settings before anything is loaded; errors name the setting and the reason."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from ovq.layers.constant import ConstantStateMixer
 
 logger = init_logger("vllm.ovq")
 
-#: The mixers that run, besides those with a state of constant size.
+#: Supported mixers, besides those with a state of constant size.
 MIXERS = ("ovq", "sliding_attention", "full_attention")
 
-#: Tokens after which prefix caching keeps a state of a converted model, unless `--block-size` says otherwise.
+#: Default `--block-size` of converted models with prefix caching: a state is kept after so many tokens.
 BLOCK_SIZE = 128
 
-#: The field of vLLM's `--additional-config` that says the format of a converted model's weights.
+#: Field of vLLM's `--additional-config` with the weight format of a converted model.
 WEIGHT_DTYPE = "weight_dtype"
 
 
 class StartChecks(VerifyAndUpdateConfig):
-    """vLLM's hook for a model: it runs in the process that starts the engine, before any worker."""
+    """vLLM's config hook of a model; runs in the process that starts the engine, before any worker."""
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
-        """Raise ValueError for what cannot run; prefix caching is off unless asked for."""
+        """Raise ValueError if the model cannot run; turn off prefix caching unless in mode `align`."""
         check_model(vllm_config.model_config.hf_config)
         check_engine(vllm_config)
         if (found := weight_dtype_of(vllm_config)) is not None:
@@ -39,42 +39,42 @@ class StartChecks(VerifyAndUpdateConfig):
 
 
 class ConvertedStartChecks(VerifyAndUpdateConfig):
-    """The same for converted models."""
+    """`StartChecks` for converted models."""
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
-        """Raise ValueError for what cannot run; prefix caching is off unless asked for."""
+        """Raise ValueError if the model cannot run; turn off prefix caching unless in mode `align`."""
         memory_config_of(vllm_config.model_config.hf_config)
         check_engine(vllm_config)
         weight_dtype_of(vllm_config)
         cache = vllm_config.cache_config
         if cache.enable_prefix_caching and not cache.user_specified_block_size:
-            # vLLM's 16 are meant for keys: a state each would be MiB for few tokens.
+            # vLLM's default of 16 is meant for keys and values; a state per 16 tokens would take MiB.
             cache.block_size = BLOCK_SIZE
         MambaModelConfig.verify_and_update_config(vllm_config)
 
 
 def memory_config_of(config: PreTrainedConfig) -> MemoryConfig:
-    """The memory of a converted model, by the config of the model.
+    """The memory config of a converted model, from the model's config.
 
     Raises:
-        ValueError: a damaged one.
+        ValueError: it is invalid.
     """
     return MemoryConfig.from_dict(getattr(config, CONFIG_KEY))
 
 
 def weight_dtype_of(vllm_config: VllmConfig) -> str | None:
-    """The format of a converted model's weights, as `ovq.convert.attach` takes it.
+    """Weight format of a converted model, as `ovq.convert.attach` takes it.
 
     Raises:
-        ValueError: an unknown one.
+        ValueError: the format is unknown.
     """
     given = vllm_config.additional_config
     return checked_weight_dtype(given.get(WEIGHT_DTYPE) if isinstance(given, dict) else None)
 
 
 def check_engine(vllm_config: VllmConfig) -> None:
-    """Raise ValueError for settings with which no model runs; prefix caching is off unless asked for."""
+    """Raise ValueError for unsupported engine settings; turn off prefix caching unless in mode `align`."""
     if wrong := refusals(vllm_config):
         raise ValueError("; ".join(wrong))
     cache = vllm_config.cache_config
@@ -87,11 +87,7 @@ def check_engine(vllm_config: VllmConfig) -> None:
 
 
 def check_model(config: OVQConfig) -> None:
-    """Raise ValueError unless all layers of a model can run.
-
-    Args:
-        config: that of the model.
-    """
+    """Raise ValueError unless the plugin supports all layers of a model."""
     others = sorted(set(config.mixer_types) - set(MIXERS))
     if refused := [name for name in others if not issubclass(mixer_class(name), ConstantStateMixer)]:
         raise ValueError(
@@ -106,7 +102,7 @@ def check_model(config: OVQConfig) -> None:
 
 
 def refusals(vllm_config: VllmConfig) -> list[str]:
-    """What is wrong with the settings of the engine, in words."""
+    """Error messages for the unsupported settings of the engine."""
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
     wrong = []
     if parallel.tensor_parallel_size > 1:

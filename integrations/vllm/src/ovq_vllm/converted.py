@@ -1,4 +1,4 @@
-"""Converted models (`ovq.convert`) for vLLM: the library's model and its caches, a row for each request."""
+"""Converted models (`ovq.convert`) for vLLM: the library's model and its caches, one row per request."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from ovq_vllm.step import Step
 
 
 class MemoryBlocks(MambaBase):
-    """What vLLM takes for the model's only layer: a block holds what a request has read, in all layers.
+    """The model's only layer as vLLM sees it: a block holds the memories of a request in all layers.
 
-    Heads and layers have budgets of their own, and vLLM's blocks are of one size: with one for each layer,
-    all would be as large as that of the largest. So the memories of all layers lie one after the other.
+    Budgets differ between heads and layers, but vLLM's blocks have one size: one block per layer would pad
+    each to the size of the largest. So one block stores the memories of all layers, one after the other.
 
     Args:
-        block: where what is in a block.
-        vllm_config: that of the engine.
+        block: the layout of a block.
+        vllm_config: the config of the engine.
         prefix: the layer's name for vLLM.
     """
 
@@ -45,38 +45,38 @@ class MemoryBlocks(MambaBase):
 
     @property
     def mamba_type(self) -> MambaAttentionBackendEnum:
-        """The kind of its metadata: `ovq_vllm.step.StateBackend`."""
+        """Its metadata backend, `ovq_vllm.step.StateBackend`."""
         return MambaAttentionBackendEnum.CUSTOM
 
     def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
-        """Bytes."""
+        """One tensor of bytes."""
         return ((self._num_bytes,),)
 
     def get_state_dtype(self) -> tuple[torch.dtype, ...]:
-        """One by one."""
+        """uint8: a block is raw bytes."""
         return (torch.uint8,)
 
     @property
     def step(self) -> Step | None:
-        """The requests of the step that runs; None where vLLM only measures memory."""
+        """The requests of the current step; None while vLLM profiles memory."""
         metadata = get_forward_context().attn_metadata
         return None if metadata is None else metadata[self._prefix]
 
 
 class OVQConvertedForCausalLM(nn.Module, HasInnerState, IsAttentionFree, SupportsMambaPrefixCaching):
-    """A pretrained model with the memory that the config in its folder says.
+    """A pretrained model with the memory specified in its config.
 
     Args:
-        vllm_config: that of the engine.
-        prefix: of the names of its layers.
+        vllm_config: the config of the engine.
+        prefix: prefix of the layer names.
 
     Raises:
-        ValueError: a model that cannot be converted, or whose logits are more than a product.
+        ValueError: the model cannot be converted, or its logits are not just the output layer's product.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        # A copy, as it is changed.
+        # A copy, as the model changes it.
         config = copy.deepcopy(vllm_config.model_config.hf_config)
         memory, self._weight_dtype = memory_config_of(config), weight_dtype_of(vllm_config)
         lm = AutoModelForCausalLM.from_config(config, dtype=vllm_config.model_config.dtype).eval()
@@ -84,17 +84,17 @@ class OVQConvertedForCausalLM(nn.Module, HasInnerState, IsAttentionFree, Support
         self.lm = attach(lm, config=memory)
         cache = self._checked_cache()
         self._memories = Memories(self.lm.make_cache, Block(cache))
-        # vLLM reads the number of a layer from its name.
+        # vLLM parses the layer index from the name.
         self._blocks = MemoryBlocks(self._memories.block, vllm_config, f"{prefix}.memories.0".lstrip("."))
 
     @classmethod
     def get_mamba_state_copy_func(cls) -> tuple[MambaStateCopyFunc, ...]:
-        """How vLLM copies a block for a request that goes on from it: whole."""
+        """How vLLM copies a block for a request that continues from it: as a whole."""
         return (get_temporal_copy_spec,)
 
     @torch.no_grad()
     def _checked_cache(self) -> MemoryCache:
-        """A cache that has read something; ValueError if `compute_logits` is not what the model does."""
+        """A cache after two tokens; ValueError unless `compute_logits` gives the model's own logits."""
         caches = self.lm.make_cache(), self.lm.make_cache()
         tokens = torch.tensor([[1, 2]])
         expected = self.lm(tokens, **{CACHE_KEY: caches[0]}).logits
@@ -117,19 +117,19 @@ class OVQConvertedForCausalLM(nn.Module, HasInnerState, IsAttentionFree, Support
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
-        """The normalised stream `[T, hidden_size]` of the new tokens of all requests.
+        """Final hidden states `[T, hidden_size]`, normalised, of the new tokens of all requests.
 
         Args:
             input_ids: `[T]`.
-            positions: `[T]`, the position of each token in its request.
-            intermediate_tensors: None, as there are no stages of a pipeline.
+            positions: `[T]`, position of each token in its request.
+            intermediate_tensors: None, as pipeline parallelism is not supported.
             inputs_embeds: `[T, hidden_size]`, instead of `input_ids`.
         """
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         assert inputs is not None
         step = self._blocks.step
         if step is None:
-            # Measured with any positions, such as all 0.
+            # vLLM profiles memory with arbitrary positions, such as all 0.
             own = torch.arange(len(positions), device=positions.device)
             return self._read(inputs[None], own[None], self.lm.make_cache())[0]
         out = inputs.new_zeros(len(positions), self.lm.config.hidden_size, dtype=self.lm.dtype)
@@ -138,7 +138,7 @@ class OVQConvertedForCausalLM(nn.Module, HasInnerState, IsAttentionFree, Support
         return out
 
     def _read(self, inputs: Tensor, positions: Tensor, cache: MemoryCache) -> Tensor:
-        """The normalised stream of new tokens `[R, T]`, or embeddings, which the cache then has read."""
+        """Final hidden states, normalised, of new tokens `[R, T]` or their embeddings; updates the cache."""
         name = "inputs_embeds" if inputs.is_floating_point() else "input_ids"
         given: dict[str, Any] = {name: inputs, "position_ids": positions, CACHE_KEY: cache}
         if (stream := token_stream(self.lm, self._own_class, **given)) is not None:
@@ -153,7 +153,7 @@ class OVQConvertedForCausalLM(nn.Module, HasInnerState, IsAttentionFree, Support
         """Load weights as `save_pretrained` names them.
 
         Raises:
-            ValueError: a weight that the model does not have. vLLM checks that none is missing.
+            ValueError: the model has no such weight. vLLM itself checks that none is missing.
         """
         loaded = {f"lm.{name}" for name in loaded_weights(self.lm, weights)}
         set_weight_dtype(self.lm, self._weight_dtype)

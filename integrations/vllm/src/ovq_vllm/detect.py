@@ -1,4 +1,4 @@
-"""How vLLM knows the folder of a converted model, whose config names the architecture of the original."""
+"""Detection of converted models, whose configs name the architecture of the original model."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from vllm.transformers_utils.config import get_config_parser, register_config_pa
 
 from ovq.convert.config import CONFIG_KEY
 
-#: The architecture of converted models, whatever they were.
+#: Architecture of converted models of all families.
 CONVERTED = "OVQConvertedForCausalLM"
 
 
 def detect_converted() -> None:
-    """From now on, a config with the memory of a converted model names that architecture.
+    """Replace vLLM's config parser by one that sets the architecture of converted models to `CONVERTED`.
 
-    All that reads `config.json` for vLLM comes by here, so that nobody has to ask for it. The classes of vLLM
-    for original models stay as they are.
+    vLLM reads every `config.json` through this parser, so users need no option. vLLM's classes for the
+    original models are unchanged.
     """
     parser: Any = type(get_config_parser("hf"))
     if getattr(parser, "detects_converted", False):
         return
 
     class ConvertedConfigParser(parser):
-        """vLLM's own, which looks once more at what it has read."""
+        """vLLM's parser, with the architecture set where the config has a memory."""
 
         detects_converted = True
 
         def parse(self, *args: Any, **kwargs: Any) -> tuple[dict, PreTrainedConfig]:
-            """The fields in the file and the config."""
+            """The fields of the file, and the config."""
             fields, config = super().parse(*args, **kwargs)
             if CONFIG_KEY in fields:
                 config.architectures = [CONVERTED]

@@ -1,5 +1,5 @@
-"""The library's mixers, driven with states and keys that are in blocks of vLLM. Nothing is computed twice:
-projections, convolution, normalisation, gates and the op are those of the library."""
+"""The library's mixers on states, keys and values in vLLM's blocks. Nothing is implemented twice:
+projections, convolution, normalisation, gates and the op are the library's."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from ovq_vllm.step import Group, RequestLayout, Step
 
 
 class OVQLayer(MambaBase):
-    """An OVQ mixer whose states are in blocks of vLLM.
+    """An OVQ mixer whose states are in vLLM's blocks.
 
     Args:
         mixer: the mixer, with its weights.
-        spec: what a block holds.
-        vllm_config: that of the engine.
+        spec: specification of a block.
+        vllm_config: the config of the engine.
         prefix: the layer's name for vLLM.
     """
 
@@ -38,31 +38,31 @@ class OVQLayer(MambaBase):
 
     @property
     def mamba_type(self) -> MambaAttentionBackendEnum:
-        """The kind of its metadata: `ovq_vllm.step.StateBackend`."""
+        """Its metadata backend, `ovq_vllm.step.StateBackend`."""
         return MambaAttentionBackendEnum.CUSTOM
 
     def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
-        """The shapes of what a block holds."""
+        """Shapes of the tensors of a block."""
         return tuple(shape for shape, _ in self._spec.values())
 
     def get_state_dtype(self) -> tuple[torch.dtype, ...]:
-        """The dtypes of what a block holds."""
+        """Dtypes of the tensors of a block."""
         return tuple(dtype for _, dtype in self._spec.values())
 
     def bind_kv_cache(self, kv_cache: Tensor) -> None:
-        """Take the memory that vLLM has reserved."""
+        """Use the memory that vLLM has allocated."""
         super().bind_kv_cache(kv_cache)
         self._tensors = dict(zip(self._spec, self.kv_cache, strict=True))
         self._blocks = StateBlocks(self._mixer, self._tensors)
 
     @property
     def step(self) -> Step | None:
-        """The requests of the step that runs; None where vLLM only measures memory."""
+        """The requests of the current step; None while vLLM profiles memory."""
         metadata = get_forward_context().attn_metadata
         return None if metadata is None else metadata[self._prefix]
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
-        """Mix the new tokens `[T, hidden_size]` of all requests, each with what it has read."""
+        """Run the mixer on the new tokens `[T, hidden_size]` of all requests; updates their states."""
         mixer, step = self._mixer, self.step
         if step is None or self._blocks is None:
             return torch.zeros_like(hidden_states)
@@ -74,7 +74,7 @@ class OVQLayer(MambaBase):
             inputs, own = group.take(channels), group.take(hidden_states)
             as_rows = not group.is_packed
             if as_rows and mixer.use_rope:
-                # Each row has positions of its own, and the tables have one for each column.
+                # Packed, as positions differ between rows and the rotary tables have one per column.
                 inputs, own, as_rows = inputs.transpose(0, 1), own.transpose(0, 1), False
             o = mixer.mix(inputs, own, group.layout(as_rows), cache)
             self._blocks.write(group, cache.state)
@@ -82,16 +82,16 @@ class OVQLayer(MambaBase):
         return mixer.o_proj(mixed[None])[0]
 
     def part(self, mixer: Mixer, name: str, index: int) -> Tensor:
-        """What this layer or a guest keeps, in all blocks, see `part_name`."""
+        """A tensor of this layer or of a guest, for all blocks; `part_name` gives its name."""
         return self._tensors[part_name(mixer, name, index)]
 
     def convolved(self, mixer: Mixer, channels: Tensor, *, index: int) -> Tensor:
-        """Convolve the channels `[T, D]` of all new tokens, and keep the last inputs of each request.
+        """Convolve the channels `[T, D]` of all new tokens, and store the last inputs of each request.
 
         Args:
-            mixer: this layer's, or that of a guest.
+            mixer: the mixer of this layer or of a guest.
             channels: the projected tokens.
-            index: the place of the guest; 0 for this layer.
+            index: index of the guest; 0 for this layer.
         """
         step = self.step
         if mixer.qkv_conv is None or step is None:
@@ -106,10 +106,10 @@ class OVQLayer(MambaBase):
 
 
 def _convolve(convolution: ShortConvolution, group: Group, x: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
-    """Convolve the rows of a group after their last inputs `past`; also returns the inputs to keep."""
+    """Convolve a group's rows, preceded by their last inputs `past`; also returns the inputs to store."""
     if not group.is_packed:
         return convolution(x, past)
-    # One stream, with the last inputs of each request before its tokens: what these become is dropped.
+    # One sequence, with each request's last inputs before its tokens; outputs for these inputs are dropped.
     num_back = past.shape[2]
     pieces = [
         torch.cat([before.T, new])
@@ -121,20 +121,20 @@ def _convolve(convolution: ShortConvolution, group: Group, x: Tensor, past: Tens
 
 
 class ExactLayer:
-    """A mixer with full or sliding-window attention, whose keys and values are in pages of vLLM.
+    """A mixer with full or sliding-window attention, whose keys and values are in vLLM's pages.
 
     Args:
-        mixer: the mixer, with its weights; from here on it attends by vLLM's attention.
+        mixer: the mixer, with its weights; its `attend` is replaced by vLLM's attention.
         prefix: the layer's name for vLLM.
-        host: the OVQ layer in whose blocks the last inputs of the convolution are.
-        index: the place of the layer there.
+        host: the OVQ layer whose blocks store the last inputs of the convolution.
+        index: index of this layer in those blocks.
     """
 
     def __init__(self, mixer: FullAttention, prefix: str, host: OVQLayer, index: int) -> None:
         self._mixer, self._host, self._index = mixer, host, index
         window = mixer.sliding_window if isinstance(mixer, SlidingWindowAttention) else None
-        # Queries come scaled, as each head has a factor of its own. No `cache_config`, which has a window
-        # for layers of all kinds.
+        # Scale 1, as `_attend` scales queries, with one factor per head. No `cache_config`: its window would
+        # apply to layers of all kinds.
         self.attention = Attention(
             mixer.num_heads,
             mixer.head_dim,
@@ -146,7 +146,7 @@ class ExactLayer:
         mixer.attend = self._attend
 
     def __call__(self, hidden_states: Tensor, layout: RequestLayout) -> Tensor:
-        """Mix the new tokens `[T, hidden_size]` of all requests, each with what it has read."""
+        """Run the mixer on the new tokens `[T, hidden_size]` of all requests; appends keys and values."""
         mixer = self._mixer
         channels = mixer.qkv_proj(hidden_states[None])[0]
         channels = self._host.convolved(mixer, channels, index=self._index)
@@ -161,25 +161,25 @@ class ExactLayer:
         layout: SequenceLayout,
         cache: LayerCache | None,
     ) -> Tensor:
-        """`AttentionMixer.attend` over the pages of all requests."""
+        """`AttentionMixer.attend` for all requests, by vLLM's paged attention."""
         q, k = (q * scale[:, None]).to(v.dtype), k.to(v.dtype)
         return self.attention(q.flatten(2)[0], k.flatten(2)[0], v.flatten(2)[0]).view(q.shape)
 
 
 class ConstantLayer:
-    """A mixer whose state is a few tensors of constant size, which are in blocks of an OVQ layer.
+    """A mixer whose state is a few tensors of constant size, stored in the blocks of an OVQ layer.
 
     Args:
         mixer: the mixer, with its weights.
         host: the OVQ layer.
-        index: the place of this layer there.
+        index: index of this layer in its blocks.
     """
 
     def __init__(self, mixer: ConstantStateMixer, host: OVQLayer, index: int) -> None:
         self._mixer, self._host, self._index = mixer, host, index
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
-        """Mix the new tokens `[T, hidden_size]` of all requests, each with what it has read."""
+        """Run the mixer on the new tokens `[T, hidden_size]` of all requests; updates their states."""
         mixer, step = self._mixer, self._host.step
         if step is None:
             return torch.zeros_like(hidden_states)

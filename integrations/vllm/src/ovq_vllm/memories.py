@@ -1,5 +1,5 @@
-"""What requests to a converted model have read: rows of the library's caches while they run, blocks of vLLM
-while they wait for their next turn."""
+"""Memories of requests to a converted model: rows of the library's caches while the requests run, vLLM's
+blocks while they wait to be scheduled again."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from torch import Tensor
 from ovq.convert import MemoryCache
 from ovq_vllm.step import Group
 
-# Where a tensor of any dtype may begin.
+# Alignment in bytes of each tensor in a block, enough for any dtype.
 _ALIGNMENT = 8
 
 
 class Block:
-    """A row of a cache as bytes.
+    """Layout of a cache row as bytes.
 
     Args:
-        like: a cache that has read something.
+        like: a cache that is not empty.
 
     Attributes:
-        num_bytes: of a row.
+        num_bytes: bytes of a row.
     """
 
     def __init__(self, like: MemoryCache) -> None:
@@ -41,7 +41,7 @@ class Block:
             self._parts.append(places)
 
     def views(self, block: Tensor) -> list[dict[str, Tensor]]:
-        """The tensors of each layer in a block `[num_bytes]` uint8."""
+        """Views of the tensors of each layer in a block, `[num_bytes]` uint8."""
         return [
             {
                 name: block[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
@@ -51,30 +51,30 @@ class Block:
         ]
 
     def write(self, cache: MemoryCache, row: int, block: Tensor) -> None:
-        """Keep a row of a cache."""
+        """Copy a row of a cache into a block."""
         for layer, views in zip(cache.layers, self.views(block), strict=True):
             for name, tensor in layer.parts().items():
                 views[name].copy_(tensor[row])
 
     def read(self, block: Tensor, num_read: int, cache: MemoryCache) -> MemoryCache:
-        """Fill an empty cache with the row that was kept after `num_read` tokens."""
+        """Fill an empty cache with the row in a block, written after `num_read` tokens; returns the cache."""
         for layer, views in zip(cache.layers, self.views(block), strict=True):
             layer.restore({name: view[None].clone() for name, view in views.items()}, num_read)
         return cache
 
 
 class Place(NamedTuple):
-    """A request: the block that it has, and how many tokens it has read."""
+    """Identifies a request by its block and the number of tokens it has read."""
 
     block: int
     num_read: int
 
 
 class Running(NamedTuple):
-    """Requests whose next tokens were read together, one row each.
+    """Requests that share a cache since their last step, one row each.
 
-    A place is None if its block is complete: the request goes on from a copy that vLLM makes, in a block that
-    it has by then, and the block of another request may have this number.
+    A place is None if its block is complete: the request continues from vLLM's copy in another block, and
+    another request may be in the block of the old number.
     """
 
     places: Sequence[Place | None]
@@ -84,13 +84,13 @@ class Running(NamedTuple):
 class Memories:
     """Finds the caches of the requests of each step.
 
-    What a request has read stays in a cache from step to step, and goes into its block when a step comes
-    without it, or when the block is complete. A request that has ended, or was preempted, leaves its block to
-    others.
+    The memory of a request stays in a cache from step to step. It is written to the request's block when a
+    step does not include the request, or when the block is complete. Blocks of finished or preempted requests
+    are reused by others.
 
     Args:
-        make_cache: makes an empty one.
-        block: what a block holds.
+        make_cache: returns an empty cache.
+        block: the layout of a block.
     """
 
     def __init__(self, make_cache: Callable[[], MemoryCache], block: Block) -> None:
@@ -99,10 +99,10 @@ class Memories:
         self._running: list[Running] = []
 
     def calls(self, groups: Sequence[Group], blocks: Tensor) -> Iterator[tuple[Tensor, MemoryCache]]:
-        """The calls of the model for a step: `[R, T]` which of its tokens, and the cache to read them with.
+        """Yield the model calls of a step: indices `[R, T]` of the step's tokens, and the cache to use.
 
         Args:
-            groups: the requests.
+            groups: the requests of the step.
             blocks: `[blocks, num_bytes]` uint8.
         """
         block_size = groups[0].block_size
@@ -129,7 +129,7 @@ class Memories:
             self._running.append(Running(going, found.cache))
 
     def _found(self, wanted: set[Place], before: Sequence[Running], blocks: Tensor) -> Running:
-        """One cache for these requests. Their order is that in which they were, so that few rows move."""
+        """One cache for these requests, in the order of the last step so that few rows move."""
         parts: list[Running] = []
         for places, cache in before:
             kept = [row for row, place in enumerate(places) if place in wanted]
@@ -148,6 +148,6 @@ class Memories:
 
 
 def _requests(group: Group) -> Iterator[tuple[Place, Tensor]]:
-    """Each request of a group, and where its tokens are among those of the step."""
+    """Each request of a group, with the indices of its tokens among those of the step."""
     tokens = group.tokens.split(list(group.lengths))
     return zip(map(Place, group.block_ids, group.num_seen), tokens, strict=True)

@@ -1,4 +1,4 @@
-"""`OVQForCausalLM` for vLLM: the library's model, run on the tokens of many requests at once."""
+"""`OVQForCausalLM` for vLLM: the library's model on the tokens of many requests at once."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class OVQForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsMambaPrefixCach
     """The language model.
 
     Args:
-        vllm_config: that of the engine.
-        prefix: of the names of its layers.
+        vllm_config: the config of the engine.
+        prefix: prefix of the layer names.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -52,23 +52,23 @@ class OVQForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsMambaPrefixCach
             own.get(i) or _guest(mixers[i], names[i], own[host], index)
             for i, (host, index) in enumerate(hosts(self.config.mixer_types))
         ]
-        # Where vLLM looks for them.
+        # Submodules, so that vLLM finds them.
         self.attention = nn.ModuleList(x.attention for x in self._layers if isinstance(x, ExactLayer))
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...], ...]:
-        """The shapes of what a block of an OVQ layer holds."""
+        """Shapes of the tensors of an OVQ layer's block."""
         return tuple(shape for shape, _ in _spec_of(vllm_config).values())
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
-        """The dtypes of what a block of an OVQ layer holds."""
+        """Dtypes of the tensors of an OVQ layer's block."""
         return tuple(dtype for _, dtype in _spec_of(vllm_config).values())
 
     def get_mamba_state_copy_funcs(
         self, mamba_types: set[MambaAttentionBackendEnum]
     ) -> MambaStateCopyFuncsByType:
-        """How vLLM copies a block for a request that goes on from it: each tensor as it is."""
+        """How vLLM copies a block for a request that continues from it: each tensor unchanged."""
         return dict.fromkeys(mamba_types, (get_temporal_copy_spec,) * self._num_tensors)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
@@ -82,17 +82,17 @@ class OVQForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsMambaPrefixCach
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
-        """The normalised stream `[T, hidden_size]` of the new tokens of all requests.
+        """Final hidden states `[T, hidden_size]`, normalised, of the new tokens of all requests.
 
         Args:
             input_ids: `[T]`.
-            positions: `[T]`, the position of each token in its request.
-            intermediate_tensors: None, as there are no stages of a pipeline.
+            positions: `[T]`, position of each token in its request.
+            intermediate_tensors: None, as pipeline parallelism is not supported.
             inputs_embeds: `[T, hidden_size]`, instead of `input_ids`.
         """
         x = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
         place = positions[None] + 1
-        # `num_past` need not be more than a bound.
+        # An upper bound suffices for `num_past`.
         layout = RequestLayout(num_past=int(place.max()), num_new=place.shape[1], place=place)
         for block, layer in zip(self.model.layers, self._layers, strict=True):
             inputs = block.mixer_norm(x)
@@ -108,23 +108,23 @@ class OVQForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsMambaPrefixCach
         """Load weights as `save_pretrained` names them.
 
         Raises:
-            ValueError: a weight that the model does not have. vLLM checks that none is missing.
+            ValueError: the model has no such weight. vLLM itself checks that none is missing.
         """
         return loaded_weights(self, weights)
 
 
 def _guest(mixer: Mixer, name: str, host: OVQLayer, index: int) -> ConstantLayer | ExactLayer:
-    """A layer without slots."""
+    """Wrap the mixer of a layer without slots."""
     if isinstance(mixer, ConstantStateMixer):
         return ConstantLayer(mixer, host, index)
     return ExactLayer(mixer, name, host, index)
 
 
 def loaded_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-    """Load weights into a model; returns the names of the parameters that have got theirs.
+    """Load weights into a model; returns the names of the loaded parameters.
 
     Raises:
-        ValueError: a weight that the model does not have.
+        ValueError: the model has no such weight.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     loaded = set()
@@ -133,7 +133,7 @@ def loaded_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> s
             raise ValueError(f"expected weights of {type(model).__name__}, found {name!r}")
         default_weight_loader(parameters[name], weight)
         loaded.add(parameters[name])
-    # By all names of those that are tied.
+    # Tied parameters count under all their names.
     return {name for name, parameter in parameters.items() if parameter in loaded}
 
 

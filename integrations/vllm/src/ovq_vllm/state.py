@@ -1,4 +1,4 @@
-"""The states of layers in the blocks of vLLM: a block per request and OVQ layer, of constant size."""
+"""States in vLLM's blocks: one block of constant size per request and OVQ layer."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _PENDING = ("pending_keys", "pending_values", "pending_weights")
 
 
 def block_spec(config: OVQConfig, dtype: torch.dtype) -> StateSpec:
-    """What a block of an OVQ layer holds, in this order: wide dtypes first, so that all lie aligned.
+    """Specification of an OVQ layer's block, in storage order: wide dtypes first, so that all are aligned.
 
-    All slots are there from the beginning. Besides the state and the last inputs of the layer's convolution
-    there is room for what the other layers keep, each a *guest* of one OVQ layer: vLLM would give each of
-    these, often of some KiB, a block as large as this one.
+    All slots are allocated from the start. Besides the state and the last inputs of the layer's convolution,
+    a block holds tensors of the other layers, each a *guest* of one OVQ layer: vLLM would give each guest,
+    often a few KiB, a block as large as this one.
 
     Args:
-        config: that of the model.
-        dtype: of the activations.
+        config: the config of the model.
+        dtype: dtype of the activations.
     """
     forgets = config.forget_gate
     spec = slot_spec(
@@ -41,7 +41,7 @@ def block_spec(config: OVQConfig, dtype: torch.dtype) -> StateSpec:
         has_weights=config.merge_gate or forgets,
         forgets=forgets,
     )
-    # The engine counts tokens itself.
+    # The engine counts the tokens.
     del spec["num_seen"]
     with torch.device("meta"):
         mixers = [build_mixer(config, i) for i in range(len(config.mixer_types))]
@@ -54,7 +54,7 @@ def block_spec(config: OVQConfig, dtype: torch.dtype) -> StateSpec:
 
 
 def hosts(mixer_types: Sequence[str]) -> list[tuple[int, int]]:
-    """For each layer, the OVQ layer in whose blocks it keeps something, and the place there: 0 for its own.
+    """Host of each layer (the OVQ layer whose blocks store its tensors) and index there (0: the host's own).
 
     Example:
         >>> hosts(["mamba2", "ovq", "mamba2", "ovq", "mamba2"])
@@ -66,22 +66,22 @@ def hosts(mixer_types: Sequence[str]) -> list[tuple[int, int]]:
         if name == "ovq":
             places.append((i, 0))
             continue
-        # Each host in turn takes a guest.
+        # Guests are dealt to the hosts in turn.
         places.append((own[num_guests % len(own)], 1 + num_guests // len(own)))
         num_guests += 1
     return places
 
 
 def parts_beside(mixer: Mixer, dtype: torch.dtype) -> StateSpec:
-    """What a layer keeps besides slots, and keys in pages: the last inputs of its convolution, and its state
-    where that has a constant size."""
+    """What a layer stores in blocks besides slots: the last inputs of its convolution, and a state of
+    constant size. (Keys and values are in pages.)"""
     is_constant = isinstance(mixer, ConstantStateMixer)
     spec = mixer.state_spec(1, dtype)
     return {name: part for name, part in spec.items() if is_constant or name == "conv_state"}
 
 
 def part_name(mixer: Mixer, name: str, index: int) -> str:
-    """What such a part is called in a block. Layers of one kind that have the same place share the room."""
+    """Name in a block of a layer's tensor. Layers of one type and index share it, as their hosts differ."""
     return f"{type(mixer).__name__}.{name}.{index}"
 
 
@@ -89,28 +89,28 @@ class StateBlocks:
     """Reads and writes the states of requests.
 
     Args:
-        mixer: the layer.
-        tensors: `[blocks, ...]` views of the blocks, by the names of `block_spec`.
+        mixer: the mixer of the layer.
+        tensors: `[blocks, ...]` views of the blocks, by the names in `block_spec`.
     """
 
     def __init__(self, mixer: OVQAttention, tensors: dict[str, Tensor]) -> None:
         self._mixer = mixer
         self._tensors = tensors
         self._names = [name for name in (*_SUMS, *_PENDING, "pending_forget") if name in tensors]
-        # What the last decode step led to. As long as the same requests go on, nothing is read from blocks,
-        # and the library repeats its step without looking at the arguments anew. Blocks are kept up to date.
-        # Only their numbers are compared, so none may have got another state since: of another request that
-        # has read as many tokens.
+        # Blocks, tokens read and states after the last decode step. While the same requests continue, states
+        # are not read from blocks (which stay up to date), and the library repeats its step without checking
+        # the arguments again. Only block and token numbers are compared, so this is dropped when a block may
+        # hold another request that has read as many tokens.
         self._last: tuple[tuple[int, ...], tuple[int, ...], OVQState] | None = None
 
     def read(self, group: Group) -> OVQState:
-        """The states of a group of requests, before its new tokens."""
+        """States of a group of requests before its new tokens."""
         if not group.is_packed and self._last is not None:
             block_ids, num_seen, state = self._last
             if (block_ids, num_seen) == (group.block_ids, group.num_seen):
                 return state
         if group.fresh:
-            # Whatever a request that is gone has left.
+            # Remove what a former request has left.
             fresh = group.blocks[group.fresh]
             for name in self._names:
                 self._tensors[name][fresh] = 0
@@ -120,7 +120,7 @@ class StateBlocks:
         return self._mixer.memory.restored(parts, None)
 
     def write(self, group: Group, state: OVQState) -> None:
-        """Keep the states of a group after its new tokens."""
+        """Store the states of a group after its new tokens."""
         if group.is_packed:
             self._write_rows(group.blocks, state, list(range(len(group.block_ids))), self._names)
             if self._last and not set(self._last[0]).isdisjoint(group.block_ids):
@@ -128,7 +128,7 @@ class StateBlocks:
             return
         self._last = None if group.is_at_end else (group.block_ids, group.num_after, state)
         size = state.chunk_size
-        # Of a chunk that is not complete, one token is new.
+        # A decode step adds one pending token; the others are in the block already.
         rows = torch.arange(len(group.block_ids), device=group.blocks.device)
         places = torch.tensor([seen % size for seen in group.num_seen], device=group.blocks.device)
         for name in self._names:
@@ -147,6 +147,6 @@ class StateBlocks:
             self._part(name, state.count.shape[2])[blocks] = own
 
     def _part(self, name: str, capacity: int) -> Tensor:
-        """A tensor of all blocks; of sums, those of the first `capacity` slots."""
+        """A tensor for all blocks; sums only of the first `capacity` slots."""
         tensor = self._tensors[name]
         return tensor[:, :, :capacity] if name in _SUMS else tensor

@@ -1,7 +1,7 @@
-"""What a step of the engine runs: the requests of each kind, their tokens, and the blocks of their states.
+"""Metadata of a step of the engine: groups of requests, their tokens, and the blocks of their states.
 
-vLLM puts the new tokens of all requests one after the other. Requests with one new token, which is nearly
-always decoding, are run as rows `[R, 1]`, all others packed as `[1, T]`.
+vLLM concatenates the new tokens of all requests. Requests with one new token (nearly always decoding) run as
+rows `[R, 1]`, all others packed as `[1, T]`.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from ovq.ops.call import RowBounds
 
 @dataclass(frozen=True, kw_only=True)
 class RequestLayout(SequenceLayout):
-    """The new tokens of requests that have read different numbers of tokens.
+    """Layout of new tokens of requests that have read different numbers of tokens.
 
     Attributes:
-        place: `[B, T]` the place of each new token in its request, from 1.
+        place: `[B, T]`, place of each new token in its request, from 1.
     """
 
     place: Tensor
@@ -41,23 +41,23 @@ class RequestLayout(SequenceLayout):
         return self.place.flatten().to(device) - 1
 
     def places(self, num_seen: Tensor | None = None) -> Tensor:
-        """See `SequenceLayout.places`; each token's own place, whatever states have counted."""
+        """See `SequenceLayout.places`; each token's own place, so `num_seen` of the states is ignored."""
         return self.place
 
 
 @dataclass(frozen=True)
 class Group:
-    """Requests of a step that are run in one call of each layer.
+    """Requests of a step that run in one call of each layer.
 
     Attributes:
         blocks: `[R]` int64, the blocks of their states.
-        block_ids: the same numbers.
-        num_seen: tokens that each has read before this step.
-        lengths: new tokens of each.
-        block_size: where a state has read so many tokens, or a multiple, its block is kept as it is for other
-            requests that begin alike; vLLM copies it to another one before the request goes on.
-        tokens: `[T]` int64, where they are among all new tokens of the step.
-        is_packed: whether the tokens are packed into one row `[1, T]`, and not rows `[R, 1]`.
+        block_ids: the same numbers on the host.
+        num_seen: tokens that each request has read before this step.
+        lengths: new tokens of each request.
+        block_size: tokens per block. A state after a multiple of it stays in its block for other requests
+            with this prefix; vLLM copies it to a new block before the request continues.
+        tokens: `[T]` int64, indices of the group's tokens among all new tokens of the step.
+        is_packed: whether the tokens form one row `[1, T]` instead of rows `[R, 1]`.
     """
 
     blocks: Tensor
@@ -71,7 +71,7 @@ class Group:
 
     @property
     def num_after(self) -> tuple[int, ...]:
-        """Tokens that each request has read after this step."""
+        """Number of tokens that each request has read after this step."""
         return tuple(seen + length for seen, length in zip(self.num_seen, self.lengths, strict=True))
 
     @property
@@ -81,34 +81,34 @@ class Group:
 
     @property
     def fresh(self) -> list[int]:
-        """The rows of requests that have read nothing."""
+        """Rows of requests that have read nothing yet."""
         return [row for row, seen in enumerate(self.num_seen) if seen == 0]
 
     def take(self, x: Tensor) -> Tensor:
-        """`[T, D]` of all new tokens of the step to the rows of this group, `[R, 1, D]` or `[1, T, D]`."""
+        """Gather this group's rows, `[R, 1, D]` or `[1, T, D]`, from all new tokens `[T, D]` of the step."""
         own = x if len(self.tokens) == len(x) else x.index_select(0, self.tokens)
         return own[None] if self.is_packed else own[:, None]
 
     def put(self, rows: Tensor, into: Tensor) -> None:
-        """Write what `take` gave to where it came from."""
+        """Inverse of `take`: scatter the rows of this group into `into`."""
         into.index_copy_(0, self.tokens, rows.flatten(0, 1))
 
     def read(self, tensor: Tensor) -> Tensor:
-        """What the blocks of these requests have in a tensor `[blocks, ...]`; at first zeros."""
+        """Entries of a tensor `[blocks, ...]` for these requests; zeros for those that have read nothing."""
         found = tensor.index_select(0, self.blocks)
-        # Whatever a request that is gone has left.
+        # Remove what a former request has left.
         found[self.fresh] = 0
         return found
 
     @cached_property
     def rows(self) -> SequenceLayout:
-        """The layout for mixers that need no places of tokens."""
+        """The layout for mixers that do not use the places of tokens."""
         offsets = torch.tensor([0, *accumulate(self.lengths)]) if self.is_packed else None
         num_rows, num_new = (1, len(self.tokens)) if self.is_packed else (len(self.tokens), 1)
         return SequenceLayout.of(None, batch_size=num_rows, num_past=0, num_new=num_new, cu_seqlens=offsets)
 
     def layout(self, as_rows: bool) -> RequestLayout:
-        """The layout for the library's layers, made once for all of them; packed if not `as_rows`."""
+        """The layout for the library's layers, cached for all of them; packed unless `as_rows`."""
         if as_rows not in self._layouts:
             place = torch.cat(
                 [
@@ -129,34 +129,34 @@ class Group:
 
 @dataclass
 class Step:
-    """The metadata of the state layers: all requests of a step."""
+    """Metadata of the layers with states: all requests of a step."""
 
     groups: list[Group]
 
 
 class StateBackend(AttentionBackend):
-    """vLLM's name for what makes the metadata of a kind of layers."""
+    """vLLM's attention backend of layers with states; only builds their metadata."""
 
     @staticmethod
     def get_name() -> str:
-        """A name for logs."""
+        """Name in logs."""
         return "OVQ_STATE"
 
     @staticmethod
     def get_builder_cls() -> type[StepBuilder]:
-        """What makes the metadata."""
+        """Class that builds the metadata."""
         return StepBuilder
 
     @classmethod
     def is_ssm(cls) -> bool:
-        """Layers with states, and no keys and values in pages."""
+        """True: such layers have states instead of keys and values in pages."""
         return True
 
 
 class StepBuilder(AttentionMetadataBuilder[Step]):
-    """Makes the `Step` of what vLLM has scheduled."""
+    """Builds the `Step` from the requests that vLLM has scheduled."""
 
-    # A chunk that is complete is merged, which the host decides.
+    # No CUDA graphs: the host decides whether a chunk is complete and merged.
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
     reorder_batch_threshold = 1
 
@@ -173,14 +173,14 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> Step:
-        """The groups of a step; rows without a token, which are padding, are in none."""
+        """Build the groups of a step; rows without tokens are padding and in no group."""
         given = common_attn_metadata
         num = given.num_reqs
-        # Both are exact without speculative decoding, which is refused.
+        # Both are exact, as speculative decoding is refused.
         total = given.seq_lens_cpu_upper_bound
         totals = (given.seq_lens.cpu() if total is None else total)[:num].tolist()
         bounds = list(pairwise(given.query_start_loc_cpu[: num + 1].tolist()))
-        # A state lies in the block of its last token; without prefix caching, a block holds any text.
+        # A state is in the block of its last token; without prefix caching, one block serves any length.
         columns = torch.tensor([[max(after - 1, 0) // self._block_size] for after in totals])
         table = given.block_table_tensor[:num]
         all_blocks = table.gather(1, columns.to(table.device))[:, 0].tolist()
