@@ -26,20 +26,20 @@ from ovq.hf.cache import CACHE_KEY
 from ovq.runtime.files import write_atomic
 from ovq_lab.runtime.environment import environment
 
-# Tokens read, and how many of the last have a loss.
+# (tokens read, number of last tokens whose loss counts).
 SIZES = ((3072, 1024), (8192, 2048))
 BLOCK = 32
-# The largest number of a block, and bits of each.
+# (largest magnitude of an integer in a block, bits per integer).
 BLOCKS = {"q8_0": (127, 8), "q4_0": (8, 4)}
 ROWS = (256, 768)
 STATE_DTYPES = ("float32", "bfloat16", "int8")
 
 
 def as_blocks(x: Tensor, kind: str) -> Tensor:
-    """Numbers `[..., D]` as blocks of GGUF hold them."""
+    """Numbers `[..., D]` rounded as in GGUF's blocks."""
     most, bits = BLOCKS[kind]
     blocks = x.unflatten(-1, (-1, BLOCK))
-    # In 4 bits the number that is furthest from 0, whose sign the factor has, becomes -8.
+    # In 4 bits the number of largest magnitude becomes -8, so the factor has the opposite sign.
     largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
     factor = largest.abs() / most if bits == 8 else largest / -most
     numbers = (blocks / factor.masked_fill(factor == 0, 1)).round().clamp(-most, most - (bits == 4))
@@ -47,28 +47,28 @@ def as_blocks(x: Tensor, kind: str) -> Tensor:
 
 
 class BlockCache(DynamicCache):
-    """A full cache whose keys and values are rounded to blocks; None for float32."""
+    """A full cache whose keys and values are rounded to blocks of a `kind` (None: float32)."""
 
     def __init__(self, kind: str | None) -> None:
         super().__init__()
         self._kind = kind
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Round what is kept."""
+        """Append keys and values, rounded."""
         if self._kind is not None:
             key_states, value_states = (as_blocks(x, self._kind) for x in (key_states, value_states))
         return super().update(key_states, value_states, *args, **kwargs)
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the blocks would take."""
+        """Bytes that keys and values take in blocks."""
         num = sum(x.numel() for layer in self.layers for x in (layer.keys, layer.values))
         return num * 4 if self._kind is None else num * BLOCKS[self._kind][1] // 8 + num // BLOCK * 2
 
 
 @torch.inference_mode()
 def read(model: Any, ids: Tensor, num_targets: int, cache: Any) -> tuple[float, int]:
-    """The mean loss of the last tokens, and the bytes of the cache after them."""
+    """Mean loss of the last `num_targets` tokens, and bytes of the cache after them."""
     length = ids.shape[1] - 1
     model(ids[:, : length - num_targets], logits_to_keep=1, **{CACHE_KEY: cache})
     logits = model(ids[:, length - num_targets : length], **{CACHE_KEY: cache}).logits[0]
@@ -77,7 +77,7 @@ def read(model: Any, ids: Tensor, num_targets: int, cache: Any) -> tuple[float, 
 
 
 def ways(folder: str) -> Iterator[tuple[str, Any, Any]]:
-    """Name, model and what makes a cache, one after the other."""
+    """Yield the name, the model and a cache factory of each way."""
 
     def load(dtype: torch.dtype = torch.float32) -> Any:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()

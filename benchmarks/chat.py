@@ -35,7 +35,7 @@ QUESTIONS = (
 def measure(
     model: Path, document: str, turns: int, *, prefix_cache: int, weight_dtype: str | None
 ) -> list[dict]:
-    """Ask one question after the other; returns the numbers of each turn."""
+    """Ask one question after the other; returns a row of measurements per turn."""
     command = [sys.executable, "-m", "ovq", "serve", "--model", str(model), "--name", "m", "--port", "0"]
     command += ["--prefix-cache", str(prefix_cache), "--timeout", "3600"]
     command += [] if weight_dtype is None else ["--weight-dtype", weight_dtype]
@@ -110,7 +110,7 @@ def main() -> None:
             weight_dtype=arguments.weight_dtype,
         )
     ]
-    # Where files lie here is of no use elsewhere.
+    # Names only: local folders mean nothing elsewhere.
     command = [Path(word).name for word in sys.argv]
     content = {"environment": environment("cpu"), "command": command, "rows": rows}
     write_atomic(arguments.out, json.dumps(content, indent=1) + "\n")

@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from unittest import mock
 
-# The kernels are made for the compiler, not the interpreter, when they are imported.
+# Importing the kernels chooses between compiler and interpreter, by this variable.
 os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
@@ -36,7 +36,7 @@ MERGES = ("existing", "nearest")
 
 
 class _NoDriver:
-    """What the compiler asks of the driver of a GPU."""
+    """Stand-in for a GPU driver: answers what the compiler asks."""
 
     def __init__(self, arch: int) -> None:
         self._arch = arch
@@ -52,7 +52,7 @@ class _NoDriver:
 
 
 def compile_all(arch: int, dtype: str, head_dim: int, chunk_size: int = 256) -> list[dict]:
-    """What each kernel of a forward, a backward and a decoded token takes: rows of a table."""
+    """Compile all kernels of a forward, a backward and a decode step; returns a row of resources each."""
     driver.set_active(_NoDriver(arch))
     found: dict[int, dict] = {}
     original = JITFunction.run
@@ -66,7 +66,7 @@ def compile_all(arch: int, dtype: str, head_dim: int, chunk_size: int = 256) -> 
 
     JITFunction.run = compile_only
     try:
-        # Nothing lays out the items that PyTorch would join.
+        # No kernel runs, so there are no items that PyTorch could merge.
         with mock.patch.object(merging.PairRecurrence, "_join"):
             _call(getattr(torch, dtype), head_dim, chunk_size)
     finally:
@@ -75,7 +75,7 @@ def compile_all(arch: int, dtype: str, head_dim: int, chunk_size: int = 256) -> 
 
 
 def _call(dtype: torch.dtype, dim: int, chunk_size: int) -> None:
-    """A forward, a backward and a decoded token, without weights, with weights, and with forgetting."""
+    """A forward, a backward and a decode step, without weights, with weights, and with forgetting."""
     length = 4 * chunk_size
     q, k, v = (torch.zeros(1, length, heads, dim, dtype=dtype) for heads in (2, 1, 1))
     weights, scale = torch.ones(1, length, 1), torch.ones(2)
@@ -100,7 +100,7 @@ def _call(dtype: torch.dtype, dim: int, chunk_size: int) -> None:
 
 
 def _resources(kernel) -> dict:
-    """Registers a thread, bytes of stack a thread, shared memory and warps of a compiled kernel."""
+    """Registers and stack bytes per thread, shared memory and warps of a compiled kernel."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])

@@ -1,11 +1,11 @@
-"""What `torch.compile` gains: whole models compiled and as they are, in turns, by the clock.
+"""Speedup of whole models by `torch.compile`: compiled and eager models in turns, in wall-clock time.
 
     python benchmarks/compiled_model.py
     python benchmarks/compiled_model.py --models ovq --size 2M --length 512
 
-Models, sizes and tokens are those of `ovq bench --what model`. A training step is a forward and a backward;
-for OVQ also a token that is decoded after the prompt, with a cache that goes in and out of the graph. Beside
-it stands how often the model was compiled: as often as shapes, or the mode of gradients, were new.
+Models, sizes and tokens are those of `ovq bench --what model`. A training step is a forward and a backward.
+For OVQ, a decode step after the prompt is measured too, with a cache that enters and leaves the graph. The
+number of graphs counts compilations: one for each new shape or gradient mode.
 """
 
 import statistics
@@ -25,7 +25,7 @@ from ovq_lab.runtime.allocator import keep_freed_memory
 def steps(
     model: PreTrainedModel, function: Callable, ids: torch.Tensor, options: dict
 ) -> Callable[[], object]:
-    """A forward and a backward by `function`, the model or what was compiled of it."""
+    """Returns a training step: forward and backward by `function`, the model or its compiled version."""
 
     def step() -> None:
         function(ids, labels=ids, use_cache=False, **options).loss.backward()
@@ -35,13 +35,13 @@ def steps(
 
 
 def tokens(function: Callable, ids: torch.Tensor) -> Callable[[], object]:
-    """A token after the prompt, and at each call the next one."""
+    """Read the prompt; returns a decode step that continues by one token per call."""
     cache = getattr(function(ids, use_cache=True, logits_to_keep=1), CACHE_KEY)
     return lambda: function(ids[:, :1], **{CACHE_KEY: cache})
 
 
 def medians(functions: list[Callable[[], object]], rounds: int) -> list[float]:
-    """Median seconds of each function; they take turns, and the first calls, which compile, do not count."""
+    """Median seconds of each function, measured in turns after two warm-up calls, which compile."""
     for function in functions * 2:
         function()
     return [statistics.median(times) for times in interleaved(functions, max_rounds=rounds, seconds=1e9)]

@@ -1,6 +1,6 @@
-"""The tables of `docs/use/scaling.md`: what context parallelism sends and waits, beside ring attention.
+"""Tables of `docs/use/scaling.md`: bytes sent and idle time of context parallelism, beside ring attention.
 
-`python benchmarks/context_parallel_cost.py`; nothing is measured, and no model is made.
+`python benchmarks/context_parallel_cost.py`; all numbers are computed from the config, none is measured.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ MIB, GIB = 2**20, 2**30
 
 
 def model(num_slots: int) -> OVQConfig:
-    """480 million parameters: 22 layers of width 1280, in which sliding windows of 256 and OVQ alternate."""
+    """Config with 480 M parameters: 22 layers of width 1280, alternating sliding windows of 256 and OVQ."""
     return OVQConfig(
         vocab_size=32768,
         hidden_size=1280,
@@ -29,7 +29,7 @@ def model(num_slots: int) -> OVQConfig:
 
 
 def bytes_table() -> str:
-    """What each rank sends for one document, in Markdown."""
+    """Markdown table of what each rank sends for one document."""
     lines = [
         "| ranks | slots | state sent, MiB | gradient back, MiB | ring attention: forward, GiB "
         "| backward, GiB | ratio |",
@@ -49,7 +49,7 @@ def bytes_table() -> str:
 
 
 def bubble_table() -> str:
-    """The share of a step in which a rank waits, in Markdown."""
+    """Markdown table of the share of a step in which a rank is idle."""
     lines = [
         "| ranks | 1 document | 2 | 4 | 16 | 1 document, model by model | 4 | 16 |",
         "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",

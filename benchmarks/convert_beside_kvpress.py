@@ -55,28 +55,28 @@ PRESSES = {
     "StreamingLLM": kvpress.StreamingLLMPress,
     "ExpectedAttention": kvpress.ExpectedAttentionPress,
     "Compactor": kvpress.CompactorPress,
-    # Shares rows out among the heads of a layer, by scores that its authors make comparable so.
+    # Allocates rows among the heads of a layer; epsilon as its authors set it to make scores comparable.
     "ExpectedAttention, adaptive": lambda **ratio: kvpress.AdaKVPress(
         kvpress.ExpectedAttentionPress(epsilon=1e-2, **ratio)
     ),
 }
 QUESTION = "\nWhat is the special magic number for"
-# Where the questions of RULER begin.
+# How the questions of RULER begin.
 QUESTIONS = ("\nQuestion:", QUESTION, QUESTION.replace("number", "uuid"))
-# Tokens generated between looks at whether an answer is complete.
+# Tokens generated between checks whether answers are complete.
 LOOK = 8
 
 
 @torch.no_grad()
 def main() -> None:
-    """Measure what is missing in the file."""
+    """Measure the rows that are missing in the file."""
     arguments = parsed()
     torch.set_num_threads(arguments.threads)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     dtype = getattr(torch, arguments.dtype)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype).eval()
     for layer in model.model.layers:
-        # Where presses look for it.
+        # Presses read it from the attention layer.
         layer.self_attn.rotary_emb = model.model.rotary_emb
     results = Results(arguments.out, about=vars(arguments) | versions())
     for name in ("prose", "code"):
@@ -138,7 +138,7 @@ def parsed() -> argparse.Namespace:
 
 
 def versions() -> dict[str, str]:
-    """What was measured with."""
+    """Versions of the packages used."""
     from importlib.metadata import version
 
     return {
@@ -149,7 +149,7 @@ def versions() -> dict[str, str]:
 
 
 def question_start(prompt: list[int], tokenizer: Any) -> int:
-    """Where the question begins."""
+    """Index of the first token of the question."""
     wanted = tokenizer(QUESTION, add_special_tokens=False)["input_ids"]
     return max(i for i in range(len(prompt)) if prompt[i : i + len(wanted)] == wanted)
 
@@ -165,7 +165,7 @@ class Results:
     def add_all(
         self, key: dict[str, Any], model: Any, ids: Tensor, cut: int, kept: list[tuple[str, int]]
     ) -> None:
-        """Measure what is missing of a text that is pressed after `cut` tokens, and write it."""
+        """Measure and write the missing rows of a text that is pressed after `cut` tokens."""
         methods = [("full", cut), *kept]
         missing = [(name, rows) for name, rows in methods if not self._find(**key, method=name, rows=rows)]
         if not missing:
@@ -194,7 +194,7 @@ class Results:
         methods: list[str],
         rows: int,
     ) -> None:
-        """Ask a question of RULER after the presses whose answers are missing, and write their scores."""
+        """Answer a RULER question with the presses whose answers are missing, and write their scores."""
         from lm_eval.tasks.ruler.common_utils import process_results
 
         [[prompt, options]], doc = sample["arguments"], sample["doc"]
@@ -225,7 +225,7 @@ class Results:
         def score(text: str) -> float:
             return process_results(doc, [text])[str(key["length"])]
 
-        # Caches with as many rows as the text are asked alone.
+        # Caches with as many rows as the text answer alone, the others in one batch.
         is_long = [one[0]["method"] == "full" or one[2] is not None for one in pressed]
         groups = [[one] for one in compress(pressed, is_long)]
         groups.append([one for one, alone in zip(pressed, is_long, strict=True) if not alone])
@@ -239,14 +239,14 @@ class Results:
                 print(*key.values(), index, way["method"], row["scores"][-1], repr(text[:60]), flush=True)
 
     def add_speed(self, model: Any, ids: Tensor) -> None:
-        """Time the reading of a text and each press to a quarter."""
+        """Time reading a text, alone and with each press to a quarter of its tokens."""
         for name in ("full", *PRESSES, *REREADERS):
             key = {"what": "speed", "length": len(ids), "method": name}
             if self._find(**key):
                 continue
             start = time.process_time()
             reading = Reading(model)
-            # Rereaders read the text for the first time, too.
+            # This includes their first reading of the text.
             if name in REREADERS:
                 scores_of(REREADERS[name], model, ids)
             else:
@@ -268,10 +268,10 @@ class Results:
 
 
 class Reading:
-    """A text that is read with full attention, so that presses can choose from all of it.
+    """A text read with full attention, so that presses can choose from all of it.
 
     Attributes:
-        ids: the pieces read. Rereaders score those that were read when they are first asked.
+        ids: the pieces read. Rereaders score those that are there at their first use.
     """
 
     def __init__(self, model: Any) -> None:
@@ -283,11 +283,11 @@ class Reading:
 
     @property
     def num_read(self) -> int:
-        """Tokens read."""
+        """Number of tokens read."""
         return sum(map(len, self.ids))
 
     def read(self, ids: Tensor) -> None:
-        """Read on."""
+        """Read more tokens; keeps the inputs of the attention layers, which presses need."""
 
         def hook(module: Any, inputs: Any, kwargs: dict[str, Any]) -> None:
             self._hidden[module.layer_idx].append(kwargs["hidden_states"])
@@ -305,12 +305,12 @@ class Reading:
         self.ids.append(ids)
 
     def pressed(self, name: str, rows: int) -> tuple[DynamicCache, list[Tensor] | None]:
-        """A cache of so many rows per head; and which rows of a full cache, if heads keep unequally many."""
+        """A cache of `rows` per head, or a full cache and its kept rows, if heads keep different numbers."""
         cache = DynamicCache(config=self._model.config)
         places = torch.arange(self.num_read)[None]
         press, is_kept = None, []
-        # Where heads keep unequally many, all is as kvpress does it, but for the keys that it would change so
-        # that no query sees what is dropped, which it cannot find for many queries at once.
+        # Where heads keep different numbers, this follows kvpress but hides dropped rows by a mask. kvpress
+        # replaces their keys by ones that no query attends to, which it cannot find for many queries at once.
         if name in REREADERS:
             if name not in self._scores:
                 self._scores[name] = scores_of(REREADERS[name], self._model, torch.cat(self.ids))
@@ -330,7 +330,7 @@ class Reading:
                 keys, values = press.compress(layer.self_attn, hidden, keys, values, None, given)
                 if isinstance(press, kvpress.AdaKVPress):
                     _, heads, dropped = layer.self_attn.masked_key_indices
-                    # Or it would change the keys of whatever is read next.
+                    # Otherwise kvpress would change the keys of the next forward.
                     layer.self_attn.masked_key_indices = None
                     is_kept.append(torch.ones(keys.shape[1:3], dtype=torch.bool))
                     is_kept[-1][heads, dropped] = False
@@ -341,10 +341,10 @@ class Reading:
 
 
 class Scores:
-    """A press up to its scores, which do not depend on how much is to be kept."""
+    """Mixin that stops a press after its scores, which do not depend on how much is kept."""
 
     def compress_post(self, model: Any) -> None:
-        """Keep the scores `[layers, 1, Hkv, T]`; the first tokens are never dropped."""
+        """Store the scores `[layers, 1, Hkv, T]`; the first tokens get the highest and are always kept."""
         self.score_val[..., : self.n_sink] = self.score_val.amax() + 1
         self.found = self.score_val
 
@@ -357,17 +357,17 @@ class GradScores(Scores, kvpress.KVgradPress):
     """KVgrad up to its scores."""
 
 
-#: They read a text again to find out what to keep, and share rows out among all heads.
+#: Rereaders: presses that read a text again to score it, and allocate rows among all heads.
 REREADERS = {"KVzip": ZipScores, "KVgrad": GradScores}
 
 
 def scores_of(kind: type[ZipScores | GradScores], model: Any, ids: Tensor) -> Tensor:
-    """How much a rereader wants to keep each key and value of a text, `[layers, 1, Hkv, T]`."""
-    # A ratio of 0 would leave the scores out.
+    """A rereader's scores of all keys and values of a text, `[layers, 1, Hkv, T]`; the highest are kept."""
+    # With a ratio of 0 it would not compute scores.
     press = kind(compression_ratio=0.5)
     with press(model):
         model.model(input_ids=ids[None], past_key_values=DynamicCache(config=model.config))
-        # It takes the first tokens for those of a chat template, which is not used here.
+        # It treats the first tokens as a chat template, which is not used here.
         press.prefix_length = 0
     return press.found
 
@@ -375,7 +375,7 @@ def scores_of(kind: type[ZipScores | GradScores], model: Any, ids: Tensor) -> Te
 def attention_to_kept(
     module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, scaling: float, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Causal attention to the rows that `module.is_kept` `[Hkv, T]` leaves, and to all that came later."""
+    """Causal attention to the rows marked in `module.is_kept` `[Hkv, T]` and to all later rows."""
     num, total = query.shape[2], key.shape[2]
     is_seen = torch.ones(num, total, dtype=torch.bool).tril(total - num)
     is_kept = F.pad(module.is_kept, (0, total - module.is_kept.shape[1]), value=True)
@@ -393,7 +393,7 @@ AttentionMaskInterface.register("kept", lambda *args, **kwargs: None)
 
 @contextmanager
 def reading_kept(model: Any, is_kept: list[Tensor] | None) -> Iterator[None]:
-    """Each layer sees the rows of its cache that `is_kept` leaves, and all that came later."""
+    """Let layers attend only to the rows marked in `is_kept` and to all later ones (None: to all)."""
     before = model.config._attn_implementation
     if is_kept is not None:
         model.set_attn_implementation("kept")
@@ -408,11 +408,11 @@ def reading_kept(model: Any, is_kept: list[Tensor] | None) -> Iterator[None]:
 def read_on(
     model: Any, cache: DynamicCache, ids: Tensor, cut: int, is_kept: list[Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Losses on the tokens after place `cut`, and whether each was the likeliest; all read is kept."""
+    """Losses on the tokens after index `cut`, and whether each was the argmax; none is dropped."""
     losses, is_first = [torch.zeros(0)], [torch.zeros(0, dtype=torch.bool)]
     for place in range(cut, len(ids) - 1, PIECE):
         end = min(place + PIECE, len(ids) - 1)
-        # Positions go on from the text; those of the mask follow from the cache.
+        # Positions continue those of the text; the mask follows from the length of the cache.
         places = torch.arange(place, end)[None]
         with reading_kept(model, is_kept):
             found = model(ids[None, place:end], position_ids=places, past_key_values=cache)
@@ -432,14 +432,14 @@ def generated(
     score: Any,
     is_kept: list[Tensor] | None = None,
 ) -> list[str]:
-    """What comes likeliest after a text whose last token no cache holds yet, one answer for each cache.
+    """Greedy continuation of a text for each cache; no cache holds the last token of the text yet.
 
     Args:
         model: the model. tokenizer: its tokenizer.
-        caches: what was kept. ids: `[T]` the text.
-        most: tokens at most; fewer where all answers are complete, which more tokens cannot make wrong.
-        score: the score of an answer.
-        is_kept: which rows of the only cache are seen, if not all.
+        caches: caches after a press. ids: `[T]` the text.
+        most: maximum number of tokens; stops once every answer has ended or scores 1, which more tokens keep.
+        score: function that scores an answer.
+        is_kept: the rows of the only cache that are attended to; None for all.
     """
     lengths = [cache.get_seq_length() for cache in caches]
     joined = DynamicCache(config=model.config)

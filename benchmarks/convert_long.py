@@ -47,7 +47,7 @@ KEYS += ["orchard", "pepper", "ribbon", "saddle", "tunnel", "violin", "willow", 
 
 
 def main() -> None:
-    """Read, and write rows after each step."""
+    """Read the text, and write rows after each step."""
     arguments = _arguments()
     torch.set_num_threads(arguments.threads)
     dtype, length, step = getattr(torch, arguments.dtype), arguments.length, arguments.step
@@ -159,9 +159,9 @@ def _arguments() -> argparse.Namespace:
 def hide(
     ids: torch.Tensor, tokenizer: Any, places: list[int]
 ) -> tuple[torch.Tensor, torch.Tensor, list[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]]:
-    """The text with a sentence put in at each place, which tokens are not of these, and the needles.
+    """Token ids with a sentence inserted at each place, a mask of the text's own tokens, and the needles.
 
-    A needle is its place, the tokens of its question, those of the answer, and which of them are digits.
+    A needle is its place, the tokens of its question and of its answer, and a mask of the answer's digits.
     """
     generator, parts, needles, done = random.Random(0), [], [], 0
     for place, key in zip(sorted(places), KEYS, strict=False):
@@ -186,7 +186,7 @@ class Reader:
     """A model with its cache.
 
     Args:
-        model: either kind. cache: its own. piece: tokens that are read at a time.
+        model: original or converted. cache: its cache. piece: tokens per call.
     """
 
     def __init__(self, model: Any, cache: Any, piece: int) -> None:
@@ -196,7 +196,7 @@ class Reader:
         self.seconds, self.num_read = 0.0, 0
 
     def read(self, ids: torch.Tensor, counts: torch.Tensor | None) -> None:
-        """Read all tokens but the last, each of which predicts the next; `counts` says which losses do."""
+        """Read all tokens but the last; keep losses on the next tokens that `counts` marks (None: none)."""
         begun = time.process_time()
         [hidden] = read_pieces(self.model, ids[:-1], self.cache, piece_size=self.piece)
         self.seconds += time.process_time() - begun
@@ -205,7 +205,7 @@ class Reader:
             self.losses.append(target_losses(self.model, hidden, ids[1:])[0][counts[1:]])
 
     def follow(self, ids: torch.Tensor, num_last: int) -> dict[str, float]:
-        """The mean loss of all tokens of a text but the first, and of the last ones of them."""
+        """Mean loss on all tokens of a text but the first, and on the last `num_last` tokens."""
         parts = []
         for place in range(0, len(ids) - 1, self.piece):
             part = ids[place : place + self.piece + 1]
@@ -218,7 +218,7 @@ class Reader:
         }
 
     def fill(self, length: int) -> None:
-        """Repeat what the cache of all tokens holds, up to so many tokens."""
+        """Repeat the keys and values of the full cache up to `length` tokens."""
         for layer in self.cache.layers:
             for name in ("keys", "values"):
                 x = getattr(layer, name)
@@ -226,8 +226,8 @@ class Reader:
 
     @torch.no_grad()
     def knows(self, question: torch.Tensor, answer: torch.Tensor, digits: torch.Tensor) -> dict[str, bool]:
-        """Whether greedy generation after the question would give the answer, and whether all of its digits
-        come first; the cache stays as it is.
+        """Whether all tokens of the answer are the argmax after the question (greedy generation gives it),
+        and whether all its digits are; leaves the cache unchanged.
         """
         ids = torch.cat([question, answer])
         logits = self.model(ids[None, :-1], past_key_values=self.copied()).logits[0]
@@ -235,13 +235,13 @@ class Reader:
         return {"found": bool(is_first.all()), "digits": bool(is_first[digits].all())}
 
     def copied(self) -> Any:
-        """The cache once more."""
+        """A copy of the cache."""
         is_constant = isinstance(self.cache, MemoryCache)
         return self.cache.snapshot() if is_constant else copy.deepcopy(self.cache)
 
     @torch.no_grad()
     def decode(self, ids: torch.Tensor, *, is_first: bool) -> float:
-        """Seconds for one token, which a copy of the cache reads."""
+        """Processor seconds of a decode step on a copy of the cache, made if `is_first`."""
         if is_first:
             self.copy = self.copied()
         begun = time.process_time()
@@ -249,7 +249,7 @@ class Reader:
         return time.process_time() - begun
 
     def row(self) -> dict[str, Any]:
-        """The mean loss and the milliseconds per token since the last row, and the bytes of the cache."""
+        """Mean loss and milliseconds per token since the last row, and bytes of the cache."""
         found = {
             "loss": round(float(torch.cat(self.losses).mean()), 4),
             "num_read": self.num_read,
@@ -261,7 +261,7 @@ class Reader:
 
 
 def num_bytes(cache: Any) -> int:
-    """Bytes of keys and values."""
+    """Bytes of a cache."""
     if isinstance(cache, MemoryCache):
         return cache.nbytes
     return sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))

@@ -48,17 +48,17 @@ from ovq_lab.text.haystack import NeedleBuilder
 
 SINKS = 4
 VALUE_WEIGHT = 1.0
-# Of hidden numbers in the probe; a text has 1.
+# Weight of the needle text in the probe; the other texts have 1.
 NEEDLE_WEIGHT = 0.1
-# Chunks of the window alone are smaller, so that it is nearly a window that slides token by token. Its rows
-# are rounded up by half a chunk, which is what it holds on average below its size.
+# A window without slots has smaller chunks, so that it nearly slides token by token. Its size is increased by
+# half a chunk and rounded up, as it holds on average half a chunk less than its size.
 WINDOW_CHUNK = 32
 PIECE = 512
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 def main() -> None:
-    """Measure what is missing in the file."""
+    """Measure the rows that are missing in the file."""
     arguments = parsed()
     if arguments.draw:
         draw(json.loads(arguments.out.read_text())["rows"], arguments.out.with_suffix(".png"))
@@ -122,7 +122,7 @@ class Results:
         }
 
     def add(self, key: dict[str, Any], measure: Any) -> None:
-        """Measure and write a row, unless it is there."""
+        """Measure and write a row, unless the file has it."""
         if any(key.items() <= row.items() for row in self._content["rows"]):
             return
         start = time.process_time()
@@ -133,7 +133,7 @@ class Results:
 
 
 class Lab:
-    """The model with one memory or another."""
+    """Measures the model with the memory of each method."""
 
     def __init__(self, arguments: argparse.Namespace, tokenizer: Any) -> None:
         self.arguments, self.tokenizer = arguments, tokenizer
@@ -141,7 +141,7 @@ class Lab:
         self._probe: Probe | None = None
 
     def methods(self) -> list[tuple[str, float]]:
-        """What is compared: methods and shares of the context that are kept as rows."""
+        """The compared methods, each with the share of the context kept as rows."""
         wanted = self.arguments.methods
         return [("full", 1.0)] * ("full" in wanted) + [
             (method, share) for share in self.arguments.shares for method in wanted if method != "full"
@@ -161,8 +161,8 @@ class Lab:
         return {"loss": float(torch.cat(losses).mean()), **about}
 
     def needle(self, key: dict[str, Any]) -> dict[str, float]:
-        """Whether greedy generation gives the number, the share of its tokens that come first, and whether
-        all digits do: in a play, a new line may be more likely than the space before them.
+        """Whether greedy generation gives the number, the share of its tokens that are the argmax, and
+        whether all digits are: in a play, a newline may be more likely than the space before them.
         """
         texts = [self.arguments.prose.read_text()] if key["text"] == "essay" else []
         builder = NeedleBuilder(self.tokenizer, haystack=key["text"], value="number", texts=texts)
@@ -211,11 +211,11 @@ class Lab:
         if method == "probed":
             probed = self._probed()
             if length > 8 * rows:
-                # As in `default_options`, no head keeps all where rows are few.
+                # As in `default_options`, no head keeps all tokens if rows are few.
                 kept = {"options": probed.options[:-1], "losses": probed.losses[..., :-1]}
                 probed = dataclasses.replace(probed, **kept)
             found = probed.config(rows, scale=length / self.arguments.probe_tokens)
-            # A kept probe may have used another rule than is asked for here.
+            # A probe from a file may have used another merge rule.
             return dataclasses.replace(found, merge=self.arguments.merge)
         config = self._original().config
         heads = {"num_layers": config.num_hidden_layers, "num_kv_heads": config.num_key_value_heads}
@@ -228,7 +228,7 @@ class Lab:
         return MemoryConfig.uniform(**heads, **own, num_sinks=SINKS, **settings)
 
     def _probed(self) -> Probe:
-        """What heads lose, by the texts of the probe and needles in the first of them; kept in a file."""
+        """Probe of the heads on its texts and on needles in the first of them; saved to `--probe-file`."""
         path = self.arguments.probe_file
         if self._probe is None and path is not None and path.exists():
             self._probe = torch.load(path, weights_only=False)
@@ -237,7 +237,7 @@ class Lab:
             prose = self.arguments.probe_prose.read_text()
             random = np.random.default_rng(7)
             needles, is_answer = hidden_numbers(self.tokenizer, prose, length, random=random)
-            # Of a step of one chunk, for all shares, and one that keeps all tokens.
+            # Sizes in steps of one chunk, for all shares, and an option that keeps all tokens.
             options = default_options(0, num_sinks=SINKS, chunk_size=size, length=length)
             options += (Option(num_slots=length - SINKS - 4 * size, window=4 * size),)
             self._probe = probe(
@@ -258,14 +258,14 @@ class Lab:
         return self._probe
 
     def _probe_texts(self) -> list[torch.Tensor]:
-        """Token ids of what the probe reads, without hidden numbers."""
+        """Token ids of the probe's texts, without needles."""
         paths = (self.arguments.probe_prose, self.arguments.probe_code)
         ids = [self.tokenizer(path.read_text(), verbose=False)["input_ids"] for path in paths]
         return [torch.tensor(each[: self.arguments.probe_tokens]) for each in ids]
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """Draw one panel for each text: the loss of the last third against the rows of a head."""
+    """Plot the loss on the last third against rows per head, one panel per text."""
     lines = {
         "window": ("a window and its first tokens", MIXER_STYLES["sink_attention"]),
         "slots": ("slots, all heads alike", PALETTE[1]),

@@ -61,7 +61,7 @@ def main() -> None:
 def _timed(
     model: Any, ids: torch.Tensor, num_drafts: int, num_tokens: int
 ) -> tuple[list[int], float, float, int]:
-    """The answer, when its first tokens and when the last had come, and how many calls wrote it."""
+    """Returns an answer, the times after the first and the last model call, and the number of calls."""
     times = []
 
     def note(*_: object) -> None:

@@ -22,13 +22,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "use" / "first_results.md"
 HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-# A server that has ended ends the script.
+# If the server process has exited, so does the script.
 READY = "until curl -sf localhost:8000/health > health.json; do kill -0 $!; sleep 0.2; done"
 
 
 def parts_of(page: str) -> dict[str, tuple[dict[str, str], list[str]]]:
-    """The files and the commands of each section of the page, by its title. What comes before the first
-    section comes before the commands of each.
+    """Files and commands of each section of the page, by title. Those before the first section precede those
+    of every section.
     """
     start, *sections = re.split(r"^## ", page, flags=re.MULTILINE)
     found = {}
@@ -47,7 +47,7 @@ def parts_of(page: str) -> dict[str, tuple[dict[str, str], list[str]]]:
 
 
 def script_of(commands: list[str]) -> str:
-    """A script for bash that runs the commands and appends to `seconds` what each took."""
+    """A bash script that runs the commands and appends start and end time of each to `$SECONDS_FILE`."""
     lines = ["set -e", "trap 'kill $(jobs -p) 2> /dev/null || true' EXIT"]
     for number, command in enumerate(commands):
         lines += [f"cat <<'END'\n\n$ {command}\nEND", "begin=$EPOCHREALTIME", command]
@@ -58,7 +58,7 @@ def script_of(commands: list[str]) -> str:
 
 
 def follow(title: str, files: dict[str, str], commands: list[str], out: Path) -> bool:
-    """Do what one section says, in `out`; returns whether all of it went well."""
+    """Follow one section in the folder `out`; returns whether all commands succeeded."""
     checkout, seconds = out / "ovq", out / "seconds"
     out.mkdir(parents=True)
     subprocess.run(["git", "clone", "--quiet", ROOT, checkout], check=True)
@@ -80,7 +80,7 @@ def follow(title: str, files: dict[str, str], commands: list[str], out: Path) ->
 
 
 def main() -> None:
-    """Follow all parts, or one."""
+    """Follow all parts, or those that `--only` selects."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="a folder that does not exist yet")
     parser.add_argument("--model", help=f"a folder in the place of {HUB_MODEL}")

@@ -1,8 +1,7 @@
-"""The error of a running float32 sum, by tokens added: `python benchmarks/float32_sums.py`.
+"""Error of a running float32 sum by number of tokens added: `python benchmarks/float32_sums.py`.
 
-A slot of the dictionary is a float32 sum, to which tokens are added one after the other, and an exact count.
-This program adds up to 10^8 numbers in the same way and compares with float64. `docs/method/guarantees.md`
-has the results.
+A slot is a float32 sum, to which tokens are added one after the other, and an exact count. This program adds
+up to 10^8 numbers in the same way and compares with float64. Results: `docs/method/guarantees.md`.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ STREAMS: dict[str, Draw] = {
 
 
 def errors(draw: Draw, *, seed: int = 0) -> Iterator[tuple[int, float]]:
-    """After each piece: numbers added, and the largest error of a mean, in units of the root mean square."""
+    """Yield after each piece: numbers added, and largest error of a mean in units of the root mean square."""
     generator = np.random.default_rng(seed)
     narrow, wide, squares = np.zeros(COLUMNS, np.float32), np.zeros(COLUMNS), np.zeros(COLUMNS)
     for piece in range(1, MARKS[-1] // PIECE + 1):

@@ -30,7 +30,7 @@ from ovq_lab.bench.measure import spread
 from ovq_lab.bench.workloads import Workload
 from ovq_lab.runtime.environment import environment
 
-# Of all parts together, so that a call stays below six minutes.
+# Time limit of all parts together, so that a call stays below six minutes.
 SECONDS = 340
 RULES = ("existing", "nearest")
 # The size of the targets and of the estimates in docs/method/triton.md.
@@ -45,10 +45,10 @@ class Part:
     """A part of the report.
 
     Attributes:
-        name: what `--part` calls it.
-        seconds: its time limit; parts before it that were faster leave it no more.
-        what: one line about it.
-        rows: measures, row after row.
+        name: name for `--part`.
+        seconds: time limit; time that earlier parts did not use is not added.
+        what: one-line description.
+        rows: generator of the measured rows.
     """
 
     name: str
@@ -68,11 +68,11 @@ def parity_row(
     *,
     has_weights: bool = False,
 ) -> Row:
-    """One call in the kernels and in the `torch` backend on the CPU, forward and backward.
+    """Compare a forward and backward of the kernels with the `torch` backend on the CPU.
 
-    Rows of two lengths, two heads of queries for each of keys; a fifth of the weights, if there are any, is
-    zero. Sums must be equal to the last bit, and so must two runs; outputs and gradients up to rounding,
-    which is that of the read in `dtype`.
+    Two rows of different lengths, two query heads per key/value head; a fifth of the weights, if any, are 0.
+    Counts and sums must be bit-identical to the reference, and so must two runs of the kernels to each other;
+    outputs and gradients must agree up to rounding, that of the read in `dtype`.
     """
     generator = torch.Generator().manual_seed(0)
     shapes = ((2, length, heads, dim) for heads in (4, 2, 2))
@@ -121,18 +121,18 @@ def parity_row(
 
 
 def parity() -> Iterator[Row]:
-    """Short rows first, as what is wrong shows there too. Each dtype and head size compiles all kernels."""
+    """Short rows first, as most errors show there. Each dtype and head size compiles all kernels anew."""
     calls = [("float32", 150, 24, 16, 64), ("bfloat16", 150, 24, 16, 64), ("bfloat16", 3000, 512, 256, 128)]
     calls += [("float32", 1500, 256, 64, 64), ("bfloat16", 1500, 256, 64, 64)]
     for (dtype, *size), merge in itertools.product(calls, RULES):
         yield parity_row(merge, dtype, *size)
-    # Of weights only short rows, as their kernels are compiled anew.
+    # Weights only on short rows, as their kernels take another compilation.
     for (dtype, *size), merge in itertools.product(calls[:2], RULES):
         yield parity_row(merge, dtype, *size, has_weights=True)
 
 
 def _calls(merge: str, length: int, *, has_weights: bool = False) -> dict[str, Callable[[], object]]:
-    """A forward, and a forward with its backward, by a rule."""
+    """A forward, and a forward with its backward, with a merge rule."""
     inputs = Workload(mixer="ovq", length=length, num_slots=NUM_SLOTS, **SIZE).inputs(device="cuda")
     leaves = [x.clone().requires_grad_() for x in inputs]
     options = {"num_slots": NUM_SLOTS, "chunk_size": SIZE["chunk_size"], "merge": merge, "backend": "triton"}
@@ -150,8 +150,8 @@ def _calls(merge: str, length: int, *, has_weights: bool = False) -> dict[str, C
 
 
 def rules() -> Iterator[Row]:
-    """Each rule of merging by itself, and the paper's by the way that waits for a GPU to choose it."""
-    # Imported only where there is Triton.
+    """Times of each merge rule, and of the paper's with means split in two, a choice to be made on a GPU."""
+    # Imported here, as it needs Triton.
     from ovq.ops.backends.triton import passes
 
     for length, merge in itertools.product((4096, 16384), RULES):
@@ -168,7 +168,7 @@ def rules() -> Iterator[Row]:
 
 
 def profile() -> Iterator[Row]:
-    """What each kernel takes of a forward and a backward."""
+    """Time of each kernel in a forward and a backward."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     for merge in RULES:
         call = _calls(merge, 16384)["forward_backward"]
@@ -208,7 +208,7 @@ def run_part(command: list[str], rows_file: Path, seconds: float) -> dict:
             status = f"stopped after {seconds:.0f} s"
     found = []
     for line in rows_file.read_text().splitlines() if rows_file.is_file() else []:
-        # The last line may have been cut off with its process.
+        # The last line is incomplete if the process was killed while writing it.
         try:
             found.append(json.loads(line))
         except json.JSONDecodeError:
@@ -238,13 +238,13 @@ def as_markdown(report: dict) -> str:
 
 
 def make_report(parts: tuple[Part, ...], out: Path, where: dict, command: list[str]) -> dict:
-    """Run all parts, as long as there is time, and write the report after each.
+    """Run all parts within the time limit, and write the report after each.
 
     Args:
-        parts: what to run.
+        parts: the parts to run.
         out: folder of the report.
         where: the environment.
-        command: runs a part, given `--part NAME --rows FILE`.
+        command: command that runs a part, without `--part NAME --rows FILE`.
     """
     report: dict = {"environment": where, "parts": {}}
     end = time.monotonic() + SECONDS
@@ -265,7 +265,7 @@ def make_report(parts: tuple[Part, ...], out: Path, where: dict, command: list[s
 
 
 def has_passed(report: dict) -> bool:
-    """Whether parity was checked completely and holds, in all parts that check it, and no part failed."""
+    """Whether parity was checked completely, all checks of all parts hold, and no part failed."""
     parts = report["parts"]
     failed = any(part["status"].startswith("failed") for part in parts.values())
     is_checked = parts["parity"]["status"] == "complete" and bool(parts["parity"]["rows"])

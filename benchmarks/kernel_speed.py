@@ -1,9 +1,9 @@
-"""The compiled kernels beside exact attention, by processor time: `python benchmarks/kernel_speed.py`.
+"""The compiled kernels against exact attention, in processor time: `python benchmarks/kernel_speed.py`.
 
-`ovq bench` goes by the clock, for an idle machine. Here the contenders take turns on one thread and the time
-is the processor's, which other work on the machine disturbs less. `OVQ_CPU_KERNELS=avx2` measures the kernels
-of another level. `--before FOLDER`, the `src/ovq/ops/backends/cpu` of an earlier commit, has kernels compiled
-from there take turns as well (not for decoding, in which more than kernels changed).
+`ovq bench` measures wall-clock time, for an idle machine. Here the contenders take turns on one thread, in
+processor time, which other jobs disturb less. `OVQ_CPU_KERNELS=avx2` measures the kernels of another
+instruction set. `--before FOLDER`, the `src/ovq/ops/backends/cpu` of an earlier commit, adds kernels compiled
+from there (not for decoding, where more than kernels changed).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ovq.ops.backends.cpu import build, compiler
 from ovq_lab.bench.measure import interleaved
 from ovq_lab.bench.workloads import Workload
 
-# What is measured: part, dtype, tokens.
+# Measured cases: part, dtype, tokens.
 CASES = (
     ("forward", "float32", 16384),
     ("forward", "bfloat16", 16384),
@@ -38,7 +38,7 @@ SLOTS = 1024
 
 
 def compiled(folder: Path) -> ctypes.CDLL:
-    """The kernels of a folder, for the level that the environment asks for."""
+    """Compile a folder's kernels for the instruction set in `OVQ_CPU_KERNELS` (default: native)."""
     wish = os.environ.get("OVQ_CPU_KERNELS", "")
     flags = next((level.flags for level in compiler.LEVELS if level.name == wish), compiler.NATIVE)
     path = Path(tempfile.mkdtemp()) / "before.so"

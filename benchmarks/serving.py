@@ -39,15 +39,14 @@ VOCAB_SIZE = 4096
 
 
 def make_model(folder: Path, arguments: argparse.Namespace) -> None:
-    """A model of OVQ and sliding-window layers, or a converted one, that nobody trained: only its speed
-    matters."""
+    """Save an untrained model of OVQ and sliding-window layers, or a converted one: only speed matters."""
     torch.manual_seed(0)
     sizes = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": arguments.hidden_size,
         "num_hidden_layers": arguments.layers,
         "num_attention_heads": arguments.hidden_size // 64,
-        # Weights so spread that likeliest tokens do not tie, as in a trained model.
+        # Large, so that top tokens do not tie, as in a trained model.
         "initializer_range": 0.1,
     }
     model: PreTrainedModel
@@ -69,7 +68,7 @@ class Clients:
         self.root = url.removesuffix("/v1")
 
     async def ask(self, prompt: list[int], num_tokens: int, *, context: str | None = None) -> dict:
-        """One streamed answer: its text, seconds to the first token and to the last."""
+        """Stream one answer; returns its text, seconds to the first token and to the last."""
         begin, first, texts = time.perf_counter(), 0.0, []
         extra = {"ignore_eos": True} | ({} if context is None else {"context": context})
         chunks = await self.client.completions.create(
@@ -88,7 +87,7 @@ class Clients:
         return {"text": text, "first": first, "seconds": time.perf_counter() - begin}
 
     async def kill_one(self, prompt: list[int], num_tokens: int) -> None:
-        """A client that goes away after its first token."""
+        """Send a request and disconnect after its first token."""
         body = {"model": "model", "prompt": prompt, "max_tokens": num_tokens, "stream": True}
         url = f"{self.root}/v1/completions"
         async with (
@@ -99,11 +98,11 @@ class Clients:
                 return
 
     async def cpu_seconds(self) -> float:
-        """Seconds that the server's threads have computed."""
+        """Processor seconds of the server so far."""
         return (await self.metrics())["process_cpu_seconds_total"]
 
     async def metrics(self) -> dict[str, float]:
-        """The server's numbers."""
+        """Values of the server's `/metrics` by name."""
         async with httpx.AsyncClient(timeout=600) as client:
             text = (await client.get(f"{self.root}/metrics")).text
         lines = [line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#")]
@@ -111,13 +110,13 @@ class Clients:
 
 
 def prompts_of(number: int, lengths: tuple[int, int], seed: int) -> list[list[int]]:
-    """Prompts of random tokens, of lengths between two bounds."""
+    """Prompts of random tokens, with random lengths between two bounds."""
     draw = random.Random(seed)
     return [[draw.randrange(VOCAB_SIZE) for _ in range(draw.randint(*lengths))] for _ in range(number)]
 
 
 async def measure_speed(clients: Clients, arguments: argparse.Namespace) -> list[dict]:
-    """Latency and throughput at each number of clients; answers must not depend on it."""
+    """Latency and throughput at each number of clients; the last row counts answers equal between them."""
     rows, texts = [], {}
     await clients.ask([1, 2, 3], 4)
     for num_clients in arguments.clients:
@@ -143,7 +142,7 @@ async def measure_speed(clients: Clients, arguments: argparse.Namespace) -> list
                 "requests": number,
                 "seconds": seconds,
                 "tokens_per_second": number * arguments.num_tokens / seconds,
-                # Of the server's process, which other work on the machine hardly changes.
+                # Processor time of the server, which other jobs hardly affect.
                 "tokens_per_cpu_second": number * arguments.num_tokens / cpu_seconds,
                 "median_seconds": statistics.median(latency),
                 "p95_seconds": latency[int(0.95 * (len(latency) - 1))],
@@ -159,7 +158,7 @@ async def measure_speed(clients: Clients, arguments: argparse.Namespace) -> list
 
 
 async def soak(clients: Clients, arguments: argparse.Namespace) -> list[dict]:
-    """Many short requests from 32 clients; memory on the way and at the end."""
+    """Send many short requests from 32 clients; returns rows of memory use over time and its growth."""
     rows, begin, left = [], time.perf_counter(), iter(range(arguments.requests))
     num_killed = 0
 
@@ -200,7 +199,7 @@ async def soak(clients: Clients, arguments: argparse.Namespace) -> list[dict]:
     await asyncio.gather(*(work() for _ in range(32)))
     await asyncio.sleep(2)
     await note(arguments.requests)
-    # What leaks is memory that a second half needs although it does what the first did.
+    # A leak is growth in the second half, which does the same work as the first.
     half = [row["resident_mib"] for row in rows if row["requests"] >= arguments.requests / 2]
     rows.append({"killed": num_killed, "growth_in_second_half_mib": half[-1] - half[0]})
     print(rows[-1], file=sys.stderr)
@@ -208,7 +207,7 @@ async def soak(clients: Clients, arguments: argparse.Namespace) -> list[dict]:
 
 
 def main() -> None:
-    """Read options, start a server, be its clients, and write what was found."""
+    """Read the options, start a server, run the clients, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--per-client", type=int, default=4, help="requests per client")
@@ -227,7 +226,7 @@ def main() -> None:
             try:
                 assert server.stderr is not None
                 line = next(line for line in server.stderr if line.startswith("ovq serve: "))
-                # Errors of the server are shown, and do not fill the pipe.
+                # Show the server's errors; an unread pipe would fill up.
                 Thread(
                     target=lambda lines: sys.stderr.writelines(lines), args=[server.stderr], daemon=True
                 ).start()

@@ -1,12 +1,12 @@
 """A long run of decode steps, checked against a recount in float64: `python benchmarks/soak.py`.
 
-Two rows take one token per step. At the end of every chunk, a recount notes which slot each token went to,
-and adds it up in float64. At the end of the run, counts must be equal, means must be within the bound that
-`docs/method/guarantees.md` derives for float32 sums, and memory must not have grown since the dictionary was
-full. Otherwise the exit code is 1.
+Two rows take one token per step. At the end of every chunk, a recount adds each token to its slot in float64.
+At the end of the run, counts must be equal, means must be within the bound that `docs/method/guarantees.md`
+derives for float32 sums, and memory must not have grown since the dictionary was full. Otherwise the exit
+code is 1.
 
-The op does not report where a token went, but the values show it: their last channels mark, with ones and
-zeros, which place of its chunk a token had, and sums of those are exact.
+The op does not return the slots of tokens, but the values reveal them: their last channels are a one-hot code
+of the token's position in its chunk, and sums of ones and zeros are exact.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from ovq_lab.bench.peak import resident
 
 ROWS, DIM, CHUNK, SLOTS = 2, 8, 16, 32
 DRIFT_BOUND = 2.0**-22
-"""The error of a mean of c tokens may be this times sqrt(c) times the root mean square of the tokens."""
+"""Bound of the error of a mean of c tokens, in units of sqrt(c) times the root mean square of the tokens."""
 MEMORY_BOUND = 4 * 2**20
-"""Bytes by which the resident memory may differ: what the allocators hold back varies by about as much."""
+"""Tolerated growth of resident memory in bytes; what allocators hold back varies by about as much."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +39,10 @@ class Result:
 
     Attributes:
         num_steps: decode steps.
-        seconds: time that they took, including the recount.
+        seconds: their time, including the recount.
         resident_bytes: resident memory at the end.
-        growth_bytes: how much it has grown since a tenth of the run.
-        are_counts_exact: whether counts, tokens seen and tokens merged are those of the recount.
+        growth_bytes: growth of resident memory since a tenth of the run.
+        are_counts_exact: whether counts, tokens seen and tokens merged equal the recount.
         drift: largest error of a mean, in units of `DRIFT_BOUND * sqrt(count) * rms`; at most 1 to pass.
         largest_error: the largest error itself.
         largest_count: tokens in the fullest slot.
@@ -59,12 +59,12 @@ class Result:
 
     @property
     def is_passed(self) -> bool:
-        """Whether everything holds."""
+        """Whether all checks hold."""
         return self.are_counts_exact and self.drift <= 1 and self.growth_bytes <= MEMORY_BOUND
 
 
 class Recount:
-    """Sums and counts in float64, from the tokens and the slots that they went to."""
+    """Sums in float64, and counts, from the tokens and the slots they merged into."""
 
     def __init__(self) -> None:
         self.sums = np.zeros((ROWS, SLOTS, 2 * DIM))
@@ -76,7 +76,7 @@ class Recount:
         """Count the tokens of a chunk, `[CHUNK, ROWS, 2 DIM]`, that `state` has just merged."""
         places = np.zeros_like(self._places)
         places[:, : state.count.shape[2]] = state.value_sum[:, 0, :, DIM:].numpy()
-        # [ROWS, SLOTS, CHUNK]: 1 where the token at a place went to a slot.
+        # [ROWS, SLOTS, CHUNK]: 1 where the token at a position merged into a slot.
         went = places - self._places
         if not np.array_equal(went.sum(1), np.ones((ROWS, CHUNK))):
             raise AssertionError("a token of the chunk went to no slot, or to more than one")
@@ -86,7 +86,7 @@ class Recount:
         self.count += went.sum(2).astype(np.int64)
 
     def compare(self, state: OVQState) -> tuple[bool, float, float]:
-        """Whether counts agree, and the largest error of a mean, both in units of its bound and as it is."""
+        """Whether counts agree, and the largest error of a mean, in units of its bound and absolute."""
         used = state.count.shape[2]
         count = self.count[:, :used]
         merged = int(state.num_seen[0]) // CHUNK * CHUNK

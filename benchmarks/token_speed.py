@@ -1,10 +1,10 @@
-"""A token of `generate()`, from one call of the model to the next: `python benchmarks/token_speed.py`.
+"""Time per token of `generate()`, from one model call to the next: `python benchmarks/token_speed.py`.
 
-The model of `ovq bench --what model` with 28 million parameters decodes with its layers in one call of a
-kernel, and with their modules, as it does where somebody looks into them; beside it, transformers' Llama of
-equal size. They take turns. With `--stretch 520` it generates so many tokens at a time, and shows what those
-take that do not run in one call: the first after a prompt, and the first after each merged chunk. The
-processor time of one thread says most beside other jobs; on an idle machine, `--threads 2 --wall` does.
+The model of `ovq bench --what model` with 28 million parameters decodes in two ways: all layers in one kernel
+call, and module by module, as it does if there are hooks. transformers' Llama of equal size is the baseline.
+They take turns. `--stretch 520` generates 520 tokens at a time, and shows the times of tokens that cannot run
+in one call: the first after a prompt, and the first after each merged chunk. Beside other jobs, the processor
+time of one thread is most reliable; on an idle machine, use `--threads 2 --wall`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from ovq.hf.block import OVQBlock
 from ovq.ops import cpu_kernels
 from ovq_lab.bench.models import ModelWorkload
 
-# Tokens of a turn.
+# Tokens per turn.
 TURN = 16
-# Name in tables -> the model, and what its layers say when they are asked to run in one call.
+# Name in tables -> the model, and its `OVQBlock.token_step`, which returns None to run by modules.
 CONTENDERS = {
     "Llama": ("llama", OVQBlock.token_step),
     "modules": ("ovq", lambda *args: None),
@@ -36,7 +36,7 @@ CONTENDERS = {
 
 
 def note_calls(model: type, clock: Callable[[], float], times: list[float]) -> None:
-    """Have a class of models note when it is called."""
+    """Patch a model class to append the time of each call to `times`."""
     forward = model.forward  # type: ignore[attr-defined]  # of all models
 
     @functools.wraps(forward)
@@ -48,7 +48,7 @@ def note_calls(model: type, clock: Callable[[], float], times: list[float]) -> N
 
 
 def print_stretch(generate: Callable[[], Any], times: list[float]) -> None:
-    """Generate once, and print what tokens take by modules, and those before them, which merge a chunk."""
+    """Generate once; print times of tokens run by modules, and of tokens before them, which merge a chunk."""
     by_modules: set[int] = set()
     token_step = OVQBlock.token_step
 

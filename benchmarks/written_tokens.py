@@ -33,17 +33,17 @@ from ovq_lab.runtime.environment import environment
 
 MEMORY = {"num_slots": 188, "window": 64}
 WAYS = ("modules", "float32", "bfloat16", "int8", "int4")
-# Tokens of a text that was read before, and rows.
+# (tokens read before, rows of the batch).
 SIZES = ((1000, 1), (4000, 1), (300, 4), (300, 8), (300, 32))
 NUM_TURNS, NUM_TOKENS = 10, 6
 NUM_TARGETS = 2048
-# `ovq.convert.attach` is also the name of the function in it.
+# The module; `ovq.convert.attach` is the function of the same name.
 ATTACH = sys.modules[attach.__module__]
 
 
 @torch.inference_mode()
 def times(model: nn.Module, ids: Tensor) -> list[dict]:
-    """Milliseconds per token of every row, by way."""
+    """Median milliseconds per decode step of each way, for each of `SIZES`."""
     models = {way: copy.copy(model) for way in WAYS}
     for way, own in models.items():
         own.weight_dtype = None if way == "modules" else way
@@ -61,7 +61,7 @@ def times(model: nn.Module, ids: Tensor) -> list[dict]:
                     for i in range(NUM_TOKENS + 1):
                         begin = time.perf_counter()
                         own(token, **{CACHE_KEY: caches[way]})
-                        # The first one finds the caches of the processor full of another's weights.
+                        # Skip the first step: the processor caches still hold another way's weights.
                         if i:
                             found[way].append(time.perf_counter() - begin)
         medians = {way: round(1e3 * statistics.median(seconds), 2) for way, seconds in found.items()}
@@ -72,12 +72,12 @@ def times(model: nn.Module, ids: Tensor) -> list[dict]:
 
 @torch.inference_mode()
 def losses(model: nn.Module, texts: dict[str, Tensor], *, is_moved: bool) -> list[dict]:
-    """Loss of each text by weights, and the mean difference to float32 with its standard error.
+    """Loss of each text by weight format, and the mean difference to float32 with its standard error.
 
     Args:
-        model: the model; its weights change.
-        texts: token ids of each.
-        is_moved: whether to move the weights off the grid of formats first.
+        model: the model; its weights change if `is_moved`.
+        texts: token ids of each text.
+        is_moved: whether to move the weights off the quantization grid first.
     """
     if is_moved:
         move_off_grid_(model)
@@ -104,7 +104,7 @@ def losses(model: nn.Module, texts: dict[str, Tensor], *, is_moved: bool) -> lis
 
 
 def _with_weights(model: Any, kind: str) -> Any:
-    """A copy of a model with weights of a kind, which read prompts."""
+    """A copy of a model with weights in a format, also for prompts."""
     own = copy.deepcopy(model)
     if kind in PACKED:
         pack_(own, kind)
@@ -117,10 +117,10 @@ def _with_weights(model: Any, kind: str) -> Any:
 
 
 def move_off_grid_(model: Any) -> None:
-    """Weights of a model of Llama's kind that compute the same, and are no multiples of a step any more.
+    """Rescale a Llama-like model in place so that it computes the same, but off the quantization grid.
 
-    Norms become part of what reads them; channels of values and of the MLP are scaled by a random number
-    where they are made, and by its inverse where they are read.
+    Norm weights are folded into the layers that read them. Channels of the values and of the MLP are scaled
+    by random factors in the layers that write them, and by the inverses in those that read them.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -167,7 +167,7 @@ def main() -> None:
         for file in files
     }
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
-    # Rounding the output layer must leave the embeddings.
+    # Untied, so that rounding the output layer leaves the embeddings unchanged.
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     model = attach(model, **MEMORY)
     content = {
