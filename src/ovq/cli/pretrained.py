@@ -52,8 +52,7 @@ def load_pretrained(
             # mypy does not know that there is a report, too.
             auto: Any = AutoModelForCausalLM
             model, report = auto.from_pretrained(source, dtype=wanted, output_loading_info=True, **options)
-            # Those that are left over may be of other tasks.
-            check_loaded(name, {**report, "unexpected_keys": []})
+            check_loaded(name, report, allow_extra=True)
         # Offline, transformers' error does not name the model. A GGUF file may end anywhere.
         except (*FOREIGN_ERRORS, OSError, ValueError, *of_files) as error:
             raise ValueError(

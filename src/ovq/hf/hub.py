@@ -36,19 +36,21 @@ def check_source(source: str, *, flag: str) -> None:
         ) from None
 
 
-def check_loaded(source: str | os.PathLike, report: Mapping[str, Any]) -> None:
+def check_loaded(source: str | os.PathLike, report: Mapping[str, Any], *, allow_extra: bool = False) -> None:
     """Raise ValueError unless the saved weights are exactly those that the loaded model needs.
 
     Args:
         source: folder or name that the model was loaded from.
         report: loading info that `from_pretrained` returns with `output_loading_info=True`.
+        allow_extra: whether more weights may be saved, as in checkpoints that serve other tasks too.
     """
     faults = [
         f"{name} of shape {list(found)} where {list(expected)} belongs"
         for name, found, expected in sorted(report["mismatched_keys"])
     ]
     faults += [f"no {name}" for name in sorted(report["missing_keys"])]
-    faults += [f"{name}, which has no place" for name in sorted(report["unexpected_keys"])]
+    if not allow_extra:
+        faults += [f"{name}, which has no place" for name in sorted(report["unexpected_keys"])]
     if faults:
         others = f" and {len(faults) - 1} faults more" if len(faults) > 1 else ""
         raise ValueError(
