@@ -272,8 +272,10 @@ CPU = Preset(
     text_trials={
         "lm": tuple(Trial(learning_rate=rate, weight_decay=0.1) for rate in (3e-3, 6e-3)),
         # With 0.008 no mixer learned to look back.
-        "needle": tuple(Trial(learning_rate=rate, weight_decay=0.1) for rate in (2e-3, 4e-3)),
-        "needles": (Trial(learning_rate=4e-3, weight_decay=0.1),),
+        **{
+            name: tuple(Trial(learning_rate=rate, weight_decay=0.1) for rate in (2e-3, 4e-3))
+            for name in ("needle", "needles")
+        },
     },
 )
 """Models of width 64, trained at up to 128 to 256 tokens: each figure takes about an hour on two cores."""
