@@ -1,5 +1,7 @@
 """The probe says what heads lose, and rows go to those that lose most."""
 
+import hashlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from ovq.convert.budgets import allocate
 from ovq.convert.captures import Captured
 from ovq.convert.masses import fitted_bias
 from ovq.convert.probe import _wanted
+from ovq.convert.texts import default_texts
 from ovq.convert.trials import trials
 from tests.convert.common import original, tokens
 from tests.ops.common import other_defaults
@@ -192,3 +195,9 @@ def test_texts_count_by_their_weights():
         losses(texts, weights=[1])
     with pytest.raises(ValueError, match="weights: expected"):
         losses(texts, weights=[0, 0])
+
+
+def test_default_texts_do_not_change():
+    # The figures of docs/results/convert.md are of these; other texts give other budgets.
+    found = [hashlib.sha256(text.encode()).hexdigest()[:8] for text in default_texts().values()]
+    assert found == ["53df5a6b", "82a94440"]

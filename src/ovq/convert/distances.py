@@ -18,8 +18,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Queries scored at a time against all tokens.
-_QUERIES = 256
+# Queries scored at a time against all tokens: few, so that a block stays in the cache of a core.
+_QUERIES = 64
 # Key exponents are at least the largest one of the head minus this.
 _RANGE = 5
 
@@ -36,23 +36,29 @@ def far_attention(
             in slots yet.
 
     Yields:
-        The head; its queries `[G, n, K]` and the gradients of their outputs `[G, n, V]`; the probabilities
-        `[G, n, T]`, 0 for tokens that are not in slots; and g . (v - o) `[G, n, T]`, the derivative of the
-        loss with respect to the score, divided by the probability.
+        The head; its queries `[G, n, K]` and the gradients of their outputs `[G, n, V]`; then for the tokens
+        from `num_sinks` on, as many as are in slots for any of these queries, `[G, n, t']` each: the
+        probabilities, 0 where a token is not in a slot, and g . (v - o), the derivative of the loss with
+        respect to the score, divided by the probability.
     """
     heads, total = k.shape[1], k.shape[2]
-    places = torch.arange(total, device=k.device)
-    for part in torch.arange(total - q.shape[2], total, device=k.device).split(_QUERIES):
-        own = part - total + q.shape[2]
-        is_past = places <= part[:, None]
-        is_far = (places <= part[:, None] - num_recent) & (places >= num_sinks)
+    for start in range(total - q.shape[2], total, _QUERIES):
+        end = min(start + _QUERIES, total)
+        own = slice(start - total + q.shape[2], end - total + q.shape[2])
+        # Of the tokens up to `end`, and of those in slots, only the last ones differ by query.
+        is_later = torch.ones(end - start, end - start, dtype=torch.bool, device=k.device).triu(1)
+        far = slice(num_sinks, max(num_sinks, end - num_recent))
         for head in range(heads):
             queries, outputs, slopes = (
                 x[0, :, own].float().unflatten(0, (heads, -1))[head] for x in (q, o, g)
             )
-            keys, values = k[0, head].float(), v[0, head].float()
-            p = (queries @ keys.T).masked_fill(~is_past, -torch.inf).softmax(-1) * is_far
-            yield head, queries, slopes, p, slopes @ values.T - (slopes * outputs).sum(-1, keepdim=True)
+            scores = queries @ k[0, head, :end].float().T
+            scores[..., start:].masked_fill_(is_later, -torch.inf)
+            p = scores.softmax(-1)[..., far]
+            width = min(end - start, p.shape[-1])
+            p[..., -width:].masked_fill_(is_later[:, end - start - width :], 0)
+            change = slopes @ v[0, head, far].float().T - (slopes * outputs).sum(-1, keepdim=True)
+            yield head, queries, slopes, p, change
 
 
 class Distances:
@@ -90,7 +96,7 @@ class Distances:
     @torch.no_grad()
     def see(self, head: int, queries: Tensor, slopes: Tensor, p: Tensor, change: Tensor) -> None:
         """Add a part of the text, as yielded by `far_attention`."""
-        of_query = (p * change.square()).sum(-1, keepdim=True)
+        of_query = torch.linalg.vecdot(p * change, change)[..., None]
         self._of_keys[head] += ((of_query * queries.square()).sum((0, 1)) / self._num_targets).cpu()
         of_value = (p.sum(-1) * slopes.square().mean(-1)).sum() / self._num_targets
         self._of_values[head] += float(of_value)

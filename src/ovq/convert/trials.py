@@ -71,11 +71,12 @@ def trials(
             alike = (wanted[:, places] == choice).all(1).nonzero()[:, 0]
             for heads, is_shared in heads_of.parts(alike, [options[i] for i in chosen]):
                 longer: MemoryLayer | None = None
+                counted = heads_of.counted(heads)
                 for i in chosen:
                     layer = heads_of.learned(heads, options[i], longer)
                     if is_shared and i != chosen[-1]:
                         longer = layer.branch()
-                    total[heads, i] = heads_of.losses(heads, layer)
+                    total[heads, i] = heads_of.losses(counted, layer)
                     progress(len(heads))
     return total
 
@@ -146,13 +147,17 @@ class _Heads:
         layer.learn(k, v)
         return layer
 
-    def losses(self, heads: Tensor, layer: MemoryLayer) -> Tensor:
-        """Rise of the loss per token `[h]` of heads with the memory `layer`; it reads the counted tokens."""
+    def counted(self, heads: Tensor) -> dict[str, Tensor]:
+        """The tensors of `Captured` for heads, of the tokens whose prediction counts."""
         k, v = self._tokens(heads, slice(self._start, None))
-        q, o, g = (self._of(name, heads) for name in ("q", "o", "g"))
-        change = ((layer.attend(q, k, v, None) - o).float() * g.float()).sum(-1)
+        return {"k": k, "v": v, **{name: self._of(name, heads) for name in ("q", "o", "g")}}
+
+    def losses(self, counted: dict[str, Tensor], layer: MemoryLayer) -> Tensor:
+        """Rise of the loss per token `[h]` of heads with the memory `layer`; it reads the counted tokens."""
+        q, k, v, o, g = (counted[name] for name in "qkvog")
+        change = layer.attend(q, k, v, None).float().sub_(o).mul_(g).sum(-1)
         # Query heads that share a key/value head change together.
-        change = change.unflatten(1, (len(heads), -1)).sum(2)
+        change = change.unflatten(1, (k.shape[1], -1)).sum(2)
         return change.double().square().sum((0, 2)).cpu() / 2 / self._layers[0].num_targets
 
     @property

@@ -110,7 +110,7 @@ class ExpectedUse:
         """Add a part of the text, as yielded by `far_attention`."""
         # Query heads that share a key/value head lose a token together.
         squares = (p * change).sum(0).square().sum(0)
-        self._squares[-1][head] += squares[self._num_sinks :].cpu()
+        self._squares[-1][head, : len(squares)] += squares.cpu()
 
     def uses(self, head: int) -> Tensor:
         """Use of the tokens of all texts for a head, without the first `num_sinks` of each."""
@@ -138,6 +138,8 @@ class ExpectedUse:
         use = use / use.mean()
         mean, scale = tokens.mean(0), tokens.std(0).clamp(min=1e-6)
         x = torch.cat([(tokens - mean) / scale, torch.ones_like(use)[:, None]], 1)
+        # The curvature only has to point the way, so its product, most of the time, is in float32.
+        narrow = x.float()
         ridge = torch.full_like(x[0], _RIDGE)
         ridge[-1] = 0
 
@@ -150,7 +152,7 @@ class ExpectedUse:
         for _ in range(_STEPS):
             rate = (x @ numbers).exp()
             slope = x.T @ (rate - use) / len(x) + ridge * numbers
-            curvature = (x * rate[:, None]).T @ x / len(x) + torch.diag(ridge)
+            curvature = ((narrow * rate.float()[:, None]).T @ narrow).double() / len(x) + torch.diag(ridge)
             step = torch.linalg.solve(curvature, slope)
             # Far from the minimum, a full step may overshoot.
             sizes = (0.5**i for i in range(10))

@@ -8,17 +8,14 @@ _FOLDER = Path(__file__).parent
 
 
 def default_texts() -> dict[str, str]:
-    """Prose and code that come with the package, by name.
+    """Prose and code that come with the package, by name: fixed texts, as budgets depend on them.
 
     The prose is Eisenhower's last address on the State of the Union, which is in the public domain as a work
-    of the United States government; the code is that of `ovq.convert` itself.
+    of the United States government; the code is that of `ovq.convert` as it was in November 2026.
 
     Example:
         >>> [text[:20] for text in default_texts().values()]
         ['To the Congress of t', '\"\"\"Any pretrained de']
     """
-    sources = sorted(_FOLDER.parent.glob("*.py"))
-    return {
-        "Eisenhower's address of 1961": (_FOLDER / "address.txt").read_text(encoding="utf-8"),
-        "the source of ovq.convert": "\n".join(path.read_text(encoding="utf-8") for path in sources),
-    }
+    names = {"Eisenhower's address of 1961": "address.txt", "early source of ovq.convert": "code.txt"}
+    return {name: (_FOLDER / file).read_text(encoding="utf-8") for name, file in names.items()}
