@@ -1,11 +1,15 @@
-"""What float32 sums keep after millions of tokens: the figures of `docs/method/guarantees.md`."""
+"""What float32 sums keep after millions of tokens: the figures of `docs/method/guarantees.md`; many slots."""
+
+import dataclasses
+import threading
 
 import numpy as np
 import pytest
 import torch
 
 from ovq.ops import OVQState
-from tests.ops.common import BACKENDS, CPU, attend
+from tests.ops.common import BACKENDS, CPU, KERNEL_MERGES, attend
+from tests.processes import forked
 
 OPTIONS = {"num_slots": 1, "chunk_size": 2}
 
@@ -76,3 +80,35 @@ def test_one_token_over_and_over_is_the_worst_case():
     token = np.float32(0.9)
     error = abs(running_sum(np.full((count, 1), token))[0] / count - float(token)) / token
     assert 2.0**-22 * count**0.5 < error <= 2.0**-24 * count
+
+
+def fill_many_slots():
+    """A chunk for 40,000 slots, in a thread whose stack could not hold an array per slot: random keys, and
+    equal ones, of which every slot is a candidate."""
+    num, options = 40_000, {"num_slots": 40_000, "chunk_size": 16}
+    empty = OVQState.empty(batch_size=1, num_kv_heads=1, key_dim=4, value_dim=4, **options)
+    counts = {"count": torch.ones(1, 1, num, dtype=torch.int64), "num_seen": torch.tensor([num])}
+    found = []
+
+    def run():
+        for merge in KERNEL_MERGES:
+            for factor in (0, 1):
+                sums = {name: factor * torch.randn(1, 1, num, 4) for name in ("key_sum", "value_sum")}
+                x = factor * torch.randn(1, 16, 1, 4)
+                state = dataclasses.replace(empty, **sums, **counts)
+                _, state = attend(x, x, x, merge=merge, initial_state=state, backend="cpu", **options)
+                found.append(int(state.count.sum()))
+
+    threading.stack_size(2**18)
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert found == [num + 16] * 4
+
+
+@pytest.mark.skipif(not CPU, reason="compiled kernels alone have arrays on the stack")
+def test_the_stack_of_a_thread_does_not_bound_the_number_of_slots():
+    process = forked(fill_many_slots)
+    process.start()
+    process.join()
+    assert process.exitcode == 0

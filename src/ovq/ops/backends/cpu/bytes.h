@@ -27,12 +27,12 @@
 
 /* Quantization parameters of M vectors: the scale; for int8 also the norm of the rounding error and the initial accumulator
    (the zero-point correction). */
-struct Steps {
+struct Scales {
     float *size, *error;
     int32_t *begin;
 };
 
-INLINE void copy_step(const Steps &from, int64_t i, const Steps &to, int64_t j) {
+INLINE void copy_scale(const Scales &from, int64_t i, const Scales &to, int64_t j) {
     to.size[j] = from.size[i];
     to.begin[j] = from.begin[i];
 }
@@ -40,8 +40,8 @@ INLINE void copy_step(const Steps &from, int64_t i, const Steps &to, int64_t j) 
 #if HAS_BYTES
 INLINE int64_t byte_words(int64_t n) { return padded(n, VL) / 4; }
 
-/* Quantizes n numbers into words of four, n a multiple of VL, as vector i of `steps`. Non-finite numbers become arbitrary. */
-static void round_to_bytes(const float *x, int64_t n, uint32_t *words, const Steps &steps, int64_t i) {
+/* Quantizes n numbers into words of four, n a multiple of VL, as vector i of `scales`. Non-finite numbers become arbitrary. */
+static void round_to_bytes(const float *x, int64_t n, uint32_t *words, const Scales &scales, int64_t i) {
     const Rounding rounding = rounding_of(x, n, LARGEST_BYTE);
     Vector total_number = {}, total_error = {};
     for (int64_t j = 0; j < n; j += VL) {
@@ -52,10 +52,10 @@ static void round_to_bytes(const float *x, int64_t n, uint32_t *words, const Ste
         const ByteVector bytes = __builtin_convertvector(bits, ByteVector);
         memcpy(words + j / 4, &bytes, sizeof(bytes));
     }
-    steps.size[i] = rounding.size;
+    scales.size[i] = rounding.size;
     /* A thousandth more covers the float32 roundings of this sum. */
-    steps.error[i] = sqrtf(total(total_error)) * 1.001f;
-    steps.begin[i] = -BYTE_ZERO * (int32_t)total(total_number);
+    scales.error[i] = sqrtf(total(total_error)) * 1.001f;
+    scales.begin[i] = -BYTE_ZERO * (int32_t)total(total_number);
 }
 
 /* Words [n] of column j of a matrix cut into panels, made unsigned for the left side of a product. */
@@ -87,21 +87,21 @@ INLINE Words add_bytes(Words sum, const Words *left, const Words *right) {
 }
 #endif
 
-struct Bytes : InSteps {
+struct Bytes : QuantizedProduct {
     struct Factor {
         Words words[BYTE_WORDS];
     };
     const int32_t *first;
 
-    INLINE_MEMBER Words begin(int64_t, int64_t j) const { return InSteps::load_factors((const uint32_t *)first + j); }
+    INLINE_MEMBER Words begin(int64_t, int64_t j) const { return QuantizedProduct::load_factors((const uint32_t *)first + j); }
     static INLINE_MEMBER Factor load_factors(const uint32_t *x) {
         Factor y;
-        for (int i = 0; i < BYTE_WORDS; i++) y.words[i] = InSteps::load_factors(x + i * NR);
+        for (int i = 0; i < BYTE_WORDS; i++) y.words[i] = QuantizedProduct::load_factors(x + i * NR);
         return y;
     }
     static INLINE_MEMBER Factor broadcast(const uint32_t *x) {
         Factor y;
-        for (int i = 0; i < BYTE_WORDS; i++) y.words[i] = InSteps::broadcast(x + i);
+        for (int i = 0; i < BYTE_WORDS; i++) y.words[i] = QuantizedProduct::broadcast(x + i);
         return y;
     }
     static INLINE_MEMBER Words add(Words sum, const Factor &left, const Factor &right) {
@@ -112,7 +112,7 @@ struct Bytes : InSteps {
 /* c [m, n] = from + scales of rows and columns * a b, with a [m, k words] and b [k words, n] quantized. Rows of a, whose
    numbers have BYTE_ZERO added, are `row` words apart; b is in panels, `panel` words apart; `from` is c or NULL. */
 static void bytes_product(int64_t m, int64_t n, int64_t k, const uint32_t *a, int64_t row, const float *left_size,
-                          const uint32_t *b, int64_t panel, const Steps &right, const float *from, float *c,
+                          const uint32_t *b, int64_t panel, const Scales &right, const float *from, float *c,
                           int64_t ldc) {
     multiply<BYTE_ROWS>(Bytes{{left_size, right.size, from, ldc, c, ldc}, right.begin}, m, n, k / BYTE_WORDS, a, row, BYTE_WORDS, b,
              panel, BYTE_WORDS * NR);

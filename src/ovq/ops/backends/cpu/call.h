@@ -96,6 +96,19 @@ static void *take_bytes(Arena *arena, size_t bytes) {
 
 #define TAKE(arena, type, num) ((type *)take_bytes(arena, sizeof(type) * (size_t)(num)))
 
+/* Calls take(arena) twice: to add up how much it takes, then to take it from zeroed memory. Returns the memory, which the
+   caller frees, or NULL if there is none. */
+template <typename Take> static char *allocate(const Take &take) {
+    Arena arena = {};
+    take(&arena);
+    char *memory = (char *)aligned_alloc(128, arena.used);
+    if (!memory) return nullptr;
+    memset(memory, 0, arena.used);
+    arena = {memory, 0};
+    take(&arena);
+    return memory;
+}
+
 INLINE int64_t offset(const Tokens *x, int64_t chunk, int64_t token, int64_t head) {
     return chunk * x->stride[0] + token * x->stride[1] + head * x->stride[2];
 }

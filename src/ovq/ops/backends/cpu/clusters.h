@@ -67,16 +67,3 @@ static void move_slots(const Call *call, const Sums *sums, const int32_t *moved,
     }
     for (int64_t i = 0; i < num_moved; i++) merge_slot(call, sums, moved[i], learner->near[i]);
 }
-
-/* Carry out the moves: merge slots, add tokens, and write the slot of each token. */
-static void move_all(const Call *call, Dictionary *dictionary, const Rows *tokens, const Sums *sums,
-                     const int32_t *moved, const Chunk *chunk, int64_t head, int64_t num_moved, Learner *learner) {
-    const int64_t size = call->chunk_size;
-    move_slots(call, sums, moved, chunk, head, num_moved, learner);
-    for (int64_t t = 0; t < size; t++) add_token(sums, call, learner->slot[t], tokens, t, 1);
-    dictionary->num = chunk->after;
-    update_slots(dictionary, call, sums, learner->slot, size, learner->is_done);
-    update_slots(dictionary, call, sums, learner->near, num_moved, learner->is_done);
-    int32_t *out = call->slots + (chunk->index * call->width) * call->num_kv_heads + head;
-    for (int64_t t = 0; t < size; t++) out[t * call->num_kv_heads] = learner->slot[t];
-}

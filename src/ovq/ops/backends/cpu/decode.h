@@ -82,9 +82,9 @@ struct Mass {
 };
 
 /* Scales j..j+num-1, and 0 beyond. */
-INLINE Vector some_steps(const Bfloat16 *step, int64_t j, int64_t num) {
+INLINE Vector some_scales(const Bfloat16 *scale, int64_t j, int64_t num) {
     float y[VL] = {};
-    for (int64_t i = 0; i < num; i++) y[i] = as_float(step[j + i]);
+    for (int64_t i = 0; i < num; i++) y[i] = as_float(scale[j + i]);
     return load(y);
 }
 
@@ -110,8 +110,8 @@ INLINE void score_rows(const float *query, int64_t dim, const T *keys, const Mas
         const Vector number = load(c);
         Vector of_value = splat(1);
         if (mass->key_step) {
-            x *= num == VL ? load_numbers(mass->key_step + j) : some_steps(mass->key_step, j, num);
-            of_value = num == VL ? load_numbers(mass->value_step + j) : some_steps(mass->value_step, j, num);
+            x *= num == VL ? load_numbers(mass->key_step + j) : some_scales(mass->key_step, j, num);
+            of_value = num == VL ? load_numbers(mass->value_step + j) : some_scales(mass->value_step, j, num);
         }
         if (!weight && !mass->divisor) {
             store(scores, number > 0.0f ? x / number : splat(-INFINITY));
@@ -200,7 +200,7 @@ static void absorb(const Decode *call, const float *queries, const T *keys, cons
 }
 
 /* Copies an input vector to its place in a pending buffer. */
-INLINE void keep(int64_t size, const void *x, int64_t at, void *pending, int64_t place, int64_t dim) {
+INLINE void store_pending(int64_t size, const void *x, int64_t at, void *pending, int64_t place, int64_t dim) {
     memcpy((char *)pending + place * dim * size, (const char *)x + at * size, (size_t)(dim * size));
 }
 
@@ -208,8 +208,8 @@ static void decode_stream(const Decode *call, int64_t row, int64_t head) {
     const int64_t k = call->key_dim, v = call->value_dim, group = call->group_size;
     const int64_t stream = row * call->num_kv_heads + head, first = stream * call->chunk_size;
     const int64_t place = call->num_seen[row] % call->chunk_size, size = call->dtype == FLOAT32 ? 4 : 2;
-    keep(size, call->k, row * call->k_row + head * call->k_head, call->pending_keys, first + place, k);
-    keep(size, call->v, row * call->v_row + head * call->v_head, call->pending_values, first + place, v);
+    store_pending(size, call->k, row * call->k_row + head * call->k_head, call->pending_keys, first + place, k);
+    store_pending(size, call->v, row * call->v_row + head * call->v_head, call->pending_values, first + place, v);
     if (call->token_weights) call->pending_weights[first + place] = call->token_weights[stream];
     float queries[group * k], out[group * v];
     Softmax softmax[group];

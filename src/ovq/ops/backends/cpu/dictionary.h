@@ -18,7 +18,7 @@ struct Rows {
     float *weights;       /* [M]: for a chunk, the weights of tokens; NULL for 1. */
     uint32_t *words;      /* Rounded keys, and values if pairs are merged, as columns, [M / NR, row_words, NR], or NULL. */
     uint32_t *bytes;      /* The same in int8, if searches use it, [M / NR, item_bytes, NR]; or NULL. */
-    Steps of_keys, of_values; /* Quantization of `bytes`, or of keys in `words` if these are int16; else NULL. */
+    Scales of_keys, of_values; /* Quantization of `bytes`, or of keys in `words` if these are int16; else NULL. */
     uint32_t *value_pairs; /* bfloat16 values in row pairs, [M / 2, value_ld], for the forward; else NULL. */
     uint32_t *value_words; /* Backward of bfloat16: values as columns, [M / NR, value_words, NR], and keys in row pairs, */
     uint32_t *key_pairs;   /* [M / 2, key_ld]; else NULL. */
@@ -53,7 +53,7 @@ INLINE int64_t item_bytes(const Call *call) { return byte_words(call->k.dim) + b
 INLINE int64_t item_bytes(const Call *) { return 0; }
 #endif
 
-static Steps take_steps(Arena *arena, int64_t num, int is_in_bytes) {
+static Scales take_scales(Arena *arena, int64_t num, int is_in_bytes) {
     return {TAKE(arena, float, num), is_in_bytes ? TAKE(arena, float, num) : nullptr,
             is_in_bytes ? TAKE(arena, int32_t, num) : nullptr};
 }
@@ -72,12 +72,12 @@ static Rows take_rows(Arena *arena, const Call *call, int64_t num, int is_backwa
     rows.bias = TAKE(arena, float, num);
     rows.is_finite = TAKE(arena, int32_t, 1);
     rows.weights = nullptr;
-    const int has_bytes = HAS_BYTES && merges_pairs, is_in_steps = HAS_SHORTS && is_routed && !has_bytes;
-    const int has_words = is_in_pairs || (HAS_PAIRS && is_routed && !has_bytes) || is_in_steps;
+    const int has_bytes = HAS_BYTES && merges_pairs, is_in_shorts = HAS_SHORTS && is_routed && !has_bytes;
+    const int has_words = is_in_pairs || (HAS_PAIRS && is_routed && !has_bytes) || is_in_shorts;
     rows.words = has_words ? TAKE(arena, uint32_t, num * row_words(call)) : nullptr;
     rows.bytes = has_bytes ? TAKE(arena, uint32_t, num * item_bytes(call)) : nullptr;
-    rows.of_keys = has_bytes || is_in_steps ? take_steps(arena, num, has_bytes) : Steps{};
-    rows.of_values = has_bytes ? take_steps(arena, num, has_bytes) : Steps{};
+    rows.of_keys = has_bytes || is_in_shorts ? take_scales(arena, num, has_bytes) : Scales{};
+    rows.of_values = has_bytes ? take_scales(arena, num, has_bytes) : Scales{};
     rows.value_pairs = is_in_pairs && !is_backward ? TAKE(arena, uint32_t, num / 2 * value_ld(call)) : nullptr;
     rows.value_words = is_in_pairs && is_backward ? TAKE(arena, uint32_t, num * value_words(call)) : nullptr;
     rows.key_pairs = is_in_pairs && is_backward ? TAKE(arena, uint32_t, num / 2 * key_ld(call)) : nullptr;
@@ -87,8 +87,8 @@ static Rows take_rows(Arena *arena, const Call *call, int64_t num, int is_backwa
 /* x + n, or NULL if x is NULL. */
 template <typename T> INLINE T *from_row(T *x, int64_t n) { return x ? x + n : nullptr; }
 
-INLINE Steps steps_from(const Steps &steps, int64_t i) {
-    return {from_row(steps.size, i), from_row(steps.error, i), from_row(steps.begin, i)};
+INLINE Scales scales_from(const Scales &scales, int64_t i) {
+    return {from_row(scales.size, i), from_row(scales.error, i), from_row(scales.begin, i)};
 }
 
 /* The rows from i on, i a multiple of NR. */
@@ -104,8 +104,8 @@ INLINE Rows rows_from(const Rows *rows, const Call *call, int64_t i) {
             from_row(rows->weights, i),
             from_row(rows->words, i * row_words(call)),
             from_row(rows->bytes, i * item_bytes(call)),
-            steps_from(rows->of_keys, i),
-            steps_from(rows->of_values, i),
+            scales_from(rows->of_keys, i),
+            scales_from(rows->of_values, i),
             from_row(rows->value_pairs, i / 2 * value_ld(call)),
             from_row(rows->value_words, i * value_words(call)),
             from_row(rows->key_pairs, i / 2 * key_ld(call))};
@@ -121,11 +121,11 @@ static Dictionary take_dictionary(Arena *arena, const Call *call, int is_backwar
     return dictionary;
 }
 
-/* Round a key to words: quantized if `step`, a place for the scale, is given, else in bfloat16. */
-INLINE void round_key(const Call *call, const float *key, uint32_t *words, float *step) {
+/* Round a key to words: quantized if `scale`, a place for the scale, is given, else in bfloat16. */
+INLINE void round_key(const Call *call, const float *key, uint32_t *words, float *scale) {
 #if HAS_SHORTS
-    if (step) {
-        *step = round_to_steps(key, key_ld(call), largest_short(call->k.dim), words);
+    if (scale) {
+        *scale = round_to_shorts(key, key_ld(call), largest_short(call->k.dim), words);
         return;
     }
 #endif
@@ -306,20 +306,20 @@ static void add_token(const Sums *sums, const Call *call, int64_t i, const Rows 
 }
 
 /* INT8 scale of `dim` sums, as `steps_of` of narrow.py computes it; NaN if a sum is not finite. */
-static float step_of(const float *sums, int64_t dim) {
+static float scale_of(const float *sums, int64_t dim) {
     float most = 0;
     int is_finite = 1;
     for (int64_t i = 0; i < dim; i++) {
         most = fmaxf(most, fabsf(sums[i]));
         is_finite &= std::isfinite(sums[i]) != 0;
     }
-    Bfloat16 step;
-    put(&step, most / 127);
-    return is_finite ? as_float(step) : NAN;
+    Bfloat16 scale;
+    put(&scale, most / 127);
+    return is_finite ? as_float(scale) : NAN;
 }
 
 /* A sum quantized by its scale. */
-INLINE float steps_in(float sum, float step) { return step > 0 ? nearbyintf(sum / step) : 0; }
+INLINE float quantized(float sum, float scale) { return scale > 0 ? nearbyintf(sum / scale) : 0; }
 
 /* Round sums to what their format can hold. */
 static void round_sums(float *sums, int64_t dim, int64_t format) {
@@ -330,8 +330,8 @@ static void round_sums(float *sums, int64_t dim, int64_t format) {
             sums[i] = as_float(rounded);
         }
     if (format != INT8) return;
-    const float step = step_of(sums, dim);
-    for (int64_t i = 0; i < dim; i++) sums[i] = steps_in(sums[i], step) * step;
+    const float scale = scale_of(sums, dim);
+    for (int64_t i = 0; i < dim; i++) sums[i] = quantized(sums[i], scale) * scale;
 }
 
 /* Update the slots of a chunk's tokens from their sums, each once. */

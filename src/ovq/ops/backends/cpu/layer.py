@@ -317,7 +317,7 @@ def run_layers(x: Tensor, layers: Sequence[LayerStep]) -> Tensor | None:
 
 
 # Outcomes of the kernel other than 0.
-_SPOILT, _OUT_OF_MEMORY = 1, 2
+_INVALID_WEIGHT, _OUT_OF_MEMORY = 1, 2
 
 
 def _run(x: Tensor, calls: ctypes.Array[_Layer], num_lanes: int = 1) -> Tensor | None:
@@ -330,7 +330,7 @@ def _run(x: Tensor, calls: ctypes.Array[_Layer], num_lanes: int = 1) -> Tensor |
     )
     if outcome == _OUT_OF_MEMORY:
         raise MemoryError("ovq_layers_step: no memory for the kernel's scratch")
-    return None if outcome == _SPOILT else y
+    return None if outcome == _INVALID_WEIGHT else y
 
 
 class _Layer(Mirror, of="Layer"):

@@ -70,9 +70,9 @@ static void score_keys(const Call *call, const Dictionary *dictionary, const flo
     const int64_t n = padded(dictionary->num, NR), ld = key_ld(call);
     const int64_t size = key_words(call);
     for (int64_t t = 0; HAS_PAIRS + HAS_SHORTS && t < num; t++)
-        round_key(call, keys + t * ld, reader->words + t * size, from_row(reader->steps, t));
+        round_key(call, keys + t * ld, reader->words + t * size, from_row(reader->scales, t));
 #if HAS_SHORTS
-    shorts_product(num, n, size, reader->words, size, reader->steps, dictionary->rows.words, size * NR,
+    shorts_product(num, n, size, reader->words, size, reader->scales, dictionary->rows.words, size * NR,
                    dictionary->rows.of_keys.size, dictionary->is_open, 0, reader->scores, n);
 #elif HAS_PAIRS
     pairs_product(num, n, size, reader->words, size, 1, dictionary->rows.words, row_words(call) * NR, NR, nullptr,
@@ -123,13 +123,14 @@ static int32_t nearest_of_all(const Call *call, const Dictionary *dictionary, co
 /* The slot with the largest dot product, ties to the lowest index; `best` is the highest score, `own` the length of the
    key. */
 static int32_t nearest(const Call *call, const Dictionary *dictionary, const float *key, double own,
-                       const float *scores, float best, int64_t n, const Lengths *lengths, int32_t *near) {
+                       const float *scores, float best, int64_t n, const Lengths *lengths, const Reader *reader) {
+    int32_t *near = reader->near;
+    double exact = -INFINITY, *dots = reader->exact;
     const double length = own * lengths->longest;
     /* Twice, as both sides of a comparison have the error. */
     const double tolerance = 2 * (score_error(call) + call->tie) * length;
     const int64_t num = columns_from(scores, n, best - (float)tolerance * 1.001f, near);
     if (num == 1) return near[0];
-    double exact = -INFINITY, dots[num];
     for (int64_t i = 0; i < num; i++) {
         dots[i] = exact_dot(key, dictionary->rows.keys + near[i] * key_ld(call), call->k.dim);
         exact = fmax(exact, dots[i]);
@@ -176,7 +177,7 @@ static void route_tile(const Call *call, const Dictionary *dictionary, const Row
         else best = highest_of(own, n);
         /* No slot attracts keys. */
         const int is_alone = best == -INFINITY;
-        *slot = is_alone ? 0 : nearest(call, dictionary, key, length, own, best, n, lengths, reader->near);
+        *slot = is_alone ? 0 : nearest(call, dictionary, key, length, own, best, n, lengths, reader);
         if (has_openers) *priority = is_alone ? NO_COSINE : best_product / (float)fmax(length, TINY);
     }
 }
@@ -264,6 +265,20 @@ static void choose_openers(const Call *call, int64_t num, Learner *learner) {
     }
 }
 
+/* Add the tokens of a chunk to the sums of their slots, and write the slot of each. */
+static void add_tokens(const Call *call, Dictionary *dictionary, const Rows *tokens, const Sums *sums, const Chunk *chunk,
+                       int64_t head, const Learner *learner) {
+    const int64_t size = call->chunk_size;
+    for (int64_t t = 0; t < size; t++) {
+        if (t + AHEAD < size) fetch_sums(sums, call, learner->slot[t + AHEAD]);
+        add_token(sums, call, learner->slot[t], tokens, t, 1);
+    }
+    dictionary->num = chunk->after;
+    update_slots(dictionary, call, sums, learner->slot, size, learner->is_done);
+    int32_t *out = call->slots + (chunk->index * call->width) * call->num_kv_heads + head;
+    for (int64_t t = 0; t < size; t++) out[t * call->num_kv_heads] = learner->slot[t];
+}
+
 /* Once a chunk's keys are routed: open slots, merge the other tokens, and write the slot of each. */
 static void learn(const Call *call, Dictionary *dictionary, Rows *tokens, const Sums *sums, const Chunk *chunk,
                   int64_t head, Learner *learner, Reader *reader) {
@@ -312,12 +327,5 @@ static void learn(const Call *call, Dictionary *dictionary, Rows *tokens, const 
         end_notes(call, &merged, place, learner->is_done);
     }
     if (!*tokens->is_finite) clear_weightless(tokens, call, size);
-    for (int64_t t = 0; t < size; t++) {
-        if (t + AHEAD < size) fetch_sums(sums, call, learner->slot[t + AHEAD]);
-        add_token(sums, call, learner->slot[t], tokens, t, 1);
-    }
-    dictionary->num = chunk->after;
-    update_slots(dictionary, call, sums, learner->slot, size, learner->is_done);
-    int32_t *out = call->slots + (chunk->index * call->width) * call->num_kv_heads + head;
-    for (int64_t t = 0; t < size; t++) out[t * call->num_kv_heads] = learner->slot[t];
+    add_tokens(call, dictionary, tokens, sums, chunk, head, learner);
 }

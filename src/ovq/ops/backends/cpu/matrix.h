@@ -3,20 +3,18 @@
 
 #include "dictionary.h"
 #include "numbers.h"
-#include "whole.h"
+#include "quantized.h"
 
 /* Weight formats that numbers.h lacks. ROUGH_ formats are the same weights, multiplied with int8 in place of int16 inputs.
    Mirrored by `FORMATS` in weights.py. */
 enum { UINT4 = INT8 + 1, ROUGH_INT8, ROUGH_UINT4 };
 
-/* Mirrored by `_Matrix` in weights.py: rows of numbers, or quantized weights in the layout of whole.h. */
+/* Mirrored by `_Matrix` in weights.py: rows of numbers, or quantized weights in the layout of quantized.h. */
 struct Matrix {
     const void *weight, *factors;
     const float *bias; /* [rows], or NULL. */
     int64_t format;
 };
-
-static Matrix plain_matrix(const float *weight) { return {weight, nullptr, nullptr, FLOAT32}; }
 
 /* A row [dim] of numbers, for products with x [num, dim]. */
 template <typename T> struct NumberRow {
@@ -82,14 +80,14 @@ static void multiply_row_tiles(const Matrix *matrix, int64_t first, int64_t end,
 }
 
 template <typename Factor, class Format>
-static void multiply_whole(const Matrix *matrix, int64_t first, int64_t end, int64_t num, int64_t dim, const float *x,
+static void multiply_quantized(const Matrix *matrix, int64_t first, int64_t end, int64_t num, int64_t dim, const float *x,
                            const float *added, float *y, int64_t ldy) {
-    typedef WholeTile<Factor, Format> Tile;
+    typedef QuantizedTile<Factor, Format> Tile;
     const int64_t groups = (dim + GROUP - 1) / GROUP;
     typename Format::Quad quads[num * groups][QUADS];
-    float steps[num * groups][2];
+    float scales[num * groups][2];
     int32_t sums[num * groups][2];
-    const WholeInputs<Format> in = {groups, quads, steps, sums};
+    const QuantizedInputs<Format> in = {groups, quads, scales, sums};
     round_inputs(&in, num, dim, x);
     multiply_row_tiles(matrix, first, end, num, added, y, ldy, [&](int64_t r) {
         const int64_t at = r / ABREAST * groups;
@@ -101,11 +99,11 @@ static void multiply_whole(const Matrix *matrix, int64_t first, int64_t end, int
 /* `multiply_row_tiles` by the matrix's format; `first` is a multiple of ABREAST. */
 static void multiply_part(const Matrix *matrix, int64_t first, int64_t end, int64_t num, int64_t dim, const float *x,
                           const float *added, float *y, int64_t ldy) {
-    auto whole = [=](auto *multiply) { multiply(matrix, first, end, num, dim, x, added, y, ldy); };
-    if (matrix->format == INT8) return whole(multiply_whole<float, Exact>);
-    if (matrix->format == UINT4) return whole(multiply_whole<Float16, Exact>);
-    if (matrix->format == ROUGH_INT8) return whole(multiply_whole<float, Rough>);
-    if (matrix->format == ROUGH_UINT4) return whole(multiply_whole<Float16, Rough>);
+    auto products = [=](auto *multiply) { multiply(matrix, first, end, num, dim, x, added, y, ldy); };
+    if (matrix->format == INT8) return products(multiply_quantized<float, Exact>);
+    if (matrix->format == UINT4) return products(multiply_quantized<Float16, Exact>);
+    if (matrix->format == ROUGH_INT8) return products(multiply_quantized<float, Rough>);
+    if (matrix->format == ROUGH_UINT4) return products(multiply_quantized<Float16, Rough>);
     with_type(matrix->format, matrix->weight, 0, [=](auto *weight) {
         typedef std::remove_const_t<std::remove_reference_t<decltype(*weight)>> T;
         multiply_row_tiles(matrix, first, end, num, added, y, ldy,

@@ -345,18 +345,18 @@ template <typename Function> INLINE void with_sums(const HeadGroup *g, int64_t f
     else function((float *)g->key_sum + key, (float *)g->value_sum + value);
 }
 
-template <typename T> INLINE void widen(const T *x, const Bfloat16 *step, int64_t num, int64_t dim, float *out) {
+template <typename T> INLINE void widen(const T *x, const Bfloat16 *scale, int64_t num, int64_t dim, float *out) {
     for (int64_t i = 0; i < num; i++)
         for (int64_t j = 0; j < dim; j++)
-            out[i * dim + j] = step ? as_float(x[i * dim + j]) * as_float(step[i]) : as_float(x[i * dim + j]);
+            out[i * dim + j] = scale ? as_float(x[i * dim + j]) * as_float(scale[i]) : as_float(x[i * dim + j]);
 }
 
-template <typename T> INLINE void narrow(const float *x, int64_t num, int64_t dim, Bfloat16 *step, T *out) {
+template <typename T> INLINE void narrow(const float *x, int64_t num, int64_t dim, Bfloat16 *scale, T *out) {
     for (int64_t i = 0; i < num; i++) {
         if constexpr (std::is_same_v<T, int8_t>) {
-            const float own = step_of(x + i * dim, dim);
-            put(step + i, own);
-            for (int64_t j = 0; j < dim; j++) out[i * dim + j] = (int8_t)steps_in(x[i * dim + j], own);
+            const float own = scale_of(x + i * dim, dim);
+            put(scale + i, own);
+            for (int64_t j = 0; j < dim; j++) out[i * dim + j] = (int8_t)quantized(x[i * dim + j], own);
         } else
             for (int64_t j = 0; j < dim; j++) put(out + i * dim + j, x[i * dim + j]);
     }
@@ -424,14 +424,8 @@ static void read_one(const HeadStream *s) {
 
 /* Allocates a head's scratch for layouts and merging; returns 1 if out of memory. */
 static int take_memory(HeadStream *s) {
-    Arena arena = {};
-    take_head(&arena, s->group, &s->call, s->length);
-    arena.base = (char *)aligned_alloc(128, arena.used);
-    if (!arena.base) return 1;
-    memset(arena.base, 0, arena.used);
-    s->memory = arena.base;
-    arena.used = 0;
-    s->own = take_head(&arena, s->group, &s->call, s->length);
+    s->memory = allocate([=](Arena *arena) { s->own = take_head(arena, s->group, &s->call, s->length); });
+    if (!s->memory) return 1;
     s->call.k.data = s->own.keys;
     s->call.v.data = s->own.values;
     s->call.slots = s->own.slots;

@@ -7,11 +7,11 @@
 #include "nearest_search.h"
 
 /* Marks of items on a cycle of edges, and of the lowest item of each cycle, whose edge is dropped. */
-#define ON_CIRCLE INT32_MAX
-#define LOWEST_OF_CIRCLE (INT32_MAX - 1)
+#define ON_CYCLE INT32_MAX
+#define LOWEST_OF_CYCLE (INT32_MAX - 1)
 
 /* Each cycle of edges drops the edge of its lowest item. Most cycles are two items, each other's nearest. */
-static void open_circles(Nearest *nearest) {
+static void open_cycles(Nearest *nearest) {
     for (int64_t j = 0; j < nearest->num_edges; j++) nearest->mark[nearest->edges[j]] = -1;
     for (int64_t j = 0; j < nearest->num_edges; j++) {
         int32_t i = nearest->edges[j];
@@ -21,10 +21,10 @@ static void open_circles(Nearest *nearest) {
         int32_t lowest = i;
         do {
             if (nearest->index[i] < nearest->index[lowest]) lowest = i;
-            nearest->mark[i] = ON_CIRCLE;
+            nearest->mark[i] = ON_CYCLE;
             i = nearest->target[i];
-        } while (nearest->mark[i] != ON_CIRCLE);
-        nearest->mark[lowest] = LOWEST_OF_CIRCLE;
+        } while (nearest->mark[i] != ON_CYCLE);
+        nearest->mark[lowest] = LOWEST_OF_CYCLE;
     }
 }
 
@@ -35,7 +35,7 @@ static int64_t take_edges(const Joining &all, int64_t most) {
     for (int64_t j = 0; j < nearest->num_edges; j++) {
         const int32_t i = nearest->edges[j];
         nearest->root[i] = i;
-        if (nearest->target[i] < 0 || nearest->mark[i] == LOWEST_OF_CIRCLE) continue;
+        if (nearest->target[i] < 0 || nearest->mark[i] == LOWEST_OF_CYCLE) continue;
         nearest->taken[num] = i;
         nearest->ranked[num++] = nearest->priority[i];
     }
@@ -177,7 +177,7 @@ static void take_part(const Joining &all, int64_t part) {
     const int64_t due = nearest->num_due, is_last = part >= all.call->num_parts;
     const int64_t first = nearest->first_joined + nearest->num_joined;
     if (HAS_ROUGH && part == 1 && !nearest->is_wide) choose_products(all);
-    open_circles(nearest);
+    open_cycles(nearest);
     nearest->num_due -= take_edges(all, is_last ? due : (due + 1) / 2);
     join_all(all);
     nearest->num_searching = nearest->num_again = 0;
@@ -210,7 +210,9 @@ static void learn_by_edges(const Joining &all, Dictionary *dictionary, const Chu
     int64_t num_moved = 0;
     if (is_due) num_moved = find_moves(clusters_of(nearest), num, size, learner);
     for (int64_t t = 0; !is_due && t < size; t++) learner->slot[t] = (int32_t)(num + t);
-    move_all(call, dictionary, all.tokens, all.sums, nearest->moved, chunk, head, num_moved, learner);
+    move_slots(call, all.sums, nearest->moved, chunk, head, num_moved, learner);
+    add_tokens(call, dictionary, all.tokens, all.sums, chunk, head, learner);
+    update_slots(dictionary, call, all.sums, learner->near, num_moved, learner->is_done);
     for (int64_t t = 0; t < size; t++) note_change(all, learner->slot[t]);
     for (int64_t i = 0; i < num_moved; i++) note_change(all, learner->near[i]);
     for (int64_t j = 0; HAS_BYTES && is_due && !nearest->needs_order && j < nearest->num_edges; j++) {

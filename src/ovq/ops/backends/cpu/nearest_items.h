@@ -106,8 +106,8 @@ static Nearest take_nearest(Arena *arena, const Call *call) {
     nearest.recent_length = TAKE(arena, float, slots);
     nearest.recent_error = TAKE(arena, float, slots);
     nearest.recent_rows.bytes = TAKE(arena, uint32_t, slots * item_bytes(call));
-    nearest.recent_rows.of_keys = take_steps(arena, slots, 1);
-    nearest.recent_rows.of_values = take_steps(arena, slots, 1);
+    nearest.recent_rows.of_keys = take_scales(arena, slots, 1);
+    nearest.recent_rows.of_values = take_scales(arena, slots, 1);
     return nearest;
 }
 
@@ -284,8 +284,8 @@ static void set_recent(const Joining &all) {
         uint32_t words[size];
         take_words(from->bytes, size, i, words);
         put_words(to->bytes, size, j, words);
-        copy_step(from->of_keys, i, to->of_keys, j);
-        copy_step(from->of_values, i, to->of_values, j);
+        copy_scale(from->of_keys, i, to->of_keys, j);
+        copy_scale(from->of_values, i, to->of_values, j);
         nearest->recent_start[j] = j < num ? nearest->start[i] : -INFINITY;
         nearest->recent_length[j] = nearest->length[i];
         nearest->recent_error[j] = nearest->error[i];

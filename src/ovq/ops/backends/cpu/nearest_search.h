@@ -10,9 +10,11 @@
    that they save over float32. */
 #define MOST_CANDIDATES 32
 
-/* Sets the edge of item i to the exact nearest of `num` > 0 candidates (ties: lowest index); returns the squared distance. */
-static double settle(const Joining &all, int64_t i, int32_t *near, int64_t num) {
+/* Sets the edge of item i to the exact nearest of `num` > 0 candidates, which are in `near` of the reader (ties: lowest
+   index); returns the squared distance. */
+static double settle(const Joining &all, int64_t i, int64_t num, const Reader *reader) {
     const Nearest *nearest = all.nearest;
+    int32_t *near = reader->near;
     const double tie = all.call->tie * nearest->size;
     /* Sort by item, which is the order of columns except for joined ones. */
     for (int64_t j = 1; j < num; j++) {
@@ -22,7 +24,7 @@ static double settle(const Joining &all, int64_t i, int32_t *near, int64_t num) 
             near[place] = near[place - 1];
         near[place] = column;
     }
-    double best = INFINITY, distance[num];
+    double best = INFINITY, *distance = reader->exact;
     for (int64_t j = 0; j < num; j++) {
         distance[j] = distance_of(all, i, near[j]);
         /* For a duplicate of the item, the other candidates need no look. */
@@ -36,15 +38,14 @@ static double settle(const Joining &all, int64_t i, int32_t *near, int64_t num) 
 }
 
 /* Search of an item among all others, in float64. */
-static void search_all(const Joining &all, int64_t i) {
+static void search_all(const Joining &all, int64_t i, const Reader *reader) {
     const Nearest *nearest = all.nearest;
-    int32_t near[nearest->num_left];
     int64_t num = 0;
     for (int64_t j = 0; std::isfinite(nearest->square[i]) && j < nearest->num_left; j++) {
         const int32_t column = nearest->order[j];
-        if (column != i && is_point(nearest, column)) near[num++] = column;
+        if (column != i && is_point(nearest, column)) reader->near[num++] = column;
     }
-    if (num) settle(all, i, near, num);
+    if (num) settle(all, i, num, reader);
     else set_first(all, i);
 }
 
@@ -171,8 +172,8 @@ static void set_left(const Joining &all, const int32_t *items, int64_t num, cons
             const Rows *rows = all.rows(items[i]);
             const int64_t place = all.place(items[i]);
             take_left(rows->bytes, size, place, words);
-            left.key_steps[i] = rows->of_keys.size[place];
-            left.value_steps[i] = factor * rows->of_values.size[place];
+            left.key_scales[i] = rows->of_keys.size[place];
+            left.value_scales[i] = factor * rows->of_values.size[place];
             continue;
         }
 #endif
@@ -189,9 +190,11 @@ static void set_left(const Joining &all, const int32_t *items, int64_t num, cons
 
 /* Searches for the nearest of `num` items, at most QUERIES: among all columns or, if `is_again`, with changed slots in place
    of all slots. Items that these do not decide are left in `items`; returns their number. */
-static int64_t search_items(const Joining &all, int32_t *items, int64_t num, int is_again, float *scores,
+static int64_t search_items(const Joining &all, int32_t *items, int64_t num, int is_again, const Reader *reader,
                             int32_t *num_near) {
     Nearest *nearest = all.nearest;
+    float *scores = reader->scores;
+    int32_t *near = reader->near;
     const Call *call = all.call;
     const int64_t n = nearest->num_columns, width = nearest->first_joined - nearest->first_token;
     Columns parts[3] = {
@@ -202,21 +205,19 @@ static int64_t search_items(const Joining &all, int32_t *items, int64_t num, int
     if (is_again)
         parts[0] = {&nearest->recent_rows,  0, nearest->num_recent, nearest->recent_start, nearest->recent_length,
                     nearest->recent_error};
-    float keys[num * key_ld(call)], values[num * value_ld(call)], steps[2 * num];
+    float keys[num * key_ld(call)], values[num * value_ld(call)], scales[2 * num];
     uint32_t words[HAS_ROUGH ? num * left_words(call) : 1];
-    const Left left = {keys, values, nearest->is_rough ? words : nullptr, steps, steps + num};
+    const Left left = {keys, values, nearest->is_rough ? words : nullptr, scales, scales + num};
     set_left(all, items, num, left);
     Search searches[num];
-    Vector blocks[num * (n / COLUMN_BLOCK + 3)];
     for (int64_t i = 0; i < num; i++)
         searches[i] = {items[i], is_again ? nearest->recent_place[items[i]] : items[i],
                        slack_of(all, items[i], nearest->is_rough), splat(-INFINITY),
-                       blocks + i * (n / COLUMN_BLOCK + 3)};
+                       reader->blocks + i * num_blocks(n)};
     score_blocks(all, parts, searches, num, left, scores);
     *num_near = count_near(all, parts, scores, searches[0]);
     const double tie = call->tie * nearest->size;
     int64_t num_left = 0;
-    int32_t near[n + 1];
     for (int64_t i = 0; i < num; i++) {
         const int32_t item = items[i];
         float *row = scores + i * n;
@@ -232,7 +233,7 @@ static int64_t search_items(const Joining &all, int32_t *items, int64_t num, int
             set_first(all, item);
             continue;
         }
-        const double distance = settle(all, item, near, candidates);
+        const double distance = settle(all, item, candidates, reader);
         if (!HAS_BYTES || item >= nearest->first_token) continue;
         const int32_t target = nearest->target[item];
         const int64_t column = is_again && target < nearest->first_token ? nearest->recent_place[target] : target;
@@ -251,15 +252,15 @@ static int64_t search_items(const Joining &all, int32_t *items, int64_t num, int
     return num_left;
 }
 
-/* Searches first..first+num-1 of `searching`, at most QUERIES; `scores` has room for QUERIES rows of columns. */
-static void search_tile(const Joining &all, int64_t first, int64_t num, float *scores) {
+/* Searches first..first+num-1 of `searching`, at most QUERIES. */
+static void search_tile(const Joining &all, int64_t first, int64_t num, const Reader *reader) {
     Nearest *nearest = all.nearest;
     int32_t items[QUERIES], *num_near = nearest->num_near + first / QUERIES;
     memcpy(items, nearest->searching + first, sizeof(int32_t) * num);
-    for (int64_t i = 0; nearest->is_wide && i < num; i++) search_all(all, items[i]);
+    for (int64_t i = 0; nearest->is_wide && i < num; i++) search_all(all, items[i], reader);
     if (nearest->is_wide) return;
     const int64_t again = nearest->num_again > first ? least(num, nearest->num_again - first) : 0;
-    const int64_t left = again ? search_items(all, items, again, 1, scores, num_near) : 0;
+    const int64_t left = again ? search_items(all, items, again, 1, reader, num_near) : 0;
     memmove(items + left, items + again, sizeof(int32_t) * (num - again));
-    if (left + num > again) search_items(all, items, left + num - again, 0, scores, num_near);
+    if (left + num > again) search_items(all, items, left + num - again, 0, reader, num_near);
 }

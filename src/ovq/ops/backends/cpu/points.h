@@ -3,8 +3,6 @@
 
 #include "learn.h"
 
-/* Columns of a block of products. */
-#define COLUMN_BLOCK 128
 INLINE double token_mass(const Rows *tokens, int64_t t) { return tokens->weights ? tokens->weights[t] : 1; }
 
 typedef double EightDoubles __attribute__((vector_size(64), aligned(8), may_alias));
@@ -38,7 +36,7 @@ INLINE double exact_square(const double *x, int64_t n) {
 struct Left {
     float *keys, *values;
     uint32_t *words;
-    float *key_steps, *value_steps; /* Scales of the int8 keys and values. */
+    float *key_scales, *value_scales; /* Scales of the int8 keys and values. */
 };
 
 /* Words per point of the left factor. */
@@ -50,9 +48,9 @@ static void multiply_words(const Call *call, const Rows *columns, int64_t num, i
     const int64_t own = left_words(call);
 #if HAS_BYTES
     const int64_t of_keys = byte_words(call->k.dim), of_values = own - of_keys;
-    bytes_product(count, num, of_values, left.words + of_keys, own, left.value_steps, columns->bytes + of_keys * NR,
+    bytes_product(count, num, of_values, left.words + of_keys, own, left.value_scales, columns->bytes + of_keys * NR,
                   own * NR, columns->of_values, nullptr, out, ld);
-    bytes_product(count, num, of_keys, left.words, own, left.key_steps, columns->bytes, own * NR, columns->of_keys, out,
+    bytes_product(count, num, of_keys, left.words, own, left.key_scales, columns->bytes, own * NR, columns->of_keys, out,
                   out, ld);
 #elif HAS_PAIRS
     pairs_product(count, num, own, left.words, own, 1, columns->words, own * NR, NR, nullptr, Finish{}, out, ld);

@@ -9,21 +9,33 @@
 struct Reader {
     float *queries;  /* [QUERIES, key_ld] */
     uint32_t *words; /* [QUERIES, key_words]: queries, or keys to route, rounded. */
-    float *steps;    /* [QUERIES]: scales of these keys, if they are int16. */
+    float *scales;   /* [QUERIES]: scales of these keys, if they are int16. */
     float *scores;   /* [QUERIES, slots and tokens, and joined items where pairs are merged] */
     float *out;      /* [QUERIES, value_ld] */
-    int32_t *near;   /* [M]: scratch of routing. */
+    /* Scratch of routing and searches. It grows with the number of slots, which the stack of a thread does not. */
+    int32_t *near;   /* [columns + 1]: candidates. */
+    double *exact;   /* [columns + 1]: their products or distances in float64. */
+    Vector *blocks;  /* [QUERIES, num_blocks of the columns], where pairs are merged: bounds of scores. */
 };
+
+/* Columns of a block of products of items. */
+#define COLUMN_BLOCK 128
+
+/* Blocks of `num` columns, in three parts that each may end with an incomplete one. */
+INLINE int64_t num_blocks(int64_t num) { return num / COLUMN_BLOCK + 3; }
 
 static Reader take_reader(Arena *arena, const Call *call) {
     Reader reader;
     reader.queries = TAKE(arena, float, QUERIES * key_ld(call));
     reader.words = HAS_PAIRS || HAS_SHORTS ? TAKE(arena, uint32_t, QUERIES * key_words(call)) : nullptr;
-    reader.steps = HAS_SHORTS ? TAKE(arena, float, QUERIES) : nullptr;
+    reader.scales = HAS_SHORTS ? TAKE(arena, float, QUERIES) : nullptr;
     const int64_t joined = call->merges_pairs ? padded(call->chunk_size, NR) + VL : 0;
-    reader.scores = TAKE(arena, float, QUERIES * (padded(call->capacity, NR) + padded(call->width, NR) + joined));
+    const int64_t columns = padded(call->capacity, NR) + padded(call->width, NR) + joined;
+    reader.scores = TAKE(arena, float, QUERIES * columns);
     reader.out = TAKE(arena, float, QUERIES * value_ld(call));
-    reader.near = TAKE(arena, int32_t, padded(call->capacity, NR));
+    reader.near = TAKE(arena, int32_t, columns + 1);
+    reader.exact = TAKE(arena, double, columns + 1);
+    reader.blocks = TAKE(arena, Vector, call->merges_pairs ? QUERIES * num_blocks(columns) : 0);
     return reader;
 }
 
@@ -109,7 +121,7 @@ static void weigh_pairs(const Call *call, const Rows *rows, int64_t n, const uin
 #endif
 
 /* Adds the non-finite values, which `load_chunk` has set to 0, to each query that sees them. */
-static void add_spoilt(const Call *call, const Chunk *chunk, int64_t head, int64_t first, int64_t num, float *out) {
+static void add_non_finite(const Call *call, const Chunk *chunk, int64_t head, int64_t first, int64_t num, float *out) {
     const int64_t width = value_ld(call);
     float value[width], seen[width];
     memset(seen, 0, sizeof(seen));
@@ -176,7 +188,7 @@ static void read_tile(const Call *call, const Dictionary *dictionary, const Rows
         weigh(call, &dictionary->rows, slots, scores, n, num, reader->out);
         weigh(call, tokens, own, scores + slots, n, num, reader->out);
     }
-    if (!*tokens->is_finite) add_spoilt(call, chunk, query_head / call->group_size, first, num, reader->out);
+    if (!*tokens->is_finite) add_non_finite(call, chunk, query_head / call->group_size, first, num, reader->out);
     for (int64_t t = 0; t < num; t++)
         write_token(call, &call->o, chunk->index, first + t, query_head, 1 / sums[t], reader->out + t * width);
 }

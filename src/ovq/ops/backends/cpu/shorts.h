@@ -24,10 +24,10 @@ INLINE double short_roughness(int64_t dim) {
 }
 
 /* Products of quantized vectors: integer sums times the scales of row and column. */
-struct InSteps {
+struct QuantizedProduct {
     typedef uint32_t Number;
     typedef Words Factor, Sum;
-    const float *left_steps, *right_steps; /* Scales of the rows on the left and of the columns on the right. */
+    const float *left_scales, *right_scales; /* Scales of the rows on the left and of the columns on the right. */
     const float *from;
     int64_t ldf;
     float *c;
@@ -39,9 +39,9 @@ struct InSteps {
     }
     static INLINE_MEMBER Words broadcast(const uint32_t *x) { return *x - Words{}; }
     INLINE_MEMBER void end(int64_t i, int64_t j, Words sum) const {
-        const Vector steps = load(right_steps + j) * left_steps[i];
+        const Vector scales = load(right_scales + j) * left_scales[i];
         const Vector more = from ? load(from + i * ldf + j) : Vector{};
-        store(c + i * ldc + j, __builtin_convertvector((IntVector)sum, Vector) * steps + more);
+        store(c + i * ldc + j, __builtin_convertvector((IntVector)sum, Vector) * scales + more);
     }
 };
 
@@ -66,7 +66,7 @@ INLINE Rounding rounding_of(const float *x, int64_t n, float most) {
 
 #if HAS_SHORTS
 /* Quantizes n numbers into words, n a multiple of VL; returns the scale. */
-static float round_to_steps(const float *x, int64_t n, float most, uint32_t *words) {
+static float round_to_shorts(const float *x, int64_t n, float most, uint32_t *words) {
     const Rounding rounding = rounding_of(x, n, most);
     for (int64_t i = 0; i < n; i += 2 * VL, words += VL) {
         const Words low = (Words)rounding.bits_of(load(x + i));
@@ -99,16 +99,16 @@ INLINE Words add_shorts(Words sum, Words left, Words right) {
 #endif
 
 #if HAS_SHORTS
-struct Shorts : InSteps {
+struct Shorts : QuantizedProduct {
     INLINE_MEMBER Words begin(int64_t, int64_t) const { return Words{}; }
     static INLINE_MEMBER Words add(Words sum, Words left, Words right) { return add_shorts(sum, left, right); }
 };
 
 /* c [m, n] = from + scales of rows and columns * a b, with a [m, k words] and b [k words, n] quantized. Rows of a are `row`
    words apart; b is in panels, `panel` words apart; `from` is c, a row that is repeated (ldf = 0), or NULL. */
-static void shorts_product(int64_t m, int64_t n, int64_t k, const uint32_t *a, int64_t row, const float *left_steps,
-                           const uint32_t *b, int64_t panel, const float *right_steps, const float *from, int64_t ldf,
+static void shorts_product(int64_t m, int64_t n, int64_t k, const uint32_t *a, int64_t row, const float *left_scales,
+                           const uint32_t *b, int64_t panel, const float *right_scales, const float *from, int64_t ldf,
                            float *c, int64_t ldc) {
-    multiply(Shorts{{left_steps, right_steps, from, ldf, c, ldc}}, m, n, k, a, row, 1, b, panel, NR);
+    multiply(Shorts{{left_scales, right_scales, from, ldf, c, ldc}}, m, n, k, a, row, 1, b, panel, NR);
 }
 #endif

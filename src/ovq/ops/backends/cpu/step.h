@@ -44,7 +44,7 @@ static void multiply_gated(Worker worker, int64_t num, int64_t dim, int64_t inne
 
 extern "C" void ovq_linear(int64_t num_threads, int64_t num, int64_t dim, int64_t num_out, const float *x,
                            const float *weight, float *y) {
-    const Matrix matrix = plain_matrix(weight);
+    const Matrix matrix = {weight, nullptr, nullptr, FLOAT32};
     parallel(threads_for(num_threads, num_out * dim),
              [=, &matrix](Worker worker) { multiply(worker, num, dim, num_out, x, &matrix, nullptr, y, num_out); });
 }
@@ -121,27 +121,27 @@ struct Layer {
 };
 
 /* What `ovq_layers_step` returns. Mirrored in layer.py. */
-enum { DONE, SPOILT, OUT_OF_MEMORY };
+enum { DONE, INVALID_WEIGHT, OUT_OF_MEMORY };
 
 /* Intermediate results of a layer, all [R tokens, ...] but the scale [H]. */
-struct Made {
+struct Buffers {
     float *normed, *channels, *read, *mixed, *of_mlp, *weights, *scale;
     uint16_t *narrow; /* Keys and values in 2 bytes, if memories store them so. */
 };
 
-static Made take_made(Arena *arena, const Layer *layer) {
+static Buffers take_buffers(Arena *arena, const Layer *layer) {
     const Decode *memory = &layer->memory;
     const int64_t rows = memory->num_rows * layer->num_tokens, num_heads = memory->num_kv_heads * memory->group_size;
-    Made made;
-    made.normed = TAKE(arena, float, rows * layer->width);
-    made.channels = TAKE(arena, float, rows * (num_heads + 2 * memory->num_kv_heads) * memory->key_dim);
-    made.read = TAKE(arena, float, rows * num_heads * memory->value_dim);
-    made.mixed = TAKE(arena, float, rows * layer->width);
-    made.of_mlp = TAKE(arena, float, rows * (layer->width + 3 * layer->inner));
-    made.weights = TAKE(arena, float, rows * memory->num_kv_heads);
-    made.scale = TAKE(arena, float, num_heads);
-    made.narrow = TAKE(arena, uint16_t, rows * 2 * memory->num_kv_heads * memory->key_dim);
-    return made;
+    Buffers buffers;
+    buffers.normed = TAKE(arena, float, rows * layer->width);
+    buffers.channels = TAKE(arena, float, rows * (num_heads + 2 * memory->num_kv_heads) * memory->key_dim);
+    buffers.read = TAKE(arena, float, rows * num_heads * memory->value_dim);
+    buffers.mixed = TAKE(arena, float, rows * layer->width);
+    buffers.of_mlp = TAKE(arena, float, rows * (layer->width + 3 * layer->inner));
+    buffers.weights = TAKE(arena, float, rows * memory->num_kv_heads);
+    buffers.scale = TAKE(arena, float, num_heads);
+    buffers.narrow = TAKE(arena, uint16_t, rows * 2 * memory->num_kv_heads * memory->key_dim);
+    return buffers;
 }
 
 /* Bytes of scratch that layers need in each lane; they use it one after the other. */
@@ -149,7 +149,7 @@ extern "C" int ovq_layers_scratch(int64_t num_layers, const Layer *layers) {
     size_t most = 0;
     for (int64_t i = 0; i < num_layers; i++) {
         Arena arena = {};
-        take_made(&arena, layers + i);
+        take_buffers(&arena, layers + i);
         most = arena.used > most ? arena.used : most;
     }
     return (int)most;
@@ -206,14 +206,14 @@ static void copy_before(const float *from, int64_t num, int64_t dim, void *to, i
 }
 
 /* One key/value head of a row, from channels to attention outputs. */
-static void read_stream(const Layer *layer, const Decode *memory, int64_t row, int64_t head, Made made,
+static void read_stream(const Layer *layer, const Decode *memory, int64_t row, int64_t head, Buffers buffers,
                         int *outcome) {
     const int64_t stream = row * memory->num_kv_heads + head;
-    make_stream(layer, row, head, made.channels);
+    make_stream(layer, row, head, buffers.channels);
     if (layer->merge_gate || layer->forget_gate) {
-        const float weight = token_weight(layer, made.normed + row * layer->width, stream, head);
-        made.weights[stream] = weight;
-        if (!(weight >= 0 && weight < INFINITY)) __atomic_store_n(outcome, SPOILT, __ATOMIC_RELAXED);
+        const float weight = token_weight(layer, buffers.normed + row * layer->width, stream, head);
+        buffers.weights[stream] = weight;
+        if (!(weight >= 0 && weight < INFINITY)) __atomic_store_n(outcome, INVALID_WEIGHT, __ATOMIC_RELAXED);
     }
     if (layer->keys_before) {
         const int64_t place = stream * memory->chunk_size, num = layer->num_before;
@@ -226,34 +226,34 @@ static void read_stream(const Layer *layer, const Decode *memory, int64_t row, i
 }
 
 /* `read_stream` for head `place` of a group, in a converted model; returns 1 if out of memory. */
-static int read_group(const Layer *layer, const HeadGroup *group, int64_t row, int64_t place, Made made) {
+static int read_group(const Layer *layer, const HeadGroup *group, int64_t row, int64_t place, Buffers buffers) {
     const int64_t dim = layer->memory.key_dim, num_kv = layer->memory.num_kv_heads, size = layer->memory.group_size;
     const int64_t num_heads = num_kv * size, num_channels = (num_heads + 2 * num_kv) * dim, head = group->heads[place];
     const int64_t num_tokens = layer->num_tokens, num_narrow = 2 * num_kv * dim;
     const float *factors = layer->key_factors ? layer->key_factors + head * dim : nullptr;
     const int is_narrow = group->dtype != FLOAT32;
     for (int64_t t = row * num_tokens; t < (row + 1) * num_tokens; t++) {
-        float *queries = made.channels + t * num_channels + head * size * dim;
-        float *key = made.channels + t * num_channels + (num_heads + head) * dim, *value = key + num_kv * dim;
-        make_stream(layer, t, head, made.channels);
+        float *queries = buffers.channels + t * num_channels + head * size * dim;
+        float *key = buffers.channels + t * num_channels + (num_heads + head) * dim, *value = key + num_kv * dim;
+        make_stream(layer, t, head, buffers.channels);
         for (int64_t i = 0; i < size * dim; i++) {
             queries[i] *= (float)layer->score_scale;
             if (factors) queries[i] /= factors[i % dim];
         }
         for (int64_t i = 0; factors && i < dim; i++) key[i] *= factors[i];
         if (!is_narrow) continue;
-        write_numbers(group->dtype, made.narrow + t * num_narrow, head * dim, dim, 1, key);
-        write_numbers(group->dtype, made.narrow + t * num_narrow, (num_kv + head) * dim, dim, 1, value);
+        write_numbers(group->dtype, buffers.narrow + t * num_narrow, head * dim, dim, 1, key);
+        write_numbers(group->dtype, buffers.narrow + t * num_narrow, (num_kv + head) * dim, dim, 1, value);
     }
     HeadGroup own = *group;
     own.query_dtype = FLOAT32;
-    own.q = made.channels, own.o = made.read;
+    own.q = buffers.channels, own.o = buffers.read;
     own.q_at = {num_tokens * num_channels, dim, num_channels};
     own.o_at = {num_tokens * num_heads * dim, dim, num_heads * dim};
-    own.k = made.channels + num_heads * dim, own.v = made.channels + (num_heads + num_kv) * dim;
+    own.k = buffers.channels + num_heads * dim, own.v = buffers.channels + (num_heads + num_kv) * dim;
     own.k_at = own.v_at = own.q_at;
     if (is_narrow) {
-        own.k = made.narrow, own.v = made.narrow + num_kv * dim;
+        own.k = buffers.narrow, own.v = buffers.narrow + num_kv * dim;
         own.k_at = own.v_at = {num_tokens * num_narrow, dim, num_narrow};
     }
     /* Few are read one by one, so that a token's output is the same, bit by bit, however many come with it. */
@@ -272,11 +272,12 @@ static void add_mlp(Worker worker, const Layer *layer, int64_t num, const float 
 }
 
 /* Queries, keys and values of the tokens from `first` on, `num` of them: the first half of a layer up to its memory. */
-static void make_channels(Worker worker, const Layer *layer, const Made &made, int64_t first, int64_t num, const float *x) {
+static void make_channels(Worker worker, const Layer *layer, const Buffers &buffers, int64_t first, int64_t num,
+                          const float *x) {
     const Decode *memory = &layer->memory;
     const int64_t width = layer->width, num_kv = memory->num_kv_heads * memory->key_dim;
     const int64_t num_q = num_kv * memory->group_size, num_channels = num_q + 2 * num_kv;
-    float *normed = made.normed + first * width, *channels = made.channels + first * num_channels;
+    float *normed = buffers.normed + first * width, *channels = buffers.channels + first * num_channels;
     normalise(worker, num, width, layer->mixer_eps, x + first * width, layer->mixer_norm, normed);
     multiply(worker, num, width, num_q, normed, &layer->q, nullptr, channels, num_channels);
     multiply(worker, num, width, num_kv, normed, &layer->k, nullptr, channels + num_q, num_channels);
@@ -284,13 +285,14 @@ static void make_channels(Worker worker, const Layer *layer, const Made &made, i
 }
 
 /* The rest of the layer after its memory, x in place. */
-static void finish_layer(Worker worker, const Layer *layer, const Made &made, int64_t first, int64_t num, float *x) {
+static void finish_layer(Worker worker, const Layer *layer, const Buffers &buffers, int64_t first, int64_t num,
+                         float *x) {
     const int64_t width = layer->width, num_read = layer->memory.num_kv_heads * layer->memory.group_size *
                                                    layer->memory.value_dim;
-    float *own = x + first * width, *mixed = made.mixed + first * width;
-    multiply(worker, num, num_read, width, made.read + first * num_read, &layer->o, own, mixed, width);
+    float *own = x + first * width, *mixed = buffers.mixed + first * width;
+    multiply(worker, num, num_read, width, buffers.read + first * num_read, &layer->o, own, mixed, width);
     worker.wait();
-    add_mlp(worker, layer, num, mixed, made.of_mlp + first * (width + 3 * layer->inner), own);
+    add_mlp(worker, layer, num, mixed, buffers.of_mlp + first * (width + 3 * layer->inner), own);
 }
 
 /* Counters of the next tasks of a layer, shared by all workers, zero before. */
@@ -302,7 +304,7 @@ struct Next {
    weights if there are few. */
 struct Run {
     const Layer *layer;
-    Made made;
+    Buffers buffers;
     float *x;
     Next *next;
     int *outcome;
@@ -321,9 +323,9 @@ struct Run {
     void make(Worker worker) const {
         const int64_t num_heads = layer->memory.num_kv_heads * layer->memory.group_size;
         for (int64_t h = 0; worker.rank == 0 && layer->beta && h < num_heads; h++)
-            made.scale[h] = layer->beta[h] * (float)sqrt((double)layer->memory.key_dim);
+            buffers.scale[h] = layer->beta[h] * (float)sqrt((double)layer->memory.key_dim);
         halve(worker, &next->channels, [&](Worker who, int64_t first, int64_t num) {
-            make_channels(who, layer, made, first, num, x);
+            make_channels(who, layer, buffers, first, num, x);
         });
     }
 
@@ -336,33 +338,33 @@ struct Run {
                 int64_t place = stream % num_kv;
                 const HeadGroup *group = layer->groups;
                 for (; place >= group->num_kv_heads; group++) place -= group->num_kv_heads;
-                if (read_group(layer, group, stream / num_kv, place, made))
+                if (read_group(layer, group, stream / num_kv, place, buffers))
                     __atomic_store_n(outcome, OUT_OF_MEMORY, __ATOMIC_RELAXED);
             });
         }
-        memory.q = made.channels;
-        memory.k = made.channels + num_heads * dim;
-        memory.v = made.channels + (num_heads + num_kv) * dim;
+        memory.q = buffers.channels;
+        memory.k = buffers.channels + num_heads * dim;
+        memory.v = buffers.channels + (num_heads + num_kv) * dim;
         memory.q_row = memory.k_row = memory.v_row = (num_heads + 2 * num_kv) * dim;
         memory.q_head = memory.k_head = memory.v_head = dim;
-        memory.o = made.read;
-        memory.scale = made.scale;
-        memory.token_weights = layer->merge_gate || layer->forget_gate ? made.weights : nullptr;
+        memory.o = buffers.read;
+        memory.scale = buffers.scale;
+        memory.token_weights = layer->merge_gate || layer->forget_gate ? buffers.weights : nullptr;
         worker.share(num_tokens() * num_kv, [&](int64_t stream) {
-            read_stream(layer, &memory, stream / num_kv, stream % num_kv, made, outcome);
+            read_stream(layer, &memory, stream / num_kv, stream % num_kv, buffers, outcome);
         });
     }
 
     void finish(Worker worker) const {
         halve(worker, &next->rest, [&](Worker who, int64_t first, int64_t num) {
-            finish_layer(who, layer, made, first, num, x);
+            finish_layer(who, layer, buffers, first, num, x);
         });
     }
 };
 
 /* Runs the tokens of each row through layers of one width, x [R tokens, width] in place. With two lanes, [2, layers] and [2,
    R tokens, width], the second lane runs the tokens that follow through the same layers, a layer behind: this balances the
-   load if the number of workers does not divide that of heads. Returns DONE; SPOILT if a token gets a weight that no memory
+   load if the number of workers does not divide that of heads. Returns DONE; INVALID_WEIGHT if a token gets a weight that no memory
    can hold, which makes the result useless; or OUT_OF_MEMORY. */
 extern "C" int ovq_layers_step(int64_t num_threads, int64_t num_layers, int64_t num_lanes, const Layer *layers,
                                char *scratch, float *x) {
@@ -379,7 +381,7 @@ extern "C" int ovq_layers_step(int64_t num_threads, int64_t num_layers, int64_t 
                 const int64_t at = lane * num_layers + i - lane;
                 Arena arena = {scratch + lane * size, 0};
                 float *own = x + lane * layers->memory.num_rows * layers->num_tokens * layers->width;
-                runs[num++] = {layers + at, take_made(&arena, layers + at), own, next + at, &outcome};
+                runs[num++] = {layers + at, take_buffers(&arena, layers + at), own, next + at, &outcome};
             }
             for (int j = 0; j < num; j++) runs[j].make(worker);
             worker.wait();

@@ -98,23 +98,6 @@ INLINE uint32_t lanes_at_least(Vector x, Vector y) {
 #endif
 }
 
-INLINE float square_root(float x) { return sqrtf(x); }
-
-INLINE Vector square_root(Vector x) {
-    float y[VL];
-    store(y, x);
-    for (int i = 0; i < VL; i++) y[i] = sqrtf(y[i]);
-    return load(y);
-}
-
-INLINE int is_any(IntVector x) {
-    int64_t y[VL / 2];
-    memcpy(y, &x, sizeof(x));
-    for (int half = VL / 4; half; half /= 2)
-        for (int i = 0; i < half; i++) y[i] |= y[i + half];
-    return y[0] != 0;
-}
-
 /* Whether n numbers are finite, n a multiple of VL. */
 static int are_finite(const float *x, int64_t n) {
     /* x - x is 0 for finite x, else NaN. */

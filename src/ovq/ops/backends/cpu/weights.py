@@ -15,7 +15,7 @@ from ovq.ops.backends.cpu.tokens import call_kernel
 #: Formats of weights: dtypes, and quantized ones with scales, `INT8` and `UINT4` of the headers.
 FORMATS = (*(str(dtype).removeprefix("torch.") for dtype in DTYPES), "int8", "int4")
 # Quantized weights lie in tiles of so many rows and groups of so many columns, four columns of all rows after
-# the other; `ABREAST` and `GROUP` of whole.h. Matrices are padded to both.
+# the other; `ABREAST` and `GROUP` of quantized.h. Matrices are padded to both.
 _TILE, _GROUP = 16, 64
 # Rows that are quantized at a time: all of an output matrix at once would take several times its bytes.
 _ROWS = 1024
@@ -58,12 +58,12 @@ class Matrix(NamedTuple):
         numbers = self.weight.permute(0, 3, 1, 2, 4).flatten(3).flatten(0, 1)
         if self.format == "int8":
             numbers = (numbers.float() - _ZERO)[:, :, None]
-            steps, lows = self.factors.mT.flatten(0, 1)[:, :, None, None], self.factors.new_zeros(())
+            scales, minima = self.factors.mT.flatten(0, 1)[:, :, None, None], self.factors.new_zeros(())
         else:
             numbers = torch.stack([numbers & 15, numbers >> 4], 2)
             factors = self.factors.float().permute(0, 4, 1, 2, 3).flatten(0, 1)
-            steps, lows = factors[..., None].unbind(3)
-        return (numbers * steps + lows).flatten(1)[: self.shape[0], : self.shape[1]]
+            scales, minima = factors[..., None].unbind(3)
+        return (numbers * scales + minima).flatten(1)[: self.shape[0], : self.shape[1]]
 
     def call(self, first: int = 0, *, is_rough: bool = False) -> _Matrix:
         """The matrix as an argument of kernels; its tensors must be kept alive.
@@ -133,9 +133,9 @@ def _rounded_to_int4(rows: Tensor) -> tuple[Tensor, Tensor]:
     halves = rows.unflatten(1, (-1, 2, _GROUP // 2))
     low, high = halves.aminmax(dim=3)
     factors = torch.stack([(high - low) / _MOST["int4"], low], 3).half()
-    steps, low = factors.float()[..., None].unbind(3)
+    scales, low = factors.float()[..., None].unbind(3)
     # Equal numbers may have any scale.
-    numbers = ((halves - low) / steps.masked_fill(steps == 0, 1)).round().clamp(0, _MOST["int4"])
+    numbers = ((halves - low) / scales.masked_fill(scales == 0, 1)).round().clamp(0, _MOST["int4"])
     tiles = factors.unflatten(0, (-1, _TILE)).permute(0, 2, 3, 4, 1)
     return _tiled(numbers[:, :, 0] + 16 * numbers[:, :, 1]), tiles.contiguous()
 

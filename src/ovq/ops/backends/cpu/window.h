@@ -1,9 +1,7 @@
 /* Softmax attention over a sliding window, block by block of queries: forward and backward, O(tokens * window). */
 #pragma once
 
-#include <cstdlib>
-
-#include "product.h"
+#include "call.h"
 #include "tokens.h"
 
 /* Queries per block. Their windows overlap, so that few keys are loaded in vain. */
@@ -50,21 +48,20 @@ static int64_t most_keys(const Window *call) {
     return padded(least(call->num_keys, call->window + TOGETHER - 1), NR);
 }
 
-static WindowScratch take_scratch(const Window *call, float **memory) {
+static WindowScratch take_scratch(Arena *arena, const Window *call) {
     const int64_t n = most_keys(call), lk = padded(call->key_dim, NR), lv = padded(call->value_dim, NR);
-    const int64_t sizes[] = {n * lk, n * lk, n * lv, n * lv, TOGETHER * lk, TOGETHER * n, TOGETHER * n,
-                             TOGETHER * (lk > lv ? lk : lv), TOGETHER * lv, TOGETHER};
-    int64_t all = 0;
-    for (int64_t size : sizes) all += padded(size, 16);
-    *memory = (float *)aligned_alloc(64, sizeof(float) * all);
-    if (!*memory) return {};
-    memset(*memory, 0, sizeof(float) * all);
-    float *parts[10], *at = *memory;
-    for (int i = 0; i < 10; i++) {
-        parts[i] = at;
-        at += padded(sizes[i], 16);
-    }
-    return {parts[0], parts[1], parts[2], parts[3], parts[4], parts[5], parts[6], parts[7], parts[8], parts[9]};
+    WindowScratch own;
+    own.key_columns = TAKE(arena, float, n * lk);
+    own.keys = TAKE(arena, float, n * lk);
+    own.value_columns = TAKE(arena, float, n * lv);
+    own.values = TAKE(arena, float, n * lv);
+    own.queries = TAKE(arena, float, TOGETHER * lk);
+    own.scores = TAKE(arena, float, TOGETHER * n);
+    own.grads = TAKE(arena, float, TOGETHER * n);
+    own.outs = TAKE(arena, float, TOGETHER * (lk > lv ? lk : lv));
+    own.grad_outs = TAKE(arena, float, TOGETHER * lv);
+    own.inner = TAKE(arena, float, TOGETHER);
+    return own;
 }
 
 /* Copies vectors [num, dim] into panels of columns and into rows of `ld` floats, each unless NULL. */
@@ -208,8 +205,8 @@ static int run_window(const Window *call, int is_backward) {
     const int64_t tasks = is_backward ? streams : streams * blocks;
     int is_out_of_memory = 0;
     parallel(call->num_tokens > 1 ? call->num_threads : 1, [&](Worker worker) {
-        float *memory = nullptr;
-        WindowScratch own = take_scratch(call, &memory);
+        WindowScratch own;
+        char *memory = allocate([&](Arena *arena) { own = take_scratch(arena, call); });
         if (!memory) __atomic_store_n(&is_out_of_memory, 1, __ATOMIC_RELAXED);
         worker.share(memory ? tasks : 0, [&](int64_t task) {
             const int64_t stream = is_backward ? task : task / blocks, group = call->num_heads / call->num_kv_heads;

@@ -31,7 +31,7 @@ struct Quad {
     }
 };
 
-struct WholeSums {
+struct QuadSums {
     IntVector high, low;
 
     INLINE_MEMBER void add(IntVector weights, const Quad *x) {
@@ -47,7 +47,7 @@ struct Quad {
     void put(int i, int16_t x) { (i % 2 ? odd : even)[i / 2] = x; }
 };
 
-struct WholeSums {
+struct QuadSums {
     Words sum;
 
     INLINE_MEMBER void add(IntVector weights, const Quad *x) {
@@ -61,7 +61,7 @@ struct WholeSums {
 /* int16 inputs, for generated tokens. */
 struct Exact {
     typedef ::Quad Quad;
-    typedef WholeSums Sums;
+    typedef QuadSums Sums;
     /* The largest number whose high byte fits, as the low byte is signed. */
     static constexpr float most = 32639;
     /* Tokens that are multiplied with a tile while its sums are in registers. */
@@ -99,15 +99,15 @@ struct Rough : Exact {
 #endif
 
 /* Quantized inputs [num, groups]; for each half group, the scale and the sum of the integers. */
-template <class Format> struct WholeInputs {
+template <class Format> struct QuantizedInputs {
     int64_t groups;
     typename Format::Quad (*quads)[QUADS];
-    float (*steps)[2];
+    float (*scales)[2];
     int32_t (*sums)[2];
 };
 
 template <class Format>
-static void round_inputs(const WholeInputs<Format> *in, int64_t num, int64_t dim, const float *x) {
+static void round_inputs(const QuantizedInputs<Format> *in, int64_t num, int64_t dim, const float *x) {
     for (int64_t at = 0; at < num * in->groups; at++) {
         const int64_t t = at / in->groups, first = at % in->groups * GROUP;
         float own[GROUP] = {};
@@ -115,16 +115,16 @@ static void round_inputs(const WholeInputs<Format> *in, int64_t num, int64_t dim
         for (int half = 0; half < 2; half++) {
             const int begin = half * GROUP / 2, end = begin + GROUP / 2;
             const Rounding rounding = rounding_of(own + begin, GROUP / 2, Format::most);
-            Vector spoilt = {}, sum = {};
+            Vector non_finite = {}, sum = {};
             for (int i = begin; i < end; i += VL) {
                 const Vector one = load(own + i);
                 /* NaN if a number is not finite. */
-                spoilt += one - one;
+                non_finite += one - one;
                 const IntVector numbers = rounding.bits_of(one) - (IntVector)splat(ROUNDS);
                 sum += __builtin_convertvector(numbers, Vector);
                 Format::put(in->quads[at], i, numbers);
             }
-            in->steps[at][half] = rounding.size + total(spoilt);
+            in->scales[at][half] = rounding.size + total(non_finite);
             in->sums[at][half] = (int32_t)total(sum);
         }
     }
@@ -133,10 +133,10 @@ static void round_inputs(const WholeInputs<Format> *in, int64_t num, int64_t dim
 /* A tile of a matrix. INT8: a group has 16 times 4 unsigned bytes per row, zero point 128, and a float32 scale per row.
    UINT4: a group has 8 times 4 bytes per row, with the first half of the group in the low bits and the second in the high
    bits; each half has a float16 scale and minimum per row. */
-template <typename Factor, class Format> struct WholeTile {
+template <typename Factor, class Format> struct QuantizedTile {
     const uint8_t *weights;
     const Factor *factors;
-    const WholeInputs<Format> *in;
+    const QuantizedInputs<Format> *in;
 
     static constexpr bool is_int8 = std::is_same_v<Factor, float>;
     static constexpr int rows = ABREAST, tokens = Format::tokens, parts = ABREAST / VL;
@@ -173,12 +173,12 @@ template <typename Factor, class Format> struct WholeTile {
                 for (int part = 0; part < parts; part++) {
                     Vector all = {};
                     for (int half = 0; half < 2; half++) {
-                        const float step = in->steps[at][half];
+                        const float scale = in->scales[at][half];
                         const int32_t sum = in->sums[at][half], zeros = is_int8 ? 128 * sum : 0;
-                        const Vector product = __builtin_convertvector(own[t][half][part].all() - zeros, Vector) * step;
-                        const Factor *steps = factor + half * 2 * ABREAST + part * VL;
+                        const Vector product = __builtin_convertvector(own[t][half][part].all() - zeros, Vector) * scale;
+                        const Factor *scales = factor + half * 2 * ABREAST + part * VL;
                         if (is_int8) all += product;
-                        else all += product * load_numbers(steps) + load_numbers(steps + ABREAST) * (sum * step);
+                        else all += product * load_numbers(scales) + load_numbers(scales + ABREAST) * (sum * scale);
                     }
                     sums[t][part] += is_int8 ? all * load_numbers(factor + part * VL) : all;
                 }
