@@ -14,6 +14,7 @@ The `cpu` backend does the same in compiled code, several times as fast.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from ovq.ops.backends.dictionary import Dictionary
 from ovq.ops.backends.plan import Plan
-from ovq.ops.backends.torch.merge import MergedSlots, Snapshot, merge_chunk, part_slots
+from ovq.ops.backends.torch.merge import ChangedSlots, merge_chunk
 from ovq.ops.backends.torch.read import Reader
 from ovq.ops.backends.torch.route import Router
 from ovq.ops.backends.torch.streams import Group, Step, groups_of
@@ -57,10 +58,9 @@ class ChunkAttention(torch.autograd.Function):
         slots = torch.zeros(*k.shape[:3], 1, dtype=torch.int32, device=k.device)
         inputs = _Inputs(q, k, v, scale, weights)
         kept = [_forward_group(group, inputs, sums, o, slots) for group in groups_of(plan, q.device)]
-        parts = [getattr(each, f.name) for steps in kept for each in steps for f in dataclasses.fields(each)]
+        parts = [part for steps in kept for each in steps for part in each]
         ctx.save_for_backward(q, k, v, scale, weights, o, slots, *sums.tensors, *parts)
         ctx.plan, ctx.num_kept = plan, [len(steps) for steps in kept]
-        ctx.kind = next((type(each) for steps in kept for each in steps), None)
         ctx.mark_non_differentiable(sums.count)
         ctx.set_materialize_grads(False)
         return o, *sums.tensors
@@ -79,7 +79,7 @@ class ChunkAttention(torch.autograd.Function):
         # Autocast would reduce the precision of these products below that of the forward.
         with torch.autocast(o.device.type, enabled=False):
             for group, num in zip(groups_of(ctx.plan, o.device), ctx.num_kept, strict=True):
-                kept = [ctx.kind(*(next(parts) for _ in dataclasses.fields(ctx.kind))) for _ in range(num)]
+                kept = [ChangedSlots(*itertools.islice(parts, len(ChangedSlots._fields))) for _ in range(num)]
                 _Backward(group, saved, final, deposits, grads).run(kept)
         of_sums = (deposits.key_sum, deposits.value_sum, None, deposits.weight)
         return None, grads.q, grads.k, grads.v, grads.scale, grads.token_weights, *of_sums
@@ -111,13 +111,13 @@ class _Saved(_Inputs):
 
 def _forward_group(
     group: Group, inputs: _Inputs, sums: Dictionary, o: Tensor, slots: Tensor
-) -> list[MergedSlots | Snapshot]:
+) -> list[ChangedSlots]:
     """Run all chunks of a group in order; fills `o` and `slots` and updates `sums` in place.
 
     Returns what the backward needs to undo the merges of the chunks, beyond the slots of tokens.
     """
     sums, options, most = group.dictionary(sums), group.plan.options, group.plan.capacity
-    kept: list[MergedSlots | Snapshot] = []
+    kept: list[ChangedSlots] = []
     has_weights = inputs.token_weights is not None
     reader = Reader(group, inputs.q, inputs.v, sums.key_sum.dtype, has_weights=has_weights)
     router = Router(num_streams=group.num_streams, max_slots=most, options=options, like=sums.key_sum)
@@ -151,7 +151,7 @@ class _Backward:
         has_weights = saved.token_weights is not None
         self._reader = Reader(group, saved.q, saved.v, self._wide, has_weights=has_weights)
 
-    def run(self, kept: list[MergedSlots | Snapshot]) -> None:
+    def run(self, kept: list[ChangedSlots]) -> None:
         """Run all chunks; `kept` is the result of `_forward_group`."""
         saved, grads = self._saved, self._grads
         for step in reversed(self._group.steps()):
@@ -176,7 +176,7 @@ class _Backward:
     def _take_back(
         self,
         step: Step,
-        kept: list[MergedSlots | Snapshot],
+        kept: list[ChangedSlots],
         grad_k: Tensor,
         grad_v: Tensor,
         grad_w: Tensor | None,
@@ -201,18 +201,15 @@ class _Backward:
             grad_w[:s] += (own_k * chunk.keys).sum(-1) + (own_v * chunk.values).sum(-1)
             grad_w[:s] += deposits.weight.view(-1)[index].view(s, -1)
         # 2. Rewind to the dictionary before the chunk, clearing the slots that it opened.
-        undo = kept.pop() if kept else None
-        if isinstance(undo, Snapshot):
-            undo.restore_(sums, deposits)
-        else:
+        if chunk.weights is None:
             sums.add_(chosen, chunk.keys, chunk.values, -1)
-        is_gone = (sums.count[:s] == 0).unsqueeze(-1)
+        if kept:
+            kept.pop().restore_(sums, deposits)
+        is_unused = (sums.count[:s] == 0).unsqueeze(-1)
         for x in (sums.key_sum, sums.value_sum, deposits.key_sum, deposits.value_sum):
-            x[:s].masked_fill_(is_gone, 0)
+            x[:s].masked_fill_(is_unused, 0)
         if deposits.weight is not None:
-            deposits.weight[:s].masked_fill_(is_gone[..., 0], 0)
-        if isinstance(undo, MergedSlots):
-            part_slots(sums, deposits, undo)
+            deposits.weight[:s].masked_fill_(is_unused[..., 0], 0)
 
     def _block(self, step: Step, block: slice, grad_k: Tensor, grad_v: Tensor, grad_w: Tensor | None) -> None:
         """Backward of the read of one block; adds the gradients of its candidates to the buffers."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from ovq.ops.backends.dictionary import Dictionary
 from ovq.ops.backends.learned import Learned, Merging
 from ovq.ops.backends.torch.constant_rate import moved
-from ovq.ops.backends.torch.merge import MergedSlots, Snapshot, merge_chunk
+from ovq.ops.backends.torch.merge import ChangedSlots, merge_chunk
 from ovq.ops.backends.torch.route import Router
 from ovq.ops.backends.torch.streams import Group, Step, groups_of
 from ovq.ops.fading import bounding_factor
@@ -44,10 +44,10 @@ def _learn_group(group: Group, chunks: Merging, slots: Tensor, by_chunk: Tensor 
         missing = padded_to_blocks(capacity) - capacity
         means = torch.nn.functional.pad(slot_means(sums.key_sum[:s], sums.mass[:s]), (0, 0, 0, missing))
         if isinstance(options.ablation.rate, str):
-            chosen, kept = merge_chunk(sums, chunk, options, router, means)
+            chosen, changed = merge_chunk(sums, chunk, options, router, means)
             if by_chunk is not None:
-                assert kept is not None
-                _put_moves(step, by_chunk, kept)
+                assert changed is not None
+                _put_moves(step, by_chunk, changed)
         else:
             chosen = router(chunk, means)
             after = moved(sums, chosen, router.is_opener, chunk.keys, chunk.values, options.ablation.rate)
@@ -69,9 +69,9 @@ def _multiply(sums: Dictionary, factor: Tensor) -> None:
         x[: len(factor)] *= factor[..., None]
 
 
-def _put_moves(step: Step, by_chunk: Tensor, kept: MergedSlots | Snapshot) -> None:
+def _put_moves(step: Step, by_chunk: Tensor, changed: ChangedSlots) -> None:
     """Write to `by_chunk` `[num_chunks, 1, Hkv, M]` the slot that each slot was merged into, or itself."""
     capacity = by_chunk.shape[-1]
     to = torch.arange(capacity, device=by_chunk.device).repeat(step.num_streams, 1)
-    to.view(-1)[kept.source] = kept.target % capacity
+    to.view(-1)[changed.source] = changed.target % capacity
     step.put(by_chunk, to, slice(0, 1))

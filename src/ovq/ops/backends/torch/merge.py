@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,70 +18,63 @@ from ovq.ops.options import Options
 from ovq.ops.sums import slot_means, without_trace
 
 
-@dataclasses.dataclass(frozen=True)
-class MergedSlots:
-    """Slots that a chunk merged into others, saved so that the backward can undo the merges.
+class ChangedSlots(NamedTuple):
+    """Slots before a chunk changed them, saved so that the backward can undo the change.
 
-    Attributes:
-        source: `[P]` the merged slots, as rows of the flattened dictionaries `[S * M]`.
-        target: `[P]` the slots that they were merged into.
-        key_sum: `[P, K]` sums of the merged slots. value_sum: `[P, V]`. count: `[P]`.
-    """
-
-    source: Tensor
-    target: Tensor
-    key_sum: Tensor
-    value_sum: Tensor
-    count: Tensor
-
-
-@dataclasses.dataclass(frozen=True)
-class Snapshot:
-    """Copy of all slots that a chunk changed, before the change; used with token weights.
-
-    Subtracting a token from a float32 sum leaves a rounding error, which may exceed everything that a slot of
-    small weight contained before.
+    Without token weights, these are the slots that were merged into others; subtraction undoes the rest. With
+    token weights, they are all changed slots: subtracting a token from a float32 sum leaves a rounding error,
+    which may exceed everything that a slot of small weight contained before.
 
     Attributes:
         source: `[P]` slots that were merged into others, as rows of the flattened dictionaries `[S * M]`.
         target: `[P]` the slots that they were merged into.
-        index: `[Q]` all changed slots.
-        key_sum: `[Q, K]` their sums. value_sum: `[Q, V]`. count: `[Q]`. weight: `[Q]`.
+        saved: `[Q]` the saved slots, likewise.
+        key_sum: `[Q, K]` their sums. value_sum: `[Q, V]`. num_tokens: `[Q]` their counts.
+        weight: `[Q]`; None without token weights.
     """
 
     source: Tensor
     target: Tensor
-    index: Tensor
+    saved: Tensor
     key_sum: Tensor
     value_sum: Tensor
-    count: Tensor
-    weight: Tensor
+    num_tokens: Tensor
+    weight: Tensor | None
 
     @classmethod
-    def of(cls, sums: Dictionary, slots: Tensor, source: Tensor, target: Tensor) -> Snapshot:
-        """Snapshot of the slots `[S, C]` that tokens go to and of all slots that are merged."""
-        assert sums.weight is not None
-        index = torch.cat([sums.index(slots), source, target]).unique()
-        parts = (sums.key_sum.flatten(0, 1), sums.value_sum.flatten(0, 1), sums.count.view(-1))
-        return cls(source, target, index, *(x[index] for x in (*parts, sums.weight.view(-1))))
+    def of(cls, sums: Dictionary, slots: Tensor, source: Tensor, target: Tensor) -> ChangedSlots:
+        """Copies of the slots to save, if tokens go to `slots` `[S, C]`."""
+        if sums.weight is None:
+            saved, weight = source, None
+        else:
+            saved = torch.cat([sums.index(slots), source, target]).unique()
+            weight = sums.weight.view(-1)[saved]
+        key_sum, value_sum = (x.view(-1, x.shape[-1])[saved] for x in (sums.key_sum, sums.value_sum))
+        return cls(source, target, saved, key_sum, value_sum, sums.count.view(-1)[saved], weight)
 
     def restore_(self, sums: Dictionary, deposits: Dictionary) -> None:
-        """Restore the slots in place; each part of a merged slot gets the gradient of the merged sum."""
-        assert sums.weight is not None
-        assert deposits.weight is not None
-        for name in ("key_sum", "value_sum"):
-            x = getattr(sums, name)
-            x.view(-1, x.shape[-1])[self.index] = getattr(self, name)
-        sums.count.view(-1)[self.index] = self.count
-        sums.weight.view(-1)[self.index] = self.weight
-        for grad in (deposits.key_sum, deposits.value_sum, deposits.weight[..., None]):
-            rows = grad.view(-1, grad.shape[-1])
-            rows[self.source] = rows[self.target]
+        """Restore the slots in place; each part of a merged slot gets the gradient of the merged sum.
+
+        Without token weights, the tokens have been subtracted before.
+        """
+        for total, before in zip(
+            sums.tensors, (self.key_sum, self.value_sum, self.num_tokens, self.weight), strict=True
+        ):
+            if total is None or before is None:
+                continue
+            rows = total.view(-1, *total.shape[2:])
+            if self.weight is None:
+                rows.index_add_(0, self.target, before, alpha=-1)
+            rows[self.saved] = before
+        for grad in (deposits.key_sum, deposits.value_sum, deposits.weight):
+            if grad is not None:
+                rows = grad.view(-1, *grad.shape[2:])
+                rows[self.source] = rows[self.target]
 
 
 def merge_chunk(
     sums: Dictionary, chunk: CompleteChunk, options: Options, router: Router, means: Tensor
-) -> tuple[Tensor, MergedSlots | Snapshot | None]:
+) -> tuple[Tensor, ChangedSlots | None]:
     """Merge a complete chunk into the dictionaries, in place.
 
     Args:
@@ -98,14 +91,16 @@ def merge_chunk(
         slots, source, target = _merged_pairs(sums, chunk, options, means)
     else:
         slots = router(chunk, means, sums.weight)
-    kept: MergedSlots | Snapshot | None = None
-    if sums.weight is not None:
-        kept = Snapshot.of(sums, slots, source, target)
-    if options.merges_pairs:
-        merged = _merge_slots(sums, source, target)
-        kept = kept or merged
+    changed = None
+    if options.merges_pairs or sums.weight is not None:
+        changed = ChangedSlots.of(sums, slots, source, target)
+    for x in sums.tensors if len(source) else ():
+        if x is not None:
+            rows = x.view(-1, *x.shape[2:])
+            rows.index_add_(0, target, rows[source])
+            rows[source] = 0
     sums.add_(slots, chunk.keys, chunk.values, 1, chunk.weights)
-    return slots, kept
+    return slots, changed
 
 
 def _merged_pairs(
@@ -159,20 +154,6 @@ def _roots(
     return nearest_roots(weighted, is_mover, due)
 
 
-def part_slots(sums: Dictionary, deposits: Dictionary, merged: MergedSlots) -> None:
-    """Undo merges of slots in place, by subtraction; each part gets the gradient of the merged sum."""
-    for total, part in ((sums.key_sum, merged.key_sum), (sums.value_sum, merged.value_sum)):
-        rows = total.view(-1, total.shape[-1])
-        rows.index_add_(0, merged.target, part, alpha=-1)
-        rows[merged.source] = part
-    count = sums.count.view(-1)
-    count.index_add_(0, merged.target, merged.count, alpha=-1)
-    count[merged.source] = merged.count
-    for grad in (deposits.key_sum, deposits.value_sum):
-        rows = grad.view(-1, grad.shape[-1])
-        rows[merged.source] = rows[merged.target]
-
-
 def _homes(roots: Tensor, is_there: Tensor, num_slots: int) -> Tensor:
     """Slot `[S, M]` of each item: the lowest slot of its cluster, or a free slot if the cluster has none.
 
@@ -187,16 +168,3 @@ def _homes(roots: Tensor, is_there: Tensor, num_slots: int) -> Tensor:
     is_new = is_kept & (index >= num_slots)
     place = free.gather(1, (is_new.cumsum(-1) - 1).clamp(min=0))
     return torch.where(is_new, place, index).gather(1, roots)
-
-
-def _merge_slots(sums: Dictionary, source: Tensor, target: Tensor) -> MergedSlots:
-    """Add rows `source` of the flattened sums to rows `target`, in order, and clear them."""
-    parts = []
-    totals = [sums.key_sum, sums.value_sum, sums.count]
-    for total in totals if sums.weight is None else [*totals, sums.weight]:
-        rows = total.view(-1, total.shape[-1]) if total.dim() == 3 else total.view(-1)
-        part = rows[source]
-        rows.index_add_(0, target, part)
-        rows[source] = 0
-        parts.append(part)
-    return MergedSlots(source, target, *parts[:3])
