@@ -354,7 +354,7 @@ def test_what_cannot_be_the_memory_of_the_model_is_refused(saved, model, change,
 @pytest.mark.parametrize(
     ("name", "values", "expected"),
     [
-        ("layers.1.count", [-5, -2], "layer 1: expected counts >= 0, found -5"),
+        ("layers.1.count", [-5, -2], "layer 1: expected counts of at least 0, found -5"),
         ("layers.1.count", [2**63 - 1, 2**62], "layer 1: expected .*add up within int64"),
         ("layers.1.count", [62, 32], "layer 1: expected .*add up to the tokens merged"),
         ("layers.0.num_seen", [60], r"layer 0: expected num_seen \[61\], found \[60\]"),

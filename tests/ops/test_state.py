@@ -321,7 +321,7 @@ def set_counts(tensors, counts, heads=2, clear=("key_sum", "value_sum")):
             "finite values in key_sum, found NaN or Inf",
         ),
         (lambda t: t["pending_values"].view(-1)[0].fill_(torch.inf), {}, "finite values in pending_values"),
-        (lambda t: t["count"].view(-1)[0].fill_(-1), {}, "counts >= 0, found -1"),
+        (lambda t: t["count"].view(-1)[0].fill_(-1), {}, "counts of at least 0, found -1"),
         (lambda t: t["count"].view(-1)[0].add_(1), {}, "counts that add up to the tokens merged"),
         (
             lambda t: t.update(count=t["count"].float()),

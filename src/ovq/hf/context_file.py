@@ -164,9 +164,9 @@ def read_context(path: str | os.PathLike) -> tuple[dict[str, str], dict[str, Ten
     what = "a saved context"
     if (found := format_of(path)) in _EARLIER_FORMATS:
         version, kind = _EARLIER_FORMATS[found]
-        metadata, tensors = read_file(path, what=what, file_format=found, version=version)
+        metadata, tensors = read_file(path, what=what, file_format=found, version=[version])
         return {**metadata, "kind": kind}, tensors
-    metadata, tensors = read_file(path, what=what, file_format=FORMAT, version=VERSION)
+    metadata, tensors = read_file(path, what=what, file_format=FORMAT, version=[VERSION])
     return {"kind": "ovq", **metadata}, tensors
 
 

@@ -51,7 +51,7 @@ def write_file(path: str | os.PathLike, tensors: dict[str, Tensor], *, metadata:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "file"
         >>> write_file(path, {"one": torch.ones(1)}, metadata={"format": "an-example", "version": "1"})
-        >>> read_file(path, what="an example", file_format="an-example", version="1")[1]
+        >>> read_file(path, what="an example", file_format="an-example", version=["1"])[1]
         {'one': tensor([1.])}
     """
     with atomic_path(path) as temporary:
@@ -75,15 +75,14 @@ def format_of(path: str | os.PathLike) -> str | None:
 
 
 def read_file(
-    path: str | os.PathLike, *, what: str, file_format: str, version: str, or_versions: Sequence[str] = ()
+    path: str | os.PathLike, *, what: str, file_format: str, version: Sequence[str]
 ) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Metadata and tensors of a safetensors file, read only if its header has the right format and version.
 
     Args:
         what: description of the expected file, for error messages.
         file_format: required `format` of the metadata.
-        version: required `version` of the metadata.
-        or_versions: other accepted versions.
+        version: accepted values of `version` in the metadata.
 
     Raises:
         ValueError: if the file is missing or damaged, or has another format or version.
@@ -95,8 +94,7 @@ def read_file(
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
-            versions = [version, *or_versions]
-            for name, expected in (("format", [file_format]), ("version", versions)):
+            for name, expected in (("format", [file_format]), ("version", version)):
                 if metadata.get(name) not in expected:
                     known = " or ".join(map(repr, expected))
                     raise ValueError(f"{path}: expected {name} {known}, found {metadata.get(name)!r}")
@@ -114,8 +112,7 @@ def load_state(path: str | os.PathLike, *, device: torch.device | str) -> dict[s
         path,
         what="a saved OVQ state",
         file_format=FORMAT,
-        version=VERSION,
-        or_versions=(WITH_WEIGHTS, WITH_FORGETTING),
+        version=(VERSION, WITH_WEIGHTS, WITH_FORGETTING),
     )
     tensors = upgraded(tensors)
     # Only the names are used here, so the sizes do not matter.
@@ -209,7 +206,7 @@ def check_counts(where: str, count: Tensor, *, total: Tensor | int) -> None:
         ValueError: state: expected counts that add up to the tokens merged, [[5, 5]], found [[5, 4]]
     """
     if count.numel() and (least := int(count.min())) < 0:
-        raise ValueError(f"{where}: expected counts >= 0, found {least}")
+        raise ValueError(f"{where}: expected counts of at least 0, found {least}")
     # A cumulative sum of int64 numbers turns negative when it overflows.
     if bool((count.cumsum(-1) < 0).any()):
         raise ValueError(
