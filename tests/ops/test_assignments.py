@@ -129,7 +129,7 @@ def test_slots_at_an_earlier_time_are_those_of_a_shorter_call(way, merge):
     for chunk in range(8):
         own = slice(8 * chunk, 8 * chunk + 8)
         assert torch.equal(whole.chunk_slots[..., own], whole.after(8 * chunk + 8)[..., own])
-    with pytest.raises(ValueError, match="num_tokens: expected at least 0, found -1"):
+    with pytest.raises(ValueError, match="num_tokens: expected an integer of at least 0, found -1"):
         found.after(-1)
 
 

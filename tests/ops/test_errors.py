@@ -234,7 +234,9 @@ def test_every_backend_has_what_its_protocol_says():
         ({"batch_size": -1}, "batch_size: expected an integer of at least 0, found -1"),
         ({"num_slots": 0}, "num_slots: expected an integer of at least 1, found 0"),
         ({"key_dim": 0}, "key_dim: expected an integer of at least 1, found 0"),
-        ({"dtype": torch.int64}, r"dtype: expected a floating dtype, found torch\.int64"),
+        ({"dtype": torch.int64}, r"dtype: expected one of \(torch\.float32, .*, found torch\.int64"),
+        ({"dtype": torch.float8_e5m2}, r"dtype: expected one of .*, found torch\.float8_e5m2"),
+        ({"dtype": "float32"}, "dtype: expected one of .*, found 'float32'"),
     ],
 )
 def test_an_empty_state_of_impossible_sizes(sizes, expected):
@@ -268,6 +270,11 @@ def test_state_methods_refuse_bad_indices():
         state.repeat_interleave(1.5)
     with pytest.raises(ValueError, match=r"device: expected a device, found torch.float16"):
         state.to(torch.float16)
+    with pytest.raises(ValueError, match="device: expected a device, found 'graphics'"):
+        state.to("graphics")
+    for rows in ("first", None, [[0], [1, 0]]):
+        with pytest.raises(ValueError, match="rows: expected integer indices or a boolean mask, found"):
+            state.select(rows)
     with pytest.raises(ValueError, match=r"num_slots: .* found 0"):
         state.resize(0)
     with pytest.raises(ValueError, match=r"value_weight: .* found -1"):
@@ -277,3 +284,7 @@ def test_state_methods_refuse_bad_indices():
     other = OVQState.empty(batch_size=2, num_kv_heads=1, key_dim=4, value_dim=4, num_slots=9, chunk_size=4)
     with pytest.raises(ValueError, match="num_slots 8 in all, found 9"):
         OVQState.concatenate([state, other])
+    with pytest.raises(ValueError, match="expected each to be an OVQState, found dict"):
+        OVQState.concatenate([state, {}])
+    with pytest.raises(ValueError, match=r"key_sum: expected .* on cpu in all, found .* on meta"):
+        OVQState.concatenate([state, state.to("meta")])

@@ -22,7 +22,7 @@ from ovq.ops.backends.learned import Learned, Merging
 from ovq.ops.backends.plan import Plan
 from ovq.ops.call import Call, RowBounds
 from ovq.ops.checks import check_kv, checked_call, checked_scale
-from ovq.ops.options import VALUE_WEIGHT, options_of
+from ovq.ops.options import VALUE_WEIGHT, check_sizes, options_of
 from ovq.ops.random_init import seed_of
 from ovq.ops.state import OVQState
 from ovq.ops.uncompiled import uncompiled
@@ -75,7 +75,7 @@ class SlotAssignments:
         Tokens not merged by then have -1. A query at that position reads these slots.
 
         Raises:
-            ValueError: if `num_tokens` is negative.
+            ValueError: if `num_tokens` is not an integer of at least 0.
 
         Example:
             >>> x = torch.eye(4)[[0, 0, 1, 1]][None, :, None]
@@ -83,8 +83,7 @@ class SlotAssignments:
             >>> found.after(3).tolist()
             [[[0, 1, -1, -1]]]
         """
-        if num_tokens < 0:
-            raise ValueError(f"num_tokens: expected at least 0, found {num_tokens}")
+        check_sizes(0, num_tokens=num_tokens)
         return self._history.slots(num_tokens)
 
     def members(self, slot: int, *, head: int = 0, row: int = 0) -> Tensor:

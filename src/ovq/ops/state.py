@@ -20,7 +20,7 @@ from ovq.ops.parts import of_rows, slot_spec
 from ovq.ops.pending import PendingBuffers
 from ovq.ops.serialization import load_state, save_state
 from ovq.ops.summary import StateSummary, effective_slots
-from ovq.ops.sums import slot_means
+from ovq.ops.sums import DTYPES, slot_means
 
 _SLOT_TENSORS = ("key_sum", "value_sum", "count", "weight")
 _ROW_TENSORS = (*_SLOT_TENSORS, "pending_keys", "pending_values", "pending_weights", "pending_forget")
@@ -135,7 +135,7 @@ class OVQState:
         """The state of rows that have seen no token; `dtype` is the dtype of the inputs.
 
         Raises:
-            ValueError: if a size is out of range, or `dtype` is not a floating dtype.
+            ValueError: if a size is out of range, or no call can have inputs of `dtype`.
 
         Example:
             >>> OVQState.empty(
@@ -146,8 +146,8 @@ class OVQState:
         check_sizes(0, batch_size=batch_size)
         check_sizes(1, num_kv_heads=num_kv_heads, key_dim=key_dim, value_dim=value_dim)
         check_sizes(1, num_slots=num_slots, chunk_size=chunk_size)
-        if not dtype.is_floating_point:
-            raise ValueError(f"dtype: expected a floating dtype, found {dtype}")
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype: expected one of {DTYPES}, found {dtype!r}")
         spec = slot_spec(
             0,
             num_kv_heads=num_kv_heads,
@@ -220,8 +220,8 @@ class OVQState:
         Raises:
             ValueError: if `device` is not a device, for example a dtype.
         """
-        if device is not None and not isinstance(device, (str, int, torch.device)):
-            raise ValueError(f"device: expected a device, found {device!r}")
+        if device is not None:
+            device = checked_device(device)
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))
 
     def select(self, rows: Tensor | Sequence[int]) -> OVQState:
@@ -262,6 +262,9 @@ class OVQState:
         """
         if not states:
             raise ValueError("states: expected at least one state, found none")
+        for state in states:
+            if not isinstance(state, OVQState):
+                raise ValueError(f"states: expected each to be an OVQState, found {type(state).__name__}")
         if any(state.weight is not None for state in states):
             states = [weighted(state) for state in states]
         if any(state.pending_forget is not None for state in states):
@@ -276,10 +279,10 @@ class OVQState:
             for name in first._names:
                 a, b = getattr(first, name), getattr(other, name)
                 same_dims = a.shape[1] == b.shape[1] and a.shape[3:] == b.shape[3:]
-                if not same_dims or a.dtype != b.dtype:
+                if not same_dims or (a.dtype, a.device) != (b.dtype, b.device):
                     raise ValueError(
-                        f"states: {name}: expected {a.dtype} {tuple(a.shape[1:])} in all, "
-                        f"found {b.dtype} {tuple(b.shape[1:])}"
+                        f"states: {name}: expected {a.dtype} {tuple(a.shape[1:])} on {a.device} in all, "
+                        f"found {b.dtype} {tuple(b.shape[1:])} on {b.device}"
                     )
         capacity = max(s.count.shape[2] for s in states)
         grown = [with_capacity(s, capacity) for s in states]
@@ -329,9 +332,18 @@ class OVQState:
         """Read a state written by `save`.
 
         Raises:
-            ValueError: if the file is not a saved state, is damaged, or holds values invalid for a state.
+            ValueError: if the file is not a saved state, is damaged, or holds values invalid for a state, or
+                `device` is not a device.
         """
-        return OVQState(**load_state(path, device=device))
+        return OVQState(**load_state(path, device=checked_device(device)))
+
+
+def checked_device(device: torch.device | str) -> torch.device:
+    """`device` as a `torch.device`; ValueError if it is none."""
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device: expected a device, found {device!r}") from error
 
 
 def checked_rows(rows: Tensor | Sequence[int], num_rows: int) -> Tensor:
@@ -344,7 +356,10 @@ def checked_rows(rows: Tensor | Sequence[int], num_rows: int) -> Tensor:
         >>> checked_rows([True, False, True], 3)
         tensor([0, 2])
     """
-    index = torch.as_tensor(rows, device="cpu")
+    try:
+        index = torch.as_tensor(rows, device="cpu")
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"rows: expected integer indices or a boolean mask, found {rows!r}") from error
     if index.dtype == torch.bool:
         if index.shape != (num_rows,):
             raise ValueError(f"rows: expected a mask of shape ({num_rows},), found {tuple(index.shape)}")
