@@ -266,7 +266,7 @@ def test_what_a_memory_cannot_do_is_refused():
         model(ids, position_ids=torch.tensor([[0, 1, 2, 3, 4, 9, 10, 11, 12, 13]]), use_cache=False)
     with pytest.raises(ValueError, match="cache_implementation"):
         model.generate(ids, cache_implementation="static", **GREEDY)
-    with pytest.raises(ValueError, match="found LlamaForCausalLM: no other, nor a converted one"):
+    with pytest.raises(ValueError, match="found LlamaForCausalLM: other models, wrapped and conv"):
         ContextParallel(model)
 
 

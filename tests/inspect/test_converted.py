@@ -113,6 +113,10 @@ def test_how_a_text_is_read_does_not_depend_on_who_looks():
 def test_a_model_without_a_memory_is_refused():
     with pytest.raises(ValueError, match="expected an OVQForCausalLM or a model converted by"):
         inspect_text(original(), [1, 2], ["a", "b"])
+    with pytest.raises(ValueError, match=r"ids: expected token ids from 0 to \d+, found -1"):
+        inspect_text(converted(), [1, -1], ["a", "b"])
+    with pytest.raises(ValueError, match="num_reads: expected an integer of at least 1, found 0"):
+        inspect_text(converted(), [1], ["a"], num_reads=0)
     found = inspect_text(converted(), [1], ["a"])
     assert (found.merge, found.num_layers, found.layer(None).layer) == ("nearest", 2, 1)
     assert found.layer(None).final_slots.tolist() == [[EXACT]] * 2

@@ -164,7 +164,7 @@ def test_what_cannot_be_recounted_is_refused():
             layer_memory(
                 dataclasses.replace(call, options={**call.options, name: value}), layer=0, num_reads=1
             )
-    with pytest.raises(ValueError, match="num_reads: expected at least 1, found 0"):
+    with pytest.raises(ValueError, match="num_reads: expected an integer of at least 1, found 0"):
         layer_memory(call, layer=0, num_reads=0)
 
 

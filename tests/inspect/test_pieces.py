@@ -52,7 +52,7 @@ def test_a_text_is_cut_and_says_so():
     [
         ({"pieces": []}, "expected at least one token and a piece for each, found 0"),
         ({"pieces": ["a"], "max_tokens": 0}, "max_tokens: expected 1 to 16,384, found 0"),
-        ({"pieces": ["a"], "num_reads": 0}, "num_reads: expected at least 1, found 0"),
+        ({"pieces": ["a"], "num_reads": 0}, "num_reads: expected an integer of at least 1, found 0"),
         ({"pieces": ["a"], "num_slots": 40_000}, "num_slots: expected at most 32,767, found 40,000"),
         ({"pieces": ["a"], "mixer_types": ["full_attention"] * 2}, "expected a model with 'ovq' layers"),
     ],

@@ -110,6 +110,8 @@ def test_input_that_does_not_fit_is_refused(alone):
             alone.forward_backward([batch], bounds=bounds)
     with pytest.raises(ValueError, match="expected at least one target, found none"):
         alone.forward_backward([{"input_ids": ids, "labels": ids * -100}])
+    with pytest.raises(ValueError, match=r"expected a tensor labels in each, found \['input_ids'\]"):
+        alone.forward_backward([{"input_ids": ids}])
     with pytest.raises(ValueError, match=r"labels of the same shape, found \[2, 12\] and \[2, 11\]"):
         alone.forward_backward([{"input_ids": ids, "labels": ids[:, 1:]}])
     mask = torch.ones_like(ids).index_fill(1, torch.tensor([0]), 0)

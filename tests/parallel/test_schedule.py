@@ -1,4 +1,4 @@
-"""The order of work: complete, without a circle of waiting, and as short as it can be."""
+"""The order of work: complete, without a deadlock, and as short as it can be."""
 
 import itertools
 

@@ -47,8 +47,8 @@ def converted_memories(
             budget: Budget, of_layer: list[_HeadObserver] = of_layer, before: int = number * ids.shape[1]
         ) -> _HeadObserver:
             is_first = not of_layer
-            told = None if progress is None or not is_first else lambda n: progress(before + n)
-            of_layer.append(_HeadObserver(budget, ids.shape[1], num_reads, told))
+            report = None if progress is None or not is_first else lambda n: progress(before + n)
+            of_layer.append(_HeadObserver(budget, ids.shape[1], num_reads, report))
             return of_layer[-1]
 
         layer.memory = dataclasses.replace(layer.memory, observer=observe)

@@ -46,7 +46,7 @@ def layer_memory(
         >>> bool(np.allclose(memory.shares.sum(-1), 1)), memory.final_slots[0, -1]
         (True, np.int32(-1))
     """
-    _check(call, num_reads)
+    _check(call)
     options = dict(call.options)
     bias = options["ablation"].bias
     token_weights, log_forget = options.pop("token_weights", None), options.pop("log_forget", None)
@@ -159,7 +159,7 @@ def read_weights(
     return scores.softmax(-1)
 
 
-def _check(call: RecordedCall, num_reads: int) -> None:
+def _check(call: RecordedCall) -> None:
     """Raise ValueError unless a call is of one row, without padding or initial state."""
     if call.k.shape[0] != 1:
         raise ValueError(f"expected a call of one row, found {call.k.shape[0]}")
@@ -167,5 +167,3 @@ def _check(call: RecordedCall, num_reads: int) -> None:
         raise ValueError("expected a call that begins a text, found one that continues a state")
     if call.options["attention_mask"] is not None:
         raise ValueError("expected a call without padding, found one with a mask")
-    if num_reads < 1:
-        raise ValueError(f"num_reads: expected at least 1, found {num_reads}")

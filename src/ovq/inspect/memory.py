@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ovq.ops.options import check_sizes
+
 EXACT = -1
 """Slot number of a token that is kept exactly, in no slot."""
 DROPPED = -2
@@ -123,7 +125,11 @@ def reads_of(weights: Tensor, positions: Tensor, num_reads: int, *, is_single: T
         positions: `[P]` positions of the exact tokens in the text.
         num_reads: k, number of largest weights to keep per query.
         is_single: `[Hkv, n]` whether each slot holds one token; None without slots.
+
+    Raises:
+        ValueError: If `num_reads` is not an integer of at least 1.
     """
+    check_sizes(1, num_reads=num_reads)
     num_heads, _, num_sources = weights.shape
     num_open = num_sources - len(positions)
     top, place = weights.topk(min(num_reads, num_sources), -1)

@@ -109,7 +109,7 @@ def inspect_text(
 
     Raises:
         ValueError: If the model is of neither kind or has no OVQ layers, has too many slots or too large
-            chunks for a page, or there are no tokens, not as many pieces, or sizes out of bounds.
+            chunks for a page, or there are no tokens, not as many pieces, or ids or sizes out of bounds.
 
     Example:
         >>> from ovq.hf import OVQConfig
@@ -135,12 +135,16 @@ def inspect_text(
     for field, found in (("num_slots", most_slots), ("chunk_size", config.chunk_size)):
         if found > _LARGEST:
             raise ValueError(f"{field}: expected at most {_LARGEST:,}, found {found:,}")
+    vocab_size = model.get_input_embeddings().num_embeddings
+    for token in ids:
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"ids: expected token ids from 0 to {vocab_size - 1}, found {token}")
     shown = torch.tensor([list(ids[:max_tokens])], device=model.device)
-    told = None if work is None else work.update
+    report = None if work is None else work.update
     if is_own:
-        layers = _own_memories(model, shown, num_reads, told)
+        layers = _own_memories(model, shown, num_reads, report)
     else:
-        layers = converted_memories(model, shown, num_reads=num_reads, progress=told)
+        layers = converted_memories(model, shown, num_reads=num_reads, progress=report)
     return InspectedText(
         model=model_name,
         name=name,
@@ -155,7 +159,7 @@ def inspect_text(
 
 
 def _own_memories(
-    model: OVQForCausalLM, ids: torch.Tensor, num_reads: int, told: Callable[[int], None] | None
+    model: OVQForCausalLM, ids: torch.Tensor, num_reads: int, report: Callable[[int], None] | None
 ) -> list[LayerMemory]:
     """The memory of each OVQ layer of a model that reads `ids` `[1, T]`."""
     with recording(model) as calls:
@@ -163,6 +167,6 @@ def _own_memories(
     layers: list[LayerMemory] = []
     for number, of_layer in calls.items():
         done = len(layers) * ids.shape[1]
-        progress = None if told is None else lambda num_tokens, done=done: told(done + num_tokens)
+        progress = None if report is None else lambda num_tokens, done=done: report(done + num_tokens)
         layers.append(layer_memory(of_layer[-1], layer=number, num_reads=num_reads, progress=progress))
     return layers

@@ -62,8 +62,8 @@ class ContextParallel:
     ) -> None:
         if not isinstance(model, OVQForCausalLM):
             raise ValueError(
-                f"model: expected an OVQForCausalLM itself, found {type(model).__name__}: no other, nor a "
-                "converted one, carries gradients from a part of a document to the part before"
+                f"model: expected an OVQForCausalLM itself, found {type(model).__name__}: other models, "
+                "wrapped and converted ones included, pass no gradients to the previous part of a document"
             )
         for name, mixer in zip(model.config.mixer_types, model.mixers(), strict=True):
             reason: str | None = "its state grows with every token, and so would every message between ranks"
@@ -71,7 +71,7 @@ class ContextParallel:
                 reason = mixer.trained_on_whole_batches
             if reason is not None:
                 raise ValueError(
-                    f"mixer_types: expected mixers that hand on a state of constant size, found {name!r}: "
+                    f"mixer_types: expected mixers that pass on a state of constant size, found {name!r}: "
                     f"{reason}"
                 )
         if max_in_flight is not None and max_in_flight < 1:
@@ -249,7 +249,10 @@ def even_bounds(num_tokens: int, num_ranks: int, *, multiple: int = 1) -> list[i
 
 
 def _num_targets(batch: Mapping[str, Tensor]) -> int:
-    """Number of targets of a micro-batch; ValueError for wrong shapes or padding."""
+    """Number of targets of a micro-batch; ValueError for missing tensors, wrong shapes or padding."""
+    for name in ("input_ids", "labels"):
+        if not isinstance(batch.get(name), Tensor):
+            raise ValueError(f"micro_batches: expected a tensor {name} in each, found {sorted(batch)}")
     ids, labels = batch["input_ids"], batch["labels"]
     if ids.dim() != 2 or labels.shape != ids.shape:
         raise ValueError(
