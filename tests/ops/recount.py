@@ -105,11 +105,11 @@ def linked(items, keys, values, num_clusters, value_weight, movers=None):
         nearest = {a: b for a, b in nearest.items() if a != b}
         edges = []
         for a, b in nearest.items():
-            circle = [a]
-            while b in nearest and b not in circle:
-                circle.append(b)
+            cycle = [a]
+            while b in nearest and b not in cycle:
+                cycle.append(b)
                 b = nearest[b]
-            if b == a == min(circle):
+            if b == a == min(cycle):
                 continue
             sizes = [len(clusters[i]) for i in (a, nearest[a])]
             weight = (sizes[0] * sizes[1] / sum(sizes)) ** (1 / 3)

@@ -250,7 +250,7 @@ def test_code_is_taken_from_no_folder_that_others_may_write(fresh, compiler, tmp
         # What would be loaded, were it looked at.
         command = build.compiler.find_compiler()
         stem = f"kernels-{build.compiler.fingerprint(command, build.compiler.NATIVE)}"
-        build._put((tmp_path / "made").read_bytes(), folder, stem)
+        build._store((tmp_path / "made").read_bytes(), folder, stem)
     assert f"{folder}: expected a folder that belongs to this user alone" in cpu_kernels()
     assert compiler.calls == []
 
@@ -308,7 +308,7 @@ def test_a_compiler_that_makes_nothing_is_named_and_not_asked_twice(fresh, tmp_p
     (o, _), [message] = warned(result)
     assert o.isfinite().all()
     assert runs == []
-    assert f"{idle.path} --flag made no library, and said that it did)" in message
+    assert f"{idle.path} --flag reported success, but wrote no library)" in message
     assert len(idle.calls) == 2, "once compiled, once linked"
     assert kernel_files(tmp_path / "cache") == kernel_files(tmp_path / "temporary") == []
 
@@ -324,7 +324,7 @@ def test_a_compiler_that_hangs_is_ended_with_all_that_it_started(fresh, tmp_path
     (o, _), [message] = warned(result)
     assert o.isfinite().all()
     assert runs == []
-    assert f"{hanging.path} was not done after 1 s)" in message
+    assert f"{hanging.path} did not finish within 1 s)" in message
     # Readable means that nobody has it open for writing any more.
     assert select.select([fifo], [], [], 60)[0]
     assert os.read(fifo, 1) == b""

@@ -48,7 +48,7 @@ def test_a_structure_that_differs_is_named(name, how, monkeypatch):
     check_mirrors(build.load())
     monkeypatch.setitem(MIRRORS, name, changed(name, how))
     expected = (
-        rf"^expected kernels with {name}(\.\w+)? (at byte \d+ of \d+ bytes|nowhere), as Python has it, found"
+        rf"^expected kernels with {name}(\.\w+)? (at byte \d+ of \d+ bytes|missing), as Python has it, found"
     )
     with pytest.raises(compiler.Unavailable, match=expected):
         check_mirrors(build.load())
@@ -58,12 +58,12 @@ def test_a_structure_that_differs_is_named(name, how, monkeypatch):
 def test_a_structure_that_one_side_does_not_know_is_named(monkeypatch):
     monkeypatch.setitem(MIRRORS, "More", changed("Strides", "swapped"))
     with pytest.raises(
-        compiler.Unavailable, match="More at byte 0 of 24 bytes, as Python has it, found nowhere"
+        compiler.Unavailable, match="More at byte 0 of 24 bytes, as Python has it, found missing"
     ):
         check_mirrors(build.load())
     monkeypatch.delitem(MIRRORS, "More")
     monkeypatch.delitem(MIRRORS, "Strides")
-    with pytest.raises(compiler.Unavailable, match=r"Strides nowhere, .* found at byte 0 of 24 bytes$"):
+    with pytest.raises(compiler.Unavailable, match=r"Strides missing, .* found at byte 0 of 24 bytes$"):
         check_mirrors(build.load())
 
 
@@ -91,5 +91,5 @@ def test_kernels_with_other_structures_are_not_used(is_prebuilt, fresh, made, tm
 
 
 def test_kernels_that_say_nothing_are_refused():
-    with pytest.raises(compiler.Unavailable, match="expected kernels that say where their arguments are"):
+    with pytest.raises(compiler.Unavailable, match="expected kernels with a table of their argument layouts"):
         check_mirrors(object())

@@ -243,10 +243,10 @@ def test_what_weighs_less_costs_less():
     assert weighted(keys, [1.0, 1, 1, 9], **options).count.flatten().tolist() == [2, 1, 1]
 
 
-def test_circles_are_broken_at_their_lowest_items():
-    """Equal distances leave circles of two; what is equal within rounding alone might leave others."""
+def test_cycles_are_broken_at_their_lowest_items():
+    """Equal distances leave cycles of two; what is equal within rounding alone might leave others."""
     target = torch.tensor([[1, 2, 0, 4, 3, 3, 6, 5], [7, 0, 1, 2, 3, 4, 5, 6]])
-    found = nearest._is_lowest_of_circle(target).nonzero().tolist()
+    found = nearest._is_lowest_of_cycle(target).nonzero().tolist()
     assert found == [[0, 0], [0, 3], [0, 6], [1, 0]]
 
 

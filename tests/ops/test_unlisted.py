@@ -83,5 +83,7 @@ def test_names_of_version_0_2_are_taken_with_one_warning():
     for wrong in ("ablatio", "rates"):
         with pytest.raises(TypeError, match=f"unexpected keyword argument '{wrong}'"):
             ovq_attention(q, k, v, **OPTIONS, **{wrong: 0.5})
-    with pytest.raises(ValueError, match=r"ablation: expected values by names among .*, found {'scale': 1}"):
+    with pytest.raises(
+        ValueError, match=r"ablation: expected a mapping with keys among .*, found {'scale': 1}"
+    ):
         ovq_attention(q, k, v, **OPTIONS, ablation={"scale": 1})

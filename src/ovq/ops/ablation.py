@@ -60,7 +60,7 @@ class Ablation:
         if isinstance(given, cls):
             return given
         if not isinstance(given, Mapping) or not all(name in NAMES for name in given):
-            raise ValueError(f"ablation: expected values by names among {NAMES}, found {given!r}")
+            raise ValueError(f"ablation: expected a mapping with keys among {NAMES}, found {given!r}")
         return cls(**given)
 
     @property

@@ -73,7 +73,7 @@ def nearest_clusters(
     while num_merges > 0:
         num_parts += 1
         part = (num_merges + 1) // 2 if num_parts < NUM_PARTS else num_merges
-        chosen = {a: b for a, b in edges.items() if a != b and a != _lowest_of_circle(a, edges)}
+        chosen = {a: b for a, b in edges.items() if a != b and a != _lowest_of_cycle(a, edges)}
         priority = {a: _edge_priority(a, b, x, mass, size or 1.0, mass_power) for a, b in chosen.items()}
         taken = lowest(priority, sorted(chosen), min(part, len(chosen)))
         trees: dict[int, list[int]] = {}
@@ -127,7 +127,7 @@ def _edge_priority(a: int, b: int, x: Tensor, mass: Tensor, size: float, mass_po
     return float(weight * _squared_distances(a, [b], x, mass, size)[0])
 
 
-def _lowest_of_circle(a: int, edges: Mapping[int, int]) -> int | None:
+def _lowest_of_cycle(a: int, edges: Mapping[int, int]) -> int | None:
     """Lowest item of the cycle of edges through item a; None if a is on no cycle."""
     way = [a]
     while (b := edges.get(way[-1], way[-1])) not in way:

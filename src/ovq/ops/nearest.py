@@ -64,31 +64,15 @@ class Items:
         value_weight: float,
         mass_power: float = MASS_POWER,
     ) -> Items:
-        """The items, with the factor of the values that follows from `value_weight`."""
+        """The items; the factor is `value_weight` divided by the root mean square length of the values."""
         # Accumulated in float64 without a float64 copy of the values.
         lengths = torch.linalg.vector_norm(values, dim=-1, dtype=torch.float64).square_()
-        factor = _value_factor(lengths, mass, value_weight)
+        weights = mass.double().masked_fill(~lengths.isfinite(), 0)
+        total = (weights * lengths.nan_to_num(0, 0, 0)).sum(-1)
+        weight = weights.sum(-1)
+        power = total / torch.where(weight > 0, weight, 1)
+        factor = torch.where((power > 0) & power.isfinite(), value_weight / power.sqrt(), 0)
         return cls(keys=keys, values=values, factor=factor, mass=mass, count=count, mass_power=mass_power)
-
-    def points(self, index: tuple[Tensor, Tensor] | slice = slice(None)) -> Tensor:
-        """Points `[S, M, K + V]` in float64, or those at an index `(stream, item)`."""
-        factor = self.factor[:, None] if isinstance(index, slice) else self.factor[index[0]]
-        return torch.cat([self.keys[index].double(), self.values[index].double() * factor[..., None]], -1)
-
-
-def _value_factor(lengths: Tensor, mass: Tensor, value_weight: float) -> Tensor:
-    """Factor of the values, `[S]` float64: w divided by their root mean square length.
-
-    Args:
-        lengths: `[S, M]` squared lengths in float64.
-        mass: `[S, M]` counts or weights, 0 for unused places.
-        value_weight: w.
-    """
-    weights = mass.double().masked_fill(~lengths.isfinite(), 0)
-    total = (weights * lengths.nan_to_num(0, 0, 0)).sum(-1)
-    weight = weights.sum(-1)
-    power = total / torch.where(weight > 0, weight, 1)
-    return torch.where((power > 0) & power.isfinite(), value_weight / power.sqrt(), 0)
 
 
 def movers(num_slots: list[int], num_merged: list[int], chunk_size: int, device: torch.device) -> Tensor:
@@ -126,7 +110,7 @@ def nearest_roots(items: Items, is_mover: Tensor, due: list[int]) -> Tensor:
     clusters = _Clusters(items)
     edges = clusters.edges(is_mover)
     for num_parts in itertools.count(1):
-        is_none = (edges.target == index) | _is_lowest_of_circle(edges.target)
+        is_none = (edges.target == index) | _is_lowest_of_cycle(edges.target)
         part = (left + 1) // 2 if num_parts < NUM_PARTS else left
         num = torch.minimum(part, (~is_none).sum(-1))
         trees = _lowest_of_tree(torch.where(clusters.shortest(edges, is_none, num), edges.target, index))
@@ -220,7 +204,9 @@ class _Clusters:
 
     def _point(self, s: Tensor, a: Tensor) -> Tensor:
         """Points `[P, K + V]` in float64 at places a of streams s."""
-        points, place = self._items.points((s, a)), self._place[s, a]
+        items, place = self._items, self._place[s, a]
+        values = items.values[s, a].double() * items.factor[s, None]
+        points = torch.cat([items.keys[s, a].double(), values], -1)
         has_joined = (place >= 0).nonzero()[:, 0]
         return points.index_copy_(0, has_joined, self._means[place[has_joined]])
 
@@ -380,7 +366,7 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
     return x.flatten(0, 1).index_select(0, (first + index).flatten()).view(*index.shape, x.shape[-1])
 
 
-def _is_lowest_of_circle(target: Tensor) -> Tensor:
+def _is_lowest_of_cycle(target: Tensor) -> Tensor:
     """Mask `[S, M]` of the items that are the lowest of a cycle of `target`."""
     index = torch.arange(target.shape[1], device=target.device).expand(target.shape)
     # Pointer doubling: the item 1, 2, 4, ... steps ahead, and the lowest item on the way.
@@ -391,8 +377,8 @@ def _is_lowest_of_circle(target: Tensor) -> Tensor:
         # All have reached cycles whose lengths divide the step, mostly mutual nearest pairs.
         if torch.equal(ahead, before):
             break
-    is_on_circle = torch.zeros_like(target, dtype=torch.bool).scatter_(1, ahead, True)
-    return is_on_circle & (least == index)
+    is_on_cycle = torch.zeros_like(target, dtype=torch.bool).scatter_(1, ahead, True)
+    return is_on_cycle & (least == index)
 
 
 def _lowest_of_tree(parent: Tensor) -> Tensor:

@@ -185,8 +185,8 @@ def current_merge(merge: str) -> str:
 @functools.cache
 def _warn_of_earlier_rule(merge: str) -> None:
     warnings.warn(
-        f"merge: found {merge!r}, which the reference backend of the op alone still has; {BEST_MERGE!r} runs "
-        "in its place: it recalls as much and takes a fraction of the time",
+        f"merge: found {merge!r}, which only the reference backend of the op still supports; {BEST_MERGE!r} "
+        "runs in its place: it recalls as much and takes a fraction of the time",
         FutureWarning,
         stacklevel=3,
     )

@@ -40,7 +40,7 @@ _OPENMP = ("GOMP_parallel", "omp_get_num_threads", "omp_get_thread_num", "GOMP_b
 # Kernels that allocate scratch, and return another number than 0 if out of memory.
 _WITH_SCRATCH = ("ovq_forward", "ovq_backward", "ovq_window_forward", "ovq_window_backward", "ovq_memory")
 # An upper bound on the bytes that the compiler writes while it works.
-_ROOM = 2**22
+_BUILD_BYTES = 2**22
 
 
 class SwitchedOff(Unavailable):
@@ -83,8 +83,8 @@ def warn_once(error: Unavailable) -> None:
         is_first, _is_warned = not _is_warned, True
     if is_first:
         warnings.warn(
-            f"no compiled CPU kernels ({error}): products of PyTorch do the same at about a third of the "
-            f"speed; {_SWITCH}=0 asks for that without this warning",
+            f"no compiled CPU kernels ({error}): PyTorch's own products do the same at about a third of "
+            f"the speed; {_SWITCH}=0 selects them without this warning",
             MissingKernelsWarning,
             stacklevel=2,
         )
@@ -110,7 +110,7 @@ def _attempt() -> Kernels | Unavailable:
     Otherwise every call would run the compiler again.
     """
     try:
-        return _asked_for()
+        return _requested_kernels()
     except SwitchedOff as error:
         return SwitchedOff(str(error))
     # Errors of the disk, of a process or of the user database; none of them may make the op fail.
@@ -118,21 +118,21 @@ def _attempt() -> Kernels | Unavailable:
         return Unavailable(str(error))
 
 
-def _asked_for() -> Kernels:
+def _requested_kernels() -> Kernels:
     """The kernels that the environment asks for: any, those for exactly this CPU, or those of a level."""
-    wish = os.environ.get(_SWITCH, "").strip() or "1"
-    if wish == "0":
+    choice = os.environ.get(_SWITCH, "").strip() or "1"
+    if choice == "0":
         raise SwitchedOff(f"switched off by {_SWITCH}=0")
-    if wish == "native":
+    if choice == "native":
         return _found_or_built(compiler.NATIVE, "compiled for this processor")
-    able = compiler.processor_levels()
-    if wish != "1":
-        level = next((level for level in able if level.name == wish), None)
+    levels = compiler.processor_levels()
+    if choice != "1":
+        level = next((level for level in levels if level.name == choice), None)
         if level is None:
-            names = ", ".join(["0", "1", "native", *(level.name for level in able)])
-            raise Unavailable(f"{_SWITCH}: expected one of {names} on this processor, found {wish!r}")
+            names = ", ".join(["0", "1", "native", *(level.name for level in levels)])
+            raise Unavailable(f"{_SWITCH}: expected one of {names} on this processor, found {choice!r}")
         return _prebuilt([level]) or _found_or_built(level.flags, f"compiled for {level.name}")
-    if (kernels := _prebuilt(able)) is not None:
+    if (kernels := _prebuilt(levels)) is not None:
         return kernels
     try:
         return _found_or_built(compiler.NATIVE, "compiled for this processor")
@@ -195,13 +195,13 @@ def _found_or_built(flags: tuple[str, ...], how: str) -> Kernels:
     for find in (cache_folder, private_folder):
         try:
             folder = find()
-            path = _kept(folder, stem)
+            path = _cached_file(folder, stem)
             if path is None:
-                with _first_of_all(folder, stem):
+                with _one_process_first(folder, stem):
                     # Another process may have made them meanwhile.
-                    path = _kept(folder, stem)
+                    path = _cached_file(folder, stem)
                     if path is None:
-                        path = _put(binary or _compiled(command, flags, folder), folder, stem)
+                        path = _store(binary or _compiled(command, flags, folder), folder, stem)
             # If code on this disk may not be executed, the next place gets a copy.
             binary = path.read_bytes()
             return _loaded(path, how)
@@ -211,7 +211,7 @@ def _found_or_built(flags: tuple[str, ...], how: str) -> Kernels:
 
 
 @contextlib.contextmanager
-def _first_of_all(folder: Path, stem: str) -> Iterator[None]:
+def _one_process_first(folder: Path, stem: str) -> Iterator[None]:
     """Wait for a process that is in this block for the same kernels; all that have waited go on at once.
 
     Otherwise the processes of a first start on many cores would each take the memory and the time of a
@@ -236,7 +236,7 @@ def _first_of_all(folder: Path, stem: str) -> Iterator[None]:
             path.unlink()
 
 
-def _kept(folder: Path, stem: str) -> Path | None:
+def _cached_file(folder: Path, stem: str) -> Path | None:
     """The kernels' file in a folder, or None if it is missing or incomplete.
 
     Its name ends with the digest of its bytes. Without this check the loader would map a truncated file
@@ -254,7 +254,7 @@ def _file_name(stem: str, binary: bytes) -> str:
     return f"{stem}-{hashlib.sha256(binary).hexdigest()[:32]}.so"
 
 
-def _put(binary: bytes, folder: Path, stem: str) -> Path:
+def _store(binary: bytes, folder: Path, stem: str) -> Path:
     """Write the kernels to a folder atomically: other processes may do the same at the same time."""
     path = folder / _file_name(stem, binary)
     folder.mkdir(parents=True, exist_ok=True)
@@ -275,18 +275,18 @@ def _compiled(command: list[str], flags: tuple[str, ...], folder: Path) -> bytes
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".build-") as place:
-        _check_room(Path(place), folder)
+        _check_disk_space(Path(place), folder)
         _logger.info("compiling the CPU kernels to %s", folder)
         return compiler.compile_kernels(command, flags, Path(place))
 
 
-def _check_room(place: Path, folder: Path) -> None:
+def _check_disk_space(place: Path, folder: Path) -> None:
     """Raise OSError, naming the folder, if there is too little room for what the compiler writes."""
     try:
-        with open(place / "room", "wb") as file:
-            file.write(bytes(_ROOM))
+        with open(place / "space", "wb") as file:
+            file.write(bytes(_BUILD_BYTES))
             # Some file systems report only here that they are full.
             os.fsync(file.fileno())
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(folder)) from error
-    (place / "room").unlink()
+    (place / "space").unlink()

@@ -160,7 +160,7 @@ def compile_kernels(compiler: list[str], flags: tuple[str, ...], place: Path) ->
     try:
         return linked.read_bytes()
     except FileNotFoundError:
-        raise Unavailable(f"{shlex.join(compiler)} made no library, and said that it did") from None
+        raise Unavailable(f"{shlex.join(compiler)} reported success, but wrote no library") from None
 
 
 def fields_of(structure: str) -> list[tuple[str, str, int]]:
@@ -223,7 +223,7 @@ def _run(command: list[str], place: Path) -> None:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
             if isinstance(error, subprocess.TimeoutExpired):
-                raise Unavailable(f"{command[0]} was not done after {TIMEOUT} s") from None
+                raise Unavailable(f"{command[0]} did not finish within {TIMEOUT} s") from None
             raise
     if process.returncode:
         # The output may be in any encoding, and the error need not come first.

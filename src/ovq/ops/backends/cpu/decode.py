@@ -111,7 +111,7 @@ class PreparedStep:
         `num_seen` tokens, and reads these and the sums in place.
         """
         o = q.new_empty(*q.shape[:3], v.shape[3])
-        call, _kept = self.call_of(after, num_seen)
+        call, _alive = self.call_of(after, num_seen)
         if not (q.is_contiguous() and k.is_contiguous() and v.is_contiguous()):
             q, k, v = dense(q), dense(k), dense(v)
             call.q_row, call.k_row, call.v_row = (x.stride(0) for x in (q, k, v))

@@ -84,12 +84,12 @@ class CompiledAttention(torch.autograd.Function):
         # The log-sum-exp of each query, and the slot of each token of a complete chunk.
         lse, slots = sums.key_sum.new_empty(q.shape[:3]), k.new_zeros(k.shape[:3], dtype=torch.int32)
         call = _call(q, k, v, o, lse, scale, sums, slots, plan, token_weights, fading)
-        noted: list[Tensor] = []
+        changes: list[Tensor] = []
         if any(ctx.needs_input_grad) and (plan.options.merges_pairs or token_weights is not None):
-            noted = _noted(k, v, plan, has_weights=token_weights is not None)
-            call.note(noted)
+            changes = _empty_changes(k, v, plan, has_weights=token_weights is not None)
+            call.pass_changes(changes)
         build.load().ovq_forward(ctypes.byref(call))
-        ctx.save_for_backward(q, k, v, scale, token_weights, o, *sums.tensors, lse, slots, *noted)
+        ctx.save_for_backward(q, k, v, scale, token_weights, o, *sums.tensors, lse, slots, *changes)
         ctx.plan, ctx.fading = plan, fading
         ctx.mark_non_differentiable(sums.count)
         ctx.set_materialize_grads(False)
@@ -103,7 +103,7 @@ class CompiledAttention(torch.autograd.Function):
         # Read once: under activation checkpointing, torch refuses a second time.
         saved = ctx.saved_tensors
         q, k, v, scale, token_weights, o, *final, lse, slots = saved[:12]
-        noted = saved[12:]
+        changes = saved[12:]
         grad_o = torch.zeros_like(o) if grad_o is None else dense(grad_o)
         # Copies, because the kernels rewind them in place.
         sums = Dictionary(*final).clone()
@@ -114,8 +114,8 @@ class CompiledAttention(torch.autograd.Function):
         grad_weights = None if token_weights is None else torch.zeros_like(token_weights)
         call = _call(q, k, v, o, lse, scale, sums, slots, ctx.plan, token_weights)
         call.set_tokens(grad_o=grad_o, grad_q=grads[0], grad_k=grads[1], grad_v=grads[2])
-        if noted:
-            call.note(noted)
+        if changes:
+            call.pass_changes(changes)
         call.point(key_deposit=key_deposit, value_deposit=value_deposit, grad_scale=grad_scale)
         call.point(weight_deposit=weight_deposit, grad_weights=grad_weights)
         build.load().ovq_backward(ctypes.byref(call))
@@ -123,11 +123,11 @@ class CompiledAttention(torch.autograd.Function):
         return None, None, *grads, of_scale, grad_weights, *of_sums, weight_deposit
 
 
-def merge(chunks: Merging, noted: Sequence[Tensor] = ()) -> Tensor:
+def merge(chunks: Merging, changes: Sequence[Tensor] = ()) -> Tensor:
     """Merge complete chunks, in place.
 
     Args:
-        noted: tensors of `_noted` for the slots that chunks change; empty if not wanted.
+        changes: tensors of `_empty_changes` for the slots that chunks change; empty if not wanted.
 
     Returns:
         The slot of each token, `[num_chunks, W, Hkv]`.
@@ -138,8 +138,8 @@ def merge(chunks: Merging, noted: Sequence[Tensor] = ()) -> Tensor:
     plan = dataclasses.replace(chunks.plan, group_size=0)
     given = (chunks.sums, slots, plan, chunks.token_weights, chunks.fading)
     call = _call(k, k, v, v, nothing, nothing, *given)
-    if noted:
-        call.note(noted)
+    if changes:
+        call.pass_changes(changes)
     build.load().ovq_forward(ctypes.byref(call))
     return slots
 
@@ -148,11 +148,11 @@ def learn(chunks: Merging) -> Learned:
     """Merge complete chunks; return the slot of each token and the moves of slots."""
     if not chunks.plan.options.merges_pairs:
         return Learned(merge(chunks), None)
-    noted = _noted(chunks.k, chunks.v, chunks.plan, has_weights=chunks.token_weights is not None)
-    source, target = noted[:2]
+    changes = _empty_changes(chunks.k, chunks.v, chunks.plan, has_weights=chunks.token_weights is not None)
+    source, target = changes[:2]
     # Chunks write only the slots that they changed, and -1 after them.
     source.fill_(-1)
-    return Learned.of_moves(merge(chunks, noted), source, target, chunks.sums.count.shape[2])
+    return Learned.of_moves(merge(chunks, changes), source, target, chunks.sums.count.shape[2])
 
 
 def dense(x: Tensor) -> Tensor:
@@ -162,11 +162,11 @@ def dense(x: Tensor) -> Tensor:
 
 # Slots that chunks changed, the slots they were merged into, and their contents before (merged_slots.h), with
 # which the backward undoes the merges.
-_MERGED_SLOTS = ("merged_slot", "merged_into", "merged_key", "merged_value", "merged_count", "merged_weight")
+_CHANGED_SLOTS = ("merged_slot", "merged_into", "merged_key", "merged_value", "merged_count", "merged_weight")
 
 
-def _noted(k: Tensor, v: Tensor, plan: Plan, *, has_weights: bool) -> list[Tensor]:
-    """Allocate `_MERGED_SLOTS` for every chunk.
+def _empty_changes(k: Tensor, v: Tensor, plan: Plan, *, has_weights: bool) -> list[Tensor]:
+    """Allocate `_CHANGED_SLOTS` for every chunk.
 
     A chunk merges at most as many slots as it has tokens. With token weights, all slots that it changes are
     saved: at most two per such merge, or one per token where no slots are merged. Mostly they are fewer, but
@@ -174,14 +174,14 @@ def _noted(k: Tensor, v: Tensor, plan: Plan, *, has_weights: bool) -> list[Tenso
     """
     num = plan.options.chunk_size * (2 if has_weights and plan.options.merges_pairs else 1)
     shape = (k.shape[0], k.shape[2], num)
-    noted = [
+    changes = [
         k.new_empty(shape, dtype=torch.int32),
         k.new_empty(shape, dtype=torch.int32),
         k.new_empty(*shape, k.shape[3], dtype=torch.float32),
         k.new_empty(*shape, v.shape[3], dtype=torch.float32),
         k.new_empty(shape, dtype=torch.int64),
     ]
-    return [*noted, k.new_empty(shape, dtype=torch.float32)] if has_weights else noted
+    return [*changes, k.new_empty(shape, dtype=torch.float32)] if has_weights else changes
 
 
 class _Tokens(Mirror, of="Tokens"):
@@ -198,10 +198,10 @@ class _Arguments(Mirror, of="Call"):
             strides = (ctypes.c_int64 * 3)(*x.stride()[:3])
             setattr(self, name, _Tokens(self.place(x), strides, x.shape[-1]))
 
-    def note(self, noted: Sequence[Tensor]) -> None:
-        """Pass the tensors of `_noted`, which the forward writes and the backward reads."""
-        self.num_noted = noted[0].shape[2]
-        self.point(**dict(zip(_MERGED_SLOTS, noted, strict=False)))
+    def pass_changes(self, changes: Sequence[Tensor]) -> None:
+        """Pass the tensors of `_empty_changes`, which the forward writes and the backward reads."""
+        self.num_noted = changes[0].shape[2]
+        self.point(**dict(zip(_CHANGED_SLOTS, changes, strict=False)))
 
 
 def _call(

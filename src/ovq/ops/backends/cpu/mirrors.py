@@ -62,7 +62,7 @@ def check_mirrors(library: ctypes.CDLL) -> None:
     try:
         table = library.ovq_places
     except AttributeError:
-        raise Unavailable("expected kernels that say where their arguments are, found others") from None
+        raise Unavailable("expected kernels with a table of their argument layouts, found none") from None
     table.restype = ctypes.POINTER(_Place)
     entries = itertools.takewhile(lambda entry: entry.name, (table()[i] for i in itertools.count()))
     found = {entry.name.decode(): (entry.at, entry.size) for entry in entries}
@@ -75,10 +75,10 @@ def check_mirrors(library: ctypes.CDLL) -> None:
     for name in (*found, *expected):
         if expected.get(name) != found.get(name):
             raise Unavailable(
-                f"expected kernels with {name} {_said(expected.get(name))}, as Python has it, "
-                f"found {_said(found.get(name))}"
+                f"expected kernels with {name} {_described(expected.get(name))}, as Python has it, "
+                f"found {_described(found.get(name))}"
             )
 
 
-def _said(place: tuple[int, int] | None) -> str:
-    return "nowhere" if place is None else f"at byte {place[0]} of {place[1]} bytes"
+def _described(place: tuple[int, int] | None) -> str:
+    return "missing" if place is None else f"at byte {place[0]} of {place[1]} bytes"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ovq.ops.backends.dictionary import Dictionary
 from ovq.ops.backends.plan import Plan
-from ovq.ops.backends.torch.read import without_spoilt
+from ovq.ops.backends.torch.read import without_non_finite
 from ovq.ops.backends.torch.route import Router
 from ovq.ops.backends.torch.streams import CompleteChunk, Group, Step
 from ovq.ops.precision import rounded
@@ -63,9 +63,9 @@ def _read(
         scores = scores - scales * candidates.square().sum(-1)[:, None, None] / 2
     future = torch.ones(w, w, dtype=torch.bool, device=q.device).triu(1)
     scores = scores.masked_fill(torch.nn.functional.pad(future, (n, 0)), -torch.inf)
-    values, spoilt = without_spoilt(values)
+    values, non_finite = without_non_finite(values)
     o = scores.softmax(-1) @ torch.cat([mean_values, values], 1)[:, None]
-    return means, o if spoilt is None else o + spoilt[:, None]
+    return means, o if non_finite is None else o + non_finite[:, None]
 
 
 def _learned(

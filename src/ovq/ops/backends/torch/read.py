@@ -13,7 +13,7 @@ from ovq.ops.selection import padded_to_blocks
 from ovq.ops.sums import divisor, log_mass, log_token_weights
 
 
-def without_spoilt(values: Tensor) -> tuple[Tensor, Tensor | None]:
+def without_non_finite(values: Tensor) -> tuple[Tensor, Tensor | None]:
     """Chunk values without non-finite entries, and a term that adds these entries to the outputs.
 
     Since 0 times NaN is NaN, a non-finite value would reach earlier outputs despite the causal mask. It is
@@ -27,7 +27,7 @@ def without_spoilt(values: Tensor) -> tuple[Tensor, Tensor | None]:
             all are finite.
 
     Example:
-        >>> without_spoilt(torch.tensor([[[1.0], [torch.nan], [2.0]]]))
+        >>> without_non_finite(torch.tensor([[[1.0], [torch.nan], [2.0]]]))
         (tensor([[[1.],
                  [0.],
                  [2.]]]), tensor([[[0.],
@@ -100,8 +100,8 @@ class Reader:
         """
         s, n, width = step.num_streams, step.num_slots, self._width
         chunk_keys, chunk_values = step.take(k), step.take(v)
-        values, self._spoilt = without_spoilt(chunk_values)
-        self._is_key_spoilt = not bool(chunk_keys.isfinite().all())
+        values, self._non_finite = without_non_finite(chunk_values)
+        self._has_non_finite_key = not bool(chunk_keys.isfinite().all())
         for block in step.blocks:
             rows = slice(width - block.stop, width - block.start)
             self._keys[:s, rows] = chunk_keys[:, block]
@@ -149,7 +149,7 @@ class Reader:
         if self._has_norm:
             half_norms = self.half_norms(step, block)[:, None, None]
             by_token.sub_(step.scales(scale)[:, :, None, None] * half_norms)
-        if is_wide or self._is_key_spoilt:
+        if is_wide or self._has_non_finite_key:
             # -inf plus the score of a non-finite key may be NaN.
             by_token[..., :size].masked_fill_(self._future[:size, :size], -torch.inf)
         torch.softmax(scores, -1, out=probs)
@@ -177,9 +177,9 @@ class Reader:
     def read(self, step: Step, block: slice, q: Tensor, scale: Tensor) -> Tensor:
         """Outputs `[S, G * b, V]` of a block."""
         o = torch.bmm(self.attend(step, block, q, scale), self.values(step, block))
-        if self._spoilt is not None:
+        if self._non_finite is not None:
             size = block.stop - block.start
-            o.view(step.num_streams, -1, size, o.shape[-1]).add_(self._spoilt[:, None, block])
+            o.view(step.num_streams, -1, size, o.shape[-1]).add_(self._non_finite[:, None, block])
         return o
 
     def keys(self, step: Step, block: slice) -> Tensor:

@@ -127,8 +127,8 @@ def recurrence_of(
     slots: Tensor,
     into: Dictionary,
     work: Work,
-    merged: MergedSlots | None = None,
-    weights: Weights | None = None,
+    merged: MergedSlots | None,
+    weights: Weights | None,
 ) -> Steps:
     """The `Steps` of a call for its merge rule, with the arguments of `Steps`.
 

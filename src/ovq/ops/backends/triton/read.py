@@ -65,7 +65,7 @@ def read(
             values = rows(snap_values, shown + slot, is_used, V, BV)
             top, total, acc = _absorb(scores, values, top, total, acc)
         # First token with a non-finite value in each component; W if there is none.
-        first_spoilt = tl.zeros([BV], tl.int32) + W
+        first_non_finite = tl.zeros([BV], tl.int32) + W
         for tokens_from in range(0, tl.minimum(start + BM, tokens), BN):
             own = tokens_from + tl.arange(0, BN)
             source = (chunk * W + own) * H_kv + head // G
@@ -77,10 +77,12 @@ def read(
             values = rows(v, source, own < tokens, V, BV)
             # 0 times NaN is NaN, so non-finite values are removed here; the outputs of their own and later
             # tokens become NaN below.
-            is_spoilt = (tl.abs(values.to(tl.float32)) < float("inf")) == 0
-            first_spoilt = tl.minimum(first_spoilt, tl.min(tl.where(is_spoilt, own[:, None], W), 0))
-            values = tl.where(is_spoilt, 0.0, values).to(v.dtype.element_ty)
+            is_non_finite = (tl.abs(values.to(tl.float32)) < float("inf")) == 0
+            first_non_finite = tl.minimum(
+                first_non_finite, tl.min(tl.where(is_non_finite, own[:, None], W), 0)
+            )
+            values = tl.where(is_non_finite, 0.0, values).to(v.dtype.element_ty)
             top, total, acc = _absorb(scores, values, top, total, acc)
-        acc = tl.where(t[:, None] >= first_spoilt[None, :], float("nan"), acc)
+        acc = tl.where(t[:, None] >= first_non_finite[None, :], float("nan"), acc)
         put_rows(o, place, acc / total[:, None], is_query, V, BV)
         tl.store(lse + (chunk * H + head) * W + t, top + tl.log2(total), mask=is_query)
