@@ -51,7 +51,7 @@ def grad_queries(
         chunk = tl.load(entry + CHUNK).to(tl.int64)
         num = tl.load(entry + BEFORE)
         H_kv = H // G
-        shown = (index.to(tl.int64) * H_kv + head // G) * M
+        snap_at = (index.to(tl.int64) * H_kv + head // G) * M
         t = start + tl.arange(0, BM)
         is_query = t < tokens
         factor = tl.load(scale + head)
@@ -66,9 +66,9 @@ def grad_queries(
         for slots in range(0, num, BN):
             slot = slots + tl.arange(0, BN)
             is_used = slot < num
-            keys = rows(snap_keys, shown + slot, is_used, K, BK)
-            values = rows(snap_values, shown + slot, is_used, V, BV)
-            bias = tl.load(snap_bias + shown + slot, mask=is_used, other=-float("inf"))
+            keys = rows(snap_keys, snap_at + slot, is_used, K, BK)
+            values = rows(snap_values, snap_at + slot, is_used, V, BV)
+            bias = tl.load(snap_bias + snap_at + slot, mask=is_used, other=-float("inf"))
             scores = dot(queries, tl.trans(keys), tl.zeros([BM, BN], tl.float32)) * (factor * LOG2E)
             probs = tl.exp2(scores + bias[None, :] - total[:, None])
             acc = dot(_grad_scores(probs, grads, values, own_delta), keys, acc)
@@ -145,10 +145,10 @@ def grad_slots(
         tokens = tl.load(entry + TOKENS)
         slot = block * BN + tl.arange(0, BN)
         is_used = slot < num
-        shown = (index.to(tl.int64) * (H // G) + head) * M + slot
-        keys = rows(snap_keys, shown, is_used, K, BK)
-        values = rows(snap_values, shown, is_used, V, BV)
-        bias = tl.load(snap_bias + shown, mask=is_used, other=-float("inf"))
+        snap_at = (index.to(tl.int64) * (H // G) + head) * M + slot
+        keys = rows(snap_keys, snap_at, is_used, K, BK)
+        values = rows(snap_values, snap_at, is_used, V, BV)
+        bias = tl.load(snap_bias + snap_at, mask=is_used, other=-float("inf"))
         own_keys = tl.zeros([BN, BK], tl.float32)
         own_values = tl.zeros([BN, BV], tl.float32)
         own_bias = tl.zeros([BN], tl.float32)
@@ -161,14 +161,14 @@ def grad_slots(
                 )  # fmt: skip
         # The bias is log2 of the mass, -inf for zero mass.
         inverse = tl.exp2(-tl.where(bias > -float("inf"), bias, 0.0))
-        put_rows(grad_keys, shown, own_keys * inverse[:, None], is_used, K, BK)
-        put_rows(grad_values, shown, own_values * inverse[:, None], is_used, V, BV)
+        put_rows(grad_keys, snap_at, own_keys * inverse[:, None], is_used, K, BK)
+        put_rows(grad_values, snap_at, own_values * inverse[:, None], is_used, V, BV)
         if grad_weights is not None:
             # The weight of a slot enters its score and divides its sums.
             own_bias -= tl.sum(own_keys * keys.to(tl.float32), 1)
             own_bias -= tl.sum(own_values * values.to(tl.float32), 1)
             own_bias = tl.where(bias > -float("inf"), own_bias * inverse, 0.0)
-            tl.store(grad_weights + shown, own_bias, mask=is_used)
+            tl.store(grad_weights + snap_at, own_bias, mask=is_used)
 
 
 @triton.jit

@@ -46,7 +46,7 @@ class ChunkAttention(torch.autograd.Function):
         recurrence = recurrence_of(k, v, slots, sums, work, merged, weights)
         own_bias = None if weights is None else weights.own_bias
         segments = work.segments(snapshot_bytes(k, v))
-        shown = Snapshots.empty(max(work.entries(s) for s in segments), work, k, v)
+        snapshots = Snapshots.empty(max(work.entries(s) for s in segments), work, k, v)
         blocks = common.read_blocks(q, v)
         query_blocks = triton.cdiv(width, blocks["BM"])
         # Triton launches on the current device, even if the tensors are on another.
@@ -54,9 +54,9 @@ class ChunkAttention(torch.autograd.Function):
             for segment in segments:
                 first = work.first[segment.start]
                 for i in segment:
-                    recurrence.step(i, shown, work.at(i, first))
+                    recurrence.step(i, snapshots, work.at(i, first))
                 read[(work.entries(segment) * query_blocks, num_heads)](
-                    q, k, v, scale, work.table, *shown, own_bias, o, lse, first,
+                    q, k, v, scale, work.table, *snapshots, own_bias, o, lse, first,
                     width, num_heads, num_heads // work.num_kv_heads, dim, v.shape[-1], work.capacity,
                     query_blocks, BK=common.padded(dim), BV=common.padded(v.shape[-1]), **blocks,
                     **common.FUSED,

@@ -126,10 +126,10 @@ def advance_items(
                 is_used = slot < num
                 mean_keys, mean_values = means(key_sums, mass), means(value_sums, mass)
                 if HAS_READ:
-                    shown = ((entry - base).to(tl.int64) * H + head) * M + slot
-                    put_rows(snap_keys, shown, mean_keys, is_used, K, BK)
-                    put_rows(snap_values, shown, mean_values, is_used, V, BV)
-                    tl.store(snap_bias + shown, log2_mass(mass), mask=is_used)
+                    snap_at = ((entry - base).to(tl.int64) * H + head) * M + slot
+                    put_rows(snap_keys, snap_at, mean_keys, is_used, K, BK)
+                    put_rows(snap_values, snap_at, mean_values, is_used, V, BV)
+                    tl.store(snap_bias + snap_at, log2_mass(mass), mask=is_used)
                 if tl.load(table + entry * COLUMNS + IS_COMPLETE) != 0:
                     column = stream.to(tl.int64) * L + slot
                     put_rows(item_keys, column, mean_keys, is_used, K, BK)

@@ -87,13 +87,13 @@ class Steps(ABC):
         self._chunk_size = work.options.chunk_size
         self._fused = common.FUSED if weights is None else common.UNFUSED
 
-    def step(self, i: int, shown: Sequence[Tensor] | None = None, at: At | None = None) -> None:
+    def step(self, i: int, snapshots: Sequence[Tensor] | None = None, at: At | None = None) -> None:
         """Merge chunk i - 1, write the dictionary that chunk i reads, and assign the tokens of chunk i.
 
         Args:
             i: the step. Either chunk may be missing; one extra step merges the last chunks.
-            shown: receives the means and log2 masses; None if nothing is read.
-            at: entries of the step; None: the step's own entries, with `shown` starting at entry 0.
+            snapshots: receives the means and log2 masses; None if nothing is read.
+            at: entries of the step; None: the step's own entries, with `snapshots` starting at entry 0.
         """
         work, into = self.work, self.into
         has_next = i < work.num_steps
@@ -103,8 +103,8 @@ class Steps(ABC):
             return
         at = work.at(i) if at is None else at
         parts = (into.key_sum, into.value_sum, into.count)
-        kinds = {"HAS_PREVIOUS": i > 0, "HAS_NEXT": has_next, "HAS_READ": shown is not None}
-        tables = (*parts, work.table, *(shown or parts))
+        kinds = {"HAS_PREVIOUS": i > 0, "HAS_NEXT": has_next, "HAS_READ": snapshots is not None}
+        tables = (*parts, work.table, *(snapshots or parts))
         self._advance(num_rows * work.num_kv_heads, tables, at, num_next, kinds)
         if has_next and work.num_complete[i]:
             self._decide(i, at)

@@ -262,16 +262,16 @@ class Walk:
         """Compute all gradients of a segment."""
         work, k, v = self.work, self.saved.k, self.saved.v
         num = work.entries(segment)
-        shown = Snapshots.empty(num, work, k, v)
+        snapshots = Snapshots.empty(num, work, k, v)
         slots = (num, work.num_kv_heads, work.capacity)
         tokens = (num, work.num_kv_heads, k.shape[1])
         from_slots = [self.saved.lse.new_empty(*slots, dim) for dim in self._dims]
         deposits = [self.saved.lse.new_empty(*tokens, dim) for dim in self._dims]
         if work.capacity:
-            self._rewind(segment, shown)
-        self._grad_queries(segment, shown)
+            self._rewind(segment, snapshots)
+        self._grad_queries(segment, snapshots)
         if work.capacity:
-            self._grad_slots(segment, shown, from_slots)
+            self._grad_slots(segment, snapshots, from_slots)
             self._deposit(segment, from_slots, deposits)
         self._grad_tokens(segment, deposits)
 
@@ -283,16 +283,19 @@ class Walk:
         sizes = (self.saved.k.shape[1], work.options.chunk_size, work.num_kv_heads)
         return grid, (*ends, *sizes), {"BN": block, "TB": TOKEN_BLOCK, "num_warps": 8, **common.FUSED}
 
-    def _rewind(self, segment: range, shown: Snapshots) -> None:
+    def _rewind(self, segment: range, snapshots: Snapshots) -> None:
         work, final = self.work, self.final
         grid, arguments, blocks = self._by_slots(segment)
         after, before = self._masses
-        parts = ((self.saved.k, final.key_sum, shown.keys), (self.saved.v, final.value_sum, shown.values))
-        for i, (x, sums, snaps) in enumerate(parts):
+        parts = (
+            (self.saved.k, final.key_sum, snapshots.keys),
+            (self.saved.v, final.value_sum, snapshots.values),
+        )
+        for i, (x, sums, means) in enumerate(parts):
             rewind[grid](
                 x, self.saved.slots, sums, after, before, work.table, work.first_of_step, work.rows_of_step,
-                snaps, shown.bias, *self._merged(i), *self._kept(i), *arguments, x.shape[-1], work.capacity,
-                HAS_BIAS=i == 0, HAS_MERGED=self.saved.merged is not None,
+                means, snapshots.bias, *self._merged(i), *self._kept(i), *arguments, x.shape[-1],
+                work.capacity, HAS_BIAS=i == 0, HAS_MERGED=self.saved.merged is not None,
                 BD=common.padded(x.shape[-1]), **blocks,
             )  # fmt: skip
         self._masses = before, after
@@ -349,21 +352,21 @@ class Walk:
             "BV": common.padded(v.shape[-1]),
         }
 
-    def _grad_queries(self, segment: range, shown: Snapshots) -> None:
+    def _grad_queries(self, segment: range, snapshots: Snapshots) -> None:
         saved, work = self.saved, self.work
         sizes, blocks = self._sizes()
         grad_queries[(work.entries(segment) * self._query_blocks, sizes[1])](
-            saved.q, saved.k, saved.v, saved.scale, work.table, *shown, self._own_bias,
+            saved.q, saved.k, saved.v, saved.scale, work.table, *snapshots, self._own_bias,
             saved.o, self.grad_o, saved.lse, self._delta, self.grad_q, self.grad_scale,
             work.first[segment.start], *sizes, work.capacity, self._query_blocks, **blocks,
         )  # fmt: skip
 
-    def _grad_slots(self, segment: range, shown: Snapshots, from_slots: list[Tensor]) -> None:
+    def _grad_slots(self, segment: range, snapshots: Snapshots, from_slots: list[Tensor]) -> None:
         saved, work = self.saved, self.work
         sizes, blocks = self._sizes()
         num_blocks = triton.cdiv(work.capacity, blocks["BN"])
         grad_slots[(work.entries(segment) * num_blocks, work.num_kv_heads)](
-            saved.q, saved.scale, work.table, *shown, self.grad_o, saved.lse,
+            saved.q, saved.scale, work.table, *snapshots, self.grad_o, saved.lse,
             self._delta, *_three(from_slots), work.first[segment.start], *sizes, work.capacity, num_blocks,
             **blocks,
         )  # fmt: skip

@@ -47,7 +47,7 @@ def read(
         chunk = tl.load(entry + CHUNK).to(tl.int64)
         num = tl.load(entry + BEFORE)
         H_kv = H // G
-        shown = (index.to(tl.int64) * H_kv + head // G) * M
+        snap_at = (index.to(tl.int64) * H_kv + head // G) * M
         t = start + tl.arange(0, BM)
         is_query = t < tokens
         factor = tl.load(scale + head) * LOG2E
@@ -59,10 +59,10 @@ def read(
         for slots in range(0, num, BN):
             slot = slots + tl.arange(0, BN)
             is_used = slot < num
-            keys = rows(snap_keys, shown + slot, is_used, K, BK)
-            bias = tl.load(snap_bias + shown + slot, mask=is_used, other=-float("inf"))
+            keys = rows(snap_keys, snap_at + slot, is_used, K, BK)
+            bias = tl.load(snap_bias + snap_at + slot, mask=is_used, other=-float("inf"))
             scores = dot(queries, tl.trans(keys), tl.zeros([BM, BN], tl.float32)) * factor + bias[None, :]
-            values = rows(snap_values, shown + slot, is_used, V, BV)
+            values = rows(snap_values, snap_at + slot, is_used, V, BV)
             top, total, acc = _absorb(scores, values, top, total, acc)
         # First token with a non-finite value in each component; W if there is none.
         first_non_finite = tl.zeros([BV], tl.int32) + W

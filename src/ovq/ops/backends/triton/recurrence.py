@@ -188,10 +188,10 @@ def advance(
                 mean = means(key_sums, mass)
                 is_used = slot < num
                 if HAS_READ:
-                    shown = ((entry - base).to(tl.int64) * H + head) * M + slot
-                    put_rows(snap_keys, shown, mean, is_used, K, BK)
-                    put_rows(snap_values, shown, means(value_sums, mass), is_used, V, BV)
-                    tl.store(snap_bias + shown, log2_mass(mass), mask=is_used)
+                    snap_at = ((entry - base).to(tl.int64) * H + head) * M + slot
+                    put_rows(snap_keys, snap_at, mean, is_used, K, BK)
+                    put_rows(snap_values, snap_at, means(value_sums, mass), is_used, V, BV)
+                    tl.store(snap_bias + snap_at, log2_mass(mass), mask=is_used)
                 if tl.load(table + entry * COLUMNS + IS_COMPLETE) != 0:
                     # Slots of weight 0 attract no key.
                     is_used &= mass > 0

@@ -24,7 +24,7 @@ from ovq.ops.backends.triton.recurrence import add_tokens
 
 
 @triton.jit
-def _put_back(total, mass, kept_rows, kept_mass, place, p, C, D, BD: tl.constexpr):
+def _restored(total, mass, kept_rows, kept_mass, place, p, C, D, BD: tl.constexpr):
     """Slots restored from the copies at places `p` of a chunk; slots with p = C are unchanged."""
     kept = rows(kept_rows, place + p, p < C, D, BD)
     own = tl.load(kept_mass + place + p, mask=p < C, other=0)
@@ -84,23 +84,23 @@ def rewind(
                         )  # fmt: skip
                 else:
                     p = place_of(slot, chosen if kept_slot is None else kept_slot + local, TB, C)
-                    total, own_mass = _put_back(total, own_mass, kept_rows, kept_mass, local, p, C, D, BD)
+                    total, own_mass = _restored(total, own_mass, kept_rows, kept_mass, local, p, C, D, BD)
                 if HAS_MERGED:
                     p = place_of(slot, merged_slot + local, TB, C)
-                    total, own_mass = _put_back(total, own_mass, merged_rows, merged_mass, local, p, C, D, BD)
+                    total, own_mass = _restored(total, own_mass, merged_rows, merged_mass, local, p, C, D, BD)
                 # Slots that the chunk opened contain only rounding errors now.
                 total = tl.where((slot < num)[:, None], total, 0.0)
                 own_mass = tl.where(slot < num, own_mass, 0)
-            shown = ((entry - base).to(tl.int64) * H + head) * M + slot
-            put_rows(snaps, shown, means(total, own_mass), slot < num, D, BD)
+            snap_at = ((entry - base).to(tl.int64) * H + head) * M + slot
+            put_rows(snaps, snap_at, means(total, own_mass), slot < num, D, BD)
             if HAS_BIAS:
-                tl.store(snap_bias + shown, log2_mass(own_mass), mask=slot < num)
+                tl.store(snap_bias + snap_at, log2_mass(own_mass), mask=slot < num)
     put_rows(sums, place, total, is_in, D, BD)
     tl.store(mass_before + place, own_mass, mask=is_in)
 
 
 @triton.jit
-def _give(out, place, total, slot, slots, C, D, TB: tl.constexpr, BD: tl.constexpr):
+def _scatter(out, place, total, slot, slots, C, D, TB: tl.constexpr, BD: tl.constexpr):
     """Write the gradient `total` of each slot to those of C rows of `out` that `slots` assigns to it."""
     for tokens_from in range(0, C, TB):
         t = tokens_from + tl.arange(0, TB)
@@ -154,11 +154,11 @@ def deposit(
             num = tl.load(table + entry * COLUMNS + BEFORE)
             local = (entry - base).to(tl.int64) * H + head
             if tl.load(table + entry * COLUMNS + IS_COMPLETE) != 0:
-                _give(deposits, local * W, total, slot, slots + (chunk * H + head) * W, C, D, TB, BD)
+                _scatter(deposits, local * W, total, slot, slots + (chunk * H + head) * W, C, D, TB, BD)
                 if HAS_MERGED:
                     merged_at = (entry.to(tl.int64) * H + head) * C
                     to = (step % 2 * streams + stream) * C
-                    _give(passed, to, total, slot, merged_into + merged_at, C, D, TB, BD)
+                    _scatter(passed, to, total, slot, merged_into + merged_at, C, D, TB, BD)
                     is_merged = place_of(slot, merged_slot + merged_at, TB, C) < C
                     total = tl.where(is_merged[:, None], 0.0, total)
             # The gradient of slots that the chunk opened ends here, as no earlier chunk read them.
