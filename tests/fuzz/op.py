@@ -19,13 +19,13 @@ from torch import Tensor
 
 from ovq.ops import OVQState, ovq_attention
 from ovq.ops.ablation import Ablation
-from ovq.ops.options import LEAST_READ, VALUE_WEIGHT
+from ovq.ops.options import LEAST_READ
 from ovq.ops.schedule import GROWTHS
 from ovq.ops.sums import state_dtype
 from tests.fuzz.backends import BACKENDS, Backend
 from tests.fuzz.compare import assert_close, assert_state, bound_of
-from tests.fuzz.options import drawn_options
-from tests.fuzz.program import Impossible, Program
+from tests.fuzz.options import OpProgram, drawn_options
+from tests.fuzz.program import Impossible
 from tests.fuzz.tensors import LOGS, ORDERS, SHARP, SHARP_LOGS, WEIGHTS, normalized, numbers, stored
 from tests.ops.recount import recount, recount_by_edges
 
@@ -46,7 +46,7 @@ PADDINGS = {"zeros": 0.0, "noise": 3.0, "nan": torch.nan}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
-class OpCall(Program):
+class OpCall(OpProgram):
     """A call of the op.
 
     Attributes:
@@ -58,13 +58,6 @@ class OpCall(Program):
         has_state: whether a state is passed though no row has seen a token.
         wants_state: whether the final one is asked for.
         has_gradients: whether gradients are compared.
-        dtype: of q, k and v.
-        num_kv_heads: key/value heads.
-        group: query heads of each.
-        key_dim, value_dim: sizes of a head.
-        num_slots, chunk_size, growth, init, merge, bias, rate, value_weight: of the op.
-        weights: of tokens, "none" or one of `WEIGHTS`.
-        forgetting: of tokens, "none" or one of `LOGS`.
         scale: "none", "float", "tensor" or "sharp".
         orders: of q, k and v in memory, of `ORDERS`.
         num_keys: how many keys there are to choose from; 0 for no bound.
@@ -82,21 +75,6 @@ class OpCall(Program):
     has_state: bool = False
     wants_state: bool = True
     has_gradients: bool = False
-    dtype: str = "float64"
-    num_kv_heads: int = 1
-    group: int = 1
-    key_dim: int = 1
-    value_dim: int = 1
-    num_slots: int = 1
-    chunk_size: int = 1
-    growth: str = "plateau"
-    init: str = "novelty"
-    merge: str = "existing"
-    bias: str = "count"
-    rate: float | str = "count"
-    value_weight: float = VALUE_WEIGHT
-    weights: str = "none"
-    forgetting: str = "none"
     scale: str = "none"
     orders: tuple[str, ...] = ("plain", "plain", "plain")
     num_keys: int = 0

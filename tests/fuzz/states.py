@@ -21,13 +21,12 @@ import torch
 from torch import Tensor
 
 from ovq.ops import OVQState, ovq_attention
-from ovq.ops.options import VALUE_WEIGHT
 from ovq.ops.schedule import GROWTHS
 from ovq.ops.sums import state_dtype
 from tests.fuzz.backends import BACKENDS, Backend
 from tests.fuzz.compare import assert_close, assert_state, bound_of
-from tests.fuzz.options import drawn_options
-from tests.fuzz.program import Impossible, Program
+from tests.fuzz.options import OpProgram, drawn_options
+from tests.fuzz.program import Impossible
 from tests.fuzz.tensors import LOGS, ORDERS, SHARP, SHARP_LOGS, WEIGHTS, normalized, numbers, stored
 
 #: Most rows of a state and most states of a program.
@@ -45,16 +44,13 @@ Row = tuple[int | str, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
-class StateProgram(Program):
+class StateProgram(OpProgram):
     """Operations on states, one after the other.
 
     Attributes:
         num_rows: of the state it begins with, which has seen nothing.
         steps: the operations, each (name, state it is of, two numbers, whether that state stays beside the
             new one). Numbers are taken modulo what there is, so that any do.
-        dtype, num_kv_heads, group, key_dim, value_dim: of the tokens.
-        num_slots, chunk_size, growth, init, merge, bias, rate, value_weight: of the op.
-        weights, forgetting: of tokens, "none", or of `WEIGHTS` and `LOGS`.
         is_sharp: whether scales are so large that scores differ by more than 34.
     """
 
@@ -62,21 +58,6 @@ class StateProgram(Program):
 
     num_rows: int = 1
     steps: tuple[tuple[str, int, int, int, int], ...] = ()
-    dtype: str = "float64"
-    num_kv_heads: int = 1
-    group: int = 1
-    key_dim: int = 2
-    value_dim: int = 1
-    num_slots: int = 1
-    chunk_size: int = 1
-    growth: str = "plateau"
-    init: str = "novelty"
-    merge: str = "existing"
-    bias: str = "count"
-    rate: float | str = "count"
-    value_weight: float = VALUE_WEIGHT
-    weights: str = "none"
-    forgetting: str = "none"
     is_sharp: bool = False
 
     @classmethod

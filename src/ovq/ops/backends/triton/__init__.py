@@ -72,7 +72,8 @@ def missing(q: Tensor, v: Tensor, options: Options) -> str | None:
     """
     if not HAS_TRITON:
         return "expected the package triton to be installed (pip install 'ovq[triton]'), found none"
-    if not q.is_cuda and not _is_interpreting():
+    is_interpreted = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+    if not q.is_cuda and not is_interpreted:
         return (
             "expected tensors on a CUDA device (or TRITON_INTERPRET=1 in the environment of the process, to "
             f"try the kernels without one), found them on {q.device}"
@@ -83,8 +84,3 @@ def missing(q: Tensor, v: Tensor, options: Options) -> str | None:
     if options.chunk_size > MAX_CHUNK_SIZE:
         return f"expected chunk_size of at most {MAX_CHUNK_SIZE}, found {options.chunk_size}"
     return None
-
-
-def _is_interpreting() -> bool:
-    """Whether the kernels run in Triton's interpreter."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
