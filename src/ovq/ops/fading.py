@@ -45,11 +45,11 @@ def begun(
     weights = weights * (-logs).exp().to(weights.dtype)
     total = logs[:, -1]
     # Weights are relative to the end of a complete chunk, and to the start of an incomplete one.
-    frame = total * is_complete.to(total.device, total.dtype)[:, None]
+    log_fading = total * is_complete.to(total.device, total.dtype)[:, None]
     if bool(is_complete.any()):
-        state = faded(state, frame)
-        weights = weights * frame.exp().to(weights.dtype)[:, None]
-    return state, weights, total - frame
+        state = faded(state, log_fading)
+        weights = weights * log_fading.exp().to(weights.dtype)[:, None]
+    return state, weights, total - log_fading
 
 
 def ended(state: OVQState, pending_forget: Tensor, is_complete: Tensor, options: Options) -> OVQState:

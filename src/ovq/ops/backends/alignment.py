@@ -121,8 +121,8 @@ class AlignedRows:
             place = self._spread(first, self.pending, x.device)
             slots = [r * self.chunk_size for r in range(len(self.lengths))]
             source = self._spread(slots, self.pending, x.device)
-            waiting = pending.transpose(1, 2).reshape(-1, *flat.shape[1:])
-            out = out.index_copy(0, place, waiting.index_select(0, source))
+            flat_pending = pending.transpose(1, 2).reshape(-1, *flat.shape[1:])
+            out = out.index_copy(0, place, flat_pending.index_select(0, source))
         return out.reshape(self.num_chunks, self.width, *flat.shape[1:])
 
     def unalign(self, chunks: Tensor, batch: int, length: int) -> Tensor:

@@ -24,7 +24,7 @@ class Chunks:
         before: the initial state, rows in sorted order, with all slots allocated that the call needs.
         k: `[num_chunks, W, Hkv, K]` all keys, including pending ones. v: likewise.
         weights: `[num_chunks, W, Hkv, 1]` weights of all tokens; None without token weights.
-        fading: `[num_chunks, Hkv]` factors of the dictionaries (`with_frames`); None without forgetting.
+        fading: `[num_chunks, Hkv]` factors of the dictionaries (`with_forgetting`); None without forgetting.
     """
 
     def __init__(self, call: Call) -> None:
@@ -50,7 +50,7 @@ class Chunks:
         self.weights: Tensor | None = None
         self.fading: Tensor | None = None
         if call.log_forget is not None:
-            self.before, self.weights, self.fading = with_frames(call, before, self.plan)
+            self.before, self.weights, self.fading = with_forgetting(call, before, self.plan)
         elif call.token_weights is not None:
             assert before.pending_weights is not None
             self.weights = aligned.align(call.token_weights[..., None], before.pending_weights[..., None])
@@ -81,7 +81,7 @@ class Chunks:
         return after if aligned.is_sorted else after.select(aligned.inverse())
 
 
-def with_frames(call: Call, before: OVQState, plan: Plan) -> tuple[OVQState, Tensor, Tensor]:
+def with_forgetting(call: Call, before: OVQState, plan: Plan) -> tuple[OVQState, Tensor, Tensor]:
     """Weights for forgetting, relative to the end of a complete chunk and to the start of an incomplete one.
 
     This is `begun` of `fading.py`, which explains it, for all chunks at once, with bitwise equal results.
@@ -115,8 +115,8 @@ def with_frames(call: Call, before: OVQState, plan: Plan) -> tuple[OVQState, Ten
     is_complete = [
         n >= (i + 1) * size for n, num in zip(aligned.lengths, chunks, strict=False) for i in range(num)
     ]
-    frame = total * torch.tensor(is_complete, device=device)[:, None]
-    fading = frame.exp().to(wide)
+    log_fading = total * torch.tensor(is_complete, device=device)[:, None]
+    fading = log_fading.exp().to(wide)
     ones, zeros = torch.ones_like(call.token_weights), torch.zeros_like(before.pending_weights)
     is_new = aligned.align(ones[..., None], zeros[..., None]) > 0
     own = aligned.align(call.token_weights[..., None], before.pending_weights[..., None])
@@ -125,5 +125,5 @@ def with_frames(call: Call, before: OVQState, plan: Plan) -> tuple[OVQState, Ten
     weights = own * fading[:, None, :, None]
     left = before.pending_forget.clone()
     last = first + torch.tensor(chunks, dtype=torch.int64, device=device) - 1
-    left[:num_rows] = (total - frame)[last]
+    left[:num_rows] = (total - log_fading)[last]
     return dataclasses.replace(before, pending_forget=left), weights, fading

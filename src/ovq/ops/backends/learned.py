@@ -21,7 +21,7 @@ class Merging:
         plan: the work to do, with one query head per key/value head.
         token_weights: `[num_chunks, W, Hkv, 1]`; None without token weights.
         fading: `[num_chunks, Hkv]` factor of the sums and weights of slots when a chunk is complete
-            (`with_frames`); None without forgetting.
+            (`with_forgetting`); None without forgetting.
     """
 
     k: Tensor

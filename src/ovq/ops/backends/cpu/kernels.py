@@ -62,7 +62,7 @@ def is_memory(x: Tensor) -> bool:
 class CompiledAttention(torch.autograd.Function):
     """`ChunkAttention` run by the kernels; other arguments, results and the rewinding backward are the same.
 
-    With `fading` `[num_chunks, Hkv]` (`with_frames`) there are no gradients.
+    With `fading` `[num_chunks, Hkv]` (`with_forgetting`) there are no gradients.
     """
 
     @staticmethod

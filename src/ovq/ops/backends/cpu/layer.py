@@ -100,9 +100,9 @@ def memory_of_slots(
             return step.leading_to(dataclasses.replace(after, pending_forget=now))
         is_complete = now.new_zeros(len(now), dtype=torch.bool)
         is_complete[complete] = True
-        frame = now * is_complete[:, None]
-        merged = with_merged_chunks(faded(after, frame), complete, options)
-        return step.leading_to(ended(merged, now - frame, is_complete, options))
+        log_fading = now * is_complete[:, None]
+        merged = with_merged_chunks(faded(after, log_fading), complete, options)
+        return step.leading_to(ended(merged, now - log_fading, is_complete, options))
 
     return TokenMemory(decode, finished, kept, tensors, {"least_log": LEAST_LOG / options.chunk_size})
 

@@ -12,7 +12,7 @@ from ovq.ops.backends.dictionary import Dictionary
 from ovq.ops.backends.plan import Plan
 from ovq.ops.backends.triton import common
 from ovq.ops.backends.triton.merging import MergedSlots
-from ovq.ops.backends.triton.passes import Saved, Snapshots, Walk, recurrence_of, snapshot_bytes
+from ovq.ops.backends.triton.passes import BackwardPass, Saved, Snapshots, recurrence_of, snapshot_bytes
 from ovq.ops.backends.triton.read import read
 from ovq.ops.backends.triton.weights import ChangedSlots, Weights
 from ovq.ops.backends.triton.work import Work
@@ -81,8 +81,5 @@ class ChunkAttention(torch.autograd.Function):
         saved = Saved(q, k, v, scale, o, lse, slots, MergedSlots(*parts[4:]) if parts[4:] else None, weights)
         grad_o = torch.zeros_like(o) if grad_o is None else grad_o.contiguous()
         grads = final.gradients(grad_sums)
-        walk = Walk(saved, grad_o, final.clone(), grads, ctx.work)
-        walk.run()
-        of_inputs, of_scale = (walk.grad_q, walk.grad_k, walk.grad_v), walk.grad_scale.sum((0, 1))
-        of_tokens = None if walk.grad_weights is None else walk.grad_weights[..., None]
-        return None, *of_inputs, of_scale, of_tokens, grads.key_sum, grads.value_sum, None, grads.weight
+        of_inputs = BackwardPass(saved, grad_o, final.clone(), grads, ctx.work).run()
+        return None, *of_inputs, grads.key_sum, grads.value_sum, None, grads.weight

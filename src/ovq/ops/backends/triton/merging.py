@@ -20,7 +20,7 @@ from ovq.ops.backends.dictionary import Dictionary
 from ovq.ops.backends.triton import common
 from ovq.ops.backends.triton.items import INT_FIELDS, INTO, advance_items, keep, prepare, settle
 from ovq.ops.backends.triton.weights import Weights
-from ovq.ops.backends.triton.work import At, Work
+from ovq.ops.backends.triton.work import StepEntries, Work
 from ovq.ops.nearest import Items, movers, nearest_roots
 from ovq.ops.precision import full_precision
 
@@ -87,7 +87,7 @@ class Steps(ABC):
         self._chunk_size = work.options.chunk_size
         self._fused = common.FUSED if weights is None else common.UNFUSED
 
-    def step(self, i: int, snapshots: Sequence[Tensor] | None = None, at: At | None = None) -> None:
+    def step(self, i: int, snapshots: Sequence[Tensor] | None = None, at: StepEntries | None = None) -> None:
         """Merge chunk i - 1, write the dictionary that chunk i reads, and assign the tokens of chunk i.
 
         Args:
@@ -103,20 +103,20 @@ class Steps(ABC):
             return
         at = work.at(i) if at is None else at
         parts = (into.key_sum, into.value_sum, into.count)
-        kinds = {"HAS_PREVIOUS": i > 0, "HAS_NEXT": has_next, "HAS_READ": snapshots is not None}
+        flags = {"HAS_PREVIOUS": i > 0, "HAS_NEXT": has_next, "HAS_READ": snapshots is not None}
         tables = (*parts, work.table, *(snapshots or parts))
-        self._advance(num_rows * work.num_kv_heads, tables, at, num_next, kinds)
+        self._advance(num_rows * work.num_kv_heads, tables, at, num_next, flags)
         if has_next and work.num_complete[i]:
-            self._decide(i, at)
+            self._assign(i, at)
 
     @abstractmethod
     def _advance(
-        self, streams: int, tables: tuple[Tensor, ...], at: At, num_next: int, kinds: dict[str, bool]
+        self, streams: int, tables: tuple[Tensor, ...], at: StepEntries, num_next: int, flags: dict[str, bool]
     ) -> None:
-        """Merge the previous chunks and prepare the inputs of `_decide`, for this number of streams."""
+        """Merge the previous chunks and prepare the inputs of `_assign`, for this number of streams."""
 
     @abstractmethod
-    def _decide(self, i: int, at: At) -> None:
+    def _assign(self, i: int, at: StepEntries) -> None:
         """Assign the tokens of the complete chunks of a step to slots."""
 
 
@@ -150,7 +150,7 @@ class PairRecurrence(Steps):
         return torch.empty(streams, *shape, dtype=dtype, device=self.k.device)
 
     def _advance(
-        self, streams: int, tables: tuple[Tensor, ...], at: At, num_next: int, kinds: dict[str, bool]
+        self, streams: int, tables: tuple[Tensor, ...], at: StepEntries, num_next: int, flags: dict[str, bool]
     ) -> None:
         """As in `Steps`; writes the slot means as items."""
         work, k, v, kept = self.work, self.k, self.v, self._kept
@@ -160,10 +160,10 @@ class PairRecurrence(Steps):
             k, v, self.slots, *tables, *self._merged, self._tokens, self.into.weight, *kept_slots,
             *self._items, self._masses, *at, num_next, 0 if self._is_kept else at.previous,
             k.shape[1], self._chunk_size, work.num_kv_heads, *self._dims, work.capacity, self._columns,
-            BN=block, BT=common.score_block(k), **kinds, **self._padded, **self._fused, num_warps=8,
+            BN=block, BT=common.score_block(k), **flags, **self._padded, **self._fused, num_warps=8,
         )  # fmt: skip
 
-    def _decide(self, i: int, at: At) -> None:
+    def _assign(self, i: int, at: StepEntries) -> None:
         """As in `Steps`; also lists the slots merged into others and copies their sums."""
         work, merged, entry = self.work, self._merged, self.work.first[i]
         heads, width, size = work.num_kv_heads, self.k.shape[1], self._chunk_size

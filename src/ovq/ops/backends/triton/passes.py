@@ -29,7 +29,7 @@ from ovq.ops.backends.triton.recurrence import advance
 from ovq.ops.backends.triton.rewind import deposit, rewind
 from ovq.ops.backends.triton.route import nearest, open_slots
 from ovq.ops.backends.triton.weights import Weights
-from ovq.ops.backends.triton.work import At, Work
+from ovq.ops.backends.triton.work import StepEntries, Work
 from ovq.ops.options import LEAST_READ
 
 # Keys of a chunk per program, whatever the head size.
@@ -88,7 +88,7 @@ class Recurrence(Steps):
         self._sizes = {"BN": self._block, "BK": common.padded(k.shape[-1]), **self._fused}
 
     def _advance(
-        self, streams: int, tables: tuple[Tensor, ...], at: At, num_next: int, kinds: dict[str, bool]
+        self, streams: int, tables: tuple[Tensor, ...], at: StepEntries, num_next: int, flags: dict[str, bool]
     ) -> None:
         """As in `Steps`; scores the keys of the next chunks against each block of slots."""
         work, k, v, kept = self.work, self.k, self.v, self._kept
@@ -97,10 +97,10 @@ class Recurrence(Steps):
             k, v, self.slots, *tables, self._tokens, self.into.weight, *kept_slots, *self._found, *at,
             num_next, k.shape[1], self._chunk_size, work.num_kv_heads, k.shape[-1], v.shape[-1],
             work.capacity, self._num_blocks, PARTS=self._parts, BT=common.score_block(k),
-            BV=common.padded(v.shape[-1]), **kinds, **self._sizes, num_warps=8,
+            BV=common.padded(v.shape[-1]), **flags, **self._sizes, num_warps=8,
         )  # fmt: skip
 
-    def _decide(self, i: int, at: At) -> None:
+    def _assign(self, i: int, at: StepEntries) -> None:
         """As in `Steps`, including the keys that open slots."""
         work, k, into, size = self.work, self.k, self.into, self._chunk_size
         rounding = ROUNDING if self._parts == 1 else ROUNDING_SPLIT
@@ -199,7 +199,7 @@ class Saved:
     weights: Weights | None = None
 
 
-class Walk:
+class BackwardPass:
     """Runs the backward through the segments, from the last to the first.
 
     Args:
@@ -208,10 +208,6 @@ class Walk:
         final: the final dictionary, rewound in place to the initial one.
         grads: gradient of its sums and weights, float32, likewise (the count is not used).
         work: `Work` of the forward.
-
-    Attributes:
-        grad_q, grad_k, grad_v, grad_scale, grad_weights: gradients of the inputs, filled in by `run`; that of
-            the scale has one entry per chunk and block of queries.
     """
 
     def __init__(
@@ -233,7 +229,7 @@ class Walk:
         self._blocks = common.grad_blocks(saved.q, saved.v)
         num_chunks, width, num_heads, _ = saved.q.shape
         self._query_blocks = triton.cdiv(width, self._blocks["BM"])
-        # Zeros, because blocks without queries write nothing.
+        # One per chunk and block of queries. Zeros, because blocks without queries write nothing.
         shape = (num_chunks, self._query_blocks, num_heads)
         self.grad_scale = torch.zeros(shape, dtype=torch.float32, device=grad_o.device)
 
@@ -246,8 +242,8 @@ class Walk:
             saved.lse.new_empty(2, streams, 0 if merged is None else size, dim) for dim in self._dims
         ]
 
-    def run(self) -> None:
-        """Run the backward of all segments."""
+    def run(self) -> tuple[Tensor | None, ...]:
+        """Gradients of q, k, v, the scale, and token weights `[num_chunks, W, Hkv, 1]` (None without)."""
         k, v = self.saved.k, self.saved.v
         with torch.cuda.device_of(k):
             for segment in reversed(
@@ -257,6 +253,8 @@ class Walk:
             if self.saved.merged is not None and self.work.capacity:
                 # One more launch gives the slots that the first chunk merged into others their gradient.
                 self._deposit_steps(range(0, 0), range(0, 0), self._passed, self._passed)
+        of_weights = None if self.grad_weights is None else self.grad_weights[..., None]
+        return self.grad_q, self.grad_k, self.grad_v, self.grad_scale.sum((0, 1)), of_weights
 
     def _back(self, segment: range) -> None:
         """Compute all gradients of a segment."""
@@ -367,8 +365,8 @@ class Walk:
         num_blocks = triton.cdiv(work.capacity, blocks["BN"])
         grad_slots[(work.entries(segment) * num_blocks, work.num_kv_heads)](
             saved.q, saved.scale, work.table, *snapshots, self.grad_o, saved.lse,
-            self._delta, *_three(from_slots), work.first[segment.start], *sizes, work.capacity, num_blocks,
-            **blocks,
+            self._delta, *_with_none(from_slots), work.first[segment.start], *sizes, work.capacity,
+            num_blocks, **blocks,
         )  # fmt: skip
 
     def _grad_tokens(self, segment: range, deposits: list[Tensor]) -> None:
@@ -377,11 +375,11 @@ class Walk:
         num_blocks = triton.cdiv(sizes[0], blocks["BN"])
         grad_tokens[(work.entries(segment) * num_blocks, work.num_kv_heads)](
             saved.q, saved.k, saved.v, saved.scale, work.table, self.grad_o, saved.lse, self._delta,
-            *deposits[:2], self.grad_k, self.grad_v, self._tokens, self._own_bias, _three(deposits)[2],
+            *deposits[:2], self.grad_k, self.grad_v, self._tokens, self._own_bias, _with_none(deposits)[2],
             self.grad_weights, work.first[segment.start], *sizes, num_blocks, LEAST=LEAST_READ, **blocks,
         )  # fmt: skip
 
 
-def _three(parts: list[Tensor]) -> list[Tensor | None]:
+def _with_none(parts: list[Tensor]) -> list[Tensor | None]:
     """The tensors of keys, values and weights, with None for missing weights."""
     return [*parts, *[None] * (3 - len(parts))]

@@ -12,7 +12,7 @@ from ovq.ops.backends.plan import Plan
 SEGMENT_BYTES = 256 << 20
 
 
-class At(NamedTuple):
+class StepEntries(NamedTuple):
     """Entries of the table for a step.
 
     Attributes:
@@ -99,9 +99,9 @@ class Work:
         self.num_kv_heads = plan.num_kv_heads
         self.num_steps = num_steps
 
-    def at(self, i: int, base: int = 0) -> At:
+    def at(self, i: int, base: int = 0) -> StepEntries:
         """The entries of step i; `base` is the first entry of its segment."""
-        return At(self.first[i - 1] if i else 0, self.first[i], base)
+        return StepEntries(self.first[i - 1] if i else 0, self.first[i], base)
 
     def merged_before(self, i: int) -> list[int]:
         """Number of tokens merged before step i in each row whose i-th chunk is complete."""
