@@ -59,12 +59,13 @@ def page_html(found: InspectedText, *, layer: int | None = None, head: int | Non
             f"for {found.num_tokens:,} tokens of {sum(m.num_heads for m in found.layers)} heads; "
             "look at fewer tokens, or keep fewer weights of each query"
         )
+    name = "".join(character if character.isprintable() else "\ufffd" for character in found.name)
     style = _file("page.css")
     script = '"use strict";\n(() => {\n' + "\n".join(map(_file, _SCRIPTS)) + "\n})();\n"
     parts = {
         "POLICY": f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; "
         "base-uri 'none'; form-action 'none'",
-        "TITLE": html.escape(f"ovq inspect: {_printable(found.name) or 'a text'}"),
+        "TITLE": html.escape(f"ovq inspect: {name or 'a text'}"),
         "STYLE": style,
         "DATA": _json(page_data(found, layer=memory.layer, head=head)),
         "SCRIPT": script,
@@ -138,11 +139,6 @@ def _json(data: Any) -> str:
     """JSON that is safe between script tags: in ASCII, without characters that are special in HTML."""
     text = json.dumps(data, ensure_ascii=True, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
-
-
-def _printable(name: str) -> str:
-    """A name with unprintable characters replaced."""
-    return "".join(character if character.isprintable() else "\ufffd" for character in name)
 
 
 def _hash(text: str) -> str:

@@ -55,7 +55,12 @@ def begun(
 def ended(state: OVQState, pending_forget: Tensor, is_complete: Tensor, options: Options) -> OVQState:
     """The state after tokens that forget, from the state that the op returned; see `begun`."""
     if bool(is_complete.any()):
-        state = bounded(state, is_complete, frees_slots=options.merges_pairs)
+        assert state.weight is not None
+        factor = bounding_factor(state.weight.detach(), frees_slots=options.merges_pairs)
+        if factor is not None:
+            state = _with_slots_times(
+                state, factor.masked_fill(~is_complete.to(factor.device)[:, None, None], 1)
+            )
     after = dataclasses.replace(state, pending_forget=pending_forget)
     # The tensors are the same, so the prepared decode step stays valid.
     after._step = state._step
@@ -80,15 +85,6 @@ def faded(state: OVQState, log_factor: Tensor) -> OVQState:
     faded = _with_slots_times(state, factor)
     # A copy: autograd keeps what is multiplied, and other decode steps from the state may write to it.
     return dataclasses.replace(faded, pending_weights=state.pending_weights.clone() * factor)
-
-
-def bounded(state: OVQState, rows: Tensor, *, frees_slots: bool) -> OVQState:
-    """`state` with weights below `LEAST_WEIGHT` in the rows of a mask `[B]` set to 0 or to that minimum."""
-    assert state.weight is not None
-    factor = bounding_factor(state.weight.detach(), frees_slots=frees_slots)
-    if factor is None:
-        return state
-    return _with_slots_times(state, factor.masked_fill(~rows.to(factor.device)[:, None, None], 1))
 
 
 def bounding_factor(weight: Tensor, *, frees_slots: bool) -> Tensor | None:

@@ -124,18 +124,8 @@ def naive_row(
     state: OVQState,
     options: Options,
 ) -> tuple[Tensor, OVQState]:
-    """OVQ attention of one row.
-
-    Args:
-        q: `[T, H, K]`. k: `[T, Hkv, K]`. v: `[T, Hkv, V]`.
-        weights: `[T, Hkv]` token weights, ignored unless the state has weights.
-        scale: `[H]`.
-        state: the row's state, with a batch size of 1.
-        options: the layer's settings.
-
-    Returns:
-        The outputs `[T, H, V]` in the dtype of `q`, and the row's state afterwards.
-    """
+    """Outputs `[T, H, V]` in the dtype of `q`, and the state, of one row: q `[T, H, K]`, k `[T, Hkv, K]`, v
+    `[T, Hkv, V]`, weights `[T, Hkv]` (ignored unless the state has weights), scale `[H]`, one row's state."""
     num_kv_heads = k.shape[1]
     group = q.shape[1] // num_kv_heads
     outputs: list[Tensor] = []

@@ -241,7 +241,7 @@ static void fade_slots(Dictionary *dictionary, const Call *call, const Sums *sum
     }
 }
 
-/* Drop slot i if it weighs too little, or raise it to the least weight, as `bounded` of fading.py does. */
+/* Drop slot i if it weighs too little, or raise it to the least weight, as `ended` of fading.py does. */
 static void bound_slot(Dictionary *dictionary, const Call *call, const Sums *sums, int64_t i) {
     const float weight = sums->weight[i], least = (float)call->least_weight;
     if (!(weight > 0 && weight < least)) return;

@@ -115,43 +115,28 @@ def _merged_pairs(
     num_streams, size = chunk.keys.shape[:2]
     capacity, most = sums.count.shape[1], max(chunk.before)
     count = sums.count[:num_streams, :most]
-    items = torch.cat([count, count.new_ones(num_streams, size)], 1)
+    # Items are the slots, then the tokens.
+    counts = torch.cat([count, count.new_ones(num_streams, size)], 1)
     due = [n + size - m for n, m in zip(chunk.before, chunk.step.after, strict=True)]
+    roots = torch.arange(counts.shape[1], device=counts.device).repeat(num_streams, 1)
     if any(due):
-        roots = _roots(sums, chunk, options, means, items, due)
-    else:
-        roots = torch.arange(items.shape[1], device=items.device).repeat(num_streams, 1)
-    slots = _homes(roots, items > 0, most)
+        mass, weights = sums.mass[:num_streams, :most], counts
+        keys, values = chunk.keys, chunk.values
+        if chunk.weights is not None:
+            weights = torch.cat([mass, chunk.weights], 1)
+            keys, values = (without_trace(x, chunk.weights) for x in (keys, values))
+        keys = torch.cat([means[:num_streams, :most], keys], 1)
+        values = torch.cat([slot_means(sums.value_sum[:num_streams, :most], mass), values], 1)
+        items = Items.of(
+            keys, values, weights, counts, value_weight=options.value_weight, mass_power=options.mass_power
+        )
+        num_merged = [t - size for t in chunk.step.num_seen]
+        roots = nearest_roots(items, movers(chunk.before, num_merged, size, counts.device), due)
+    slots = _homes(roots, counts > 0, most)
     source, target = slots[:, :most], torch.arange(most, device=slots.device)
     stream, slot = ((source != target) & (count > 0)).nonzero(as_tuple=True)
     first = stream * capacity
     return slots[:, most:].contiguous(), first + slot, first + slots[stream, slot]
-
-
-def _roots(
-    sums: Dictionary, chunk: CompleteChunk, options: Options, means: Tensor, items: Tensor, due: list[int]
-) -> Tensor:
-    """Lowest item `[S, M]` of the cluster of each item.
-
-    Args:
-        sums, chunk, options, means: as in `merge_chunk`.
-        items: `[S, M]` counts of the slots, then of the tokens.
-        due: number of merges in each stream.
-    """
-    num_streams, size = chunk.keys.shape[:2]
-    most = items.shape[1] - size
-    mass = sums.mass[:num_streams, :most]
-    weights, keys, values = items, chunk.keys, chunk.values
-    if chunk.weights is not None:
-        weights = torch.cat([mass, chunk.weights], 1)
-        keys, values = (without_trace(x, chunk.weights) for x in (keys, values))
-    keys = torch.cat([means[:num_streams, :most], keys], 1)
-    values = torch.cat([slot_means(sums.value_sum[:num_streams, :most], mass), values], 1)
-    is_mover = movers(chunk.before, [t - size for t in chunk.step.num_seen], size, items.device)
-    weighted = Items.of(
-        keys, values, weights, items, value_weight=options.value_weight, mass_power=options.mass_power
-    )
-    return nearest_roots(weighted, is_mover, due)
 
 
 def _homes(roots: Tensor, is_there: Tensor, num_slots: int) -> Tensor:
