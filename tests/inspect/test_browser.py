@@ -76,7 +76,7 @@ def test_choosing_a_token_shows_what_it_reads(opened, found):
     said = opened.text("#token")
     assert said.startswith("Token 77")
     assert "Slots hold the 72 tokens merged before" in said
-    named = re.findall(r"^(slot (\d+)|exact|itself)$", said.split("reads here")[1], re.MULTILINE)
+    named = re.findall(r"^(slot (\d+)|exact|itself)$", said.split("attends to here")[1], re.MULTILINE)
     expected = [
         f"slot {entry}" if entry >= 0 else "itself" if entry == -1 - 77 else "exact"
         for entry, weight in zip(memory.entries[0, 77], memory.weights[0, 77], strict=True)

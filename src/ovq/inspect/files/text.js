@@ -49,7 +49,7 @@ function drawKey() {
   const { mode, layer, kv } = view(), entry = (name, text) => make("li", {}, make("i", { className: `swatch ${name}` }), text);
   const items = {
     slot: () => [
-      make("li", {}, ...[0, 1, 2, 3, 4, 5, 6, 7].map((i) => make("i", { className: `swatch f${i}` })), "with the line below: one look per slot, repeated after 64"),
+      make("li", {}, ...[0, 1, 2, 3, 4, 5, 6, 7].map((i) => make("i", { className: `swatch f${i}` })), "with the line below: one style per slot, repeated after 64"),
       entry("pending", "exact"),
       ...(hasDropped(layer, kv) ? [entry("dropped", "dropped")] : []),
     ],
@@ -58,7 +58,7 @@ function drawKey() {
     reads: () => [[4, "half of the largest weight or more, on the token or on its slot"], [3, "a quarter"], [2, "a tenth"], [1, "less, but in the list"]].map(([i, name]) => entry(`w${i}`, name)),
   };
   $("key").replaceChildren(make("ul", { className: "key" }, ...items[mode]()));
-  if (mode === "reads" && view().token < 0) $("key").append(make("p", { className: "small" }, "Choose a token to see what it reads."));
+  if (mode === "reads" && view().token < 0) $("key").append(make("p", { className: "small" }, "Choose a token to see what it attends to."));
   if (mode === "kept") $("time").disabled = true;
   else $("time").disabled = chunksOf(layer, kv) === 0;
 }

@@ -1,4 +1,4 @@
-// What is said of the chosen token: where it is kept, and what it reads.
+// What is said of the chosen token: where it is kept, and what it attends to.
 
 function drawToken() {
   const { layer, head, kv, memory, token, slot } = view(), body = $("token-body");
@@ -57,7 +57,7 @@ function readPart({ reads, shares, chunk }, token) {
   const key = make("ul", { className: "key" }, ...names.map((name, i) => make("li", {}, make("i", { className: `swatch ${["l0", "l1", "l4"][i]}` }), `${percent(shares[i])} ${name}`)));
   const then = make("button", { type: "button", className: "link", onclick: () => setTime(chunk) }, "Show the memory as it was then");
   return [
-    make("h3", {}, `What head ${head} of layer ${layer.layer} reads here`),
+    make("h3", {}, `What head ${head} of layer ${layer.layer} attends to here`),
     make("p", { className: "small" }, `Slots hold the ${plural(chunk * layer.chunkSize, "token")} merged before; all others, up to itself, are exact. `, then),
     sum, key, list,
   ];
