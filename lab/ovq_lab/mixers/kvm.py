@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ovq.fields import ConfigField
 from ovq.layers import defaults
-from ovq.layers.base import Mixer, checked_head_dim
 from ovq.layers.cache import LayerCache
 from ovq.layers.common import OwnWeights, apply_rotary, rotary_tables
 from ovq.layers.constant import sum_dtype, without_autocast
@@ -19,6 +18,7 @@ from ovq.layers.layout import SequenceLayout
 from ovq.layers.memory import StateSpec, check_num_seen
 from ovq.ops.parts import of_rows
 from ovq.ops.uncompiled import uncompiled
+from ovq_lab.mixers.heads import HeadsMixer
 from ovq_lab.mixers.kvm_slots import Slots
 from ovq_lab.mixers.kvm_state import (
     KVM_CHUNK_SIZE,
@@ -36,7 +36,7 @@ SINKS = 1
 NORM_LEAK = True
 
 
-class KVMAttention(Mixer, OwnWeights):
+class KVMAttention(HeadsMixer, OwnWeights):
     """Softmax attention over slots and over the last chunks of tokens, each with a temperature per head.
 
     The window is the current chunk and the `kvm_window_chunks - 1` before it. When a chunk leaves it, the
@@ -50,10 +50,6 @@ class KVMAttention(Mixer, OwnWeights):
     shift and their residual of values are left out, as no mixer of this backbone has them.
 
     Args:
-        hidden_size: width of the model.
-        num_heads: query heads H.
-        num_kv_heads: key/value heads Hkv; divides H. None: as many as query heads.
-        head_dim: K, which is also V. None: `hidden_size / num_heads`.
         num_slots: N, the largest number of slots per key/value head.
         kvm_chunk_size: C, tokens that leave the window together. None: 256, or N if that is less.
         kvm_window_chunks: chunks in the window, the current one included.
@@ -63,7 +59,8 @@ class KVMAttention(Mixer, OwnWeights):
         kvm_norm_leak: whether the layer norm of keys in slots may fill the components that were set to zero,
             as it does in the authors' code. With False they are set to zero again after the norm.
         rope_theta: base of the rotary frequencies.
-        kwargs: `conv_size` and `layer_idx` of `Mixer`.
+        args: those of `HeadsMixer`.
+        kwargs: likewise.
 
     Raises:
         ValueError: sizes that do not fit each other.
@@ -76,10 +73,9 @@ class KVMAttention(Mixer, OwnWeights):
     """
 
     supports_rope = False
-    config_fields = Mixer.config_fields | {
-        "num_heads": "num_attention_heads",
-        "num_kv_heads": "num_key_value_heads",
-        **{name: name for name in ("head_dim", "rope_theta", "num_slots")},
+    config_fields = HeadsMixer.config_fields | {
+        "rope_theta": "rope_theta",
+        "num_slots": "num_slots",
         "kvm_chunk_size": ConfigField(
             int | None,
             None,
@@ -100,11 +96,7 @@ class KVMAttention(Mixer, OwnWeights):
 
     def __init__(
         self,
-        hidden_size: int,
-        num_heads: int,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        *,
+        *args: Any,
         num_slots: int = defaults.NUM_SLOTS,
         kvm_chunk_size: int | None = None,
         kvm_window_chunks: int = WINDOW_CHUNKS,
@@ -115,27 +107,16 @@ class KVMAttention(Mixer, OwnWeights):
         rope_theta: float = defaults.ROPE_THETA,
         **kwargs: Any,
     ):
-        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        head_dim = checked_head_dim(hidden_size, num_heads, num_kv_heads, head_dim)
-        super().__init__(
-            hidden_size,
-            num_channels=(num_heads + 2 * num_kv_heads) * head_dim,
-            num_outputs=num_heads * head_dim,
-            **kwargs,
-        )
-        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        super().__init__(*args, **kwargs)
         self.num_slots, self.kvm_chunk_size, self.kvm_growth = num_slots, kvm_chunk_size, kvm_growth
-        self.kvm_window_chunks, self.kvm_sinks, self.kvm_norm_leak = (
-            kvm_window_chunks,
-            kvm_sinks,
-            kvm_norm_leak,
-        )
+        self.kvm_window_chunks, self.kvm_sinks = kvm_window_chunks, kvm_sinks
+        self.kvm_norm_leak = kvm_norm_leak
         self.schedule = KVMSchedule.of(self)
-        self.rope_theta, self.rope_dim = rope_theta, checked_rope_dim(head_dim, kvm_rope_dim)
-        self.q_norm, self.k_norm, self.state_norm = (WideLayerNorm(head_dim) for _ in range(3))
-        self.gate_proj = nn.Linear(hidden_size, num_kv_heads, bias=False)
-        self.window_temperature = nn.Parameter(torch.ones(num_heads))
-        self.state_temperature = nn.Parameter(torch.ones(num_heads))
+        self.rope_theta, self.rope_dim = rope_theta, checked_rope_dim(self.head_dim, kvm_rope_dim)
+        self.q_norm, self.k_norm, self.state_norm = (WideLayerNorm(self.head_dim) for _ in range(3))
+        self.gate_proj = nn.Linear(self.hidden_size, self.num_kv_heads, bias=False)
+        self.window_temperature = nn.Parameter(torch.ones(self.num_heads))
+        self.state_temperature = nn.Parameter(torch.ones(self.num_heads))
 
     def reset_parameters(self) -> None:
         """Set the temperatures to 1."""
@@ -190,8 +171,7 @@ class KVMAttention(Mixer, OwnWeights):
     ) -> Tensor:
         """See `Mixer.mix`."""
         rows = layout.rows()
-        heads = channels.unflatten(-1, (-1, self.head_dim))
-        q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=2)
+        q, k, v = self.heads(channels)
         # Keys are rounded before anything is computed from them, as the window keeps them rounded.
         q, k = self.q_norm(q), self.k_norm(k).to(v.dtype)
         gate = 1 + F.elu(self.gate_proj(hidden_states).to(sum_dtype(v.dtype)))

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ovq.fields import ConfigField
-from ovq.layers.base import Mixer, checked_head_dim
 from ovq.layers.cache import LayerCache
 from ovq.layers.chunked import can_use_fla, decay_between, from_chunks, to_chunks
 from ovq.layers.common import OwnWeights, l2_normalize
@@ -19,6 +18,7 @@ from ovq.layers.constant import ConstantStateMixer, sum_dtype, without_autocast
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.memory import StateSpec
 from ovq.ops.first_order import first_order
+from ovq_lab.mixers.heads import HeadsMixer, decayed_sums
 from ovq_lab.mixers.norms import WideRMSNorm
 
 STEPS = 30
@@ -32,7 +32,7 @@ LEAST_RIDGE = 0.25
 FIRST_RIDGE = 1.0
 
 
-class MesaNet(ConstantStateMixer, OwnWeights):
+class MesaNet(ConstantStateMixer, HeadsMixer, OwnWeights):
     """Ridge regression of past values on past keys; the output is its prediction at the query.
 
     `M_t = a_t M_{t-1} + b_t k_t k_t^T`, `S_t = a_t S_{t-1} + b_t k_t v_t^T` and
@@ -40,12 +40,9 @@ class MesaNet(ConstantStateMixer, OwnWeights):
     token and a ridge learned per component of each query head. The system is solved by conjugate gradients.
 
     Args:
-        hidden_size: width of the model.
-        num_heads: query heads H.
-        num_kv_heads: heads Hkv of keys, values and states; divides H. None: as many as query heads.
-        head_dim: K, which is also V. None: `hidden_size / num_heads`.
         mesa_steps: steps of the conjugate gradients.
-        kwargs: `conv_size` and `layer_idx` of `Mixer`.
+        args: those of `HeadsMixer`; there is a state per key/value head.
+        kwargs: likewise.
 
     Raises:
         ValueError: sizes that do not fit each other.
@@ -58,42 +55,22 @@ class MesaNet(ConstantStateMixer, OwnWeights):
     """
 
     state_kind = "the matrices of MesaNet"
-    config_fields = Mixer.config_fields | {
-        "num_heads": "num_attention_heads",
-        "num_kv_heads": "num_key_value_heads",
-        "head_dim": "head_dim",
+    config_fields = HeadsMixer.config_fields | {
         "mesa_steps": ConfigField(
             int, STEPS, "steps of conjugate gradients that solve its systems", at_least=1
         ),
     }
 
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        *,
-        mesa_steps: int = STEPS,
-        **kwargs: Any,
-    ):
-        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        head_dim = checked_head_dim(hidden_size, num_heads, num_kv_heads, head_dim)
+    def __init__(self, *args: Any, mesa_steps: int = STEPS, **kwargs: Any):
+        super().__init__(*args, **kwargs)
         if mesa_steps < 1:
             raise ValueError(f"mesa_steps: expected at least 1, found {mesa_steps}")
-        super().__init__(
-            hidden_size,
-            num_channels=(num_heads + 2 * num_kv_heads) * head_dim,
-            num_outputs=num_heads * head_dim,
-            **kwargs,
-        )
-        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.num_steps = mesa_steps
         # Projects to the decay and the weight of each token.
-        self.gate_proj = nn.Linear(hidden_size, 2 * num_kv_heads)
+        self.gate_proj = nn.Linear(self.hidden_size, 2 * self.num_kv_heads)
         # Its name keeps it out of weight decay in transformers' Trainer.
-        self.ridge_bias = nn.Parameter(torch.empty(num_heads, head_dim))
-        self.out_norm = WideRMSNorm(head_dim, eps=1e-5)
+        self.ridge_bias = nn.Parameter(torch.empty(self.num_heads, self.head_dim))
+        self.out_norm = WideRMSNorm(self.head_dim, eps=1e-5)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -115,8 +92,7 @@ class MesaNet(ConstantStateMixer, OwnWeights):
     ) -> Tensor:
         """See `Mixer.mix`."""
         rows = layout.rows()
-        heads = channels.unflatten(-1, (-1, self.head_dim))
-        q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=2)
+        q, k, v = self.heads(channels)
         q, k = l2_normalize(F.silu(q)), l2_normalize(F.silu(k))
         decay, weight = self.gate_proj(hidden_states).to(q.dtype).chunk(2, dim=-1)
         # Positions without a token are zeros, which neither decay the sums nor add to them.
@@ -170,12 +146,8 @@ def ridge_regression(
     to_end = ((total[..., -1:] - total).exp() * weight)[..., None]
     added = k.transpose(-1, -2) @ (torch.cat([k, v], dim=-1) * to_end)
     kept = total[..., -1, None, None].exp()
-    sums, before = torch.cat([state["key_key"], state["key_value"]], dim=-1), []
-    # `unbind`, because the gradient of an index is a tensor as large as all chunks together.
-    for share, new in zip(kept.unbind(2), added.unbind(2), strict=True):
-        before.append(sums)
-        sums = sums * share + new
-    old_key_key, old_key_value = torch.stack(before, dim=2).split(head_dim, dim=-1)
+    before, sums = decayed_sums(torch.cat([state["key_key"], state["key_value"]], dim=-1), kept, added)
+    old_key_key, old_key_value = before.split(head_dim, dim=-1)
 
     # [B, Hkv, n, G C, *] from here on: the tokens of a chunk for each of the G query heads of a state.
     num_groups = q.shape[1] // num_kv_heads

@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ovq.fields import ConfigField
-from ovq.layers.base import Mixer, checked_head_dim
+from ovq.layers.base import checked_head_dim
 from ovq.layers.cache import LayerCache
 from ovq.layers.chunked import DecayRates, from_chunks, to_chunks
 from ovq.layers.constant import ConstantStateMixer, sum_dtype, without_autocast
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.memory import StateSpec
+from ovq_lab.mixers.heads import HeadsMixer, decayed_sums
 from ovq_lab.mixers.norms import WideRMSNorm
 
 NOISE = True
@@ -24,7 +25,7 @@ NOISE = True
 CHUNK = 16
 
 
-class RavenAttention(ConstantStateMixer):
+class RavenAttention(ConstantStateMixer, HeadsMixer):
     """Softmax attention over M slots; each token decays, and writes to, the few slots that a router selects.
 
     With the router's weights `r_t` (sigmoids of the `raven_top_k` largest of M logits, divided by their sum;
@@ -35,8 +36,8 @@ class RavenAttention(ConstantStateMixer):
     Args:
         hidden_size: width of the model.
         num_heads: query heads H, each with slots of its own.
-        num_kv_heads: heads Hkv of keys and values; divides H. None: as many as query heads.
-        head_dim: K, which is also V. None: `hidden_size / num_heads`.
+        num_kv_heads: as in `HeadsMixer`.
+        head_dim: likewise.
         raven_head_dim: K, if it is to differ from `head_dim`.
         raven_slots: M. None: `head_dim`.
         raven_top_k: slots that a token is written to. None: one in eight.
@@ -54,10 +55,7 @@ class RavenAttention(ConstantStateMixer):
     """
 
     state_kind = "the slots of Raven"
-    config_fields = Mixer.config_fields | {
-        "num_heads": "num_attention_heads",
-        "num_kv_heads": "num_key_value_heads",
-        "head_dim": "head_dim",
+    config_fields = HeadsMixer.config_fields | {
         "raven_head_dim": ConfigField(int | None, None, "size of a head; None: `head_dim`", at_least=1),
         "raven_slots": ConfigField(int | None, None, "slots per head; None: as many as `head_dim`"),
         "raven_top_k": ConfigField(int | None, None, "slots that a token is written to; None: one in eight"),
@@ -83,13 +81,7 @@ class RavenAttention(ConstantStateMixer):
         head_dim = head_dim if raven_head_dim is None else raven_head_dim
         if head_dim < 1:
             raise ValueError(f"raven_head_dim: expected at least 1, found {head_dim}")
-        super().__init__(
-            hidden_size,
-            num_channels=(num_heads + 2 * num_kv_heads) * head_dim,
-            num_outputs=num_heads * head_dim,
-            **kwargs,
-        )
-        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        super().__init__(hidden_size, num_heads, num_kv_heads, head_dim, **kwargs)
         self.num_slots, self.top_k, self.raven_noise = num_slots, top_k, raven_noise
         # Projects to the logits of the router and the decay of each head.
         self.router_proj = nn.Linear(hidden_size, num_heads * (num_slots + 1), bias=False)
@@ -127,8 +119,7 @@ class RavenAttention(ConstantStateMixer):
     ) -> Tensor:
         """See `Mixer.mix`."""
         rows = layout.rows()
-        heads = F.silu(channels).unflatten(-1, (-1, self.head_dim))
-        q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=2)
+        q, k, v = self.heads(F.silu(channels))
         q, k = self.q_norm(q), self.k_norm(k)
         logits, decay = self.router_proj(hidden_states).split(
             [self.num_heads * self.num_slots, self.num_heads], dim=-1
@@ -185,13 +176,9 @@ def routed_slots(
     left = (total[..., -1:, :] - total).exp() * -torch.expm1(of_slots)
     added = left.transpose(-1, -2) @ torch.cat([k, v], dim=-1)
     kept = total[..., -1, :, None].exp()
-    state, before = torch.cat([keys, values], dim=-1), []
-    # `unbind`, because the gradient of an index is a tensor as large as all chunks together.
-    for share, new in zip(kept.unbind(2), added.unbind(2), strict=True):
-        before.append(state)
-        state = state * share + new
+    before, state = decayed_sums(torch.cat([keys, values], dim=-1), kept, added)
     sizes = [keys.shape[-1], values.shape[-1]]
-    old_keys, old_values = torch.stack(before, dim=2).split(sizes, dim=-1)
+    old_keys, old_values = before.split(sizes, dim=-1)
     o = _read_chunks(q, k, v, slots, log_decay, total, old_keys, old_values)
     # Copies, because views would keep each other alive.
     keys, values = (x.clone() for x in state.split(sizes, dim=-1))
