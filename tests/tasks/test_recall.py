@@ -105,8 +105,8 @@ def test_longer_examples_hold_more_unless_the_number_is_fixed():
     ("fields", "message"),
     [
         ({"length": 4}, r"length: expected at least 5 tokens .*, found 4"),
-        ({"key_length": 0}, r"key_length and value_length: expected at least 1 token each, found 0 and 1"),
-        ({"value_length": -1}, r"found 1 and -1"),
+        ({"key_length": 0}, r"key_length: expected at least 1, found 0"),
+        ({"value_length": -1}, r"value_length: expected at least 1, found -1"),
         ({"query_share": 1.0}, r"query_share: expected a number between 0 and 1, found 1.0"),
         ({"query_share": 0.0}, r"query_share: .*found 0.0"),
         ({"pair_share": 0.0}, r"pair_share: .*found 0.0"),

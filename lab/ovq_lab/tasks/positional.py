@@ -13,11 +13,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from ovq_lab.tasks.base import IGNORE_INDEX, Task, TaskBatch, example_generator
+from ovq_lab.tasks.base import IGNORE_INDEX, TaskBatch, example_generator
 from ovq_lab.tasks.recall import (
-    FILLER,
     NUM_SPECIAL,
-    SEPARATOR,
+    StoredPairsTask,
     check_possible_keys,
     distance_masks,
     spell_keys,
@@ -25,7 +24,7 @@ from ovq_lab.tasks.recall import (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PositionalRecallTask(Task):
+class PositionalRecallTask(StoredPairsTask):
     """In-context recall of all values of a key, in the order in which they were stored.
 
     An example is `context, separator, queries`. The context holds `num_keys` keys, each `num_occurrences`
@@ -80,33 +79,16 @@ class PositionalRecallTask(Task):
     """
 
     name: ClassVar[str] = "positional"
-    key_length: int = 1
+    sizes: ClassVar[tuple[str, ...]] = ("key_length", "num_occurrences")
     num_occurrences: int = 2
-    query_share: float = 0.5
-    pair_share: float = 1.0
 
     def __post_init__(self) -> None:
         """Check every field, dependent ones last."""
         super().__post_init__()
-        if self.key_length < 1 or self.num_occurrences < 1:
-            raise ValueError(
-                "key_length and num_occurrences: expected at least 1 each, "
-                f"found {self.key_length} and {self.num_occurrences}"
-            )
-        for name, highest in (("query_share", "below 1"), ("pair_share", "at most 1")):
-            share = getattr(self, name)
-            if not 0 < share <= 1 or (share == 1 and name == "query_share"):
-                raise ValueError(f"{name}: expected a number above 0 and {highest}, found {share}")
         if self.vocab_size - self.first_value_token < self.num_occurrences:
             raise ValueError(
                 f"vocab_size: expected at least {NUM_SPECIAL + 2 * self.num_occurrences} "
                 f"({self.num_occurrences} different values a key), found {self.vocab_size}"
-            )
-        shortest = self.stored_length + 1 + self.query_length
-        if self.length < shortest:
-            raise ValueError(
-                f"length: expected at least {shortest} tokens (all pairs of a key, a separator and a query), "
-                f"found {self.length}"
             )
         check_possible_keys(self.num_key_tokens, self.key_length, at_least=self.num_keys)
 
@@ -126,30 +108,9 @@ class PositionalRecallTask(Task):
         return self.key_length + self.num_occurrences
 
     @property
-    def num_queries(self) -> int:
-        """Queries per example."""
-        wanted = max(1, int(self.query_share * self.length) // self.query_length)
-        return min(wanted, (self.length - 1 - self.stored_length) // self.query_length)
-
-    @property
-    def context_length(self) -> int:
-        """Tokens before the separator."""
-        return self.length - 1 - self.num_queries * self.query_length
-
-    @property
     def num_keys(self) -> int:
         """Keys per example: as many as `pair_share` allows, but at least one."""
-        return max(1, int(self.context_length * self.pair_share) // self.stored_length)
-
-    @property
-    def num_key_tokens(self) -> int:
-        """Number of ids that key tokens are drawn from; the first of them is `NUM_SPECIAL`."""
-        return (self.vocab_size - NUM_SPECIAL) // 2
-
-    @property
-    def first_value_token(self) -> int:
-        """The lowest id of a value token; all ids from here on are value tokens."""
-        return NUM_SPECIAL + self.num_key_tokens
+        return self.keys_in_context
 
     def build(self, seed: int, *, indices: Sequence[int] = (0,), split: str = "train") -> TaskBatch:
         """Build the examples with these indices; see `Task.build` and the example of the class."""
@@ -159,26 +120,17 @@ class PositionalRecallTask(Task):
         pairs = np.concatenate(
             [np.repeat(keys[:, :, None], self.num_occurrences, axis=2), values[..., None]], axis=3
         )
-
-        inputs = np.full((len(indices), self.length), FILLER, dtype=np.int64)
-        inputs[rows[..., None, None], starts[..., None] + np.arange(self.pair_length)] = pairs
-        inputs[:, self.context_length] = SEPARATOR
-        query_start = self.context_length + 1
-        queries = np.concatenate([keys[rows, asked], values[rows, asked]], axis=2)
-        inputs[:, query_start:] = queries.reshape(len(indices), -1)
-
-        place_in_query = np.arange(self.length - query_start) % self.query_length - self.key_length
-        is_value = place_in_query >= 0
-        labels = np.full_like(inputs, IGNORE_INDEX)
-        labels[:, query_start:][:, is_value] = inputs[:, query_start:][:, is_value]
-
+        inputs, labels = self.tokens_of(
+            pairs.reshape(len(indices), -1, self.pair_length),
+            starts.reshape(len(indices), -1),
+            queries=np.concatenate([keys[rows, asked], values[rows, asked]], axis=2),
+        )
         slices = {}
         for occurrence in range(self.num_occurrences):
             mask = np.zeros(inputs.shape, dtype=bool)
-            mask[:, query_start:] = place_in_query == occurrence
+            mask[:, self.query_positions + self.key_length + occurrence] = True
             slices[f"occurrence {occurrence + 1}"] = mask
-        query_positions = query_start + np.arange(self.num_queries) * self.query_length
-        distances = query_positions[:, None] - starts[rows, asked]
+        distances = self.query_positions[:, None] - starts[rows, asked]
         slices |= distance_masks(
             distances.reshape(len(indices), -1), labels != IGNORE_INDEX, smallest=self.pair_length + 1
         )

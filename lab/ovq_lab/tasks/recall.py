@@ -7,6 +7,7 @@ when it read it, under a key that means nothing outside this example, and must f
 from __future__ import annotations
 
 import dataclasses
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -25,7 +26,103 @@ _MAX_POSSIBLE_KEYS = 2**62
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RecallTask(Task):
+class StoredPairsTask(Task):
+    """Keys and values in a context, and queries: what `RecallTask` and `PositionalRecallTask` share.
+
+    An example is `context, separator, queries`. Pairs lie at random places of the context, and the remaining
+    tokens are fillers. Ids: 0 is the filler, 1 the separator, then come the key tokens, and the upper half
+    are value tokens.
+    """
+
+    sizes: ClassVar[tuple[str, ...]]
+    """Fields that are at least 1."""
+
+    key_length: int = 1
+    query_share: float = 0.5
+    pair_share: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check that an example has room for a key and a query."""
+        super().__post_init__()
+        for name in self.sizes:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
+        if not 0 < self.query_share < 1:
+            raise ValueError(f"query_share: expected a number between 0 and 1, found {self.query_share}")
+        if not 0 < self.pair_share <= 1:
+            raise ValueError(f"pair_share: expected a number above 0 and at most 1, found {self.pair_share}")
+        shortest = self.stored_length + 1 + self.query_length
+        if self.length < shortest:
+            raise ValueError(
+                f"length: expected at least {shortest} tokens (all pairs of a key, a separator and a query), "
+                f"found {self.length}"
+            )
+
+    @property
+    @abstractmethod
+    def pair_length(self) -> int:
+        """Tokens of a key and a value."""
+
+    @property
+    @abstractmethod
+    def stored_length(self) -> int:
+        """Tokens of all pairs of one key."""
+
+    @property
+    @abstractmethod
+    def query_length(self) -> int:
+        """Tokens of a query."""
+
+    @property
+    def num_queries(self) -> int:
+        """Queries per example."""
+        wanted = max(1, int(self.query_share * self.length) // self.query_length)
+        return min(wanted, (self.length - 1 - self.stored_length) // self.query_length)
+
+    @property
+    def context_length(self) -> int:
+        """Tokens before the separator."""
+        return self.length - 1 - self.num_queries * self.query_length
+
+    @property
+    def num_key_tokens(self) -> int:
+        """Number of ids that key tokens are drawn from; the first of them is `NUM_SPECIAL`."""
+        return (self.vocab_size - NUM_SPECIAL) // 2
+
+    @property
+    def first_value_token(self) -> int:
+        """The lowest id of a value token; all ids from here on are value tokens."""
+        return NUM_SPECIAL + self.num_key_tokens
+
+    @property
+    def keys_in_context(self) -> int:
+        """Keys that `pair_share` allows, but at least one."""
+        return max(1, int(self.context_length * self.pair_share) // self.stored_length)
+
+    @property
+    def query_positions(self) -> np.ndarray:
+        """`[Q]` the first token of each query."""
+        return self.context_length + 1 + np.arange(self.num_queries) * self.query_length
+
+    def tokens_of(
+        self, pairs: np.ndarray, starts: np.ndarray, queries: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and labels `[B, T]` from pairs `[B, P, pair_length]`, which begin at `starts` `[B, P]`, and
+        queries `[B, Q, query_length]`."""
+        inputs = np.full((len(pairs), self.length), FILLER, dtype=np.int64)
+        rows = np.arange(len(pairs))[:, None, None]
+        inputs[rows, starts[..., None] + np.arange(self.pair_length)] = pairs
+        inputs[:, self.context_length] = SEPARATOR
+        first = self.context_length + 1
+        inputs[:, first:] = queries.reshape(len(queries), -1)
+        labels = np.full_like(inputs, IGNORE_INDEX)
+        is_value = np.arange(self.length - first) % self.query_length >= self.key_length
+        labels[:, first:][:, is_value] = inputs[:, first:][:, is_value]
+        return inputs, labels
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecallTask(StoredPairsTask):
     """In-context recall of random values stored under random distinct keys.
 
     An example is `context, separator, queries`. The context holds `num_pairs` pairs, each of `key_length` key
@@ -84,32 +181,15 @@ class RecallTask(Task):
     """
 
     name: ClassVar[str] = "recall"
-    key_length: int = 1
+    sizes: ClassVar[tuple[str, ...]] = ("key_length", "value_length")
     value_length: int = 1
-    query_share: float = 0.5
-    pair_share: float = 1.0
     num_pairs: int | None = None
 
     def __post_init__(self) -> None:
         """Check every field, dependent ones last."""
         super().__post_init__()
-        if self.key_length < 1 or self.value_length < 1:
-            raise ValueError(
-                "key_length and value_length: expected at least 1 token each, "
-                f"found {self.key_length} and {self.value_length}"
-            )
-        if not 0 < self.query_share < 1:
-            raise ValueError(f"query_share: expected a number between 0 and 1, found {self.query_share}")
         if self.vocab_size < NUM_SPECIAL + 2:
             raise ValueError(f"vocab_size: expected at least {NUM_SPECIAL + 2}, found {self.vocab_size}")
-        shortest = 2 * self.pair_length + 1
-        if self.length < shortest:
-            raise ValueError(
-                f"length: expected at least {shortest} tokens (a pair, a separator and a query), "
-                f"found {self.length}"
-            )
-        if not 0 < self.pair_share <= 1:
-            raise ValueError(f"pair_share: expected a number above 0 and at most 1, found {self.pair_share}")
         if self.num_pairs is not None and self.num_pairs < 1:
             raise ValueError(f"num_pairs: expected at least 1, found {self.num_pairs}")
         if self.num_pairs is not None and self.pair_share != 1:
@@ -130,53 +210,20 @@ class RecallTask(Task):
         """Tokens of a key and its value."""
         return self.key_length + self.value_length
 
-    @property
-    def num_queries(self) -> int:
-        """Queries per example."""
-        return min(
-            max(1, int(self.query_share * self.length) // self.pair_length),
-            (self.length - 1) // self.pair_length - 1,
-        )
-
-    @property
-    def context_length(self) -> int:
-        """Tokens before the separator."""
-        return self.length - 1 - self.num_queries * self.pair_length
+    # A key is stored once, and a query repeats its pair.
+    stored_length = query_length = pair_length
 
     @property
     def num_stored(self) -> int:
         """Pairs per example: `num_pairs`, or as many as `pair_share` allows, but at least one."""
-        if self.num_pairs is not None:
-            return self.num_pairs
-        return max(1, int(self.context_length * self.pair_share) // self.pair_length)
-
-    @property
-    def num_key_tokens(self) -> int:
-        """Number of ids that key tokens are drawn from; the first of them is `NUM_SPECIAL`."""
-        return (self.vocab_size - NUM_SPECIAL) // 2
-
-    @property
-    def first_value_token(self) -> int:
-        """The lowest id of a value token; all ids from here on are value tokens."""
-        return NUM_SPECIAL + self.num_key_tokens
+        return self.keys_in_context if self.num_pairs is None else self.num_pairs
 
     def build(self, seed: int, *, indices: Sequence[int] = (0,), split: str = "train") -> TaskBatch:
         """Build the examples with these indices; see `Task.build` and the example of the class."""
         pairs, starts, asked = self._draw(seed, indices, split)
         rows = np.arange(len(indices))[:, None]
-
-        inputs = np.full((len(indices), self.length), FILLER, dtype=np.int64)
-        inputs[rows[..., None], starts[..., None] + np.arange(self.pair_length)] = pairs
-        inputs[:, self.context_length] = SEPARATOR
-        query_start = self.context_length + 1
-        inputs[:, query_start:] = pairs[rows, asked].reshape(len(indices), -1)
-
-        is_value = np.arange(self.length - query_start) % self.pair_length >= self.key_length
-        labels = np.full_like(inputs, IGNORE_INDEX)
-        labels[:, query_start:][:, is_value] = inputs[:, query_start:][:, is_value]
-
-        query_positions = query_start + np.arange(self.num_queries) * self.pair_length
-        distances = query_positions - starts[rows, asked]
+        inputs, labels = self.tokens_of(pairs, starts, queries=pairs[rows, asked])
+        distances = self.query_positions - starts[rows, asked]
         # The shortest distance is from the first query to the last pair, with the separator between.
         slices = distance_masks(
             np.repeat(distances, self.value_length, axis=1),
@@ -201,8 +248,7 @@ class RecallTask(Task):
             ([[2, 5, 8, 13, 16]], [[0, 1, 2, 0, 1]])
         """
         _, starts, asked = self._draw(seed, indices, split)
-        queries = self.context_length + 1 + np.arange(self.num_queries) * self.pair_length
-        first = [starts, np.broadcast_to(queries, asked.shape)]
+        first = [starts, np.broadcast_to(self.query_positions, asked.shape)]
         stored = np.broadcast_to(np.arange(self.num_stored), starts.shape)
         return np.concatenate(first, 1), np.concatenate([stored, asked], 1)
 
