@@ -9,8 +9,10 @@ attention with one decay per head, fla's `simple_gla`).
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,65 +99,35 @@ def _flex_window(scale: float, window: int) -> Read:
     return read
 
 
-def _decay(x: Tensor) -> Tensor:
-    """Log decays `[B, T, H]`, as a layer would compute them from its input: close to 0."""
-    return logsigmoid(x[..., 0].float() + 4)
+def _recurrent(label: str, module: str, rule: str, *, kernels: str, products: int, has_rate: bool) -> Rival:
+    """A recurrence of flash-linear-attention: `chunk_RULE` and, for decoding, `fused_recurrent_RULE`."""
 
+    def gates(v: Tensor) -> dict[str, Any]:
+        """Log decays `[B, T, H]`, close to 0, and rates, as a layer would compute them from its input."""
+        rate = {"beta": v[..., 0].sigmoid()} if has_rate else {}
+        return {"g": logsigmoid(v[..., 0].float() + 4), **rate}
 
-def _gated_deltanet(scale: float, window: int) -> Read:
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+    def read(scale: float, window: int) -> Read:
+        chunked = getattr(importlib.import_module(module), f"chunk_{rule}")
+        return lambda q, k, v: chunked(q, k, v, **gates(v), scale=scale)[0]
 
-    def read(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        beta = v[..., 0].sigmoid()
-        return chunk_gated_delta_rule(q, k, v, g=_decay(v), beta=beta, scale=scale)[0]
+    def decode(steps: Steps, scale: float) -> Callable[[], Tensor]:
+        recurrent = getattr(importlib.import_module(module), f"fused_recurrent_{rule}")
+        q, k, v = next(steps)
+        # `[B, H, K, V]`
+        state = torch.randn(q.shape[0], *q.shape[2:], v.shape[3], device=q.device)
+        options = gates(v) | {"scale": scale, "initial_state": state, "output_final_state": True}
+        return lambda: recurrent(q, k, v, **options)[0]
 
-    return read
-
-
-def _gated_deltanet_decode(steps: Steps, scale: float) -> Callable[[], Tensor]:
-    from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule
-
-    q, k, v, state = _last(steps)
-    decay, beta = _decay(v), v[..., 0].sigmoid()
-
-    def call() -> Tensor:
-        o, _ = fused_recurrent_gated_delta_rule(
-            q, k, v, g=decay, beta=beta, scale=scale, initial_state=state, output_final_state=True
-        )
-        return o
-
-    return call
-
-
-def _mamba2(scale: float, window: int) -> Read:
-    from fla.ops.simple_gla import chunk_simple_gla
-
-    def read(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return chunk_simple_gla(q, k, v, g=_decay(v), scale=scale)[0]
-
-    return read
-
-
-def _mamba2_decode(steps: Steps, scale: float) -> Callable[[], Tensor]:
-    from fla.ops.simple_gla import fused_recurrent_simple_gla
-
-    q, k, v, state = _last(steps)
-    decay = _decay(v)
-
-    def call() -> Tensor:
-        o, _ = fused_recurrent_simple_gla(
-            q, k, v, g=decay, scale=scale, initial_state=state, output_final_state=True
-        )
-        return o
-
-    return call
-
-
-def _last(steps: Steps) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q, k and v of one step's token, and a state `[B, H, K, V]`."""
-    q, k, v = next(steps)
-    state = torch.randn(q.shape[0], q.shape[2], q.shape[3], v.shape[3], device=q.device)
-    return q, k, v, state
+    return Rival(
+        label=label,
+        kernels=kernels,
+        cost="state",
+        products=products,
+        is_token_first=True,
+        read=read,
+        decode=decode,
+    )
 
 
 _SDPA = _exact("exact (SDPA)")
@@ -169,23 +141,21 @@ RIVALS = {
     "flex_window": Rival(
         label="window, FlexAttention", kernels=r"flex_attention|triton_tem", cost="window", read=_flex_window
     ),
-    "gated_deltanet": Rival(
-        label="Gated DeltaNet, fla",
+    "gated_deltanet": _recurrent(
+        "Gated DeltaNet, fla",
+        "fla.ops.gated_delta_rule",
+        "gated_delta_rule",
         kernels=r"delta_rule|chunk_fwd|recurrent",
-        cost="state",
         products=3,
-        is_token_first=True,
-        read=_gated_deltanet,
-        decode=_gated_deltanet_decode,
+        has_rate=True,
     ),
-    "mamba2": Rival(
-        label="Mamba2, fla",
+    "mamba2": _recurrent(
+        "Mamba2, fla",
+        "fla.ops.simple_gla",
+        "simple_gla",
         kernels=r"gla|chunk_fwd|recurrent",
-        cost="state",
         products=2,
-        is_token_first=True,
-        read=_mamba2,
-        decode=_mamba2_decode,
+        has_rate=False,
     ),
 }
 """All rivals by name, which is `mixer` in rows."""

@@ -23,7 +23,7 @@ from ovq_lab.bench.measure import (
     timed_rows,
 )
 from ovq_lab.bench.rivals import ON_CPU, RIVALS
-from ovq_lab.bench.workloads import Shape, Workload, contenders
+from ovq_lab.bench.workloads import Workload, contenders
 
 PARTS = ("forward", "forward_backward", "decode", "memory", "stream")
 STREAM_TOKENS = 1 << 20
@@ -82,7 +82,7 @@ class Suite:
 
     def workloads(self, length: int, dtype: str) -> list[Workload]:
         """Other mixers, and OVQ with every size and merge rule, at one length."""
-        shape: Shape = {
+        shape: dict[str, Any] = {
             "length": length,
             "dtype": dtype,
             "chunk_size": self.chunk_size,
@@ -108,7 +108,7 @@ def run_suite(suite: Suite, reporter: WorkReporter) -> dict[str, Any]:
     }
     of_gpu: dict[str, Any] = {}
     if suite.device != "cpu":
-        of_gpu = {"copy_rate": gpu.copy_rate(suite.device), "left_out": []}
+        of_gpu = {"copy_rate": gpu.copy_rate(), "left_out": []}
     backends: dict[str, str | None] = {}
 
     def measure(part: str, dtype: str, length: int) -> list[dict]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,24 +17,6 @@ from ovq_lab.bench.rivals import RIVALS
 from ovq_lab.eval.rows import model_label
 
 MIXERS = ("ovq", *RIVALS)
-
-
-class Shape(TypedDict):
-    """The fields that all workloads of a comparison share."""
-
-    length: int
-    dtype: str
-    chunk_size: int
-    num_heads: int
-    head_dim: int
-
-
-class DictionaryOptions(TypedDict):
-    """Options of `ovq_attention` for the size, the growth and the merge rule of the dictionary."""
-
-    num_slots: int
-    chunk_size: int
-    merge: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,7 +75,7 @@ class Workload:
         }
 
     @property
-    def options(self) -> DictionaryOptions:
+    def options(self) -> dict[str, Any]:
         """Options of `ovq_attention`, for OVQ only."""
         assert self.num_slots is not None
         return {"num_slots": self.num_slots, "chunk_size": self.chunk_size, "merge": self.merge}
@@ -268,7 +250,10 @@ class Workload:
 
 
 def contenders(
-    others: Iterable[str], shape: Shape, num_slots: Iterable[int], merges: Iterable[str] = ("existing",)
+    others: Iterable[str],
+    shape: dict[str, Any],
+    num_slots: Iterable[int],
+    merges: Iterable[str] = ("existing",),
 ) -> list[Workload]:
     """Workloads of other mixers, and of OVQ with every size and merge rule; `shape` has their common fields.
 

@@ -59,7 +59,7 @@ def as_if_on_a_gpu(monkeypatch):
         monkeypatch.setattr(Workload, part, lambda self, device, original=original: original(self, "cpu"))
     monkeypatch.setattr(gpu, "kernel_names", lambda function: [str(type(function())), "flash_fwd"])
     monkeypatch.setattr(gpu, "flushed_times", lambda functions, **_: [[2.0, 1.0, 3.0] for _ in functions])
-    monkeypatch.setattr(gpu, "copy_rate", lambda device: 1e9)
+    monkeypatch.setattr(gpu, "copy_rate", lambda: 1e9)
     monkeypatch.setattr("ovq_lab.bench.suite.matrix_rate", lambda *_, **__: 1e9)
     monkeypatch.setattr("ovq_lab.bench.measure.environment", lambda device: {"device": device})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
