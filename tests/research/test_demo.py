@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from ovq_lab.eval.rows import ResultRow
 from ovq_lab.figures import demo
 from ovq_lab.figures.demo import conclusion, run_demo
-from ovq_lab.train.config import RunConfig
+from ovq_lab.train.config import CONFIG_FILE, RunConfig
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +21,7 @@ def done(tmp_path_factory):
     # Something of an earlier demonstration, to be replaced.
     (out / "ovq").mkdir()
     (out / "ovq" / "old").write_text("")
+    (out / "ovq" / CONFIG_FILE).write_text("{}")
     (out / "results.json").write_text("old")
     console = Console(record=True, width=200)
     with pytest.MonkeyPatch.context() as patch:
@@ -30,6 +31,15 @@ def done(tmp_path_factory):
         )
         results = run_demo(out, seed=3, is_quick=True, console=console)
     return out, results, console.export_text()
+
+
+def test_a_folder_that_is_no_model_is_not_replaced(tmp_path, monkeypatch):
+    (tmp_path / "ovq").mkdir()
+    (tmp_path / "ovq" / "source.py").write_text("")
+    monkeypatch.setattr(demo, "run_jobs", lambda *_, **__: pytest.fail("it has begun"))
+    with pytest.raises(ValueError, match=r"--out: expected a folder in which ovq/ .*, found something else"):
+        run_demo(tmp_path, is_quick=True)
+    assert (tmp_path / "ovq" / "source.py").exists()
 
 
 def test_results_hold_a_row_for_each_model_and_length(done):

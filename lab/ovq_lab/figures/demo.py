@@ -36,7 +36,7 @@ from ovq_lab.plots.tables import result_table
 from ovq_lab.runtime.environment import environment
 from ovq_lab.runtime.workers import RemoteReporter, run_jobs
 from ovq_lab.tasks import RecallTask
-from ovq_lab.train.config import RunConfig
+from ovq_lab.train.config import CONFIG_FILE, RunConfig
 from ovq_lab.train.loop import train
 from ovq_lab.train.recipes import get_recipe
 
@@ -61,8 +61,16 @@ def run_demo(
         is_quick: Cut training and tests down to seconds. The models then learn nothing, and the conclusion
             says so.
         console: Where to print the results; None for standard output.
+
+    Raises:
+        ValueError: If the folder has an `ovq/` that is no trained model.
     """
     console = console or Console()
+    if (out / "ovq").exists() and not (out / "ovq" / CONFIG_FILE).is_file():
+        raise ValueError(
+            f"--out: expected a folder in which ovq/ is free or the model of an earlier demonstration, "
+            f"found something else in {out / 'ovq'}"
+        )
     out.mkdir(parents=True, exist_ok=True)
     configs = [_configure(name, seed, is_quick=is_quick) for name in RECIPES]
     begun = time.monotonic()

@@ -149,13 +149,13 @@ def _trained(figure: Figure, chosen: dict[str, Trial], shop: Workshop) -> _Found
     _check_data(jobs.values())
     shop.do(list(jobs.values()), f"{figure.name}: runs")
     records = [
-        _written(record) for job in jobs.values() for record in (job.training_record(), *job.outcomes())
+        _finished(record) for job in jobs.values() for record in (job.training_record(), *job.outcomes())
     ]
     rows = [row for line, job in by_line for row in _rows(line, job)]
     return rows, [record["environment"] for record in records]
 
 
-def _written(record: dict[str, Any] | None) -> dict[str, Any]:
+def _finished(record: dict[str, Any] | None) -> dict[str, Any]:
     """The record of a finished job, which cannot be None."""
     assert record is not None
     return record
@@ -223,7 +223,7 @@ def _sweep(
         assert line.validation is not None
         judged_by = line.validation.judged_by
         is_loss = judged_by == "loss"
-        found = {trial: _written(*job.outcomes())[judged_by] for trial, job in tried[name].items()}
+        found = {trial: _finished(*job.outcomes())[judged_by] for trial, job in tried[name].items()}
         chosen[name] = choose_trial(
             {trial: -value if is_loss else value for trial, value in found.items()}, Trial.of(line.swept)
         )
@@ -242,7 +242,8 @@ def _sweep(
 
 
 def choose_trial(accuracies: dict[Trial, float], usual: Trial) -> Trial:
-    """The trial with the highest accuracy (ties: learning rate nearest to `usual` in logs).
+    """The trial with the highest accuracy (ties: learning rate nearest to `usual` in logs). NaN, the loss of
+    a run that diverged, ranks last.
 
     Example:
         >>> trials = [Trial(learning_rate=rate) for rate in (0.002, 0.004, 0.016)]
@@ -251,7 +252,9 @@ def choose_trial(accuracies: dict[Trial, float], usual: Trial) -> Trial:
     """
 
     def rank(trial: Trial) -> tuple[float, float]:
-        return accuracies[trial], -abs(math.log(trial.learning_rate / usual.learning_rate))
+        accuracy = accuracies[trial]
+        closeness = -abs(math.log(trial.learning_rate / usual.learning_rate))
+        return (-math.inf if math.isnan(accuracy) else accuracy), closeness
 
     return max(accuracies, key=rank)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 
 from ovq_lab.figures.plan import Figure, Line
 from ovq_lab.figures.results import load_results
+
+_HELD_OUT = re.compile(r"--held-out (\S+)")
 
 
 def chosen_lines(figure: Figure, patterns: Sequence[str]) -> Figure:
@@ -37,7 +40,7 @@ def earlier_results(path: Path, figure: Figure, seeds: Sequence[int]) -> dict[st
     """Load the results of a figure of which some lines are remade.
 
     Raises:
-        ValueError: If there is no such file, or it is of other seeds.
+        ValueError: If there is no such file, or it is of other seeds or of another held-out share.
     """
     if not path.is_file():
         raise ValueError(
@@ -46,6 +49,13 @@ def earlier_results(path: Path, figure: Figure, seeds: Sequence[int]) -> dict[st
     results = load_results(path)
     if results["seeds"] != list(seeds):
         raise ValueError(f"--lines: expected {path} to be of seeds {list(seeds)}, found {results['seeds']}")
+    # The name of a figure says of which corpus it is, but not how much of it was held out.
+    expected, found = (_HELD_OUT.findall(text) for text in (figure.arguments, results["command"]))
+    if expected != found:
+        raise ValueError(
+            f"--lines: expected {path} to be made with --held-out {', '.join(expected) or 'left out'}, "
+            f"found {', '.join(found) or 'it left out'}"
+        )
     return results
 
 

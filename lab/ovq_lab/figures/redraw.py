@@ -35,22 +35,27 @@ def redraw(folder: Path) -> list[Path]:
     """
     rows = folder / "rows"
     source, target = (rows, folder / "figures") if rows.is_dir() else (folder, folder)
-    drawn, reports = [], []
-    for path in sorted(source.glob("*.json")):
-        found = read_json(path)
-        fields = found if isinstance(found, dict) else {}
-        if "figure" in fields:
-            target.mkdir(exist_ok=True)
-            drawn.append(target / f"{path.stem}.png")
-            results = load_results(path)
-            _drawing(results)(results, drawn[-1])
-        elif "matrix_rate" in fields:
-            reports.append(fields)
-        elif "train_length" in fields:
-            measured = [ResultRow(**row) for row in fields["rows"]]
-            drawn += save_demo(measured, target, train_length=fields["train_length"], prefix=f"{path.stem}_")
-    if reports:
-        drawn += save_bench(_joined(reports), target)
+    drawn, reports, path = [], [], source
+    try:
+        for path in sorted(source.glob("*.json")):
+            found = read_json(path)
+            fields = found if isinstance(found, dict) else {}
+            if "figure" in fields:
+                target.mkdir(exist_ok=True)
+                drawn.append(target / f"{path.stem}.png")
+                results = load_results(path)
+                _drawing(results)(results, drawn[-1])
+            elif "matrix_rate" in fields:
+                reports.append({name: fields[name] for name in ("suite", "rows")} | fields)
+            elif "train_length" in fields:
+                measured = [ResultRow(**row) for row in fields["rows"]]
+                length = fields["train_length"]
+                drawn += save_demo(measured, target, train_length=length, prefix=f"{path.stem}_")
+        if reports:
+            path = source
+            drawn += save_bench(_joined(reports), target)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: expected results of ovq, found something else ({error!r})") from error
     if not drawn:
         raise ValueError(f"--draw: expected JSON files of results in {folder}, found none")
     return drawn

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from PIL import Image
 
 from ovq_lab.figures import engine, evaluations, figures
 from ovq_lab.figures.draw import points
-from ovq_lab.figures.engine import reproduce
+from ovq_lab.figures.engine import choose_trial, reproduce
 from ovq_lab.figures.fidelity import fidelity_rows
 from ovq_lab.figures.fidelity.streams import STREAMS
 from ovq_lab.figures.figures import get_figure
@@ -210,7 +211,18 @@ def test_lines_that_cannot_be_joined_are_refused_before_anything_is_trained(made
     save_results(rows, {**results, "seeds": [0]})
     with pytest.raises(ValueError, match=r"expected .* to be of seeds \[0, 1\], found \[0\]"):
         reproduce(FIGURE, workshop(tmp_path), lines=["OVQ*"])
+    # Rows of another share of held-out text would stand among the new ones.
+    other = dataclasses.replace(FIGURE, arguments="recall --held-out 0.3")
+    with pytest.raises(ValueError, match=r"to be made with --held-out 0.3, found it left out"):
+        reproduce(other, workshop(out), lines=["OVQ*"])
     assert begun == []
+
+
+def test_a_trial_that_diverged_is_not_chosen():
+    trials = [Trial(learning_rate=rate) for rate in (0.004, 0.008)]
+    for found in ((math.nan, 0.5), (0.5, math.nan)):
+        chosen = choose_trial(dict(zip(trials, found, strict=True)), usual=trials[0])
+        assert chosen is trials[found.index(0.5)]
 
 
 def test_lines_that_nobody_has_made_are_named(made, monkeypatch, tmp_path):
