@@ -100,7 +100,17 @@ def test_a_synthetic_run_and_what_its_test_printed(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "content",
-    ["[1]", "{}", '{"rows": []}', '{"model": "a", "results": {}}', '{"model": "a", "rows": [{"loss": 1}]}'],
+    [
+        *(
+            "[1]",
+            "{}",
+            '{"rows": []}',
+            '{"model": "a", "results": {}}',
+            '{"model": "a", "rows": [{"loss": 1}]}',
+        ),
+        '{"model": 1, "rows": [{"accuracy": 1, "mixer": "ovq", "num_slots": 4, "length": 8, '
+        '"state_bytes": 1, "num_questions": 1, "slices": {}}]}',
+    ],
 )
 def test_files_that_hold_no_results(content, tmp_path):
     (tmp_path / "a.json").write_text(content)

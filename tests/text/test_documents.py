@@ -57,6 +57,20 @@ def test_what_is_not_there_is_refused(dataset, message):
         list(read_documents(dataset))
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.jsonl", b"", r"expected rows of documents in .*rows.jsonl, found none .*\(an empty file\)"),
+        ("rows.jsonl", b'{"text": "a"}\n{', r"in .*rows.jsonl, found none that can be read \(JSON"),
+        ("rows.parquet", b"PAR", r"in .*rows.parquet, found none that can be read \(Parquet"),
+    ],
+)
+def test_a_damaged_file_of_rows_is_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        list(read_documents(str(tmp_path)))
+
+
 def test_a_folder_without_text_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"expected .txt, .jsonl, .parquet files, found none in"):
         list(read_documents(str(tmp_path)))

@@ -30,15 +30,16 @@ def results_as_markdown(path: Path, *, model: Path) -> str:
     found = read_json(path)
     about: Mapping[str, Any] = found if isinstance(found, dict) else {}
     try:
-        tested = about["models"] if "models" in about else [about["model"]]
+        tested = [Path(name) for name in (about["models"] if "models" in about else [about["model"]])]
         if about.get("results"):
             text = _harness(about)
         else:
             text = _KINDS[next(key for key in _KINDS if key in about["rows"][0])](about)
     except (AttributeError, IndexError, KeyError, StopIteration, TypeError) as error:
         raise ValueError(f"{path}: expected results of ovq eval, found something else ({error!r})") from None
-    if [Path(name).resolve() for name in tested] != [model.resolve()]:
-        raise ValueError(f"{path}: expected results of {model} alone, found those of {', '.join(tested)}")
+    if [name.resolve() for name in tested] != [model.resolve()]:
+        names = ", ".join(map(str, tested))
+        raise ValueError(f"{path}: expected results of {model} alone, found those of {names}")
     return text
 
 
@@ -96,7 +97,9 @@ def _harness(about: Mapping[str, Any]) -> str:
     try:
         from lm_eval.utils import make_table
     except ImportError as error:
-        raise ValueError("results of the harness need pip install './lab[harness]'") from error
+        raise ValueError(
+            "results of the harness: expected the package lm-eval, found none; pip install './lab[harness]'"
+        ) from error
     table: str = make_table(about)
     return "Tasks of the lm-evaluation-harness (`ovq eval harness`):\n\n" + table.strip()
 

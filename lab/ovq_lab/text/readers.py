@@ -19,7 +19,7 @@ import sysconfig
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ovq.fields import did_you_mean
 from ovq_lab.text.documents import Document
@@ -30,16 +30,6 @@ Entry = tuple[str, Path]
 _PLAIN, _TABLES = ".txt", {".jsonl": "json", ".parquet": "parquet"}
 """Extension of files with one document; and extensions of files with one document per row, with the names of
 their formats in `datasets`."""
-
-
-class Reader(Protocol):
-    """A corpus, or a part of one."""
-
-    def documents(self) -> Iterator[Document]:
-        """Every document, in order."""
-
-    def version(self) -> str:
-        """A string that changes whenever the documents may have changed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,6 +96,10 @@ class HubReader:
                 f"({(str(error) or type(error).__name__).splitlines()[0]})"
                 f"{did_you_mean(self.dataset, INSTALLED)}"
             ) from error
+
+
+Reader = FileReader | HubReader
+"""A corpus, or a part of one: its documents, in order, and a version that changes whenever they may have."""
 
 
 def read_documents(
@@ -180,10 +174,21 @@ def _parsed(name: str, path: Path, *, text_field: str) -> Iterator[Document]:
     if path.suffix == _PLAIN:
         yield from _whole(name, path)
         return
-    kind = _TABLES[path.suffix]
-    rows = _load_dataset()(kind, data_files=str(path), split="train", streaming=True)
-    for number, row in enumerate(rows):
+    for number, row in enumerate(_rows(path)):
         yield Document(name=f"{name}#{number}", text=_text_of(row, text_field, f"{path}#{number}"))
+
+
+def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    """The rows of a file with a document per row."""
+    load_dataset = _load_dataset()
+    try:
+        yield from load_dataset(_TABLES[path.suffix], data_files=str(path), split="train", streaming=True)
+    # An empty file ends the search for its columns.
+    except (OSError, RuntimeError, StopIteration, ValueError) as error:
+        raise ValueError(
+            f"dataset: expected rows of documents in {path}, found none that can be read "
+            f"({(str(error) or 'an empty file').splitlines()[0]})"
+        ) from error
 
 
 def _whole(name: str, path: Path) -> Iterator[Document]:
