@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,15 @@ from ovq_lab.runtime.environment import environment
 
 Piece = tuple[str, Callable[[], list[dict]]]
 """Name of a piece of work in the progress, and the function that does it and returns rows of the report."""
+
+
+def check_chosen(flag: str, found: Collection[str], allowed: Collection[str]) -> None:
+    """Raise ValueError, naming the option, unless there are names and all of them are allowed."""
+    unknown = [name for name in found if name not in allowed]
+    if unknown or not found:
+        raise ValueError(
+            f"{flag}: expected some of {', '.join(allowed)}, found {', '.join(unknown) or 'none'}"
+        )
 
 
 def do_pieces(pieces: Sequence[Piece], reporter: WorkReporter) -> list[dict]:
@@ -81,8 +90,8 @@ def interleaved(
     rounds = 1 if slowest > 10 else min(max_rounds, max(3, int(seconds / max(slowest, 1e-9))))
     times: list[list[float]] = [[] for _ in functions]
     for _ in range(rounds):
-        for times_of_one, function in zip(times, functions, strict=True):
-            times_of_one += [_seconds(function, device, clock) for _ in range(run)]
+        for own_times, function in zip(times, functions, strict=True):
+            own_times += [_seconds(function, device, clock) for _ in range(run)]
     return times
 
 
@@ -125,7 +134,11 @@ def matrix_rate(dtype: str, *, device: str = "cpu", num_heads: int = 8) -> float
 
 
 def peak_bytes(call: dict) -> dict[str, int]:
-    """Bytes by which a fresh process grew for `call`, the arguments of `ovq_lab.bench.peak`."""
+    """Bytes by which a fresh process grew for `call`, the arguments of `ovq_lab.bench.peak`.
+
+    Raises:
+        ValueError: If the process failed, for example as memory ran out.
+    """
     done = subprocess.run(
         [sys.executable, "-m", "ovq_lab.bench.peak", json.dumps(call)],
         capture_output=True,
@@ -133,7 +146,10 @@ def peak_bytes(call: dict) -> dict[str, int]:
         check=False,
     )
     if done.returncode:
-        raise RuntimeError(f"measuring memory of {call} failed: {done.stderr.strip()}")
+        last = (done.stderr.strip().splitlines() or ["nothing was printed"])[-1]
+        raise ValueError(
+            f"memory of {call}: expected a process that ends with code 0, found {done.returncode} ({last})"
+        )
     return json.loads(done.stdout)
 
 

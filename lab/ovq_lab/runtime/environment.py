@@ -58,12 +58,15 @@ def _cpu_line(name: str) -> str:
 @functools.cache
 def _commit() -> str | None:
     """The commit of the source tree, with `+` if it has changes; None outside a checkout."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        head = subprocess.run(
-            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-        )
-        status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
+        # An environment may lie in the checkout of another project, whose commit says nothing.
+        if not (Path(git("rev-parse", "--show-toplevel")) / "lab" / "ovq_lab").is_dir():
+            return None
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return head.stdout.strip() + ("+" if status.stdout.strip() else "")

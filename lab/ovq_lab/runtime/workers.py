@@ -88,6 +88,7 @@ def run_jobs(
 
     Raises:
         Exception: The first that a job raises. The other jobs are then terminated at once, as after Ctrl-C.
+        OSError: If a worker process is killed; likewise.
     """
     num_cores = torch.get_num_threads()
     num_workers = max(1, min(len(jobs), num_workers or num_cores))
@@ -115,10 +116,12 @@ def run_jobs(
                 if running and any(process.exitcode for process in processes):
                     raise BrokenProcessPool("a worker process terminated abruptly")
             return [future.result() for future in futures]
-        except BaseException:
+        except BaseException as error:
             executor.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
                 process.terminate()
+            if isinstance(error, BrokenProcessPool):
+                raise OSError("a worker process was killed, perhaps because memory ran out") from error
             raise
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import subprocess
 
 import pytest
 import torch
@@ -113,3 +114,10 @@ def test_bad_arguments_are_one_line(arguments, expected, capsys, tmp_path):
     assert error.count("\n") == 1
     assert re.search(expected, error)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_process_that_dies_is_told_in_one_line(monkeypatch):
+    ended = subprocess.CompletedProcess([], -9, stdout="", stderr="")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: ended)
+    with pytest.raises(ValueError, match="expected a process that ends with code 0, found -9 "):
+        peak_bytes({"what": "forward_backward"})
