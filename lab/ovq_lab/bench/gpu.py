@@ -86,8 +86,8 @@ def flushed_times(
     rounds = min(max_rounds, max(3, int(seconds / max(slowest * run, 1e-9))))
     times: list[list[float]] = [[] for _ in functions]
     for _ in range(rounds):
-        for times_of_one, function in zip(times, functions, strict=True):
-            times_of_one += [_event_seconds(function, scratch) for _ in range(run)]
+        for own_times, function in zip(times, functions, strict=True):
+            own_times += [_event_seconds(function, scratch) for _ in range(run)]
     return times
 
 

@@ -14,6 +14,7 @@ from ovq.runtime.progress import WorkReporter
 from ovq_lab.bench.measure import (
     Piece,
     as_report,
+    check_chosen,
     do_pieces,
     interleaved,
     matrix_rate,
@@ -46,12 +47,8 @@ class ModelSuite:
     prompts: Sequence[int]
 
     def __post_init__(self) -> None:
-        for flag, found, allowed in (("--models", self.models, MODELS), ("--sizes", self.sizes, SIZES)):
-            unknown = [name for name in found if name not in allowed]
-            if unknown or not found:
-                raise ValueError(
-                    f"{flag}: expected some of {', '.join(allowed)}, found {', '.join(unknown) or 'none'}"
-                )
+        check_chosen("--models", self.models, MODELS)
+        check_chosen("--sizes", self.sizes, SIZES)
         for flag, lengths in (("--lengths", self.lengths), ("--prompts", self.prompts)):
             if min(lengths, default=2) < 2:
                 raise ValueError(f"{flag}: expected at least 2 tokens, found {min(lengths)}")

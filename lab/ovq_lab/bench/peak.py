@@ -33,15 +33,11 @@ def main(arguments: dict) -> dict[str, int]:
     small.forward_backward("cpu")()
     if what == "stream":
         return _stream(workload, arguments["piece"])
+    assert what == "forward_backward", what
     before = resident()
-    if what == "forward":
-        workload.forward("cpu")()
-    elif what == "forward_backward":
-        # The result is held while the peak is read, as a training step holds its gradients too.
-        result = workload.forward_backward("cpu")()
-        assert len(result) == 3
-    else:
-        raise ValueError(f"what: expected 'forward', 'forward_backward' or 'stream', found {what!r}")
+    # The result is held while the peak is read, as a training step holds its gradients too.
+    result = workload.forward_backward("cpu")()
+    assert len(result) == 3
     return {"peak_bytes": _peak() - before}
 
 

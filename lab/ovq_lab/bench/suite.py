@@ -16,6 +16,7 @@ from ovq_lab.bench import gpu
 from ovq_lab.bench.measure import (
     Piece,
     as_report,
+    check_chosen,
     do_pieces,
     interleaved,
     matrix_rate,
@@ -60,15 +61,8 @@ class Suite:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        for name, found, allowed in (
-            ("--what", self.parts, PARTS),
-            ("--dtypes", self.dtypes, ("float32", "bfloat16")),
-        ):
-            unknown = [x for x in found if x not in allowed]
-            if unknown or not found:
-                raise ValueError(
-                    f"{name}: expected some of {', '.join(allowed)}, found {', '.join(unknown) or 'none'}"
-                )
+        check_chosen("--what", self.parts, PARTS)
+        check_chosen("--dtypes", self.dtypes, ("float32", "bfloat16"))
         for name in ("chunk_size", "num_heads", "head_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(

@@ -12,7 +12,7 @@ from ovq_lab.eval.rows import LOGN, short_number
 from ovq_lab.figures.results import field_of
 from ovq_lab.plots.canvas import Axes, FuncFormatter, LogLocator, NullLocator
 from ovq_lab.plots.heat import draw_heat_maps
-from ovq_lab.plots.panels import length_axis, mark_training, new_panels, save
+from ovq_lab.plots.panels import error_bars, length_axis, mark_training, new_panels, save
 from ovq_lab.plots.style import Style, line_styles, style_name
 
 # With more ticks, labels such as "256 KiB" would touch each other.
@@ -146,17 +146,12 @@ def _draw_panel(axes: Axes, results: dict[str, Any], panel: dict[str, Any], styl
     lines = points(results, panel)
     places = list(dict.fromkeys(point.x for line in lines.values() for point in line))
     for label, line in lines.items():
-        axes.errorbar(
-            [places.index(point.x) if panel["x"] == "slices" else point.x for point in line],
-            [point.mean for point in line],
-            # Through rounding, the mean of equal values may lie slightly outside of them.
-            yerr=[
-                [max(0.0, point.mean - point.low) for point in line],
-                [max(0.0, point.high - point.mean) for point in line],
-            ],
+        x: list[Any] = [places.index(point.x) if panel["x"] == "slices" else point.x for point in line]
+        error_bars(
+            axes,
+            x,
+            [(point.mean, point.low, point.high) for point in line],
             label=label,
-            capsize=3,
-            elinewidth=1.2,
             **styles[label].options(),
         )
     axes.set_title(panel["title"], fontsize=11)

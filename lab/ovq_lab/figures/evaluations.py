@@ -264,14 +264,10 @@ class LossEvaluation(_TextEvaluation):
     """
 
     known_as: ClassVar[str] = "LanguageEvaluation"
+    topic: ClassVar[str] = "loss"
     judged_by: ClassVar[str] = "loss"
 
     block_size: int = 1024
-
-    @property
-    def topic(self) -> str:
-        """The loss."""
-        return "loss"
 
     def check(self) -> None:
         """Check that there are enough windows."""
@@ -364,14 +360,10 @@ class NeedleEvaluation(_HiddenValues):
     """
 
     known_as: ClassVar[str] = "NeedleEvaluation"
+    topic: ClassVar[str] = "needle"
 
     value: str = "number"
     depth: float
-
-    @property
-    def topic(self) -> str:
-        """Needles."""
-        return "needle"
 
     def evaluate(self, model: OVQForCausalLM, folder: Path, reporter: WorkReporter) -> dict[str, Any]:
         """The fields of a `NeedleRow`, except the name."""

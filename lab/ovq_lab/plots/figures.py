@@ -12,7 +12,7 @@ from ovq.runtime.units import format_bytes
 from ovq_lab.eval.rows import ResultRow
 from ovq_lab.plots.canvas import Axes, FuncFormatter
 from ovq_lab.plots.panels import length_axis, mark_training, new_panels, save
-from ovq_lab.plots.style import line_styles, style_name
+from ovq_lab.plots.style import row_styles
 
 # Smallest distance between the names at the ends of lines, in accuracy.
 _LEAST_GAP = 0.06
@@ -90,8 +90,7 @@ def _draw_state(axes: Axes, rows: Sequence[ResultRow]) -> None:
 
 def _draw_lines(axes: Axes, rows: Sequence[ResultRow], value: Callable[[ResultRow], float]) -> None:
     """Draw one line for each model and number of slots."""
-    styles = line_styles({row.label: (style_name(row.mixer, row.merge), row.num_slots) for row in rows})
-    for label, style in styles.items():
+    for label, style in row_styles(rows).items():
         line = sorted((row for row in rows if row.label == label), key=lambda row: row.length)
         axes.plot([row.length for row in line], [value(row) for row in line], label=label, **style.options())
 

@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from ovq_lab.plots.canvas import Axes, FuncFormatter
-from ovq_lab.plots.panels import new_panels, save
+from ovq_lab.plots.panels import error_bars, new_panels, save
 from ovq_lab.plots.style import MIXER_STYLES, Style, style_name
 
 Row = Mapping[str, Any]
@@ -87,18 +87,6 @@ def _draw(
     axes: Axes, seeds: Sequence[Sequence[float]], style: Style, label: str = "", *, shift: float
 ) -> None:
     """Draw a line through the means over seeds, with error bars; positions without values are left out."""
-    places = [place for place, values in enumerate(seeds) if values]
-    means = [fmean(seeds[place]) for place in places]
-    axes.errorbar(
-        [place + shift for place in places],
-        means,
-        # Through rounding, the mean of equal values may lie slightly outside of them.
-        yerr=[
-            [max(0.0, mean - min(seeds[place])) for place, mean in zip(places, means, strict=True)],
-            [max(0.0, max(seeds[place]) - mean) for place, mean in zip(places, means, strict=True)],
-        ],
-        label=label or "_nolegend_",
-        capsize=3,
-        elinewidth=1.2,
-        **style.options(),
-    )
+    found = {place + shift: values for place, values in enumerate(seeds) if values}
+    points = [(fmean(values), min(values), max(values)) for values in found.values()]
+    error_bars(axes, list(found), points, label=label or "_nolegend_", **style.options())

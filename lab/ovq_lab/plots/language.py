@@ -14,7 +14,7 @@ from ovq.runtime.units import format_bytes
 from ovq_lab.eval.rows import short_number
 from ovq_lab.plots.canvas import Axes, FuncFormatter, NullLocator
 from ovq_lab.plots.panels import new_panels, save
-from ovq_lab.plots.style import line_styles, style_name
+from ovq_lab.plots.style import row_styles
 
 if TYPE_CHECKING:
     from ovq_lab.eval.language import LanguageRow
@@ -137,8 +137,7 @@ def _plot(
     values: Sequence[float],
 ) -> None:
     """Draw the line of one model."""
-    styles = line_styles({each.label: (style_name(each.mixer, each.merge), each.num_slots) for each in rows})
-    options = styles[row.label].options()
+    options = row_styles(rows)[row.label].options()
     if len(places) > _MOST_MARKERS:
         options |= {"markevery": len(places) // _MOST_MARKERS, "linewidth": 1.2}
     axes.plot(places, values, label=row.label, **options)

@@ -43,6 +43,17 @@ def length_axis(axes: Axes, lengths: Sequence[float], labels: Sequence[str]) -> 
     axes.xaxis.set_minor_locator(NullLocator())
 
 
+def error_bars(
+    axes: Axes, places: Sequence[float], points: Sequence[tuple[float, float, float]], **options: Any
+) -> None:
+    """Draw a line through means, with bars from lowest to highest values; `points` has all three in order."""
+    # Through rounding, the mean of equal values may lie slightly outside of them.
+    below = [max(0.0, mean - low) for mean, low, _ in points]
+    above = [max(0.0, high - mean) for mean, _, high in points]
+    means = [mean for mean, _, _ in points]
+    axes.errorbar(places, means, yerr=[below, above], capsize=3, elinewidth=1.2, **options)
+
+
 def save(figure: Figure, path: Path, *, title: str = "", first: Sequence[str] = ()) -> None:
     """Put the title and the legend above the panels, and write the picture atomically.
 

@@ -8,10 +8,11 @@ the same mixer, as in an ablation, they have colours that belong to no mixer.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ovq.ops.options import PAIR_MERGES
+from ovq_lab.eval.rows import ModelRow
 from ovq_lab.mixers.names import KNOWN
 
 
@@ -95,6 +96,11 @@ def style_name(mixer: str, merge: str | None) -> str:
         ('ovq', 'ovq, pairs', 'mamba2')
     """
     return PAIRS if mixer == "ovq" and merge in PAIR_MERGES else mixer
+
+
+def row_styles(rows: Iterable[ModelRow]) -> dict[str, Style]:
+    """The style of each label of rows, by `line_styles`."""
+    return line_styles({row.label: (style_name(row.mixer, row.merge), row.num_slots) for row in rows})
 
 
 def line_styles(models: Mapping[str, tuple[str, int | None]]) -> dict[str, Style]:

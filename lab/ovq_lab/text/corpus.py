@@ -65,7 +65,8 @@ class Corpus:
         self._groups = groups
         self._separator = separator.astype(stored.tokens.dtype)
         self.end_of_text = end_of_text
-        self.names = [_volume_name([stored.names[i] for i in group]) for group in groups]
+        ends = ((stored.names[group[0]], stored.names[group[-1]]) for group in groups)
+        self.names = [first if first == last else f"{first}..{last}" for first, last in ends]
         between = np.array([len(group) - 1 for group in groups], dtype=np.int64)
         self.num_tokens = _sums(stored.num_tokens, groups) + between * len(separator)
         self.num_bytes = _sums(stored.num_bytes, groups) + between * len(_SEPARATOR)
@@ -117,7 +118,12 @@ def load_corpus(
     if tokenizer.eos_token_id is None:
         raise ValueError("tokenizer: expected one with a token for the end of a text, found none")
     encode = _encoder(tokenizer)
-    stored = _stored(source, tokenizer, encode, progress)
+    stored = _Stored.load(
+        cached_folder(
+            [*source_content(source), tokenizer_content(tokenizer)],
+            lambda folder: _store(folder, source_documents(source), encode, tokenizer, progress),
+        )
+    )
     chosen = [
         i
         for i, name in enumerate(stored.names)
@@ -180,28 +186,13 @@ class _Stored:
             return stored
         except (KeyError, OSError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{folder}: expected a corpus that was kept there, found it damaged ({error}); "
-                "without this folder it is made anew"
+                f"{folder}: expected a cached corpus, found a damaged one ({error}); "
+                "delete the folder to create it again"
             ) from error
 
     def document(self, i: int) -> np.ndarray:
         """The tokens of a document."""
         return self.tokens[self.ends[i] - self.num_tokens[i] : self.ends[i]]
-
-
-def _stored(
-    source: TextSource,
-    tokenizer: PreTrainedTokenizerBase,
-    encode: Callable[[list[str]], list[np.ndarray]],
-    progress: Callable[[int], None] | None,
-) -> _Stored:
-    """The corpus from the cache; it is stored there first if necessary."""
-    depends_on = [*source_content(source), tokenizer_content(tokenizer)]
-
-    def fill(folder: Path) -> None:
-        _store(folder, source_documents(source), encode, tokenizer, progress)
-
-    return _Stored.load(cached_folder(depends_on, fill))
 
 
 def _store(
@@ -240,7 +231,7 @@ def _check_names(names: list[str]) -> None:
         raise ValueError("dataset: expected at least one document that is not empty, found none")
     if len(set(names)) < len(names):
         twice = next(name for i, name in enumerate(names) if name in names[:i])
-        raise ValueError(f"dataset: expected documents with names of their own, found {twice!r} twice")
+        raise ValueError(f"dataset: expected unique names of documents, found {twice!r} twice")
 
 
 def _encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], list[np.ndarray]]:
@@ -275,10 +266,6 @@ def _volumes(chosen: list[int], num_bytes: np.ndarray, join_to: int) -> list[lis
         short = groups.pop()
         groups[-1] += short
     return groups
-
-
-def _volume_name(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]}..{names[-1]}"
 
 
 def _sums(values: np.ndarray, groups: list[list[int]]) -> np.ndarray:

@@ -17,7 +17,7 @@ import numpy as np
 
 from ovq.hidden_values import NEEDLE, VALUES, HiddenValues, sentences
 from ovq_lab.text.documents import split_of
-from ovq_lab.text.source import TextSource, check_split, source_documents
+from ovq_lab.text.source import ALL, TextSource, check_split, source_documents
 
 HAYSTACKS = ("noise", "essay")
 """Kinds of text around the needle."""
@@ -37,7 +37,7 @@ _QUESTION = "\nWhat is the special magic {kind} for {key} in the text above?"
 _CANDIDATES_PER_DISTRACTOR = 16
 # Smallest number of characters of the texts that essays are cut from: several times an essay, as each essay
 # begins at another place. More is not read.
-_FEWEST_CHARACTERS = 2**22
+FEWEST_CHARACTERS = 2**22
 _CHARACTERS_PER_TOKEN = 64
 
 
@@ -193,14 +193,23 @@ def essay_texts(source: TextSource, split: str, length: int) -> list[str]:
         ValueError: If there are no such documents.
     """
     check_split(split)
-    texts: list[str] = []
-    missing = max(_CHARACTERS_PER_TOKEN * length, _FEWEST_CHARACTERS)
-    for document in source_documents(source):
-        if split in ("all", split_of(document.name, held_out=source.held_out)):
-            texts.append(document.text)
-            missing -= len(document.text)
-            if missing <= 0:
-                break
+    of_split = (
+        document.text
+        for document in source_documents(source)
+        if split in (ALL, split_of(document.name, held_out=source.held_out))
+    )
+    texts = first_texts(of_split, max(_CHARACTERS_PER_TOKEN * length, FEWEST_CHARACTERS))
     if not texts:
         raise ValueError(f"dataset: expected documents for {split} in {source.dataset!r}, found none")
     return texts
+
+
+def first_texts(texts: Iterable[str], num_characters: int) -> list[str]:
+    """The first texts, as many as have `num_characters` together."""
+    found: list[str] = []
+    for text in texts:
+        found.append(text)
+        num_characters -= len(text)
+        if num_characters <= 0:
+            break
+    return found

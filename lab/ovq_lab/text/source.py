@@ -59,25 +59,17 @@ class TextSource:
             raise ValueError(f"held_out: expected a share in [0, 1), found {self.held_out}")
         if self.join_to < 0:
             raise ValueError(f"join_to: expected at least 0, found {self.join_to}")
-        _num_trained_tokens(self.tokenizer)
+        size = self.tokenizer.removeprefix("bpe:")
+        if size != self.tokenizer and (not size.isdecimal() or int(size) < 257):
+            raise ValueError(
+                "tokenizer: expected bpe:N with N of at least 257, the bytes and the end of a text, "
+                f"found {self.tokenizer!r}"
+            )
 
     @property
     def num_trained_tokens(self) -> int | None:
         """Vocabulary size of a tokenizer to train (`"bpe:4096"`), else None."""
-        return _num_trained_tokens(self.tokenizer)
-
-
-def _num_trained_tokens(tokenizer: str) -> int | None:
-    """`TextSource.num_trained_tokens`; ValueError if `bpe:` is not followed by a number."""
-    if not tokenizer.startswith("bpe:"):
-        return None
-    number = tokenizer.removeprefix("bpe:")
-    if not number.isdecimal() or int(number) < 257:
-        raise ValueError(
-            "tokenizer: expected bpe:N with N of at least 257, the bytes and the end of a text, "
-            f"found {tokenizer!r}"
-        )
-    return int(number)
+        return int(self.tokenizer.removeprefix("bpe:")) if self.tokenizer.startswith("bpe:") else None
 
 
 def check_split(split: str) -> None:

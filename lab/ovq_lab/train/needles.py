@@ -10,7 +10,7 @@ import numpy as np
 
 from ovq_lab.tasks.text import SHORTEST_NEEDLE_TEXT, TextTask
 from ovq_lab.text import Corpus
-from ovq_lab.text.haystack import NeedleBuilder
+from ovq_lab.text.haystack import FEWEST_CHARACTERS, NeedleBuilder, first_texts
 from ovq_lab.train.config import RunConfig
 
 # A needle and its repetition take most of these tokens if tokens are bytes.
@@ -19,9 +19,6 @@ _TOKENS_PER_NEEDLE = {"word": 144, "number": 144, "uuid": 216}
 # Share of the steps with short texts only: looking back is learned on these first, and then works in longer
 # ones.
 _SHARE_OF_SHORT_ONES = 0.6
-
-_MOST_CHARACTERS = 2**22
-"""Largest number of characters of the documents that needles are hidden in."""
 
 
 class NeedleWindows:
@@ -57,7 +54,7 @@ class NeedleWindows:
         self._share = config.task.needle_share
         self._num_bare_steps = round(config.task.bare_needle_share * config.train.steps)
         self._train = config.train
-        texts = _texts(corpus, tokenizer)
+        texts = first_texts((tokenizer.decode(ids.tolist()) for ids in corpus), FEWEST_CHARACTERS)
         self._builders = [
             NeedleBuilder(tokenizer, haystack="essay", value=value, texts=texts)
             for value in config.task.needle_values
@@ -101,15 +98,3 @@ class NeedleWindows:
         num_needles = length // _TOKENS_PER_NEEDLE[builder.value]
         # The end-of-text token takes one position.
         return builder.repeat(length - 1, num_needles=num_needles, random=random)
-
-
-def _texts(corpus: Corpus, tokenizer: Any) -> list[str]:
-    """The first documents of a corpus, decoded to text."""
-    texts: list[str] = []
-    missing = _MOST_CHARACTERS
-    for tokens in corpus:
-        texts.append(tokenizer.decode(tokens.tolist()))
-        missing -= len(texts[-1])
-        if missing <= 0:
-            break
-    return texts

@@ -79,36 +79,29 @@ def _config(content: Mapping[str, Any]) -> RunConfig:
             )
         if name in SECTIONS and not isinstance(content[name], dict):
             raise ValueError(f"{name}: expected fields and their values, found {content[name]!r}")
-    task_fields = dict(content.get("task", {}))
-    name = task_fields.pop("name", None)
-    sections: dict[str, Any] = {"model": ModelArgs, "train": TrainArgs}
-    base: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+    fields = {section: dict(content.get(section, {})) for section in SECTIONS}
+    fields["model"] = with_new_names(fields["model"])
+    name = fields["task"].pop("name", None)
     if "recipe" in content:
         recipe = get_recipe(str(content["recipe"]))
         if name not in (None, recipe.task.name):
             raise ValueError(f"task.name: expected that of the recipe, {recipe.task.name}, found {name!r}")
-        sections["task"] = type(recipe.task)
-        # Not by asdict, which would also turn values inside a section into dictionaries.
-        base = {section: _fields(getattr(recipe, section)) for section in SECTIONS}
-    else:
-        if name is None:
-            raise ValueError("expected a recipe or a task.name, found neither")
-        try:
-            sections["task"] = task_class(str(name))
-        except ValueError as error:
-            raise ValueError(f"task.name: {error}") from error
-    changes = {"task": task_fields, "model": with_new_names(content.get("model", {}))}
-    changes["train"] = content.get("train", {})
+        bases = {section: getattr(recipe, section) for section in SECTIONS}
+        return RunConfig(
+            **{
+                section: dataclasses.replace(base, **_values(type(base), section, fields[section]))
+                for section, base in bases.items()
+            }
+        )
+    if name is None:
+        raise ValueError("expected a recipe or a task.name, found neither")
+    try:
+        kinds: dict[str, Any] = {"task": task_class(str(name)), "model": ModelArgs, "train": TrainArgs}
+    except ValueError as error:
+        raise ValueError(f"task.name: {error}") from error
     return RunConfig(
-        **{
-            section: kind(**base[section] | _values(kind, section, changes[section]))
-            for section, kind in sections.items()
-        }
+        **{section: kind(**_values(kind, section, fields[section])) for section, kind in kinds.items()}
     )
-
-
-def _fields(section: Any) -> dict[str, Any]:
-    return {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
 
 
 def _values(kind: type, section: str, fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from ovq.fields import did_you_mean
@@ -105,6 +106,7 @@ def _lm(long_range_mixer: str) -> RunConfig:
 
 
 def _lm_for_gpus(
+    long_range_mixer: str,
     *,
     width: int,
     inner: int,
@@ -120,46 +122,42 @@ def _lm_for_gpus(
     chunk_size: int = 128,
     kvm_chunk_size: int | None = None,
     **train: Any,
-) -> Callable[[str], RunConfig]:
+) -> RunConfig:
     """Language modelling on books, for GPUs: windows of subword tokens.
 
     The model has `num_pairs` pairs of a sliding-window layer and a long-range layer, of hidden size `width`
     and SwiGLU size `inner`. `vocab_size` is the size of the BPE tokenizer, `length` the tokens per window;
     the other arguments are fields of `ModelArgs` and `TrainArgs`.
     """
-
-    def build(long_range_mixer: str) -> RunConfig:
-        return RunConfig(
-            task=TextTask(dataset="deepmind/pg19", tokenizer=f"bpe:{vocab_size}"),
-            model=ModelArgs(
-                mixer_types=("sliding_attention", long_range_mixer) * num_pairs,
-                hidden_size=width,
-                intermediate_size=inner,
-                num_attention_heads=width // head_dim,
-                conv_size=4,
-                sliding_window=256,
-                num_slots=num_slots,
-                chunk_size=chunk_size,
-                kvm_chunk_size=kvm_chunk_size,
-                initializer_range=0.02,
-                embedding_std=0.02,
-                tie_word_embeddings=True,
-            ),
-            train=TrainArgs(
-                steps=steps,
-                batch_size=batch_size,
-                micro_batches=micro_batches,
-                lengths=(length,),
-                length_shares=(1.0,),
-                learning_rate=learning_rate,
-                adam_beta2=0.95,
-                precision="bfloat16",
-                save_every=500,
-                **{"min_learning_rate_share": 0.1, "warmup_steps": 500, "weight_decay": 0.1, **train},
-            ),
-        )
-
-    return build
+    return RunConfig(
+        task=TextTask(dataset="deepmind/pg19", tokenizer=f"bpe:{vocab_size}"),
+        model=ModelArgs(
+            mixer_types=("sliding_attention", long_range_mixer) * num_pairs,
+            hidden_size=width,
+            intermediate_size=inner,
+            num_attention_heads=width // head_dim,
+            conv_size=4,
+            sliding_window=256,
+            num_slots=num_slots,
+            chunk_size=chunk_size,
+            kvm_chunk_size=kvm_chunk_size,
+            initializer_range=0.02,
+            embedding_std=0.02,
+            tie_word_embeddings=True,
+        ),
+        train=TrainArgs(
+            steps=steps,
+            batch_size=batch_size,
+            micro_batches=micro_batches,
+            lengths=(length,),
+            length_shares=(1.0,),
+            learning_rate=learning_rate,
+            adam_beta2=0.95,
+            precision="bfloat16",
+            save_every=500,
+            **{"min_learning_rate_share": 0.1, "warmup_steps": 500, "weight_decay": 0.1, **train},
+        ),
+    )
 
 
 _KVM: dict[str, Any] = {
@@ -183,13 +181,14 @@ GPT-2's, a SwiGLU with as many weights as their MLP of four times the width, and
 short convolution in place of their token shift."""
 
 _SIZES = {
-    "70m": _lm_for_gpus(
-        width=512, inner=1408, num_pairs=8, micro_batches=4, steps=10_000, learning_rate=1e-3
+    "70m": partial(
+        _lm_for_gpus, width=512, inner=1408, num_pairs=8, micro_batches=4, steps=10_000, learning_rate=1e-3
     ),
-    "150m": _lm_for_gpus(
-        width=768, inner=2048, num_pairs=9, micro_batches=8, steps=15_000, learning_rate=8e-4
+    "150m": partial(
+        _lm_for_gpus, width=768, inner=2048, num_pairs=9, micro_batches=8, steps=15_000, learning_rate=8e-4
     ),
-    "480m": _lm_for_gpus(
+    "480m": partial(
+        _lm_for_gpus,
         width=1280,
         inner=3456,
         num_pairs=11,
@@ -198,7 +197,8 @@ _SIZES = {
         steps=20_000,
         learning_rate=5e-4,
     ),
-    "120m": _lm_for_gpus(
+    "120m": partial(
+        _lm_for_gpus,
         width=768,
         inner=2048,
         num_pairs=6,
@@ -208,7 +208,8 @@ _SIZES = {
         weight_decay=0.2,
         **_KVM,
     ),
-    "350m": _lm_for_gpus(
+    "350m": partial(
+        _lm_for_gpus,
         width=1024,
         inner=2736,
         num_pairs=12,
