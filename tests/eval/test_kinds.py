@@ -139,7 +139,9 @@ def test_logits_that_the_output_layer_does_not_give_are_refused():
         check_logits(model)
     torch.manual_seed(0)
     scaled = GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=8.0)).eval()
-    with pytest.raises(ValueError, match="GraniteForCausalLM: expected logits that its output layer gives"):
+    with pytest.raises(
+        ValueError, match="GraniteForCausalLM: expected logits equal to those of its output layer"
+    ):
         check_logits(scaled)
     scaled.config.final_logit_softcapping = 30.0
     with pytest.raises(ValueError, match="expected final_logit_softcapping None in its config, found 30"):

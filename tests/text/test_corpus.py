@@ -142,7 +142,7 @@ def test_a_split_without_documents_is_refused(tmp_path):
 
 
 def test_two_documents_of_one_name_are_refused(folder):
-    with pytest.raises(ValueError, match=r"expected documents with names of their own, found '00.txt' twice"):
+    with pytest.raises(ValueError, match=r"expected unique names of documents, found '00.txt' twice"):
         load_corpus(source_of(f"{folder}+{folder}"), "all")
 
 
@@ -174,6 +174,6 @@ def test_a_damaged_corpus_in_the_cache_is_named(folder, cache, name, damage, rea
     load_corpus(source_of(folder), "train")
     [path] = cache.glob(f"*/{name}")
     path.write_bytes(damage(path.read_bytes()))
-    message = rf"{path.parent}: expected a corpus that was kept there, found it damaged \(.*({reason}).*\)"
+    message = rf"{path.parent}: expected a cached corpus, found a damaged one \(.*({reason}).*\)"
     with pytest.raises(ValueError, match=message):
         load_corpus(source_of(folder), "train")

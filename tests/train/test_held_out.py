@@ -100,7 +100,7 @@ def test_the_name_of_a_run_does_not_depend_on_what_is_measured():
     ("recipe", "changes", "said"),
     [
         ("recall-ovq", [], "expected 0 with the task recall, whose examples never repeat"),
-        ("lm-ovq", ["task.held_out=0"], "expected task.held_out above 0 beside it, found 0"),
+        ("lm-ovq", ["task.held_out=0"], "expected task.held_out above 0, found 0"),
         ("lm-ovq", ["train.eval_every=-1"], "train.eval_every: expected at least 0, found -1"),
     ],
 )

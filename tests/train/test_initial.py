@@ -129,16 +129,16 @@ def test_fields_of_the_mixers_that_there_are_must_agree_or_are_named(tmp_path):
     [
         (
             {"hidden_size": 32},
-            "hidden_size 32, which this run has, found 16 in {first} (--set model.hidden_size=16)",
+            "hidden_size 32, as in this run, found 16 in {first} (--set model.hidden_size=16)",
         ),
         (
             {"mixer_types": ("ovq",)},
-            "mixer_types ['ovq'], which this run has, found ['sliding_attention', 'ovq'] in {first} "
+            "mixer_types ['ovq'], as in this run, found ['sliding_attention', 'ovq'] in {first} "
             "(--set model.mixer_types=sliding_attention,ovq)",
         ),
         (
             {"tie_word_embeddings": True},
-            "tie_word_embeddings True, which this run has, found False in {first}",
+            "tie_word_embeddings True, as in this run, found False in {first}",
         ),
     ],
     ids=str,
@@ -152,7 +152,7 @@ def test_another_architecture_is_refused_and_nothing_is_left(first, tmp_path, ch
 def test_the_slots_of_vq_are_weights(tmp_path):
     vq = {"mixer_types": ("sliding_attention", "vq")}
     train(make_config(model=vq), tmp_path / "vq", reporter=quiet())
-    with pytest.raises(ValueError, match="expected a model with num_slots 8, which this run has, found 4"):
+    with pytest.raises(ValueError, match="expected a model with num_slots 8, as in this run, found 4"):
         train(
             make_config(init_from=tmp_path / "vq", model=vq | {"num_slots": 8}),
             tmp_path / "a",

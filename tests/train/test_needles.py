@@ -180,7 +180,8 @@ def test_a_run_trains_on_them(folder, tmp_path, monkeypatch):
         (lambda: TextTask(needle_share=0.5, carry_state=True), "needle_share: expected 0 with carry_state"),
         (
             lambda: tiny_config("x", task={"needle_share": 0.5}, lengths=(287,)),
-            "train.lengths: the task cannot be built at length 287: length: expected at least 288, found 287",
+            "train.lengths: expected lengths at which the task can be built, found 287: "
+            "length: expected at least 288, found 287",
         ),
     ],
 )

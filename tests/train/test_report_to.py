@@ -18,7 +18,7 @@ def test_tensorboard_gets_them_unless_it_is_told_not_to(report_to, is_there, tmp
 def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "get_available_reporting_integrations", lambda: ["tensorboard"])
     config = tiny_config(write_texts(tmp_path, monkeypatch), report_to=("tensorboard", "wandb"))
-    expected = r"train.report_to: expected auto, none or what is installed \(tensorboard\), found 'wandb'"
+    expected = r"train.report_to: expected auto, none or an installed tracker \(tensorboard\), found 'wandb'"
     with quiet() as reporter, pytest.raises(ValueError, match=expected):
         loop.train(config, tmp_path / "run", reporter=reporter)
     assert not (tmp_path / "run").exists()

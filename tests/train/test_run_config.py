@@ -103,7 +103,10 @@ def test_fields_that_depend_on_each_other_are_set_together(config):
             r"train.length_shares: expected a share for each of the 1 train.lengths, found 3",
         ),
         ("train.lengths=", r"train.lengths: expected at least one length, found none"),
-        ("train.lengths=2,64,128", r"train.lengths: the task cannot be built at length 2: length: expected"),
+        (
+            "train.lengths=2,64,128",
+            r"train.lengths: expected lengths at which the task can be built, found 2: length: expected",
+        ),
         ("train.length_shares=0.5,0.5,0.5", r"train.length_shares: expected positive numbers that sum to 1"),
         ("train.micro_batches=7", r"train.batch_size: expected a multiple of train.micro_batches \(7\)"),
         ("train.learning_rate=0", r"train.learning_rate: expected a positive number, found 0.0"),

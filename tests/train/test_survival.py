@@ -160,8 +160,8 @@ def flip(path):
 def test_a_damaged_checkpoint_is_left_out_and_named(whole, interrupted, name, damage, reason):
     damage(interrupted / f"checkpoint-{STEPS}" / name)
     said = resume(interrupted).splitlines()
-    [line] = [line for line in said if "left out" in line]
-    assert line.startswith(f"{interrupted}/checkpoint-{STEPS}: not a whole checkpoint, left out (")
+    [line] = [line for line in said if "skipped, as" in line]
+    assert line.startswith(f"{interrupted}/checkpoint-{STEPS}: skipped, as it is incomplete or damaged (")
     assert any(part in line for part in reason.split("|"))
     assert losses(interrupted) == losses(whole)
     assert fault(interrupted / f"checkpoint-{STEPS}") is None
@@ -169,7 +169,7 @@ def test_a_damaged_checkpoint_is_left_out_and_named(whole, interrupted, name, da
 
 def test_checkpoints_without_fault_are_taken_without_a_word(whole, interrupted, steps_read):
     shutil.rmtree(interrupted / f"checkpoint-{STEPS}")
-    assert "left out" not in resume(interrupted)
+    assert "skipped, as" not in resume(interrupted)
     assert steps_read == [STEPS - 3, STEPS - 2, STEPS - 1]
     assert losses(interrupted) == losses(whole)
 
@@ -261,7 +261,10 @@ def test_a_first_checkpoint_half_written_is_left_out_and_the_run_starts_again(wh
     truncate(folder / "optimizer.pt")
     (folder / "trainer_state.json").unlink()
     said = resume(interrupted)
-    assert f"{folder}: not a whole checkpoint, left out (it was never finished: it has no seal.json)" in said
+    assert (
+        f"{folder}: skipped, as it is incomplete or damaged (it was never finished: it has no seal.json)"
+        in said
+    )
     assert f"{interrupted}: stopped before its first checkpoint" in said
     assert steps_read == list(range(STEPS))
     assert_same_run(interrupted, whole)
@@ -271,7 +274,7 @@ def test_a_first_checkpoint_half_written_is_left_out_and_the_run_starts_again(wh
 def test_damaged_checkpoints_alone_are_not_passed_over(whole, interrupted):
     for step in (STEPS - 3, STEPS):
         truncate(interrupted / f"checkpoint-{step}" / "optimizer.pt")
-    message = rf"--resume: expected a whole checkpoint .* \(checkpoint-{STEPS - 3}, checkpoint-{STEPS}\)"
+    message = rf"--resume: expected an undamaged checkpoint .* \(checkpoint-{STEPS - 3}, checkpoint-{STEPS}\)"
     with pytest.raises(ValueError, match=message):
         resume(interrupted)
     assert checkpoints(interrupted) == {STEPS - 3, STEPS}
@@ -287,7 +290,7 @@ def test_a_run_that_has_ended_without_checkpoints_does_not_start_again(whole, in
     for name in ("model.safetensors", "trainer_state.json"):
         shutil.copy(whole / name, interrupted)
     before = {path: path.read_bytes() for path in interrupted.iterdir()}
-    with pytest.raises(ValueError, match="--resume: expected a run that has not ended, found its model in"):
+    with pytest.raises(ValueError, match="--resume: expected an unfinished run, found a trained model in"):
         resume(interrupted)
     assert {path: path.read_bytes() for path in interrupted.iterdir()} == before
 

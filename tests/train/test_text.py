@@ -178,7 +178,10 @@ def test_processes_but_the_first_do_not_wait_for_the_folder_of_a_run(folder, tmp
 @pytest.mark.parametrize(
     ("assignments", "message"),
     [
-        (["task.carry_state=true"], r"task.carry_state: expected one of train.lengths, .*found \(16, 24\)"),
+        (
+            ["task.carry_state=true"],
+            r"task.carry_state: expected a single length in train.lengths, .*found \(16, 24\)",
+        ),
         (
             [
                 *("task.carry_state=true", "train.lengths=16", "train.length_shares=1"),
@@ -191,7 +194,10 @@ def test_processes_but_the_first_do_not_wait_for_the_folder_of_a_run(folder, tmp
             r"task.carry_state: expected train.micro_batches=1, .*found 2",
         ),
         (["task.held_out=2"], r"held_out: expected a share in \[0, 1\), found 2.0"),
-        (["train.lengths=0,2"], r"train.lengths: the task cannot be built at length 0: length: expected"),
+        (
+            ["train.lengths=0,2"],
+            r"train.lengths: expected lengths at which the task can be built, found 0: length: expected",
+        ),
         (["task.length=7"], r"--set task.length: expected one of the fields .*carry_state"),
     ],
 )

@@ -190,7 +190,7 @@ def test_the_last_checkpoint_is_the_newest_whole_one(tmp_path):
     (tmp_path / "checkpoint-of-mine").mkdir()
     assert newest_checkpoint(tmp_path, said.append) == tmp_path / "checkpoint-10"
     assert said == [
-        f"{tmp_path}/checkpoint-11: not a whole checkpoint, left out "
+        f"{tmp_path}/checkpoint-11: skipped, as it is incomplete or damaged "
         "(it was never finished: it has no seal.json)"
     ]
 

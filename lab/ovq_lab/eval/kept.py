@@ -120,26 +120,26 @@ def evaluate_kept(
     merge = current_merge(merge)
     work = reporter.start("what is kept", total=num_examples)
     batch_size = max(1, TOKENS_PER_BATCH // task.length)
-    site: _Site | None = None
+    read_token: _ReadToken | None = None
     tally = _Tally()
     for _ in each_dictionary(model, [Dictionary(num_slots, merge)]):
         for first in range(0, num_examples, batch_size):
             indices = range(first, min(first + batch_size, num_examples))
-            site = _ask(model, task, seed, indices, site, tally)
+            read_token = _evaluate_batch(model, task, seed, indices, read_token, tally)
             work.update(indices[-1] + 1)
-    assert site is not None
+    assert read_token is not None
     return KeptRow(
         mixer=long_range_mixer(model.config),
         num_slots=num_slots,
         merge=merge,
         length=task.length,
         context_length=task.context_length,
-        **site._asdict(),
+        **read_token._asdict(),
         **tally.fields(),
     )
 
 
-class _Site(NamedTuple):
+class _ReadToken(NamedTuple):
     """Layer and token at which a model reads pairs; see `KeptRow`."""
 
     layer: int
@@ -147,24 +147,31 @@ class _Site(NamedTuple):
     weight: float
 
 
-def _ask(
-    model: OVQForCausalLM, task: RecallTask, seed: int, indices: range, site: _Site | None, tally: _Tally
-) -> _Site:
+def _evaluate_batch(
+    model: OVQForCausalLM,
+    task: RecallTask,
+    seed: int,
+    indices: range,
+    read_token: _ReadToken | None,
+    tally: _Tally,
+) -> _ReadToken:
     """Evaluate a batch of examples and add it to the tally; returns where the model reads pairs."""
     batch = task.build(seed, indices=indices, split="test")
     pairs = _Pairs(task, *task.pair_places(seed, indices=indices, split="test"))
     with recording(model) as calls:
         answers = answers_of(model, batch)
     is_right = answers == batch.labels[batch.labels != IGNORE_INDEX]
-    if site is None:
-        sites = [_Site(i, *_most_read(_weights(of_layer[-1], pairs), pairs)) for i, of_layer in calls.items()]
-        site = max(sites, key=lambda found: found.weight)
-    found = calls[site.layer][-1].assignments()
+    if read_token is None:
+        candidates = [
+            _ReadToken(i, *_most_read(_weights(of_layer[-1], pairs), pairs)) for i, of_layer in calls.items()
+        ]
+        read_token = max(candidates, key=lambda found: found.weight)
+    found = calls[read_token.layer][-1].assignments()
     tally.add_memory(found.after(task.context_length), task.context_length)
     # A question with several value tokens is right if all of them are.
     by_question = is_right.reshape(len(indices), task.num_queries, -1).all(-1)
-    tally.add_questions(by_question, *pairs.owned(found, site.offset, model.config.chunk_size))
-    return site
+    tally.add_questions(by_question, *pairs.owned(found, read_token.offset, model.config.chunk_size))
+    return read_token
 
 
 class _Pairs:

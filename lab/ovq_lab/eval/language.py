@@ -85,7 +85,7 @@ def take_windows(
         [[256, 0], [1, 2], [3, 4]]
     """
     if length < 2 or most < 1:
-        raise ValueError(f"expected windows of at least 2 tokens, and at least 1, found {length} and {most}")
+        raise ValueError(f"expected at least 1 window of at least 2 tokens, found {most} of {length}")
     before = np.array([] if first_token is None else [first_token], dtype=np.int64)
     longest = max((len(before) + len(document) for document in documents), default=0)
     if longest < length:

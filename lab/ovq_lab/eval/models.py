@@ -116,6 +116,6 @@ def check_logits(model: PreTrainedModel) -> None:
     difference = float((plain - expected).abs().max())
     if not difference <= _TOLERANCE * max(1.0, float(expected.abs().max())):
         raise ValueError(
-            f"{name}: expected logits that its output layer gives, found others, by {difference:.2g}: such "
-            "models cannot be tested here"
+            f"{name}: expected logits equal to those of its output layer, found a "
+            f"difference of {difference:.2g}: such models cannot be tested here"
         )

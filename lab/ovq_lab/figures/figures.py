@@ -85,9 +85,9 @@ def _by_both_rules(preset: Preset, name: str, tasks: Sequence[Task]) -> dict[str
     for rule, merge in _RULES:
         evaluations[f"{rule}, {trained} slots"] = [preset.evaluation(each, merge=merge) for each in tasks]
     for rule, merge in _RULES:
-        keeps = merge or "existing"
-        evaluations[f"{rule}, a slot for {TOKENS_PER_SLOT[keeps]} tokens"] = [
-            preset.evaluation(each, num_slots=preset.enlarged(name, each.length, keeps), merge=merge)
+        merge_rule = merge or "existing"
+        evaluations[f"{rule}, a slot for {TOKENS_PER_SLOT[merge_rule]} tokens"] = [
+            preset.evaluation(each, num_slots=preset.enlarged(name, each.length, merge_rule), merge=merge)
             for each in tasks
         ]
     return evaluations

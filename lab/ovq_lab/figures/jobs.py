@@ -97,8 +97,8 @@ class RunJob(Job):
         found = RunConfig.load(self.folder)
         if not is_same_run(found, self.config):
             raise ValueError(
-                f"{self.folder}: expected the run of this configuration, found one that an earlier version "
-                "has trained by another; move it away, or choose another --out"
+                f"{self.folder}: expected the run of this configuration, found another one, "
+                "trained by an earlier version; move it away, or choose another --out"
             )
         return True
 

@@ -28,7 +28,7 @@ def _by_length(preset: Preset, task: str, title: str, quality: Panel = _ACCURACY
     trained, usual = preset.train_length(task), preset.config(task)
     slots = f"{usual.model.num_slots} slots"
     tasks = {length: preset.task(task).at_length(length) for length in preset.lengths(task)}
-    asked = [preset.evaluation(each) for each in tasks.values()]
+    trained_slots = [preset.evaluation(each) for each in tasks.values()]
     grown = [
         preset.evaluation(each, num_slots=preset.enlarged(task, length, _RULE), merge=_RULE)
         for length, each in tasks.items()
@@ -39,7 +39,7 @@ def _by_length(preset: Preset, task: str, title: str, quality: Panel = _ACCURACY
         title,
         trained,
         (
-            *_twice(_FULL, preset.config(task, "full_attention"), asked, trained),
+            *_twice(_FULL, preset.config(task, "full_attention"), trained_slots, trained),
             *_twice(f"OVQ, a slot for {TOKENS_PER_SLOT[_RULE]} tokens", usual, grown, trained),
             # The gate learns which tokens to leave out, which matters with few slots.
             *_twice(f"OVQ, {slots}", usual, few, trained),

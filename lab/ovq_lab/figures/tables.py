@@ -191,49 +191,50 @@ def _read(path: Path) -> list[Row]:
 def _cell(column: Column, line: dict[str, Any], rows_of: _RowsOf) -> str:
     """The text of a cell."""
     file = column.file or line.get("file")
-    asked = {name: value for name, value in line.items() if name != "file"}
-    asked |= column.where
+    where = {name: value for name, value in line.items() if name != "file"}
+    where |= column.where
     if column.each is None:
-        return _told(column, asked, file, rows_of)
+        return _value_text(column, where, file, rows_of)
     field, values = column.each
-    return ", ".join(_told(column, {**asked, field: value}, file, rows_of) for value in values)
+    return ", ".join(_value_text(column, {**where, field: value}, file, rows_of) for value in values)
 
 
-def _told(column: Column, asked: dict[str, Any], file: str | None, rows_of: _RowsOf) -> str:
+def _value_text(column: Column, where: dict[str, Any], file: str | None, rows_of: _RowsOf) -> str:
     if not isinstance(column.value, str):
         return ", ".join(
-            _told(dataclasses.replace(column, value=value), asked, file, rows_of) for value in column.value
+            _value_text(dataclasses.replace(column, value=value), where, file, rows_of)
+            for value in column.value
         )
-    values = _by_seed(column, asked, rows_of(file))
+    values = _by_seed(column, where, rows_of(file))
     if column.relative_to is not None:
         other = dict(column.relative_to)
         base_file = other.pop("file", file)
-        base = {**{name: asked[name] for name in other.pop("by", asked) if name in asked}, **other}
-        if column.above and base == asked and base_file == file:
+        base = {**{name: where[name] for name in other.pop("by", where) if name in where}, **other}
+        if column.above and base == where and base_file == file:
             return ""
         bases = _by_seed(column, base, rows_of(base_file))
         if missing := set(values) - set(bases):
             raise ValueError(f"relative_to: expected rows of {base} for each seed, found none of {missing}")
         values = {seed: 100 * (value / bases[seed] - column.above) for seed, value in values.items()}
     if column.learned is None:
-        return _written(column, list(values.values()))
-    learned = _learned(column, asked, rows_of(file))
-    told = _written(column, [value for seed, value in values.items() if seed in (learned or values)])
+        return _over_seeds(column, list(values.values()))
+    learned = _learned(column, where, rows_of(file))
+    text = _over_seeds(column, [value for seed, value in values.items() if seed in (learned or values)])
     if not column.says_learned or learned >= set(values):
-        return told
-    return f"{told}, {len(learned)} of {len(values)} seeds" if learned else f"{told}, not learned"
+        return text
+    return f"{text}, {len(learned)} of {len(values)} seeds" if learned else f"{text}, not learned"
 
 
-def _learned(column: Column, asked: dict[str, Any], rows: Iterable[Row]) -> set[Any]:
+def _learned(column: Column, where: dict[str, Any], rows: Iterable[Row]) -> set[Any]:
     """Seeds that have learned their task."""
     assert column.learned is not None
-    where = dict(column.learned)
-    lowest, highest = where.pop("at_least", -math.inf), where.pop("at_most", math.inf)
-    values = _by_seed(dataclasses.replace(column, positions=None), asked | where, rows)
+    condition = dict(column.learned)
+    lowest, highest = condition.pop("at_least", -math.inf), condition.pop("at_most", math.inf)
+    values = _by_seed(dataclasses.replace(column, positions=None), where | condition, rows)
     return {seed for seed, value in values.items() if lowest <= value <= highest}
 
 
-def _by_seed(column: Column, asked: dict[str, Any], rows: Iterable[Row]) -> dict[Any, Any]:
+def _by_seed(column: Column, where: dict[str, Any], rows: Iterable[Row]) -> dict[Any, Any]:
     """The value of each seed.
 
     Raises:
@@ -242,20 +243,20 @@ def _by_seed(column: Column, asked: dict[str, Any], rows: Iterable[Row]) -> dict
     assert isinstance(column.value, str), "one field at a time"
     found: dict[Any, Any] = {}
     for row in rows:
-        if not all(_fits(field_of(row, name), value) for name, value in asked.items()):
+        if not all(_matches(field_of(row, name), value) for name, value in where.items()):
             continue
         value = field_of(row, column.value)
         if column.positions is not None:
             value = _mean_over(value, *column.positions)
         if found.setdefault(row.get("seed"), value) != value:
-            raise ValueError(f"expected one {column.value} a seed of {asked}, found two that differ")
+            raise ValueError(f"expected one {column.value} per seed of {where}, found two that differ")
     if not found:
-        raise ValueError(f"expected rows of {asked}, found none")
+        raise ValueError(f"expected rows of {where}, found none")
     return found
 
 
-def _fits(found: Any, asked: Any) -> bool:
-    return found in asked if isinstance(asked, list) else found == asked
+def _matches(found: Any, wanted: Any) -> bool:
+    return found in wanted if isinstance(wanted, list) else found == wanted
 
 
 def _mean_over(losses: dict[str, float], first: int, last: int) -> float:
@@ -273,7 +274,7 @@ def _mean_over(losses: dict[str, float], first: int, last: int) -> float:
     return sum(losses[str(end)] * (end - starts[end]) for end in inside) / (last - first)
 
 
-def _written(column: Column, values: Sequence[Any]) -> str:
+def _over_seeds(column: Column, values: Sequence[Any]) -> str:
     """Format the values of the seeds for a cell."""
     if column.form == "seeds":
         return ", ".join(_number(column, value) for value in values)
@@ -282,11 +283,11 @@ def _written(column: Column, values: Sequence[Any]) -> str:
         return f"{mean / 2**20:.1f} MiB"
     if column.form == "commas":
         return f"{mean:,.0f}"
-    told = _number(column, mean) + column.unit
+    text = _number(column, mean) + column.unit
     bounds = [_number(column, low), _number(column, high)]
     if column.spread is None or high - low < column.spread or bounds[0] == bounds[1]:
-        return told
-    return f"{told} ({' to '.join(bounds)})"
+        return text
+    return f"{text} ({' to '.join(bounds)})"
 
 
 def _number(column: Column, value: float) -> str:

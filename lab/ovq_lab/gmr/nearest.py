@@ -11,14 +11,14 @@ from ovq.ops.options import MASS_POWER, NUM_PARTS, TIE
 
 
 def nearest_clusters(
-    points: NDArray[np.float64], count: NDArray[np.float64], movers: Iterable[int], num_left: int
+    points: NDArray[np.float64], count: NDArray[np.float64], searching: Iterable[int], num_left: int
 ) -> NDArray[np.intp]:
     """Join items along the shortest edges until `num_left` clusters are left.
 
     Args:
         points: `[n, D]` the items; an item may be the mean of several points.
         count: `[n]` the number of points that each item stands for.
-        movers: the items that get an edge to their nearest item. If edges run out, all clusters get one.
+        searching: the items that get an edge to their nearest item. If edges run out, all clusters get one.
         num_left: the number of clusters to stop at.
 
     Returns:
@@ -30,7 +30,7 @@ def nearest_clusters(
     """
     index = lowest = np.arange(len(points))
     target, size = index, np.square(points).sum(1).max()
-    looks, num_parts = np.isin(index, list(movers)), 0
+    is_searching, num_parts = np.isin(index, list(searching)), 0
     while (due := len(np.unique(lowest)) - num_left) > 0:
         num_parts += 1
         is_member = lowest == index[:, None]
@@ -40,8 +40,8 @@ def nearest_clusters(
         distance[:, ~is_left] = np.inf
         np.fill_diagonal(distance, np.inf)
         nearest = (distance <= distance.min(1, keepdims=True) + TIE).argmax(1)
-        target = np.where(looks & is_left, nearest, np.where(is_left, lowest[target], index))
-        has_edge = (target != index) & np.array([not _ends_circle(int(a), target) for a in index])
+        target = np.where(is_searching & is_left, nearest, np.where(is_left, lowest[target], index))
+        has_edge = (target != index) & np.array([not _ends_cycle(int(a), target) for a in index])
         weight = (mass * mass[target] / (mass + mass[target] + ~is_left)) ** MASS_POWER
         priority = np.where(has_edge, np.where(has_edge, distance[index, target], 0) * weight, np.inf)
         num = min((due + 1) // 2 if num_parts < NUM_PARTS else due, has_edge.sum())
@@ -52,14 +52,14 @@ def nearest_clusters(
         for a in order[:num]:
             ends = lowest[a], lowest[target[a]]
             lowest = np.where(lowest == max(ends), min(ends), lowest)
-        # Merged items look again, other edges follow their targets; after the last part, all items look.
-        looks = np.isin(index, lowest[(before != lowest) | (num_parts >= NUM_PARTS)])
+        # Merged items search again, other edges follow their targets; after the last part, all items search.
+        is_searching = np.isin(index, lowest[(before != lowest) | (num_parts >= NUM_PARTS)])
     return lowest
 
 
-def _ends_circle(a: int, target: NDArray[np.intp]) -> bool:
+def _ends_cycle(a: int, target: NDArray[np.intp]) -> bool:
     """Whether item a is the lowest item of a cycle of edges."""
-    way = [a]
-    while (b := int(target[way[-1]])) not in way:
-        way.append(b)
-    return b == a and min(way) == a
+    path = [a]
+    while (b := int(target[path[-1]])) not in path:
+        path.append(b)
+    return b == a and min(path) == a

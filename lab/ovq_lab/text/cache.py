@@ -58,7 +58,10 @@ def _place(name: str) -> Path:
             return folder
         except OSError as error:
             reasons.append(str(error))
-    raise OSError(f"no place to keep encoded text (XDG_CACHE_HOME names one): {'; '.join(reasons)}")
+    raise OSError(
+        "expected a writable folder for encoded text (XDG_CACHE_HOME names one), found none: "
+        + "; ".join(reasons)
+    )
 
 
 def _make(folder: Path, fill: Callable[[Path], None]) -> None:

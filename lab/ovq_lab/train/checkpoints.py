@@ -95,7 +95,7 @@ def newest_checkpoint(out: Path, say: Callable[[str], None]) -> Path | None:
         found = fault(folder)
         if found is None:
             return folder
-        say(f"{folder}: not a whole checkpoint, left out ({found})")
+        say(f"{folder}: skipped, as it is incomplete or damaged ({found})")
     return None
 
 

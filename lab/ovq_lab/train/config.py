@@ -340,7 +340,7 @@ class RunConfig:
                 self.task.at_length(length)
             except ValueError as error:
                 raise ValueError(
-                    f"train.lengths: the task cannot be built at length {length}: {error}"
+                    f"train.lengths: expected lengths at which the task can be built, found {length}: {error}"
                 ) from error
         if self.train.eval_every:
             self._check_held_out()
@@ -356,14 +356,14 @@ class RunConfig:
             )
         if not self.task.held_out:
             raise ValueError(
-                "train.eval_every: expected task.held_out above 0 beside it, found 0, which holds out no text"
+                "train.eval_every: expected task.held_out above 0, found 0, which holds out no text"
             )
 
     def _check_carry(self) -> None:
         """Check that carried windows have one length and are read one at a time."""
         if len(self.train.lengths) > 1:
             raise ValueError(
-                "task.carry_state: expected one of train.lengths, as documents are cut once, "
+                "task.carry_state: expected a single length in train.lengths, as documents are cut once, "
                 f"found {self.train.lengths}"
             )
         if self.train.micro_batches > 1:
@@ -373,8 +373,8 @@ class RunConfig:
             )
         if self.train.use_gradient_checkpointing:
             raise ValueError(
-                "task.carry_state: expected train.use_gradient_checkpointing=false, as a layer that "
-                "runs again would bring its state up to date again, found true"
+                "task.carry_state: expected train.use_gradient_checkpointing=false, as "
+                "recomputing a layer would update its state twice, found true"
             )
 
     @property

@@ -95,7 +95,7 @@ def _check_corpus(path: Path, corpus: Corpus) -> None:
     try:
         found = dict(read_json(path))["digest"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: expected what the run was trained on, found none ({error})") from error
+        raise ValueError(f"{path}: expected the digest of the run's corpus, found none ({error})") from error
     if corpus.digest != found:
         raise ValueError(
             f"{path}: expected the corpus this run began with (digest {found}), "

@@ -99,7 +99,7 @@ def check_initial(source: str, config: OVQConfig) -> list[str]:
         if name == "vocab_size":
             hint = f" (for text: --set task.tokenizer={source})"
         raise ValueError(
-            f"train.init_from: expected a model with {name} {ours}, which this run has, "
+            f"train.init_from: expected a model with {name} {ours}, as in this run, "
             f"found {theirs} in {source}{hint}"
         )
     return notes

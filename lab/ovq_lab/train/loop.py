@@ -183,12 +183,12 @@ def _check_can_start_again(out: Path) -> None:
     if damaged := finished_checkpoints(out):
         names = ", ".join(folder.name for folder in damaged)
         raise ValueError(
-            f"--resume: expected a whole checkpoint in {out}, found damaged ones alone ({names}); "
+            f"--resume: expected an undamaged checkpoint in {out}, found only damaged ones ({names}); "
             "without them the run starts again from its configuration"
         )
     # Written last, after the model.
     if (out / TRAINER_STATE_NAME).is_file():
-        raise ValueError(f"--resume: expected a run that has not ended, found its model in {out}")
+        raise ValueError(f"--resume: expected an unfinished run, found a trained model in {out}")
 
 
 def _run(
@@ -310,7 +310,7 @@ def _trackers(names: tuple[str, ...]) -> list[str]:
     for name in names:
         if name not in available:
             raise ValueError(
-                "train.report_to: expected auto, none or what is installed "
+                "train.report_to: expected auto, none or an installed tracker "
                 f"({', '.join(available) or 'nothing is'}), found {name!r}"
             )
     return list(names)

@@ -159,7 +159,7 @@ def test_what_is_rounded_to_nothing_has_no_sign(described):
     [
         (
             [{"head": "a", "value": "accuracy"}],
-            "expected one accuracy a seed of .*, found two that differ",
+            "expected one accuracy per seed of .*, found two that differ",
         ),
         ([{"head": "a", "value": "accuracy", "length": 5}], r"expected rows of .*'length': 5.*, found none"),
         ([{"head": "a", "value": "acuracy", "length": 256}], "expected 'acuracy', found none"),
