@@ -41,10 +41,11 @@ def compiled(folder: Path) -> ctypes.CDLL:
     """Compile a folder's kernels for the instruction set in `OVQ_CPU_KERNELS` (default: native)."""
     wish = os.environ.get("OVQ_CPU_KERNELS", "")
     flags = next((level.flags for level in compiler.LEVELS if level.name == wish), compiler.NATIVE)
-    path = Path(tempfile.mkdtemp()) / "before.so"
-    options = [*compiler._command(flags), "-shared", str(folder / "kernels.cpp"), "-o", str(path)]
-    subprocess.run([*compiler.find_compiler(), *options], check=True)
-    return ctypes.CDLL(str(path))
+    with tempfile.TemporaryDirectory() as temporary:
+        path = f"{temporary}/before.so"
+        options = [*compiler._command(flags), "-shared", str(folder / "kernels.cpp"), "-o", path]
+        subprocess.run([*compiler.find_compiler(), *options], check=True)
+        return ctypes.CDLL(path)
 
 
 def main(before: Annotated[Path | None, typer.Option()] = None, rounds: int = 3, only: str = "") -> None:
