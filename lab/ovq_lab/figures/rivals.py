@@ -28,9 +28,6 @@ RIVALS = (
 )
 """The mixers compared, in the order of legends. To compare another, add its name here."""
 
-_RULE = BEST_MERGE
-"""The merge rule that OVQ is evaluated with, besides that of its training."""
-
 _FULL = MIXER_NAMES["full_attention"]
 
 _NEEDLES = {
@@ -96,9 +93,9 @@ def _lines(
         if mixer != "ovq":
             lines.append(line(MIXER_NAMES.get(mixer, mixer), mixer))
             continue
-        lines += [line(f"OVQ, {slots}", mixer), line(f"OVQ, nearest, {slots}", mixer, _RULE)]
+        lines += [line(f"OVQ, {slots}", mixer), line(f"OVQ, nearest, {slots}", mixer, BEST_MERGE)]
         lines += [
-            line(f"OVQ, {gate}, nearest, {slots}", mixer, _RULE, gate)
+            line(f"OVQ, {gate}, nearest, {slots}", mixer, BEST_MERGE, gate)
             for gate in ("merge gate", "forget gate")
         ]
     return lines

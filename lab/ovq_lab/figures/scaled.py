@@ -17,9 +17,6 @@ from ovq_lab.train.config import RunConfig
 
 _FULL = MIXER_NAMES["full_attention"]
 
-_RULE = BEST_MERGE
-"""The merge rule that OVQ is evaluated with."""
-
 _ACCURACY = Panel(title="accuracy")
 
 
@@ -30,17 +27,17 @@ def _by_length(preset: Preset, task: str, title: str, quality: Panel = _ACCURACY
     tasks = {length: preset.task(task).at_length(length) for length in preset.lengths(task)}
     trained_slots = [preset.evaluation(each) for each in tasks.values()]
     grown = [
-        preset.evaluation(each, num_slots=preset.enlarged(task, length, _RULE), merge=_RULE)
+        preset.evaluation(each, num_slots=preset.enlarged(task, length, BEST_MERGE), merge=BEST_MERGE)
         for length, each in tasks.items()
     ]
-    few = [preset.evaluation(tasks[length], merge=_RULE) for length in preset.near_lengths(task)]
+    few = [preset.evaluation(tasks[length], merge=BEST_MERGE) for length in preset.near_lengths(task)]
     return _figure(
         f"logn-{task}",
         title,
         trained,
         (
             *_twice(_FULL, preset.config(task, "full_attention"), trained_slots, trained),
-            *_twice(f"OVQ, a slot for {TOKENS_PER_SLOT[_RULE]} tokens", usual, grown, trained),
+            *_twice(f"OVQ, a slot for {TOKENS_PER_SLOT[BEST_MERGE]} tokens", usual, grown, trained),
             # The gate learns which tokens to leave out, which matters with few slots.
             *_twice(f"OVQ, {slots}", usual, few, trained),
             *_twice(f"OVQ, merge gate, {slots}", preset.config(task, merge_gate=True), few, trained),
@@ -56,8 +53,8 @@ def _needles(preset: Preset) -> Figure:
     lines: list[Line] = []
     for label, config, merge in (
         (_FULL, preset.config("needles", "full_attention"), None),
-        (f"OVQ, {slots}", usual, _RULE),
-        (f"OVQ, merge gate, {slots}", preset.config("needles", merge_gate=True), _RULE),
+        (f"OVQ, {slots}", usual, BEST_MERGE),
+        (f"OVQ, merge gate, {slots}", preset.config("needles", merge_gate=True), BEST_MERGE),
     ):
         asked = dataclasses.replace(needle_evaluation(preset, "uuid", "essay"), merge=merge)
         evaluations = [dataclasses.replace(asked, length=trained * factor) for factor in NEEDLE_FACTORS]

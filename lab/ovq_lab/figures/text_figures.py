@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from ovq.ops.options import BEST_MERGE
 from ovq_lab.figures.draw import save_heat_maps
-from ovq_lab.figures.evaluations import LossEvaluation, NeedleEvaluation
+from ovq_lab.figures.evaluations import Evaluation, LossEvaluation, NeedleEvaluation
 from ovq_lab.figures.plan import Figure, Line, Panel
 from ovq_lab.figures.presets import Preset
 from ovq_lab.mixers.names import MIXER_NAMES
@@ -19,9 +19,6 @@ from ovq_lab.train.recipes import beside
 
 # The mixers that the paper compares on text.
 _COMPARED = ("full_attention", "ovq", "gated_deltanet", "mamba2", "sliding_attention")
-
-_RULE = BEST_MERGE
-"""The merge rule that OVQ is evaluated with."""
 
 _LOCAL = "mamba2"
 """The short-range mixer of `hybrids`, in place of the windows."""
@@ -45,6 +42,13 @@ class _Model(NamedTuple):
     num_slots: int | None = None
     merge: str | None = None
 
+    def line(self, evaluations: Sequence[Evaluation], group: str) -> Line:
+        """The line of the model, with its dictionary in each evaluation."""
+        tested = (
+            dataclasses.replace(each, num_slots=self.num_slots, merge=self.merge) for each in evaluations
+        )
+        return Line(label=self.label, config=self.config, evaluations=tuple(tested), group=group)
+
 
 def of_corpus(
     make: Callable[[Preset], Figure], preset: Preset, *, dataset: str | None, held_out: float | None
@@ -65,7 +69,7 @@ def language(preset: Preset) -> Figure:
     """The loss of language models by position, far beyond the training length."""
     slots = preset.configs["lm"].model.num_slots
     forgetful = _Model(
-        f"OVQ, forget gate, nearest, {slots} slots", preset.config("lm", forget_gate=True), slots, _RULE
+        f"OVQ, forget gate, nearest, {slots} slots", preset.config("lm", forget_gate=True), slots, BEST_MERGE
     )
     return _by_position(
         preset,
@@ -114,7 +118,7 @@ def partners(preset: Preset) -> Figure:
                 f"{near} and OVQ, {gates}, nearest, {slots} slots",
                 beside(_PARTNER, preset.config("lm", forget_gate=True, merge_gate=gates == "both gates")),
                 slots,
-                _RULE,
+                BEST_MERGE,
             )
             for gates in ("forget gate", "both gates")
         ),
@@ -138,8 +142,8 @@ def longer(preset: Preset) -> Figure:
     models = [
         _Model(exact, preset.config("long", "full_attention")),
         # Trained with the paper's rule, like the gated layers in the comparison with rivals.
-        _Model(f"{gated[0]}merge gate{gated[1]}", preset.config("long", merge_gate=True), merge=_RULE),
-        _Model(f"{gated[0]}forget gate{gated[1]}", preset.config("long", forget_gate=True), merge=_RULE),
+        _Model(f"{gated[0]}merge gate{gated[1]}", preset.config("long", merge_gate=True), merge=BEST_MERGE),
+        _Model(f"{gated[0]}forget gate{gated[1]}", preset.config("long", forget_gate=True), merge=BEST_MERGE),
         _Model(f"{local} and {MIXER_NAMES['kvm']}", preset.config("long", "kvm")),
         _Model(f"{local} and {MIXER_NAMES['gated_deltanet']}", preset.config("long", "gated_deltanet")),
         _Model(f"{local} and windows", preset.config("long", "sliding_attention")),
@@ -173,16 +177,7 @@ def _by_position(
         length=length,
         num_examples=num_windows or preset.text.num_windows,
     )
-    lines = [
-        Line(
-            label=model.label,
-            config=model.config,
-            evaluations=(dataclasses.replace(evaluation, num_slots=model.num_slots, merge=model.merge),),
-            group=group,
-        )
-        for group in ("loss", "gap")
-        for model in models
-    ]
+    lines = [model.line([evaluation], group) for group in ("loss", "gap") for model in models]
     return Figure(
         name=name,
         title=title,
@@ -211,18 +206,7 @@ def needle(preset: Preset) -> Figure:
             NeedleEvaluation(source=source, length=length, depth=depth, num_examples=text.num_needles)
             for length in text.needle_lengths
         ]
-        lines += [
-            Line(
-                label=model.label,
-                config=model.config,
-                evaluations=tuple(
-                    dataclasses.replace(each, num_slots=model.num_slots, merge=model.merge)
-                    for each in evaluations
-                ),
-                group=f"{depth:.0%}",
-            )
-            for model in _models(preset, "needle")
-        ]
+        lines += [model.line(evaluations, f"{depth:.0%}") for model in _models(preset, "needle")]
     longest = preset.train_length("needle")
     return Figure(
         name="needle",
@@ -249,7 +233,7 @@ def _models(preset: Preset, name: str) -> list[_Model]:
             continue
         models += [
             _Model(f"{rule}, {trained * factor} slots", config, trained * factor, merge)
-            for rule, merge in (("OVQ", None), ("OVQ, nearest", _RULE))
+            for rule, merge in (("OVQ", None), ("OVQ, nearest", BEST_MERGE))
             for factor in preset.text.slot_factors
         ]
     return models
