@@ -181,7 +181,10 @@ def test_bytes_of_tokens_that_are_words():
         ({"lengths": []}, "expected lengths"),
         ({"lengths": [101]}, "length: expected at most 100, the tokens of the longest document, found 101"),
         ({"lengths": [1]}, "expected at least 1 window of at least 2 tokens, found"),
-        ({"lengths": [10], "num_windows": 0}, "expected at least 1 window of at least 2 tokens, found 0 of 10"),
+        (
+            {"lengths": [10], "num_windows": 0},
+            "expected at least 1 window of at least 2 tokens, found 0 of 10",
+        ),
         ({"lengths": [10], "block_size": 0}, "at least 1, found"),
         ({"lengths": [10], "piece_size": 0}, "at least 1, found"),
     ],

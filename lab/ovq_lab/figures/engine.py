@@ -32,6 +32,7 @@ class Workshop:
         preset: The name of the preset, for the record.
         num_seeds: Repetitions of each run; their seeds are 0, 1 and so on.
         num_workers: Parallel runs; `None` for as many as there are usable cores.
+        reporter: Shows the progress.
     """
 
     out: Path

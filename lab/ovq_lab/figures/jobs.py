@@ -37,12 +37,7 @@ TRAINING_FILE = "training.json"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job(ABC):
-    """A piece of work that is independent of all others.
-
-    Attributes:
-        root: The folder for files of its kind.
-        label: Its name in progress reports.
-    """
+    """A piece of work that is independent of all others; `root` is the folder for files of its kind."""
 
     root: Path
     label: str
@@ -67,12 +62,7 @@ def do_job(job: Job, reporter: RemoteReporter) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunJob(Job):
-    """A run to train, and evaluations of the trained model.
-
-    Attributes:
-        config: The run.
-        evaluations: Evaluations of the trained model.
-    """
+    """A run to train, and evaluations of the trained model."""
 
     config: RunConfig
     evaluations: tuple[Evaluation, ...]
@@ -195,13 +185,7 @@ class RunJob(Job):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeasureJob(Job):
-    """The measurement of a figure without training, for one seed.
-
-    Attributes:
-        figure: The name of the figure.
-        measure: See `Figure`.
-        seed: The seed.
-    """
+    """The measurement of a figure without training, for one seed; see `Figure.measure`."""
 
     figure: str
     measure: Callable[[int], list[dict[str, Any]]]

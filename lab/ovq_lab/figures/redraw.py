@@ -17,17 +17,11 @@ from ovq_lab.plots.figures import save_figures as save_demo
 
 
 def redraw(folder: Path) -> list[Path]:
-    """Redraw the pictures of all JSON files in a folder.
+    """Redraw the pictures of all JSON files in a folder; returns their paths.
 
     Files of `ovq reproduce` become `NAME.png`, those of `ovq demo` `NAME_accuracy.png` and `NAME_state.png`,
     all of `ovq bench` together one `bench.png`. Other files are ignored. Pictures are written beside the
     files, or into `figures/` for files in `rows/`, as by `ovq reproduce`.
-
-    Args:
-        folder: The folder of the files.
-
-    Returns:
-        The pictures.
 
     Raises:
         ValueError: If there is no file to draw, or one cannot be read.

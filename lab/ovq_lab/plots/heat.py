@@ -24,15 +24,7 @@ def draw_heat_maps(
 ) -> Figure:
     """Draw one map for each model, framed in the colour of its mixer, with the share written into each cell.
 
-    Args:
-        maps: Shares from 0 to 1 by row and column, for each model by name; NaN for missing values.
-        models: Mixer and slots of each model by name, as for `line_styles`.
-        columns: Labels of the columns.
-        rows: Labels of the rows, from top to bottom.
-        column_name: Label of the x axis.
-        value_name: Name of the shares.
-        title: Written above the maps.
-        row_name: Label of the y axis.
+    `maps` has shares from 0 to 1 by row and column, NaN for missing ones; `models` is as for `line_styles`.
     """
     height = 0.55 + 0.27 * len(rows)
     figure = Figure(figsize=(WIDTH, height * len(maps) + 1.5), layout="constrained")

@@ -42,10 +42,8 @@ def needle_table(rows: Sequence[NeedleRow], *, title: str) -> Table:
 
 
 def save_needle_figures(rows: Sequence[NeedleRow], folder: Path) -> list[Path]:
-    """Draw a heat map of length and depth for each model and score into `folder`, which must exist.
-
-    Returns:
-        The paths of `needle_SCORE.png`, one for each of `SCORES`.
+    """Draw a heat map of length and depth for each model and score into `folder`, which must exist; returns
+    the paths.
 
     Raises:
         ValueError: If there are no rows.

@@ -32,11 +32,7 @@ _SECONDS_BETWEEN_LOOKS = 0.05
 
 
 class RemoteReporter:
-    """A `Reporter` for a worker process, which forwards reports to the parent process.
-
-    Args:
-        messages: The queue between the two processes.
-    """
+    """A `Reporter` for a worker process, which forwards reports to the parent process by a queue."""
 
     def __init__(self, messages: Any) -> None:
         self._messages = messages

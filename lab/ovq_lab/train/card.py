@@ -27,20 +27,11 @@ def save_run_card(
     results: str | None = None,
     license: str | None = None,
 ) -> bool:
-    """Write the model card of a finished run into its folder, unless a user has written or edited one.
+    """Write the model card of a finished run into its folder or `out`, unless a user has written or edited
+    one; returns whether it was written.
 
-    Args:
-        model: The trained model.
-        config: The run.
-        run: Its folder.
-        picture: A figure of its losses.
-        out: Another folder to write to.
-        name: Name of the model; None for the name of the folder.
-        results: Evaluation results, as Markdown.
-        license: License of the weights, by its identifier on the hub.
-
-    Returns:
-        Whether it was written.
+    `picture` is a figure of the losses, `name` that of the model (by default of the folder), `results` has
+    evaluation results as Markdown, `license` is an identifier of the hub.
     """
     sections = {"Training": _training(config, History.load(run))}
     if results is not None:

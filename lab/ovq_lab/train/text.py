@@ -226,15 +226,7 @@ def _answers(tokens: np.ndarray, is_answer: np.ndarray, end_of_text: int) -> tup
 
 
 def read_positions(corpus: Corpus, document: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs and targets of a range of positions of a document, `[stop - start]` int64 each.
-
-    Example:
-        >>> from ovq_lab.text import TextSource, load_corpus
-        >>> corpus = load_corpus(TextSource(dataset="stdlib", subset="json", held_out=0), "train")
-        >>> inputs, targets = read_positions(corpus, 1, 0, 4)
-        >>> inputs.tolist(), targets.tolist()
-        ([256, 34, 34, 34], [34, 34, 34, 73])
-    """
+    """Inputs and targets of a range of positions of a document, `[stop - start]` int64 each."""
     return positions(corpus[document], corpus.end_of_text, start, stop)
 
 

@@ -322,7 +322,9 @@ def test_a_folder_of_another_run_is_left_alone(made, tmp_path):
     folder = tmp_path / "runs" / run_name(other)
     shutil.copytree(out / "runs" / row["run"], folder)
     job = RunJob(config=other, evaluations=(), root=tmp_path / "runs", label="")
-    with pytest.raises(ValueError, match="expected the run of this configuration, found another one, trained by"):
+    with pytest.raises(
+        ValueError, match="expected the run of this configuration, found another one, trained by"
+    ):
         job.is_trained()
 
 
