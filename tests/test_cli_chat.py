@@ -261,7 +261,11 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_chat(folders, say, num_read, monke
         ),
         ("--context {other}", [], "expected a chat that was saved, found another note"),
         ("--context {saved} --system Hi", [], "--system: expected none with a saved chat"),
-        ("--model {strict} --system Hi", ["Hello"], "message: expected what the model's chat template takes"),
+        (
+            "--model {strict} --system Hi",
+            ["Hello"],
+            "message: expected messages that the model's chat template acc",
+        ),
     ],
 )
 def test_bad_input_costs_one_line(arguments, lines, message, capsys, folders, say, tmp_path, monkeypatch):

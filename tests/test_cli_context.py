@@ -201,7 +201,7 @@ def test_help_shows_an_example(capsys):
         ),
         (
             "context build --model {model} --text {tmp}/high --out {tmp}/c",
-            "--text: expected token ids below 48",
+            "--text: expected token ids from 0 to 47",
         ),
         (
             "context build --model {model} --text {tmp}/words --out {tmp}/words",

@@ -109,7 +109,7 @@ def test_help_shows_an_example(capsys):
         ("--text {tmp}/no", "No such file"),
         ("--text {tmp}/file --out {tmp}/file", "--out: expected another file than the text that was read"),
         ("--prompt one", "--prompt: expected token ids such as"),
-        ("--prompt 48", "--prompt: expected token ids below 48"),
+        ("--prompt 48", "--prompt: expected token ids from 0 to 47"),
         ("--prompt 1 --layer 0", "--layer: expected an OVQ layer, one of [1], found 0"),
         ("--prompt 1 --head 2", "--head: expected 0 to 1, found 2"),
         ("--prompt 1 --merge word", "--merge: expected rules among existing"),

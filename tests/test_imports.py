@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 # The order in each package, written once: a module imports from its own group or from those before it.
 ORDER = {
     "ovq": [
-        ["runtime", "fields", "byte_tokens", "hidden_values"],
+        ["runtime", "fields", "byte_tokens", "hidden_values", "prompts"],
         ["plugins"],
         ["moved"],
         ["ops"],

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ovq.cli.common import check_folder, encode, out_console, parse_ints, read_text
+from ovq.cli.common import check_folder, out_console, parse_ints, read_text
 from ovq.cli.loading import is_converted as has_memory
 from ovq.cli.loading import load_tokenizer
+from ovq.prompts import encode
 from ovq_lab.cli import dictionaries
 
 if TYPE_CHECKING:
@@ -183,7 +184,7 @@ def _pretrained_suite(
         raise ValueError(f"--model: expected a tokenizer in {model}, found none")
     from ovq_lab.bench.pretrained_suite import PretrainedSuite
 
-    ids = encode(read_text(str(text), flag="--text"), tokenizer, vocab_size=len(tokenizer), flag="--text")
+    ids = encode(read_text(str(text), flag="--text"), tokenizer, vocab_size=len(tokenizer), name="--text")
     given = {name: value for name, value in peers.items() if value is not None}
     return PretrainedSuite(model=model, tokens=ids, lengths=lengths, **given)
 

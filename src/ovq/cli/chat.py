@@ -14,18 +14,11 @@ import typer
 from rich.console import Console
 
 from ovq.cli import options
-from ovq.cli.common import (
-    as_text,
-    check_chat_template,
-    check_file,
-    check_model_path,
-    encode,
-    out_console,
-    read_text,
-)
+from ovq.cli.common import as_text, check_file, check_model_path, out_console, read_text
 from ovq.cli.conversation import Conversation
 from ovq.cli.loading import check_generating_folder, load_any_model, load_tokenizer
 from ovq.cli.signals import noted
+from ovq.prompts import check_chat_template, encode
 
 if TYPE_CHECKING:
     from ovq.hf import Context
@@ -83,7 +76,7 @@ def chat(
     if context is not None and not context.is_file():
         raise ValueError(f"--context: expected a file of /save or ovq context build, found no file {context}")
     tokenizer = load_tokenizer(model)
-    check_chat_template(tokenizer, flag="--model")
+    check_chat_template(tokenizer, name="--model")
 
     from transformers import set_seed
 
@@ -94,7 +87,7 @@ def chat(
     set_seed(seed)
     talk = Conversation(loaded, tokenizer, sampling=sampling, max_tokens=max_tokens, seed=seed, system=system)
     if text is not None:
-        ids = encode(text, tokenizer, vocab_size=loaded.config.vocab_size, flag="--document")
+        ids = encode(text, tokenizer, vocab_size=loaded.config.vocab_size, name="--document")
         talk.go_on_from(_read(loaded, ids, f"read {document}"))
     if context is not None and talk.begin_with(context).note and system is not None:
         raise ValueError("--system: expected none with a saved chat, which has its own, found one")

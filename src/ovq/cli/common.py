@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import typer
 from rich.console import Console
@@ -170,71 +168,3 @@ def _check_writable(folder: Path) -> None:
     except OSError as error:
         # The temporary file's name means nothing to the user.
         raise OSError(error.errno, error.strerror, str(folder)) from error
-
-
-def encode(
-    text: str, tokenizer: Any | None, *, vocab_size: int, flag: str, is_start: bool = True
-) -> list[int]:
-    """The token ids of a text, checked against the model's vocabulary.
-
-    Args:
-        text: Text, or token ids if there is no tokenizer.
-        tokenizer: The model's tokenizer, if it has one.
-        vocab_size: Ids must be smaller.
-        flag: The option that the text came from, for error messages.
-        is_start: Whether a text begins here, so that the tokenizer marks its beginning.
-
-    Raises:
-        ValueError: If there is no token, or one outside the vocabulary; names the flag.
-
-    Example:
-        >>> encode("12 7\\n33", None, vocab_size=66, flag="--prompt")
-        [12, 7, 33]
-    """
-    if tokenizer is not None:
-        # Not verbose: models here may read more tokens than the tokenizer's maximum.
-        ids = tokenizer(text, add_special_tokens=is_start, verbose=False)["input_ids"]
-    else:
-        words = text.split()
-        if not all(word.isdecimal() for word in words):
-            raise ValueError(
-                f"{flag}: expected token ids such as '12 7 33' (the model has no tokenizer), "
-                f"found {text[:80]!r}"
-            )
-        ids = [int(word) for word in words]
-    if not ids:
-        raise ValueError(f"{flag}: expected at least one token, found none")
-    if max(ids) >= vocab_size:
-        raise ValueError(f"{flag}: expected token ids below {vocab_size}, found {max(ids)}")
-    return ids
-
-
-def check_chat_template(tokenizer: Any | None, *, flag: str) -> None:
-    """Check that a model's tokenizer has a chat template.
-
-    Raises:
-        ValueError: If there is no chat template; names the flag.
-
-    Example:
-        >>> check_chat_template(None, flag="--chat")
-        Traceback (most recent call last):
-        ValueError: --chat: expected a model whose tokenizer has a chat template, found no tokenizer
-    """
-    if tokenizer is None or not tokenizer.chat_template:
-        found = "no tokenizer" if tokenizer is None else "a tokenizer without one"
-        raise ValueError(f"{flag}: expected a model whose tokenizer has a chat template, found {found}")
-
-
-def chat_text(messages: Sequence[dict[str, str]], tokenizer: Any, *, flag: str) -> str:
-    """The prompt for messages, rendered by the model's chat template up to the start of the answer.
-
-    Raises:
-        ValueError: If the template refuses them; names the flag.
-    """
-    try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-    except Exception as error:
-        # Templates are programs that may raise any exception.
-        raise ValueError(
-            f"{flag}: expected what the model's chat template takes, found otherwise ({error})"
-        ) from error

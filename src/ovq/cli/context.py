@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ovq.cli import options
-from ovq.cli.common import check_file, check_model_path, encode, out_console, read_text
+from ovq.cli.common import check_file, check_model_path, out_console, read_text
 from ovq.cli.loading import check_generating_folder, load_any_model, load_tokenizer
+from ovq.prompts import encode
 
 if TYPE_CHECKING:
     from ovq.convert.memory import HeadMemory
@@ -58,7 +59,7 @@ def build(
     from ovq.runtime.units import format_bytes
 
     loaded = load_any_model(model, num_slots=num_slots, merge=merge, logn_length=logn_length)
-    ids = encode(document, load_tokenizer(model), vocab_size=loaded.config.vocab_size, flag="--text")
+    ids = encode(document, load_tokenizer(model), vocab_size=loaded.config.vocab_size, name="--text")
     set_seed(seed)
     with Reporter() as reporter:
         work = reporter.start(f"read {text}", total=len(ids))

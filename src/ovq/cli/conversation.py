@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ovq.cli.common import chat_text, encode
+from ovq.prompts import chat_text, encode
 
 if TYPE_CHECKING:
     from ovq.hf import Context
@@ -171,9 +171,9 @@ class Conversation:
 
     def _ids(self, messages: list[dict[str, str]]) -> list[int]:
         """The tokens of the messages' prompt; the chat template marks the beginning of the text itself."""
-        text = chat_text(messages, self._tokenizer, flag="message")
+        text = chat_text(messages, self._tokenizer, name="message")
         vocab_size = self._model.config.vocab_size
-        return encode(text, self._tokenizer, vocab_size=vocab_size, flag="message", is_start=False)
+        return encode(text, self._tokenizer, vocab_size=vocab_size, name="message", is_start=False)
 
     def _keep(self, tokens: list[int], cache: StateCache) -> None:
         """Keep the state after these tokens; only the first and the last `_MOST_STATES` states are kept."""

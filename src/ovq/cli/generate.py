@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ovq.cli import options
-from ovq.cli.common import as_text, chat_text, check_chat_template, encode, read_text
+from ovq.cli.common import as_text, read_text
 from ovq.cli.loading import check_generating_folder, load_any_model, load_tokenizer
+from ovq.prompts import chat_text, check_chat_template, encode
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,14 +99,14 @@ def generate(
     )
     tokenizer = load_tokenizer(model)
     if chat:
-        check_chat_template(tokenizer, flag="--chat")
-        text = chat_text([{"role": "user", "content": text}], tokenizer, flag="--prompt")
+        check_chat_template(tokenizer, name="--chat")
+        text = chat_text([{"role": "user", "content": text}], tokenizer, name="--prompt")
     # A prompt after a document does not begin a text, so it gets no begin token. Chat templates add theirs.
     ids = encode(
         text,
         tokenizer,
         vocab_size=loaded.config.vocab_size,
-        flag="--prompt",
+        name="--prompt",
         is_start=context is None and not chat,
     )
     document = None if context is None else load_context(context, loaded)

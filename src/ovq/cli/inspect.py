@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ovq.cli import options
-from ovq.cli.common import as_text, check_file, check_folder, encode, out_console, read_text
+from ovq.cli.common import as_text, check_file, check_folder, out_console, read_text
 from ovq.cli.loading import (
     check_generating_folder,
     is_converted,
@@ -17,6 +17,7 @@ from ovq.cli.loading import (
     load_tokenizer,
 )
 from ovq.plugins import from_laboratory
+from ovq.prompts import encode
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -84,7 +85,7 @@ def inspect(
     loaded = load_any_model(model, num_slots=num_slots, merge=merge, logn_length=logn_length)
     tokenizer = load_tokenizer(model)
     flag = "--prompt" if prompt is not None else "--text"
-    ids = encode(given, tokenizer, vocab_size=loaded.config.vocab_size, flag=flag)
+    ids = encode(given, tokenizer, vocab_size=loaded.config.vocab_size, name=flag)
     name = "prompt" if text is None else "standard input" if text == "-" else Path(text).name
     with Reporter() as reporter:
         # Tokens are counted per layer.

@@ -165,12 +165,7 @@ class _Routes:
 
         def encode() -> list[list[int]]:
             texts = self._service.texts
-            return [
-                texts.encode(prompt, param="prompt", is_start=is_start)
-                if isinstance(prompt, str)
-                else texts.checked(prompt, param="prompt")
-                for prompt in prompts
-            ]
+            return [texts.encode(prompt, param="prompt", is_start=is_start) for prompt in prompts]
 
         ids = await asyncio.to_thread(encode)
         form = CompletionForm(self._service.texts)
@@ -240,10 +235,9 @@ class _Routes:
         with service.contexts.reserved(asked.name):
             if (asked.text is None) == (asked.token_ids is None):
                 raise bad_request("expected one of text and token_ids, found both or neither", param="text")
-            if asked.text is None:
-                ids = service.texts.checked(asked.token_ids or [], param="token_ids")
-            else:
-                ids = await asyncio.to_thread(service.texts.encode, asked.text, param="text", is_start=True)
+            param = "token_ids" if asked.text is None else "text"
+            given = getattr(asked, param)
+            ids = await asyncio.to_thread(service.texts.encode, given, param=param, is_start=True)
             # Not in the engine's thread, which would delay running answers.
             await asyncio.to_thread(service.served.prepare)
             answers = Answers(service.engine, request.receive, self._deadline())

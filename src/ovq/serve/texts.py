@@ -11,7 +11,8 @@ from typing import Any
 
 from ovq.byte_tokens import token_bytes
 from ovq.hf.streaming import IdStream, TextStream
-from ovq.serve.errors import bad_field
+from ovq.prompts import chat_text, check_chat_template, check_ids, encode
+from ovq.serve.errors import bad_request
 from ovq.serve.tools import begun, told_in_text
 
 AnyTextStream = IdStream | TextStream
@@ -66,10 +67,12 @@ class Texts:
         message = {"role": "user", "content": "a"}
         tool = {"type": "function", "function": {"name": "b", "description": "c", "parameters": {}}}
         try:
-            return self._rendered([message], []) != self._rendered([message], [tool])
-        except Exception:
-            # Templates are programs that may raise any exception.
+            with_tool, without = (
+                chat_text([message], self._tokenizer, name="messages", tools=tools) for tools in ([tool], [])
+            )
+        except ValueError:
             return False
+        return with_tool != without
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[Any]:
@@ -77,40 +80,23 @@ class Texts:
         with self._lock:
             yield self._tokenizer
 
-    def encode(self, text: str, *, param: str, is_start: bool) -> list[int]:
+    def encode(self, text: str | list[int], *, param: str, is_start: bool) -> list[int]:
         """The tokens of a text.
 
         Args:
-            text: The text.
+            text: The text, or its token ids.
             param: The field of the request that it comes from, for errors.
             is_start: Whether a text begins here, so that the tokenizer marks its beginning.
 
         Raises:
             APIError: If there is no token, or one outside the vocabulary.
         """
-        if self._tokenizer is None:
-            words = text.split()
-            if not all(word.isascii() and word.isdecimal() and len(word) < 19 for word in words):
-                wanted = "expected token ids such as '12 7 33' (the model has no tokenizer)"
-                raise bad_field(param, f"{wanted}, found {text[:80]!r}")
-            return self.checked([int(word) for word in words], param=param)
-        with self._lock:
-            # Not verbose: models here may read more tokens than the tokenizer's maximum.
-            found = self._tokenizer(text, add_special_tokens=is_start, verbose=False)
-        return self.checked(found["input_ids"], param=param)
-
-    def checked(self, ids: Sequence[int], *, param: str) -> list[int]:
-        """The token ids, as a list.
-
-        Raises:
-            APIError: If there is none, or one outside the vocabulary.
-        """
-        if not ids:
-            raise bad_field(param, "expected at least one token, found none")
-        if min(ids) < 0 or max(ids) >= self._vocab_size:
-            found = f"{min(ids)} to {max(ids)}"
-            raise bad_field(param, f"expected token ids from 0 to {self._vocab_size - 1}, found {found}")
-        return list(ids)
+        about: dict[str, Any] = {"vocab_size": self._vocab_size, "name": param}
+        with self._lock, _as_api_errors(param):
+            if isinstance(text, str):
+                return encode(text, self._tokenizer, is_start=is_start, **about)
+            check_ids(text, **about)
+            return text
 
     def chat(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
         """The tokens of a chat prompt, rendered by the model's chat template up to the start of the answer.
@@ -123,30 +109,15 @@ class Texts:
         Raises:
             APIError: If there is no template, or it refuses these messages.
         """
-        if self._tokenizer is None or not self._tokenizer.chat_template:
-            found = "no tokenizer" if self._tokenizer is None else "a tokenizer without one"
-            raise bad_field(
-                "messages",
-                f"expected a model whose tokenizer has a chat template, found {found}: use /v1/completions",
-                code="no_chat_template",
-            )
-        try:
-            has_tools = tools or any(m["role"] == "tool" or "tool_calls" in m for m in messages)
-            if has_tools and not self._has_tools_in_template:
-                messages, tools = told_in_text(messages, tools), ()
-            text = self._rendered(messages, tools)
-        except Exception as error:
-            # Templates are programs that may raise any exception.
-            wanted = "expected what the model's chat template takes"
-            raise bad_field("messages", f"{wanted}, found otherwise ({error})") from error
+        with _as_api_errors("messages", code="no_chat_template", hint=": use /v1/completions"):
+            check_chat_template(self._tokenizer, name="messages")
+        has_tools = tools or any(m["role"] == "tool" or "tool_calls" in m for m in messages)
+        if has_tools and not self._has_tools_in_template:
+            messages, tools = told_in_text(messages, tools), ()
+        with _as_api_errors("messages"):
+            text = chat_text(messages, self._tokenizer, name="messages", tools=tools)
         # The template has marked the beginning of the text.
         return self.encode(text, param="messages", is_start=False)
-
-    def _rendered(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> str:
-        assert self._tokenizer is not None
-        return self._tokenizer.apply_chat_template(
-            list(messages), tools=list(tools) or None, tokenize=False, add_generation_prompt=True
-        )
 
     def stream(self, prompt: Sequence[int]) -> AnyTextStream:
         """An incremental decoder for the tokens that follow a prompt."""
@@ -160,6 +131,15 @@ class Texts:
         """The text of a token: replacement characters for parts of characters, names of special tokens."""
         text = self.token_bytes(token).decode(errors="replace")
         return text or self._tokenizer.decode([token])  # type: ignore[union-attr]  # ids have a text
+
+
+@contextlib.contextmanager
+def _as_api_errors(param: str, *, code: str | None = None, hint: str = "") -> Iterator[None]:
+    """Context manager that turns a ValueError about a field of a request into an APIError."""
+    try:
+        yield
+    except ValueError as error:
+        raise bad_request(f"{error}{hint}", param=param, code=code) from error
 
 
 class StopSequences:

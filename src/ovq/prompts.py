@@ -1,0 +1,92 @@
+"""Prompts as token ids: texts, token ids in text, and chats, checked with errors that name their source."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def encode(
+    text: str, tokenizer: Any | None, *, vocab_size: int, name: str, is_start: bool = True
+) -> list[int]:
+    """The token ids of a text, checked against the model's vocabulary.
+
+    Args:
+        text: Text, or token ids if there is no tokenizer.
+        tokenizer: The model's tokenizer, if it has one.
+        vocab_size: Ids must be smaller.
+        name: The option or field that the text came from, for error messages.
+        is_start: Whether a text begins here, so that the tokenizer marks its beginning.
+
+    Raises:
+        ValueError: If there is no token, or one outside the vocabulary; names the source.
+
+    Example:
+        >>> encode("12 7\\n33", None, vocab_size=66, name="--prompt")
+        [12, 7, 33]
+    """
+    if tokenizer is not None:
+        # Not verbose: models here may read more tokens than the tokenizer's maximum.
+        ids = tokenizer(text, add_special_tokens=is_start, verbose=False)["input_ids"]
+    else:
+        words = text.split()
+        # An id of more digits is in no vocabulary, and Python does not read one of thousands.
+        if not all(word.isascii() and word.isdecimal() and len(word) < 19 for word in words):
+            raise ValueError(
+                f"{name}: expected token ids such as '12 7 33' (the model has no tokenizer), "
+                f"found {text[:80]!r}"
+            )
+        ids = [int(word) for word in words]
+    check_ids(ids, vocab_size=vocab_size, name=name)
+    return ids
+
+
+def check_ids(ids: Sequence[int], *, vocab_size: int, name: str) -> None:
+    """Raise ValueError, naming the source, if there is no token id, or one outside the vocabulary.
+
+    Example:
+        >>> check_ids([3, 8], vocab_size=8, name="prompt")
+        Traceback (most recent call last):
+        ValueError: prompt: expected token ids from 0 to 7, found 8
+    """
+    if not ids:
+        raise ValueError(f"{name}: expected at least one token, found none")
+    for found in (min(ids), max(ids)):
+        if not 0 <= found < vocab_size:
+            raise ValueError(f"{name}: expected token ids from 0 to {vocab_size - 1}, found {found}")
+
+
+def check_chat_template(tokenizer: Any | None, *, name: str) -> None:
+    """Raise ValueError, naming the source, unless a model's tokenizer has a chat template.
+
+    Example:
+        >>> check_chat_template(None, name="--chat")
+        Traceback (most recent call last):
+        ValueError: --chat: expected a model whose tokenizer has a chat template, found no tokenizer
+    """
+    if tokenizer is None or not tokenizer.chat_template:
+        found = "no tokenizer" if tokenizer is None else "a tokenizer without one"
+        raise ValueError(f"{name}: expected a model whose tokenizer has a chat template, found {found}")
+
+
+def chat_text(
+    messages: Sequence[dict[str, Any]],
+    tokenizer: Any,
+    *,
+    name: str,
+    tools: Sequence[dict[str, Any]] = (),
+) -> str:
+    """The prompt for messages, rendered by the model's chat template up to the start of the answer.
+
+    Raises:
+        ValueError: If the template refuses them; names the source.
+    """
+    try:
+        return tokenizer.apply_chat_template(
+            list(messages), tools=list(tools) or None, tokenize=False, add_generation_prompt=True
+        )
+    except Exception as error:
+        # Templates are programs that may raise any exception.
+        raise ValueError(
+            f"{name}: expected messages that the model's chat template accepts, found others ({error})"
+        ) from error
