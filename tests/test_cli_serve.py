@@ -64,7 +64,7 @@ def test_a_process_serves_until_it_is_told_to_end(folder, tmp_path, monkeypatch)
     [
         (["--model", "{folder}/no"], "found no config.json in it"),
         (["--context", "{folder}/no.ctx"], "--context: expected a file of ovq context build, found no file"),
-        (["--context", ".x={folder}/config.json"], "expected a name of up to 64 letters"),
+        (["--context", ".x={folder}/config.json"], "expected a name of 1 to 64 letters"),
         (["--context", "a={folder}/config.json"], "config.json: expected a saved context"),
         (["--context", "a={book}", "--context", "a={book}"], "context 'a': expected a new name"),
         (["--api-key-file", "{folder}/empty"], "expected a key of ASCII characters without spaces"),

@@ -153,7 +153,7 @@ def _run(
 
 def _named(given: str) -> tuple[str, Path]:
     """Name and file of a `--context`."""
-    from ovq.serve.contexts import NAME
+    from ovq.serve.contexts import NAME, NAME_RULE
 
     name, separator, file = given.partition("=")
     path = Path(file if separator else given)
@@ -161,10 +161,7 @@ def _named(given: str) -> tuple[str, Path]:
     if not path.is_file():
         raise ValueError(f"--context: expected a file of ovq context build, found no file {path}")
     if NAME.fullmatch(name) is None:
-        raise ValueError(
-            f"--context: expected a name of up to 64 letters, digits, '.', '_' or '-' (NAME=FILE), "
-            f"found {name!r}"
-        )
+        raise ValueError(f"--context: expected a name of {NAME_RULE} (NAME=FILE), found {name!r}")
     return name, path
 
 

@@ -21,7 +21,7 @@ from ovq.serve.bodies import parsed
 from ovq.serve.chat import ChatRequest
 from ovq.serve.contexts import Contexts
 from ovq.serve.engine import Engine
-from ovq.serve.errors import APIError, ClientGone, bad_field, bad_request, failed
+from ovq.serve.errors import APIError, ClientGone, bad_field, bad_request, failed, shown
 from ovq.serve.grammars import Constraint, Grammars
 from ovq.serve.guard import UPLOAD, Guard, body_pieces, content_type
 from ovq.serve.jobs import Generation, Reading
@@ -309,7 +309,7 @@ class _Routes:
         if name != self._service.name:
             raise APIError(
                 404,
-                f"model: expected {self._service.name!r}, which is served here, found {name[:80]!r}",
+                f"model: expected {self._service.name!r}, which is served here, found {shown(name)}",
                 param="model",
                 code="model_not_found",
             )
@@ -322,6 +322,9 @@ class _Routes:
             message = f"expected at most {limits.max_prompt_tokens} tokens, found {longest}"
             raise bad_field(param, message, code="context_length_exceeded")
         if max_tokens > limits.max_tokens:
-            raise bad_field("max_tokens", f"expected at most {limits.max_tokens}, found {max_tokens}")
+            # Chats have two names for it, of which the smaller number counts.
+            names = ("max_tokens", "max_completion_tokens")
+            name = next(name for name in names if getattr(asked, name, None) == max_tokens)
+            raise bad_field(name, f"expected at most {limits.max_tokens}, found {max_tokens}")
         if asked.n > limits.max_rows:
             raise bad_field("n", f"expected at most {limits.max_rows}, found {asked.n}")

@@ -11,7 +11,14 @@ from typing import Any, ClassVar, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import from_json, to_json
 
-from ovq.serve.errors import APIError, bad_field, bad_request
+from ovq.serve.errors import APIError, bad_field, bad_request, shown
+
+# How pydantic says bounds of numbers, and how this library does.
+_BOUNDS = {
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
+    "greater than": "more than",
+}
 
 AnyRequest = TypeVar("AnyRequest", bound="Request")
 
@@ -71,7 +78,7 @@ def _drop_neutral(kind: type[Request], fields: dict[str, Any], prefix: str) -> N
         value, neutral = fields.pop(name), kind.unsupported[name]
         # False == 0 == 0.0 in Python, which is welcome, as JSON writers may mix them up.
         if value not in neutral:
-            message = f"expected {neutral[-1]!r}, as nothing else is supported, found {value!r}"
+            message = f"expected {neutral[-1]!r}, as nothing else is supported, found {shown(value)}"
             raise bad_field(f"{prefix}{name}", message, code="unsupported_parameter")
 
 
@@ -93,8 +100,8 @@ def _refusal(error: ValidationError, kind: type[Request]) -> APIError:
         return bad_request(f"{place}: expected this field, found none", param=param)
     message = first["msg"].removeprefix("Input should be ").removeprefix("List should have ")
     message = message.partition(" after validation")[0]
+    for pydantic, ours in _BOUNDS.items():
+        message = message.replace(pydantic, ours)
     if is_union:
         return bad_request(f"{place}: expected {description}, found something else", param=param)
-    found = repr(first["input"])
-    found = found if len(found) <= 80 else f"{found[:80]}..."
-    return bad_request(f"{place}: expected {message}, found {found}", param=param)
+    return bad_request(f"{place}: expected {message}, found {shown(first['input'])}", param=param)

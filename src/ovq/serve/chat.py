@@ -8,7 +8,7 @@ from pydantic import Field
 from pydantic_core import from_json
 
 from ovq.serve.bodies import Request
-from ovq.serve.errors import bad_field, bad_request
+from ovq.serve.errors import bad_field, bad_request, shown
 from ovq.serve.grammars import grammar_of
 from ovq.serve.schemas import MOST_TOP_LOGPROBS, GenerationRequest
 
@@ -93,7 +93,7 @@ def _called(function: CalledFunction, place: str) -> dict[str, Any]:
         arguments = None
     if not isinstance(arguments, dict):
         raise bad_request(
-            f"{place}.function.arguments: expected a JSON object, found {function.arguments[:80]!r}",
+            f"{place}.function.arguments: expected a JSON object, found {shown(function.arguments)}",
             param="messages",
         )
     return {"name": function.name, "arguments": arguments}

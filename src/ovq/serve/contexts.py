@@ -9,10 +9,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from ovq.hf.context import Context
-from ovq.serve.errors import APIError, bad_field
+from ovq.serve.errors import APIError, bad_field, shown
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-"""Pattern of context names."""
+"""Pattern of context names. They are only used as dictionary keys, never in paths."""
+
+NAME_RULE = "1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit"
+"""The same in words, for errors."""
 
 
 class Contexts:
@@ -57,7 +60,7 @@ class Contexts:
         if name not in self._entries:
             raise APIError(
                 404,
-                f"context: expected one of {self.names}, found {name!r}",
+                f"context: expected one of {self.names}, found {shown(name)}",
                 param="context",
                 code="context_not_found",
             )
@@ -80,8 +83,7 @@ class Contexts:
             APIError: If the name cannot be used, or there are too many contexts.
         """
         if NAME.fullmatch(name) is None:
-            wanted = "expected 1 to 64 letters, digits, '.', '_' or '-'"
-            raise bad_field("name", f"{wanted}, found {name[:80]!r}")
+            raise bad_field("name", f"expected {NAME_RULE}, found {shown(name)}")
         if name in self._entries or name in self._reserved:
             raise APIError(
                 409,

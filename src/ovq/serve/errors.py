@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+_MOST_SHOWN = 80
+
 
 class ClientGone(Exception):
     """The client has disconnected."""
@@ -58,6 +60,17 @@ class APIError(Exception):
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
         return headers
+
+
+def shown(value: Any) -> str:
+    """A value of a request for an error message: its beginning, as it may be megabytes.
+
+    Example:
+        >>> shown("slot"), len(shown("slot" * 100))
+        ("'slot'", 83)
+    """
+    text = repr(value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
 
 def bad_request(message: str, *, param: str | None = None, code: str | None = None) -> APIError:

@@ -9,7 +9,7 @@ from typing import Any
 
 from starlette.datastructures import Headers
 
-from ovq.serve.errors import APIError, ClientGone
+from ovq.serve.errors import APIError, ClientGone, shown
 from ovq.serve.limits import Limits
 from ovq.serve.responses import error_response
 
@@ -60,7 +60,7 @@ class Guard:
             if not is_upload:
                 if scope["method"] in ("POST", "PUT", "PATCH") and kind != _JSON:
                     # Browsers let pages of any site send some other types without a preflight.
-                    raise APIError(415, f"Content-Type: expected {_JSON}, found {kind[:80]!r}")
+                    raise APIError(415, f"Content-Type: expected {_JSON}, found {shown(kind)}")
                 receive = await self._with_body(receive, headers)
         except APIError as error:
             response = error_response(error)
@@ -81,7 +81,7 @@ class Guard:
         if name.lower() not in self._hosts:
             raise APIError(
                 421,
-                f"Host: expected one of {list(self._hosts)}, as the server has no key, found {host[:80]!r}",
+                f"Host: expected one of {list(self._hosts)}, as the server has no key, found {shown(host)}",
                 code="wrong_host",
             )
 

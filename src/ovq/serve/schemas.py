@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field
 
 from ovq.hf.streaming import Sampling
 from ovq.serve.bodies import Request
-from ovq.serve.errors import bad_field
+from ovq.serve.errors import bad_field, shown
 
 MOST_TOP_LOGPROBS = 20
 _MOST_STOPS = 16
-_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
-
-ContextName = Annotated[str, Field(pattern=_NAME)]
-"""Names of contexts. They are only used as dictionary keys, never in paths."""
 
 
 class StreamOptions(Request):
@@ -40,7 +36,7 @@ class GenerationRequest(Request):
     stop: str | list[str] | None = Field(None, description="a sequence or a list of sequences")
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     user: str | None = None
-    context: ContextName | None = None
+    context: str | None = None
     top_k: int = Field(0, ge=0)
     min_p: float = Field(0.0, ge=0, le=1)
     ignore_eos: bool = False
@@ -81,7 +77,7 @@ class GenerationRequest(Request):
         found = [self.stop] if isinstance(self.stop, str) else self.stop or []
         if len(found) > _MOST_STOPS or not all(found):
             wanted = f"expected at most {_MOST_STOPS} sequences, none of them empty"
-            raise bad_field("stop", f"{wanted}, found {found}")
+            raise bad_field("stop", f"{wanted}, found {shown(found)}")
         return found
 
     @property
@@ -125,6 +121,6 @@ class CompletionRequest(GenerationRequest):
 class ContextRequest(Request):
     """`POST /v1/contexts` with JSON: a document to read, as text or as token ids."""
 
-    name: ContextName
+    name: str
     text: str | None = None
     token_ids: list[int] | None = None
