@@ -14,7 +14,7 @@ from ovq.hf.streaming import Sampling, stream_tokens
 from ovq.serve.app import Service, create_app
 from ovq.serve.limits import Limits
 from ovq.serve.model import ServedModel
-from ovq.serve.server import configured
+from ovq.serve.server import uvicorn_config
 from ovq_lab.text import byte_tokenizer
 from tests.convert.common import converted
 from tests.hf.common import SIZES, left_padded, make_model
@@ -77,7 +77,7 @@ class Server(uvicorn.Server):
     def __init__(self, service, **options):
         self.service = service
         app = create_app(service, **options)
-        super().__init__(configured(app, service.limits, shutdown_seconds=20, log_level="error"))
+        super().__init__(uvicorn_config(app, service.limits, shutdown_seconds=20, log_level="error"))
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
         self.thread = threading.Thread(target=self.run, args=([self.socket],), daemon=True)

@@ -7,7 +7,7 @@ import pytest
 
 from ovq.serve.app import create_app
 from ovq.serve.limits import Limits
-from ovq.serve.server import bound, is_loopback, url_of
+from ovq.serve.server import is_loopback, listening_socket, url_of
 from tests.serve.common import reading_service
 
 HOSTS = ["localhost", "127.0.0.1", "[::1]"]
@@ -134,10 +134,10 @@ def test_addresses():
         False,
         False,
     ]
-    with bound("127.0.0.1", 0) as listener:
+    with listening_socket("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
         assert url_of(listener) == f"http://127.0.0.1:{port}/v1"
         with pytest.raises(ValueError, match=f"can listen on, found 127.0.0.1:{port}"):
-            bound("127.0.0.1", port)
+            listening_socket("127.0.0.1", port)
     with pytest.raises(ValueError, match=r"can listen on, found 192\.0\.2\.1:0"):
-        bound("192.0.2.1", 0)
+        listening_socket("192.0.2.1", 0)

@@ -12,7 +12,7 @@ import uvicorn
 import ovq.serve.server
 from ovq.serve.app import create_app
 from ovq.serve.limits import Limits
-from ovq.serve.server import configured
+from ovq.serve.server import uvicorn_config
 from tests.serve.common import reading_service, running, until
 
 LIMITS = Limits(max_body_bytes=1000, max_upload_bytes=2000, read_seconds=0.3, request_seconds=0.3)
@@ -172,7 +172,7 @@ def test_a_client_that_does_not_read_is_let_go(monkeypatch):
         is_ended.set()
         await asking
 
-    server = uvicorn.Server(configured(noting, LIMITS, log_level="critical"))
+    server = uvicorn.Server(uvicorn_config(noting, LIMITS, log_level="critical"))
     listener = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()

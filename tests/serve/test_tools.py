@@ -6,7 +6,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ovq.serve.texts import Texts
-from ovq.serve.tools import ToolCalls, told_in_text
+from ovq.serve.tools import ToolCalls, tools_as_text
 from ovq_lab.text import byte_tokenizer
 
 ADD = '<tool_call>\n{"name": "add", "arguments": {"a": [1, 2.5]}}\n</tool_call>'
@@ -122,4 +122,4 @@ def test_a_template_that_knows_no_tools_gets_text():
     system = [{"role": "system", "content": "Be brief."}, *MESSAGES[:1]]
     assert prompted(PLAIN, system, [TOOL]).startswith("system: Be brief.\n\n# Tools\n\n")
     assert system[0]["content"] == "Be brief."
-    assert told_in_text(system, []) == system
+    assert tools_as_text(system, []) == system

@@ -88,7 +88,7 @@ def serve(
     _check_installed()
 
     from ovq.serve.limits import Limits
-    from ovq.serve.server import bound
+    from ovq.serve.server import listening_socket
 
     limits = Limits(
         max_rows=max_rows,
@@ -104,7 +104,7 @@ def serve(
         prefix_bytes=prefix_cache * _MIB,
     )
     # Detect a port in use before loading the model, which takes longer.
-    with bound(host, port) as listener:
+    with listening_socket(host, port) as listener:
         from transformers import set_seed
 
         from ovq.serve.app import Service
@@ -135,7 +135,7 @@ def _run(
     """Serve until a signal comes."""
     from ovq.runtime.verbosity import is_verbose
     from ovq.serve.app import create_app
-    from ovq.serve.server import Server, configured, is_loopback, url_of
+    from ovq.serve.server import Server, is_loopback, url_of, uvicorn_config
 
     # Without a key, the header Host must keep out pages of other sites in a browser on this machine.
     hosts = ["localhost", "127.0.0.1", "[::1]", host] if key is None and is_loopback(host) else None
@@ -147,7 +147,7 @@ def _run(
 
     app = create_app(service, api_key=key, hosts=hosts)
     log_level = "info" if is_verbose() else "warning"
-    config = configured(app, service.limits, shutdown_seconds, log_level)
+    config = uvicorn_config(app, service.limits, shutdown_seconds, log_level)
     Server(config, say_ready).run(sockets=[listener])
 
 

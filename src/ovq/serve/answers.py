@@ -131,9 +131,9 @@ class Answers:
         """
         seconds = f"{self._engine.limits.request_seconds:g} seconds"
         message = f"the answer was not complete after {seconds}, the limit of this server"
-        late = APIError(504, message, kind="server_error", code="timeout")
-        timer = self._loop.call_at(self._deadline, self._finish, late)
-        watcher = asyncio.create_task(self._watch())
+        timeout = APIError(504, message, kind="server_error", code="timeout")
+        timer = self._loop.call_at(self._deadline, self._finish, timeout)
+        disconnect = asyncio.create_task(self._await_disconnect())
         try:
             while True:
                 for event in await self._queue.get():
@@ -147,7 +147,7 @@ class Answers:
                     raise self._end
         finally:
             timer.cancel()
-            watcher.cancel()
+            disconnect.cancel()
             self.cancel()
 
     def cancel(self, *, choice: int | None = None) -> None:
@@ -155,7 +155,7 @@ class Answers:
         for job in self._jobs:
             self._engine.cancel(job, choice=choice)
 
-    async def _watch(self) -> None:
+    async def _await_disconnect(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
         self._finish(ClientGone())
@@ -217,7 +217,7 @@ async def pieces(
     Raises:
         APIError, ClientGone: As `Answers.events`.
     """
-    written = {
+    unfinished = {
         choice: _Answer(choice, texts.stream(job.tokens), stops, make_calls())
         for job in jobs
         for choice in job.choices
@@ -226,16 +226,16 @@ async def pieces(
         async for event in events:
             if isinstance(event, BeginEvent):
                 usage.known_tokens += event.num_known
-            elif isinstance(event, TokenEvent) and event.choice in written:
+            elif isinstance(event, TokenEvent) and event.choice in unfinished:
                 usage.completion_tokens += 1
-                piece = written[event.choice].push(event)
+                piece = unfinished[event.choice].push(event)
                 yield piece
                 if piece.finish_reason is not None:
                     answers.cancel(choice=event.choice)
-                    del written[event.choice]
-            elif isinstance(event, FinishEvent) and event.choice in written:
-                yield written.pop(event.choice).finish(event.reason)
-            if not written:
+                    del unfinished[event.choice]
+            elif isinstance(event, FinishEvent) and event.choice in unfinished:
+                yield unfinished.pop(event.choice).finish(event.reason)
+            if not unfinished:
                 return
 
 

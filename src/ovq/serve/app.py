@@ -155,9 +155,9 @@ class _Routes:
         return JSONResponse(self._about_model())
 
     async def completions(self, request: HTTPRequest) -> Response:
-        asked = parsed(CompletionRequest, await request.body())
-        is_start = asked.context is None
-        prompts: Sequence[Any] = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt
+        fields = parsed(CompletionRequest, await request.body())
+        is_start = fields.context is None
+        prompts: Sequence[Any] = [fields.prompt] if isinstance(fields.prompt, str) else fields.prompt
         if not prompts or isinstance(prompts[0], int):
             prompts = [prompts]
         if len(prompts) > (most := self._limits.max_queue):
@@ -169,30 +169,30 @@ class _Routes:
 
         ids = await asyncio.to_thread(encode)
         form = CompletionForm(self._service.texts)
-        return await self._generate(request, asked, ids, asked.max_tokens, form, param="prompt")
+        return await self._generate(request, fields, ids, fields.max_tokens, form, param="prompt")
 
     async def chat(self, request: HTTPRequest) -> Response:
-        asked = parsed(ChatRequest, await request.body())
-        messages = [message.for_template(place) for place, message in enumerate(asked.messages)]
-        tools = [tool.for_template for tool in asked.offered.values()]
+        fields = parsed(ChatRequest, await request.body())
+        messages = [message.for_template(place) for place, message in enumerate(fields.messages)]
+        tools = [tool.for_template for tool in fields.offered.values()]
         ids = await asyncio.to_thread(self._service.texts.chat, messages, tools)
         constraint = None
-        if (grammar := asked.grammar) is not None:
+        if (grammar := fields.grammar) is not None:
             param = "tools" if tools else "response_format"
             constraint = await asyncio.to_thread(self._service.grammars.compiled, grammar, param=param)
-        is_single = asked.parallel_tool_calls is False or constraint is not None
-        given = [n for n in (asked.max_tokens, asked.max_completion_tokens) if n is not None]
+        is_single = fields.parallel_tool_calls is False or constraint is not None
+        given = [n for n in (fields.max_tokens, fields.max_completion_tokens) if n is not None]
         max_tokens = min(given, default=self._limits.max_tokens)
         form = ChatForm(self._service.texts)
         return await self._generate(
             request,
-            asked,
+            fields,
             [ids],
             max_tokens,
             form,
             param="messages",
             constraint=constraint,
-            make_calls=functools.partial(ToolCalls, asked.offered.keys(), is_single=is_single),
+            make_calls=functools.partial(ToolCalls, fields.offered.keys(), is_single=is_single),
         )
 
     async def contexts(self) -> Response:
@@ -231,24 +231,24 @@ class _Routes:
 
     async def _read(self, request: HTTPRequest) -> str:
         service = self._service
-        asked = parsed(ContextRequest, await request.body())
-        with service.contexts.reserved(asked.name):
-            if (asked.text is None) == (asked.token_ids is None):
+        fields = parsed(ContextRequest, await request.body())
+        with service.contexts.reserved(fields.name):
+            if (fields.text is None) == (fields.token_ids is None):
                 raise bad_request("expected one of text and token_ids, found both or neither", param="text")
-            param = "token_ids" if asked.text is None else "text"
-            given = getattr(asked, param)
+            param = "token_ids" if fields.text is None else "text"
+            given = getattr(fields, param)
             ids = await asyncio.to_thread(service.texts.encode, given, param=param, is_start=True)
             # Not in the engine's thread, which would delay running answers.
             await asyncio.to_thread(service.served.prepare)
             answers = Answers(service.engine, request.receive, self._deadline())
             answers.submit([Reading(tokens=ids, deliver=answers.deliver)])
-            service.contexts.add(asked.name, await context_read(answers))
-        return asked.name
+            service.contexts.add(fields.name, await context_read(answers))
+        return fields.name
 
     async def _generate(
         self,
         request: HTTPRequest,
-        asked: GenerationRequest,
+        fields: GenerationRequest,
         prompts: Sequence[Sequence[int]],
         max_tokens: int,
         form: Form,
@@ -258,12 +258,12 @@ class _Routes:
         make_calls: Callable[[], ToolCalls] = ToolCalls,
     ) -> Response:
         service = self._service
-        self._check_model(asked.model)
-        asked.check_together()
-        self._check_sizes(asked, prompts, max_tokens, param=param)
-        context = None if asked.context is None else service.contexts.get(asked.context)
+        self._check_model(fields.model)
+        fields.check_together()
+        self._check_sizes(fields, prompts, max_tokens, param=param)
+        context = None if fields.context is None else service.contexts.get(fields.context)
         answers = Answers(service.engine, request.receive, self._deadline())
-        ends = frozenset() if asked.ignore_eos else service.served.ends
+        ends = frozenset() if fields.ignore_eos else service.served.ends
         if constraint is not None:
             ends = constraint.ends
         jobs = [
@@ -272,11 +272,11 @@ class _Routes:
                 deliver=answers.deliver,
                 max_tokens=max_tokens,
                 context=context,
-                sampling=asked.sampling,
-                seed=asked.seed,
-                choices=range(place * asked.n, (place + 1) * asked.n),
+                sampling=fields.sampling,
+                seed=fields.seed,
+                choices=range(place * fields.n, (place + 1) * fields.n),
                 ends=ends,
-                num_logprobs=asked.num_logprobs,
+                num_logprobs=fields.num_logprobs,
                 constraint=constraint,
             )
             for place, prompt in enumerate(prompts)
@@ -284,17 +284,17 @@ class _Routes:
         usage = Usage(
             prompt_tokens=sum(map(len, prompts)), context_tokens=0 if context is None else context.num_tokens
         )
-        stops = asked.stops
-        choices = range(len(prompts) * asked.n)
+        stops = fields.stops
+        choices = range(len(prompts) * fields.n)
         answers.submit(jobs)
-        found = service.metrics.timed(pieces(answers, jobs, service.texts, stops, usage, make_calls))
-        if asked.stream:
+        timed = service.metrics.timed(pieces(answers, jobs, service.texts, stops, usage, make_calls))
+        if fields.stream:
             events = stream(
-                found, form, choices, usage, model=service.name, includes_usage=asked.includes_usage
+                timed, form, choices, usage, model=service.name, includes_usage=fields.includes_usage
             )
             return EventStream(events, answers.cancel)
         try:
-            return JSONResponse(await whole(found, form, choices, usage, model=service.name))
+            return JSONResponse(await whole(timed, form, choices, usage, model=service.name))
         finally:
             answers.cancel()
 
@@ -315,7 +315,7 @@ class _Routes:
             )
 
     def _check_sizes(
-        self, asked: GenerationRequest, prompts: Sequence[Sequence[int]], max_tokens: int, *, param: str
+        self, fields: GenerationRequest, prompts: Sequence[Sequence[int]], max_tokens: int, *, param: str
     ) -> None:
         limits = self._limits
         if (longest := max(map(len, prompts))) > limits.max_prompt_tokens:
@@ -324,7 +324,7 @@ class _Routes:
         if max_tokens > limits.max_tokens:
             # Chats have two names for it, of which the smaller number counts.
             names = ("max_tokens", "max_completion_tokens")
-            name = next(name for name in names if getattr(asked, name, None) == max_tokens)
+            name = next(name for name in names if getattr(fields, name, None) == max_tokens)
             raise bad_field(name, f"expected at most {limits.max_tokens}, found {max_tokens}")
-        if asked.n > limits.max_rows:
-            raise bad_field("n", f"expected at most {limits.max_rows}, found {asked.n}")
+        if fields.n > limits.max_rows:
+            raise bad_field("n", f"expected at most {limits.max_rows}, found {fields.n}")

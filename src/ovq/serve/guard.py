@@ -103,12 +103,12 @@ class Guard:
             raise _too_large(largest)
         deadline = asyncio.get_running_loop().time() + self._limits.read_seconds
         body = b"".join([data async for data in body_pieces(receive, largest=largest, deadline=deadline)])
-        first: list[Any] = [{"type": "http.request", "body": body, "more_body": False}]
+        unread: list[Any] = [{"type": "http.request", "body": body, "more_body": False}]
 
-        async def again() -> Any:
-            return first.pop() if first else await receive()
+        async def replayed() -> Any:
+            return unread.pop() if unread else await receive()
 
-        return again
+        return replayed
 
 
 def content_type(headers: Headers) -> str:

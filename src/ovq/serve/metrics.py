@@ -30,12 +30,20 @@ class _Numbers(Collector):
         counts = scheduler.counts
         for name, text, count in (
             ("prompt_tokens", "Tokens of prompts and documents read.", counts.prompt_tokens),
-            ("known_tokens", "Tokens of prompts not read, as a state was known.", counts.known_tokens),
-            ("prefixes_evicted", "States of prefixes that made room.", scheduler.prefixes.num_evicted),
+            (
+                "known_tokens",
+                "Tokens of prompts not read, as a state after them was cached.",
+                counts.known_tokens,
+            ),
+            ("prefixes_evicted", "States of prefixes dropped to make room.", scheduler.prefixes.num_evicted),
             ("generated_tokens", "Tokens generated.", counts.generated_tokens),
             ("steps", "Steps in which running answers grew by a token.", counts.steps),
             ("answers_finished", "Answers that were completed.", counts.finished),
-            ("jobs_cancelled", "Prompts and documents given up, as nobody waited.", counts.cancelled),
+            (
+                "jobs_cancelled",
+                "Prompts and documents cancelled, as their clients disconnected.",
+                counts.cancelled,
+            ),
             ("jobs_failed", "Prompts and documents that an error ended.", counts.failed),
         ):
             yield CounterMetricFamily(f"ovq_{name}", text, value=count)
@@ -44,7 +52,7 @@ class _Numbers(Collector):
             ("jobs_waiting", "Prompts and documents that wait for their turn.", self._engine.num_waiting),
             ("state_bytes", "Bytes of the memories of running answers.", scheduler.state_bytes),
             ("prefixes", "States of prefixes kept.", len(scheduler.prefixes)),
-            ("prefix_bytes", "Bytes of these.", scheduler.prefixes.nbytes),
+            ("prefix_bytes", "Bytes of states of prefixes kept.", scheduler.prefixes.nbytes),
             ("contexts", "Contexts kept.", len(self._contexts)),
             ("context_bytes", "Bytes of the memories of contexts.", self._contexts.nbytes),
         ):
@@ -90,11 +98,11 @@ class Metrics:
 
     async def timed(self, pieces: AsyncGenerator[Piece, None]) -> AsyncGenerator[Piece, None]:
         """Pass pieces on, and record the time until the first one."""
-        begin, is_first = time.monotonic(), True
+        start, is_first = time.monotonic(), True
         async with contextlib.aclosing(pieces):
             async for piece in pieces:
                 if is_first:
-                    self._first_token.observe(time.monotonic() - begin)
+                    self._first_token.observe(time.monotonic() - start)
                     is_first = False
                 yield piece
 
@@ -110,20 +118,20 @@ class Metered:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        begin, status = time.monotonic(), 499
+        start, status = time.monotonic(), 499
 
-        async def noting(message: Any) -> None:
+        async def send_and_note_status(message: Any) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
             await send(message)
 
         try:
-            await self._app(scope, receive, noting)
+            await self._app(scope, receive, send_and_note_status)
         except Exception:
             status = 500
             raise
         finally:
             # The declared path, as names of contexts would make unboundedly many labels.
             route = getattr(scope.get("route"), "path", "other")
-            self._metrics.request(route, status, time.monotonic() - begin)
+            self._metrics.request(route, status, time.monotonic() - start)

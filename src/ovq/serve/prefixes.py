@@ -64,14 +64,14 @@ class Prefixes:
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         # States and their bytes by root and tokens, in the order of their last use.
-        self._kept: OrderedDict[tuple[Hashable, bytes], tuple[BatchRows, int]] = OrderedDict()
+        self._states: OrderedDict[tuple[Hashable, bytes], tuple[BatchRows, int]] = OrderedDict()
         # The keys of each root, sorted, so that common beginnings are adjacent.
         self._sorted: dict[Hashable, list[bytes]] = {}
         self.nbytes = 0
         self.num_evicted = 0
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._states)
 
     def find(self, root: Hashable, tokens: Sequence[int]) -> Known:
         """The cached state for a prompt, which leaves at least one token to read.
@@ -94,24 +94,24 @@ class Prefixes:
         if not num_tokens:
             return Known(fork=fork)
         found = root, keys[place - 1]
-        self._kept.move_to_end(found)
-        return Known(rows=self._kept[found][0].copied(), num_tokens=num_tokens, fork=fork)
+        self._states.move_to_end(found)
+        return Known(rows=self._states[found][0].copied(), num_tokens=num_tokens, fork=fork)
 
     def add(self, root: Hashable, tokens: Sequence[int], rows: BatchRows) -> None:
         """Keep `rows`, which have read these tokens and must not be changed; evicts others for room."""
         key, size = _key(tokens), rows.nbytes
         if size > self._max_bytes:
             return
-        if (root, key) in self._kept:
+        if (root, key) in self._states:
             self._drop(root, key)
-        self._kept[root, key] = rows, size
+        self._states[root, key] = rows, size
         insort(self._sorted.setdefault(root, []), key)
         self.nbytes += size
         while self.nbytes > self._max_bytes:
-            self._drop(*next(iter(self._kept)))
+            self._drop(*next(iter(self._states)))
             self.num_evicted += 1
 
-    def is_worth(self, num_tokens: int) -> bool:
+    def is_worth_keeping(self, num_tokens: int) -> bool:
         """Whether to keep a state `num_tokens` tokens after the last one."""
         return self._max_bytes > 0 and num_tokens >= MIN_TOKENS
 
@@ -126,7 +126,7 @@ class Prefixes:
         return list(self._sorted)
 
     def _drop(self, root: Hashable, key: bytes) -> None:
-        _, size = self._kept.pop((root, key))
+        _, size = self._states.pop((root, key))
         self.nbytes -= size
         keys = self._sorted[root]
         del keys[bisect_left(keys, key)]

@@ -117,21 +117,21 @@ def _call(call: ToolCall) -> dict[str, Any]:
 
 
 async def whole(
-    found: AsyncGenerator[Piece, None], form: Form, choices: Sequence[int], usage: Usage, *, model: str
+    pieces: AsyncGenerator[Piece, None], form: Form, choices: Sequence[int], usage: Usage, *, model: str
 ) -> dict[str, Any]:
     """The complete answer to a request, from all pieces of all its `choices`."""
-    parts: dict[int, list[Piece]] = defaultdict(list)
-    async with contextlib.aclosing(found):
-        async for piece in found:
-            parts[piece.choice].append(piece)
+    by_choice: dict[int, list[Piece]] = defaultdict(list)
+    async with contextlib.aclosing(pieces):
+        async for piece in pieces:
+            by_choice[piece.choice].append(piece)
     return _head(form.prefix, form.whole_object, model) | {
-        "choices": [form.whole(Piece.joined(parts[choice])) for choice in choices],
+        "choices": [form.whole(Piece.joined(by_choice[choice])) for choice in choices],
         "usage": usage.fields,
     }
 
 
 async def stream(
-    found: AsyncGenerator[Piece, None],
+    pieces: AsyncGenerator[Piece, None],
     form: Form,
     choices: Sequence[int],
     usage: Usage,
@@ -150,8 +150,8 @@ async def stream(
         for choice in choices:
             if (first := form.first(choice)) is not None:
                 yield _event(head | {"choices": [first]} | tail)
-        async with contextlib.aclosing(found):
-            async for piece in found:
+        async with contextlib.aclosing(pieces):
+            async for piece in pieces:
                 chunk = form.chunk(piece)
                 if piece.text or piece.calls or piece.finish_reason or chunk["logprobs"]:
                     yield _event(head | {"choices": [chunk]} | tail)

@@ -150,10 +150,10 @@ class Scheduler:
         """
         self._drop_cancelled()
         self._admit()
-        finished = self._read_pieces()
+        finished = self._prefill()
         # Running answers first, so that completed rows leave before new ones join.
-        self._grow()
-        self._join(finished)
+        self._decode()
+        self._join_batch(finished)
         self._deliver()
         return bool(self._waiting or self._started or self._choices)
 
@@ -175,7 +175,7 @@ class Scheduler:
         if any(choice.is_cancelled for choice in self._choices):
             jobs = {choice.job for choice in self._choices if choice.job.is_cancelled}
             self.counts.cancelled += len(jobs)
-            self._keep([place for place, choice in enumerate(self._choices) if not choice.is_cancelled])
+            self._keep_rows([place for place, choice in enumerate(self._choices) if not choice.is_cancelled])
 
     def _admit(self) -> None:
         """Start jobs in order of arrival, as long as there is room for their rows."""
@@ -184,7 +184,7 @@ class Scheduler:
             self._num_started_rows += job.num_rows
             self._started.append(_Started(job))
 
-    def _read_pieces(self) -> list[tuple[_Started, Tensor]]:
+    def _prefill(self) -> list[tuple[_Started, Tensor]]:
         """Read a piece of each started job in turn, up to `step_tokens` tokens.
 
         Returns:
@@ -198,9 +198,9 @@ class Scheduler:
             started = self._started.popleft()
             try:
                 if started.num_read == 0:
-                    self._begin(started)
+                    self._begin_prefill(started)
                 before = started.num_read
-                logits = self._read_piece(started, num_left)
+                logits = self._prefill_piece(started, num_left)
             except Exception as error:
                 # No error of one job may end the answers of others.
                 self._fail([started.job], error)
@@ -217,7 +217,7 @@ class Scheduler:
                 self._num_started_rows -= started.job.num_rows
         return complete
 
-    def _begin(self, started: _Started) -> None:
+    def _begin_prefill(self, started: _Started) -> None:
         """Set where reading of a job starts: at the longest cached prefix, or at the beginning."""
         job = started.job
         if not isinstance(job, Generation):
@@ -231,7 +231,7 @@ class Scheduler:
         if found.num_tokens:
             self._events.setdefault(job, []).append(BeginEvent(num_known=found.num_tokens))
 
-    def _read_piece(self, started: _Started, num_tokens: int) -> Tensor | None:
+    def _prefill_piece(self, started: _Started, num_tokens: int) -> Tensor | None:
         """Read the next tokens of a job; returns the logits after them for a generation, else None."""
         job = started.job
         if isinstance(job, Generation):
@@ -241,9 +241,9 @@ class Scheduler:
                 end = min(end, started.fork)
             logits = started.rows.read([job.tokens[started.num_read : end]])
             started.num_read = end
-            is_last = end == len(job.tokens) and self.prefixes.is_worth(end - started.known)
+            is_last = end == len(job.tokens) and self.prefixes.is_worth_keeping(end - started.known)
             if is_last or end == started.fork:
-                self._remember(job, job.tokens[:end], started.rows.copied())
+                self._cache_state(job, job.tokens[:end], started.rows.copied())
                 started.known = end
             return logits
         assert started.document is not None
@@ -255,32 +255,32 @@ class Scheduler:
                 self._events.setdefault(job, []).append(ContextEvent(context=end.value))
         return None
 
-    def _grow(self) -> None:
+    def _decode(self) -> None:
         """One step of the running answers: read the last chosen token of each, and choose the next."""
         if not self._choices:
             return
         assert self._rows is not None
         try:
             logits = self._rows.read([[choice.tokens[-1]] for choice in self._choices])
-            going_on = self._choose(logits, self._choices)
-            self._remember_complete(going_on)
+            unfinished = self._choose(logits, self._choices)
+            self._cache_complete(unfinished)
         except Exception as error:
             self._fail_running(error)
             return
         self.counts.steps += 1
-        self._keep(going_on)
+        self._keep_rows(unfinished)
 
-    def _remember_complete(self, going_on: Sequence[int]) -> None:
+    def _cache_complete(self, unfinished: Sequence[int]) -> None:
         """Cache the states of rows whose answers are complete."""
         assert self._rows is not None
-        for place in sorted(set(range(len(self._choices))) - set(going_on)):
+        for place in sorted(set(range(len(self._choices))) - set(unfinished)):
             choice = self._choices[place]
             # The last token of an answer is never read.
             read = choice.tokens[:-1]
-            if self.prefixes.is_worth(len(read)):
-                self._remember(choice.job, [*choice.job.tokens, *read], self._rows.taken(place))
+            if self.prefixes.is_worth_keeping(len(read)):
+                self._cache_state(choice.job, [*choice.job.tokens, *read], self._rows.taken(place))
 
-    def _remember(self, job: Generation, tokens: Sequence[int], rows: BatchRows) -> None:
+    def _cache_state(self, job: Generation, tokens: Sequence[int], rows: BatchRows) -> None:
         """Cache the state of a row that has read these tokens, unless its context was deleted."""
         if job.context not in self._deleted:
             self.prefixes.add(self._root(job), tokens, rows)
@@ -289,7 +289,7 @@ class Scheduler:
         """The `root` of `Prefixes.find`."""
         return self._model.settings, job.context
 
-    def _join(self, complete: Sequence[tuple[_Started, Tensor]]) -> None:
+    def _join_batch(self, complete: Sequence[tuple[_Started, Tensor]]) -> None:
         """Choose the first tokens of answers whose prompts are complete; their rows join the batch."""
         parts = [] if self._rows is None else [self._rows]
         for started, logits in complete:
@@ -298,15 +298,15 @@ class Scheduler:
             self._num_started_rows -= started.job.num_rows
             try:
                 choices = choices_of(started.job, self._model.device)
-                going_on = self._choose(logits.expand(len(choices), -1), choices)
-                if not going_on:
+                unfinished = self._choose(logits.expand(len(choices), -1), choices)
+                if not unfinished:
                     continue
-                if going_on != [0]:
-                    started.rows.keep([0] * len(going_on))
+                if unfinished != [0]:
+                    started.rows.keep([0] * len(unfinished))
             except Exception as error:
                 self._fail([started.job], error)
                 continue
-            self._choices += [choices[place] for place in going_on]
+            self._choices += [choices[place] for place in unfinished]
             parts.append(started.rows)
         if len(parts) > 1:
             try:
@@ -319,7 +319,7 @@ class Scheduler:
     def _choose(self, logits: Tensor, choices: Sequence[Choice]) -> list[int]:
         """Choose the next token of each answer; returns the indices of answers that are still incomplete."""
         tokens = next_tokens(logits, choices)
-        going_on = []
+        unfinished = []
         for place, (choice, token, logprobs) in enumerate(
             zip(choices, tokens, token_logprobs(logits, choices, tokens), strict=True)
         ):
@@ -343,11 +343,11 @@ class Scheduler:
                 events.append(FinishEvent(choice=choice.index, reason="stop" if is_last else "length"))
                 self.counts.finished += 1
             else:
-                going_on.append(place)
+                unfinished.append(place)
         self.counts.generated_tokens += len(choices)
-        return going_on
+        return unfinished
 
-    def _keep(self, places: list[int]) -> None:
+    def _keep_rows(self, places: list[int]) -> None:
         """Keep only the running answers at these indices."""
         if len(places) == len(self._choices):
             return
@@ -370,6 +370,6 @@ class Scheduler:
 
     def _deliver(self) -> None:
         events, self._events = self._events, {}
-        for job, own in events.items():
+        for job, of_job in events.items():
             if not job.is_cancelled:
-                job.deliver(own)
+                job.deliver(of_job)

@@ -27,7 +27,7 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def bound(host: str, port: int) -> socket.socket:
+def listening_socket(host: str, port: int) -> socket.socket:
     """A listening socket; port 0 takes a free port.
 
     Raises:
@@ -64,13 +64,13 @@ class _Connection(H11Protocol):
         super().connection_made(transport)
         self._stage: tuple[Any, ...] = ()
         self._since = 0.0
-        self._look()
+        self._check_time()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._timer.cancel()
         super().connection_lost(exc)
 
-    def _look(self) -> None:
+    def _check_time(self) -> None:
         """Called about every second: abort the connection if it has been in one stage for too long."""
         now, limits = self.loop.time(), self.limits
         is_answering = self.cycle is not None and not self.cycle.response_complete
@@ -78,22 +78,22 @@ class _Connection(H11Protocol):
         stage = (self.cycle, is_answering, is_waiting, is_closing)
         if stage != self._stage:
             self._stage, self._since = stage, now
-        longest = limits.read_seconds
+        limit = limits.read_seconds
         if is_answering:
-            longest += limits.request_seconds + _GRACE_SECONDS
+            limit += limits.request_seconds + _GRACE_SECONDS
         elif is_waiting and not is_closing:
-            longest = self.timeout_keep_alive + _GRACE_SECONDS
-        if now - self._since >= longest:
+            limit = self.timeout_keep_alive + _GRACE_SECONDS
+        if now - self._since >= limit:
             self.transport.abort()
         else:
-            self._timer = self.loop.call_later(min(1.0, longest / 8), self._look)
+            self._timer = self.loop.call_later(min(1.0, limit / 8), self._check_time)
 
 
 class Server(uvicorn.Server):
     """Serves until SIGINT or SIGTERM. Running requests are then completed, and new ones are refused.
 
     Args:
-        config: From `configured`.
+        config: From `uvicorn_config`.
         on_ready: Called once the server answers requests.
     """
 
@@ -108,7 +108,7 @@ class Server(uvicorn.Server):
             self._on_ready()
 
 
-def configured(
+def uvicorn_config(
     app: Any, limits: Limits, shutdown_seconds: int = 30, log_level: str = "warning"
 ) -> uvicorn.Config:
     """The configuration of uvicorn.

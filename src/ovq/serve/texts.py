@@ -13,7 +13,7 @@ from ovq.byte_tokens import token_bytes
 from ovq.hf.streaming import IdStream, TextStream
 from ovq.prompts import chat_text, check_chat_template, check_ids, encode
 from ovq.serve.errors import bad_request
-from ovq.serve.tools import begun, told_in_text
+from ovq.serve.tools import match_start, tools_as_text
 
 AnyTextStream = IdStream | TextStream
 """The text of tokens that arrive one by one."""
@@ -104,7 +104,7 @@ class Texts:
         Args:
             messages: Messages in the form of chat templates.
             tools: Tools that the model may call. A template without support for tools gets them as text,
-                like all calls and results in the messages (`ovq.serve.tools.told_in_text`).
+                like all calls and results in the messages (`ovq.serve.tools.tools_as_text`).
 
         Raises:
             APIError: If there is no template, or it refuses these messages.
@@ -113,7 +113,7 @@ class Texts:
             check_chat_template(self._tokenizer, name="messages")
         has_tools = tools or any(m["role"] == "tool" or "tool_calls" in m for m in messages)
         if has_tools and not self._has_tools_in_template:
-            messages, tools = told_in_text(messages, tools), ()
+            messages, tools = tools_as_text(messages, tools), ()
         with _as_api_errors("messages"):
             text = chat_text(messages, self._tokenizer, name="messages", tools=tools)
         # The template has marked the beginning of the text.
@@ -172,7 +172,7 @@ class StopSequences:
         if places := [place for sequence in self._sequences if (place := whole.find(sequence)) >= 0]:
             self.is_stopped, self._held = True, ""
             return whole[: min(places)]
-        end = begun(whole, self._sequences)
+        end = match_start(whole, self._sequences)
         self._held = whole[end:]
         return whole[:end]
 

@@ -17,7 +17,7 @@ from typing import Any
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
-_TELLING = """# Tools
+_TOOL_PROMPT = """# Tools
 
 You may call one or more functions to assist with the user query.
 
@@ -97,7 +97,7 @@ class ToolCalls:
         if self.is_complete:
             self._held = ""
         # Hold back the space before a call, which may have begun.
-        end = len(self._held[: begin if begin >= 0 else begun(self._held, [OPEN])].rstrip())
+        end = len(self._held[: begin if begin >= 0 else match_start(self._held, [OPEN])].rstrip())
         shown, self._held = shown + self._held[:end], self._held[end:]
         return shown, found
 
@@ -167,11 +167,11 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def begun(text: str, sequences: Sequence[str]) -> int:
+def match_start(text: str, sequences: Sequence[str]) -> int:
     """Index from which the end of a text may be the beginning of one of the sequences.
 
     Example:
-        >>> begun("to be", ["end", "bed"]), begun("to be ", ["end", "bed"])
+        >>> match_start("to be", ["end", "bed"]), match_start("to be ", ["end", "bed"])
         (3, 6)
     """
     longest = max(map(len, sequences), default=0)
@@ -179,7 +179,9 @@ def begun(text: str, sequences: Sequence[str]) -> int:
     return next((n for n in starts if any(one.startswith(text[n:]) for one in sequences)), len(text))
 
 
-def told_in_text(messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def tools_as_text(
+    messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
     """The messages for a chat template without support for tools, with tools, calls and results as text.
 
     Tools are described at the end of the system message, which is added if there is none; calls are in the
@@ -187,7 +189,7 @@ def told_in_text(messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, A
 
     Example:
         >>> result = {"role": "tool", "content": "3", "tool_call_id": "call_1"}
-        >>> told_in_text([result], [])
+        >>> tools_as_text([result], [])
         [{'role': 'user', 'content': '<tool_response>\\n3\\n</tool_response>'}]
     """
     found: list[dict[str, Any]] = []
@@ -206,11 +208,13 @@ def told_in_text(messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, A
             found.append(message)
         was_result = is_result
     if tools:
-        telling = _TELLING.format(tools="\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
+        description = _TOOL_PROMPT.format(
+            tools="\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
+        )
         if found and found[0]["role"] in ("system", "developer"):
-            found[0]["content"] += f"\n\n{telling}"
+            found[0]["content"] += f"\n\n{description}"
         else:
-            found.insert(0, {"role": "system", "content": telling})
+            found.insert(0, {"role": "system", "content": description})
     return found
 
 
