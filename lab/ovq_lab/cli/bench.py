@@ -30,9 +30,9 @@ def bench(
     what: Annotated[
         str | None,
         typer.Option(
-            help="Parts to measure: forward, forward_backward, decode, memory, stream (CPU only). "
-            "Default: all of them. Or, alone, on a CPU: model (whole models), or converted (a converted "
-            "model beside what else runs it)."
+            help="Parts to measure: forward, forward_backward, decode, memory, stream (CPU only); default: "
+            "all. Or one of these alone, on a CPU: model (whole models) or converted (a converted "
+            "model beside other runtimes)."
         ),
     ] = None,
     lengths: Annotated[
@@ -44,41 +44,45 @@ def bench(
     ] = None,
     long: Annotated[bool, typer.Option("--long", help="Measure 131072 tokens too.")] = False,
     dtypes: Annotated[str, typer.Option(help="float32, bfloat16 or both.")] = "float32,bfloat16",
-    num_slots: Annotated[str, typer.Option(help="Dictionary sizes of OVQ.")] = "256,1024,4096",
+    num_slots: Annotated[str, typer.Option(help="Slots per head of OVQ.")] = "256,1024,4096",
     merge: Annotated[
         str, typer.Option(help="Merge rules of OVQ: existing (the paper's), updated, nearest.")
     ] = "existing",
-    chunk_size: Annotated[int, typer.Option(min=1, help="Chunk of OVQ, and width of the window.")] = 256,
-    num_heads: Annotated[int, typer.Option(min=1, help="Heads.")] = 8,
-    head_dim: Annotated[int, typer.Option(min=1, help="Components per head.")] = 64,
+    chunk_size: Annotated[int, typer.Option(min=1, help="Chunk size of OVQ, and width of the window.")] = 256,
+    num_heads: Annotated[int, typer.Option(min=1, help="Number of heads.")] = 8,
+    head_dim: Annotated[int, typer.Option(min=1, help="Dimension of a head.")] = 64,
     models: Annotated[
         str,
         typer.Option(
-            help="With --what model: some of llama, ovq, full_attention, mamba2, gated_deltanet. The others "
-            "are compared with the first."
+            help="With --what model: some of llama, ovq, full_attention, mamba2, gated_deltanet; the first "
+            "is the baseline."
         ),
     ] = "llama,ovq",
     sizes: Annotated[str, typer.Option(help="With --what model: some of 2M, 30M, 135M.")] = "30M",
     prompts: Annotated[
-        str, typer.Option(help="With --what model: tokens that are read before generation.")
+        str, typer.Option(help="With --what model: tokens of the prompts before generation.")
     ] = "1024,8192,65536",
     model: Annotated[
         Path | None, typer.Option(help="With --what converted: folder of the converted model.")
     ] = None,
     text: Annotated[Path | None, typer.Option(help="With --what converted: a text to read.")] = None,
     gguf: Annotated[
-        Path | None, typer.Option(help="With --what converted: the same model for llama.cpp.")
+        Path | None,
+        typer.Option(help="With --what converted: the original model as a GGUF file, for llama.cpp."),
     ] = None,
     llama_cpp: Annotated[
         str | None,
-        typer.Option(help="Python of an environment that has llama-cpp-python; this one if not given."),
+        typer.Option(help="Python interpreter of an environment with llama-cpp-python; default: this one."),
     ] = None,
     openvino: Annotated[
-        Path | None, typer.Option(help="With --what converted: the same model for OpenVINO, by optimum-cli.")
+        Path | None,
+        typer.Option(
+            help="With --what converted: the original model as a folder of optimum-cli, for OpenVINO."
+        ),
     ] = None,
     genai: Annotated[
         str | None,
-        typer.Option(help="Python of an environment that has openvino-genai; this one if not given."),
+        typer.Option(help="Python interpreter of an environment with openvino-genai; default: this one."),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the report as JSON instead of tables.")
@@ -88,22 +92,22 @@ def bench(
 ) -> None:
     """Measure the time and memory of OVQ, exact attention (SDPA) and a sliding window on this machine.
 
-    Cells show the median time, how many times faster than SDPA that is, and the share of the matrix rate
+    Cells show the median time, the speedup over SDPA, and the fraction of the rate of matrix products
     measured in the same run. The default takes about a quarter of an hour on two cores, nearly all of it for
-    exact attention at 64k. With --merge existing,nearest the rule that recalls most is measured beside the
-    paper's, on keys that have nothing to do with each other, on which it takes longest.
+    exact attention at 64k. With --merge existing,nearest the rule with the best recall is measured beside the
+    paper's, on independent random keys, its slowest case.
 
     With --device cuda each backend of SDPA is measured by itself, beside a window of FlexAttention and, where
-    flash-linear-attention is installed, Gated DeltaNet and Mamba2. Times faster are then relative to the
-    fastest SDPA, and the trace is searched for the kernels that were meant to run.
+    flash-linear-attention is installed, Gated DeltaNet and Mamba2. Speedups are then over the fastest SDPA,
+    and the trace shows whether the intended kernels ran.
 
     With --what model, training steps (forward, loss, backward, optimizer) and generate() of models with
     random weights are measured, beside transformers' Llama of equal size with SDPA and its dynamic cache.
-    The share is then that of the products with weights alone.
+    The fraction then counts the products with weights alone.
 
-    With --what converted, a model of ovq convert reads a text and writes tokens after each length, beside
-    transformers with its full cache and, where --gguf and --openvino are given, llama.cpp and OpenVINO GenAI,
-    the latter with all of its cache, as many rows and as many bytes. Each runs in a process of its own.
+    With --what converted, a model of ovq convert reads a text and generates tokens after each length, beside
+    transformers with its full cache and, if --gguf and --openvino are given, llama.cpp and OpenVINO GenAI,
+    the latter with a full cache, one of as many rows, and one of as many bytes. Each runs in its own process.
 
     Example: [bold]ovq bench --what forward --lengths 4096,16384 --num-slots 1024[/bold]
     """

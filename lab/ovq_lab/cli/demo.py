@@ -22,13 +22,13 @@ def demo(
         bool,
         typer.Option(
             "--quick",
-            help="Seconds instead of minutes, to check that everything runs: so few steps teach nothing.",
+            help="Seconds instead of minutes, to check that everything runs; the models then learn nothing.",
         ),
     ] = False,
 ) -> None:
-    """Train OVQ, full attention and a window alone on short recall, and test all three on long recall.
+    """Train OVQ, full attention and a sliding window on short recall, and test all three on long recall.
 
-    The weights of OVQ are tested with more slots, too, merged by the paper's rule and by nearest.
+    The OVQ model is also tested with more slots, with the paper's merge rule and with nearest.
 
     Writes results.json, accuracy.png, state.png and the trained model (ovq/) into the folder.
 

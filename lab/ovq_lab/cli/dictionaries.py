@@ -12,13 +12,15 @@ from ovq.cli.options import check_rule
 
 Sizes = Annotated[
     str | None,
-    typer.Option(help="Sizes of the dictionary to test, on the same weights; the trained one if not given."),
+    typer.Option(
+        help="Slots per head to test, on the same weights, with commas between them; default: as trained."
+    ),
 ]
 Rules = Annotated[
     list[str] | None,
     typer.Option(
-        help="Merge rules to test, on the same weights: existing (the paper's), updated, nearest (recalls "
-        "most); the trained one if not given."
+        help="Merge rules to test, on the same weights: existing (the paper's), updated, nearest (best "
+        "recall); default: as trained."
     ),
 ]
 

@@ -18,21 +18,25 @@ from ovq_lab.cli.results import text_tokenizer
 
 def harness(
     model: Annotated[Path, typer.Option(help="Folder of a trained, converted or pretrained model.")],
-    tasks: Annotated[str, typer.Option(help="Names of tasks with commas between them.")],
+    tasks: Annotated[str, typer.Option(help="Names of tasks, with commas between them.")],
     num_slots: options.Size = None,
     merge: options.Rule = None,
     logn_length: options.LognLength = None,
-    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before each question.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 1,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Solved examples before each question.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Requests per batch.")] = 1,
     max_length: Annotated[
-        int, typer.Option(min=2, help="Most tokens shown; longer texts lose their beginning.")
+        int, typer.Option(min=2, help="Most tokens per request; longer ones lose their beginning.")
     ] = 8192,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first examples of each task.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only this many examples of each task, the first ones.")
+    ] = None,
     include_path: Annotated[Path | None, typer.Option(help="Folder with your own tasks.")] = None,
     ruler_lengths: Annotated[
-        str | None, typer.Option(help="Lengths of the tasks of RULER, in tokens.")
+        str | None, typer.Option(help="Lengths of the tasks of RULER in tokens, with commas between them.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for harness.json, samples included.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for harness.json, with all samples.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Run tasks of the lm-evaluation-harness (pip install './lab\\[harness]').

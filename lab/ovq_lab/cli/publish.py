@@ -18,27 +18,27 @@ _PICTURE = "loss.png"
 
 
 def publish(
-    model: Annotated[Path, typer.Option(help="Folder of a run that has ended.")],
-    out: Annotated[Path, typer.Option(help="Folder to make; the model gets its name.")],
+    model: Annotated[Path, typer.Option(help="Folder of a finished run.")],
+    out: Annotated[Path, typer.Option(help="Folder to make; the model is named after it.")],
     results: Annotated[
         list[Path],
         typer.Option(
-            help="What ovq eval has found of this model: lm.json, needle.json or harness.json of its --out, "
-            "or what its --json printed; can be given several times."
+            help="Results of ovq eval for this model: lm.json, needle.json or harness.json of its --out, "
+            "or the output of its --json; can be given several times."
         ),
     ] = [],  # noqa: B006  (typer reads it and never changes it)
     license_: Annotated[
         str | None,
         typer.Option(
-            "--license", help="Licence of the weights, as the hub names it: apache-2.0, mit, cc-by-4.0, ..."
+            "--license",
+            help="License of the weights, by its name on the hub: apache-2.0, mit, cc-by-4.0, ...",
         ),
     ] = None,
 ) -> None:
     """Make a folder that can be uploaded to the hub as it is: weights, tokenizer, code to load them, and a
     card with results. Nothing is uploaded.
 
-    Checkpoints, logs and states of the optimizer stay where they are. A card that you edited is copied as it
-    is.
+    Checkpoints, logs and optimizer states are left out. A card that you edited is copied unchanged.
 
     Example: [bold]ovq eval lm --model runs/lm-ovq --out results[/bold], then [bold]ovq publish --model
     runs/lm-ovq --results results/lm.json --license apache-2.0 --out my-model[/bold]

@@ -14,36 +14,37 @@ def reproduce(
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[NAME]...", help="Figures to make, see --list; 'rivals' is all that begin with it."
+            metavar="[NAME]...",
+            help="Figures to make, see --list; 'rivals' stands for all that begin with it.",
         ),
     ] = None,
     preset: Annotated[
         str, typer.Option(help="cpu: about an hour per figure on two cores. gpu: hours on one H100.")
     ] = "cpu",
-    seeds: Annotated[int, typer.Option(min=1, help="Repetitions of each run.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds of each run.")] = 3,
     dataset: Annotated[
         str | None,
-        typer.Option(help="Corpus of language models and needles; that of the preset if not given."),
+        typer.Option(help="Corpus of language models and needles; default: that of the preset."),
     ] = None,
     held_out: Annotated[
-        float | None, typer.Option(help="Share of its documents that are not trained on.")
+        float | None, typer.Option(help="Fraction of its documents that is not trained on.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of results; reproduce-out/PRESET if not given.")
+        Path | None, typer.Option(help="Folder of results; default: reproduce-out/PRESET.")
     ] = None,
     lines: Annotated[
         list[str] | None,
         typer.Option(
             metavar="LABEL",
-            help="Make these lines of a figure anew, and keep all others from its JSON file in --out; "
-            "* stands for any text; can be given several times.",
+            help="Make only these lines of a figure again, and keep the others from its JSON file in "
+            "--out; * stands for any text; can be given several times.",
         ),
     ] = None,
-    list_: Annotated[bool, typer.Option("--list", help="List the figures and end.")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="List the figures and exit.")] = False,
     all_: Annotated[bool, typer.Option("--all", help="Make every figure.")] = False,
     draw: Annotated[
         Path | None,
-        typer.Option(help="Draw the pictures of a folder of results again from its JSON files, and end."),
+        typer.Option(help="Draw the figures in a folder of results again from its JSON files, and exit."),
     ] = None,
     report: Annotated[
         bool, typer.Option("--report", help="Write OUT/report.html, one page with all results in OUT.")
@@ -56,7 +57,7 @@ def reproduce(
         ),
     ] = None,
 ) -> None:
-    """Train and evaluate what a figure shows, and write its rows (JSON) and its picture (PNG).
+    """Train and evaluate the models of a figure, and write its rows (JSON) and the figure (PNG).
 
     Finished work is never repeated: after an interruption, the same command continues where it stopped.
     Figures that need the same trained model share it.

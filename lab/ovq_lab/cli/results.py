@@ -21,7 +21,7 @@ Models = Annotated[
     list[Path],
     typer.Option(help="Folder of a trained, converted or pretrained model; can be given several times."),
 ]
-PieceSize = Annotated[int, typer.Option(min=1, help="Tokens read at a time, which limits the memory needed.")]
+PieceSize = Annotated[int, typer.Option(min=1, help="Tokens read at a time; fewer need less memory.")]
 
 
 def show_results(

@@ -19,9 +19,10 @@ def train(
     recipe: Annotated[
         str | None,
         typer.Argument(
-            help="A file of your own (.yaml, .json), or TASK-MIXER: recall, positional, regression, mqar, lm "
-            "or lm-70m, lm-120m, lm-150m, lm-350m, lm-480m for GPUs; ovq, full, fox, sliding, sinks, vq, "
-            "kvm, raven, linear, gdn, kda, mesanet or mamba2."
+            help="A file of your own (.yaml, .json), or TASK-MIXER, such as recall-ovq. Tasks: recall, "
+            "positional, regression, mqar, lm; for GPUs lm-70m, lm-120m, lm-150m, lm-350m, lm-480m. "
+            "Mixers: ovq, full, fox, sliding, sinks, vq, kvm, raven, linear, gdn, kda, mesanet, "
+            "mamba2."
         ),
     ] = None,
     set_: Annotated[
@@ -36,14 +37,14 @@ def train(
         str | None,
         typer.Option(
             metavar="MODULE:CLASS",
-            help="A task of your own in the place of the recipe's: a class that inherits ovq_lab.tasks.Task.",
+            help="A task of your own instead of the recipe's: a class that inherits ovq_lab.tasks.Task.",
         ),
     ] = None,
     init_from: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="Begin with the weights of this saved model, with a new optimizer."),
+        typer.Option(metavar="DIR", help="Start from the weights of this saved model, with a new optimizer."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the run; runs/RECIPE if not given.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; default: runs/RECIPE.")] = None,
     resume: Annotated[
         bool,
         typer.Option(

@@ -26,7 +26,7 @@ from ovq.runtime.verbosity import is_verbose
 
 app = typer.Typer(
     name="ovq",
-    help="Online vector-quantized attention: language models that keep a dictionary of what they read.",
+    help="Online vector-quantized attention: language models whose memory is a dictionary of constant size.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -79,9 +79,21 @@ def _program() -> Any:
     shared = [option for option in program.params if option.name in options.EVERYWHERE]
     for command in _commands_of(program):
         command.params.extend(shared)
+        for option in command.params:
+            option.metavar = option.metavar or _metavar(option)
         # typer keeps the line breaks of docstrings, whose lines are wider than most terminals.
         command.help = "\n\n".join(" ".join(part.split()) for part in (command.help or "").split("\n\n"))
     return program
+
+
+def _metavar(option: Any) -> str | None:
+    """A short name of an option's values, which leaves room for its help; None for typer's own."""
+    if getattr(option, "is_flag", False):
+        return ""
+    # Older versions of typer have the bounds in the type.
+    bounds = getattr(option, "type", None) or option
+    has_range = any(getattr(bounds, name, None) is not None for name in ("min", "max"))
+    return "N" if has_range else None
 
 
 def _commands_of(group: Any) -> Iterator[Any]:

@@ -38,16 +38,14 @@ Ctrl-C stops an answer. A message that begins with a slash needs a space before 
 
 def chat(
     model: options.Model,
-    document: Annotated[str | None, typer.Option(help="File that the model reads first.")] = None,
+    document: Annotated[
+        str | None, typer.Option(help="Text file that the model reads before the chat.")
+    ] = None,
     context: Annotated[
-        Path | None, typer.Option(help="Go on from a file of /save, or of ovq context build.")
+        Path | None, typer.Option(help="Continue from a file of /save or of ovq context build.")
     ] = None,
-    system: Annotated[
-        str | None, typer.Option(help="What the model is told before the first message.")
-    ] = None,
-    max_tokens: Annotated[
-        int, typer.Option(min=0, help="Most tokens of an answer; 0 to go on until it ends.")
-    ] = 1024,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=0, help="Most tokens of an answer; 0 for no limit.")] = 1024,
     temperature: options.Temperature = 0.0,
     top_k: options.TopK = 0,
     top_p: options.TopP = 1.0,
@@ -60,9 +58,9 @@ def chat(
 ) -> None:
     """Talk to a model whose tokenizer has a chat template, after a document if one is given.
 
-    Nothing is read twice, and memory does not grow: only the model's state is carried on. /help lists
-    commands such as [bold]/save FILE[/bold]. If input is no terminal, each of its lines is a message or a
-    command.
+    Each turn continues from the model's state, so earlier messages are not read again, and memory does not
+    grow with the chat. /help lists commands such as [bold]/save FILE[/bold]. If standard input is not a
+    terminal, each of its lines is a message or a command.
 
     Example: [bold]ovq chat --model converted --document book.txt[/bold]
     """

@@ -36,7 +36,7 @@ def build(
     merge: options.Rule = None,
     logn_length: options.LognLength = None,
     prefill_chunk_size: Annotated[
-        int, typer.Option(min=1, help="Tokens read at a time, which limits the memory needed.")
+        int, typer.Option(min=1, help="Tokens read at a time; fewer need less memory.")
     ] = 2048,
     seed: options.SlotSeed = 0,
 ) -> None:
@@ -75,9 +75,9 @@ def build(
 @app.command("info")
 def info(
     file: Annotated[Path, typer.Argument(help="A file that ovq context build has written.")],
-    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Say what a saved context is and what it holds, layer by layer; the model is not needed.
+    """Describe a saved context, layer by layer; the model is not needed.
 
     Example: [bold]ovq context info book.ctx[/bold]
     """

@@ -41,61 +41,70 @@ def convert(
     out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
     rows: Annotated[
         int | None,
-        typer.Option(min=1, help="Rows of a key and a value per head, on average, in place of --num-slots."),
+        typer.Option(min=1, help="Rows (a key and a value each) per head, on average; replaces --num-slots."),
     ] = None,
     num_slots: Annotated[
-        int, typer.Option(min=0, help="Slots per head, on average; 0 for a window alone.")
+        int, typer.Option(min=0, help="Slots per head, on average; 0 for a sliding window alone.")
     ] = 256,
     window: Annotated[
         int,
-        typer.Option(min=1, help="Last tokens per head that are kept exactly, a multiple of --chunk-size."),
+        typer.Option(min=1, help="Last tokens that each head keeps exactly, a multiple of --chunk-size."),
     ] = 256,
-    num_sinks: Annotated[int, typer.Option(min=0, help="First tokens that are kept exactly.")] = 4,
+    num_sinks: Annotated[
+        int, typer.Option(min=0, help="First tokens that each head keeps exactly (attention sinks).")
+    ] = 4,
     chunk_size: Annotated[int, typer.Option(min=1, help="Tokens merged at a time.")] = 32,
-    merge: Annotated[str, typer.Option(help="nearest or existing (the paper's rule).")] = "nearest",
+    merge: Annotated[str, typer.Option(help="Merge rule: nearest or existing (the paper's).")] = "nearest",
     value_weight: Annotated[
-        float, typer.Option(min=0, help="Weight of distances between values, relative to keys.")
+        float,
+        typer.Option(
+            min=0,
+            help="Weight of the distance between values, relative to that between keys, when tokens are "
+            "merged.",
+        ),
     ] = 1.0,
     state_dtype: Annotated[
-        str, typer.Option(help="Format of the slots: float32, bfloat16 or int8, with a step per slot.")
+        str, typer.Option(help="Data type of the slots: float32, bfloat16, or int8 with a scale per slot.")
     ] = "float32",
     preset: Annotated[
         str,
         typer.Option(
-            help="What a probe has found before: a folder, or a name on the hub; auto for one that comes "
-            "with the package, if there is one of this model and about as many rows and nothing says how to "
-            "probe; none for a new probe."
+            help="Rows per head, as an earlier probe found them: a folder, or a name on the hub. auto: the "
+            "preset in this package for this model and about as many rows, if there is one and no "
+            "option of the probe is given. none: a new probe."
         ),
     ] = "auto",
     probe: Annotated[
         str | None,
         typer.Option(
-            help="Text file, or several with commas between them, for a probe, which tries many budgets on "
-            "every head and shares out the sum of rows by what heads lose. Where there is no preset either, "
-            "it reads an address and code that come with the package."
+            help="Text file, or several with commas between them, for the probe: it tries many budgets on "
+            "every head and gives each row to the head where it reduces the loss most. Default "
+            "without a preset: an address and code that come with the package."
         ),
     ] = None,
-    no_probe: Annotated[bool, typer.Option("--no-probe", help="Treat all heads alike.")] = False,
+    no_probe: Annotated[bool, typer.Option("--no-probe", help="Give all heads equally many rows.")] = False,
     probe_tokens: Annotated[
         int,
         typer.Option(
             min=16,
-            help="Tokens of each of these texts, from its beginning: as many as are to be read, if possible.",
+            help="Tokens of each text of the probe, from its beginning; best as many as the model is going "
+            "to read.",
         ),
     ] = 3072,
     needle_weight: Annotated[
         float,
         typer.Option(
             min=0,
-            help="Weight of numbers hidden in the first of these texts, where each text has 1; 0 for none.",
+            help="Weight of a copy of the first text of the probe with numbers hidden in it, where each "
+            "text has 1; 0 for none.",
         ),
     ] = 0.1,
     fit_bias: Annotated[
-        bool, typer.Option(help="Fit to the probe's texts how much of the attention slots get.")
+        bool, typer.Option(help="Fit a bias of the slots' attention logits to the texts of the probe.")
     ] = True,
     save_preset: Annotated[
         Path | None,
-        typer.Option(help="Folder to write what the probe has found to, for --preset; it must not exist."),
+        typer.Option(help="Folder to save the result of the probe in, for --preset; it must not exist."),
     ] = None,
     gguf_file: Annotated[
         str | None, typer.Option(help="Name of a GGUF file in the folder or repository --model.")
@@ -103,15 +112,15 @@ def convert(
     dtype: Annotated[
         str,
         typer.Option(
-            help="Of the weights: float32, bfloat16, float16, or auto for what the model has, in 16 bits if "
-            "nothing is lost."
+            help="Data type of the weights: float32, bfloat16, float16, or auto: the model's own, or 16 "
+            "bits if that loses nothing."
         ),
     ] = "auto",
 ) -> None:
     """Give a pretrained Llama, Qwen, Mistral or similar model a memory of constant size. Nothing is trained.
 
-    The folder is that of the original with one more field in its config. Use it with [bold]ovq
-    generate[/bold], [bold]ovq context[/bold] or [bold]ovq.convert.load[/bold].
+    The new folder has the weights of the original, and one more field in its config. Use it with [bold]ovq
+    generate[/bold], [bold]ovq chat[/bold], [bold]ovq serve[/bold] or [bold]ovq.convert.load[/bold].
 
     Example: [bold]ovq convert --model HuggingFaceTB/SmolLM2-135M-Instruct --out smol --rows 768[/bold]
     """

@@ -24,22 +24,23 @@ if TYPE_CHECKING:
 def generate(
     model: options.Model,
     prompt: Annotated[
-        str | None, typer.Option(help="Text if the model has a tokenizer, else token ids: '12 7 33'.")
+        str | None,
+        typer.Option(help="The prompt: text if the model has a tokenizer, else token ids such as '12 7 33'."),
     ] = None,
     prompt_file: Annotated[
         str | None, typer.Option(help="Read the prompt from a file; - for standard input.")
     ] = None,
     chat: Annotated[
         bool,
-        typer.Option("--chat", help="The prompt is a user's message: use the tokenizer's chat template."),
+        typer.Option("--chat", help="The prompt is a user's message: apply the tokenizer's chat template."),
     ] = False,
-    context: Annotated[Path | None, typer.Option(help="Continue from a file of ovq context build.")] = None,
+    context: Annotated[
+        Path | None, typer.Option(help="Continue after a document: a file of ovq context build.")
+    ] = None,
     max_new_tokens: Annotated[
-        int, typer.Option(min=0, help="Most tokens to generate; 0 to go on until the text ends.")
+        int, typer.Option(min=0, help="Most tokens to generate; 0 for no limit but an end token.")
     ] = 32,
-    ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="Continue where a text ends, with another one.")
-    ] = False,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end token.")] = False,
     temperature: options.Temperature = 0.0,
     top_k: options.TopK = 0,
     top_p: options.TopP = 1.0,
@@ -48,7 +49,8 @@ def generate(
         float, typer.Option(help="Above 1 makes tokens that have occurred less likely.")
     ] = 1.0,
     num_beams: Annotated[
-        int, typer.Option(min=1, help="Beams of beam search, which prints when it is done.")
+        int,
+        typer.Option(min=1, help="Number of beams; more than 1 for beam search, which prints at the end."),
     ] = 1,
     num_slots: options.Size = None,
     merge: options.Rule = None,
@@ -56,20 +58,22 @@ def generate(
     weight_dtype: options.WeightDtype = None,
     seed: options.Seed = 0,
     json_: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object at the end: text, token ids, why it ended.")
+        bool,
+        typer.Option("--json", help="Print one JSON object at the end: text, token ids, and why it ended."),
     ] = False,
 ) -> None:
     """Generate from a prompt and print tokens as they come.
 
-    However long it runs, it needs only the memory of the model's state: with [bold]--max-new-tokens 0[/bold]
-    a model without full attention goes on until its text ends, or until Ctrl-C.
+    Only the model's state is kept from token to token. With [bold]--max-new-tokens 0[/bold] a model without
+    full attention therefore runs in constant memory until an end token, or until Ctrl-C.
 
     Example: [bold]ovq generate --model runs/ovq --prompt "12 7 33 1 12" --max-new-tokens 1[/bold]
 
     After a document read by [bold]ovq context build[/bold]: [bold]ovq generate --model DIR --context book.ctx
     --prompt "12 7"[/bold]
 
-    By the rule that recalls most: [bold]ovq generate --model DIR --merge nearest --prompt "12 7"[/bold]
+    With the merge rule of the best recall: [bold]ovq generate --model DIR --merge nearest
+    --prompt "12 7"[/bold]
 
     With sampling: [bold]ovq generate --model DIR --prompt-file - --temperature 0.8 --top-p 0.95 <
     prompt.txt[/bold]

@@ -34,32 +34,30 @@ def inspect(
             help="File to read, or - for standard input: text if the model has a tokenizer, else token ids."
         ),
     ] = None,
-    prompt: Annotated[str | None, typer.Option(help="The text itself, in the place of a file.")] = None,
-    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("inspect.html"),
-    figures: Annotated[Path | None, typer.Option(help="Folder for figures as PNG, for papers.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="The text itself, instead of a file.")] = None,
+    out: Annotated[Path, typer.Option(help="HTML page to write.")] = Path("inspect.html"),
+    figures: Annotated[Path | None, typer.Option(help="Folder for figures as PNG.")] = None,
     num_slots: options.Size = None,
     merge: options.Rule = None,
     logn_length: options.LognLength = None,
     layer: Annotated[
         int | None,
-        typer.Option(
-            min=0, help="Layer to show first, and in figures; the highest one with slots if not given."
-        ),
+        typer.Option(min=0, help="Layer shown first, and in figures; default: the highest one with slots."),
     ] = None,
     head: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Head to show first, and in figures; the one that reads most from slots if not given."
+            min=0, help="Query head shown first, and in figures; default: the one that attends most to slots."
         ),
     ] = None,
     max_tokens: Annotated[
-        int, typer.Option(min=1, max=16_384, help="Tokens to read; the rest of the text is left out.")
+        int, typer.Option(min=1, max=16_384, help="Tokens to read, from the beginning of the text.")
     ] = 4096,
     reads: Annotated[
-        int, typer.Option(min=1, max=64, help="How many of the weights of each query to keep.")
+        int, typer.Option(min=1, max=64, help="Largest attention weights to show per query.")
     ] = 8,
 ) -> None:
-    """Let a model read a text, and show what its dictionaries keep exactly, what they blur, what is read.
+    """Let a model read a text, and show which tokens it keeps exactly, which it merges, and where it attends.
 
     The page is one file and needs no network: open it in a browser. It shows the first --max-tokens tokens.
 

@@ -15,15 +15,16 @@ from ovq.plugins import from_laboratory
 
 
 def memory(
-    config: Annotated[str, typer.Option(help="Folder of a saved model, or a recipe.")],
-    lengths: Annotated[str, typer.Option(help="Numbers of tokens.")] = "1024,4096,16384,65536,262144",
+    config: Annotated[str, typer.Option(help="Folder of a trained model, or a recipe such as recall-ovq.")],
+    lengths: Annotated[
+        str, typer.Option(help="Numbers of tokens, with commas between them.")
+    ] = "1024,4096,16384,65536,262144",
     num_slots: options.Size = None,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Show how many bytes one sequence takes, and what it would take with full attention.
+    """Show the bytes of the state of one sequence, and of the KV cache that full attention would need.
 
-    The model it is compared with has full attention in its long-range layers and is otherwise the same;
-    nothing is run.
+    The compared model has full attention in its long-range layers and is otherwise the same; nothing is run.
 
     Example: [bold]ovq memory --config recall-ovq --lengths 4096,65536 --num-slots 1024[/bold]
     """

@@ -64,9 +64,9 @@ def _verbosity(name: str, set_it: Callable[[], None], about: str) -> Any:
     )
 
 
-Quiet = Annotated[bool, _verbosity("quiet", set_quiet, "Show no progress.")]
+Quiet = Annotated[bool, _verbosity("quiet", set_quiet, "Print no progress.")]
 Verbose = Annotated[
-    bool, _verbosity("verbose", set_verbose, "Show what libraries log, and where an error comes from.")
+    bool, _verbosity("verbose", set_verbose, "Show the logs of libraries, and a traceback for errors.")
 ]
 Import = Annotated[
     list[str],
@@ -76,40 +76,49 @@ Import = Annotated[
         callback=_import,
         is_eager=True,
         expose_value=False,
-        help="Import a module of yours first, which registers tasks or mixers; can be given several times.",
+        help="Import this module of yours first: it registers tasks or mixers; can be given several times.",
     ),
 ]
 EVERYWHERE = ("quiet", "verbose", "imports")
 
 Model = Annotated[Path, typer.Option(help="Folder of a trained or converted model.")]
-Size = Annotated[int | None, typer.Option(min=1, help="Another size of the dictionary.")]
+Size = Annotated[int | None, typer.Option(min=1, help="Slots per head, instead of the model's own number.")]
 Rule = Annotated[
     str | None,
-    typer.Option(callback=check_rule, help="Another merge rule, on the same weights; nearest recalls most."),
+    typer.Option(
+        callback=check_rule,
+        help="Merge rule, instead of the model's own: existing (the paper's), updated, or nearest "
+        "(best recall).",
+    ),
 ]
 LognLength = Annotated[
     int | None,
     typer.Option(
-        min=2, help="Scale logits beyond this many tokens, best those of the training texts (log-n scaling)."
+        min=2,
+        help="Log-n scaling: scale attention logits beyond this many tokens, best the length of the "
+        "training texts.",
     ),
 ]
 WeightDtype = Annotated[
     str | None,
     typer.Option(
         callback=_check_weight_dtype,
-        help="Format of a converted model's weights on a CPU: float32, bfloat16, int8 or int4; that of the "
-        "file if not given.",
+        help="Data type of a converted model's weights on a CPU: float32, bfloat16, int8 or int4; "
+        "default: as saved.",
     ),
 ]
-Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")]
-TopK = Annotated[int, typer.Option(min=0, help="Sample from this many of the likeliest tokens; 0: all.")]
-TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens with this total probability.")]
-MinP = Annotated[
-    float, typer.Option(help="Sample from tokens at least this share as likely as the likeliest.")
+Temperature = Annotated[
+    float, typer.Option(min=0.0, help="Sampling temperature; 0 always takes the most likely token.")
 ]
-Seed = Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the sampling.")]
+TopK = Annotated[int, typer.Option(min=0, help="Sample from this many of the most likely tokens; 0 for all.")]
+TopP = Annotated[float, typer.Option(help="Sample from the most likely tokens with this total probability.")]
+MinP = Annotated[
+    float, typer.Option(help="Sample from tokens with at least this fraction of the highest probability.")
+]
+Seed = Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Random seed of the sampling.")]
 SlotSeed = Annotated[
-    int, typer.Option(min=0, max=LARGEST_SEED, help='Seed of the slots, in models with init="random".')
+    int,
+    typer.Option(min=0, max=LARGEST_SEED, help='Random seed of the slots, for models with init="random".'),
 ]
 
 

@@ -27,41 +27,50 @@ def serve(
     context: Annotated[
         list[str] | None,
         typer.Option(
-            help="File of ovq context build that requests may name: NAME=FILE, or FILE for its name without "
-            "ending. May be repeated."
+            help="File of ovq context build for requests to name: NAME=FILE, or FILE for its name without "
+            "the ending; can be given several times."
         ),
     ] = None,
     name: Annotated[
-        str | None, typer.Option(help="What requests call the model; the folder's name if not given.")
+        str | None, typer.Option(help="Name of the model in requests; default: that of its folder.")
     ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all machines.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines connect.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for a free one.")] = 8000,
     api_key_file: Annotated[
         Path | None,
-        typer.Option(help=f"File with a key that clients must send; {_KEY_VARIABLE} does the same."),
+        typer.Option(
+            help="File with the API key that clients must send, instead of the environment variable "
+            f"{_KEY_VARIABLE}."
+        ),
     ] = None,
-    max_rows: Annotated[int, typer.Option(min=1, help="Answers generated at the same time.")] = 32,
-    max_queue: Annotated[int, typer.Option(min=1, help="Prompts that may wait for their turn.")] = 256,
-    max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Longest prompt.")] = 65_536,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 4096,
-    max_body: Annotated[int, typer.Option(min=1, help="Largest request in MiB, without uploads.")] = 8,
+    max_rows: Annotated[int, typer.Option(min=1, help="Most answers generated at the same time.")] = 32,
+    max_queue: Annotated[int, typer.Option(min=1, help="Most prompts and documents that wait.")] = 256,
+    max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a prompt.")] = 65_536,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 4096,
+    max_body: Annotated[int, typer.Option(min=1, help="Largest request in MiB, except uploads.")] = 8,
     max_upload: Annotated[int, typer.Option(min=1, help="Largest uploaded context in MiB.")] = 1024,
-    max_contexts: Annotated[int, typer.Option(min=1, help="Contexts that are kept.")] = 64,
-    timeout: Annotated[float, typer.Option(help="Seconds after which a request is given up.")] = 600.0,
+    max_contexts: Annotated[int, typer.Option(min=1, help="Most contexts kept.")] = 64,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds until a request that is not answered is ended.")
+    ] = 600.0,
     read_timeout: Annotated[
-        float, typer.Option(help="Seconds in which a request must have come, without uploads.")
+        float, typer.Option(help="Seconds in which a request must arrive, except uploads.")
     ] = 60.0,
     prefix_cache: Annotated[
         int,
         typer.Option(
-            min=0, help="MiB of states kept, so that chats are not read from their beginning; 0: none."
+            min=0,
+            help="MiB of cached states, so that the common beginning of prompts is read once; 0 for none.",
         ),
     ] = 512,
     step_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens of prompts that are read between two steps of answers.")
+        int,
+        typer.Option(min=1, help="Tokens of prompts read between two decode steps of the running answers."),
     ] = 512,
     shutdown_seconds: Annotated[
-        int, typer.Option(min=0, help="Seconds that running answers get when the server is told to end.")
+        int, typer.Option(min=0, help="Seconds for running answers to finish after Ctrl-C or SIGTERM.")
     ] = 30,
     num_slots: options.Size = None,
     merge: options.Rule = None,
@@ -75,7 +84,7 @@ def serve(
     [bold]curl localhost:8000/v1/completions -H 'Content-Type: application/json' -d '{"model": "lm",
     "prompt": "Who", "context": "book"}'[/bold]
 
-    Ctrl-C or SIGTERM lets running answers end first. See docs/use/serving.md.
+    After Ctrl-C or SIGTERM, running answers are completed first. See docs/use/serving.md.
     """
     for option, seconds in (("--timeout", timeout), ("--read-timeout", read_timeout)):
         if not 0 < seconds < math.inf:
