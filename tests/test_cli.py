@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import shlex
 import subprocess
 import sys
 
@@ -63,19 +64,22 @@ def test_train_does_what_it_is_told(trained):
 
 
 def test_train_resumes(trained, capsys, tmp_path):
-    RunConfig.load(trained).save(tmp_path)
-    (trained / "checkpoint-2").rename(tmp_path / "checkpoint-2")
+    # A shell would split this name, and rich would take a part of it for a style.
+    folder = tmp_path / "my [bold]run"
+    folder.mkdir()
+    RunConfig.load(trained).save(folder)
+    (trained / "checkpoint-2").rename(folder / "checkpoint-2")
     try:
-        out = run(capsys, "train", "--resume", "--out", tmp_path)
+        out = run(capsys, "train", "--resume", "--out", folder)
     finally:
-        (tmp_path / "checkpoint-2").rename(trained / "checkpoint-2")
-    assert "Saved the model" in out
+        (folder / "checkpoint-2").rename(trained / "checkpoint-2")
+    assert f"Saved the model and its configuration in {folder}. " in out
     # What is suggested can be pasted, and tests the rule that recalls most, too.
-    command = out.split("Test it: ovq ")[1].split()
-    assert command == ["eval", "--model", str(tmp_path), "--merge", "existing,nearest"]
+    command = shlex.split(out.split("Test it: ovq ")[1])
+    assert command == ["eval", "--model", str(folder), "--merge", "existing,nearest"]
     rules = [row["merge"] for row in json.loads(run(capsys, *command, "--lengths", 24, "--json"))["rows"]]
     assert rules == ["existing", "nearest"]
-    ours = OVQForCausalLM.from_pretrained(tmp_path).state_dict()
+    ours = OVQForCausalLM.from_pretrained(folder).state_dict()
     for name, weight in OVQForCausalLM.from_pretrained(trained).state_dict().items():
         assert torch.equal(ours[name], weight)
 
@@ -407,6 +411,10 @@ def loaded_by(*arguments):
 def test_help_imports_nothing_heavy():
     assert loaded_by("--help") == []
     assert loaded_by("train", "--help") == []
+    # Neither does a mistake that needs no measurement to be seen.
+    assert loaded_by("bench", "--what", "speed") == []
+    # A figure's title is known without its evaluations, which need transformers.
+    assert not {"transformers", "accelerate"} & set(loaded_by("reproduce", "--list"))
     # The control: the check does see heavy modules.
     assert "torch" in loaded_by("memory", "--config", "no")
 

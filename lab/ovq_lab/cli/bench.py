@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ovq.cli.common import check_folder, out_console, parse_ints, read_text
+from ovq.cli.common import check_folder, flag_of, out_console, parse_ints, read_text
 from ovq.cli.loading import is_converted as has_memory
 from ovq.cli.loading import load_tokenizer
+from ovq.cli.options import Json
 from ovq.prompts import encode
+from ovq_lab.bench import PARTS
 from ovq_lab.cli import dictionaries
 
 if TYPE_CHECKING:
@@ -84,9 +86,7 @@ def bench(
         str | None,
         typer.Option(help="Python interpreter of an environment with openvino-genai; default: this one."),
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the report as JSON instead of tables.")
-    ] = False,
+    as_json: Json = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     out: Annotated[Path, typer.Option(help="Folder for bench.json and bench.png.")] = Path("bench-out"),
 ) -> None:
@@ -116,6 +116,10 @@ def bench(
     is_model, is_converted = kinds == ["model"], kinds == ["converted"]
     if len(kinds) > 1 and {"model", "converted"} & set(kinds):
         raise ValueError(f"--what: expected model or converted alone, found {what}")
+    dtype_names = [name.strip() for name in dtypes.split(",")]
+    _check_names("--dtypes", dtype_names, ("float32", "bfloat16"))
+    if not (is_model or is_converted):
+        _check_names("--what", kinds, PARTS)
     if lengths is None:
         lengths = _TRAINED if is_model else _READ if is_converted else _LENGTHS
     at_lengths = sorted({*parse_ints(lengths, flag="--lengths"), *([131072] if long else [])})
@@ -123,21 +127,19 @@ def bench(
     check_folder("--out", out)
     if device not in ("cpu", "cuda"):
         raise ValueError(f"--device: expected cpu or cuda, found {device!r}")
+    peers = {"gguf": gguf, "llama_cpp": llama_cpp, "openvino": openvino, "genai": genai}
     if is_converted:
-        peers = {"gguf": gguf, "llama_cpp": llama_cpp, "openvino": openvino, "genai": genai}
         suite_of_peers = _pretrained_suite(model, text, peers, at_lengths)
         from ovq_lab.bench.pretrained_suite import run_pretrained
 
         _measure(partial(run_pretrained, suite_of_peers), out, as_json=as_json)
         return
-    own = {"--model": model, "--text": text, "--gguf": gguf, "--llama-cpp": llama_cpp}
-    for flag, found in (own | {"--openvino": openvino, "--genai": genai}).items():
+    for name, found in {"model": model, "text": text, **peers}.items():
         if found is not None:
-            raise ValueError(f"{flag}: expected none without --what converted, found {found}")
-    from ovq_lab.bench.model_suite import ModelSuite, run_models
-    from ovq_lab.bench.suite import PARTS, Suite, run_suite
-
+            raise ValueError(f"{flag_of(name)}: expected none without --what converted, found {found}")
     if is_model:
+        from ovq_lab.bench.model_suite import ModelSuite, run_models
+
         if device != "cpu":
             raise ValueError(f"--device: expected cpu with --what model, found {device}")
         models_suite = ModelSuite(
@@ -148,11 +150,13 @@ def bench(
         )
         _measure(partial(run_models, models_suite), out, as_json=as_json)
         return
+    from ovq_lab.bench.suite import Suite, run_suite
+
     parts = [name for name in PARTS if device == "cpu" or name != "stream"]
     suite = Suite(
         parts=kinds or parts,
         lengths=at_lengths,
-        dtypes=[name.strip() for name in dtypes.split(",")],
+        dtypes=dtype_names,
         **tested,
         chunk_size=chunk_size,
         num_heads=num_heads,
@@ -160,6 +164,11 @@ def bench(
         device=device,
     )
     _measure(partial(run_suite, suite), out, as_json=as_json)
+
+
+def _check_names(flag: str, found: list[str], allowed: tuple[str, ...]) -> None:
+    if unknown := [name for name in found if name not in allowed]:
+        raise ValueError(f"{flag}: expected some of {', '.join(allowed)}, found {', '.join(unknown)}")
 
 
 def _pretrained_suite(
@@ -178,7 +187,7 @@ def _pretrained_suite(
         if (path := peers[name]) is not None and not is_there(path):
             raise ValueError(f"--{name}: expected {kind}, found none at {path}")
     for name, beside in (("llama_cpp", "gguf"), ("genai", "openvino")):
-        flag, python = "--" + name.replace("_", "-"), peers[name]
+        flag, python = flag_of(name), peers[name]
         if python is not None and shutil.which(python) is None:
             raise ValueError(f"{flag}: expected an interpreter of Python, found none at {python}")
         if python is not None and peers[beside] is None:
@@ -227,5 +236,4 @@ def _measure(run: Callable[[WorkReporter], dict], out: Path, *, as_json: bool) -
     for sentence in sentences(report):
         out_console.print(sentence, highlight=False)
     written = ", ".join(str(path) for path in (out / "bench.json", *paths))
-    # Paths stay on one line, so that they can be copied.
-    out_console.print(f"Wrote {written}", highlight=False, soft_wrap=True)
+    typer.echo(f"Wrote {written}")

@@ -71,7 +71,7 @@ def reproduce(
         from ovq_lab.figures.redraw import redraw
 
         for path in redraw(draw):
-            out_console.print(f"Wrote {path}", soft_wrap=True)
+            typer.echo(f"Wrote {path}")
         return
     if (names and all_) or not (names or all_ or list_ or report or tables):
         raise ValueError(
@@ -119,19 +119,19 @@ def reproduce(
                     f"Wrote {out / 'rows' / figure.name}.json and {out / 'figures' / figure.name}.png"
                 )
     if report:
-        out_console.print(f"Wrote {write_report(out)}", soft_wrap=True)
+        typer.echo(f"Wrote {write_report(out)}")
     if tables:
         from ovq_lab.figures.tables import update_tables
 
         changed = update_tables(tables)
         for path in tables:
-            out_console.print(f"Wrote {path}" if path in changed else f"{path} is up to date", soft_wrap=True)
+            typer.echo(f"Wrote {path}" if path in changed else f"{path} is up to date")
 
 
 def _print_list(figures: list[Any], *, num_seeds: int) -> None:
     from rich.table import Table
 
-    from ovq_lab.figures.engine import count_runs
+    from ovq_lab.figures.plan import count_runs
 
     table = Table(title="Figures")
     table.add_column("name", no_wrap=True)

@@ -286,11 +286,3 @@ def _rows(line: Line, job: RunJob) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def count_runs(figure: Figure, num_seeds: int) -> int:
-    """Largest number of models that a figure trains if none is finished yet."""
-    num_models = len({run_name(line.config) for line in figure.lines})
-    num_trials = {run_name(line.swept): len(figure.trials_of(line)) for line in figure.lines}
-    # The first seed of the chosen trial is trained anyway.
-    return num_models * num_seeds + sum(max(0, num - 1) for num in num_trials.values())

@@ -1,6 +1,7 @@
 """Evaluations of trained models: accuracy on synthetic tasks, loss on held-out text, needles hidden in text.
 
-Each kind is a class, with the fields that identify it and the function of `ovq_lab.eval` that it calls.
+Each kind is a class, with the fields that identify it and the function of `ovq_lab.eval` that it calls. That
+function is imported with transformers when it is called, so that figures can be listed without.
 """
 
 from __future__ import annotations
@@ -13,21 +14,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-
-from ovq.hf import OVQForCausalLM
 from ovq.runtime.progress import WorkReporter
-from ovq_lab.eval.accuracy import evaluate
-from ovq_lab.eval.language import evaluate_language
-from ovq_lab.eval.needle import NeedleRow, evaluate_needle
-from ovq_lab.eval.reading import token_bytes
 from ovq_lab.figures.digests import described, digest
 from ovq_lab.plots.language import octave_losses
 from ovq_lab.tasks import Task
 from ovq_lab.text import Corpus, TextSource, load_corpus
 from ovq_lab.text.haystack import NeedleBuilder, essay_texts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ovq.hf import OVQForCausalLM
+    from ovq_lab.eval.needle import NeedleRow
 
 _LOSS_FIELDS = (
     *("mixer", "num_slots", "merge", "logn_length", "length", "loss", "bits_per_byte", "state_bytes"),
@@ -210,6 +210,8 @@ class TaskEvaluation(Evaluation):
 
     def evaluate(self, model: OVQForCausalLM, folder: Path, reporter: WorkReporter) -> dict[str, Any]:
         """The fields of a `ResultRow`."""
+        from ovq_lab.eval.accuracy import evaluate
+
         [row] = evaluate(
             model,
             self.task,
@@ -275,6 +277,11 @@ class LossEvaluation(_TextEvaluation):
 
     def evaluate(self, model: OVQForCausalLM, folder: Path, reporter: WorkReporter) -> dict[str, Any]:
         """The fields of a `LanguageRow`, except the many losses of single windows."""
+        from transformers import AutoTokenizer
+
+        from ovq_lab.eval.language import evaluate_language
+        from ovq_lab.eval.reading import token_bytes
+
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         corpus = self._windows(tokenizer)
         [row] = evaluate_language(
@@ -338,6 +345,10 @@ class _HiddenValues(_TextEvaluation):
         depths: Sequence[float],
     ) -> list[NeedleRow]:
         """Scores at each depth."""
+        from transformers import AutoTokenizer
+
+        from ovq_lab.eval.needle import evaluate_needle
+
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         return evaluate_needle(
             model,

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from ovq.hf import OVQForCausalLM
 from ovq.ops.options import BEST_MERGE
 from ovq.runtime.progress import WorkReporter
-from ovq_lab.eval.kept import NUM_PARTS, evaluate_kept
 from ovq_lab.eval.rows import model_label
 from ovq_lab.figures.evaluations import TaskEvaluation
 from ovq_lab.figures.plan import Figure, Line, Panel
 from ovq_lab.figures.presets import Preset
 from ovq_lab.plots.kept import kept_figure
 from ovq_lab.tasks import RecallTask
+
+if TYPE_CHECKING:
+    from ovq.hf import OVQForCausalLM
 
 _RULES = ("existing", BEST_MERGE)
 _LENGTH_FACTORS = (4, 16)
@@ -30,6 +31,8 @@ class KeptEvaluation(TaskEvaluation):
 
     def evaluate(self, model: OVQForCausalLM, folder: Path, reporter: WorkReporter) -> dict[str, Any]:
         """The fields of a `KeptRow`."""
+        from ovq_lab.eval.kept import evaluate_kept
+
         assert isinstance(self.task, RecallTask), "other tasks have no pairs"
         assert self.num_slots is not None, "the figure says how many"
         assert self.merge is not None, "the figure says which"
@@ -61,7 +64,6 @@ def kept(preset: Preset) -> Figure:
             lines.append(Line(label=label, config=config, evaluations=tuple(evaluations)))
     longest = max(lengths)
     part = f"{longest} tokens: by sixteenth of the context"
-    assert NUM_PARTS == 16, "the titles of panels say so"
     return Figure(
         name="kept",
         title=f"What is kept of basic recall, trained with {trained} slots by the paper's rule",

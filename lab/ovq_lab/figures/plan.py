@@ -190,3 +190,11 @@ def is_same_run(config: RunConfig, other: RunConfig) -> bool:
     """Whether two configurations agree in all fields that affect the outcome."""
     fields = {name: getattr(other.train, name) for name in WITHOUT_EFFECT}
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **fields)) == other
+
+
+def count_runs(figure: Figure, num_seeds: int) -> int:
+    """Largest number of models that a figure trains if none is finished yet."""
+    num_models = len({run_name(line.config) for line in figure.lines})
+    num_trials = {run_name(line.swept): len(figure.trials_of(line)) for line in figure.lines}
+    # The first seed of the chosen trial is trained anyway.
+    return num_models * num_seeds + sum(max(0, num - 1) for num in num_trials.values())

@@ -5,10 +5,9 @@ import dataclasses
 import pytest
 
 from ovq.ops.options import CURRENT_MERGES
-from ovq_lab.figures.engine import count_runs
 from ovq_lab.figures.evaluations import LossEvaluation, NeedleEvaluation, TaskEvaluation
 from ovq_lab.figures.figures import FIGURES, get_figure
-from ovq_lab.figures.plan import Line, Trial, is_same_run, run_name, with_seed, with_trial
+from ovq_lab.figures.plan import Line, Trial, count_runs, is_same_run, run_name, with_seed, with_trial
 from ovq_lab.figures.presets import PRESETS
 from ovq_lab.mixers import MIXERS
 from ovq_lab.tasks import RecallTask
