@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -9,15 +10,15 @@ from typing import Annotated
 
 import typer
 
-from ovq.cli.common import check_folder, check_model_path, out_console
-from ovq.fields import LARGEST_SEED
+from ovq.cli.common import check_folder, check_model_path
+from ovq.cli.options import seed_option
 
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for results, figures and the OVQ model.")] = Path(
         "demo-out"
     ),
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of weights and data.")] = 0,
+    seed: Annotated[int, seed_option("Random seed of weights and data.")] = 0,
     quick: Annotated[
         bool,
         typer.Option(
@@ -43,9 +44,7 @@ def demo(
     run_demo(out, seed=seed, is_quick=quick)
     # `make demo` runs it in an environment that may not be active.
     program = "ovq" if shutil.which("ovq") else sys.argv[0]
-    out_console.print(
-        f"Next, twice as long: {program} eval --model {out / 'ovq'} --merge nearest --num-slots 1024 "
-        "--lengths 8192",
-        soft_wrap=True,
-        highlight=False,
+    model = shlex.quote(str(out / "ovq"))
+    typer.echo(
+        f"Next, twice as long: {program} eval --model {model} --merge nearest --num-slots 1024 --lengths 8192"
     )

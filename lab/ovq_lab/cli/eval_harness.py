@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ovq.cli import options
-from ovq.cli.common import check_folder, out_console, parse_ints
+from ovq.cli.common import check_folder, parse_ints
 from ovq.cli.loading import check_any_folder, load_any_model
 from ovq_lab.cli.results import text_tokenizer
 
@@ -37,7 +37,7 @@ def harness(
         str | None, typer.Option(help="Lengths of the tasks of RULER in tokens, with commas between them.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for harness.json, with all samples.")] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    json_: options.Json = False,
 ) -> None:
     """Run tasks of the lm-evaluation-harness (pip install './lab\\[harness]').
 
@@ -82,4 +82,4 @@ def harness(
 
     from lm_eval.utils import make_table
 
-    out_console.print(make_table(results), highlight=False, soft_wrap=True)
+    typer.echo(make_table(results))

@@ -9,7 +9,7 @@ import typer
 
 from ovq.cli.common import check_folder, parse_ints
 from ovq.cli.loading import check_any_folder, is_own, load_any_model
-from ovq.cli.options import LognLength
+from ovq.cli.options import Json, LognLength
 from ovq_lab.cli import corpus, dictionaries
 from ovq_lab.cli.results import Models, PieceSize, model_names, show_results, text_tokenizer
 
@@ -40,7 +40,7 @@ def language(
     ] = 1024,
     piece_size: PieceSize = 2048,
     out: Annotated[Path | None, typer.Option(help="Folder for lm.json, loss.png and chunk.png.")] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    json_: Json = False,
 ) -> None:
     """Measure loss by position in long documents and in chunks, bits per byte, speed, and bytes of state.
 

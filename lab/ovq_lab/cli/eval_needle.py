@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ovq.cli.common import check_folder, parse_ints
+from ovq.cli.common import check_folder, flag_of, parse_ints
 from ovq.cli.loading import check_any_folder, load_any_model
-from ovq.cli.options import LognLength
+from ovq.cli.options import Json, LognLength
 from ovq_lab.cli import corpus, dictionaries
 from ovq_lab.cli.results import Models, PieceSize, model_names, show_results, text_tokenizer
 
@@ -50,7 +50,7 @@ def needle(
     out: Annotated[
         Path | None, typer.Option(help="Folder for needle.json and heat maps needle_*.png.")
     ] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    json_: Json = False,
 ) -> None:
     """Hide a sentence in a long text and ask for it, by length and depth.
 
@@ -70,8 +70,7 @@ def needle(
     if haystack != "essay":
         for name, option in {"dataset": dataset, **chosen}.items():
             if option is not None:
-                flag = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{flag}: expected only with --haystack essay, found {option!r}")
+                raise ValueError(f"{flag_of(name)}: expected only with --haystack essay, found {option!r}")
     for folder in model:
         check_any_folder(folder)
     check_folder("--out", out)

@@ -12,7 +12,7 @@ import typer
 
 from ovq.cli.common import given_options, out_console, parse_ints
 from ovq.cli.loading import check_model_folder, load_model
-from ovq.cli.options import LognLength
+from ovq.cli.options import Json, LognLength
 from ovq_lab.cli import dictionaries, eval_harness, eval_lm, eval_needle
 
 app = typer.Typer(invoke_without_command=True, subcommand_metavar="[lm|needle|harness]")
@@ -33,7 +33,7 @@ def evaluate(
     logn_length: LognLength = None,
     examples: Annotated[int, typer.Option(min=1, help="Examples per length.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the test data.")] = 0,
-    json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    json_: Json = False,
 ) -> None:
     """Test a model on the synthetic task it was trained on.
 

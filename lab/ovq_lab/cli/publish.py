@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ovq.cli.common import check_new_folder, out_console
+from ovq.cli.common import check_new_folder
 from ovq.cli.loading import check_model_folder, load_model, load_tokenizer
 
 if TYPE_CHECKING:
@@ -85,12 +86,9 @@ def publish(
             )
     if is_edited:
         to_add = " Results to add to it:" if tables else ""
-        out_console.print(f"{card} was edited and is copied as it is.{to_add}", soft_wrap=True)
-        out_console.print(tables, highlight=False, markup=False, soft_wrap=True)
-    # Paths and commands stay on one line, so that they can be copied.
-    out_console.print(
-        f"Made {out}. Upload it: hf upload YOU/{out.resolve().name} {out}", soft_wrap=True, highlight=False
-    )
+        typer.echo(f"{card} was edited and is copied as it is.{to_add}\n{tables}")
+    names = [shlex.quote(name) for name in (f"YOU/{out.resolve().name}", str(out))]
+    typer.echo(f"Made {out}. Upload it: hf upload {' '.join(names)}")
 
 
 def _config(model: Path) -> RunConfig:

@@ -54,8 +54,7 @@ def show_results(
     for table in tables:
         console.print(table)
     if paths:
-        # Paths stay on one line, so that they can be copied.
-        console.print(f"Wrote {', '.join(map(str, paths))}", soft_wrap=True, highlight=False)
+        typer.echo(f"Wrote {', '.join(map(str, paths))}")
 
 
 def text_tokenizer(folder: Path) -> Any:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ovq.cli.common import check_folder, check_model_path, out_console
+from ovq.cli.common import check_folder, check_model_path
 
 if TYPE_CHECKING:
     from ovq_lab.tasks import Task
@@ -108,7 +109,7 @@ def train(
 
     if resume and loop.has_ended(out):
         if is_first_process():
-            out_console.print(f"{out}: the run has ended, and nothing is left to do.", soft_wrap=True)
+            typer.echo(f"{out}: the run has ended, and nothing is left to do.")
         return
 
     keep_freed_memory()
@@ -122,12 +123,10 @@ def train(
         config = RunConfig.load(out)
         save_run_card(model, config, out, picture=_draw_losses(config, out))
         is_text = config.task.name == TextTask.name
-        # Paths and commands stay on one line, so that they can be copied.
-        test = f"ovq eval {'lm ' if is_text else ''}--model {out}"
-        out_console.print(
+        test = f"ovq eval {'lm ' if is_text else ''}--model {shlex.quote(str(out))}"
+        typer.echo(
             f"Saved the model and its configuration in {out}. "
-            f"Test it: {test}{_modules_to_import(config)}{_rules_to_test(config)}",
-            soft_wrap=True,
+            f"Test it: {test}{_modules_to_import(config)}{_rules_to_test(config)}"
         )
 
 

@@ -11,13 +11,18 @@ import typer
 from rich.console import Console
 
 out_console = Console()
-"""Results go to standard output; progress and errors go to standard error."""
+"""For tables on standard output. Lines with paths are printed by `typer.echo`, which does not wrap them."""
 
 
 def given_options(context: typer.Context) -> set[str]:
     """Names of the options given on the command line, even if with their default values."""
     sources = {name: context.get_parameter_source(name) for name in context.params}
     return {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
+
+
+def flag_of(name: str) -> str:
+    """The option of a parameter: `"--num-slots"` for `"num_slots"`."""
+    return f"--{name.replace('_', '-')}"
 
 
 def parse_ints(text: str, *, flag: str) -> list[int]:

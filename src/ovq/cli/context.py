@@ -66,16 +66,13 @@ def build(
         context = build_context(loaded, ids, prefill_chunk_size=prefill_chunk_size, progress=work.update)
     save_context(context, out)
     size = format_bytes(out.stat().st_size)
-    # A path broken over two lines could not be copied.
-    out_console.print(
-        f"Saved what the model remembers of {len(ids)} tokens in {out} ({size}).", soft_wrap=True
-    )
+    typer.echo(f"Saved what the model remembers of {len(ids)} tokens in {out} ({size}).")
 
 
 @app.command("info")
 def info(
     file: Annotated[Path, typer.Argument(help="A file that ovq context build has written.")],
-    json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    json_: options.Json = False,
 ) -> None:
     """Describe a saved context, layer by layer; the model is not needed.
 
@@ -102,9 +99,7 @@ def info(
 
     from ovq.runtime.units import format_bytes
 
-    # A path broken over two lines could not be copied.
-    size = format_bytes(found.nbytes)
-    out_console.print(f"{file}: what is kept of {found.num_tokens:,} tokens, {size}", soft_wrap=True)
+    typer.echo(f"{file}: what is kept of {found.num_tokens:,} tokens, {format_bytes(found.nbytes)}")
     table = Table()
     table.add_column("layer", justify="right")
     table.add_column("mixer", no_wrap=True)
@@ -126,10 +121,7 @@ def info(
             ]
         table.add_row(*cells)
     out_console.print(table)
-    out_console.print(
-        f"Of a model in {found.dtype.removeprefix('torch.')} with weights of SHA-256 {found.weights}.",
-        soft_wrap=True,
-    )
+    typer.echo(f"Of a model in {found.dtype.removeprefix('torch.')} with weights of SHA-256 {found.weights}.")
 
 
 def _layers(found: ContextInfo) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ovq.cli.common import check_new_folder, given_options, out_console, read_text
+from ovq.cli.common import check_new_folder, flag_of, given_options, read_text
 from ovq.cli.pretrained import DTYPES, load_pretrained
 from ovq.cli.probing import probed
 
@@ -131,8 +131,7 @@ def convert(
         given.discard("preset")
     for name, others in _REPLACED.items():
         if name in given and (found := [other for other in others if other in given]):
-            flag, without = (f"--{option.replace('_', '-')}" for option in (name, found[0]))
-            raise ValueError(f"{without}: expected none with {flag}, found one")
+            raise ValueError(f"{flag_of(found[0])}: expected none with {flag_of(name)}, found one")
     texts = {} if probe is None else _read_texts(probe)
     check_new_folder("--out", out)
     if save_preset is not None:
@@ -198,11 +197,9 @@ def convert(
     card = converted_card(converted, original=model, name=out.name, how=how)
     _save(converted, tokenizer, card, out)
     average = converted.memory_config.rows_per_head
-    out_console.print(
+    typer.echo(
         f"Saved a model that keeps {average:.0f} rows per head on average in {out}. Next:\n"
-        f"ovq generate --model {shlex.quote(str(out))} {_prompt(tokenizer)}",
-        soft_wrap=True,
-        highlight=False,
+        f"ovq generate --model {shlex.quote(str(out))} {_prompt(tokenizer)}"
     )
 
 

@@ -122,8 +122,15 @@ def generate(
         )
     tokens: Iterable[int]
     if num_beams > 1:
-        size: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
-        tokens = _search(loaded, ids, document, eos_token_id=ends, **size, **sampling.options)
+        tokens = _search(
+            loaded,
+            ids,
+            document,
+            max_new_tokens=max_new_tokens,
+            num_beams=num_beams,
+            eos_token_id=ends,
+            **sampling.options,
+        )
     else:
         stream = stream_tokens(
             loaded,

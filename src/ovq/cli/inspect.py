@@ -107,12 +107,8 @@ def inspect(
         written += map(str, save_figures(found, figures, layer=layer, head=head))
     out_console.print(_table(found))
     if found.num_given > found.num_tokens:
-        out_console.print(
-            f"Read the first {found.num_tokens:,} of {found.num_given:,} tokens (--max-tokens).",
-            highlight=False,
-        )
-    # A path broken over two lines could not be copied.
-    out_console.print(f"Wrote {', '.join(written)}", soft_wrap=True, highlight=False)
+        typer.echo(f"Read the first {found.num_tokens:,} of {found.num_given:,} tokens (--max-tokens).")
+    typer.echo(f"Wrote {', '.join(written)}")
 
 
 def _check_view(model: Path, config: PreTrainedConfig, layer: int | None, head: int | None) -> list[int]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ovq.cli.common import flag_of
 from ovq.runtime.files import read_json
 
 if TYPE_CHECKING:
@@ -82,10 +83,8 @@ def load_model(
         # transformers silently continues without a generation config that it cannot read.
         _read_object(generation)
     from ovq.hf import OVQForCausalLM
-    from ovq.hf.hub import check_loaded
 
-    model, report = _with_report(OVQForCausalLM, folder, config)
-    check_loaded(folder, report)
+    model = _load_checked(OVQForCausalLM, folder, config)
     _check_end(generation, model.generation_config.eos_token_id)
     if num_slots is not None:
         model.set_num_slots(num_slots)
@@ -179,25 +178,22 @@ def load_any_model(
     config = load_any_config(folder)
     from transformers import AutoModelForCausalLM
 
-    from ovq.hf.hub import check_loaded
-
-    model, report = _with_report(AutoModelForCausalLM, folder, config)
-    check_loaded(folder, report, allow_extra=True)
-    return model.to(_device()).eval()
+    return _load_checked(AutoModelForCausalLM, folder, config, allow_extra=True).to(_device()).eval()
 
 
 def _check_none(what: str, *, hint: str = "", **given: Any) -> None:
     """Raise ValueError, naming the flag, for an option that models of another kind have."""
     for name, found in given.items():
         if found is not None:
-            flag = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{flag}: expected none with {what}, found {found}{hint}")
+            raise ValueError(f"{flag_of(name)}: expected none with {what}, found {found}{hint}")
 
 
-def _with_report(kind: Any, folder: Path, config: PreTrainedConfig) -> tuple[Any, dict[str, Any]]:
-    """A loaded model, and the loading info for `check_loaded`."""
+def _load_checked(kind: Any, folder: Path, config: PreTrainedConfig, *, allow_extra: bool = False) -> Any:
+    """A model whose saved weights are exactly those that it needs, see `check_loaded`."""
+    from ovq.hf.hub import check_loaded
+
     with _naming(folder, "the weights of a saved model"), _quiet():
-        return kind.from_pretrained(
+        model, report = kind.from_pretrained(
             folder,
             config=config,
             local_files_only=True,
@@ -205,6 +201,8 @@ def _with_report(kind: Any, folder: Path, config: PreTrainedConfig) -> tuple[Any
             # `check_loaded` refuses these, and names the weights.
             ignore_mismatched_sizes=True,
         )
+    check_loaded(folder, report, allow_extra=allow_extra)
+    return model
 
 
 def _device() -> str:

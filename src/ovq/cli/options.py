@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ovq.cli.common import flag_of
 from ovq.fields import LARGEST_SEED, did_you_mean
 from ovq.plugins import import_module
 from ovq.runtime.verbosity import set_quiet, set_verbose
@@ -47,6 +48,17 @@ def _check_weight_dtype(found: str | None) -> str | None:
             f"{did_you_mean(found, _WEIGHT_DTYPES)}"
         )
     return found
+
+
+def _check_seed(seed: int) -> int:
+    if not 0 <= seed <= LARGEST_SEED:
+        raise ValueError(f"--seed: expected 0 to {LARGEST_SEED}, found {seed}")
+    return seed
+
+
+def seed_option(about: str) -> Any:
+    """The option `--seed`. Its range is left out of the help, where it would take the room of the texts."""
+    return typer.Option(callback=_check_seed, metavar="N", help=about)
 
 
 def _import(modules: list[str]) -> None:
@@ -115,11 +127,9 @@ TopP = Annotated[float, typer.Option(help="Sample from the most likely tokens wi
 MinP = Annotated[
     float, typer.Option(help="Sample from tokens with at least this fraction of the highest probability.")
 ]
-Seed = Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Random seed of the sampling.")]
-SlotSeed = Annotated[
-    int,
-    typer.Option(min=0, max=LARGEST_SEED, help='Random seed of the slots, for models with init="random".'),
-]
+Seed = Annotated[int, seed_option("Random seed of the sampling.")]
+SlotSeed = Annotated[int, seed_option('Random seed of the slots, for models with init="random".')]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
 def sampling_of(**fields: Any) -> Sampling:
@@ -130,4 +140,4 @@ def sampling_of(**fields: Any) -> Sampling:
         return Sampling(**fields)
     except ValueError as error:
         field, _, what = str(error).partition(":")
-        raise ValueError(f"--{field.replace('_', '-')}:{what}") from None
+        raise ValueError(f"{flag_of(field)}:{what}") from None

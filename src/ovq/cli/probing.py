@@ -104,8 +104,9 @@ def probed(
             config = found_by.config(rows)
             if has_fit:
                 work = reporter.start("probe, biases", total=len(texts))
-                given: dict[str, Any] = {"captures": captures, "progress": work.update}
-                config = fitted_bias(model, ids[: len(texts)], config, **given)
+                config = fitted_bias(
+                    model, ids[: len(texts)], config, captures=captures, progress=work.update
+                )
     measured = {
         "probe": read,
         "needle_weight": needle_weight,
