@@ -71,7 +71,7 @@ def test_a_process_serves_until_it_is_told_to_end(folder, tmp_path, monkeypatch)
         (["--timeout", "0"], "--timeout: expected a finite number above 0, found 0.0"),
         (["--timeout", "inf"], "--timeout: expected a finite number above 0, found inf"),
         (["--read-timeout", "nan"], "--read-timeout: expected a finite number above 0, found nan"),
-        (["--name", " "], "--name: expected what requests call the model, found ' '"),
+        (["--name", " "], "--name: expected a name, found ' '"),
         (["--merge", "best"], "--merge: expected rules among existing"),
         (["--host", "192.0.2.1"], "can listen on, found 192.0.2.1:0"),
     ],

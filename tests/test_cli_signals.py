@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from ovq.cli.signals import Ended, raised
+from ovq.cli.signals import EndedBySignal, raised
 from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq_lab.text import byte_tokenizer
 from tests.convert.common import original
@@ -137,7 +137,9 @@ def work_with_a_destructor_that_is_interrupted(number):
     time.sleep(60)
 
 
-@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Ended)])
+@pytest.mark.parametrize(
+    ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, EndedBySignal)]
+)
 def test_a_signal_that_comes_in_a_destructor_is_not_lost(number, error, capsys):
     hook, handlers = sys.unraisablehook, [signal.getsignal(each) for each in ENDINGS]
     with pytest.raises(error):
@@ -157,7 +159,7 @@ def work_that_is_ended_twice(cleaned):
 
 def test_a_signal_that_is_sent_twice_at_once_lets_the_command_clean_up():
     cleaned = []
-    with pytest.raises(Ended, match="143"):
+    with pytest.raises(EndedBySignal, match="143"):
         work_that_is_ended_twice(cleaned)
     assert cleaned
 

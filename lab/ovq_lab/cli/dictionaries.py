@@ -8,7 +8,7 @@ from typing import Annotated, TypedDict
 import typer
 
 from ovq.cli.common import parse_ints
-from ovq.cli.options import check_rule
+from ovq.cli.options import check_merge_rule
 
 Sizes = Annotated[
     str | None,
@@ -54,5 +54,5 @@ def _parse_rules(texts: Sequence[str]) -> list[str]:
 
     rules = [part.strip() for text in texts for part in text.split(",")]
     for rule in rules:
-        check_rule(rule)
+        check_merge_rule(rule)
     return list(dict.fromkeys(map(current_merge, rules)))

@@ -12,15 +12,15 @@ import typer
 
 from ovq.cli import options
 from ovq.cli.common import check_folder, parse_ints
-from ovq.cli.loading import check_any_folder, load_any_model
+from ovq.cli.loading import check_any_model_folder, load_any_model
 from ovq_lab.cli.results import text_tokenizer
 
 
 def harness(
     model: Annotated[Path, typer.Option(help="Folder of a trained, converted or pretrained model.")],
     tasks: Annotated[str, typer.Option(help="Names of tasks, with commas between them.")],
-    num_slots: options.Size = None,
-    merge: options.Rule = None,
+    num_slots: options.NumSlots = None,
+    merge: options.MergeRule = None,
     logn_length: options.LognLength = None,
     num_fewshot: Annotated[
         int | None, typer.Option(min=0, help="Solved examples before each question.")
@@ -47,7 +47,7 @@ def harness(
     Example: [bold]ovq eval harness --model runs/ovq --tasks piqa,hellaswag,arc_easy --batch-size 8[/bold]
     """
     lengths = None if ruler_lengths is None else parse_ints(ruler_lengths, flag="--ruler-lengths")
-    check_any_folder(model)
+    check_any_model_folder(model)
     check_folder("--out", out)
     names = [name.strip() for name in tasks.split(",")]
 

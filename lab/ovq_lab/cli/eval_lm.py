@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ovq.cli.common import check_folder, parse_ints
-from ovq.cli.loading import check_any_folder, is_own, load_any_model
+from ovq.cli.loading import check_any_model_folder, is_ovq_model, load_any_model
 from ovq.cli.options import Json, LognLength
 from ovq_lab.cli import corpus, dictionaries
 from ovq_lab.cli.results import Models, PieceSize, model_names, show_results, text_tokenizer
@@ -53,7 +53,7 @@ def language(
     at_lengths = parse_ints(lengths, flag="--lengths")
     tested = dictionaries.parse(num_slots, merge)
     for folder in model:
-        check_any_folder(folder)
+        check_any_model_folder(folder)
     check_folder("--out", out)
 
     from ovq_lab.plots.language import language_table, position_table, save_language_figures
@@ -114,7 +114,7 @@ def _measure(
                 documents,
                 bytes_of_tokens=token_bytes(tokenizer),
                 # For models of this library as in training, for others as by their tokenizer.
-                first_token=documents.end_of_text if is_own(folder) else start_token(tokenizer),
+                first_token=documents.end_of_text if is_ovq_model(folder) else start_token(tokenizer),
                 reporter=reporter,
                 name=name,
                 **options,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ovq.cli.common import check_folder, flag_of, parse_ints
-from ovq.cli.loading import check_any_folder, load_any_model
+from ovq.cli.loading import check_any_model_folder, load_any_model
 from ovq.cli.options import Json, LognLength
 from ovq_lab.cli import corpus, dictionaries
 from ovq_lab.cli.results import Models, PieceSize, model_names, show_results, text_tokenizer
@@ -72,7 +72,7 @@ def needle(
             if option is not None:
                 raise ValueError(f"{flag_of(name)}: expected only with --haystack essay, found {option!r}")
     for folder in model:
-        check_any_folder(folder)
+        check_any_model_folder(folder)
     check_folder("--out", out)
 
     from ovq_lab.plots.needle import needle_table, save_needle_figures

@@ -74,7 +74,7 @@ def train(
     """
     others = (recipe, task, init_from)
     if resume and (set_ or any(other is not None for other in others)):
-        raise ValueError("--resume: expected only --out beside it (a run goes on as it was configured)")
+        raise ValueError("--resume: expected only --out beside it (a run continues as it was configured)")
     if resume and out is None:
         raise ValueError("--resume: expected the folder of the run in --out, found no --out")
     if not resume and recipe is None:

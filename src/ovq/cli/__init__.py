@@ -19,8 +19,8 @@ import typer
 
 import ovq
 from ovq.cli import chat, context, convert, generate, inspect, memory, options, serve
-from ovq.cli.outputs import Readers, accept_all_text, drop_unwritten, open_closed_streams
-from ovq.cli.signals import Ended, raised
+from ovq.cli.outputs import OutputPipes, accept_any_text, discard_unwritten, replace_closed_streams
+from ovq.cli.signals import EndedBySignal, raised
 from ovq.plugins import LABORATORY, from_laboratory, has_laboratory
 from ovq.runtime.verbosity import is_verbose
 
@@ -76,7 +76,7 @@ def _program() -> Any:
     laboratory: Any = typer.main.get_command(_laboratory())
     program.commands |= laboratory.commands
     # typer itself has no options shared by commands.
-    shared = [option for option in program.params if option.name in options.EVERYWHERE]
+    shared = [option for option in program.params if option.name in options.SHARED]
     for command in _commands_of(program):
         command.params.extend(shared)
         for option in command.params:
@@ -132,9 +132,9 @@ def main(arguments: list[str] | None = None) -> None:
     Args:
         arguments: The command line without the program's name; None for that of the process.
     """
-    open_closed_streams()
-    accept_all_text()
-    readers = Readers()
+    replace_closed_streams()
+    accept_any_text()
+    pipes = OutputPipes()
     try:
         with raised(), _warnings_in_one_line():
             code = _program()(args=arguments, standalone_mode=False)
@@ -145,28 +145,28 @@ def main(arguments: list[str] | None = None) -> None:
         code = 0 if is_help else _fail(error.format_message())
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
-    except Ended as error:
+    except EndedBySignal as error:
         _tell(f"ended by {error.name}")
         raise
     except SystemExit as error:
         # typer and rich turn a broken pipe into a SystemExit.
         if not isinstance(error.__context__, BrokenPipeError):
             raise
-        code = _code_after(error.__context__, readers)
+        code = _code_after(error.__context__, pipes)
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        code = _code_after(error, readers)
+        code = _code_after(error, pipes)
     finally:
-        readers.close()
-        drop_unwritten()
+        pipes.close()
+        discard_unwritten()
     # Some versions of typer turn Ctrl-C into this code themselves.
     if code == _INTERRUPTED:
         _tell("interrupted")
     sys.exit(code)
 
 
-def _code_after(error: Exception, readers: Readers) -> int:
+def _code_after(error: Exception, pipes: OutputPipes) -> int:
     """Print an error and return the exit code; an output closed by its reader is not printed."""
-    if isinstance(error, BrokenPipeError) and readers.is_one_gone():
+    if isinstance(error, BrokenPipeError) and pipes.has_lost_reader():
         return _OUTPUT_CLOSED
     if os.environ.get("OVQ_TRACEBACK") or is_verbose():
         raise error

@@ -17,7 +17,7 @@ from ovq.cli import options
 from ovq.cli.common import as_text, check_file, check_model_path, out_console, read_text
 from ovq.cli.conversation import Conversation
 from ovq.cli.loading import check_generating_folder, load_any_model, load_tokenizer
-from ovq.cli.signals import noted
+from ovq.cli.signals import interrupt_flag
 from ovq.prompts import check_chat_template, encode
 
 if TYPE_CHECKING:
@@ -50,8 +50,8 @@ def chat(
     top_k: options.TopK = 0,
     top_p: options.TopP = 1.0,
     min_p: options.MinP = 0.0,
-    num_slots: options.Size = None,
-    merge: options.Rule = None,
+    num_slots: options.NumSlots = None,
+    merge: options.MergeRule = None,
     logn_length: options.LognLength = None,
     weight_dtype: options.WeightDtype = None,
     seed: options.Seed = 0,
@@ -83,13 +83,15 @@ def chat(
         model, num_slots=num_slots, merge=merge, logn_length=logn_length, weight_dtype=weight_dtype
     )
     set_seed(seed)
-    talk = Conversation(loaded, tokenizer, sampling=sampling, max_tokens=max_tokens, seed=seed, system=system)
+    conversation = Conversation(
+        loaded, tokenizer, sampling=sampling, max_tokens=max_tokens, seed=seed, system=system
+    )
     if text is not None:
         ids = encode(text, tokenizer, vocab_size=loaded.config.vocab_size, name="--document")
-        talk.go_on_from(_read(loaded, ids, f"read {document}"))
-    if context is not None and talk.begin_with(context).note and system is not None:
+        conversation.continue_from(_read(loaded, ids, f"read {document}"))
+    if context is not None and conversation.load(context).note and system is not None:
         raise ValueError("--system: expected none with a saved chat, which has its own, found one")
-    _Terminal(talk, document).run()
+    _Terminal(conversation, document).run()
 
 
 def _read(model: Any, ids: list[int], label: str) -> Context:
@@ -110,8 +112,8 @@ def _read(model: Any, ids: list[int], label: str) -> Context:
 class _Terminal:
     """Reads messages and commands from standard input, prints answers; `document` is the file read before."""
 
-    def __init__(self, talk: Conversation, document: str | None) -> None:
-        self._talk, self._document = talk, document
+    def __init__(self, conversation: Conversation, document: str | None) -> None:
+        self._conversation, self._document = conversation, document
         self._is_interactive = sys.stdin.isatty() and sys.stdout.isatty()
         # For messages that are neither answers nor results; shown only on a terminal.
         self._notes = Console(stderr=True, quiet=not self._is_interactive, highlight=False, style="dim")
@@ -119,17 +121,17 @@ class _Terminal:
 
     def run(self) -> None:
         """Answer until the input ends."""
-        num_before = self._talk.num_before
+        num_before = self._conversation.num_before
         self._notes.print(f"{num_before:,} tokens read. /help lists commands, Ctrl-D leaves.", soft_wrap=True)
         # Ctrl-C at the wrong moment must not lose a chat.
-        with noted() if self._is_interactive else contextlib.nullcontext():
+        with interrupt_flag() if self._is_interactive else contextlib.nullcontext():
             for line in self._lines():
                 if line.rstrip() == "/quit":
                     return
                 try:
                     if line.startswith("/"):
                         command, _, rest = line.partition(" ")
-                        self._obey(command, rest.strip())
+                        self._run_command(command, rest.strip())
                     elif line.strip():
                         self._answer(line.strip())
                 except (ValueError, OSError) as error:
@@ -152,7 +154,7 @@ class _Terminal:
         prompt = "> " if self._notes.no_color else "\x01\x1b[1;36m\x02> \x01\x1b[0m\x02"
         while True:
             try:
-                line = _typed_line(prompt)
+                line = _input_line(prompt)
             except EOFError:
                 print()
                 return
@@ -170,32 +172,32 @@ class _Terminal:
 
     def _answer(self, text: str) -> None:
         """Print the answer to a message as it is generated; Ctrl-C stops it."""
-        talk, begun = self._talk, time.monotonic()
-        with noted() as is_stopped:
-            for piece in talk.answer(text, is_stopped):
+        conversation, begun = self._conversation, time.monotonic()
+        with interrupt_flag() as is_stopped:
+            for piece in conversation.answer(text, is_stopped):
                 print(piece, end="", flush=True)
             print(flush=True)
             self._was_interrupted = is_stopped()
-        rate = talk.num_written / (time.monotonic() - begun)
-        said = [f"{talk.num_written} tokens, {rate:.1f} tokens/s"]
+        rate = conversation.num_written / (time.monotonic() - begun)
+        said = [f"{conversation.num_written} tokens, {rate:.1f} tokens/s"]
         said += ["stopped: Ctrl-C once more leaves"] if self._was_interrupted else []
-        said += ["ended by --max-tokens"] if talk.is_cut else []
-        if talk.num_reread:
+        said += ["ended by --max-tokens"] if conversation.is_cut else []
+        if conversation.num_reread:
             said.append(
-                f"{talk.num_reread} tokens of before read again, as the chat template wrote them otherwise"
+                f"{conversation.num_reread} earlier tokens read again, as the chat template renders them anew"
             )
         self._notes.print("; ".join(said))
 
-    def _obey(self, command: str, file: str) -> None:
+    def _run_command(self, command: str, file: str) -> None:
         if command == "/help":
             out_console.print(_HELP, highlight=False)
         elif command == "/memory":
-            out_console.print(_about(self._talk), highlight=False)
+            out_console.print(_memory_summary(self._conversation), highlight=False)
         elif command == "/save" and file:
             self._save(Path(file).expanduser())
         elif command == "/load" and file:
-            self._talk.begin_with(Path(file).expanduser())
-            self._notes.print(f"{self._talk.cache.num_columns:,} tokens read")
+            self._conversation.load(Path(file).expanduser())
+            self._notes.print(f"{self._conversation.cache.num_columns:,} tokens read")
         else:
             found = f"{command} {file}".strip()
             raise ValueError(
@@ -207,7 +209,7 @@ class _Terminal:
 
         check_file("/save", path, text=self._document)
         check_model_path("/save", path)
-        save_context(self._talk.saved(), path)
+        save_context(self._conversation.as_context(), path)
         self._notes.print(f"saved in {path}", markup=False, soft_wrap=True)
 
 
@@ -215,7 +217,7 @@ class _LineInterrupted(KeyboardInterrupt):
     """Ctrl-C while a line was being typed."""
 
 
-def _typed_line(prompt: str) -> str:
+def _input_line(prompt: str) -> str:
     """Read a line from a terminal, with line editing.
 
     Raises:
@@ -239,20 +241,20 @@ def _typed_line(prompt: str) -> str:
         signal.signal(signal.SIGINT, before)
 
 
-def _about(talk: Conversation) -> str:
+def _memory_summary(conversation: Conversation) -> str:
     """Text about the model's memory, for `/memory`."""
     from ovq.runtime.units import format_bytes
 
-    cache = talk.cache
-    num_exact, num_open, num_slots = _rows(cache)
+    cache = conversation.cache
+    num_exact, num_open, num_slots = _count_rows(cache)
     size = format_bytes(cache.nbytes)
     return (
-        f"{cache.num_columns:,} tokens read, {talk.num_before:,} of them before the chat; {size}\n"
+        f"{cache.num_columns:,} tokens read, {conversation.num_before:,} of them before the chat; {size}\n"
         f"rows of all heads: {num_exact:,} exact, {num_open:,} of {num_slots:,} slots in use"
     )
 
 
-def _rows(cache: StateCache) -> tuple[int, int, int]:
+def _count_rows(cache: StateCache) -> tuple[int, int, int]:
     """Numbers of exact tokens, slots in use, and slots, summed over all layers and heads."""
     from ovq.convert import MemoryCache
     from ovq.ops import OVQState

@@ -32,8 +32,8 @@ def build(
         ),
     ],
     out: Annotated[Path, typer.Option(help="File to write.")],
-    num_slots: options.Size = None,
-    merge: options.Rule = None,
+    num_slots: options.NumSlots = None,
+    merge: options.MergeRule = None,
     logn_length: options.LognLength = None,
     prefill_chunk_size: Annotated[
         int, typer.Option(min=1, help="Tokens read at a time; fewer need less memory.")

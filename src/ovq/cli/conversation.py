@@ -76,20 +76,20 @@ class Conversation:
         """The cache of all tokens read so far; do not change it."""
         return self._states[-1].cache
 
-    def go_on_from(self, context: Context) -> None:
+    def continue_from(self, context: Context) -> None:
         """Continue after a document, or from a saved chat; replaces the messages so far.
 
         Raises:
             ValueError: the context's note is not that of a chat.
         """
-        messages, tokens = _noted(context)
+        messages, tokens = _parse_note(context)
         # After a document, the system message stays.
         self.messages = messages if context.note else [m for m in self.messages if m["role"] == "system"]
         self.num_before, self._tokens = context.num_tokens - len(tokens), tokens
         self._states = [_State(num_tokens=len(tokens), cache=context.cache())]
 
-    def begin_with(self, path: Path) -> Context:
-        """Load a context from a file and continue from it as `go_on_from` does; returns the context.
+    def load(self, path: Path) -> Context:
+        """Load a context from a file and continue from it as `continue_from` does; returns the context.
 
         Raises:
             ValueError: no valid context, or one of another model.
@@ -98,12 +98,12 @@ class Conversation:
 
         context = load_context(path, self._model)
         try:
-            self.go_on_from(context)
+            self.continue_from(context)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         return context
 
-    def saved(self) -> Context:
+    def as_context(self) -> Context:
         """The chat as a context, to be saved.
 
         Raises:
@@ -113,7 +113,7 @@ class Conversation:
 
         # A state from which any next message can continue.
         ids = self._ids([*self.messages, {"role": "user", "content": "?"}])
-        state = self._state_for(ids)
+        state = self._longest_state(ids)
         note = json.dumps({"messages": self.messages, "tokens": ids[: state.num_tokens]})
         return Context.of(self._model, state.cache, note=note)
 
@@ -133,7 +133,7 @@ class Conversation:
 
         messages = [*self.messages, {"role": "user", "content": text}]
         ids = self._ids(messages)
-        state = self._state_for(ids)
+        state = self._longest_state(ids)
         cache = state.cache.snapshot()
         self.num_reread, self.is_cut = len(self._tokens) - state.num_tokens, False
         # Later states have read tokens that the prompt no longer has.
@@ -152,7 +152,7 @@ class Conversation:
         pieces: list[str] = []
         for token in islice(tokens, self._max_tokens or None):
             if not written:
-                self._keep(ids, cache.snapshot())
+                self._add_state(ids, cache.snapshot())
             written.append(token)
             if piece := stream.push(token):
                 pieces.append(piece)
@@ -166,7 +166,7 @@ class Conversation:
             yield piece
         self.num_written = len(written)
         # The last token has not been read by the cache.
-        self._keep([*ids, *written[:-1]], cache)
+        self._add_state([*ids, *written[:-1]], cache)
         self.messages = [*messages, {"role": "assistant", "content": "".join(pieces)}]
 
     def _ids(self, messages: list[dict[str, str]]) -> list[int]:
@@ -175,13 +175,13 @@ class Conversation:
         vocab_size = self._model.config.vocab_size
         return encode(text, self._tokenizer, vocab_size=vocab_size, name="message", is_start=False)
 
-    def _keep(self, tokens: list[int], cache: StateCache) -> None:
+    def _add_state(self, tokens: list[int], cache: StateCache) -> None:
         """Keep the state after these tokens; only the first and the last `_MOST_STATES` states are kept."""
         self._tokens = tokens
         self._states.append(_State(num_tokens=len(tokens), cache=cache))
         del self._states[1:-_MOST_STATES]
 
-    def _state_for(self, ids: Sequence[int]) -> _State:
+    def _longest_state(self, ids: Sequence[int]) -> _State:
         """The state after the longest prefix of a prompt, without its last token."""
         common = 0
         for one, other in zip(self._tokens, ids[:-1], strict=False):
@@ -191,13 +191,13 @@ class Conversation:
         found = [state for state in self._states if state.num_tokens <= common]
         if not found:
             raise ValueError(
-                "message: expected a chat template that goes on from what the saved chat has read, found "
-                "one that writes it otherwise"
+                "message: expected a chat template that renders the saved messages as they were read, found "
+                "other tokens"
             )
         return found[-1]
 
 
-def _noted(context: Context) -> tuple[list[dict[str, str]], list[int]]:
+def _parse_note(context: Context) -> tuple[list[dict[str, str]], list[int]]:
     """The messages of a saved chat and the tokens read of them; empty for a document."""
     if not context.note:
         return [], []

@@ -12,13 +12,13 @@ import typer
 
 from ovq.cli.common import check_new_folder, flag_of, given_options, read_text
 from ovq.cli.pretrained import DTYPES, load_pretrained
-from ovq.cli.probing import probed
+from ovq.cli.probing import run_probe
 
 if TYPE_CHECKING:
     from ovq.convert.presets import Preset
 
 # docs/results/convert.md, "By rows".
-_WITHOUT = (
+_NO_PROBE = (
     "--no-probe: all heads are treated alike. Of 3,072 tokens of code, 256 rows per head then have a loss of "
     "1.96 nats per token, a window of 292 rows 1.85, 256 rows with a probe 1.64, and full attention 1.63 "
     "(SmolLM2-135M)"
@@ -26,7 +26,7 @@ _WITHOUT = (
 _SIZES = ("rows", "num_slots", "window", "num_sinks", "chunk_size", "merge", "value_weight")
 _PROBE = ("probe", "probe_tokens", "needle_weight", "fit_bias")
 # By option, the options that have no effect beside it.
-_REPLACED = {
+_EXCLUDED = {
     "no_probe": ("preset", "save_preset", *_PROBE),
     "preset": (*_SIZES, *_PROBE),
     "rows": ("num_slots",),
@@ -129,7 +129,7 @@ def convert(
     given = given_options(context)
     if preset in ("auto", "none"):
         given.discard("preset")
-    for name, others in _REPLACED.items():
+    for name, others in _EXCLUDED.items():
         if name in given and (found := [other for other in others if other in given]):
             raise ValueError(f"{flag_of(found[0])}: expected none with {flag_of(name)}, found one")
     texts = {} if probe is None else _read_texts(probe)
@@ -161,20 +161,22 @@ def convert(
     settings: dict[str, Any] = {"num_sinks": num_sinks, "chunk_size": chunk_size, "merge": merge}
     settings["value_weight"] = value_weight
     # Refuse values out of range before the model is loaded.
-    one = MemoryConfig.uniform(num_layers=1, num_kv_heads=1, num_slots=num_slots, window=window, **settings)
-    dataclasses.replace(one, state_dtype=state_dtype)
+    checked = MemoryConfig.uniform(
+        num_layers=1, num_kv_heads=1, num_slots=num_slots, window=window, **settings
+    )
+    dataclasses.replace(checked, state_dtype=state_dtype)
     original, tokenizer = load_pretrained(model, gguf_file=gguf_file, dtype=dtype, say=say)
-    taken, how = None, "all heads alike"
+    chosen, origin = None, "all heads alike"
     if no_probe:
-        say(f"warning: {_WITHOUT}")
+        say(f"warning: {_NO_PROBE}")
     # With a window alone, there is nothing to allocate.
     elif num_slots or given & {"preset", "save_preset", *_PROBE}:
-        taken = None if given & {*_PROBE} else _preset(preset, original, wanted, settings, say)
-        if taken is not None:
-            say(f"Preset {taken.name}: {taken.rows} rows per head, as a probe of that model shared them out")
-            how = f"shared out by the preset {taken.name}"
+        chosen = None if given & {*_PROBE} else _preset(preset, original, wanted, settings, say)
+        if chosen is not None:
+            say(f"Preset {chosen.name}: {chosen.rows} rows per head, as a probe of that model allocated them")
+            origin = f"allocated by the preset {chosen.name}"
         else:
-            taken = probed(
+            chosen = run_probe(
                 original,
                 tokenizer,
                 texts,
@@ -182,19 +184,19 @@ def convert(
                 rows=wanted,
                 num_tokens=probe_tokens,
                 needle_weight=needle_weight,
-                has_fit=fit_bias,
+                fit_bias=fit_bias,
                 settings=settings,
             )
-            how = f"shared out by a probe of {', '.join(x['text'] for x in taken.measured['probe'])}"
+            origin = f"allocated by a probe of {', '.join(x['text'] for x in chosen.measured['probe'])}"
         if save_preset is not None:
-            write_preset(dataclasses.replace(taken, name=save_preset.resolve().name), save_preset)
+            write_preset(dataclasses.replace(chosen, name=save_preset.resolve().name), save_preset)
             say(f"Saved what the probe has found in {save_preset} (--preset {save_preset})")
     if tokenizer is None:
         say(f"{model} has no tokenizer: the converted model reads token ids")
-    config = None if taken is None else taken.config
+    config = None if chosen is None else chosen.config
     settings["state_dtype"] = state_dtype
     converted = attach(original, num_slots=num_slots, window=window, **settings, config=config)
-    card = converted_card(converted, original=model, name=out.name, how=how)
+    card = converted_card(converted, original=model, name=out.name, how=origin)
     _save(converted, tokenizer, card, out)
     average = converted.memory_config.rows_per_head
     typer.echo(
@@ -229,7 +231,7 @@ def _preset(
         if others := presets_of(model):
             sizes = ", ".join(f"{preset.rows}" for preset in others)
             fixed = ", ".join(f"{k} {v}" for k, v in _settings_of(others[0]).items() if v is not None)
-            say(f"The presets of this model have {sizes} rows per head ({fixed}), none what is asked for")
+            say(f"The presets of this model have {sizes} rows per head ({fixed}), none as requested")
         return None
     packaged = {preset.name: preset for preset in packaged_presets()}
     try:

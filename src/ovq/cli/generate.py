@@ -52,8 +52,8 @@ def generate(
         int,
         typer.Option(min=1, help="Number of beams; more than 1 for beam search, which prints at the end."),
     ] = 1,
-    num_slots: options.Size = None,
-    merge: options.Rule = None,
+    num_slots: options.NumSlots = None,
+    merge: options.MergeRule = None,
     logn_length: options.LognLength = None,
     weight_dtype: options.WeightDtype = None,
     seed: options.Seed = 0,
@@ -117,9 +117,7 @@ def generate(
     set_seed(seed)
     ends = None if ignore_eos else loaded.generation_config.eos_token_id
     if json_ and max_new_tokens == 0 and ends is None:
-        raise ValueError(
-            "--json: expected --max-new-tokens above 0, or a token that ends a text, as the text must end"
-        )
+        raise ValueError("--json: expected --max-new-tokens above 0, or an end token, as the text must end")
     tokens: Iterable[int]
     if num_beams > 1:
         tokens = _search(

@@ -37,8 +37,8 @@ def inspect(
     prompt: Annotated[str | None, typer.Option(help="The text itself, instead of a file.")] = None,
     out: Annotated[Path, typer.Option(help="HTML page to write.")] = Path("inspect.html"),
     figures: Annotated[Path | None, typer.Option(help="Folder for figures as PNG.")] = None,
-    num_slots: options.Size = None,
-    merge: options.Rule = None,
+    num_slots: options.NumSlots = None,
+    merge: options.MergeRule = None,
     logn_length: options.LognLength = None,
     layer: Annotated[
         int | None,

@@ -57,7 +57,7 @@ def load_config(folder: Path) -> OVQConfig:
     check_model_folder(folder)
     from ovq.hf import OVQConfig
 
-    with _naming(folder / "config.json", "the config of a saved model"):
+    with _errors_naming(folder / "config.json", "the config of a saved model"):
         return OVQConfig.from_pretrained(folder, local_files_only=True)
 
 
@@ -85,7 +85,7 @@ def load_model(
     from ovq.hf import OVQForCausalLM
 
     model = _load_checked(OVQForCausalLM, folder, config)
-    _check_end(generation, model.generation_config.eos_token_id)
+    _check_eos(generation, model.generation_config.eos_token_id)
     if num_slots is not None:
         model.set_num_slots(num_slots)
     if merge is not None:
@@ -105,12 +105,12 @@ def is_converted(folder: Path) -> bool:
     return path.is_file() and "ovq_memory" in _read_object(path)
 
 
-def is_own(folder: Path) -> bool:
+def is_ovq_model(folder: Path) -> bool:
     """Whether the folder holds a model of this library, by its config."""
     return _model_type(folder) == _MODEL_TYPE
 
 
-def check_any_folder(folder: Path) -> None:
+def check_any_model_folder(folder: Path) -> None:
     """Raise ValueError unless the folder looks like a saved model: OVQ, converted or pretrained."""
     if not isinstance(_model_type(folder), str):
         check_model_folder(folder)
@@ -122,7 +122,7 @@ def load_any_config(folder: Path) -> PreTrainedConfig:
     Raises:
         ValueError: As for `load_config`, or if it is not of a causal language model.
     """
-    if is_own(folder):
+    if is_ovq_model(folder):
         return load_config(folder)
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -131,7 +131,7 @@ def load_any_config(folder: Path) -> PreTrainedConfig:
         raise ValueError(
             f"{folder / 'config.json'}: expected the config of a causal language model, found {found!r}"
         )
-    with _naming(folder / "config.json", "the config of a saved model"):
+    with _errors_naming(folder / "config.json", "the config of a saved model"):
         return AutoConfig.from_pretrained(folder, local_files_only=True)
 
 
@@ -163,25 +163,25 @@ def load_any_model(
     """
     options: dict[str, Any] = {"num_slots": num_slots, "merge": merge, "logn_length": logn_length}
     if is_converted(folder):
-        _check_none("a converted model", hint=": convert it anew", **options)
+        _refuse_options("a converted model", hint=": convert it again", **options)
         from ovq.convert import load
 
         device = _device()
         on_cpu = weight_dtype if device == "cpu" else None
-        with _naming(folder, "a converted model"), _quiet():
+        with _errors_naming(folder, "a converted model"), _quiet():
             model: Any = load(folder, weight_dtype=on_cpu, local_files_only=True)
         return model.to(device).eval()
-    _check_none("a trained model", hint=": converted models have it", weight_dtype=weight_dtype)
-    if is_own(folder):
+    _refuse_options("a trained model", hint=": only converted models have it", weight_dtype=weight_dtype)
+    if is_ovq_model(folder):
         return load_model(folder, num_slots=num_slots, merge=merge, logn_length=logn_length)
-    _check_none("a pretrained model", **options)
+    _refuse_options("a pretrained model", **options)
     config = load_any_config(folder)
     from transformers import AutoModelForCausalLM
 
     return _load_checked(AutoModelForCausalLM, folder, config, allow_extra=True).to(_device()).eval()
 
 
-def _check_none(what: str, *, hint: str = "", **given: Any) -> None:
+def _refuse_options(what: str, *, hint: str = "", **given: Any) -> None:
     """Raise ValueError, naming the flag, for an option that models of another kind have."""
     for name, found in given.items():
         if found is not None:
@@ -192,7 +192,7 @@ def _load_checked(kind: Any, folder: Path, config: PreTrainedConfig, *, allow_ex
     """A model whose saved weights are exactly those that it needs, see `check_loaded`."""
     from ovq.hf.hub import check_loaded
 
-    with _naming(folder, "the weights of a saved model"), _quiet():
+    with _errors_naming(folder, "the weights of a saved model"), _quiet():
         model, report = kind.from_pretrained(
             folder,
             config=config,
@@ -222,7 +222,7 @@ def load_tokenizer(folder: Path) -> Any | None:
     from transformers import AutoTokenizer
 
     # The tokenizers library raises plain exceptions.
-    with _naming(folder, "the tokenizer of a model", (Exception,)):
+    with _errors_naming(folder, "the tokenizer of a model", (Exception,)):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         # Use it once, as fields of a wrong type only raise errors then.
         tokenizer.decode(tokenizer("a", verbose=False)["input_ids"])
@@ -238,7 +238,9 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _naming(path: Path, what: str, foreign: tuple[type[Exception], ...] = FOREIGN_ERRORS) -> Iterator[None]:
+def _errors_naming(
+    path: Path, what: str, foreign: tuple[type[Exception], ...] = FOREIGN_ERRORS
+) -> Iterator[None]:
     """Context manager that turns errors of libraries about a file into a ValueError that names the file."""
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
@@ -271,7 +273,7 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def _check_end(path: Path, found: Any) -> None:
+def _check_eos(path: Path, found: Any) -> None:
     """Raise ValueError unless the end tokens are token ids."""
     tokens = found if isinstance(found, list) else [] if found is None else [found]
     if not all(isinstance(token, int) for token in tokens):

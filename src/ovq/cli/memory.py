@@ -19,7 +19,7 @@ def memory(
     lengths: Annotated[
         str, typer.Option(help="Numbers of tokens, with commas between them.")
     ] = "1024,4096,16384,65536,262144",
-    num_slots: options.Size = None,
+    num_slots: options.NumSlots = None,
     json_: options.Json = False,
 ) -> None:
     """Show the bytes of the state of one sequence, and of the KV cache that full attention would need.

@@ -1,4 +1,4 @@
-"""Options of several commands; all commands take those of `EVERYWHERE`."""
+"""Options of several commands; all commands take those of `SHARED`."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 _WEIGHT_DTYPES = ("auto", "float32", "bfloat16", "int8", "int4")
 
 
-def check_rule(rule: str | None) -> str | None:
+def check_merge_rule(rule: str | None) -> str | None:
     """Check the value of `--merge`, which may be None or a rule of earlier versions; returns it.
 
     Raises:
         ValueError: If there is no such rule; names the flag.
 
     Example:
-        >>> check_rule("nearest")
+        >>> check_merge_rule("nearest")
         'nearest'
     """
     if rule is None:
@@ -66,13 +66,13 @@ def _import(modules: list[str]) -> None:
         import_module(module)
 
 
-def _verbosity(name: str, set_it: Callable[[], None], about: str) -> Any:
-    def set_if(is_wanted: bool) -> None:
+def _verbosity(name: str, set_verbosity: Callable[[], None], about: str) -> Any:
+    def set_if_wanted(is_wanted: bool) -> None:
         if is_wanted:
-            set_it()
+            set_verbosity()
 
     return typer.Option(
-        f"--{name}", f"-{name[0]}", callback=set_if, is_eager=True, expose_value=False, help=about
+        f"--{name}", f"-{name[0]}", callback=set_if_wanted, is_eager=True, expose_value=False, help=about
     )
 
 
@@ -91,14 +91,16 @@ Import = Annotated[
         help="Import this module of yours first: it registers tasks or mixers; can be given several times.",
     ),
 ]
-EVERYWHERE = ("quiet", "verbose", "imports")
+SHARED = ("quiet", "verbose", "imports")
 
 Model = Annotated[Path, typer.Option(help="Folder of a trained or converted model.")]
-Size = Annotated[int | None, typer.Option(min=1, help="Slots per head, instead of the model's own number.")]
-Rule = Annotated[
+NumSlots = Annotated[
+    int | None, typer.Option(min=1, help="Slots per head, instead of the model's own number.")
+]
+MergeRule = Annotated[
     str | None,
     typer.Option(
-        callback=check_rule,
+        callback=check_merge_rule,
         help="Merge rule, instead of the model's own: existing (the paper's), updated, or nearest "
         "(best recall).",
     ),

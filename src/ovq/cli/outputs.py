@@ -10,7 +10,7 @@ import select
 import sys
 
 
-def open_closed_streams() -> None:
+def replace_closed_streams() -> None:
     """Replace streams that the caller has closed (`ovq ... >&-`) by the null device.
 
     Python sets them to None. The next opened file would get the stream's descriptor, and with it whatever a
@@ -21,7 +21,7 @@ def open_closed_streams() -> None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  (open as long as the process)
 
 
-def accept_all_text() -> None:
+def accept_any_text() -> None:
     """Read text as UTF-8, and print any text, whatever encoding the system prefers (`LC_ALL=C`).
 
     Characters that the output's encoding lacks are printed as escapes (`\\xfc`), instead of an error in the
@@ -49,7 +49,7 @@ def _bytes_or_escapes(error: UnicodeError) -> tuple[str | bytes, int]:
         return codecs.lookup_error("backslashreplace")(error)
 
 
-class Readers:
+class OutputPipes:
     """Detects whether a reader of this process's output has closed its pipe.
 
     It checks copies of standard output and error, because rich redirects output to the null device when it
@@ -62,7 +62,7 @@ class Readers:
             with contextlib.suppress(OSError):
                 self._copies.append(os.dup(number))
 
-    def is_one_gone(self) -> bool:
+    def has_lost_reader(self) -> bool:
         """Whether standard output or error is a pipe without a reader. Other pipes can break too, for example
         those of workers."""
         if not hasattr(select, "poll"):
@@ -78,7 +78,7 @@ class Readers:
             os.close(copy)
 
 
-def drop_unwritten() -> None:
+def discard_unwritten() -> None:
     """Discard output that cannot be written; otherwise Python would try again at exit and print an error."""
     for stream in (sys.stdout, sys.stderr):
         try:

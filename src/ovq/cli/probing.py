@@ -19,7 +19,7 @@ _SECONDS = {"passes": 99.0, "trials": 69.0}
 _WEIGHTS, _NUMBERS, _TOKENS, _OPTIONS = 134.5e6, 90 * 64, 3 * 3072, 46
 
 
-def probed(
+def run_probe(
     model: Any,
     tokenizer: Any,
     texts: Mapping[str, str],
@@ -28,7 +28,7 @@ def probed(
     rows: int,
     num_tokens: int,
     needle_weight: float,
-    has_fit: bool,
+    fit_bias: bool,
     settings: dict[str, Any],
 ) -> Preset:
     """Run a probe; returns the memory that it finds, as a preset.
@@ -41,7 +41,7 @@ def probed(
         rows: Average rows per head.
         num_tokens: Tokens to read of each text.
         needle_weight: Weight of the text with hidden numbers; each other text has 1.
-        has_fit: Whether to fit biases of the slots' scores.
+        fit_bias: Whether to fit biases of the slots' scores.
         settings: `num_sinks`, `chunk_size`, `merge` and `value_weight` of the memory.
 
     Raises:
@@ -81,7 +81,7 @@ def probed(
     options = default_options(rows, **sizes, length=length)
     num_layers = model.config.num_hidden_layers
     with Reporter() as reporter:
-        reporter.say(_cost(model, [len(x) for x in ids], len(options)))
+        reporter.say(_cost_estimate(model, [len(x) for x in ids], len(options)))
         reading = reporter.start("probe, reading", total=3 * num_layers * len(ids))
         with Captures(model, progress=reading.update) as captures:
             for text, mask in zip(ids, targets, strict=True):
@@ -89,7 +89,7 @@ def probed(
             learning = reporter.start("probe, learning", total=num_layers * len(ids))
             num_heads = sum(kv_heads(model))
             work = reporter.start("probe, trying", total=len(ids) * num_heads * len(options))
-            found_by = probe(
+            result = probe(
                 model,
                 ids,
                 options=options,
@@ -101,8 +101,8 @@ def probed(
                 progress=work.update,
                 learning=learning.update,
             )
-            config = found_by.config(rows)
-            if has_fit:
+            config = result.config(rows)
+            if fit_bias:
                 work = reporter.start("probe, biases", total=len(texts))
                 config = fitted_bias(
                     model, ids[: len(texts)], config, captures=captures, progress=work.update
@@ -119,7 +119,7 @@ def probed(
     return Preset.of(model, config, name="", model_name=name, measured=measured)
 
 
-def _cost(model: Any, lengths: list[int], num_options: int) -> str:
+def _cost_estimate(model: Any, lengths: list[int], num_options: int) -> str:
     """A line with the estimated time and disk space of a probe."""
     from ovq.convert.attach import kv_heads
 
@@ -139,5 +139,5 @@ def _cost(model: Any, lengths: list[int], num_options: int) -> str:
     minutes = max(1, round(seconds / 60))
     return (
         f"The probe reads {len(lengths)} texts, {tokens:,} tokens in all: about {minutes} min of one core "
-        f"(by size, from SmolLM2-135M), and {tokens * per_token / 1e9:.1f} GB in {tempfile.gettempdir()}"
+        f"(estimated from SmolLM2-135M), and {tokens * per_token / 1e9:.1f} GB in {tempfile.gettempdir()}"
     )

@@ -72,8 +72,8 @@ def serve(
     shutdown_seconds: Annotated[
         int, typer.Option(min=0, help="Seconds for running answers to finish after Ctrl-C or SIGTERM.")
     ] = 30,
-    num_slots: options.Size = None,
-    merge: options.Rule = None,
+    num_slots: options.NumSlots = None,
+    merge: options.MergeRule = None,
     logn_length: options.LognLength = None,
     weight_dtype: options.WeightDtype = None,
     seed: options.SlotSeed = 0,
@@ -90,9 +90,9 @@ def serve(
         if not 0 < seconds < math.inf:
             raise ValueError(f"{option}: expected a finite number above 0, found {seconds}")
     if name is not None and not name.strip():
-        raise ValueError(f"--name: expected what requests call the model, found {name!r}")
+        raise ValueError(f"--name: expected a name, found {name!r}")
     check_generating_folder(model)
-    files = [_named(given) for given in context or []]
+    files = [_context_file(given) for given in context or []]
     key = _api_key(api_key_file)
     _check_installed()
 
@@ -150,7 +150,7 @@ def _run(
     hosts = ["localhost", "127.0.0.1", "[::1]", host] if key is None and is_loopback(host) else None
 
     def say_ready() -> None:
-        _tell(_about(service, url_of(listener), has_key=key is not None))
+        _tell(_summary(service, url_of(listener), has_key=key is not None))
         if key is None and not is_loopback(host):
             _tell(f"ovq serve: warning: everyone who reaches {host} can use it; set {_KEY_VARIABLE}")
 
@@ -160,7 +160,7 @@ def _run(
     Server(config, say_ready).run(sockets=[listener])
 
 
-def _named(given: str) -> tuple[str, Path]:
+def _context_file(given: str) -> tuple[str, Path]:
     """Name and file of a `--context`."""
     from ovq.serve.contexts import NAME, NAME_RULE
 
@@ -194,7 +194,7 @@ def _check_installed() -> None:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise ValueError(
-            f"ovq serve: expected its extra, found no module {error.name}: pip install 'ovq[serve]'"
+            f"ovq serve: expected the extra 'serve', found no module {error.name}: pip install 'ovq[serve]'"
         ) from error
 
 
@@ -209,7 +209,7 @@ def _add_contexts(service: Service, files: Sequence[tuple[str, Path]]) -> None:
             raise ValueError(f"--context: {error.message}") from error
 
 
-def _about(service: Service, url: str, *, has_key: bool) -> str:
+def _summary(service: Service, url: str, *, has_key: bool) -> str:
     """One line with the address, the model and the limits of the server."""
     limits = service.limits
     contexts = ", ".join(service.contexts.names) or "none"

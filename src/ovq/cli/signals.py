@@ -21,14 +21,14 @@ _SECONDS_OF_ONE_SIGNAL = 1.0
 _SECONDS_BEFORE_ANOTHER_TRY = 0.05
 
 
-class Ended(SystemExit):
+class EndedBySignal(SystemExit):
     """A signal other than Ctrl-C has come. The exit code is the one that a shell reports for it.
 
     Attributes:
         name: Name of the signal.
 
     Example:
-        >>> Ended(signal.SIGTERM).code, Ended(signal.SIGTERM).name
+        >>> EndedBySignal(signal.SIGTERM).code, EndedBySignal(signal.SIGTERM).name
         (143, 'SIGTERM')
     """
 
@@ -39,8 +39,8 @@ class Ended(SystemExit):
 
 @contextlib.contextmanager
 def raised() -> Iterator[None]:
-    """Context manager that raises signals as `KeyboardInterrupt` or `Ended`. Signals that are ignored or have
-    another handler (`nohup`, a program that calls `main`) stay so.
+    """Context manager that raises signals as `KeyboardInterrupt` or `EndedBySignal`. Signals that are ignored
+    or have another handler (`nohup`, a program that calls `main`) stay so.
 
     Python does not propagate an exception raised inside a destructor, which happens mostly while PyTorch is
     imported; such a signal is raised again a moment later.
@@ -57,18 +57,18 @@ def raised() -> Iterator[None]:
         if handler in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else _Handler())
 
-    def again(unraisable: Any) -> None:
+    def raise_again(unraisable: Any) -> None:
         error = unraisable.exc_value
         if isinstance(error, KeyboardInterrupt):
             _raise_soon(signal.SIGINT)
-        elif isinstance(error, Ended):
+        elif isinstance(error, EndedBySignal):
             number = signal.Signals[error.name]
             signal.signal(number, _Handler())
             _raise_soon(number)
         else:
             hook(unraisable)
 
-    sys.unraisablehook = again
+    sys.unraisablehook = raise_again
     try:
         yield
     finally:
@@ -78,11 +78,11 @@ def raised() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def noted() -> Iterator[Callable[[], bool]]:
+def interrupt_flag() -> Iterator[Callable[[], bool]]:
     """Context manager that catches Ctrl-C without raising; yields a function that tells whether it has come.
 
     Example:
-        >>> with noted() as has_come:
+        >>> with interrupt_flag() as has_come:
         ...     signal.raise_signal(signal.SIGINT)
         ...     has_come()
         True
@@ -101,7 +101,7 @@ def noted() -> Iterator[Callable[[], bool]]:
 
 
 class _Handler:
-    """Raises `Ended` for a signal, but not again for its repetition within a second."""
+    """Raises `EndedBySignal` for a signal, but not again for its repetition within a second."""
 
     def __init__(self) -> None:
         self._last = -_SECONDS_OF_ONE_SIGNAL
@@ -110,7 +110,7 @@ class _Handler:
         now = time.monotonic()
         if now - self._last >= _SECONDS_OF_ONE_SIGNAL:
             self._last = now
-            raise Ended(number)
+            raise EndedBySignal(number)
 
 
 def _raise_soon(number: int) -> None:
