@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -82,6 +83,16 @@ def test_train_resumes(trained, capsys, tmp_path):
     ours = OVQForCausalLM.from_pretrained(folder).state_dict()
     for name, weight in OVQForCausalLM.from_pretrained(trained).state_dict().items():
         assert torch.equal(ours[name], weight)
+
+
+def test_a_path_is_no_style(trained, capsys, tmp_path):
+    folder = tmp_path / "a[" / "run]"
+    shutil.copytree(trained, folder)
+    assert "run]" in run(capsys, "memory", "--config", folder, "--lengths", 64)
+    text = tmp_path / "a[" / "text]"
+    text.write_text("1 2 3")
+    out = run(capsys, "context", "build", "--model", folder, "--text", text, "--out", f"{text}.ctx")
+    assert f"{text}.ctx" in out
 
 
 def test_eval_prints_what_the_library_measures(trained, capsys):
@@ -337,7 +348,14 @@ def test_the_version_is_printed(capsys):
             "generate --model {trained} --prompt 1 --temperature inf",
             "--temperature: expected a finite number",
         ),
-        ("generate --model {trained} --prompt 1 --seed 4294967296", "--seed"),
+        (
+            "generate --model {trained} --prompt 1 --seed 4294967296",
+            "--seed: expected 0 to 4294967295, found 4294967296",
+        ),
+        (
+            "generate --model {trained} --prompt 1 --num-beams 2 --max-new-tokens 2147483648",
+            "--max-new-tokens: expected 0 to 2147483647, found 2147483648",
+        ),
         ("generate --model {trained} --prompt 1 --top-k 3", "--top-k: expected a temperature above 0"),
         (
             "generate --model {trained} --prompt 1 --repetition-penalty 0",

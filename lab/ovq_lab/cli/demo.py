@@ -11,14 +11,15 @@ from typing import Annotated
 import typer
 
 from ovq.cli.common import check_folder, check_model_path
-from ovq.cli.options import seed_option
+from ovq.cli.options import number_up_to
+from ovq.fields import LARGEST_SEED
 
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for results, figures and the OVQ model.")] = Path(
         "demo-out"
     ),
-    seed: Annotated[int, seed_option("Random seed of weights and data.")] = 0,
+    seed: Annotated[int, number_up_to(LARGEST_SEED, "Random seed of weights and data.")] = 0,
     quick: Annotated[
         bool,
         typer.Option(

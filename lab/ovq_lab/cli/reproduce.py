@@ -73,6 +73,8 @@ def reproduce(
         for path in redraw(draw):
             typer.echo(f"Wrote {path}")
         return
+    if list_ and (names or all_ or lines or report or tables):
+        raise ValueError("--list: expected no figure and no other output beside it")
     if (names and all_) or not (names or all_ or list_ or report or tables):
         raise ValueError(
             "expected names of figures, or one of --all, --list, --draw, --report, --tables; "

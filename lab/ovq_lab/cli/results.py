@@ -50,7 +50,7 @@ def show_results(
         print(results)
         return
     # Wide enough for all columns when the output goes to a file or a pipe.
-    console = out_console if out_console.is_terminal else Console(width=140)
+    console = out_console if out_console.is_terminal else Console(width=140, markup=False, emoji=False)
     for table in tables:
         console.print(table)
     if paths:

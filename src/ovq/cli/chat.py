@@ -45,7 +45,9 @@ def chat(
         Path | None, typer.Option(help="Continue from a file of /save or of ovq context build.")
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=0, help="Most tokens of an answer; 0 for no limit.")] = 1024,
+    max_tokens: Annotated[
+        int, options.number_up_to(options.MOST_TOKENS, "Most tokens of an answer; 0 for no limit.")
+    ] = 1024,
     temperature: options.Temperature = 0.0,
     top_k: options.TopK = 0,
     top_p: options.TopP = 1.0,
@@ -116,7 +118,14 @@ class _Terminal:
         self._conversation, self._document = conversation, document
         self._is_interactive = sys.stdin.isatty() and sys.stdout.isatty()
         # For messages that are neither answers nor results; shown only on a terminal.
-        self._notes = Console(stderr=True, quiet=not self._is_interactive, highlight=False, style="dim")
+        self._notes = Console(
+            stderr=True,
+            quiet=not self._is_interactive,
+            highlight=False,
+            markup=False,
+            emoji=False,
+            style="dim",
+        )
         self._was_interrupted = False
 
     def run(self) -> None:
@@ -138,7 +147,7 @@ class _Terminal:
                     # Neither must a mistake. A script, however, should fail.
                     if not self._is_interactive or isinstance(error, BrokenPipeError):
                         raise
-                    self._notes.print(f"error: {error}", markup=False, soft_wrap=True)
+                    self._notes.print(f"error: {error}", soft_wrap=True)
 
     def _lines(self) -> Iterator[str]:
         """The lines of standard input."""
@@ -210,7 +219,7 @@ class _Terminal:
         check_file("/save", path, text=self._document)
         check_model_path("/save", path)
         save_context(self._conversation.as_context(), path)
-        self._notes.print(f"saved in {path}", markup=False, soft_wrap=True)
+        self._notes.print(f"saved in {path}", soft_wrap=True)
 
 
 class _LineInterrupted(KeyboardInterrupt):

@@ -10,7 +10,7 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
-out_console = Console()
+out_console = Console(markup=False, emoji=False)
 """For tables on standard output. Lines with paths are printed by `typer.echo`, which does not wrap them."""
 
 

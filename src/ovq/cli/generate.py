@@ -38,7 +38,10 @@ def generate(
         Path | None, typer.Option(help="Continue after a document: a file of ovq context build.")
     ] = None,
     max_new_tokens: Annotated[
-        int, typer.Option(min=0, help="Most tokens to generate; 0 for no limit but an end token.")
+        int,
+        options.number_up_to(
+            options.MOST_TOKENS, "Most tokens to generate; 0 for no limit but an end token."
+        ),
     ] = 32,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end token.")] = False,
     temperature: options.Temperature = 0.0,

@@ -16,6 +16,9 @@ from ovq.runtime.verbosity import set_quiet, set_verbose
 if TYPE_CHECKING:
     from ovq.hf.streaming import Sampling
 
+MOST_TOKENS = 2**31 - 1
+"""Largest limit of an answer's tokens."""
+
 _WEIGHT_DTYPES = ("auto", "float32", "bfloat16", "int8", "int4")
 
 
@@ -50,15 +53,15 @@ def _check_weight_dtype(found: str | None) -> str | None:
     return found
 
 
-def _check_seed(seed: int) -> int:
-    if not 0 <= seed <= LARGEST_SEED:
-        raise ValueError(f"--seed: expected 0 to {LARGEST_SEED}, found {seed}")
-    return seed
+def number_up_to(largest: int, about: str) -> Any:
+    """An option for a number from 0 on. The help does not show its bound, which would leave less room."""
 
+    def check(param: typer.CallbackParam, value: int) -> int:
+        if not 0 <= value <= largest:
+            raise ValueError(f"{flag_of(str(param.name))}: expected 0 to {largest}, found {value}")
+        return value
 
-def seed_option(about: str) -> Any:
-    """The option `--seed`. Its range is left out of the help, where it would take the room of the texts."""
-    return typer.Option(callback=_check_seed, metavar="N", help=about)
+    return typer.Option(callback=check, metavar="N", help=about)
 
 
 def _import(modules: list[str]) -> None:
@@ -129,8 +132,10 @@ TopP = Annotated[float, typer.Option(help="Sample from the most likely tokens wi
 MinP = Annotated[
     float, typer.Option(help="Sample from tokens with at least this fraction of the highest probability.")
 ]
-Seed = Annotated[int, seed_option("Random seed of the sampling.")]
-SlotSeed = Annotated[int, seed_option('Random seed of the slots, for models with init="random".')]
+Seed = Annotated[int, number_up_to(LARGEST_SEED, "Random seed of the sampling.")]
+SlotSeed = Annotated[
+    int, number_up_to(LARGEST_SEED, 'Random seed of the slots, for models with init="random".')
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 

@@ -11,6 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from ovq.runtime.verbosity import is_quiet
 
 _SECONDS_BETWEEN_LINES = 10.0
+# For text with paths, in which [/x] is no style and :x: no emoji.
+_AS_IT_IS = {"markup": False, "emoji": False}
 
 
 class AnyWork(Protocol):
@@ -56,10 +58,10 @@ class Reporter:
         self.console = console or Console(stderr=True, quiet=is_quiet())
         self._is_long = is_long
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             TimeRemainingColumn(elapsed_when_finished=True),
             console=self.console,
             disable=not self.console.is_terminal,
@@ -84,7 +86,7 @@ class Reporter:
     def say(self, text: str) -> None:
         """Print a line above the bars."""
         # A path broken over two lines could not be copied.
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self.console.print(text, highlight=False, soft_wrap=True, **_AS_IT_IS)
 
 
 class Work:
@@ -115,4 +117,5 @@ class Work:
         self._last_line = time.monotonic()
         elapsed = f"{self._last_line - self._started:.0f} s"
         text = ", ".join(part for part in (note, elapsed) if part)
-        self._progress.console.print(f"{self._label}: {done}/{self._total} ({text})", highlight=False)
+        line = f"{self._label}: {done}/{self._total} ({text})"
+        self._progress.console.print(line, highlight=False, **_AS_IT_IS)

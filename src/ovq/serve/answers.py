@@ -9,13 +9,11 @@ import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Any
 
-from ovq.hf.context import Context
 from ovq.serve.engine import Engine
 from ovq.serve.errors import APIError, ClientGone, bad_request, failed
 from ovq.serve.grammars import GrammarFault
 from ovq.serve.jobs import (
     BeginEvent,
-    ContextEvent,
     Event,
     FailEvent,
     FinishEvent,
@@ -237,19 +235,6 @@ async def pieces(
                 yield unfinished.pop(event.choice).finish(event.reason)
             if not unfinished:
                 return
-
-
-async def context_read(answers: Answers) -> Context:
-    """The context made by a submitted `Reading`.
-
-    Raises:
-        APIError, ClientGone: As `Answers.events`.
-    """
-    async with contextlib.aclosing(answers.events()) as events:
-        async for event in events:
-            if isinstance(event, ContextEvent):
-                return event.context
-    raise AssertionError("events have no end")
 
 
 def _as_api_error(error: Exception) -> APIError:

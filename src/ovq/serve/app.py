@@ -16,7 +16,7 @@ from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from ovq.serve.answers import Answers, Usage, context_read, pieces
+from ovq.serve.answers import Answers, Usage, pieces
 from ovq.serve.bodies import parsed
 from ovq.serve.chat import ChatRequest
 from ovq.serve.contexts import Contexts
@@ -24,7 +24,7 @@ from ovq.serve.engine import Engine
 from ovq.serve.errors import APIError, ClientGone, bad_field, bad_request, failed, shown
 from ovq.serve.grammars import Constraint, Grammars
 from ovq.serve.guard import UPLOAD, Guard, body_pieces, content_type
-from ovq.serve.jobs import Generation, Reading
+from ovq.serve.jobs import ContextEvent, Generation, Reading
 from ovq.serve.limits import Limits
 from ovq.serve.metrics import Metered, Metrics
 from ovq.serve.model import AnyServedModel
@@ -242,7 +242,11 @@ class _Routes:
             await asyncio.to_thread(service.served.prepare)
             answers = Answers(service.engine, request.receive, self._deadline())
             answers.submit([Reading(tokens=ids, deliver=answers.deliver)])
-            service.contexts.add(fields.name, await context_read(answers))
+            async with contextlib.aclosing(answers.events()) as events:
+                # The only one of a document.
+                event = await anext(events)
+            assert isinstance(event, ContextEvent)
+            service.contexts.add(fields.name, event.context)
         return fields.name
 
     async def _generate(

@@ -75,6 +75,10 @@ def test_tables_are_made_anew(capsys, tmp_path):
     assert run(capsys, "reproduce", "--tables", path).strip() == f"{path} is up to date"
 
 
+def test_a_list_makes_nothing_else(capsys, tmp_path):
+    assert "--list: expected no figure" in fail(capsys, "reproduce", "--list", "--report")
+
+
 def test_a_file_without_tables_costs_one_line(capsys, tmp_path):
     (tmp_path / "a.md").write_text("# Title\n")
     assert "a.md: expected tables, each between" in fail(capsys, "reproduce", "--tables", tmp_path / "a.md")
