@@ -14,6 +14,7 @@ from tests.convert.common import converted, original, tokens
 from tests.hf.common import make_model, random_ids
 from tests.processes import command
 from tests.serve.common import greedy
+from tests.test_cli import fail, run
 
 PROMPT, DOCUMENT = random_ids(1, 5, seed=1)[0].tolist(), random_ids(1, 40, seed=2)[0].tolist()
 
@@ -78,72 +79,44 @@ def test_a_process_serves_until_it_is_told_to_end(folder, tmp_path, monkeypatch)
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_what_cannot_be_served_is_refused_in_one_line(folder, capsys, options, expected):
-    from ovq.cli import main
-
     (folder / "empty").write_text("\n")
     places = {"folder": folder, "book": folder.parent / "book.ctx"}
     options = [option.format(**places) for option in options]
     base = [] if "--model" in options else ["--model", str(folder)]
-    with pytest.raises(SystemExit) as end:
-        main(["serve", "--port", "0", *base, *options])
-    assert end.value.code == 2
-    error = capsys.readouterr().err
-    assert expected in error
-    assert len(error.splitlines()) == 1
+    assert expected in fail(capsys, "serve", "--port", "0", *base, *options)
 
 
 def test_contexts_of_another_rule_are_served_by_that_rule(folder, tmp_path, capsys, monkeypatch):
-    from ovq.cli import main
-
     model = make_model()
     model.set_merge("nearest")
     save_context(build_context(model, DOCUMENT), tmp_path / "book.ctx")
     services = []
     monkeypatch.setattr("ovq.cli.serve._run", lambda service, *_, **__: services.append(service))
-    command = ["serve", "--port", "0", "--model", str(folder), "--context", str(tmp_path / "book.ctx")]
-    with pytest.raises(SystemExit) as end:
-        main([*command, "--merge", "nearest"])
-    assert not end.value.code
+    command = ["serve", "--port", "0", "--model", folder, "--context", tmp_path / "book.ctx"]
+    run(capsys, *command, "--merge", "nearest")
     assert services[0].contexts.get("book").num_tokens == len(DOCUMENT)
-    with pytest.raises(SystemExit):
-        main(command)
-    assert "expected a context made with merge='existing'" in capsys.readouterr().err
+    assert "expected a context made with merge='existing'" in fail(capsys, *command)
 
 
 def test_a_converted_model_is_served_with_its_contexts(tmp_path, capsys, monkeypatch):
-    from ovq.cli import main
-
     model = converted()
     model.save_pretrained(tmp_path / "small")
     convert.save_context(convert.build_context(model, tokens(40)), tmp_path / "book.ctx")
     services = []
     monkeypatch.setattr("ovq.cli.serve._run", lambda service, *_, **__: services.append(service))
-    command = ["serve", "--port", "0", "--model", str(tmp_path / "small")]
-
-    def serve(*options):
-        with pytest.raises(SystemExit) as end:
-            main([*command, *options])
-        return end.value.code or 0, capsys.readouterr().err
-
-    assert serve("--context", str(tmp_path / "book.ctx"))[0] == 0
+    command = ["serve", "--port", "0", "--model"]
+    run(capsys, *command, tmp_path / "small", "--context", tmp_path / "book.ctx")
     (service,) = services
     assert isinstance(service.served.model, convert.ConvertedMixin)
     assert (service.name, service.served.vocab_size, service.served.ends) == ("small", 64, frozenset({2}))
     assert service.contexts.get("book").num_tokens == 40
-    code, error = serve("--num-slots", "8")
-    assert code == 2
+    error = fail(capsys, *command, tmp_path / "small", "--num-slots", 8)
     assert "--num-slots: expected none with a converted model, found 8" in error
     original().save_pretrained(tmp_path / "plain")
-    command[-1] = str(tmp_path / "plain")
-    code, error = serve()
-    assert code == 2
+    error = fail(capsys, *command, tmp_path / "plain")
     assert "found 'llama'; other models must be converted first (ovq convert)" in error
 
 
 def test_without_the_extra_it_says_what_to_install(folder, capsys, monkeypatch):
-    from ovq.cli import main
-
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    with pytest.raises(SystemExit):
-        main(["serve", "--model", str(folder)])
-    assert "found no module uvicorn: pip install 'ovq[serve]'" in capsys.readouterr().err
+    assert "found no module uvicorn: pip install 'ovq[serve]'" in fail(capsys, "serve", "--model", folder)

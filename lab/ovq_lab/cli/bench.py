@@ -69,23 +69,16 @@ def bench(
     ] = None,
     text: Annotated[Path | None, typer.Option(help="With --what converted: a text to read.")] = None,
     gguf: Annotated[
-        Path | None,
-        typer.Option(help="With --what converted: the original model as a GGUF file, for llama.cpp."),
+        Path | None, typer.Option(help="With --what converted: the original as a GGUF file, for llama.cpp.")
     ] = None,
     llama_cpp: Annotated[
-        str | None,
-        typer.Option(help="Python interpreter of an environment with llama-cpp-python; default: this one."),
+        str | None, typer.Option(help="Python with llama-cpp-python; default: this one.")
     ] = None,
     openvino: Annotated[
         Path | None,
-        typer.Option(
-            help="With --what converted: the original model as a folder of optimum-cli, for OpenVINO."
-        ),
+        typer.Option(help="With --what converted: the original in OpenVINO's format."),
     ] = None,
-    genai: Annotated[
-        str | None,
-        typer.Option(help="Python interpreter of an environment with openvino-genai; default: this one."),
-    ] = None,
+    genai: Annotated[str | None, typer.Option(help="Python with openvino-genai; default: this one.")] = None,
     as_json: Json = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     out: Annotated[Path, typer.Option(help="Folder for bench.json and bench.png.")] = Path("bench-out"),

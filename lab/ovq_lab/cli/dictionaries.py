@@ -12,9 +12,7 @@ from ovq.cli.options import check_merge_rule
 
 Sizes = Annotated[
     str | None,
-    typer.Option(
-        help="Slots per head to test, on the same weights, with commas between them; default: as trained."
-    ),
+    typer.Option(help="Slots per head to test, on the same weights; default: as trained."),
 ]
 Rules = Annotated[
     list[str] | None,

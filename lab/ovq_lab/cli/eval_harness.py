@@ -22,20 +22,14 @@ def harness(
     num_slots: options.NumSlots = None,
     merge: options.MergeRule = None,
     logn_length: options.LognLength = None,
-    num_fewshot: Annotated[
-        int | None, typer.Option(min=0, help="Solved examples before each question.")
-    ] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Solved examples per question.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Requests per batch.")] = 1,
     max_length: Annotated[
         int, typer.Option(min=2, help="Most tokens per request; longer ones lose their beginning.")
     ] = 8192,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Only this many examples of each task, the first ones.")
-    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Most examples of each task.")] = None,
     include_path: Annotated[Path | None, typer.Option(help="Folder with your own tasks.")] = None,
-    ruler_lengths: Annotated[
-        str | None, typer.Option(help="Lengths of the tasks of RULER in tokens, with commas between them.")
-    ] = None,
+    ruler_lengths: Annotated[str | None, typer.Option(help="Tokens of the tasks of RULER.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for harness.json, with all samples.")] = None,
     json_: options.Json = False,
 ) -> None:

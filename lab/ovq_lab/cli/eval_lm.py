@@ -28,16 +28,12 @@ def language(
     hub_split: corpus.HubSplit = None,
     text_field: corpus.TextField = None,
     max_documents: corpus.MaxDocuments = None,
-    lengths: Annotated[
-        str, typer.Option(help="Tokens per window, one test for each length, with commas between them.")
-    ] = "4096,65536",
+    lengths: Annotated[str, typer.Option(help="Tokens per window, one test for each length.")] = "4096,65536",
     num_slots: dictionaries.Sizes = None,
     merge: dictionaries.Rules = None,
     logn_length: LognLength = None,
     windows: Annotated[int, typer.Option(min=1, help="Most windows per length.")] = 8,
-    block_size: Annotated[
-        int, typer.Option(min=1, help="Positions averaged together in the loss by position.")
-    ] = 1024,
+    block_size: Annotated[int, typer.Option(min=1, help="Positions averaged together.")] = 1024,
     piece_size: PieceSize = 2048,
     out: Annotated[Path | None, typer.Option(help="Folder for lm.json, loss.png and chunk.png.")] = None,
     json_: Json = False,

@@ -20,12 +20,10 @@ if TYPE_CHECKING:
 def needle(
     model: Models,
     lengths: Annotated[
-        str,
-        typer.Option(help="Most tokens of text, question and answer together, with commas between lengths."),
+        str, typer.Option(help="Most tokens of text, question and answer together.")
     ] = "1024,4096",
     depths: Annotated[
-        str,
-        typer.Option(help="Percentages of the text that come before the needle, with commas between them."),
+        str, typer.Option(help="Percentages of the text that come before the needle.")
     ] = "0,25,50,75,100",
     haystack: Annotated[
         str, typer.Option(help="Text around the needle: noise (the same five sentences) or essay.")
@@ -42,9 +40,7 @@ def needle(
     merge: dictionaries.Rules = None,
     logn_length: LognLength = None,
     examples: Annotated[int, typer.Option(min=1, help="Questions per length and depth.")] = 5,
-    distractors: Annotated[
-        int, typer.Option(min=1, help="Wrong values that the right one is compared with.")
-    ] = 7,
+    distractors: Annotated[int, typer.Option(min=1, help="Wrong values to compare the right one with.")] = 7,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the questions.")] = 0,
     piece_size: PieceSize = 2048,
     out: Annotated[

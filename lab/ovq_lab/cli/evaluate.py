@@ -26,7 +26,7 @@ def evaluate(
     context: typer.Context,
     model: Annotated[Path | None, typer.Option(help="Folder of a trained model.")] = None,
     lengths: Annotated[
-        str, typer.Option(help="Tokens per example, one test for each length, with commas between them.")
+        str, typer.Option(help="Tokens per example, one test for each length.")
     ] = "256,1024,4096",
     num_slots: dictionaries.Sizes = None,
     merge: dictionaries.Rules = None,

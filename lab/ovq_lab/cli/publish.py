@@ -25,7 +25,7 @@ def publish(
         list[Path],
         typer.Option(
             help="Results of ovq eval for this model: lm.json, needle.json or harness.json of its --out, "
-            "or the output of its --json; can be given several times."
+            "or what --json printed; can be given several times."
         ),
     ] = [],  # noqa: B006  (typer reads it and never changes it)
     license_: Annotated[

@@ -23,8 +23,7 @@ def reproduce(
     ] = "cpu",
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of each run.")] = 3,
     dataset: Annotated[
-        str | None,
-        typer.Option(help="Corpus of language models and needles; default: that of the preset."),
+        str | None, typer.Option(help="Corpus of language models and needles; default: that of the preset.")
     ] = None,
     held_out: Annotated[
         float | None, typer.Option(help="Fraction of its documents that is not trained on.")

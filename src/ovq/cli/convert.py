@@ -47,20 +47,16 @@ def convert(
         int, typer.Option(min=0, help="Slots per head, on average; 0 for a sliding window alone.")
     ] = 256,
     window: Annotated[
-        int,
-        typer.Option(min=1, help="Last tokens that each head keeps exactly, a multiple of --chunk-size."),
+        int, typer.Option(min=1, help="Last tokens that each head keeps exactly, a multiple of --chunk-size.")
     ] = 256,
-    num_sinks: Annotated[
-        int, typer.Option(min=0, help="First tokens that each head keeps exactly (attention sinks).")
-    ] = 4,
+    num_sinks: Annotated[int, typer.Option(min=0, help="First tokens kept exactly (attention sinks).")] = 4,
     chunk_size: Annotated[int, typer.Option(min=1, help="Tokens merged at a time.")] = 32,
     merge: Annotated[str, typer.Option(help="Merge rule: nearest or existing (the paper's).")] = "nearest",
     value_weight: Annotated[
         float,
         typer.Option(
             min=0,
-            help="Weight of the distance between values, relative to that between keys, when tokens are "
-            "merged.",
+            help="Weight of distances between values in merges, relative to keys.",
         ),
     ] = 1.0,
     state_dtype: Annotated[

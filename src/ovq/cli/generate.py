@@ -34,9 +34,7 @@ def generate(
         bool,
         typer.Option("--chat", help="The prompt is a user's message: apply the tokenizer's chat template."),
     ] = False,
-    context: Annotated[
-        Path | None, typer.Option(help="Continue after a document: a file of ovq context build.")
-    ] = None,
+    context: Annotated[Path | None, typer.Option(help="Continue after a file of ovq context build.")] = None,
     max_new_tokens: Annotated[
         int,
         options.number_up_to(
@@ -52,8 +50,7 @@ def generate(
         float, typer.Option(help="Above 1 makes tokens that have occurred less likely.")
     ] = 1.0,
     num_beams: Annotated[
-        int,
-        typer.Option(min=1, help="Number of beams; more than 1 for beam search, which prints at the end."),
+        int, typer.Option(min=1, help="Beams of beam search; above 1, all is printed at the end.")
     ] = 1,
     num_slots: options.NumSlots = None,
     merge: options.MergeRule = None,
@@ -61,8 +58,7 @@ def generate(
     weight_dtype: options.WeightDtype = None,
     seed: options.Seed = 0,
     json_: Annotated[
-        bool,
-        typer.Option("--json", help="Print one JSON object at the end: text, token ids, and why it ended."),
+        bool, typer.Option("--json", help="Print one JSON object: text, token ids, and why it ended.")
     ] = False,
 ) -> None:
     """Generate from a prompt and print tokens as they come.

@@ -15,10 +15,8 @@ from ovq.plugins import from_laboratory
 
 
 def memory(
-    config: Annotated[str, typer.Option(help="Folder of a trained model, or a recipe such as recall-ovq.")],
-    lengths: Annotated[
-        str, typer.Option(help="Numbers of tokens, with commas between them.")
-    ] = "1024,4096,16384,65536,262144",
+    config: Annotated[str, typer.Option(help="Folder of a trained model, or a recipe.")],
+    lengths: Annotated[str, typer.Option(help="Numbers of tokens.")] = "1024,4096,16384,65536,262144",
     num_slots: options.NumSlots = None,
     json_: options.Json = False,
 ) -> None:

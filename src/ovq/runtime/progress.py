@@ -11,8 +11,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from ovq.runtime.verbosity import is_quiet
 
 _SECONDS_BETWEEN_LINES = 10.0
-# For text with paths, in which [/x] is no style and :x: no emoji.
-_AS_IT_IS = {"markup": False, "emoji": False}
 
 
 class AnyWork(Protocol):
@@ -55,7 +53,8 @@ class Reporter:
     """
 
     def __init__(self, console: Console | None = None, *, is_long: bool = False) -> None:
-        self.console = console or Console(stderr=True, quiet=is_quiet())
+        # In paths, [/x] is no style and :x: no emoji.
+        self.console = console or Console(stderr=True, quiet=is_quiet(), markup=False, emoji=False)
         self._is_long = is_long
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
@@ -86,7 +85,7 @@ class Reporter:
     def say(self, text: str) -> None:
         """Print a line above the bars."""
         # A path broken over two lines could not be copied.
-        self.console.print(text, highlight=False, soft_wrap=True, **_AS_IT_IS)
+        self.console.print(text, highlight=False, soft_wrap=True)
 
 
 class Work:
@@ -117,5 +116,4 @@ class Work:
         self._last_line = time.monotonic()
         elapsed = f"{self._last_line - self._started:.0f} s"
         text = ", ".join(part for part in (note, elapsed) if part)
-        line = f"{self._label}: {done}/{self._total} ({text})"
-        self._progress.console.print(line, highlight=False, **_AS_IT_IS)
+        self._progress.console.print(f"{self._label}: {done}/{self._total} ({text})", highlight=False)

@@ -169,7 +169,7 @@ class _Routes:
 
         ids = await asyncio.to_thread(encode)
         form = CompletionForm(self._service.texts)
-        return await self._generate(request, fields, ids, fields.max_tokens, form, param="prompt")
+        return await self._generate(request, fields, ids, fields.max_tokens, form)
 
     async def chat(self, request: HTTPRequest) -> Response:
         fields = parsed(ChatRequest, await request.body())
@@ -190,7 +190,6 @@ class _Routes:
             [ids],
             max_tokens,
             form,
-            param="messages",
             constraint=constraint,
             make_calls=functools.partial(ToolCalls, fields.offered.keys(), is_single=is_single),
         )
@@ -257,14 +256,13 @@ class _Routes:
         max_tokens: int,
         form: Form,
         *,
-        param: str,
         constraint: Constraint | None = None,
         make_calls: Callable[[], ToolCalls] = ToolCalls,
     ) -> Response:
         service = self._service
         self._check_model(fields.model)
         fields.check_together()
-        self._check_sizes(fields, prompts, max_tokens, param=param)
+        self._check_sizes(fields, prompts, max_tokens, param=form.param)
         context = None if fields.context is None else service.contexts.get(fields.context)
         answers = Answers(service.engine, request.receive, self._deadline())
         ends = frozenset() if fields.ignore_eos else service.served.ends

@@ -85,7 +85,7 @@ def _drop_neutral(kind: type[Request], fields: dict[str, Any], prefix: str) -> N
 def _refusal(error: ValidationError, kind: type[Request]) -> APIError:
     """The first validation error, in the form "expected ..., found ..."."""
     first = error.errors(include_url=False)[0]
-    param = str(first["loc"][0]) if first["loc"] else None
+    param = str(first["loc"][0]) if first["loc"] else ""
     # For a union, pydantic lists the errors of each alternative; the field's description is clearer.
     fields, depth = kind.model_fields, 1
     if param in kind.parts and len(first["loc"]) > 2:
@@ -95,13 +95,13 @@ def _refusal(error: ValidationError, kind: type[Request]) -> APIError:
     is_union = description is not None and len(first["loc"]) > depth
     place = ".".join(map(str, first["loc"][:depth] if is_union else first["loc"]))
     if first["type"] == "extra_forbidden":
-        return bad_request(f"{place}: expected fields of this request, found an unknown one", param=param)
+        return bad_field(place, "expected fields of this request, found an unknown one")
     if first["type"] == "missing":
-        return bad_request(f"{place}: expected this field, found none", param=param)
+        return bad_field(place, "expected this field, found none")
+    if is_union:
+        return bad_field(place, f"expected {description}, found something else")
     message = first["msg"].removeprefix("Input should be ").removeprefix("List should have ")
     message = message.partition(" after validation")[0]
     for pydantic, ours in _BOUNDS.items():
         message = message.replace(pydantic, ours)
-    if is_union:
-        return bad_request(f"{place}: expected {description}, found something else", param=param)
-    return bad_request(f"{place}: expected {message}, found {shown(first['input'])}", param=param)
+    return bad_field(place, f"expected {message}, found {shown(first['input'])}")

@@ -8,7 +8,7 @@ from pydantic import Field
 from pydantic_core import from_json
 
 from ovq.serve.bodies import Request
-from ovq.serve.errors import bad_field, bad_request, shown
+from ovq.serve.errors import bad_field, shown
 from ovq.serve.grammars import grammar_of
 from ovq.serve.schemas import MOST_TOP_LOGPROBS, GenerationRequest
 
@@ -66,14 +66,12 @@ class Message(Request):
         """
         for field, role in (("tool_calls", "assistant"), ("tool_call_id", "tool")):
             if getattr(self, field) and self.role != role:
-                raise bad_request(
-                    f"messages.{place}.{field}: expected it in messages of the role {role!r}, "
-                    f"found it in one of the role {self.role!r}",
-                    param="messages",
-                )
+                found = f"found it in one of the role {self.role!r}"
+                message = f"expected it in messages of the role {role!r}, {found}"
+                raise bad_field(f"messages.{place}.{field}", message)
         content = self.content
         if content is None and not self.tool_calls:
-            raise bad_request(f"messages.{place}.content: expected text, found none", param="messages")
+            raise bad_field(f"messages.{place}.content", "expected text, found none")
         text = content if isinstance(content, str) else "".join(part.text for part in content or [])
         message: dict[str, Any] = {"role": self.role, "content": text}
         if self.tool_calls:
@@ -92,10 +90,8 @@ def _called(function: CalledFunction, place: str) -> dict[str, Any]:
     except ValueError:
         arguments = None
     if not isinstance(arguments, dict):
-        raise bad_request(
-            f"{place}.function.arguments: expected a JSON object, found {shown(function.arguments)}",
-            param="messages",
-        )
+        found = shown(function.arguments)
+        raise bad_field(f"{place}.function.arguments", f"expected a JSON object, found {found}")
     return {"name": function.name, "arguments": arguments}
 
 
@@ -164,11 +160,8 @@ class ResponseFormat(Request):
         """
         if (self.json_schema is None) == (self.type == "json_schema"):
             found = "none" if self.json_schema is None else f"one beside the type {self.type!r}"
-            raise bad_request(
-                "response_format.json_schema: expected a schema for the type 'json_schema' alone, "
-                f"found {found}",
-                param="response_format",
-            )
+            message = f"expected a schema for the type 'json_schema' alone, found {found}"
+            raise bad_field("response_format.json_schema", message)
         if self.json_schema is not None:
             return self.json_schema.schema_
         return {"type": "object"} if self.type == "json_object" else None

@@ -78,9 +78,9 @@ def bad_request(message: str, *, param: str | None = None, code: str | None = No
     return APIError(400, message, param=param, code=code)
 
 
-def bad_field(param: str, message: str, *, code: str | None = None) -> APIError:
-    """The error for an invalid field of a request."""
-    return bad_request(f"{param}: {message}", param=param, code=code)
+def bad_field(place: str, message: str, *, code: str | None = None) -> APIError:
+    """The error for an invalid field of a request, or a place in it such as `messages.0.content`."""
+    return bad_request(f"{place}: {message}", param=place.partition(".")[0], code=code)
 
 
 def shutting_down() -> APIError:

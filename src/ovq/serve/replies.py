@@ -20,7 +20,7 @@ from ovq.serve.tools import ToolCall
 class CompletionForm:
     """The objects of `/v1/completions`."""
 
-    prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
+    param, prefix, whole_object, chunk_object = "prompt", "cmpl", "text_completion", "text_completion"
 
     def __init__(self, texts: Texts) -> None:
         self._texts = texts
@@ -59,7 +59,8 @@ class CompletionForm:
 class ChatForm:
     """The objects of `/v1/chat/completions`."""
 
-    prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    param, prefix = "messages", "chatcmpl"
+    whole_object, chunk_object = "chat.completion", "chat.completion.chunk"
 
     def __init__(self, texts: Texts) -> None:
         self._texts = texts
