@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import socket
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -150,9 +149,10 @@ def _run(
     hosts = ["localhost", "127.0.0.1", "[::1]", host] if key is None and is_loopback(host) else None
 
     def say_ready() -> None:
-        _tell(_summary(service, url_of(listener), has_key=key is not None))
+        typer.echo(_summary(service, url_of(listener), has_key=key is not None), err=True)
         if key is None and not is_loopback(host):
-            _tell(f"ovq serve: warning: everyone who reaches {host} can use it; set {_KEY_VARIABLE}")
+            warning = f"everyone who reaches {host} can use it; set {_KEY_VARIABLE}"
+            typer.echo(f"ovq serve: warning: {warning}", err=True)
 
     app = create_app(service, api_key=key, hosts=hosts)
     log_level = "info" if is_verbose() else "warning"
@@ -218,7 +218,3 @@ def _summary(service: Service, url: str, *, has_key: bool) -> str:
         f"{limits.max_rows} rows, {limits.max_queue} waiting, {limits.max_prompt_tokens} prompt tokens, "
         f"{limits.max_tokens} tokens, {limits.request_seconds:g} s, key: {'yes' if has_key else 'none'}"
     )
-
-
-def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

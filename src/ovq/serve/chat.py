@@ -67,8 +67,8 @@ class Message(Request):
         for field, role in (("tool_calls", "assistant"), ("tool_call_id", "tool")):
             if getattr(self, field) and self.role != role:
                 found = f"found it in one of the role {self.role!r}"
-                message = f"expected it in messages of the role {role!r}, {found}"
-                raise bad_field(f"messages.{place}.{field}", message)
+                wanted = f"expected it in messages of the role {role!r}"
+                raise bad_field(f"messages.{place}.{field}", f"{wanted}, {found}")
         content = self.content
         if content is None and not self.tool_calls:
             raise bad_field(f"messages.{place}.content", "expected text, found none")
