@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from ovq_lab.figures import engine, evaluations, figures
+from ovq_lab.eval import accuracy
+from ovq_lab.figures import engine, figures
 from ovq_lab.figures.draw import points
 from ovq_lab.figures.engine import choose_trial, reproduce
 from ovq_lab.figures.fidelity import fidelity_rows
@@ -349,7 +350,7 @@ def test_outcomes_of_other_evaluations_do_not_count(made, tmp_path):
 
 
 def test_logits_are_scaled_where_an_evaluation_asks_for_it(made, monkeypatch, tmp_path):
-    out, seen, evaluate = tmp_path / "out", [], evaluations.evaluate
+    out, seen, evaluate = tmp_path / "out", [], accuracy.evaluate
     shutil.copytree(made[0], out)
     row = next(row for row in rows_of(out, "recall") if row["mixer"] == "ovq")
     plain = dataclasses.replace(TINY.evaluation(TINY.task("recall").at_length(48)), seed=7)
@@ -359,7 +360,7 @@ def test_logits_are_scaled_where_an_evaluation_asks_for_it(made, monkeypatch, tm
         seen.append([model.config.logn_length, *(mixer.logn_length for mixer in model.mixers()[1:])])
         return evaluate(model, *args, **kwargs)
 
-    monkeypatch.setattr(evaluations, "evaluate", noted)
+    monkeypatch.setattr(accuracy, "evaluate", noted)
     config = RunConfig.load(out / "runs" / row["run"])
     job = RunJob(config=config, evaluations=asked, root=out / "runs", label="")
     job.do(workshop(out).reporter)
