@@ -16,7 +16,6 @@ from ovq_lab.bench import gpu
 from ovq_lab.bench.measure import (
     Piece,
     as_report,
-    check_chosen,
     do_pieces,
     interleaved,
     matrix_rate,
