@@ -8,12 +8,6 @@ import torch
 from ovq.hf import OVQCache
 from tests.hf.common import BASELINES, left_padded, make_config, make_model, random_ids
 
-
-@pytest.fixture(scope="module", params=[{}, BASELINES], ids=["ovq", "baselines"])
-def model(request):
-    return make_model(**request.param)
-
-
 IDS = random_ids(3, 19)
 CUT = 10
 

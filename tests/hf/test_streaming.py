@@ -7,19 +7,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+from ovq.byte_tokens import byte_tokenizer
 from ovq.hf import build_context
 from ovq.hf.streaming import Sampling, stream_text, stream_tokens
-from tests.hf.common import BASELINES, make_model, random_ids
+from tests.hf.common import make_model, random_ids
 
 PROMPT = random_ids(1, 11)[0].tolist()
-
-
-@pytest.fixture(scope="module", params=[{}, BASELINES], ids=["ovq", "baselines"])
-def model(request):
-    return make_model(**request.param)
 
 
 @pytest.mark.parametrize(
@@ -126,21 +122,7 @@ def test_prompts_that_cannot_be_read(model, arguments, message):
         next(stream_tokens(model, **arguments))
 
 
-def letters():
-    """A tokenizer of 256 bytes in the spelling of ByteLevel, and id 256, which ends a text."""
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    printable = [b for b in range(256) if chr(b) in alphabet]
-    names = {chr(b): b for b in printable}
-    others = [b for b in range(256) if b not in printable]
-    names |= {chr(256 + i): b for i, b in enumerate(others)}
-    tokenizer = Tokenizer(models.BPE(names, []))
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    fast.add_special_tokens({"eos_token": "<end>"})
-    return fast
-
-
-LETTERS = letters()
+LETTERS = byte_tokenizer()
 CHARACTERS = st.text("aé€😀\ufffd ", max_size=12).map(str.encode)
 PARTS = st.one_of(CHARACTERS, st.binary(max_size=12), st.just(b"\xff" * 9), st.just("😀".encode()[:3]))
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from ovq.layers.deltanet import gated_delta_rule
 from ovq_lab.mixers import KimiDeltaAttention, kda
 from ovq_lab.mixers.kda import decayed_products, kimi_delta_rule
+from tests.layers.common import assert_alike_with_gradients, random
 
 HIDDEN, HEAD, VALUE = 12, 5, 3
 
@@ -21,10 +22,6 @@ def make(**options):
     torch.nn.init.normal_(layer.out_norm.weight, mean=1.0, std=0.3)
     torch.nn.init.normal_(layer.rates.dt_bias)
     return layer.double()
-
-
-def random(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def random_inputs(num_tokens, key_heads=2):
@@ -60,13 +57,6 @@ def layer_token_by_token(layer, x):
     o = o / (o.square().mean(-1, keepdim=True) + 1e-5).sqrt() * layer.out_norm.weight
     gate = gate @ layer.gate_up_proj.weight.T + layer.gate_up_proj.bias
     return (o.flatten(2) * gate.sigmoid()) @ layer.o_proj.weight.T, state
-
-
-def assert_alike_with_gradients(inputs, results):
-    """Outputs, final states and the gradients of both with respect to every input."""
-    torch.testing.assert_close(*results)
-    upstream = [random(*x.shape, seed=seed) for seed, x in enumerate(results[0])]
-    torch.testing.assert_close(*(torch.autograd.grad(result, inputs, upstream) for result in results))
 
 
 @pytest.mark.parametrize("num_tokens", [1, 6, kda.CHUNK, 2 * kda.CHUNK + 5])

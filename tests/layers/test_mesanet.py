@@ -9,12 +9,9 @@ import torch.nn.functional as F
 
 from ovq_lab.mixers import MesaNet, mesanet
 from ovq_lab.mixers.mesanet import conjugate_gradients, ridge_regression
+from tests.layers.common import assert_alike_with_gradients, random
 
 HIDDEN, HEAD, HEADS, STATES, STEPS = 12, 5, 4, 2, 30
-
-
-def random(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def make(**options):
@@ -62,14 +59,6 @@ def layer_token_by_token(layer, x):
     o, state = regression_token_by_token(*inputs, {"key_key": zeros, "key_value": zeros})
     o = o / (o.square().mean(-1, keepdim=True) + 1e-5).sqrt() * layer.out_norm.weight
     return o.flatten(2) @ layer.o_proj.weight.T, state
-
-
-def assert_alike_with_gradients(inputs, results):
-    """Outputs, final states and the gradients of both with respect to every input."""
-    torch.testing.assert_close(*results)
-    flat = [(o, state["key_key"], state["key_value"]) for o, state in results]
-    upstream = [random(*x.shape, seed=seed) for seed, x in enumerate(flat[0])]
-    torch.testing.assert_close(*(torch.autograd.grad(outputs, inputs, upstream) for outputs in flat))
 
 
 @pytest.mark.parametrize("num_tokens", [1, mesanet.CHUNK, 2 * mesanet.CHUNK + 5])

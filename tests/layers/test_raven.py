@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from ovq_lab.mixers import RavenAttention, raven
 from ovq_lab.mixers.raven import routed_slots
+from tests.layers.common import assert_alike_with_gradients
 
 HIDDEN, HEAD = 12, 5
 
@@ -73,15 +74,8 @@ def test_the_layer_equals_the_recurrence_token_by_token(options, num_tokens):
     layer, x = make(**options), random_inputs(num_tokens).requires_grad_()
     o, _, cache = layer(x, use_cache=True)
     expected, keys = token_by_token(layer, x)
-    torch.testing.assert_close(o, expected)
     torch.testing.assert_close(cache.layers[0].state["slot_keys"], keys[:, -1])
-    inputs = [x, *layer.parameters()]
-    upstream = torch.randn(o.shape, dtype=o.dtype, generator=torch.Generator().manual_seed(0))
-    ours, theirs = (
-        torch.autograd.grad(result, inputs, upstream, allow_unused=True, materialize_grads=True)
-        for result in (o, expected)
-    )
-    torch.testing.assert_close(ours, theirs)
+    assert_alike_with_gradients([x, *layer.parameters()], [o, expected])
 
 
 def test_a_token_changes_the_selected_slots_alone():

@@ -14,6 +14,7 @@ from ovq.layers import GatedDeltaNet, Mamba2, deltanet, mamba
 from ovq.layers.chunked import DecayRates
 from ovq.layers.deltanet import gated_delta_rule
 from ovq.layers.mamba import state_space_scan
+from tests.layers.common import assert_alike_with_gradients
 
 
 def random_delta_inputs(num_tokens, key_heads=2, dtype=torch.float64):
@@ -47,20 +48,12 @@ def scan_token_by_token(x, log_decay, b, c, state):
     return torch.stack(outputs, 1), state
 
 
-def assert_alike_with_gradients(inputs, *functions):
-    """Outputs, final states and the gradients of both with respect to every input."""
-    results = [function(*inputs) for function in functions]
-    torch.testing.assert_close(*results)
-    generator = torch.Generator().manual_seed(0)
-    upstream = [torch.randn(x.shape, dtype=x.dtype, generator=generator) for x in results[0]]
-    torch.testing.assert_close(*(torch.autograd.grad(result, inputs, upstream) for result in results))
-
-
 @pytest.mark.parametrize("num_tokens", [1, deltanet.CHUNK, 2 * deltanet.CHUNK + 5])
 @pytest.mark.parametrize("key_heads", [1, 2])
 def test_the_delta_rule_in_chunks_equals_it_token_by_token(num_tokens, key_heads):
     inputs = random_delta_inputs(num_tokens, key_heads)
-    assert_alike_with_gradients(inputs, gated_delta_rule, delta_rule_token_by_token)
+    rules = gated_delta_rule, delta_rule_token_by_token
+    assert_alike_with_gradients(inputs, [rule(*inputs) for rule in rules])
 
 
 @pytest.mark.parametrize("theirs", [torch_chunk_gated_delta_rule, torch_recurrent_gated_delta_rule])
@@ -77,7 +70,8 @@ def test_the_scan_in_chunks_equals_it_token_by_token(num_tokens):
     shapes = (num_tokens, 2, 3), (num_tokens, 2), (num_tokens, 5), (num_tokens, 5), (2, 5, 3)
     inputs = [torch.randn(2, *shape, dtype=torch.float64, generator=generator) for shape in shapes]
     inputs[1] = -inputs[1].exp()
-    assert_alike_with_gradients([x.requires_grad_() for x in inputs], state_space_scan, scan_token_by_token)
+    scans = state_space_scan, scan_token_by_token
+    assert_alike_with_gradients([x.requires_grad_() for x in inputs], [scan(*inputs) for scan in scans])
 
 
 def test_the_layer_equals_mamba2_of_transformers():
