@@ -9,15 +9,10 @@ from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATION
 
 from ovq.hf import OVQCache
 from ovq.hf.cache import CACHE_KEY
-from tests.hf.common import BASELINES, left_padded, make_model, random_ids
+from tests.hf.common import left_padded, make_model, random_ids
 
 NEW = 10
 GREEDY = {"do_sample": False, "max_new_tokens": NEW, "pad_token_id": 0}
-
-
-@pytest.fixture(scope="module", params=[{}, BASELINES], ids=["ovq", "baselines"])
-def model(request):
-    return make_model(**request.param)
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +97,34 @@ def test_continuing_from_a_prefix_shared_by_many(model):
     mask = torch.ones_like(text)
     out = model.generate(text, attention_mask=mask, **{CACHE_KEY: cache}, **GREEDY)
     assert torch.equal(out, model.generate(text, attention_mask=mask, **GREEDY))
+
+
+@pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 3}, {"num_beams": 2}], ids=str)
+@pytest.mark.parametrize("num_read", [11, 12, 14])
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_the_last_ids_alone_may_be_given_with_a_cache_that_has_read_some_of_them(
+    model, options, num_read, is_padded
+):
+    ids = random_ids(2, 15)
+    mask = torch.ones_like(ids)
+    mask[0, : 2 * is_padded] = 0
+    cache = OVQCache(model.config)
+    model(ids[:, :num_read], mask[:, :num_read], past_key_values=cache)
+    out = model.generate(ids[:, 11:], attention_mask=mask, **{CACHE_KEY: cache}, **GREEDY, **options)
+    expected = model.generate(ids, attention_mask=mask, **GREEDY, **options)
+    assert torch.equal(out, expected[:, 11:])
+
+
+def test_ids_that_leave_out_columns_are_refused(model):
+    ids, cache = random_ids(1, 15), OVQCache(model.config)
+    mask = torch.ones_like(ids)
+    model(ids[:, :9], past_key_values=cache)
+    given = {"attention_mask": mask, CACHE_KEY: cache, **GREEDY}
+    with pytest.raises(ValueError, match=r"at least the last 6 of 15 columns, .*, found 5"):
+        model.generate(ids[:, 10:], **given)
+    with pytest.raises(ValueError, match=r"expected all 15 columns in assisted decoding, .* found 6"):
+        model.generate(ids[:, 9:], **given, prompt_lookup_num_tokens=3)
+    assert cache.get_seq_length() == 9
 
 
 @pytest.mark.parametrize("length", [7, 10])

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation import GenerationMode
 
-from ovq.hf.cache import CACHE_KEY, StateCache, one_of
+from ovq.hf.cache import CACHE_KEY, MOST_CROPPED, StateCache, one_of
 
 
 class CachedGeneration:
@@ -53,7 +53,7 @@ class CachedGeneration:
                 for layer in cache.layers:
                     layer.record_past = False
                 if given is not None:
-                    _keep_columns(given, generation_config, generation_mode, model_kwargs, batch_size)
+                    _check_given_cache(given, generation_config, generation_mode, model_kwargs, batch_size)
             elif given is None:
                 # Drafts that the large model rejects must be cropped.
                 cache.activate_past_recording()
@@ -80,14 +80,66 @@ class CachedGeneration:
         mask = own._prepare_attention_mask_for_generation(inputs_tensor, generation_config, model_kwargs)
         return mask.cummax(1).values if generation_config.is_assistant else mask
 
+    def _prefill(
+        self,
+        input_ids: Tensor,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        is_first_iteration: bool = True,
+    ) -> Any:
+        """Outputs for the part of the prompt that the cache has not read.
+
+        The caller may pass a cache and a mask over all columns, but token ids of the last columns only.
+        transformers then treats all ids as new, although the cache may have read the first of them.
+        """
+        cache, num_columns = model_kwargs.get(CACHE_KEY), _num_columns(generation_config, model_kwargs)
+        if cache is not None and num_columns is not None and model_kwargs.get("inputs_embeds") is None:
+            num_unread = num_columns - cache.get_seq_length()
+            if num_unread > input_ids.shape[1]:
+                raise ValueError(
+                    f"input_ids: expected at least the last {num_unread} of {num_columns} columns, which the "
+                    f"cache has not read, found {input_ids.shape[1]}"
+                )
+            input_ids = input_ids[:, -num_unread:] if num_unread > 0 else input_ids
+        own: Any = super()
+        return own._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
+
+    def _get_candidate_generator(
+        self, generation_config: GenerationConfig, input_ids: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The source of the drafts of assisted decoding.
+
+        Raises:
+            ValueError: `input_ids` without the tokens that the cache has read, or drafts of more tokens than
+                the cache can crop.
+        """
+        model_kwargs = kwargs["model_kwargs"]
+        num_columns = _num_columns(generation_config, model_kwargs) or 0
+        if input_ids.shape[1] < num_columns and model_kwargs.get("inputs_embeds") is None:
+            # transformers cuts the mask to the length of the ids.
+            raise ValueError(
+                f"input_ids: expected all {num_columns} columns in assisted decoding, with those that the "
+                f"cache has read, found {input_ids.shape[1]}"
+            )
+        own: Any = super()
+        drafts = own._get_candidate_generator(generation_config, input_ids, *args, **kwargs)
+        for option, attribute in (
+            ("prompt_lookup_num_tokens", "num_output_tokens"),
+            ("num_assistant_tokens", "num_assistant_tokens"),
+        ):
+            if (found := getattr(drafts, attribute, 0)) > MOST_CROPPED:
+                raise ValueError(
+                    f"{option}: expected at most {MOST_CROPPED}, which a cache can crop, found {found}"
+                )
+        return drafts
+
     # `inputs_embeds` is a named parameter because `generate` looks for it in the signature.
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """Arguments of `forward` for the next step of `generate`.
 
-        The caller may pass a cache and a mask over all columns, but token ids of the last columns only.
-        transformers then treats all ids as new, although the cache may have read the first of them.
+        Assisted decoding begins with the ids of all columns, although the cache may have read the first.
         """
         cache, mask = kwargs.get(CACHE_KEY), kwargs.get("attention_mask")
         if cache is not None and mask is not None:
@@ -97,7 +149,16 @@ class CachedGeneration:
         return own.prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
 
 
-def _keep_columns(
+def _num_columns(generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> int | None:
+    """Columns of a prompt, those that a given cache has read included; None if unknown.
+
+    From 5.24 on, transformers drops a mask of ones and remembers its length.
+    """
+    mask = model_kwargs.get("attention_mask")
+    return getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
+
+
+def _check_given_cache(
     given: StateCache,
     generation_config: GenerationConfig,
     generation_mode: Any,
@@ -106,11 +167,9 @@ def _keep_columns(
 ) -> None:
     """Check that the prompt is longer than what its cache has read; give assisted decoding its mask back.
 
-    From 5.24 on, transformers drops a mask of ones. Most decoding modes remember its length, but assisted
-    decoding then takes all columns for new ones, and would read again what the cache has read.
+    Without a mask of ones, which transformers drops, assisted decoding takes all columns for new ones.
     """
-    mask, num_read = model_kwargs.get("attention_mask"), given.get_seq_length()
-    num_columns = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
+    num_columns, num_read = _num_columns(generation_config, model_kwargs), given.get_seq_length()
     if num_columns is None or num_read == 0:
         return
     if num_columns <= num_read:
@@ -118,6 +177,6 @@ def _keep_columns(
             f"expected a prompt of more tokens than the {num_read} columns that the cache has read, found "
             f"{num_columns}: pass those that were read, too, or a mask over them and the new ones"
         )
-    if mask is None and generation_mode == GenerationMode.ASSISTED_GENERATION:
+    if model_kwargs.get("attention_mask") is None and generation_mode == GenerationMode.ASSISTED_GENERATION:
         device = given.layers[0].device
         model_kwargs["attention_mask"] = torch.ones(batch_size, num_columns, dtype=torch.int64, device=device)
