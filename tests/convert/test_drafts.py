@@ -215,3 +215,28 @@ def test_only_what_was_recorded_can_be_cropped(model):
         model(IDS[:2, 20:23], **{CACHE_KEY: cache})
         with pytest.raises(ValueError, match=r"found crop\(-1\)"):
             cache.crop(-1)
+
+
+@torch.no_grad()
+def test_a_crop_that_one_layer_refuses_changes_no_layer(monkeypatch):
+    """Layers with small windows merge earlier, and record fewer of the tokens in one piece."""
+    monkeypatch.setattr(ovq.convert.cache, "MOST_CROPPED", 8)
+    model = converted(window=[[32, 32], [16, 16]], num_slots=16).double()
+    cache = model.make_cache()
+    model(IDS[:1, :20], **{CACHE_KEY: cache})
+    cache.activate_past_recording()
+    for start in range(20, 44, 3):
+        model(IDS[:1, start : start + 3], **{CACHE_KEY: cache})
+    before = [state.clone() for state in states(cache)]
+    with pytest.raises(ValueError, match=r"found crop\(-20\)"):
+        cache.crop(-20)
+    assert cache.num_columns == 44
+    assert all(map(torch.equal, states(cache), before))
+
+
+@pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 257}, {"assistant_model": original()}])
+def test_more_drafts_than_can_be_cropped_are_refused(model, options):
+    if "assistant_model" in options:
+        options["assistant_model"].generation_config.num_assistant_tokens = 257
+    with pytest.raises(ValueError, match=r"num.*_tokens: expected at most 256, .* found 257"):
+        answer(model, **options)

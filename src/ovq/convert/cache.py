@@ -235,6 +235,13 @@ class MemoryLayer(OVQCacheLayer):
             before = [memory.clone() for memory in self.state]
             self._recorded = dataclasses.replace(recorded, before=before, tokens=(k, v))
 
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """See `OVQCacheLayer.check_crop`."""
+        num_before = (self._recorded.earlier or self._recorded).num_columns
+        num_recorded = self.num_columns - num_before if self.record_past else 0
+        if not -num_recorded <= tokens_to_remove <= 0 or (tokens_to_remove and self.num_rows != 1):
+            raise not_croppable(tokens_to_remove, num_recorded)
+
     @torch.no_grad()
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` of the tokens read since the last crop.
@@ -244,11 +251,8 @@ class MemoryLayer(OVQCacheLayer):
         """
         # Earlier versions of transformers pass a tensor: `+=` on the column count would change it in place.
         tokens_to_remove = int(tokens_to_remove)
+        self.check_crop(tokens_to_remove)
         recorded, num_left = self._recorded, self.num_columns + tokens_to_remove
-        num_before = (recorded.earlier or recorded).num_columns
-        num_recorded = self.num_columns - num_before if self.record_past else 0
-        if not -num_recorded <= tokens_to_remove <= 0 or (tokens_to_remove and self.num_rows != 1):
-            raise not_croppable(tokens_to_remove, num_recorded)
         num_removed = -tokens_to_remove
         if recorded.earlier is not None and num_left < recorded.num_columns:
             num_removed, recorded = recorded.num_columns - num_left, recorded.earlier

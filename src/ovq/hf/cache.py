@@ -125,22 +125,22 @@ class OVQCacheLayer(LayerCache, CacheLayerMixin):
         if self.device is not None:
             self.move_to(self.device)
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Refuse to remove tokens, as a state cannot forget them; `crop(0)` does nothing.
-
-        Raises:
-            ValueError: `tokens_to_remove` is not 0.
-        """
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raise ValueError if `crop` would: for every number but 0, as a state cannot forget tokens."""
         if tokens_to_remove != 0:
             raise not_croppable(tokens_to_remove, 0)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Do nothing for 0 tokens; see `check_crop`."""
+        self.check_crop(tokens_to_remove)
 
 
 def not_croppable(tokens_to_remove: int, num_recorded: int) -> ValueError:
     """The error for a `crop` of more tokens than were recorded, or of a positive number."""
     return ValueError(
-        f"expected crop(n) with n from {-num_recorded} to 0, found crop({tokens_to_remove}): tokens can be "
-        "taken out again that were read since activate_past_recording() and the last crop; or keep a "
-        "snapshot of the cache from before them (snapshot())"
+        f"expected crop(n) with n from {-num_recorded} to 0, found crop({tokens_to_remove}): only "
+        "tokens read since activate_past_recording() and the last crop can be removed; to go back further, "
+        "keep a snapshot of the cache (snapshot())"
     )
 
 
@@ -180,7 +180,7 @@ class StateCache(Cache):
             if layer.num_columns != num:
                 raise ValueError(
                     f"expected a cache whose layers have all read {num} columns, found {layer.num_columns}: "
-                    "a call has failed half-way; go on from a snapshot of before (snapshot())"
+                    "a call failed half-way; continue from an earlier snapshot (snapshot())"
                 )
         return num
 
@@ -215,6 +215,16 @@ class StateCache(Cache):
         """Detach all tensors from their graph, so that no gradient flows to the tokens read so far."""
         for layer in self.layers:
             layer.detach_()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last `-tokens_to_remove` of the tokens recorded since the last crop.
+
+        Raises:
+            ValueError: a layer has not recorded that many. No layer is changed then.
+        """
+        for layer in self.layers:
+            layer.check_crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
 
     def shorten(self, lengths: Sequence[int]) -> int:
         """Drop the first columns that no later call needs, so that masks stay short.
@@ -351,10 +361,11 @@ class OVQCache(StateCache):
 
         At most `MOST_CROPPED` tokens. Tokens recorded earlier and not cropped are kept too if they fit.
         """
-        layers, recorded = None, self.recorded
+        recorded = self.recorded
         if recorded is not None and recorded.inputs.shape[1] + inputs.shape[1] <= MOST_CROPPED:
             layers, inputs = recorded.layers, torch.cat([recorded.inputs, inputs], 1)
-        layers = [layer.branch() for layer in self.layers] if layers is None else layers
+        else:
+            layers = [layer.branch() for layer in self.layers]
         return Recorded(layers, inputs, mask, weakref.ref(model))
 
     @torch.no_grad()
@@ -379,8 +390,8 @@ class OVQCache(StateCache):
         if kept.shape[1] and model is None:
             self.recorded = recorded
             raise ValueError(
-                f"crop({tokens_to_remove}): expected the model that has read these tokens, to read again "
-                "what stays, found that it was deleted: keep it, or a snapshot of the cache (snapshot())"
+                f"crop({tokens_to_remove}): expected the model that read these tokens, which must read the "
+                "remaining ones again, found that it was deleted: keep it, or a snapshot of the cache"
             )
         self.layers = [layer.branch() for layer in recorded.layers]
         if kept.shape[1]:
