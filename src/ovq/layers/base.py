@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -21,6 +22,9 @@ from ovq.layers.products import Linear
 from ovq.ops.backends.cpu.layer import TokenMemory
 from ovq.ops.parts import StateSpec, check_tensors, of_rows
 
+# The layer without `layer_idx` that last used a cache: a second one would continue the state of the first.
+_LAST_USERS: weakref.WeakKeyDictionary[LayerCache, weakref.ref[Mixer]] = weakref.WeakKeyDictionary()
+
 
 class Mixer(nn.Module, ABC):
     """A causal sequence mixer with the forward contract of flash-linear-attention's layers.
@@ -32,7 +36,7 @@ class Mixer(nn.Module, ABC):
         num_channels: number of channels that are convolved and mixed.
         num_outputs: width of the result of `mix`.
         conv_size: kernel size of the causal depthwise convolution on the channels; 0 for none.
-        layer_idx: index of the layer in the cache; None means 0.
+        layer_idx: index of the layer in the cache; None for the only layer that uses its cache.
         use_rope: whether to apply rotary embedding to queries and keys; refused by mixers without it.
 
     Raises:
@@ -222,13 +226,7 @@ class Mixer(nn.Module, ABC):
         Raises:
             ValueError: if the input has a wrong shape, or a keyword argument is unknown.
         """
-        allowed = self.forward_options | {"cu_seqlens"}
-        if unknown := sorted(set(kwargs) - allowed):
-            raise ValueError(f"expected keyword arguments among {sorted(allowed)}, found {unknown}")
-        if output_attentions:
-            raise ValueError(
-                "expected output_attentions=False, found True: mixers do not form attention matrices"
-            )
+        check_kwargs(kwargs, self.forward_options | {"cu_seqlens"}, output_attentions=output_attentions)
         self._check_hidden_states(hidden_states)
         batch_size, num_new, _ = hidden_states.shape
         if past_key_values is None and use_cache:
@@ -269,7 +267,11 @@ class Mixer(nn.Module, ABC):
         return self.o_proj(o)
 
     def cache_of_layer(self, past_key_values: Any) -> LayerCache:
-        """This layer's cache within `past_key_values`, created if missing."""
+        """This layer's cache within `past_key_values`, created if missing.
+
+        Raises:
+            ValueError: if it is the cache of another kind of layer, or of another layer without `layer_idx`.
+        """
         layers = getattr(past_key_values, "layers", None)
         if not isinstance(layers, list):
             raise ValueError(
@@ -285,6 +287,14 @@ class Mixer(nn.Module, ABC):
         if found != memory:
             found = type(layers[idx]).__name__ if found is None else found.kind
             raise ValueError(f"expected layer {idx} of past_key_values to hold {memory.kind}, found {found}")
+        if self.layer_idx is None and not torch.compiler.is_compiling():
+            last = _LAST_USERS.get(layers[idx], weakref.ref(self))()
+            if last not in (None, self) and layers[idx].state is not None:
+                raise ValueError(
+                    "layer_idx: expected a different one for each layer that uses the same past_key_values, "
+                    "found two layers without"
+                )
+            _LAST_USERS[layers[idx]] = weakref.ref(self)
         return layers[idx]
 
     def _check_hidden_states(self, hidden_states: Tensor) -> None:
@@ -468,6 +478,16 @@ def checked_head_dim(hidden_size: int, num_heads: int, num_kv_heads: int, head_d
             f"expected sizes of at least 1, found hidden_size={hidden_size}, head_dim={head_dim}"
         )
     return head_dim
+
+
+def check_kwargs(kwargs: Mapping[str, Any], allowed: frozenset[str], *, output_attentions: bool) -> None:
+    """Raise ValueError for unknown keyword arguments of `forward`, or if attention matrices are asked for."""
+    if unknown := sorted(set(kwargs) - allowed):
+        raise ValueError(f"expected keyword arguments among {sorted(allowed)}, found {unknown}")
+    if output_attentions:
+        raise ValueError(
+            "expected output_attentions=False, found True: mixers do not form attention matrices"
+        )
 
 
 def check_conv_size(conv_size: int) -> None:
