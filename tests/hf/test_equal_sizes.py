@@ -6,9 +6,7 @@ import torch
 from ovq.hf import OVQConfig
 from ovq.hf.block import build_mixer
 from ovq.hf.equal_sizes import equal_sizes
-from ovq.layers import OVQAttention, SinkAttention
 from ovq.layers.memory import num_bytes
-from ovq.layers.sinks import window_of_equal_bytes
 from ovq_lab.mixers import MIXERS
 from ovq_lab.train.loop import model_config
 from ovq_lab.train.recipes import get_recipe
@@ -30,24 +28,23 @@ def test_every_mixer_has_the_parameters_of_ovq_within_five_percent(name, sizes):
     assert ours == pytest.approx(theirs, rel=0.05)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("num_slots", "chunk_size"), [(64, 64), (1024, 128), (7, 4), (1, 1)])
-def test_the_window_has_just_the_bytes_of_the_dictionary(num_slots, chunk_size, dtype):
-    sizes = {"num_kv_heads": 2, "head_dim": 16}
-    window = window_of_equal_bytes(num_slots, chunk_size, **sizes, num_sinks=4, dtype=dtype)
+@pytest.mark.parametrize("gates", [{}, {"merge_gate": True}, {"forget_gate": True}], ids=str)
+def test_the_window_has_just_the_bytes_of_the_dictionary(num_slots, chunk_size, gates):
     # The other schedules come within a slot of the bound, and never reach it.
-    ovq = OVQAttention(32, 4, num_slots=num_slots, chunk_size=chunk_size, growth="immediate", **sizes)
+    sizes = {"num_slots": num_slots, "chunk_size": chunk_size, "growth": "immediate", **gates}
+    sizes |= {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    config = OVQConfig(**sizes, num_hidden_layers=2, mixer_types=["sink_attention", "ovq"])
 
     def memory_bytes(layer):
-        return num_bytes(layer.memory_spec(4096, dtype))
+        return num_bytes(build_mixer(config, layer).memory_spec(4096, torch.float32))
 
-    def bytes_of(sink_window):
-        layer = SinkAttention(32, 4, **sizes, num_sinks=4, sink_window=sink_window)
-        return memory_bytes(layer)
-
-    full = memory_bytes(ovq)
-    assert bytes_of(window) >= full
-    assert window == 2 or bytes_of(window - 1) < full
+    window, full = equal_sizes(config)["sink_window"], memory_bytes(1)
+    config.sink_window = window
+    assert memory_bytes(0) >= full
+    if window > 2:
+        config.sink_window = window - 1
+        assert memory_bytes(0) < full
 
 
 def test_a_run_has_equal_sizes_but_for_those_it_names():

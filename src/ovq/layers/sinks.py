@@ -69,17 +69,21 @@ class SinkAttention(ConstantStateMixer, AttentionMixer):
 
     @classmethod
     def equal_sizes(cls, config: Any) -> dict[str, int]:
-        """A `sink_window` for a state of equal bytes, in float32."""
-        window = window_of_equal_bytes(
+        """The smallest `sink_window` whose state has the bytes of a full dictionary, in float32."""
+        num_kv_heads, head_dim, dtype = config.num_key_value_heads, config.head_dim, torch.float32
+        slots = slot_spec(
             config.num_slots,
-            config.chunk_size,
-            num_kv_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
-            num_sinks=config.num_sinks,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            chunk_size=config.chunk_size,
+            dtype=dtype,
             has_weights=config.merge_gate or config.forget_gate,
             forgets=config.forget_gate,
         )
-        return {"sink_window": window}
+        # Both states include the number of tokens seen.
+        del slots["num_seen"]
+        num_tokens = -(-num_bytes(slots) // (2 * num_kv_heads * head_dim * dtype.itemsize))
+        return {"sink_window": max(2, num_tokens - config.num_sinks + 1)}
 
     def constant_spec(self, dtype: torch.dtype) -> StateSpec:
         """Keys and values of the sinks and of the last W - 1 tokens, and the number of tokens seen."""
@@ -191,45 +195,3 @@ def _last(x: Tensor, end: Tensor, num_kept: int) -> Tensor:
     x = F.pad(x, (0, 0, num_kept, 0))
     index = end[:, None] + torch.arange(num_kept, device=x.device)
     return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
-
-
-def window_of_equal_bytes(
-    num_slots: int,
-    chunk_size: int,
-    *,
-    num_kv_heads: int,
-    head_dim: int,
-    num_sinks: int,
-    has_weights: bool = False,
-    forgets: bool = False,
-    dtype: torch.dtype = torch.float32,
-) -> int:
-    """The smallest `sink_window` whose state has at least as many bytes as a full dictionary.
-
-    Args:
-        num_slots: N of the OVQ layer.
-        chunk_size: C of the OVQ layer.
-        num_kv_heads: Hkv of both.
-        head_dim: K and V of both.
-        num_sinks: S of the layer with sinks.
-        has_weights: whether the OVQ layer has a merge gate or forget gate.
-        forgets: whether the OVQ layer has a forget gate.
-        dtype: dtype of the activations; the sums of OVQ are float32 in any case.
-
-    Example:
-        >>> window_of_equal_bytes(64, 64, num_kv_heads=2, head_dim=64, num_sinks=4)
-        126
-    """
-    slots = slot_spec(
-        num_slots,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        chunk_size=chunk_size,
-        dtype=dtype,
-        has_weights=has_weights,
-        forgets=forgets,
-    )
-    # Both states include the number of tokens seen.
-    del slots["num_seen"]
-    num_tokens = -(-num_bytes(slots) // (2 * num_kv_heads * head_dim * dtype.itemsize))
-    return max(2, num_tokens - num_sinks + 1)
