@@ -56,20 +56,10 @@ def test_without_a_target_the_loss_of_a_micro_batch_is_zero():
     assert model.lm_head.weight.grad.abs().max() == 0
 
 
-@pytest.mark.parametrize(
-    ("options", "found"),
-    [
-        ({}, "no labels"),
-        ({"labels": torch.zeros(1, 4, dtype=torch.long), "logits_to_keep": 1}, "logits_to_keep"),
-        (
-            {"labels": torch.zeros(1, 4, dtype=torch.long), "logits_to_keep": torch.tensor([0])},
-            "logits_to_keep",
-        ),
-    ],
-)
-def test_logits_that_are_needed_are_not_skipped(options, found):
-    model = OVQForCausalLM(CONFIG)
-    with pytest.raises(
-        ValueError, match=f"skip_logits: expected labels and no logits_to_keep, found {found}"
-    ):
-        model(torch.zeros(1, 4, dtype=torch.long), skip_logits=True, **options)
+def test_logits_that_are_needed_are_not_skipped():
+    model, ids = OVQForCausalLM(CONFIG), torch.zeros(1, 4, dtype=torch.long)
+    with pytest.raises(ValueError, match="skip_logits: expected False without labels, found True"):
+        model(ids, skip_logits=True)
+    for kept in (1, torch.tensor([0])):
+        with pytest.raises(ValueError, match=r"logits_to_keep: expected 0 with labels, .* found"):
+            model(ids, skip_logits=True, labels=ids, logits_to_keep=kept)

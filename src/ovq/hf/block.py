@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,14 +19,9 @@ from ovq.layers.token_step import AroundMixer, TokenStep, run_steps, token_step
 def build_mixer(config: OVQConfig, layer_idx: int) -> Mixer:
     """The mixer of a layer, as the config defines it."""
     name = config.mixer_types[layer_idx]
-    cls = mixer_class(name)
     # Besides the common arguments, each constructor takes the config fields that it declares.
-    make: Callable[..., Mixer] = cls
-    return make(
-        layer_idx=layer_idx,
-        use_rope=name in config.rope_mixers,
-        **cls.arguments_of(config),
-    )
+    cls: Any = mixer_class(name)
+    return cls(layer_idx=layer_idx, use_rope=name in config.rope_mixers, **cls.arguments_of(config))
 
 
 class OVQMLP(nn.Module):
@@ -64,20 +58,14 @@ class OVQBlock(GradientCheckpointingLayer):
 
         The loss is an output, because only outputs survive reentrant checkpointing and offloading hooks.
         """
-        options: dict[str, Any] = {}
-        own_loss = None
-        if step is not None:
-            options["step"] = step
-        has_loss = self.training and "auxiliary_losses" in self.mixer.forward_options
-        if has_loss:
-            # Not a list, because accelerate's hooks copy lists.
-            losses: deque[Tensor] = deque()
+        options: dict[str, Any] = {} if step is None else {"step": step}
+        # Not a list, because accelerate's hooks copy lists.
+        losses: deque[Tensor] = deque()
+        if self.training and "auxiliary_losses" in self.mixer.forward_options:
             options["auxiliary_losses"] = losses
         mixed, _, _ = self.mixer(self.mixer_norm(hidden_states), attention_mask, past_key_values, **options)
-        if has_loss:
-            (own_loss,) = losses
         hidden_states = hidden_states + mixed
-        return hidden_states + self.mlp(self.mlp_norm(hidden_states)), own_loss
+        return hidden_states + self.mlp(self.mlp_norm(hidden_states)), losses[0] if losses else None
 
     def token_step(
         self, hidden_states: Tensor, layout: SequenceLayout, past_key_values: OVQCache

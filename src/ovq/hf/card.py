@@ -19,7 +19,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from ovq.hf.configuration_ovq import OVQConfig
 from ovq.ops.ablation import Ablation
 from ovq.ops.options import BEST_MERGE, can_merge_best
-from ovq.runtime.files import atomic_path
+from ovq.runtime.files import write_atomic
 
 CARD_FILE = "README.md"
 """Name of the card in the folder of a model."""
@@ -147,8 +147,7 @@ def save_card(card: ModelCard, folder: Path, *, replaces: Sequence[str] = ()) ->
         own = {"Load it", "Model", "Memory", *replaces}
         if not is_untouched(found) or not set(re.findall(r"^## (.+)$", found, re.MULTILINE)) <= own:
             return False
-    with atomic_path(path) as temporary:
-        temporary.write_text(card.content, encoding="utf-8")
+    write_atomic(path, card.content)
     return True
 
 

@@ -155,7 +155,7 @@ class OVQConfig(PreTrainedConfig):
         for name in _fields_of(self.mixer_types):
             if name in kwargs:
                 setattr(self, name, kwargs.pop(name))
-        _take_unused(kwargs, self.mixer_types)
+        _pop_unused_fields(kwargs, self.mixer_types)
         self._check()
         super().__post_init__(**kwargs)
 
@@ -170,8 +170,8 @@ class OVQConfig(PreTrainedConfig):
             fields[name].check(name, value)
         new = _fields_of(value) if name == "mixer_types" else fields
         super().__setattr__(name, value)
-        for gone in fields.keys() - new.keys():
-            self.__dict__.pop(gone, None)
+        for removed in fields.keys() - new.keys():
+            self.__dict__.pop(removed, None)
         for added in new.keys() - fields.keys():
             self.__dict__[added] = copy.copy(new[added].default)
 
@@ -339,12 +339,11 @@ class OVQConfig(PreTrainedConfig):
                 f"mixer_types: expected one name per layer, num_hidden_layers={self.num_hidden_layers}, "
                 f"found {len(self.mixer_types)}"
             )
-        for name in self.rope_mixers:
-            try:
-                mixer_class(name)
-            except ValueError as error:
-                raise ValueError(f"rope_mixers: {error}") from error
-        if fixed := sorted(name for name in self.rope_mixers if not mixer_class(name).supports_rope):
+        try:
+            fixed = sorted(name for name in self.rope_mixers if not mixer_class(name).supports_rope)
+        except ValueError as error:
+            raise ValueError(f"rope_mixers: {error}") from error
+        if fixed:
             raise ValueError(f"rope_mixers: expected mixers that have rotary embedding, found {fixed}")
         self.head_dim = checked_head_dim(
             self.hidden_size, self.num_attention_heads, self.num_key_value_heads, self.head_dim
@@ -378,7 +377,7 @@ def _fields_of(mixer_types: Iterable[str] | None) -> dict[str, ConfigField]:
     return fields
 
 
-def _take_unused(kwargs: dict[str, Any], mixer_types: list[str]) -> None:
+def _pop_unused_fields(kwargs: dict[str, Any], mixer_types: list[str]) -> None:
     """Remove fields of mixers that the config does not have from the unknown keyword arguments.
 
     Other unknown arguments are kept, because a config saved by another version of transformers may have

@@ -16,18 +16,14 @@ from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from ovq.hf.block import OVQBlock, with_steps
-from ovq.hf.cache import (
-    CACHE_KEY,
-    MOST_CROPPED,
-    OVQCache,
-    one_cache,
-)
+from ovq.hf.cache import CACHE_KEY, MOST_CROPPED, OVQCache, one_cache
 from ovq.hf.configuration_ovq import OVQConfig
 from ovq.hf.generation import CachedGeneration
 from ovq.hf.loss import can_be_pieced, loss_in_pieces
 from ovq.hf.packing import PACKING_KWARGS, packed_offsets
 from ovq.hf.pretrained import OVQPreTrainedModel
 from ovq.layers import SequenceLayout
+from ovq.layers.base import check_kwargs
 from ovq.layers.common import RMSNorm
 from ovq.layers.products import Linear
 from ovq.layers.token_step import is_token
@@ -287,13 +283,9 @@ class OVQForCausalLM(CachedGeneration, OVQPreTrainedModel, GenerationMixin):
                 labels = labels.masked_fill(_is_first(cu_seqlens, labels.shape[1]), -100)
             targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         has_targets = targets is not None
-        keeps_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
-        if skip_logits and not (has_targets and keeps_all):
-            raise ValueError(
-                "skip_logits: expected labels and no logits_to_keep, found "
-                + ("logits_to_keep" if has_targets else "no labels")
-            )
-        if has_targets and not keeps_all:
+        if skip_logits and not has_targets:
+            raise ValueError("skip_logits: expected False without labels, found True")
+        if has_targets and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ValueError(
                 "logits_to_keep: expected 0 with labels, as the loss takes the logits of all positions, "
                 f"found {logits_to_keep}"
@@ -373,23 +365,14 @@ class OVQForCausalLM(CachedGeneration, OVQPreTrainedModel, GenerationMixin):
         return one_cache(cache, None)
 
 
-def _check_kwargs(kwargs: dict, allowed: frozenset[str]) -> None:
-    if unknown := sorted(set(kwargs) - allowed):
-        raise ValueError(f"expected keyword arguments among {sorted(allowed)}, found {unknown}")
-    if kwargs.get("output_attentions"):
-        raise ValueError(
-            "expected output_attentions=False, found True: mixers do not form attention matrices"
-        )
+def _check_kwargs(kwargs: dict[str, Any], allowed: frozenset[str]) -> None:
+    check_kwargs(kwargs, allowed, output_attentions=kwargs.get("output_attentions", False))
 
 
 def _check_inputs(input_ids: Tensor | None, inputs_embeds: Tensor | None, hidden_size: int) -> None:
-    for name, given, shape in (
-        ("input_ids", input_ids, "[B, T]"),
-        ("inputs_embeds", inputs_embeds, "[B, T, hidden_size]"),
-    ):
-        if given is not None and given.dim() != shape.count(",") + 1:
-            raise ValueError(f"{name}: expected shape {shape}, found {list(given.shape)}")
-    if inputs_embeds is not None and inputs_embeds.shape[2] != hidden_size:
+    if input_ids is not None and input_ids.dim() != 2:
+        raise ValueError(f"input_ids: expected shape [B, T], found {list(input_ids.shape)}")
+    if inputs_embeds is not None and (inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != hidden_size):
         raise ValueError(
             f"inputs_embeds: expected shape [B, T, {hidden_size}], found {list(inputs_embeds.shape)}"
         )
