@@ -90,7 +90,7 @@ def test_models_of_no_type_that_can_be_tested(capsys, folder, llama, tmp_path, c
     assert "of type 'ovq', found None" in fail(capsys, *COMMANDS[command], folder)
     other = shutil.copytree(llama, tmp_path / "other")
     change_config(other, intermediate_size=17)
-    assert "mlp.down_proj.weight of shape [16, 16] where [16, 17] belongs and 2 faults more" in fail(
+    assert "mlp.down_proj.weight of shape [16, 16] where [16, 17] belongs and 2 more differences" in fail(
         capsys, *COMMANDS[command], other
     )
 
@@ -109,15 +109,15 @@ def test_a_config_that_does_not_fit_its_weights(capsys, caplog, folder, command)
     change_config(folder, hidden_size=32)
     line = fail(capsys, *COMMANDS[command], folder)
     assert "expected the weights of the model that config.json describes" in line
-    assert "lm_head.weight of shape [257, 24] where [257, 32] belongs and 26 faults more" in line
+    assert "lm_head.weight of shape [257, 24] where [257, 32] belongs and 26 more differences" in line
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "config.json: expected JSON, found what is none (Expecting property name"),
-        ("", "config.json: expected JSON, found what is none (Expecting value"),
+        ("{", "config.json: expected JSON, found invalid JSON (Expecting property name"),
+        ("", "config.json: expected JSON, found invalid JSON (Expecting value"),
         ("[1]", "config.json: expected a JSON object, found list"),
         ("null", "config.json: expected a JSON object, found NoneType"),
         ("{}", "config.json: expected the config of a model of type 'ovq', found None"),
@@ -157,7 +157,7 @@ def test_weights_that_are_missing_left_over_damaged_or_not_there(capsys, folder)
     weights |= {"model.layers.1.mixer.qk_norm.beta": beta, "model.layers.1.mixer.qk_norm.gamma": beta.clone()}
     save_file(weights, file, metadata={"format": "pt"})
     line = fail(capsys, *COMMANDS["generate"], folder)
-    assert line.endswith("describes, found model.layers.1.mixer.qk_norm.gamma, which has no place")
+    assert line.endswith("describes, found model.layers.1.mixer.qk_norm.gamma, which the model does not have")
 
     file.write_bytes(file.read_bytes()[:-100])
     assert "found a file that is damaged" in fail(capsys, *COMMANDS["generate"], folder)

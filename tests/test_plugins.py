@@ -80,13 +80,19 @@ def test_a_task_and_a_mixer_of_the_user_train_and_are_evaluated(module, tmp_path
     ("arguments", "said"),
     [
         (["--task", "Copying"], "--task Copying: expected module:Class, found 'Copying'"),
-        (["--task", "nowhere:Copying"], "nowhere: expected what can be imported, found No module named"),
+        (
+            ["--task", "nowhere:Copying"],
+            "nowhere: expected a module or class that can be imported, found No module named",
+        ),
         (
             ["--task", "their_module:Sorting"],
             "their_module:Sorting: expected a class Sorting in their_module, found none",
         ),
         (["--task", "their_module:Mine"], "expected a class that inherits Task, found <class 'their_mod"),
-        (["--import", "nowhere"], "nowhere: expected what can be imported, found No module named"),
+        (
+            ["--import", "nowhere"],
+            "nowhere: expected a module or class that can be imported, found No module named",
+        ),
     ],
 )
 def test_what_cannot_be_imported_costs_one_line(arguments, said, capsys):
@@ -107,7 +113,7 @@ def test_what_installed_packages_offer_is_found_by_name(monkeypatch):
     config = OVQConfig(num_hidden_layers=2, mixer_types=["theirs", "ovq"])
     assert config.mixer_types == ["theirs", "ovq"]
     offered["ovq.mixers"] = [EntryPoint("broken", "nowhere:Mixer", "ovq.mixers")]
-    with pytest.raises(ValueError, match="nowhere:Mixer: expected what can be imported"):
+    with pytest.raises(ValueError, match="nowhere:Mixer: expected a module or class that can be imported"):
         mixer_class("broken")
 
 

@@ -58,7 +58,7 @@ class HiddenValues:
         self, tokenizer: Any, texts: Sequence[str], *, value: str = "number", is_shifted: bool = True
     ) -> None:
         if not texts:
-            raise ValueError("texts: expected texts to make essays of, found no sentence")
+            raise ValueError("texts: expected at least one sentence, found none")
         self.tokenizer = tokenizer
         self.value = value
         self._sentences = texts

@@ -167,4 +167,4 @@ def _loaded(load: Callable[[], Any], what: str) -> Any:
     try:
         return load()
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"{what}: expected what can be imported, found {error}") from error
+        raise ValueError(f"{what}: expected a module or class that can be imported, found {error}") from error

@@ -152,7 +152,7 @@ def test_what_cannot_be_built(options, message):
 
 
 def test_essays_need_a_text():
-    with pytest.raises(ValueError, match="texts: expected texts to make essays of"):
+    with pytest.raises(ValueError, match="texts: expected at least one sentence"):
         NeedleBuilder(BYTES, haystack="essay", texts=["", "\n"])
 
 

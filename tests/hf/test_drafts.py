@@ -14,11 +14,6 @@ GREEDY = {"do_sample": False, "max_new_tokens": 50}
 PROMPT = random_ids(1, 9).repeat(1, 3)
 
 
-@pytest.fixture(scope="module", params=[{}, BASELINES], ids=["ovq", "baselines"])
-def model(request):
-    return make_model(**request.param)
-
-
 @pytest.fixture
 def num_tokens(model):
     """Tokens of each call of the model."""

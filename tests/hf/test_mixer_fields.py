@@ -228,7 +228,9 @@ def test_names_that_are_taken_are_refused():
     assert OVQConfig(**SMALL, field_of_the_future=3).num_slots == 1024
     registry.register_mixer("other", declaring(kvm_sinks=ConfigField(int, 3, "mine")))
     assert OVQConfig(**SMALL, mixer_types=["other", "ovq"]).kvm_sinks == 3
-    with pytest.raises(ValueError, match=r"mixer_types: kvm_sinks: expected one mixer .*another, 'kvm'"):
+    with pytest.raises(
+        ValueError, match=r"mixer_types: kvm_sinks: expected one mixer .* different one of 'kvm'"
+    ):
         OVQConfig(**SMALL, mixer_types=["other", "kvm"])
     # One that inherits it declares the same.
     registry.register_mixer("heir", type("Heir", (KVMAttention,), {}))

@@ -251,7 +251,7 @@ def test_code_is_taken_from_no_folder_that_others_may_write(fresh, compiler, tmp
         command = build.compiler.find_compiler()
         stem = f"kernels-{build.compiler.fingerprint(command, build.compiler.NATIVE)}"
         build._store((tmp_path / "made").read_bytes(), folder, stem)
-    assert f"{folder}: expected a folder that belongs to this user alone" in cpu_kernels()
+    assert f"{folder}: expected a private folder of this user" in cpu_kernels()
     assert compiler.calls == []
 
 

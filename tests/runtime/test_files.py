@@ -165,7 +165,7 @@ def test_a_folder_is_claimed_by_one_at_a_time(tmp_path, monkeypatch):
         with claimed(tmp_path / "new", command="ovq train"):
             assert (tmp_path / "new" / ".lock").exists() == (flock is not lock)
             with (
-                pytest.raises(ValueError, match=r"no other `ovq train` is at work in, found .*new"),
+                pytest.raises(ValueError, match=r"no other `ovq train` is writing to, found .*new"),
                 claimed(tmp_path / "new", command="ovq train"),
             ):
                 pass

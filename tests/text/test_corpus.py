@@ -163,7 +163,7 @@ def test_fields_out_of_range_are_refused(fields, message):
 @pytest.mark.parametrize(
     ("name", "damage", "reason"),
     [
-        ("index.json", lambda data: data[:-9], "expected JSON, found what is none"),
+        ("index.json", lambda data: data[:-9], "expected JSON, found invalid JSON"),
         ("index.json", lambda data: b"[]", "list indices"),
         ("index.json", lambda data: data.replace(b"sha256", b"sha255"), "'sha256'"),
         ("tokens.bin", lambda data: data[:-1], "expected 2405 tokens, found 2404"),

@@ -50,9 +50,9 @@ def check_loaded(source: str | os.PathLike, report: Mapping[str, Any], *, allow_
     ]
     faults += [f"no {name}" for name in sorted(report["missing_keys"])]
     if not allow_extra:
-        faults += [f"{name}, which has no place" for name in sorted(report["unexpected_keys"])]
+        faults += [f"{name}, which the model does not have" for name in sorted(report["unexpected_keys"])]
     if faults:
-        others = f" and {len(faults) - 1} faults more" if len(faults) > 1 else ""
+        others = f" and {len(faults) - 1} more differences" if len(faults) > 1 else ""
         raise ValueError(
             f"{source}: expected the weights of the model that config.json describes, "
             f"found {faults[0]}{others}"

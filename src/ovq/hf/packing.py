@@ -63,7 +63,7 @@ def packed_offsets(
         if not torch.equal(chosen.unique().long(), offsets.unique().long()):
             raise ValueError(
                 f"expected {name} to pack the same rows as {first}, {chosen.tolist()[:16]}, found rows that "
-                f"begin and end at {offsets.tolist()[:16]}; cu_seqlens alone says it all"
+                f"begin and end at {offsets.tolist()[:16]}; pass cu_seqlens alone"
             )
     return chosen
 

@@ -284,7 +284,7 @@ class OVQPreTrainedModel(PreTrainedModel):
         layers = [mixer for mixer in mixers if mixer.supports_logn]
         if not layers:
             raise ValueError(
-                "expected layers that read ever more tokens, such as 'ovq' and 'full_attention', "
+                "expected layers with log-n scaling, such as 'ovq' and 'full_attention', "
                 f"found mixer_types {self.config.mixer_types}"
             )
         for layer in layers:

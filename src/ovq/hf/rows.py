@@ -97,7 +97,7 @@ class Rows:
         output = self.model(ids, logits_to_keep=1, **inputs, **{CACHE_KEY: self._cache})
         logits = output.logits[:, -1]
         self.lengths = [length + ids.shape[1] for length in self.lengths]
-        self._tidy()
+        self._drop_unneeded_columns()
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     @classmethod
@@ -106,7 +106,7 @@ class Rows:
         caches = [part._cache for part in parts]
         joined = type(caches[0]).concatenate(caches)
         rows = cls(parts[0].model, joined, [length for part in parts for length in part.lengths])
-        rows._tidy()
+        rows._drop_unneeded_columns()
         return rows
 
     def copied(self) -> Self:
@@ -116,16 +116,16 @@ class Rows:
     def taken(self, place: int) -> Self:
         """An independent copy of the row at this place."""
         rows = type(self)(self.model, self._cache.selected([place]), [self.lengths[place]])
-        rows._tidy()
+        rows._drop_unneeded_columns()
         return rows
 
     def keep(self, places: Sequence[int]) -> None:
         """Keep the rows at these places, in this order; repeats are independent copies."""
         self._cache.batch_select_indices(torch.tensor(places, dtype=torch.int64, device="cpu"))
         self.lengths = [self.lengths[place] for place in places]
-        self._tidy()
+        self._drop_unneeded_columns()
 
-    def _tidy(self) -> None:
+    def _drop_unneeded_columns(self) -> None:
         """Shorten the cache if many of its columns are no longer needed."""
         if not self.lengths:
             return

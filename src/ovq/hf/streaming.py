@@ -30,7 +30,7 @@ from ovq.hf.context_file import TokenModel
 _MOST_PENDING = 8
 _LONGEST_CHARACTER = 4
 # Lowest temperature for sampling.
-_COLDEST = 1e-6
+_MIN_TEMPERATURE = 1e-6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,9 +66,11 @@ class Sampling:
         for name in ("temperature", "top_k"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected at least 0, found {getattr(self, name)}")
-        if 0 < self.temperature < _COLDEST:
+        if 0 < self.temperature < _MIN_TEMPERATURE:
             # Logits divided by it could overflow.
-            raise ValueError(f"temperature: expected 0 or at least {_COLDEST}, found {self.temperature}")
+            raise ValueError(
+                f"temperature: expected 0 or at least {_MIN_TEMPERATURE}, found {self.temperature}"
+            )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: expected a number above 0 and at most 1, found {self.top_p}")
         if not 0 <= self.min_p <= 1:
@@ -78,7 +80,7 @@ class Sampling:
         for name, neutral in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)):
             if self.temperature == 0 and getattr(self, name) != neutral:
                 raise ValueError(
-                    f"{name}: expected a temperature above 0 beside it, found 0, which does not sample"
+                    f"{name}: expected a temperature above 0 with it, found 0, which does no sampling"
                 )
 
     @property

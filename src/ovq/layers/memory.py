@@ -91,7 +91,7 @@ class Memory(ABC):
     def without_columns(self, state: Any, num_dropped: int, num_left: int) -> Any:
         """The state as if its first `num_dropped` columns had never been read; `num_left` columns remain."""
 
-    def _moved(self, keys: Tensor, num_columns: int) -> Tensor:
+    def _rotated(self, keys: Tensor, num_columns: int) -> Tensor:
         """Keys `[..., K]`, or sums of keys, rotated to positions `num_columns` higher (or lower)."""
         if self.rope_theta is None or num_columns == 0:
             return keys
@@ -134,7 +134,7 @@ class TensorMemory(Memory):
         if self.is_by_column and state["keys"].shape[2] > num_left:
             # Copies, as views would keep the dropped columns in memory.
             kept = {name: t[:, :, t.shape[2] - num_left :].clone() for name, t in state.items()}
-        return {name: self._moved(t, -num_dropped) if name == "keys" else t for name, t in kept.items()}
+        return {name: self._rotated(t, -num_dropped) if name == "keys" else t for name, t in kept.items()}
 
     def restored(self, tensors: Mapping[str, Tensor], device: torch.device | str | None) -> dict[str, Tensor]:
         """See `Memory.restored`."""
@@ -160,7 +160,7 @@ class TensorMemory(Memory):
         for name in states[0]:
             parts = [state[name] for state in states]
             if name == "keys":
-                parts = [self._moved(t, n) for t, n in zip(parts, num_missing, strict=True)]
+                parts = [self._rotated(t, n) for t, n in zip(parts, num_missing, strict=True)]
             if len({t.shape[1:] for t in parts}) > 1:
                 longest = max(t.shape[2] for t in parts)
                 parts = [F.pad(t, (0, 0, longest - t.shape[2], 0)) for t in parts]
@@ -213,16 +213,16 @@ class SlotMemory(Memory):
     def concatenate(self, states: Sequence[OVQState], num_missing: Sequence[int]) -> OVQState:
         """See `Memory.concatenate`."""
         return OVQState.concatenate(
-            [self._begun_later(state, missing) for state, missing in zip(states, num_missing, strict=True)]
+            [self._shifted(state, missing) for state, missing in zip(states, num_missing, strict=True)]
         )
 
     def without_columns(self, state: OVQState, num_dropped: int, num_left: int) -> OVQState:
         """See `Memory.without_columns`."""
-        return self._begun_later(state, -num_dropped)
+        return self._shifted(state, -num_dropped)
 
-    def _begun_later(self, state: OVQState, num_columns: int) -> OVQState:
+    def _shifted(self, state: OVQState, num_columns: int) -> OVQState:
         return dataclasses.replace(
             state,
-            key_sum=self._moved(state.key_sum, num_columns),
-            pending_keys=self._moved(state.pending_keys, num_columns),
+            key_sum=self._rotated(state.key_sum, num_columns),
+            pending_keys=self._rotated(state.pending_keys, num_columns),
         )

@@ -51,7 +51,9 @@ def fields_of_mixers(names: Iterable[str]) -> dict[str, ConfigField]:
     for mixer in dict.fromkeys(names):
         for name, field in mixer_class(mixer).own_fields().items():
             if fields.setdefault(name, field) != field:
-                raise ValueError(f"{name}: expected one mixer that declares it, found another, {mixer!r}")
+                raise ValueError(
+                    f"{name}: expected one mixer to declare this field, found a different one of {mixer!r}"
+                )
     return fields
 
 

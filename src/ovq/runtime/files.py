@@ -122,7 +122,7 @@ def claimed(folder: Path, *, command: str) -> Iterator[None]:
         ...     with claimed(Path(folder), command="ovq train"):
         ...         pass
         Traceback (most recent call last):
-        ValueError: --out: expected a folder that no other `ovq train` is at work in, found ...
+        ValueError: --out: expected a folder that no other `ovq train` is writing to, found ...
     """
     folder.mkdir(parents=True, exist_ok=True)
     if fcntl is None:
@@ -138,7 +138,7 @@ def claimed(folder: Path, *, command: str) -> Iterator[None]:
             descriptor = _lock(folder / ".lock", os.O_RDWR | os.O_CREAT)
     except BlockingIOError:
         raise ValueError(
-            f"--out: expected a folder that no other `{command}` is at work in, found {folder}"
+            f"--out: expected a folder that no other `{command}` is writing to, found {folder}"
         ) from None
     try:
         yield
@@ -221,13 +221,13 @@ def read_json(path: Path) -> Any:
         ...     write_atomic(Path(folder) / "a.json", "[1, 2")
         ...     read_json(Path(folder) / "a.json")
         Traceback (most recent call last):
-        ValueError: ...a.json: expected JSON, found what is none (Expecting ',' delimiter: ...)
+        ValueError: ...a.json: expected JSON, found invalid JSON (Expecting ',' delimiter: ...)
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     # RecursionError for deeply nested content.
     except (RecursionError, ValueError) as error:
-        raise ValueError(f"{path}: expected JSON, found what is none ({error})") from error
+        raise ValueError(f"{path}: expected JSON, found invalid JSON ({error})") from error
 
 
 def cache_folder() -> Path:
@@ -264,5 +264,7 @@ def private_folder() -> Path:
     status = folder.lstat()
     is_own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
     if not is_own or status.st_mode & 0o077:
-        raise OSError(f"{folder}: expected a folder that belongs to this user alone, found another")
+        raise OSError(
+            f"{folder}: expected a private folder of this user, found one that others own or can access"
+        )
     return folder

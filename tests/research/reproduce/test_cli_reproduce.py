@@ -50,7 +50,7 @@ def test_bad_input_costs_one_line(capsys, monkeypatch, arguments, message):
 def test_a_folder_in_use_costs_one_line(capsys, tmp_path, tiny):
     with claimed(tmp_path, command="ovq reproduce"):
         line = fail(capsys, "reproduce", "merge", "--preset", "tiny", "--out", tmp_path)
-    assert "no other `ovq reproduce` is at work in" in line
+    assert "no other `ovq reproduce` is writing to" in line
 
 
 def test_a_report_without_rows_costs_one_line(capsys, tmp_path):

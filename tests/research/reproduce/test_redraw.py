@@ -71,7 +71,7 @@ def test_a_folder_of_reproduce_has_its_pictures_beside_its_rows(tmp_path, capsys
     ("name", "text", "message"),
     [
         ("a.txt", "", r"--draw: expected JSON files of results in"),
-        ("a.json", "{", r"a.json: expected JSON, found what is none"),
+        ("a.json", "{", r"a.json: expected JSON, found invalid JSON"),
         ("a.json", '{"figure": "recall"}', r"a.json: expected the rows of a figure, found something else"),
         ("a.json", '{"train_length": 8}', r"a.json: expected results of ovq, found .*KeyError\('rows'\)"),
         ("a.json", '{"train_length": 8, "rows": [{"x": 1}]}', r"a.json: .*unexpected keyword argument 'x'"),
