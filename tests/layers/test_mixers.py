@@ -1,6 +1,5 @@
 """What every mixer promises, whatever its memory."""
 
-import copy
 import itertools
 
 import pytest
@@ -239,19 +238,6 @@ def test_layers_share_a_cache_by_their_index(x):
     assert cache.nbytes == whole.nbytes
 
 
-@torch.no_grad()
-def test_layers_without_an_index_do_not_share_a_cache(mixer, x):
-    other = copy.deepcopy(mixer)
-    _, _, cache = mixer(x, use_cache=True)
-    with pytest.raises(ValueError, match="layer_idx: expected a different one for each layer"):
-        other(x, past_key_values=cache)
-    # A copy of the cache, or one that was reset, may go on in another layer.
-    twin = copy.deepcopy(cache)
-    torch.testing.assert_close(other(x, past_key_values=twin)[0], mixer(x, past_key_values=cache)[0])
-    cache.reset()
-    other(x, past_key_values=cache)
-
-
 def test_bfloat16_and_autocast_stay_near_float32(mixer, x):
     x = x.float()
     expected = mixer.float()(x)[0]
@@ -413,7 +399,7 @@ def test_a_misspelt_argument_is_refused(cls):
 def test_a_state_of_another_size_is_refused(name):
     x = torch.randn(3, 5, HIDDEN)
     layer = MIXERS[name](HIDDEN, 4, head_dim=6, conv_size=0)
-    for other, rows in ((MIXERS[name](HIDDEN, 4, head_dim=12, conv_size=0, layer_idx=0), 3), (layer, 1)):
+    for other, rows in ((MIXERS[name](HIDDEN, 4, head_dim=12, conv_size=0), 3), (layer, 1)):
         _, _, cache = other(x[:rows], use_cache=True)
         with pytest.raises(ValueError, match=rf"expected .* of shape \[3, .*found \[{rows}, "):
             layer(x, past_key_values=cache)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -22,9 +21,6 @@ from ovq.layers.products import Linear
 from ovq.ops.backends.cpu.layer import TokenMemory
 from ovq.ops.parts import StateSpec, check_tensors, of_rows
 
-# The layer without `layer_idx` that last used a cache: a second one would continue the state of the first.
-_LAST_USERS: weakref.WeakKeyDictionary[LayerCache, weakref.ref[Mixer]] = weakref.WeakKeyDictionary()
-
 
 class Mixer(nn.Module, ABC):
     """A causal sequence mixer with the forward contract of flash-linear-attention's layers.
@@ -36,7 +32,7 @@ class Mixer(nn.Module, ABC):
         num_channels: number of channels that are convolved and mixed.
         num_outputs: width of the result of `mix`.
         conv_size: kernel size of the causal depthwise convolution on the channels; 0 for none.
-        layer_idx: index of the layer in the cache; None for the only layer that uses its cache.
+        layer_idx: index of the layer in the cache; None means 0.
         use_rope: whether to apply rotary embedding to queries and keys; refused by mixers without it.
 
     Raises:
@@ -270,7 +266,7 @@ class Mixer(nn.Module, ABC):
         """This layer's cache within `past_key_values`, created if missing.
 
         Raises:
-            ValueError: if it is the cache of another kind of layer, or of another layer without `layer_idx`.
+            ValueError: if it is the cache of another kind of layer.
         """
         layers = getattr(past_key_values, "layers", None)
         if not isinstance(layers, list):
@@ -287,14 +283,6 @@ class Mixer(nn.Module, ABC):
         if found != memory:
             found = type(layers[idx]).__name__ if found is None else found.kind
             raise ValueError(f"expected layer {idx} of past_key_values to hold {memory.kind}, found {found}")
-        if self.layer_idx is None and not torch.compiler.is_compiling():
-            last = _LAST_USERS.get(layers[idx], weakref.ref(self))()
-            if last not in (None, self) and layers[idx].state is not None:
-                raise ValueError(
-                    "layer_idx: expected a different one for each layer that uses the same past_key_values, "
-                    "found two layers without"
-                )
-            _LAST_USERS[layers[idx]] = weakref.ref(self)
         return layers[idx]
 
     def _check_hidden_states(self, hidden_states: Tensor) -> None:
