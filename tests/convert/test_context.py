@@ -1,5 +1,7 @@
 """A converted model reads a document once; prompts after it get the answers of the whole text."""
 
+import json
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -89,6 +91,33 @@ def test_what_cannot_be_the_memory_of_the_model_is_refused(tmp_path, change, exp
     for read in (context_info, lambda path: load_context(path, model)):
         with pytest.raises(ValueError, match=expected):
             read(path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_slots", [[2**62, 0], [8, 16]]),
+        ("num_sinks", 10**30),
+        ("token_use", False),
+        ("key_exponents", {}),
+        ("rotary_frequencies", 0),
+        ("slot_bias", [[10**400] * 4] * 2),
+    ],
+)
+def test_a_config_with_impossible_values_is_refused(tmp_path, field, value):
+    model, path = converted(), tmp_path / "book.ctx"
+    save_context(build_context(model, tokens(70)), path)
+    rewrite(path, lambda t: None, config=json.dumps(model.memory_fields() | {field: value}))
+    with pytest.raises(ValueError, match=f"expected the config of a model, .*{field}: expected"):
+        context_info(path)
+
+
+def test_empty_keys_do_not_claim_a_size(tmp_path):
+    model, path = converted(), tmp_path / "book.ctx"
+    save_context(build_context(model, tokens(70)), path)
+    rewrite(path, lambda t: t.update({"layers.0.0.recent_keys": torch.zeros(1, 1, 0, 2**62)}))
+    with pytest.raises(ValueError, match=r"expected 0\.recent_keys of shape"):
+        context_info(path)
 
 
 def moved(tensors, num):

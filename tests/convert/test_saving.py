@@ -68,6 +68,12 @@ def test_folders_without_a_memory_are_refused(tmp_path):
         {"rotary_frequencies": [float("nan")], "trained_length": 64},
         {"rotary_frequencies": [1.0] * 5, "trained_length": 64},
         {"num_slots": [[], []], "window": [[], []]},
+        {"num_slots": [[2**63, 8]] * 2},
+        {"value_weight": None},
+        {"token_use": False},
+        {"key_exponents": {}},
+        {"token_use": [{}, {}]},
+        {"slot_bias": [[10**400] * 4] * 2},
     ]
     for memory in (
         *(3, {"num_slots": [[1]]}, {"num_slots": 1, "window": 2}, {"window": [[8]], "slots": [[8]]}),

@@ -65,7 +65,8 @@ class HeadMemories(Memory):
     def spec(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> StateSpec:
         """Shapes and dtypes of one row's tensors; the sizes K and V are taken from `tensors`."""
         found = [tensors.get(f"0.recent_{name}") for name in ("keys", "values")]
-        sizes = [0 if x is None or x.dim() != 4 else x.shape[3] for x in found]
+        # Empty ones could claim any size.
+        sizes = [0 if x is None or x.dim() != 4 or not x.numel() else x.shape[3] for x in found]
         heads = self.config.num_kv_heads
         k, v = (torch.empty(1, heads, 0, size, dtype=dtype, device="meta") for size in sizes)
         return {name: (tuple(t.shape[1:]), t.dtype) for name, t in self.tensors(self.empty(k, v)).items()}

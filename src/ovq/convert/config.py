@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ovq.convert.narrow import STATE_DTYPES
 from ovq.convert.reach import Reach
+from ovq.fields import is_finite
 from ovq.ops.options import (
     CURRENT_MERGES,
     Options,
@@ -30,8 +29,24 @@ LEAST_LENGTH = 32
 # Power of the masses in the rank of edges: weights of expected use carry more information than counts.
 MASS_POWER = 1.0
 
-# Multiplying keys by powers of 2 does not round as long as float16 can hold them.
-_MOST_EXPONENT = 8
+# How deep the numbers of a field are nested in lists.
+_DEPTHS = {
+    **dict.fromkeys(("num_sinks", "chunk_size", "trained_length", "max_distance"), 0),
+    "rotary_frequencies": 1,
+    **dict.fromkeys(("num_slots", "window", "value_weight", "slot_temperature", "slot_bias"), 2),
+    **dict.fromkeys(("key_exponents", "token_use"), 3),
+}
+# Least and largest integers of a field. The number of elements of a tensor, also of one that a file claims,
+# must fit into int64. Multiplying keys by powers of 2 does not round as long as float16 can hold them.
+_BOUNDS = {
+    "chunk_size": (1, 2**31 - 1),
+    "num_sinks": (0, 2**31 - 1),
+    "num_slots": (0, 2**31 - 1),
+    "window": (1, 2**31 - 1),
+    "key_exponents": (-8, 8),
+    "trained_length": (LEAST_LENGTH, 2**62),
+    "max_distance": (LEAST_LENGTH // 4, 2**62),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,13 +108,18 @@ class MemoryConfig:
     rotary_frequencies: list[float] | None = None
 
     def __post_init__(self) -> None:
-        check_sizes(1, chunk_size=self.chunk_size)
-        check_sizes(0, num_sinks=self.num_sinks)
         object.__setattr__(self, "merge", current_merge(self.merge))
-        if self.merge not in CURRENT_MERGES:
-            raise ValueError(f"merge: expected one of {CURRENT_MERGES}, found {self.merge!r}")
-        if self.state_dtype not in STATE_DTYPES:
-            raise ValueError(f"state_dtype: expected one of {list(STATE_DTYPES)}, found {self.state_dtype!r}")
+        for name, known in (("merge", CURRENT_MERGES), ("state_dtype", STATE_DTYPES)):
+            if (choice := getattr(self, name)) not in known:
+                raise ValueError(f"{name}: expected one of {list(known)}, found {choice!r}")
+        numbers: dict[str, list[Any]] = {}
+        for field in dataclasses.fields(self):
+            if (name := field.name) in _DEPTHS:
+                value, depth = getattr(self, name), _DEPTHS[name]
+                if name == "value_weight" and not isinstance(value, list):
+                    depth = 0
+                is_missing = value is None and field.default is None
+                numbers[name] = [] if is_missing else _numbers(name, value, depth)
         heads = list(map(len, self.num_slots))
         if not heads or 0 in heads or heads != list(map(len, self.window)):
             raise ValueError(
@@ -109,37 +129,31 @@ class MemoryConfig:
         for name in ("value_weight", "key_exponents", "token_use"):
             if isinstance(table := getattr(self, name), Sequence):
                 check_heads(name, table, heads)
-        weights = self.value_weight if isinstance(self.value_weight, list) else [[self.value_weight]]
-        for weight in itertools.chain(*weights):
-            check_value_weight("value_weight", weight)
-        for exponent in itertools.chain(*itertools.chain(*self.key_exponents or [])):
-            check_sizes(-_MOST_EXPONENT, key_exponents=exponent)
-            if exponent > _MOST_EXPONENT:
-                raise ValueError(f"key_exponents: expected integers up to {_MOST_EXPONENT}, found {exponent}")
-        _check_finite("token_use", itertools.chain(*itertools.chain(*self.token_use or [])))
-        for name, least in (("trained_length", LEAST_LENGTH), ("max_distance", LEAST_LENGTH // 4)):
-            if (number := getattr(self, name)) is not None:
+        for name in ("slot_temperature", "slot_bias"):
+            if (lists := getattr(self, name)) is None:
+                continue
+            found = list(map(len, lists))
+            if len(found) != len(heads) or any(n == 0 or n % h for n, h in zip(found, heads, strict=True)):
+                raise ValueError(
+                    f"{name}: expected numbers for the query heads of layers with {heads} key/value "
+                    f"heads, found {found}"
+                )
+        for name, (least, most) in _BOUNDS.items():
+            for number in numbers[name]:
                 check_sizes(least, **{name: number})
-        for number in itertools.chain(*self.num_slots):
-            check_sizes(0, num_slots=number)
-        for number in itertools.chain(*self.window):
-            check_sizes(1, window=number)
+                if number > most:
+                    raise ValueError(f"{name}: expected integers up to {most}, found {number}")
+        for number in numbers["window"]:
             if number % self.chunk_size:
                 raise ValueError(
                     f"window: expected a multiple of chunk_size ({self.chunk_size}), found {number}"
                 )
-        for name in ("slot_temperature", "slot_bias"):
-            if (lists := getattr(self, name)) is not None:
-                found = list(map(len, lists))
-                if len(found) != len(heads) or any(
-                    n == 0 or n % h for n, h in zip(found, heads, strict=True)
-                ):
-                    raise ValueError(
-                        f"{name}: expected numbers for the query heads of layers with {heads} key/value "
-                        f"heads, found {found}"
-                    )
-                _check_finite(name, itertools.chain(*lists))
-        _check_finite("rotary_frequencies", self.rotary_frequencies or [])
+        for weight in numbers["value_weight"]:
+            check_value_weight("value_weight", weight)
+        for name in ("token_use", "slot_temperature", "slot_bias", "rotary_frequencies"):
+            for number in numbers[name]:
+                if not isinstance(number, (int, float)) or not is_finite(number):
+                    raise ValueError(f"{name}: expected finite numbers, found {number!r}")
 
     @classmethod
     def uniform(
@@ -162,10 +176,7 @@ class MemoryConfig:
             raise ValueError(
                 f"{CONFIG_KEY}: expected num_slots, window and any of {sorted(names)}, found {fields!r:.200}"
             )
-        try:
-            return cls(**fields)
-        except TypeError as error:
-            raise ValueError(f"{CONFIG_KEY}: expected lists of numbers ({error})") from error
+        return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, as JSON types."""
@@ -318,10 +329,13 @@ def check_heads(name: str, table: Sequence[Sequence[Any]], heads: list[int]) -> 
         raise ValueError(f"{name}: expected numbers for {heads} key/value heads per layer, found {found}")
 
 
-def _check_finite(name: str, numbers: Iterable[Any]) -> None:
-    for number in numbers:
-        if not isinstance(number, (int, float)) or not math.isfinite(number):
-            raise ValueError(f"{name}: expected finite numbers, found {number!r}")
+def _numbers(name: str, value: Any, depth: int) -> list[Any]:
+    """What lists nested to a depth contain; ValueError, naming the field, for anything else."""
+    if depth == 0:
+        return [value]
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"{name}: expected {'lists of ' * depth}numbers, found {value!r:.100}")
+    return [number for part in value for number in _numbers(name, part, depth - 1)]
 
 
 def as_table(name: str, value: int | Sequence[Sequence[int]], heads: list[int]) -> list[list[int]]:
