@@ -1,5 +1,6 @@
 """A preset is what a probe has found, to the bit, and is taken for copies of its model alone."""
 
+import dataclasses
 import json
 import re
 
@@ -62,6 +63,9 @@ def test_other_models_are_not(folder):
         p.data = torch.randn_like(p)
     with pytest.raises(ValueError, match="same sizes with other weights"):
         preset.check(shuffled)
+    unknown = dataclasses.replace(preset, sample=preset.sample * torch.nan)
+    with pytest.raises(ValueError, match=r"other weights \(likeness nan"):
+        unknown.check(original())
     for kind in set(KINDS) - {"llama"}:
         with pytest.raises(ValueError, match=f"model_type llama .found {kind}"):
             preset.check(original(kind))

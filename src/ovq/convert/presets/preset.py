@@ -113,7 +113,7 @@ class Preset:
         found = identity(model)
         if differing := [k for k, v in self.identity.items() if found.get(k) != v]:
             return "with " + ", ".join(f"{k} {self.identity[k]} (found {found.get(k)})" for k in differing)
-        if (alike := likeness(self.sample, weight_sample(model))) < _LEAST_LIKENESS:
+        if not (alike := likeness(self.sample, weight_sample(model))) >= _LEAST_LIKENESS:
             return (
                 f"found a model of the same sizes with other weights (likeness {alike:.2f}, at least "
                 f"{_LEAST_LIKENESS} expected)"
