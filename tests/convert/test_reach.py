@@ -222,5 +222,7 @@ def test_models_that_do_not_say_how_they_turn_keys_have_no_limit():
     assert model.memory_config.reach is None
     with pytest.raises(ValueError, match="max_distance: expected None, found 40: LlamaForCausalLM"):
         attach(scaled("dynamic"), **MEMORY)
+    with pytest.raises(ValueError, match="rotary_frequencies: expected those"):
+        attach(scaled("dynamic"), config=converted().memory_config)
     # It turns numbers 2 i and 2 i + 1 of a key.
     assert rotary_frequencies(GlmForCausalLM(GlmConfig(**SIZES, pad_token_id=0)).eval()) is None

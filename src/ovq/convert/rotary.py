@@ -38,7 +38,7 @@ def with_reach(config: MemoryConfig, model: PreTrainedModel) -> MemoryConfig:
     if (given := config.rotary_frequencies) is not None:
         own = _frequencies(model)
         # The model may hold them in 16 bits.
-        if own is not None and not (len(own) == len(given) and np.allclose(own, given, rtol=0.02, atol=0)):
+        if own is None or len(own) != len(given) or not np.allclose(own, given, rtol=0.02, atol=0):
             raise ValueError(
                 f"rotary_frequencies: expected those of this {type(model).__name__}, found others: the "
                 "config is of another model; leave them and trained_length out (None)"
