@@ -287,6 +287,14 @@ def test_sizes_are_checked(memory, message):
         converted(**memory)
 
 
+def test_the_memory_of_a_converted_model_is_fixed():
+    model = converted()
+    with pytest.raises(AttributeError, match="memory_config"):
+        model.memory_config = converted(num_slots=4).memory_config
+    with pytest.raises(ValueError, match="config: expected a MemoryConfig, found dict"):
+        attach(original(), config=model.memory_config.to_dict())
+
+
 def test_the_smallest_window_keeps_one_token():
     model, ids = converted(num_slots=8, window=1, num_sinks=0, chunk_size=1), tokens(1, 20)
     found, expected = model(ids).logits, original()(ids).logits

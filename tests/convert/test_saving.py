@@ -53,6 +53,8 @@ def test_weights_that_are_missing_are_not_made_up(tmp_path):
 
 
 def test_folders_without_a_memory_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"expected a converted model, found no config\.json"):
+        load(tmp_path / "none")
     original().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="expected a converted model, found no ovq_memory"):
         load(tmp_path)

@@ -38,16 +38,20 @@ class ConvertedMixin(CachedGeneration):
     """Methods that conversion adds to a model's own class.
 
     Attributes:
-        memory_config: sizes and settings of the memory.
         weight_dtype: format of the weights, see `attach`.
         weights_digest: SHA-256 of the base model's weights before packing; None if they are not packed.
     """
 
     context_kind = KIND
-    memory_config: MemoryConfig
     weight_dtype: str | None = None
     weights_digest: str | None = None
     device: torch.device
+
+    @property
+    def memory_config(self) -> MemoryConfig:
+        """Sizes and settings of the memory, which are fixed once the model is converted."""
+        own: Any = self
+        return own.base_model._ovq_memory_config
 
     def make_cache(self) -> MemoryCache:
         """An empty cache, to be passed to `forward` or `generate` as `past_key_values`."""
@@ -165,6 +169,8 @@ def attach(
             value_weight=value_weight,
             max_distance=max_distance,
         )
+    elif not isinstance(config, MemoryConfig):
+        raise ValueError(f"config: expected a MemoryConfig, found {type(config).__name__}")
     else:
         check_heads("config", config.num_slots, heads)
     if state_dtype is not None:
@@ -173,30 +179,28 @@ def attach(
     before = _logits(model)
     implementation, earlier = model.config._attn_implementation, getattr(model.config, CONFIG_KEY, None)
     own_class: Any = type(model)
-    model.set_attn_implementation(IMPLEMENTATION)
-    setattr(model.config, CONFIG_KEY, config.to_dict())
-    for module in model.modules():
-        if isinstance(index := getattr(module, "layer_idx", None), int):
-            setattr(module, LAYER_CONFIG, config.layer(index))
     # The hook is called with the base model only.
-    changed: Any = model
-    changed.memory_config = changed.base_model._ovq_memory_config = config
-    model.__class__ = _converted_class(own_class)
-    hook = model.base_model.register_forward_pre_hook(_with_cache, with_kwargs=True)
+    base: Any = model.base_model
+    attentions = [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
+    hook = base.register_forward_pre_hook(_with_cache, with_kwargs=True)
     try:
+        model.set_attn_implementation(IMPLEMENTATION)
+        setattr(model.config, CONFIG_KEY, config.to_dict())
+        base._ovq_memory_config = config
+        for module in attentions:
+            setattr(module, LAYER_CONFIG, config.layer(module.layer_idx))
+        model.__class__ = _converted_class(own_class)
         _check_equal(model, before)
     except BaseException:
         hook.remove()
         model.__class__ = own_class
         model.set_attn_implementation(implementation)
+        setattr(model.config, CONFIG_KEY, earlier)
         if earlier is None:
             delattr(model.config, CONFIG_KEY)
-        else:
-            setattr(model.config, CONFIG_KEY, earlier)
-        for module in model.modules():
-            if isinstance(getattr(module, "layer_idx", None), int):
-                delattr(module, LAYER_CONFIG)
-        del changed.memory_config, changed.base_model._ovq_memory_config
+        vars(base).pop("_ovq_memory_config", None)
+        for module in attentions:
+            vars(module).pop(LAYER_CONFIG, None)
         raise
     return set_weight_dtype(model, weight_dtype)
 
@@ -228,6 +232,8 @@ def load(folder: str | os.PathLike, *, weight_dtype: str | None = None, **option
         True
     """
     checked_weight_dtype(weight_dtype)
+    if not (Path(folder) / "config.json").is_file():
+        raise FileNotFoundError(f"{folder}: expected a converted model, found no config.json")
     found = memory_config_in(folder)
     if found is None:
         raise ValueError(
