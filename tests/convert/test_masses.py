@@ -8,7 +8,7 @@ import torch
 from ovq.convert import MemoryConfig, attach, fitted_bias
 from ovq.convert.captures import capture
 from ovq.convert.masses import _changes
-from tests.convert.common import MEMORY, original, tokens
+from tests.convert.common import MEMORY, converted, original, tokens
 
 CONFIG = MemoryConfig(**MEMORY)
 
@@ -47,5 +47,29 @@ def test_it_is_saved_with_the_model_and_read():
     plain, biased = (attach(original(), config=c)(ids).logits for c in (CONFIG, config))
     assert not torch.allclose(plain, biased)
     assert MemoryConfig.from_dict(config.to_dict()) == config
-    with pytest.raises(ValueError, match="texts: expected at least one"):
-        fitted_bias(original(), [], CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("model", "texts", "num_layers", "message"),
+    [
+        (original, [], 2, "texts: expected at least one"),
+        (
+            original,
+            [tokens(9), tokens(1)],
+            2,
+            r"texts: expected at least 2 tokens \[T\], found \(1,\) in text 1",
+        ),
+        (original, [tokens(9)], 1, r"config: expected numbers for \[2, 2\] key/value heads .* found \[2\]"),
+        (converted, [tokens(9)], 2, "model: expected one that is not converted yet"),
+        (
+            lambda: torch.nn.Linear(1, 1),
+            [tokens(9)],
+            2,
+            "model: expected a model of transformers, found Linear",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(model, texts, num_layers, message):
+    config = MemoryConfig.uniform(num_layers=num_layers, num_kv_heads=2, num_slots=8, window=32)
+    with pytest.raises(ValueError, match=message):
+        fitted_bias(model(), texts, config)

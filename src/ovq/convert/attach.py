@@ -153,10 +153,6 @@ def attach(
         >>> cache
         MemoryCache(layers=2, rows=1, columns=200, 3,752 bytes)
     """
-    if isinstance(model, ConvertedMixin):
-        raise ValueError("model: expected one that is not converted yet, found a converted one")
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"model: expected a model of transformers, found {type(model).__name__}")
     checked_weight_dtype(weight_dtype)
     heads = kv_heads(model)
     if config is None:
@@ -300,8 +296,12 @@ def kv_heads(model: PreTrainedModel) -> list[int]:
     """Number of key/value heads of each layer.
 
     Raises:
-        ValueError: the model is not a decoder with full attention in every layer.
+        ValueError: the model is not a decoder with full attention in every layer, or converted already.
     """
+    if isinstance(model, ConvertedMixin):
+        raise ValueError("model: expected one that is not converted yet, found a converted one")
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"model: expected a model of transformers, found {type(model).__name__}")
     config, name = model.config, type(model).__name__
     if config.model_type == "ovq":
         raise ValueError(
