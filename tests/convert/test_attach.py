@@ -257,8 +257,11 @@ def test_what_a_memory_cannot_do_is_refused():
         model(ids, **{CACHE_KEY: DynamicCache()})
     with pytest.raises(ValueError, match="expected a MemoryCache"):
         model.generate(ids, **{CACHE_KEY: DynamicCache()}, **GREEDY)
+    cache = model.make_cache()
     with pytest.raises(ValueError, match="a mask \\[B, T\\]"):
-        model(ids, attention_mask=torch.ones(1, 1, 10, 10))
+        model(ids, attention_mask=torch.ones(1, 1, 10, 10), **{CACHE_KEY: cache})
+    # The cache is as it was.
+    assert torch.equal(model(ids, **{CACHE_KEY: cache}).logits, model(ids).logits)
     for other in (torch.ones(1, 8), torch.ones(2, 10)):
         with pytest.raises(ValueError, match="expected 1 rows of at least the 10 new tokens"):
             model(ids, attention_mask=other)

@@ -57,6 +57,9 @@ def memory_attention(
     Raises:
         ValueError: an argument that the memory does not support.
     """
+    if (layer := layer_of(key)) is not None:
+        # Received, so that the cache is still of use after an error below.
+        layer.has_staged = False
     for name, found in (("sliding_window", sliding_window), ("softcap", softcap), ("s_aux", s_aux)):
         if found is not None:
             what = found if isinstance(found, (int, float)) else f"a tensor {tuple(found.shape)}"
@@ -75,7 +78,6 @@ def memory_attention(
             f"keys: expected those of the {query.shape[2]} new tokens, found {key.shape[2]}: another cache "
             "than a MemoryCache (model.make_cache()) has joined them with earlier ones"
         )
-    layer = layer_of(key)
     query = query * (query.shape[3] ** -0.5 if scaling is None else scaling)
     if layer is not None:
         o = layer.attend(query, key, value, attention_mask)

@@ -312,7 +312,6 @@ class MemoryLayer(OVQCacheLayer):
         Raises:
             ValueError: heads, rows, sizes or dtypes other than those of the memory.
         """
-        self.has_staged = False
         if self.record_past and (cut := q.shape[2] - MOST_CROPPED) > 0:
             # Only the last tokens of a long prompt are recorded.
             masks = [None, None] if mask is None else [mask[:, :cut], mask[:, cut:]]
