@@ -10,57 +10,18 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from vllm.config import VllmConfig
-from vllm.forward_context import get_forward_context
-from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFunc, get_temporal_copy_spec
 from vllm.model_executor.models.interfaces import HasInnerState, IsAttentionFree, SupportsMambaPrefixCaching
 from vllm.sequence import IntermediateTensors
-from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
 from ovq.convert import MemoryCache, attach
 from ovq.convert.attach import set_weight_dtype
 from ovq.convert.step import token_stream
 from ovq.hf.cache import CACHE_KEY
 from ovq_vllm.checks import memory_config_of, weight_dtype_of
+from ovq_vllm.layers import BlockLayer
 from ovq_vllm.memories import Block, Memories
 from ovq_vllm.model import loaded_weights
-from ovq_vllm.step import Step
-
-
-class MemoryBlocks(MambaBase):
-    """The model's only layer as vLLM sees it: a block holds the memories of a request in all layers.
-
-    Budgets differ between heads and layers, but vLLM's blocks have one size: one block per layer would pad
-    each to the size of the largest. So one block stores the memories of all layers, one after the other.
-
-    Args:
-        block: the layout of a block.
-        vllm_config: the config of the engine.
-        prefix: the layer's name for vLLM.
-    """
-
-    def __init__(self, block: Block, vllm_config: VllmConfig, prefix: str) -> None:
-        self._num_bytes, self._prefix = block.num_bytes, prefix
-        vllm_config.compilation_config.static_forward_context[prefix] = self
-
-    @property
-    def mamba_type(self) -> MambaAttentionBackendEnum:
-        """Its metadata backend, `ovq_vllm.step.StateBackend`."""
-        return MambaAttentionBackendEnum.CUSTOM
-
-    def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
-        """One tensor of bytes."""
-        return ((self._num_bytes,),)
-
-    def get_state_dtype(self) -> tuple[torch.dtype, ...]:
-        """uint8: a block is raw bytes."""
-        return (torch.uint8,)
-
-    @property
-    def step(self) -> Step | None:
-        """The requests of the current step; None while vLLM profiles memory."""
-        metadata = get_forward_context().attn_metadata
-        return None if metadata is None else metadata[self._prefix]
 
 
 class OVQConvertedForCausalLM(nn.Module, HasInnerState, IsAttentionFree, SupportsMambaPrefixCaching):
@@ -84,8 +45,11 @@ class OVQConvertedForCausalLM(nn.Module, HasInnerState, IsAttentionFree, Support
         self.lm = attach(lm, config=memory)
         cache = self._checked_cache()
         self._memories = Memories(self.lm.make_cache, Block(cache))
+        # The model's only layer as vLLM sees it. Its blocks hold the memories of all layers, one after the
+        # other: budgets differ, and vLLM would pad a block per layer to the largest.
+        spec = {"memories": ((self._memories.block.num_bytes,), torch.uint8)}
         # vLLM parses the layer index from the name.
-        self._blocks = MemoryBlocks(self._memories.block, vllm_config, f"{prefix}.memories.0".lstrip("."))
+        self._blocks = BlockLayer(spec, vllm_config, f"{prefix}.memories.0".lstrip("."))
 
     @classmethod
     def get_mamba_state_copy_func(cls) -> tuple[MambaStateCopyFunc, ...]:
@@ -117,14 +81,7 @@ class OVQConvertedForCausalLM(nn.Module, HasInnerState, IsAttentionFree, Support
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
-        """Final hidden states `[T, hidden_size]`, normalised, of the new tokens of all requests.
-
-        Args:
-            input_ids: `[T]`.
-            positions: `[T]`, position of each token in its request.
-            intermediate_tensors: None, as pipeline parallelism is not supported.
-            inputs_embeds: `[T, hidden_size]`, instead of `input_ids`.
-        """
+        """As `forward` of `ovq_vllm.model.OVQForCausalLM`."""
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         assert inputs is not None
         step = self._blocks.step

@@ -20,20 +20,17 @@ from ovq_vllm.state import StateBlocks, part_name
 from ovq_vllm.step import Group, RequestLayout, Step
 
 
-class OVQLayer(MambaBase):
-    """An OVQ mixer whose states are in vLLM's blocks.
+class BlockLayer(MambaBase):
+    """A layer for which vLLM allocates one block per request.
 
     Args:
-        mixer: the mixer, with its weights.
         spec: specification of a block.
         vllm_config: the config of the engine.
         prefix: the layer's name for vLLM.
     """
 
-    def __init__(self, mixer: OVQAttention, spec: StateSpec, vllm_config: VllmConfig, prefix: str) -> None:
-        self._mixer, self._spec, self._prefix = mixer, spec, prefix
-        self._blocks: StateBlocks | None = None
-        self._tensors: dict[str, Tensor] = {}
+    def __init__(self, spec: StateSpec, vllm_config: VllmConfig, prefix: str) -> None:
+        self._spec, self._prefix = spec, prefix
         vllm_config.compilation_config.static_forward_context[prefix] = self
 
     @property
@@ -49,17 +46,27 @@ class OVQLayer(MambaBase):
         """Dtypes of the tensors of a block."""
         return tuple(dtype for _, dtype in self._spec.values())
 
-    def bind_kv_cache(self, kv_cache: Tensor) -> None:
-        """Use the memory that vLLM has allocated."""
-        super().bind_kv_cache(kv_cache)
-        self._tensors = dict(zip(self._spec, self.kv_cache, strict=True))
-        self._blocks = StateBlocks(self._mixer, self._tensors)
-
     @property
     def step(self) -> Step | None:
         """The requests of the current step; None while vLLM profiles memory."""
         metadata = get_forward_context().attn_metadata
         return None if metadata is None else metadata[self._prefix]
+
+
+class OVQLayer(BlockLayer):
+    """An OVQ mixer, with its weights, whose states are in vLLM's blocks; arguments as `BlockLayer`."""
+
+    def __init__(self, mixer: OVQAttention, spec: StateSpec, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__(spec, vllm_config, prefix)
+        self._mixer = mixer
+        self._blocks: StateBlocks | None = None
+        self._tensors: dict[str, Tensor] = {}
+
+    def bind_kv_cache(self, kv_cache: Tensor) -> None:
+        """Use the memory that vLLM has allocated."""
+        super().bind_kv_cache(kv_cache)
+        self._tensors = dict(zip(self._spec, self.kv_cache, strict=True))
+        self._blocks = StateBlocks(self._mixer, self._tensors)
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
         """Run the mixer on the new tokens `[T, hidden_size]` of all requests; updates their states."""

@@ -106,17 +106,17 @@ class Memories:
             blocks: `[blocks, num_bytes]` uint8.
         """
         block_size = groups[0].block_size
-        asked = [request for group in groups for request in _requests(group)]
-        going_on = {place for place, _ in asked}
+        requests = [request for group in groups for request in _requests(group)]
+        going_on = {place for place, _ in requests}
         taken = {place.block for place in going_on}
         for places, cache in self._running:
             for row, place in enumerate(places):
                 if place is not None and place not in going_on and place.block not in taken:
                     self.block.write(cache, row, blocks[place.block])
         before, self._running = self._running, []
-        together = {place: tokens for place, tokens in asked if len(tokens) == 1 and place.num_read}
+        together = {place: tokens for place, tokens in requests if len(tokens) == 1 and place.num_read}
         batches = [together] if together else []
-        batches += [{place: tokens} for place, tokens in asked if place not in together]
+        batches += [{place: tokens} for place, tokens in requests if place not in together]
         for batch in batches:
             found = self._found(set(batch), before, blocks)
             rows = torch.stack([batch[place] for place in found.places])
