@@ -177,7 +177,7 @@ def attach(
     own_class: Any = type(model)
     # The hook is called with the base model only.
     base: Any = model.base_model
-    attentions = [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
+    attentions: list[Any] = [x for x in model.modules() if isinstance(getattr(x, "layer_idx", None), int)]
     hook = base.register_forward_pre_hook(_with_cache, with_kwargs=True)
     try:
         model.set_attn_implementation(IMPLEMENTATION)

@@ -312,6 +312,7 @@ class MemoryLayer(OVQCacheLayer):
         Raises:
             ValueError: heads, rows, sizes or dtypes other than those of the memory.
         """
+        self._check(k, v, q)
         if self.record_past and (cut := q.shape[2] - MOST_CROPPED) > 0:
             # Only the last tokens of a long prompt are recorded.
             masks = [None, None] if mask is None else [mask[:, :cut], mask[:, cut:]]
@@ -320,7 +321,6 @@ class MemoryLayer(OVQCacheLayer):
             self.activate_past_recording()
             last = self.attend(q[:, :, cut:], k[:, :, cut:], v[:, :, cut:], masks[1])
             return torch.cat([first, last], 2)
-        self._check(k, v, q)
         parts = self.begin(k, v)
         self.num_columns += k.shape[2]
         lengths = [q.shape[2]] * len(q) if mask is None else mask.sum(-1).tolist()
@@ -336,15 +336,11 @@ class MemoryLayer(OVQCacheLayer):
             factor = key_factors(self.config.key_exponents, k)
             # The factors are powers of 2, so scores stay bit-identical.
             q, k = q / factor.repeat_interleave(per_head, 0), k * factor
-        learned = {"temperature": self.config.slot_temperature, "bias": self.config.slot_bias}
-        factors = {
-            name: None if x is None else torch.tensor(x, dtype=torch.float32, device=q.device)
-            for name, x in learned.items()
-        }
+        temperature, bias = (self.config.tensor(f"slot_{x}", q.device) for x in ("temperature", "bias"))
 
         def outputs(lengths: Sequence[int], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             """Outputs of tokens up to the next re-positioning."""
-            o = advance(parts, k, v, lengths, q=q, **factors)
+            o = advance(parts, k, v, lengths, q=q, temperature=temperature, bias=bias)
             assert o is not None
             return o
 

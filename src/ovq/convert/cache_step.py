@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -148,8 +148,8 @@ def _groups(layer: MemoryLayer, of: HeadsLayer, num: int) -> list[HeadGroup]:
         "k": k,
         "v": k,
         "q": k.new_empty(layer.num_rows, of.q.shape[0] // dim, 1, dim, dtype=torch.float32),
-        "temperature": _numbers(config, "slot_temperature"),
-        "bias": _numbers(config, "slot_bias"),
+        "temperature": config.tensor("slot_temperature", "cpu"),
+        "bias": config.tensor("slot_bias", "cpu"),
     }
     return [
         memory.group(
@@ -166,8 +166,3 @@ def _factors(configs: Sequence[LayerConfig], dim: int) -> list[Tensor | None]:
     """Factors of the keys `[Hkv, K]`, per layer; None for 1."""
     like = torch.empty(1, 1, 1, dim, dtype=torch.float32, device="cpu")
     return [None if x.key_exponents is None else key_factors(x.key_exponents, like)[:, 0] for x in configs]
-
-
-def _numbers(config: LayerConfig, name: str) -> Tensor | None:
-    found: Iterable[float] | None = getattr(config, name)
-    return None if found is None else torch.tensor(tuple(found), dtype=torch.float32, device="cpu")

@@ -7,6 +7,9 @@ import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ovq.convert.narrow import STATE_DTYPES
 from ovq.convert.reach import Reach
 from ovq.fields import is_finite
@@ -213,18 +216,10 @@ class MemoryConfig:
         for head, (num, window, weight) in enumerate(zip(slots, windows, weights, strict=True)):
             # Without slots there are no distances, so the weight does not matter.
             groups.setdefault((num, window, weight if num else 1.0), []).append(head)
+        of_all = {n: getattr(self, n) for n in ("num_sinks", "chunk_size", "merge", "state_dtype")}
         return LayerConfig(
             budgets=tuple(
-                Budget(
-                    heads=tuple(heads),
-                    num_slots=num,
-                    window=window,
-                    num_sinks=self.num_sinks,
-                    chunk_size=self.chunk_size,
-                    merge=self.merge,
-                    value_weight=weight,
-                    state_dtype=self.state_dtype,
-                )
+                Budget(heads=tuple(heads), num_slots=num, window=window, value_weight=weight, **of_all)
                 for (num, window, weight), heads in groups.items()
             ),
             num_kv_heads=len(slots),
@@ -304,6 +299,11 @@ class LayerConfig:
     slot_temperature: Sequence[float] | None = None
     slot_bias: Sequence[float] | None = None
     reach: Reach | None = None
+
+    def tensor(self, name: str, device: torch.device | str) -> Tensor | None:
+        """The numbers of a field, in float32."""
+        numbers = getattr(self, name)
+        return None if numbers is None else torch.tensor(numbers, dtype=torch.float32, device=device)
 
     def misfits(self, num_heads: int | None, key_dim: int, value_dim: int) -> Iterator[str]:
         """Error messages for the fields whose lengths do not fit the model's heads.

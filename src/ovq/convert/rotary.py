@@ -44,9 +44,9 @@ def with_reach(config: MemoryConfig, model: PreTrainedModel) -> MemoryConfig:
                 "config is of another model; leave them and trained_length out (None)"
             )
         return config
-    length = getattr(model.config, "max_position_embeddings", None)
-    length = length if isinstance(length, int) and length >= LEAST_LENGTH else None
-    length = length if config.trained_length is None else config.trained_length
+    if (length := config.trained_length) is None:
+        length = getattr(model.config, "max_position_embeddings", None)
+        length = length if isinstance(length, int) and length >= LEAST_LENGTH else None
     found = None if length is None else rotary_frequencies(model)
     if found is not None:
         return dataclasses.replace(config, trained_length=length, rotary_frequencies=found)

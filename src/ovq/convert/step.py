@@ -259,30 +259,24 @@ class _Step:
                 return linear.matrix
             return packed(linear.weight, linear.bias, format)
 
-        def norm(module: Any) -> Tensor:
-            return module.weight.detach().float()
-
         self._layers: list[HeadsLayer] = []
         for block in model.model.layers:
             attention, mlp = block.self_attn, block.mlp
-            before, after = block.input_layernorm, block.post_attention_layernorm
-            of_heads = [getattr(attention, x, None) for x in ("q_norm", "k_norm")]
-            eps = [0.0 if x is None else x.variance_epsilon for x in (before, after, of_heads[0])]
-            products = {x: matrix(getattr(attention, f"{x}_proj")) for x in "qkvo"}
-            products |= {x: matrix(getattr(mlp, f"{x}_proj")) for x in ("gate", "up", "down")}
+            norms = {"mixer_norm": block.input_layernorm, "mlp_norm": block.post_attention_layernorm}
+            norms |= {x: getattr(attention, x, None) for x in ("q_norm", "k_norm")}
+            mixer_eps, mlp_eps, head_eps, _ = (getattr(x, "variance_epsilon", 0.0) for x in norms.values())
+            weights: dict[str, Any] = {x: matrix(getattr(attention, f"{x}_proj")) for x in "qkvo"}
+            weights |= {x: matrix(getattr(mlp, f"{x}_proj")) for x in ("gate", "up", "down")}
+            weights |= {x: None if m is None else m.weight.detach().float() for x, m in norms.items()}
             layer = HeadsLayer(
-                **products,
-                mixer_norm=norm(before),
-                mlp_norm=norm(after),
-                q_norm=None if of_heads[0] is None else norm(of_heads[0]),
-                k_norm=None if of_heads[1] is None else norm(of_heads[1]),
-                eps=(eps[0], eps[1], eps[2]),
+                **weights,
+                eps=(mixer_eps, mlp_eps, head_eps),
                 head_dim=attention.head_dim,
                 score_scale=attention.scaling,
             )
             self._layers.append(layer)
         final = model.model.norm
-        self._norm, self._eps = norm(final), final.variance_epsilon
+        self._norm, self._eps = final.weight.detach().float(), final.variance_epsilon
         # More bits for the output layer, as in GGUF files.
         self._output = matrix(model.lm_head, "int8" if format == "int4" else format)
 
