@@ -27,7 +27,7 @@ SIZES = {
     "head_dim": 8,
     # Attention of randomly initialised models is nearly uniform; this makes it sharper.
     "initializer_range": 0.3,
-    # Most texts of these tests are longer, so that rows are brought nearer.
+    # Most texts of these tests are longer, so that rows are re-positioned.
     "max_position_embeddings": 48,
 }
 KINDS = {

@@ -100,7 +100,7 @@ def test_rows_do_not_depend_on_padding_or_each_other(sizes, pads, merge, seed):
 
 
 def test_the_memory_has_constant_bytes():
-    # Nothing is brought nearer, and so forgotten, in so few tokens.
+    # Nothing is re-positioned, and so forgotten, in so few tokens.
     model = converted(max_distance=4096)
     _, cache = read(model, tokens(1, 400), [30, 170, 200])
     _, short = read(model, tokens(1, 30), 30)

@@ -156,7 +156,7 @@ def test_contexts_of_other_kinds_of_models_are_refused(tmp_path):
 
 
 def test_a_file_tells_what_it_holds_without_the_model(tmp_path):
-    # Nothing is brought nearer, and so forgotten, in so few tokens.
+    # Nothing is re-positioned, and so forgotten, in so few tokens.
     model = converted(max_distance=4096)
     context = build_context(model, tokens(70))
     save_context(context, tmp_path / "book.ctx")

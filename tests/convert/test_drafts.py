@@ -16,7 +16,7 @@ PROMPT = tokens(1, 25, seed=3).repeat(1, 2)
 
 @pytest.fixture(scope="module")
 def model():
-    """In float64, so that rounding flips no choice; heads merge and drop, and rows are brought nearer."""
+    """In float64, so that rounding flips no choice; heads merge and drop, and rows are re-positioned."""
     model = converted().double()
     model.generation_config.eos_token_id = None
     return model

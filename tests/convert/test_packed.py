@@ -98,9 +98,9 @@ def test_narrow_models_keep_the_bytes(format):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("num_rows", [1, 3])
 def test_prompts_are_read_as_by_modules(num_rows, kind, format, exact, steps, by_modules, monkeypatch):
-    """In pieces, with merges in them, and rows brought nearer after some."""
+    """In pieces, with merges in them, and rows re-positioned after some."""
     monkeypatch.setattr(cache_step, "_PIECE", 35 * num_rows)
-    # Of one row, pieces are many tokens only where no row is brought nearer.
+    # Of one row, pieces are many tokens only where no row is re-positioned.
     model = packed_model(steps, kind, weight_dtype=format, max_distance=40 if num_rows > 1 else 1000)
     cache, other = model.make_cache(), model.make_cache()
     found = logits(model, IDS[:num_rows, :70], cache)

@@ -70,20 +70,20 @@ def expected_positions(num_tokens, reach):
     """Where the tokens of a text are read from, by the rule token by token."""
     places = list(range(num_tokens))
     for now in range(1, num_tokens + 1):
-        if reach.is_turn(now):
+        if reach.is_reposition_due(now):
             places = [max(place, now - reach.limit) if i < now else place for i, place in enumerate(places)]
     return places
 
 
 def test_when_rows_are_turned():
     reach = Reach(trained_length=50, max_distance=40, frequencies=(1.0,))
-    turns = [n for n in range(1, 80) if reach.is_turn(n)]
+    turns = [n for n in range(1, 80) if reach.is_reposition_due(n)]
     # Never more than 50 tokens without a turn, and then every 5; nothing is further away than 40.
     assert turns == [50, 55, 60, 65, 70, 75]
-    assert [n + reach.until_turn(n) for n in (0, 49, 50, 54)] == [50, 50, 55, 55]
-    assert Reach(trained_length=53, max_distance=40, frequencies=()).first_turn == 50
+    assert [n + reach.until_reposition(n) for n in (0, 49, 50, 54)] == [50, 50, 55, 55]
+    assert Reach(trained_length=53, max_distance=40, frequencies=()).first_reposition == 50
     # A distance beyond the trained length.
-    assert Reach(trained_length=48, max_distance=4096, frequencies=()).first_turn == 512
+    assert Reach(trained_length=48, max_distance=4096, frequencies=()).first_reposition == 512
 
 
 @pytest.mark.parametrize("exponents", [None, [[[3, -2, 0, 0, 1, 4, -1]] * 2]], ids=["plain", "scaled"])

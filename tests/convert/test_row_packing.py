@@ -22,7 +22,7 @@ IDS = tokens(1, 90)
 
 
 def alone(model, first=0):
-    """Logits of the rows, each read by itself: long enough to be merged, and to be brought nearer."""
+    """Logits of the rows, each read by itself: long enough to be merged, and to be re-positioned."""
     rows = IDS.split(BOUNDS.diff().tolist(), 1)
     return torch.cat(
         [model(row, position_ids=torch.arange(first, first + row.shape[1])[None]).logits for row in rows], 1

@@ -55,7 +55,7 @@ def test_logits_and_memories_are_those_of_modules(kind, has_learned, steps, by_m
     for num_rows in (1, 5):
         steps[:] = 0, 0
         found, cache = read(model, IDS[:num_rows])
-        # All but the prompt; from the 45th token on rows are brought nearer after every fifth.
+        # All but the prompt; from the 45th token on rows are re-positioned after every fifth.
         assert steps == [80, 1]
         expected, other = by_modules(read, model, IDS[:num_rows])
         check_equal(found, expected)

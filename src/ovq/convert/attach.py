@@ -306,10 +306,12 @@ def kv_heads(model: PreTrainedModel) -> list[int]:
     if config.model_type == "ovq":
         raise ValueError(
             f"{name}: expected a model of transformers, such as LlamaForCausalLM, found one of this library: "
-            "its memory is what its mixers have (set_num_slots)"
+            "its mixers have slots already (set_num_slots changes their number)"
         )
     if getattr(config, "is_encoder_decoder", False) or config.get_text_config() is not config:
-        raise ValueError(f"{name}: expected a decoder of text alone, found a model of several parts")
+        raise ValueError(
+            f"{name}: expected a decoder of text, found an encoder-decoder or a model of several modalities"
+        )
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:
         raise ValueError(
@@ -319,8 +321,8 @@ def kv_heads(model: PreTrainedModel) -> list[int]:
     is_sliding = getattr(config, "use_sliding_window", True)
     if is_sliding and (found := getattr(config, "sliding_window", None)) is not None:
         raise ValueError(
-            f"{name}: expected sliding_window None in the config, found {found}: set it to None to let slots "
-            "remember what leaves that window"
+            f"{name}: expected sliding_window None in the config, found {found}: set it to None, and slots "
+            "keep the tokens that leave that window"
         )
     if (found := getattr(config, "attn_logit_softcapping", None)) is not None:
         raise ValueError(

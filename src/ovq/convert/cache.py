@@ -217,7 +217,7 @@ class MemoryLayer(OVQCacheLayer):
 
     def _changes_after(self, num_new: int) -> bool:
         """Whether `num_new` tokens cause a merge or re-positioning, which `HeadMemory.drop_` cannot undo."""
-        return num_new >= self.until_turn() or any(
+        return num_new >= self.until_reposition() or any(
             max(memory.filled) + num_new >= memory.budget.num_exact for memory in self.state
         )
 
@@ -300,7 +300,7 @@ class MemoryLayer(OVQCacheLayer):
         for done, now in self._parts([k.shape[2]] * len(k)):
             part = slice(done[0], done[0] + now[0])
             advance(parts, k[:, :, part], v[:, :, part], now)
-            self.bring_nearer(now)
+            self.reposition(now)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Attention outputs `[B, H, T, V]` of new tokens, which are added to the memory.
@@ -344,7 +344,7 @@ class MemoryLayer(OVQCacheLayer):
             assert o is not None
             return o
 
-        if max(lengths) < self.until_turn():
+        if max(lengths) < self.until_reposition():
             o = outputs(lengths, q, k, v)
         else:
             o = q.new_zeros(*q.shape[:3], v.shape[3])
@@ -359,7 +359,7 @@ class MemoryLayer(OVQCacheLayer):
                     found = outputs(now, *(_take(x, places) for x in (q, k, v)))
                     for row, (start, num) in enumerate(zip(done, now, strict=True)):
                         o[row, :, start : start + num] = found[row, :, :num]
-                self.bring_nearer(now)
+                self.reposition(now)
         return o if order is None else _take(o, order.argsort(-1))
 
     def _check(self, k: Tensor, v: Tensor, q: Tensor | None = None) -> None:
@@ -396,12 +396,12 @@ class MemoryLayer(OVQCacheLayer):
             self.set_state(self.memory.empty(k, v), 0)
         return [(memory, memory.budget.heads) for memory in self.own_()]
 
-    def until_turn(self) -> float:
+    def until_reposition(self) -> float:
         """Fewest tokens until a row is re-positioned; inf if that never happens."""
         reach = self.config.reach
         if reach is None or self.state is None:
             return math.inf
-        return min(reach.until_turn(self.state[0].num_read(row)) for row in range(self.num_rows))
+        return min(reach.until_reposition(self.state[0].num_read(row)) for row in range(self.num_rows))
 
     def _parts(self, lengths: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
         """Pairs, per row, of the tokens done and the next tokens up to a re-positioning."""
@@ -409,17 +409,17 @@ class MemoryLayer(OVQCacheLayer):
         while done != list(lengths):
             now = [n - d for n, d in zip(lengths, done, strict=True)]
             if reach is not None:
-                until_turn = (reach.until_turn(self.state[0].num_read(row)) for row in range(len(now)))
-                now = list(map(min, now, until_turn))
+                first = self.state[0]
+                now = [min(n, reach.until_reposition(first.num_read(row))) for row, n in enumerate(now)]
             yield done, now
             done = [d + n for d, n in zip(done, now, strict=True)]
 
-    def bring_nearer(self, now: Sequence[int]) -> None:
+    def reposition(self, now: Sequence[int]) -> None:
         """Re-position sinks and slots that are too far away, in rows that have just read `now` tokens."""
         reach, first = self.config.reach, self.state[0]
         if reach is None:
             return
-        rows = [row for row, num in enumerate(now) if num and reach.is_turn(first.num_read(row))]
+        rows = [row for row, num in enumerate(now) if num and reach.is_reposition_due(first.num_read(row))]
         if not rows:
             return
         ratio = None
@@ -429,7 +429,7 @@ class MemoryLayer(OVQCacheLayer):
             ratio = torch.exp2((exponents[:, :num] - exponents[:, num : 2 * num]).to(first.wide))
         for memory in self.state:
             own = None if ratio is None else ratio[list(memory.budget.heads)]
-            memory.bring_nearer_(rows, reach, own)
+            memory.reposition_(rows, reach, own)
 
 
 class MemoryCache(StateCache):

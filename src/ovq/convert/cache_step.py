@@ -108,7 +108,7 @@ def read_pieces(
         given = [x[:, part] for part in pieces]
         parts += steps[0].run_before(steps[1], *given) if len(steps) == 2 else [steps[0].run(*given)]
         for layer in cache.layers:
-            layer.bring_nearer(lengths)
+            layer.reposition(lengths)
     return torch.cat(parts, 1)
 
 
@@ -120,7 +120,7 @@ def _pieces(cache: MemoryCache, num_rows: int, num: int) -> Iterator[list[slice]
     done, most = 0, 2 * max(1, _PIECE // num_rows)
     while done < num:
         # All layers re-position after the same tokens.
-        end = done + int(min(num - done, most, cache.layers[0].until_turn()))
+        end = done + int(min(num - done, most, cache.layers[0].until_reposition()))
         middle = (done + end) // 2
         is_many = (middle - done) * num_rows > MOST_ROWS
         yield [slice(done, middle), slice(middle, end)] if is_many else [slice(done, end)]

@@ -34,7 +34,7 @@ def _check(
             expected = budget.num_merges(num_tokens) * budget.chunk_size
             if num_merged.tolist() != [expected]:
                 raise ValueError(f"{place}: expected {expected} tokens merged, found {num_merged.tolist()}")
-            # Those that were brought nearer count for fewer. Sums of others may leave int64.
+            # Those that were re-positioned count for fewer. Sums of others may leave int64.
             if bool((count < 0).any()) or bool((count.double().sum(-1) > expected).any()):
                 raise ValueError(f"{place}: expected counts of {expected} tokens at most, found others")
 

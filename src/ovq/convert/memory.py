@@ -275,13 +275,13 @@ class HeadMemory:
         """Tokens that a row has read."""
         return self.filled[row] + self.num_merged[row]
 
-    def bring_nearer_(self, rows: list[int], reach: Reach, ratio: Tensor | None = None) -> None:
+    def reposition_(self, rows: list[int], reach: Reach, ratio: Tensor | None = None) -> None:
         """Rotate the keys of sinks and slots further than `reach.limit` from the last token to that distance.
 
         The counts of such slots drop by count // 8, and their weights are halved.
 
         Args:
-            rows: rows for which `reach.is_turn` holds now.
+            rows: rows for which `reach.is_reposition_due` holds now.
             reach: distances and rotary frequencies.
             ratio: `[h, R]`, see `Reach.turned`.
         """
@@ -311,7 +311,7 @@ class HeadMemory:
             self._put("use", use_from(self._given_use, nearest[:, :, 0], reach, ratio), index)
         if not (num_sinks := self.budget.num_sinks):
             return
-        first = torch.tensor([num == reach.first_turn for num in num_read], device=index.device)
+        first = torch.tensor([num == reach.first_reposition for num in num_read], device=index.device)
         recent = self.recent_keys[index]
         sinks = torch.where(first[:, None, None, None], recent[:, :, :num_sinks], self.sink_keys[index])
         by = (nearest - torch.arange(num_sinks, device=index.device)).clamp(min=0)
@@ -405,7 +405,7 @@ class HeadMemory:
         if budget.num_slots:
             self._merge_into_slots(rows, index, keys[:, :, first:], values[:, :, first : first + size])
         elif self.observer is not None:
-            self.observer.has_merged(None)
+            self.observer.on_merge(None)
         kept = slice(first, budget.num_exact - size)
         moved = []
         for recent, x in ((self.recent_keys, keys), (self.recent_values, values)):
@@ -455,7 +455,7 @@ class HeadMemory:
             # [R, h, N + C]: the slot that each of the N old slots and C tokens goes to.
             homes = learn(chunk).homes(self.budget.num_slots)
             if self.observer is not None:
-                self.observer.has_merged(homes)
+                self.observer.on_merge(homes)
             first = torch.tensor(num_merged, device=homes.device)[:, None, None] + self.budget.num_sinks
             new = (first + torch.arange(keys.shape[2], device=homes.device)).expand(-1, keys.shape[1], -1)
             positions = torch.cat([self.position_sum[index], new], 2)

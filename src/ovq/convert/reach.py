@@ -32,7 +32,7 @@ class Reach:
         >>> reach = Reach(trained_length=100, max_distance=32, frequencies=(1.0,))
         >>> reach.interval, reach.limit
         (4, 28)
-        >>> reach.until_turn(0), reach.until_turn(99), reach.until_turn(100)
+        >>> reach.until_reposition(0), reach.until_reposition(99), reach.until_reposition(100)
         (100, 1, 4)
     """
 
@@ -46,7 +46,7 @@ class Reach:
         return self.max_distance // _PARTS
 
     @property
-    def first_turn(self) -> int:
+    def first_reposition(self) -> int:
         """Tokens before the first one: `trained_length` rounded down to a multiple of `interval`, not 0."""
         return max(1, self.trained_length // self.interval) * self.interval
 
@@ -55,13 +55,13 @@ class Reach:
         """Distance from the last token to which keys further away are moved."""
         return self.max_distance - self.interval
 
-    def until_turn(self, num_read: int) -> int:
+    def until_reposition(self, num_read: int) -> int:
         """Tokens until the next re-positioning, after `num_read` tokens; at least 1."""
-        return max(self.first_turn, (num_read // self.interval + 1) * self.interval) - num_read
+        return max(self.first_reposition, (num_read // self.interval + 1) * self.interval) - num_read
 
-    def is_turn(self, num_read: int) -> bool:
+    def is_reposition_due(self, num_read: int) -> bool:
         """Whether keys are re-positioned after `num_read` tokens."""
-        return num_read >= self.first_turn and num_read % self.interval == 0
+        return num_read >= self.first_reposition and num_read % self.interval == 0
 
     def turned(self, x: Tensor, positions: Tensor, ratio: Tensor | None = None) -> Tensor:
         """Keys, or sums of keys, rotated by `positions` more positions.

@@ -34,13 +34,13 @@ class Slots(NamedTuple):
 class Observer(Protocol):
     """Is told what a memory reads, and which slots its tokens go to."""
 
-    def has_read(self, exact: Exact, slots: Slots | None, probs: Tensor) -> None:
+    def on_attend(self, exact: Exact, slots: Slots | None, probs: Tensor) -> None:
         """Called after the next block of n queries has attended to the first P exact tokens and N slots.
 
         `probs` `[B, h, G, n, P + N]` are their attention weights.
         """
 
-    def has_merged(self, homes: Tensor | None) -> None:
+    def on_merge(self, homes: Tensor | None) -> None:
         """Called after the oldest tokens after the sinks were merged.
 
         `homes` `[R, h, N + C]` are the slots that the N old slots and these C tokens went to; None if the
@@ -87,7 +87,7 @@ def read(
             scores = torch.cat([scores, slot_scores], -1)
         probs = scores.softmax(-1)
         if observer is not None:
-            observer.has_read(exact, slots, probs)
+            observer.on_attend(exact, slots, probs)
         probs = probs.flatten(2, 3)
         o = probs[..., :used] @ exact.values[:, :, :used].to(dtype)
         if slots is not None:

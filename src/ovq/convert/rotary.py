@@ -53,8 +53,8 @@ def with_reach(config: MemoryConfig, model: PreTrainedModel) -> MemoryConfig:
     for name in ("trained_length", "max_distance"):
         if (number := getattr(config, name)) is not None:
             raise ValueError(
-                f"{name}: expected None, found {number}: {type(model).__name__} does not turn all its keys "
-                "by the same fixed angles per position, or does not say so, and rows cannot be brought nearer"
+                f"{name}: expected None, found {number}: {type(model).__name__} does not rotate all keys by "
+                "the same fixed angles per position, or does not say which, so keys cannot be re-positioned"
             )
     return config
 

@@ -34,9 +34,9 @@ from ovq.ops.backends.cpu.weights import Matrix, matrix_product, packed
 #: Formats of the weights for decoding, as `attach` takes them.
 WEIGHT_DTYPES = ("float32", "bfloat16", "int8", "int4")
 
-_KINDS = ("llama", "qwen2", "qwen3", "mistral")
+_FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 # Values of other arguments of `forward` that request nothing beyond logits.
-_NOTHING = {
+_PLAIN_VALUES = {
     "use_cache": (True, None),
     "return_dict": (True, None),
     "output_attentions": (False, None),
@@ -111,7 +111,7 @@ def _call_of(model: Any, args: tuple, kwargs: dict[str, Any]) -> _Call | None:
     if not isinstance(num_logits, int) or not isinstance(cache, MemoryCache):
         return None
     for name, value in others.items():
-        if not any(value is nothing for nothing in _NOTHING.get(name, ())):
+        if not any(value is plain for plain in _PLAIN_VALUES.get(name, ())):
             return None
     if not isinstance(tokens, Tensor) or tokens.dim() != 2 or not tokens.is_cpu:
         return None
@@ -162,8 +162,8 @@ def _step_of(model: Any, own_class: type) -> _Step | None:
 
 def _made_step(model: Any, own_class: type) -> _Step | None:
     """A new step for a model; None for an unsupported architecture or changed modules."""
-    kind = next((x for x in _KINDS if own_class.__module__ == f"transformers.models.{x}.modeling_{x}"), None)
-    if kind is None or not own_class.__name__.endswith("ForCausalLM"):
+    modules = [f"transformers.models.{family}.modeling_{family}" for family in _FAMILIES]
+    if own_class.__module__ not in modules or not own_class.__name__.endswith("ForCausalLM"):
         return None
     name = own_class.__name__.removesuffix("ForCausalLM")
     try:
@@ -286,7 +286,7 @@ class _Step:
         if len(cache.layers) != len(self._layers):
             return None
         # All layers re-position after the same tokens.
-        in_pieces = call.is_prompt or cache.layers[0].until_turn() <= num
+        in_pieces = call.is_prompt or cache.layers[0].until_reposition() <= num
         if not (self._fits_pieces(call) if in_pieces else self._fits_tokens(call)):
             return None
         # Raises ValueError if layers have read different numbers of columns.

@@ -82,7 +82,7 @@ class _HeadObserver:
         self._num_reads, self._progress = num_reads, progress
         self._num_read = self._num_chunks = 0
 
-    def has_read(self, exact: Exact, slots: Slots | None, probs: Tensor) -> None:
+    def on_attend(self, exact: Exact, slots: Slots | None, probs: Tensor) -> None:
         """See `Observer`."""
         num_slots = 0 if slots is None else slots.counts.shape[2]
         num_exact, num_new = probs.shape[4] - num_slots, probs.shape[3]
@@ -98,7 +98,7 @@ class _HeadObserver:
         if self._progress is not None:
             self._progress(self._num_read)
 
-    def has_merged(self, homes: Tensor | None) -> None:
+    def on_merge(self, homes: Tensor | None) -> None:
         """See `Observer`."""
         size = self.budget.chunk_size
         start = self.budget.num_sinks + self._num_chunks * size

@@ -125,8 +125,8 @@ def refusals(vllm_config: VllmConfig) -> list[str]:
         wrong.append("lora_config: expected none, found one: the layers are those of the library")
     if cache.enable_prefix_caching and cache.prefix_match_unit is not None:
         wrong.append(
-            f"prefix_match_unit: expected none, found {cache.prefix_match_unit}: states are kept at ends of "
-            "blocks alone"
+            f"prefix_match_unit: expected none, found {cache.prefix_match_unit}: states are kept only at the "
+            "ends of blocks"
         )
     if cache.cache_dtype not in ("auto", "float16", "bfloat16", "float32"):
         wrong.append(

@@ -107,11 +107,11 @@ class Memories:
         """
         block_size = groups[0].block_size
         requests = [request for group in groups for request in _requests(group)]
-        going_on = {place for place, _ in requests}
-        taken = {place.block for place in going_on}
+        continued = {place for place, _ in requests}
+        needed = {place.block for place in continued}
         for places, cache in self._running:
             for row, place in enumerate(places):
-                if place is not None and place not in going_on and place.block not in taken:
+                if place is not None and place not in continued and place.block not in needed:
                     self.block.write(cache, row, blocks[place.block])
         before, self._running = self._running, []
         together = {place: tokens for place, tokens in requests if len(tokens) == 1 and place.num_read}
@@ -125,8 +125,8 @@ class Memories:
             is_complete = [place.num_read % block_size == 0 for place in places]
             for row in compress(range(len(places)), is_complete):
                 self.block.write(found.cache, row, blocks[places[row].block])
-            going = [None if done else place for place, done in zip(places, is_complete, strict=True)]
-            self._running.append(Running(going, found.cache))
+            still = [None if done else place for place, done in zip(places, is_complete, strict=True)]
+            self._running.append(Running(still, found.cache))
 
     def _found(self, wanted: set[Place], before: Sequence[Running], blocks: Tensor) -> Running:
         """One cache for these requests, in the order of the last step so that few rows move."""

@@ -12,8 +12,8 @@ _CARD = """\
 
 A memory of constant size for {model}, as `ovq convert` gives it: {rows:.0f} rows of a key
 and a value per head on average ({num_sinks} first tokens, {least} to {most} slots, windows of {near} to {far}
-tokens), shared out by a probe of the heads. It has no weights of the model, but for a few hundred by which
-that is recognised.
+tokens), allocated by the losses that a probe measured per head. Of the model's weights it has only a few
+hundred, by which the model is recognised.
 
     ovq convert --model {model} --preset {name} --out converted
 
@@ -70,14 +70,14 @@ def _probe(measured: dict[str, Any]) -> str:
         said.append(where["processor"])
     if measured.get("dtype"):
         said.append(measured["dtype"])
-    lines = ["The probe read:", "", *texts] if texts else ["It is not said what the probe read."]
+    lines = ["The probe read:", "", *texts] if texts else ["The texts of the probe are not recorded."]
     return "\n".join([*lines, "", f"({', '.join(said)})"] if said else lines)
 
 
 def _losses(measured: dict[str, Any]) -> str:
     rows = measured.get("losses", [])
     if not rows:
-        return "Nothing."
+        return "No losses are recorded."
     lines = [measured.get("about", "The loss of the last third of each text, in nats per token:"), ""]
     lines += ["| text | tokens | full attention | converted |", "| --- | ---: | ---: | ---: |"]
     lines += [f"| {r['text']} | {r['tokens']:,} | {r['full']:.3f} | {r['converted']:.3f} |" for r in rows]
