@@ -16,6 +16,14 @@ from tests.hf.common import make_model
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
 
+@pytest.fixture
+def saved(tmp_path):
+    """A model, and the file of a context of it."""
+    model = converted()
+    save_context(build_context(model, tokens(70)), tmp_path / "book.ctx")
+    return model, tmp_path / "book.ctx"
+
+
 def test_prompts_after_a_context_get_the_answers_of_the_whole_text(tmp_path):
     model, document = converted(), tokens(70)
     save_context(build_context(model, document, prefill_chunk_size=23), tmp_path / "book.ctx")
@@ -44,9 +52,8 @@ def test_slots_in_fewer_bytes_are_saved_in_as_few(tmp_path):
         load_context(tmp_path / "book.ctx", converted())
 
 
-def test_contexts_are_only_for_the_model_and_memory_that_made_them(tmp_path):
-    model, path = converted(), tmp_path / "book.ctx"
-    save_context(build_context(model, tokens(70)), path)
+def test_contexts_are_only_for_the_model_and_memory_that_made_them(saved):
+    model, path = saved
     with pytest.raises(
         ValueError, match=r"expected a context made with num_slots=.*, as the model has, found"
     ):
@@ -83,10 +90,9 @@ def test_contexts_are_only_for_the_model_and_memory_that_made_them(tmp_path):
         ),
     ],
 )
-def test_what_cannot_be_the_memory_of_the_model_is_refused(tmp_path, change, expected):
+def test_what_cannot_be_the_memory_of_the_model_is_refused(saved, change, expected):
     """Even where the digest is right: the file may come from anywhere."""
-    model, path = converted(), tmp_path / "book.ctx"
-    save_context(build_context(model, tokens(70)), path)
+    model, path = saved
     rewrite(path, change)
     for read in (context_info, lambda path: load_context(path, model)):
         with pytest.raises(ValueError, match=expected):
@@ -104,17 +110,15 @@ def test_what_cannot_be_the_memory_of_the_model_is_refused(tmp_path, change, exp
         ("slot_bias", [[10**400] * 4] * 2),
     ],
 )
-def test_a_config_with_impossible_values_is_refused(tmp_path, field, value):
-    model, path = converted(), tmp_path / "book.ctx"
-    save_context(build_context(model, tokens(70)), path)
+def test_a_config_with_impossible_values_is_refused(saved, field, value):
+    model, path = saved
     rewrite(path, lambda t: None, config=json.dumps(model.memory_fields() | {field: value}))
     with pytest.raises(ValueError, match=f"expected the config of a model, .*{field}: expected"):
         context_info(path)
 
 
-def test_empty_keys_do_not_claim_a_size(tmp_path):
-    model, path = converted(), tmp_path / "book.ctx"
-    save_context(build_context(model, tokens(70)), path)
+def test_empty_keys_do_not_claim_a_size(saved):
+    _, path = saved
     rewrite(path, lambda t: t.update({"layers.0.0.recent_keys": torch.zeros(1, 1, 0, 2**62)}))
     with pytest.raises(ValueError, match=r"expected 0\.recent_keys of shape"):
         context_info(path)

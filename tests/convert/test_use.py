@@ -85,12 +85,14 @@ def test_what_will_be_asked_for_is_kept_apart():
     assert found[1] < 0.4 * found[0]
 
 
+def one_slot(use):
+    sizes = {"num_slots": 1, "window": 2, "num_sinks": 0, "chunk_size": 2}
+    config = MemoryConfig.uniform(num_layers=1, num_kv_heads=1, **sizes, token_use=use)
+    return MemoryLayer(config.layer(0))
+
+
 def test_means_are_weighted_and_slots_are_read_by_their_counts():
-    use = [[[2.0, 0.0, 0.0]]]
-    config = MemoryConfig.uniform(
-        num_layers=1, num_kv_heads=1, num_slots=1, window=2, num_sinks=0, chunk_size=2, token_use=use
-    )
-    layer = MemoryLayer(config.layer(0))
+    layer = one_slot([[[2.0, 0.0, 0.0]]])
     # Weights of 1 and 4.
     layer.learn(torch.tensor([[[[0.0], [1.0]]]]), torch.tensor([[[[5.0], [10.0]]]]))
     [memory] = layer.memories
@@ -105,11 +107,7 @@ def test_means_are_weighted_and_slots_are_read_by_their_counts():
 
 
 def test_gradients_reach_tokens_in_proportion_to_their_weights():
-    use = [[[0.0, 1.0, 0.0]]]
-    config = MemoryConfig.uniform(
-        num_layers=1, num_kv_heads=1, num_slots=1, window=2, num_sinks=0, chunk_size=2, token_use=use
-    )
-    layer = MemoryLayer(config.layer(0))
+    layer = one_slot([[[0.0, 1.0, 0.0]]])
     values = torch.tensor([[[[0.0], [2.0], [0.0]]]], requires_grad=True)
     zeros = torch.zeros(1, 1, 3, 1)
     layer.attend(zeros, zeros, values, None)[0, 0, 2].backward()

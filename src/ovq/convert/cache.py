@@ -189,11 +189,12 @@ class MemoryLayer(OVQCacheLayer):
 
     def can_record(self, num_new: int) -> bool:
         """Whether a kernel may read `num_new` tokens: they can be cropped later, or nothing is recorded."""
-        if not self.record_past or not self._changes_after(num_new):
-            return not self.record_past or self._recorded.tokens is None
-        # `record_read` then finds the tokens among the last ones of the window.
+        if not self.record_past:
+            return True
+        # `record_read` looks for the tokens among the last ones of the window.
         kept = min(memory.budget.window - memory.budget.chunk_size for memory in self.state)
-        return self._recorded.tokens is None and self.num_rows == 1 and num_new <= kept
+        is_found = self.num_rows == 1 and num_new <= kept
+        return self._recorded.tokens is None and (is_found or not self._changes_after(num_new))
 
     def copies_before(self, num_new: int) -> list[HeadMemory]:
         """Copies of the memories if cropping the next tokens will need them, else an empty list."""
