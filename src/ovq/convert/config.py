@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -32,23 +33,22 @@ LEAST_LENGTH = 32
 # Power of the masses in the rank of edges: weights of expected use carry more information than counts.
 MASS_POWER = 1.0
 
-# How deep the numbers of a field are nested in lists.
-_DEPTHS = {
-    **dict.fromkeys(("num_sinks", "chunk_size", "trained_length", "max_distance"), 0),
-    "rotary_frequencies": 1,
-    **dict.fromkeys(("num_slots", "window", "value_weight", "slot_temperature", "slot_bias"), 2),
-    **dict.fromkeys(("key_exponents", "token_use"), 3),
-}
-# Least and largest integers of a field. The number of elements of a tensor, also of one that a file claims,
-# must fit into int64. Multiplying keys by powers of 2 does not round as long as float16 can hold them.
-_BOUNDS = {
-    "chunk_size": (1, 2**31 - 1),
-    "num_sinks": (0, 2**31 - 1),
-    "num_slots": (0, 2**31 - 1),
-    "window": (1, 2**31 - 1),
-    "key_exponents": (-8, 8),
-    "trained_length": (LEAST_LENGTH, 2**62),
-    "max_distance": (LEAST_LENGTH // 4, 2**62),
+# The elements of a tensor, also of one that a file only claims to have, can then be counted in int64.
+_MOST_ROWS = 2**31 - 1
+# By field: how deep its numbers are nested in lists, and the least and largest integer; None for any finite
+# numbers. Multiplying keys by powers of 2 does not round as long as float16 can hold them.
+_NUMBERS: dict[str, tuple[int, tuple[int, int] | None]] = {
+    "chunk_size": (0, (1, _MOST_ROWS)),
+    "num_sinks": (0, (0, _MOST_ROWS)),
+    "num_slots": (2, (0, _MOST_ROWS)),
+    "window": (2, (1, _MOST_ROWS)),
+    "key_exponents": (3, (-8, 8)),
+    "token_use": (3, None),
+    "slot_temperature": (2, None),
+    "slot_bias": (2, None),
+    "trained_length": (0, (LEAST_LENGTH, 2**62)),
+    "max_distance": (0, (LEAST_LENGTH // 4, 2**62)),
+    "rotary_frequencies": (1, None),
 }
 
 
@@ -115,14 +115,17 @@ class MemoryConfig:
         for name, known in (("merge", CURRENT_MERGES), ("state_dtype", STATE_DTYPES)):
             if (choice := getattr(self, name)) not in known:
                 raise ValueError(f"{name}: expected one of {list(known)}, found {choice!r}")
-        numbers: dict[str, list[Any]] = {}
-        for field in dataclasses.fields(self):
-            if (name := field.name) in _DEPTHS:
-                value, depth = getattr(self, name), _DEPTHS[name]
-                if name == "value_weight" and not isinstance(value, list):
-                    depth = 0
-                is_missing = value is None and field.default is None
-                numbers[name] = [] if is_missing else _numbers(name, value, depth)
+        for name, (depth, bounds) in _NUMBERS.items():
+            # Where None is the default, it is allowed.
+            if (value := getattr(self, name)) is None and getattr(type(self), name, 0) is None:
+                continue
+            for number in _flattened(name, value, depth):
+                if bounds is not None:
+                    check_sizes(bounds[0], **{name: number})
+                    if number > bounds[1]:
+                        raise ValueError(f"{name}: expected integers up to {bounds[1]}, found {number}")
+                elif not isinstance(number, (int, float)) or not is_finite(number):
+                    raise ValueError(f"{name}: expected finite numbers, found {number!r}")
         heads = list(map(len, self.num_slots))
         if not heads or 0 in heads or heads != list(map(len, self.window)):
             raise ValueError(
@@ -141,22 +144,14 @@ class MemoryConfig:
                     f"{name}: expected numbers for the query heads of layers with {heads} key/value "
                     f"heads, found {found}"
                 )
-        for name, (least, most) in _BOUNDS.items():
-            for number in numbers[name]:
-                check_sizes(least, **{name: number})
-                if number > most:
-                    raise ValueError(f"{name}: expected integers up to {most}, found {number}")
-        for number in numbers["window"]:
+        for number in itertools.chain(*self.window):
             if number % self.chunk_size:
                 raise ValueError(
                     f"window: expected a multiple of chunk_size ({self.chunk_size}), found {number}"
                 )
-        for weight in numbers["value_weight"]:
-            check_value_weight("value_weight", weight)
-        for name in ("token_use", "slot_temperature", "slot_bias", "rotary_frequencies"):
-            for number in numbers[name]:
-                if not isinstance(number, (int, float)) or not is_finite(number):
-                    raise ValueError(f"{name}: expected finite numbers, found {number!r}")
+        weight = self.value_weight
+        for number in _flattened("value_weight", weight, 2 if isinstance(weight, list) else 0):
+            check_value_weight("value_weight", number)
 
     @classmethod
     def uniform(
@@ -329,13 +324,15 @@ def check_heads(name: str, table: Sequence[Sequence[Any]], heads: list[int]) -> 
         raise ValueError(f"{name}: expected numbers for {heads} key/value heads per layer, found {found}")
 
 
-def _numbers(name: str, value: Any, depth: int) -> list[Any]:
+def _flattened(name: str, value: Any, depth: int) -> Iterator[Any]:
     """What lists nested to a depth contain; ValueError, naming the field, for anything else."""
     if depth == 0:
-        return [value]
-    if not isinstance(value, (list, tuple)):
+        yield value
+    elif not isinstance(value, (list, tuple)):
         raise ValueError(f"{name}: expected {'lists of ' * depth}numbers, found {value!r:.100}")
-    return [number for part in value for number in _numbers(name, part, depth - 1)]
+    else:
+        for part in value:
+            yield from _flattened(name, part, depth - 1)
 
 
 def as_table(name: str, value: int | Sequence[Sequence[int]], heads: list[int]) -> list[list[int]]:
