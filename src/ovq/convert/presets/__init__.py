@@ -4,9 +4,7 @@ A preset is a folder with `preset.json`, `preset.safetensors` and a card. Those 
 package.
 """
 
-from ovq.convert.presets.card import preset_card
 from ovq.convert.presets.preset import (
-    MAX_MISMATCH,
     Preset,
     find_preset,
     load_preset,
@@ -16,12 +14,10 @@ from ovq.convert.presets.preset import (
 )
 
 __all__ = [
-    "MAX_MISMATCH",
     "Preset",
     "find_preset",
     "load_preset",
     "packaged_presets",
-    "preset_card",
     "presets_of",
     "save_preset",
 ]

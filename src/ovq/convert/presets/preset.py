@@ -24,9 +24,8 @@ from ovq.convert.presets.card import preset_card
 from ovq.ops.serialization import write_file
 from ovq.runtime.files import read_json, write_atomic
 
-#: Largest relative difference between a preset's rows per head and the requested ones.
-MAX_MISMATCH = 0.05
-
+# Largest relative difference between a preset's rows per head and the requested ones.
+_MAX_MISMATCH = 0.05
 _FORMAT = 1
 _JSON, _TENSORS, _CARD = "preset.json", "preset.safetensors", "README.md"
 _SAMPLE = "weight_sample"
@@ -217,7 +216,7 @@ def find_preset(model: PreTrainedModel, rows: float) -> Preset | None:
         model: a model that is not converted yet.
         rows: average rows per head; a preset may have up to 5 % more or fewer.
     """
-    near = [p for p in presets_of(model) if abs(p.rows - rows) <= MAX_MISMATCH * rows]
+    near = [p for p in presets_of(model) if abs(p.rows - rows) <= _MAX_MISMATCH * rows]
     return min(near, key=lambda p: abs(p.rows - rows), default=None)
 
 
