@@ -194,6 +194,15 @@ def test_what_was_read_before_rows_join_or_columns_go_cannot_be_cropped(model):
         assert [layer.memories[0].num_read(0) for layer in one.layers] == [40, 40]
 
 
+def test_a_long_prompt_that_is_refused_does_not_stop_the_recording(model):
+    layer = model.make_cache().layers[0]
+    layer.activate_past_recording()
+    q, k = (torch.zeros(1, heads, 300, 8, dtype=torch.float64) for heads in (4, 3))
+    with pytest.raises(ValueError, match="expected keys and values of 2 heads"):
+        layer.attend(q, k, k, None)
+    assert layer.record_past
+
+
 def test_only_what_was_recorded_can_be_cropped(model):
     cache = model.make_cache()
     with torch.no_grad():

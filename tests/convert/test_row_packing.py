@@ -9,7 +9,7 @@ from tests.convert.common import KINDS, converted, tokens
 
 BOUNDS = torch.tensor([0, 61, 62, 90])
 POSITIONS = torch.cat([torch.arange(n) for n in BOUNDS.diff()])[None]
-SAYINGS = {
+PACKINGS = {
     "cu_seqlens": {"cu_seqlens": BOUNDS},
     "an empty row": {"cu_seqlens": torch.tensor([0, 61, 61, 62, 90])},
     "positions": {"position_ids": POSITIONS},
@@ -29,11 +29,11 @@ def alone(model, first=0):
     )
 
 
-@pytest.mark.parametrize("saying", SAYINGS)
+@pytest.mark.parametrize("packing", PACKINGS)
 @torch.no_grad()
-def test_packed_rows_equal_rows_alone(saying):
-    model, given = converted(), SAYINGS[saying]
-    expected = alone(model, 2 if saying == "positions from 2" else 0)
+def test_packed_rows_equal_rows_alone(packing):
+    model, given = converted(), PACKINGS[packing]
+    expected = alone(model, 2 if packing == "positions from 2" else 0)
     found = model(IDS, **given)
     torch.testing.assert_close(found.logits, expected)
     assert getattr(found, CACHE_KEY) is None

@@ -24,13 +24,13 @@ def is_step(model, steps, *, num_rows=1, **options):
     return steps[0] == 1
 
 
-HARMLESS = [
+PLAIN_OPTIONS = [
     {},
     {"use_cache": True, "logits_to_keep": 1, "return_dict": True, "labels": None},
     {"attention_mask": torch.tensor([[0] * 5 + [1] * 16])},
     {"position_ids": torch.tensor([[20]]), "output_attentions": False},
 ]
-LOOKING = [
+OTHER_OPTIONS = [
     {"output_hidden_states": True},
     {"use_cache": False},
     {"return_dict": False},
@@ -41,10 +41,10 @@ LOOKING = [
 
 
 def test_arguments_that_ask_for_nothing_else(steps):
-    assert all(is_step(converted(), steps, **options) for options in HARMLESS)
+    assert all(is_step(converted(), steps, **options) for options in PLAIN_OPTIONS)
 
 
-@pytest.mark.parametrize("options", LOOKING, ids=lambda x: next(iter(x)))
+@pytest.mark.parametrize("options", OTHER_OPTIONS, ids=lambda x: next(iter(x)))
 def test_arguments_that_ask_for_more(options, steps):
     assert not is_step(converted(), steps, **options)
 
