@@ -104,15 +104,15 @@ class HeadMemory:
 
     def sums(self, name: str) -> Tensor:
         """`key_sum` or `value_sum`, by `name`, in the wide dtype."""
-        steps = getattr(self, name.replace("sum", "step")) if self.budget.state_dtype == "int8" else None
-        return widened(getattr(self, name), steps, self.wide)
+        scales = getattr(self, name.replace("sum", "step")) if self.budget.state_dtype == "int8" else None
+        return widened(getattr(self, name), scales, self.wide)
 
     def _put_sums(self, name: str, sums: Tensor, index: Tensor | None = None) -> None:
         """Replace sums, or their rows `index`, by `sums` in the wide dtype, rounded to the format."""
-        numbers, steps = narrowed(sums, self.budget.state_dtype)
+        numbers, scales = narrowed(sums, self.budget.state_dtype)
         self._put(name, numbers, index)
-        if steps is not None:
-            self._put(name.replace("sum", "step"), steps, index)
+        if scales is not None:
+            self._put(name.replace("sum", "step"), scales, index)
 
     def _put(self, name: str, rows: Tensor, index: Tensor | None) -> None:
         """Replace a tensor, or its rows `index`."""

@@ -32,13 +32,13 @@ def narrowed(sums: Tensor, state_dtype: str) -> tuple[Tensor, Tensor | None]:
         return sums.bfloat16(), None
     # The largest entry of a row is 127 steps however the scale is rounded, so rounding again finds the same
     # scale. The 8 significant bits of a scale times the 8 bits of an entry are exact in float32.
-    steps = (sums.abs().amax(-1) / _MOST).bfloat16()
-    each = steps.to(sums.dtype)[..., None]
+    scales = (sums.abs().amax(-1) / _MOST).bfloat16()
+    each = scales.to(sums.dtype)[..., None]
     # A non-finite entry turns its row into NaN, through the scale.
     numbers = (sums / each.masked_fill(each == 0, 1)).round().nan_to_num(0)
-    return numbers.to(torch.int8), steps.masked_fill(~sums.isfinite().all(-1), torch.nan)
+    return numbers.to(torch.int8), scales.masked_fill(~sums.isfinite().all(-1), torch.nan)
 
 
-def widened(sums: Tensor, steps: Tensor | None, dtype: torch.dtype) -> Tensor:
+def widened(sums: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The sums that `narrowed` rounded, in the wide `dtype`."""
-    return sums.to(dtype) if steps is None else sums.to(dtype) * steps.to(dtype)[..., None]
+    return sums.to(dtype) if scales is None else sums.to(dtype) * scales.to(dtype)[..., None]
