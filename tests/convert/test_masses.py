@@ -59,6 +59,10 @@ def test_it_is_saved_with_the_model_and_read():
             2,
             r"texts: expected at least 2 tokens \[T\], found \(1,\) in text 1",
         ),
+        (original, [[1, 2]], 2, "texts: expected int64 or int32 tensors of token ids, found list in text 0"),
+        (original, [torch.ones(9)], 2, "token ids, found torch.float32 in text 0"),
+        (original, [torch.arange(-1, 9)], 2, r"texts: expected token ids from 0 to \d+, found -1 in text 0"),
+        (original, [tokens(9), torch.tensor([1, 10**6])], 2, "found 1000000 in text 1"),
         (original, [tokens(9)], 1, r"config: expected numbers for \[2, 2\] key/value heads .* found \[2\]"),
         (converted, [tokens(9)], 2, "model: expected one that is not converted yet"),
         (

@@ -140,6 +140,8 @@ def test_options_that_are_tried():
         probe(original(), [tokens(20)], options=[])
     with pytest.raises(ValueError, match="texts: expected at least 2 tokens"):
         probe(original(), [tokens(1)], options=OPTIONS)
+    with pytest.raises(ValueError, match=r"texts: expected token ids from 0 to \d+, found 1000000 in text 0"):
+        probe(original(), [torch.tensor([1, 10**6])], options=OPTIONS)
 
 
 @pytest.mark.parametrize("length", [1000, 3072, 4000, 20_000])

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +134,22 @@ def counted(progress: Callable[[int], None] | None) -> Callable[[int], None]:
             progress(total)
 
     return add
+
+
+def check_texts(model: PreTrainedModel, texts: Sequence[Tensor]) -> None:
+    """Raise ValueError unless every text is at least 2 token ids `[T]` of the model's vocabulary."""
+    most = model.get_input_embeddings().num_embeddings - 1
+    for i, text in enumerate(texts):
+        if not isinstance(text, Tensor) or text.dtype not in (torch.int64, torch.int32):
+            found = text.dtype if isinstance(text, Tensor) else type(text).__name__
+            raise ValueError(
+                f"texts: expected int64 or int32 tensors of token ids, found {found} in text {i}"
+            )
+        if text.dim() != 1 or len(text) < 2:
+            raise ValueError(f"texts: expected at least 2 tokens [T], found {tuple(text.shape)} in text {i}")
+        for token in (int(text.min()), int(text.max())):
+            if not 0 <= token <= most:
+                raise ValueError(f"texts: expected token ids from 0 to {most}, found {token} in text {i}")
 
 
 def captures_of(

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from ovq.convert.attach import kv_heads
 from ovq.convert.cache import MemoryLayer
-from ovq.convert.captures import Captured, Captures, captures_of
+from ovq.convert.captures import Captured, Captures, captures_of, check_texts
 from ovq.convert.config import LayerConfig, MemoryConfig, check_heads
 
 # Ridge penalty in nats per token: a bias of 1 must lower the loss by this. Keeps useless biases near 0.
@@ -54,8 +54,8 @@ def fitted_bias(
         progress: called with the number of texts done.
 
     Raises:
-        ValueError: no texts or texts of fewer than 2 tokens, a model that cannot be converted or has other
-            heads than the config, or captures of another model.
+        ValueError: no texts, or texts of fewer than 2 tokens or of unknown ones; a model that cannot be
+            converted or has other heads than the config; captures of another model.
         OSError: no disk space for captures.
 
     Example:
@@ -69,10 +69,8 @@ def fitted_bias(
     """
     if not texts:
         raise ValueError("texts: expected at least one, found none")
-    for i, text in enumerate(texts):
-        if text.dim() != 1 or len(text) < 2:
-            raise ValueError(f"texts: expected at least 2 tokens [T], found {tuple(text.shape)} in text {i}")
     check_heads("config", config.num_slots, kv_heads(model))
+    check_texts(model, texts)
     left = right = torch.zeros((), dtype=torch.float64, device="cpu")
     with captures_of(model, captures) as kept:
         for i, text in enumerate(texts):

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ovq.convert.attach import kv_heads
 from ovq.convert.budgets import allocate, changes
-from ovq.convert.captures import Captures, captures_of, counted
+from ovq.convert.captures import Captures, captures_of, check_texts, counted
 from ovq.convert.config import MemoryConfig
 from ovq.convert.distances import Distances, far_attention
 from ovq.convert.trials import Option, trials
@@ -186,7 +186,7 @@ def probe(
 
     Raises:
         ValueError: a model that cannot be converted, no options, fewer `rows` than the smallest option,
-            texts of fewer than 2 tokens, or captures of another model.
+            texts of fewer than 2 tokens or of unknown ones, or captures of another model.
         OSError: no disk space for captures.
 
     Example:
@@ -202,9 +202,7 @@ def probe(
     num_layers, num_heads = len(heads := kv_heads(model)), heads[0]
     if not options:
         raise ValueError("options: expected at least one, found none")
-    for i, text in enumerate(texts):
-        if text.dim() != 1 or len(text) < 2:
-            raise ValueError(f"texts: expected at least 2 tokens [T], found {tuple(text.shape)} in text {i}")
+    check_texts(model, texts)
     masks = [None] * len(texts) if targets is None else targets
     settings: dict[str, Any] = {"chunk_size": chunk_size, "merge": merge, "value_weight": value_weight}
     shares = torch.tensor(
