@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ovq.cli.common import check_folder, flag_of, out_console, parse_ints, read_text
+from ovq.cli.common import check_folder, flag_of, given_options, out_console, parse_ints, read_text
 from ovq.cli.loading import is_converted as has_memory
 from ovq.cli.loading import load_tokenizer
 from ovq.cli.options import Json
@@ -26,9 +26,16 @@ if TYPE_CHECKING:
 _LENGTHS = "1024, 2048, 4096, 8192, 16384, 32768, 65536"
 _TRAINED = "2048, 8192, 32768"
 _READ = "1024, 4096, 8192, 16384"
+# Options that only one kind of --what reads; None stands for the parts of the op.
+_OPTIONS: dict[str | None, tuple[str, ...]] = {
+    None: ("dtypes", "num_slots", "merge", "chunk_size", "num_heads", "head_dim"),
+    "model": ("models", "sizes", "prompts"),
+    "converted": ("model", "text", "gguf", "llama_cpp", "openvino", "genai"),
+}
 
 
 def bench(
+    context: typer.Context,
     what: Annotated[
         str | None,
         typer.Option(
@@ -106,9 +113,16 @@ def bench(
     """
     # All arguments are validated before anything is measured.
     kinds = [] if what is None else [name.strip() for name in what.split(",")]
-    is_model, is_converted = kinds == ["model"], kinds == ["converted"]
     if len(kinds) > 1 and {"model", "converted"} & set(kinds):
         raise ValueError(f"--what: expected model or converted alone, found {what}")
+    kind = kinds[0] if kinds in (["model"], ["converted"]) else None
+    is_model, is_converted = kind == "model", kind == "converted"
+    others = {name for other, names in _OPTIONS.items() if other != kind for name in names}
+    if unused := sorted(given_options(context) & others):
+        raise ValueError(
+            f"{flag_of(unused[0])}: expected none with --what {what or ','.join(PARTS)}, "
+            f"found {context.params[unused[0]]}"
+        )
     dtype_names = [name.strip() for name in dtypes.split(",")]
     _check_names("--dtypes", dtype_names, ("float32", "bfloat16"))
     if not (is_model or is_converted):
@@ -120,21 +134,18 @@ def bench(
     check_folder("--out", out)
     if device not in ("cpu", "cuda"):
         raise ValueError(f"--device: expected cpu or cuda, found {device!r}")
-    peers = {"gguf": gguf, "llama_cpp": llama_cpp, "openvino": openvino, "genai": genai}
+    if kind is not None and device != "cpu":
+        raise ValueError(f"--device: expected cpu with --what {kind}, found {device}")
     if is_converted:
+        peers = {"gguf": gguf, "llama_cpp": llama_cpp, "openvino": openvino, "genai": genai}
         suite_of_peers = _pretrained_suite(model, text, peers, at_lengths)
         from ovq_lab.bench.pretrained_suite import run_pretrained
 
         _measure(partial(run_pretrained, suite_of_peers), out, as_json=as_json)
         return
-    for name, found in {"model": model, "text": text, **peers}.items():
-        if found is not None:
-            raise ValueError(f"{flag_of(name)}: expected none without --what converted, found {found}")
     if is_model:
         from ovq_lab.bench.model_suite import ModelSuite, run_models
 
-        if device != "cpu":
-            raise ValueError(f"--device: expected cpu with --what model, found {device}")
         models_suite = ModelSuite(
             models=[name.strip() for name in models.split(",")],
             sizes=[name.strip() for name in sizes.split(",")],

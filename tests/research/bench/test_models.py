@@ -74,6 +74,7 @@ def test_the_roof_is_not_below_the_products_of_pytorch(monkeypatch):
         (["--sizes", "1T"], "--sizes: expected some of 2M, .* found 1T"),
         (["--prompts", "1"], "--prompts: expected at least 2 tokens, found 1"),
         (["--device", "cuda"], "--device: expected cpu with --what model, found cuda"),
+        (["--dtypes", "bfloat16"], "--dtypes: expected none with --what model, found bfloat16"),
     ],
 )
 def test_bad_arguments_are_one_line(arguments, expected, capsys, tmp_path):

@@ -166,7 +166,7 @@ def test_a_way_that_fails_says_why(folder, tmp_path):
         ),
         ("--what converted --model {model} --text {tmp}/t --genai sh", "--genai: expected --openvino"),
         ("--what converted --model {model} --text {tmp}/t", "--model: expected a tokenizer"),
-        ("--what forward --model {model}", "--model: expected none without --what converted"),
+        ("--what forward --model {model}", "--model: expected none with --what forward, found"),
     ],
 )
 def test_bad_input_costs_one_line(options, message, folder, capsys, tmp_path):
