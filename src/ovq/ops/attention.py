@@ -125,8 +125,8 @@ def ovq_attention(
     is_dense = attention_mask is None and cu_seqlens is None and log_forget is None
     if is_dense and output_final_state and isinstance(initial_state, OVQState):
         step = initial_state._step
-        is_requested = step is not None and backend in ("auto", step.backend)
-        if is_requested and step.fits(q, k, v, token_weights, initial_state, options):
+        is_asked_for = step is not None and backend in ("auto", step.backend)
+        if is_asked_for and step.fits(q, k, v, token_weights, initial_state, options):
             scale = checked_scale(scale, q)
             dispatch.note_backend(step.backend)
             after = advanced(initial_state)
@@ -145,15 +145,18 @@ def ovq_attention(
         "token_weights": token_weights,
         "log_forget": log_forget,
     }
-    # A compiled graph would keep the seed it was traced with.
-    if torch.compiler.is_compiling() and options.init != "random":
+    if torch.compiler.is_compiling():
+        if options.init == "random":
+            # A compiled graph would keep the seed it was traced with.
+            return _uncompiled(given, backend)
         return operator.attention(**given, backend=backend)
-    return _attention(given, backend)
+    call = checked_call(**given)
+    o, state = dispatch.run_of(call, backend)(call)
+    return o, state if output_final_state else None
 
 
 @uncompiled
-def _attention(given: dict[str, Any], backend: str) -> tuple[Tensor, OVQState | None]:
-    """`ovq_attention` for the arguments of `checked_call`."""
+def _uncompiled(given: dict[str, Any], backend: str) -> tuple[Tensor, OVQState | None]:
     call = checked_call(**given)
-    o, state = dispatch.run(call, backend)
+    o, state = dispatch.run_of(call, backend)(call)
     return o, state if call.wants_state else None

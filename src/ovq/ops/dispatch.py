@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 from torch import Tensor
 
 from ovq.ops import backends
-from ovq.ops.call import Call
+from ovq.ops.call import Call, Run
 from ovq.ops.forget import forgetful_attention
 from ovq.ops.state import OVQState
 
@@ -29,23 +31,23 @@ def backend_used() -> str | None:
 
 
 def note_backend(name: str) -> None:
-    """Set the result of `backend_used`, for code that runs a backend without `run`."""
+    """Set the result of `backend_used`, for code that runs a backend without `run_of`."""
     global _used
     _used = name
 
 
-def run(call: Call, backend: str) -> tuple[Tensor, OVQState | None]:
-    """Outputs and state of a call; `"auto"` chooses the fastest backend that supports it."""
+def run_of(call: Call, backend: str) -> Run:
+    """Function that runs a call: the requested backend, or for `"auto"` the fastest one that supports it."""
     name = backends.chosen(backend, call)
     note_backend(name)
     run = backends.BACKENDS[name].run
     if not any(call.rows.lengths):
-        return _nothing_read(call)
+        return _nothing_read
     # Only the "cpu" kernels implement forgetting themselves, for several tokens and without gradients.
     does_forget = name == "cpu" and not call.is_one_token and not call.wants_gradients
     if call.log_forget is None or does_forget:
-        return run(call)
-    return forgetful_attention(call, run)
+        return run
+    return functools.partial(forgetful_attention, run=run)
 
 
 def _nothing_read(call: Call) -> tuple[Tensor, OVQState]:

@@ -160,7 +160,7 @@ class _Inputs:
             token_weights=token_weights,
             log_forget=log_forget,
         )
-        o, state = dispatch.run(call, self.backend)
+        o, state = dispatch.run_of(call, self.backend)(call)
         if state is None or not self.wants_state:
             return [o]
         return [o, *_pieces(with_capacity(state, self.options.num_slots))]
