@@ -251,7 +251,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_chat(folders, say, num_read, monke
         ("--document {tmp}/no", [], "No such file or directory"),
         ("--document {tmp}/a --context {tmp}/b", [], "--document: expected no --context beside it"),
         ("--document -", [], "--document: expected a file, found -"),
-        ("--top-p 0.5", [], "--top-p: expected a temperature above 0 beside it"),
+        ("--top-p 0.5", [], "--top-p: expected a temperature above 0 with it"),
         ("--weight-dtype int2", [], "--weight-dtype: expected one of"),
         ("--model {tmp}", [], "{tmp}: expected the folder of a saved model"),
         (

@@ -51,7 +51,7 @@ def test_a_value_that_is_new_elsewhere_is_refused_by_every_backend(name, option,
 
 def test_a_rule_that_is_new_elsewhere_is_refused_by_what_has_rules_of_its_own(monkeypatch):
     invent(monkeypatch, "merge")
-    with pytest.raises(ValueError, match=r"merge: expected one of .*'nearest'\), found 'invented'"):
+    with pytest.raises(ValueError, match=r"merge: expected one of .*'nearest'\], found 'invented'"):
         MemoryConfig(num_slots=[[4]], window=[[32]], merge="invented")
 
 

@@ -62,7 +62,7 @@ def test_where_the_cache_cannot_be_written_the_private_folder_of_the_user_does(t
     assert folder.parent == tmp_path / "temporary" / f"ovq-{os.geteuid()}" / "text"
     assert (cached_folder(["text"], lambda folder: 1 / 0) / "a").read_text() == "made"
     folder.parents[1].chmod(0o755)
-    with pytest.raises(OSError, match=r"XDG_CACHE_HOME names one.*Not a directory.*this user alone"):
+    with pytest.raises(OSError, match=r"XDG_CACHE_HOME names one.*Not a directory.*private folder"):
         cached_folder(["text"], fill)
 
 

@@ -138,7 +138,8 @@ def counted(progress: Callable[[int], None] | None) -> Callable[[int], None]:
 
 def check_texts(model: PreTrainedModel, texts: Sequence[Tensor]) -> None:
     """Raise ValueError unless every text is at least 2 token ids `[T]` of the model's vocabulary."""
-    most = model.get_input_embeddings().num_embeddings - 1
+    embeddings: Any = model.get_input_embeddings()
+    most = embeddings.num_embeddings - 1
     for i, text in enumerate(texts):
         if not isinstance(text, Tensor) or text.dtype not in (torch.int64, torch.int32):
             found = text.dtype if isinstance(text, Tensor) else type(text).__name__

@@ -85,8 +85,6 @@ class ServedModel:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        # A converted model's config with its fields as JSON, cached as they are many and fixed.
-        self._known_fields: tuple[Any, str] = None, ""
 
     @property
     def device(self) -> torch.device:
@@ -98,10 +96,8 @@ class ServedModel:
         """See `AnyServedModel.settings`."""
         has_adapters = getattr(self.model, "_hf_peft_config_loaded", False)
         adapters = self.model.active_adapters() if has_adapters else []
-        config = getattr(self.model, "memory_config", None)
-        if config is None or config is not self._known_fields[0]:
-            self._known_fields = config, json.dumps(self.model.memory_fields())
-        return self._known_fields[1], *adapters
+        is_converted = hasattr(self.model, "memory_config")
+        return self._fixed_fields if is_converted else json.dumps(self.model.memory_fields()), *adapters
 
     @property
     def vocab_size(self) -> int:
@@ -113,6 +109,11 @@ class ServedModel:
         """See `AnyServedModel.ends`."""
         found = getattr(self.model.generation_config, "eos_token_id", None)
         return frozenset([] if found is None else [found] if isinstance(found, int) else found)
+
+    @cached_property
+    def _fixed_fields(self) -> str:
+        """Fields of the memory of a converted model, which are many and do not change."""
+        return json.dumps(self.model.memory_fields())
 
     @cached_property
     def _fingerprint(self) -> dict[str, str]:
