@@ -2,9 +2,11 @@
 
 import copy
 import functools
+import inspect
 
 import pytest
 import torch
+from transformers import GenerationMixin
 from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
 
 from ovq.hf import OVQCache
@@ -110,7 +112,13 @@ def test_the_last_ids_alone_may_be_given_with_a_cache_that_has_read_some_of_them
     mask[0, : 2 * is_padded] = 0
     cache = OVQCache(model.config)
     model(ids[:, :num_read], mask[:, :num_read], past_key_values=cache)
-    out = model.generate(ids[:, 11:], attention_mask=mask, **{CACHE_KEY: cache}, **GREEDY, **options)
+    given = {"attention_mask": mask, CACHE_KEY: cache, **GREEDY, **options}
+    if "prefill_chunk_size" in options and "prefill_ids" not in inspect.getsource(GenerationMixin._prefill):
+        # Earlier versions of transformers cut the mask as if the cache had read nothing.
+        with pytest.raises(ValueError, match="expected an attention_mask of shape"):
+            model.generate(ids[:, 11:], **given)
+        return
+    out = model.generate(ids[:, 11:], **given)
     expected = model.generate(ids, attention_mask=mask, **GREEDY, **options)
     assert torch.equal(out, expected[:, 11:])
 
