@@ -23,8 +23,7 @@ from ovq.hf.loss import can_be_pieced, loss_in_pieces
 from ovq.hf.packing import PACKING_KWARGS, packed_offsets
 from ovq.hf.pretrained import OVQPreTrainedModel
 from ovq.layers import SequenceLayout
-from ovq.layers.base import check_kwargs
-from ovq.layers.common import RMSNorm
+from ovq.layers.common import RMSNorm, check_kwargs
 from ovq.layers.products import Linear
 from ovq.layers.token_step import is_token
 

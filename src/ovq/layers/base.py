@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ovq.fields import ConfigField, did_you_mean, is_finite
 from ovq.layers import defaults
 from ovq.layers.cache import LayerCache, MixerCache
-from ovq.layers.common import QKNorm, ShortConvolution, rotary_tables
+from ovq.layers.common import QKNorm, ShortConvolution, check_kwargs, rotary_tables
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.logn import check_logn_length, logn_factors
 from ovq.layers.memory import Memory, num_bytes
@@ -466,16 +466,6 @@ def checked_head_dim(hidden_size: int, num_heads: int, num_kv_heads: int, head_d
             f"expected sizes of at least 1, found hidden_size={hidden_size}, head_dim={head_dim}"
         )
     return head_dim
-
-
-def check_kwargs(kwargs: Mapping[str, Any], allowed: frozenset[str], *, output_attentions: bool) -> None:
-    """Raise ValueError for unknown keyword arguments of `forward`, or if attention matrices are asked for."""
-    if unknown := sorted(set(kwargs) - allowed):
-        raise ValueError(f"expected keyword arguments among {sorted(allowed)}, found {unknown}")
-    if output_attentions:
-        raise ValueError(
-            "expected output_attentions=False, found True: mixers do not form attention matrices"
-        )
 
 
 def check_conv_size(conv_size: int) -> None:

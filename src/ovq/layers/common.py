@@ -5,6 +5,9 @@ Models with different mixers thus differ only in their memory.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -294,3 +297,13 @@ def _convolve(x: Tensor, past: Tensor | None, weight: Tensor, offset: Tensor | N
             earlier = earlier * (offset >= back).to(x.dtype)[:, None]
         y = torch.addcmul(y, earlier, taps[-1 - back])
     return y
+
+
+def check_kwargs(kwargs: Mapping[str, Any], allowed: frozenset[str], *, output_attentions: bool) -> None:
+    """Raise ValueError for unknown keyword arguments of `forward`, or if attention matrices are asked for."""
+    if unknown := sorted(set(kwargs) - allowed):
+        raise ValueError(f"expected keyword arguments among {sorted(allowed)}, found {unknown}")
+    if output_attentions:
+        raise ValueError(
+            "expected output_attentions=False, found True: mixers do not form attention matrices"
+        )
