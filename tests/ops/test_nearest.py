@@ -65,7 +65,7 @@ def test_kernels_merge_as_torch_does_in_larger_dictionaries(kind, backend):
 @pytest.mark.parametrize("kind", ["still", "moving", "growing"])
 def test_slots_that_look_again_find_what_torch_finds(kind, backend):
     """In two dimensions it often matters what a slot found before, also as keys move or values grow."""
-    for seed in range(6):
+    for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
         k, v = (torch.randn(1, 400, 2, 2, generator=generator) for _ in range(2))
         if kind == "moving":

@@ -155,7 +155,7 @@ def test_the_next_turn_of_a_chat_reads_what_is_new(name):
     scheduler = Scheduler(ServedModel(MODELS[name]), Limits(step_tokens=25))
     prompts, known = [tuple(TEXT[:70]), tuple(TEXT[200:265])], [0, 0]
     for turn in range(3):
-        logs = [asked(scheduler, prompt, num_tokens=40)[1] for prompt in prompts]
+        logs = [asked(scheduler, prompt, num_tokens=30)[1] for prompt in prompts]
         run(scheduler)
         assert [num_known(log) for log in logs] == known
         for i, (prompt, log) in enumerate(zip(prompts, logs, strict=True)):
@@ -240,7 +240,7 @@ def test_without_room_everything_is_read():
 
 @pytest.mark.parametrize(
     ("name", "num_arrivals"),
-    [("ovq", 40), ("converted", 12), pytest.param("ovq", 10_000, marks=pytest.mark.slow)],
+    [("ovq", 20), ("converted", 8), pytest.param("ovq", 10_000, marks=pytest.mark.slow)],
 )
 def test_random_arrivals_get_what_each_would_get_alone(name, num_arrivals):
     """Prompts that begin alike, answers that are given up, room for a few states only."""
@@ -253,8 +253,8 @@ def test_random_arrivals_get_what_each_would_get_alone(name, num_arrivals):
     prompts = [
         (*TEXT[first : first + 33 * n], *tail)
         for first in (0, 50)
-        for n in (1, 2, 3)
-        for tail in ((), (1,), (1, 2, 3), (5, 6))
+        for n in (1, 2)
+        for tail in ((), (1,), (1, 2, 3))
     ]
     for _ in range(num_arrivals):
         prompt, is_after = source.choice(prompts), source.random() < 0.3

@@ -86,7 +86,7 @@ def test_needles_that_do_not_fit_are_left_out_but_not_the_last():
 
 def test_more_needles_than_there_are_words_do_not_take_for_ever():
     ids, _ = NeedleBuilder(BYTES, value="word").repeat(
-        10**6, num_needles=10**4, random=np.random.default_rng(0)
+        10**5, num_needles=10**3, random=np.random.default_rng(0)
     )
     assert len(re.findall(NEEDLE, BYTES.decode(ids))) == 2 * 256
 
