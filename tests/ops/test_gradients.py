@@ -2,12 +2,16 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
-from ovq.ops import ovq_attention
+from ovq.layers import OVQAttention
+from ovq.ops import backend_used, ovq_attention
 from ovq.ops.backends.cpu.tokens import CompiledRMSNorm
 from tests.ops.common import BACKENDS, CPU, either_rule, inputs
 
 OPTIONS = {"num_slots": 8, "chunk_size": 4}
+# PyTorch itself uses it for forward-mode differentiation.
+FORWARD_MODE = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 
 
 def leaves(batch, length, dtype=torch.float32):
@@ -59,3 +63,49 @@ def test_compiled_layers_refuse_them_too():
     y = CompiledRMSNorm.apply(x, weight, 1e-6)
     with pytest.raises(RuntimeError, match="expected create_graph=False"):
         torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
+@FORWARD_MODE
+@pytest.mark.parametrize("use_grad", [True, False])
+def test_no_tangent_of_forward_mode_differentiation_is_lost(use_grad):
+    """Kernels read the plain numbers of tensors, so the reference has to run."""
+    layer, x = OVQAttention(16, 2, conv_size=3, **OPTIONS), torch.randn(1, 10, 16)
+    ahead, behind = (layer(x + step * x)[0].detach() for step in (1e-2, -1e-2))
+    with torch.set_grad_enabled(use_grad), forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, x))[0]).tangent
+    assert backend_used() == "naive"
+    torch.testing.assert_close(tangent, (ahead - behind) / 2e-2, atol=1e-3, rtol=1e-2)
+
+
+@FORWARD_MODE
+@torch.no_grad()
+def test_no_tangent_is_lost_in_decoding():
+    """Nor where the step before it is repeated."""
+    options = OPTIONS | {"output_final_state": True}
+    q, k, v = inputs(1, 8, dtype=torch.float32)
+    _, state = ovq_attention(q[:, :6], k[:, :6], v[:, :6], **options)
+    _, state = ovq_attention(q[:, 6:7], k[:, 6:7], v[:, 6:7], initial_state=state, **options)
+
+    def decoded(v):
+        return ovq_attention(q[:, 7:], k[:, 7:], v, initial_state=state, **options)[0]
+
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(decoded(forward_ad.make_dual(v[:, 7:], v[:, 7:]))).tangent
+    torch.testing.assert_close(tangent, decoded(2 * v[:, 7:]) - decoded(v[:, 7:]), atol=1e-5, rtol=1e-4)
+
+
+@FORWARD_MODE
+def test_transforms_that_a_backend_cannot_run_under_are_refused():
+    q, k, v = inputs(2, 5, dtype=torch.float32)
+
+    def attend(q, k, v, backend="auto"):
+        return ovq_attention(q, k, v, backend=backend, **OPTIONS)[0]
+
+    with pytest.raises(ValueError, match=r"backend: 'naive', .* expected no torch.func.vmap, found one"):
+        torch.func.vmap(attend)(q[:, None], k[:, None], v[:, None])
+    for backend in ("torch", *CPU):
+        with pytest.raises(ValueError, match=f"backend: '{backend}': expected no transform of torch.func"):
+            torch.func.jvp(lambda v, name=backend: attend(q, k, v, name), (v,), (v,))
+        o = attend(q.requires_grad_(), k, v, backend)
+        with pytest.raises(RuntimeError, match="expected is_grads_batched=False, found True"):
+            torch.autograd.grad(o, q, o.detach().expand(3, *o.shape), is_grads_batched=True)

@@ -16,7 +16,7 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     gradient of a sum of outputs does not, so a gradient penalty would silently have no effect.
 
     Raises:
-        RuntimeError: from `backward`, if called with `create_graph=True`.
+        RuntimeError: from `backward`, if called with `create_graph=True` or `is_grads_batched=True`.
 
     Example:
         >>> from ovq.ops import ovq_attention
@@ -34,6 +34,10 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
             raise RuntimeError(
                 "expected create_graph=False, found True: kernels give no gradients of gradients. "
                 "ovq_attention and layers do with backend='naive', models also need OVQ_CPU_KERNELS=0"
+            )
+        if any(isinstance(g, torch.Tensor) and torch._C._functorch.is_legacy_batchedtensor(g) for g in grads):
+            raise RuntimeError(
+                "expected is_grads_batched=False, found True: kernels take one gradient at a time"
             )
         return backward(ctx, *grads)
 

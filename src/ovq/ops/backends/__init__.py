@@ -24,6 +24,7 @@ from ovq.ops.known import Known
 from ovq.ops.options import Options
 from ovq.ops.precision import full_precision
 from ovq.ops.state import OVQState
+from ovq.ops.transforms import refused_transform
 
 
 class Backend(Protocol):
@@ -66,7 +67,8 @@ NAMES = ("auto", *BACKENDS)
 def refusal(name: str, q: Tensor, v: Tensor, options: Options, gates: Iterable[str] = ()) -> str | None:
     """Why a backend cannot run calls with these tensors, options and gates; None if it can."""
     backend = BACKENDS[name]
-    return backend.KNOWN.refusal(q.dtype, options, gates) or backend.missing(q, v, options)
+    reason = backend.KNOWN.refusal(q.dtype, options, gates) or backend.missing(q, v, options)
+    return reason or refused_transform(is_plain=name == "naive")
 
 
 def chosen(name: str, call: Call) -> str:
@@ -91,7 +93,8 @@ def chosen_to_learn(name: str, k: Tensor, v: Tensor, options: Options, gates: It
 
     def reason_against(name: str) -> str | None:
         backend = LEARNING[name]
-        return backend.LEARNS.refusal(k.dtype, options, gates) or backend.missing(k, v, options)
+        reason = backend.LEARNS.refusal(k.dtype, options, gates) or backend.missing(k, v, options)
+        return reason or refused_transform(is_plain=name == "torch")
 
     return _first(name, _fastest(k), reason_against)
 

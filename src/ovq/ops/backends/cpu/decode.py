@@ -15,6 +15,7 @@ from ovq.ops.backends.cpu.mirrors import Mirror, fields_of
 from ovq.ops.backends.torch.decode import merged_state
 from ovq.ops.options import Options
 from ovq.ops.state import OVQState
+from ovq.ops.transforms import is_transformed
 
 _SUMS = ("key_sum", "value_sum", "count", "weight")
 _PENDING = ("pending_keys", "pending_values", "pending_weights")
@@ -65,6 +66,8 @@ class PreparedStep:
     def continues(self, state: OVQState, options: Options) -> bool:
         """Whether this step serves the next token of a state: same options and tensors, no gradient."""
         if options is not self.options or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        if is_transformed():
             return False
         return all(map(operator.is_, self._sums, _sums_of(state)))
 

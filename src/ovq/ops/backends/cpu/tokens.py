@@ -16,14 +16,15 @@ from ovq.ops.backends.cpu import build
 from ovq.ops.backends.cpu.kernels import is_available, is_memory
 from ovq.ops.backends.cpu.mirrors import Mirror, fields_of
 from ovq.ops.first_order import first_order
+from ovq.ops.transforms import is_transformed
 
 
 def can_run(*tensors: Tensor) -> bool:
-    """Whether the kernels can run: float32 tensors on a CPU, compiled kernels, and no tracing."""
+    """Whether the kernels can run: float32 tensors on a CPU, compiled kernels, no tracing or transforms."""
     for x in tensors:
         if x.dtype != torch.float32 or not x.is_cpu or not is_memory(x):
             return False
-    return not torch.compiler.is_compiling() and is_available()
+    return not torch.compiler.is_compiling() and not is_transformed() and is_available()
 
 
 class _NoContext:
