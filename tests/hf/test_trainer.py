@@ -59,3 +59,13 @@ def test_gradient_accumulation_gives_the_gradient_of_the_whole_batch():
         model(ids[i : i + 1], labels=labels[i : i + 1], num_items_in_batch=num_items).loss for i in range(4)
     ]
     torch.testing.assert_close(sum(parts), whole)
+
+
+def test_label_smoothing_is_that_of_the_next_token(tmp_path):
+    """The Trainer shifts labels only for models whose class it knows by name."""
+    arguments = TrainingArguments(tmp_path, label_smoothing_factor=0.1, use_cpu=True, report_to=[])
+    model, ids = OVQForCausalLM(make_config()).eval(), random_ids(2, 9)
+    loss = Trainer(model, arguments).compute_loss(model, {"input_ids": ids, "labels": ids.clone()})
+    logits = model(ids).logits[:, :-1].flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), label_smoothing=0.1)
+    torch.testing.assert_close(loss, expected)
