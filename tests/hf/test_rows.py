@@ -150,3 +150,12 @@ def test_one_call_for_a_token_counts_what_was_dropped():
 def test_lengths_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="lengths: expected one for each of 0 rows, found 1 of them"):
         OVQCache(make_model().config).shorten([3])
+
+
+@torch.no_grad()
+def test_tokens_of_another_number_of_rows_are_refused():
+    """Also by rows that have read nothing, whose cache would take any number."""
+    rows = Rows.start(MODELS["ovq"])
+    with pytest.raises(ValueError, match="tokens: expected those of 1 rows, found 2"):
+        rows.read([[1], [2]])
+    assert rows.read([[1]]).shape[0] == len(rows.lengths) == 1

@@ -91,8 +91,14 @@ class Rows:
 
         Returns:
             `[B, vocab_size]` logits of the next token, float32 or better.
+
+        Raises:
+            ValueError: if there are not as many rows of tokens.
         """
         ids = torch.as_tensor(tokens, dtype=torch.int64, device=self.model.device)
+        if len(ids) != len(self):
+            # A cache that has read nothing would take any number of rows, and lengths would not be theirs.
+            raise ValueError(f"tokens: expected those of {len(self)} rows, found {len(ids)}")
         inputs = self.model.row_inputs(self._cache, self.lengths, ids.shape[1])
         output = self.model(ids, logits_to_keep=1, **inputs, **{CACHE_KEY: self._cache})
         logits = output.logits[:, -1]
