@@ -30,6 +30,11 @@ def zeros(*shape, dtype=torch.float64):
     return torch.zeros(*shape, dtype=dtype)
 
 
+FLOATS = {name: zeros(2, 10, 2, 6, dtype=torch.float32) for name in "kv"}
+FLOATS |= {"q": zeros(2, 10, 4, 6, dtype=torch.float32)}
+NESTED = torch.nested.nested_tensor(list(zeros(2, 10, 2, 5)), layout=torch.jagged)
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -41,6 +46,9 @@ def zeros(*shape, dtype=torch.float64):
         ({"v": zeros(2, 10, 1, 5)}, r"\(2, 10, 1, 5\)"),
         ({"v": zeros(2, 10, 2, 5, dtype=torch.float32)}, "v: expected torch.float64 .* found torch.float32"),
         ({"q": zeros(2, 10, 4, 6, dtype=torch.int64)}, "q: expected a dtype of .* found torch.int64"),
+        ({"k": zeros(2, 10, 2, 6).to_sparse()}, "k: expected a dense tensor .* found torch.sparse_coo"),
+        ({"q": zeros(2, 10, 4, 6).to("meta")}, "q: expected a dense tensor with data, found .* on meta"),
+        ({"v": NESTED}, "v: expected a dense tensor with data, found a nested one"),
         ({"k": zeros(2, 10, 0, 6), "v": zeros(2, 10, 0, 5)}, "k: expected at least one head"),
         ({"num_slots": 0}, "num_slots: expected an integer of at least 1, found 0"),
         ({"num_slots": 2.5}, "num_slots: .* found 2.5"),
@@ -50,6 +58,7 @@ def zeros(*shape, dtype=torch.float64):
         ({"scale": torch.ones(4, dtype=torch.int64)}, "scale: expected a floating dtype"),
         ({"scale": math.nan}, r"scale: expected a finite float or a tensor \[4\], found nan"),
         ({"scale": 10**400}, "scale: expected a finite float or a tensor"),
+        ({"scale": 1e39} | FLOATS, r"scale: expected a finite float or a tensor \[4\], found 1e\+39"),
         ({"generator": 5}, "generator: expected a torch.Generator, found 5"),
         ({"scale": "big"}, "scale: .* found 'big'"),
         ({"growth": "fast"}, "growth: expected one of .*plateau.* found 'fast'"),

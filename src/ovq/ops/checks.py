@@ -48,6 +48,9 @@ def _check_tensors(**tensors: Tensor) -> None:
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
             raise ValueError(f"{name}: expected a tensor, found {type(x).__name__}")
+        if x.layout != torch.strided or x.is_nested or x.device.type == "meta":
+            found = "a nested one" if x.is_nested else f"{x.layout} on {x.device}"
+            raise ValueError(f"{name}: expected a dense tensor with data, found {found}")
         if x.dim() != 4:
             raise ValueError(f"{name}: expected 4 dimensions [B, T, heads, dim], found {tuple(x.shape)}")
         if x.dtype not in DTYPES:
@@ -73,7 +76,8 @@ def checked_scale(scale: float | Tensor | None, q: Tensor) -> Tensor:
         if not scale.is_floating_point():
             raise ValueError(f"scale: expected a floating dtype, found {scale.dtype}")
         return scale.to(q.device, wide)
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not is_finite(scale):
+    is_number = isinstance(scale, (int, float)) and not isinstance(scale, bool) and is_finite(scale)
+    if not is_number or abs(scale) > torch.finfo(wide).max:
         raise ValueError(f"scale: expected a finite float or a tensor [{num_heads}], found {scale!r}")
     return torch.full((num_heads,), float(scale), dtype=wide, device=q.device)
 
