@@ -1,6 +1,7 @@
 """The text of each token."""
 
 import pytest
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -65,3 +66,5 @@ def test_what_cannot_be_looked_at_is_refused(arguments, message):
 def test_every_token_needs_a_piece():
     with pytest.raises(ValueError, match="found 2 and 1 pieces"):
         inspect_text(None, [1, 2], ["a"])
+    with pytest.raises(ValueError, match="expected at least one token and a piece for each, found 2 and 1"):
+        inspect_text(None, torch.tensor([1, 2]), ["a"])

@@ -118,7 +118,7 @@ def inspect_text(
         >>> found.num_tokens, found.num_given, [memory.layer for memory in found.layers]
         (150, 180, [1])
     """
-    if not ids or len(ids) != len(pieces):
+    if len(ids) == 0 or len(ids) != len(pieces):
         raise ValueError(
             f"expected at least one token and a piece for each, found {len(ids)} and {len(pieces)} pieces"
         )
