@@ -195,3 +195,23 @@ def test_a_saved_field_of_a_wrong_type_is_a_value_error_that_names_it(tmp_path, 
 def test_numbers_that_are_none_or_out_of_range_are_refused(name, value):
     with pytest.raises(ValueError, match=f"{name}: expected"):
         make_config(**VQ, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"num_hidden_layers": 2}, "mixer_types: expected one name per layer, num_hidden_layers=2, found 4"),
+        ({"num_hidden_layers": 6}, "mixer_types: expected one name per layer, num_hidden_layers=6, found 4"),
+        ({"sliding_window": 1}, "sliding_window: expected at least 2, found 1"),
+    ],
+)
+def test_fields_that_were_set_are_checked_before_a_model_is_made(tmp_path, fields, expected):
+    """The model could be trained and saved, but never loaded."""
+    config = make_config(num_hidden_layers=4)
+    OVQForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=expected):
+        OVQForCausalLM.from_pretrained(tmp_path, **fields)
+    for name, value in fields.items():
+        setattr(config, name, value)
+    with pytest.raises(ValueError, match=expected):
+        OVQModel(config)

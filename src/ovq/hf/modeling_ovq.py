@@ -57,6 +57,8 @@ class OVQModel(OVQPreTrainedModel):
 
     def __init__(self, config: OVQConfig):
         super().__init__(config)
+        # Fields may have been set since, and a model of such a config could be saved but not loaded.
+        config._check()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(OVQBlock(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
