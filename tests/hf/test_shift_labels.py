@@ -52,3 +52,14 @@ def test_the_last_position_can_have_a_target():
     # The Trainer wants labels beside them, which then do not count.
     outputs = model(ids, labels=ids, shift_labels=targets)
     torch.testing.assert_close(outputs.loss, -outputs.logits.log_softmax(-1)[0, 2, 7])
+
+
+@pytest.mark.parametrize("options", [{}, {"skip_logits": True}])
+def test_targets_may_be_a_part_of_longer_rows(options):
+    """Such are those of a window, and not contiguous."""
+    torch.manual_seed(0)
+    config = OVQConfig(vocab_size=11, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+    model, rows = OVQForCausalLM(config), torch.randint(11, (2, 20))
+    targets = rows[:, 1:9]
+    losses = [model(rows[:, :8], shift_labels=x, **options).loss for x in (targets, targets.clone())]
+    assert torch.equal(*losses)
