@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -176,6 +177,30 @@ def test_inputs_without_rows_are_refused(model):
             model(ids, **inputs)
     with pytest.raises(ValueError, match=r"inputs_embeds: expected shape \[B, T, 24\], found \[9, 24\]"):
         model(inputs_embeds=model.get_input_embeddings()(ids))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "found"),
+    [
+        ("input_ids", [[1, 2, 3]], "list"),
+        ("labels", [[1, 2, 3]], "list"),
+        ("shift_labels", np.zeros((1, 3)), "ndarray"),
+        ("position_ids", [[0, 1, 2]], "list"),
+        ("cu_seqlens", [0, 3], "list"),
+        ("seq_idx", np.zeros((1, 3)), "ndarray"),
+    ],
+)
+def test_inputs_that_are_no_tensors_are_refused(model, name, value, found):
+    for others in ({}, {"labels": torch.ones(1, 3, dtype=torch.int64)}):
+        inputs = {"input_ids": torch.ones(1, 3, dtype=torch.int64), **others, name: value}
+        with pytest.raises(ValueError, match=f"{name}: expected a tensor, found {found}"):
+            model(**inputs)
+
+
+def test_ids_of_other_dtypes_are_refused(model):
+    for dtype in (torch.float32, torch.uint8, torch.bool):
+        with pytest.raises(ValueError, match=f"input_ids: expected int32 or int64, found {dtype}"):
+            model(torch.ones(1, 3, dtype=dtype))
 
 
 def test_keyword_arguments_nobody_reads_are_refused(model):

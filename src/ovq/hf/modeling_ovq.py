@@ -20,7 +20,7 @@ from ovq.hf.cache import CACHE_KEY, MOST_CROPPED, OVQCache, one_cache
 from ovq.hf.configuration_ovq import OVQConfig
 from ovq.hf.generation import CachedGeneration
 from ovq.hf.loss import can_be_pieced, loss_in_pieces
-from ovq.hf.packing import PACKING_KWARGS, packed_offsets
+from ovq.hf.packing import PACKING_KWARGS, check_tensors, packed_offsets
 from ovq.hf.pretrained import OVQPreTrainedModel
 from ovq.layers import SequenceLayout
 from ovq.layers.common import RMSNorm, check_kwargs
@@ -261,6 +261,7 @@ class OVQForCausalLM(CachedGeneration, OVQPreTrainedModel, GenerationMixin):
         shift_labels = kwargs.pop("shift_labels", None)
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         for name, given in (("shift_labels", shift_labels), ("labels", labels)):
+            check_tensors(**{name: given, "input_ids": input_ids, "inputs_embeds": inputs_embeds})
             if given is not None and inputs is not None and given.shape != inputs.shape[:2]:
                 raise ValueError(
                     f"{name}: expected shape {list(inputs.shape[:2])}, that of the input, "
@@ -374,8 +375,11 @@ def _check_kwargs(kwargs: dict[str, Any], allowed: frozenset[str]) -> None:
 
 
 def _check_inputs(input_ids: Tensor | None, inputs_embeds: Tensor | None, hidden_size: int) -> None:
+    check_tensors(input_ids=input_ids, inputs_embeds=inputs_embeds)
     if input_ids is not None and input_ids.dim() != 2:
         raise ValueError(f"input_ids: expected shape [B, T], found {list(input_ids.shape)}")
+    if input_ids is not None and input_ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"input_ids: expected int32 or int64, found {input_ids.dtype}")
     if inputs_embeds is not None and (inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != hidden_size):
         raise ValueError(
             f"inputs_embeds: expected shape [B, T, {hidden_size}], found {list(inputs_embeds.shape)}"

@@ -45,7 +45,9 @@ def packed_offsets(
     batch_size, num_tokens = inputs.shape[:2]
     given: dict[str, Tensor | None] = {"cu_seqlens": cu_seqlens}
     given |= {name: kwargs.get(name) for name in ("cu_seq_lens_q", "cu_seq_lens_k")}
-    if (seq_idx := kwargs.get("seq_idx")) is not None:
+    seq_idx = kwargs.get("seq_idx")
+    check_tensors(**given, seq_idx=seq_idx, position_ids=position_ids)
+    if seq_idx is not None:
         if batch_size != 1 or list(seq_idx.shape) != [1, num_tokens]:
             raise ValueError(
                 f"seq_idx: expected shape [1, {num_tokens}] with rows packed into one (as cu_seqlens has "
@@ -66,6 +68,13 @@ def packed_offsets(
                 f"begin and end at {offsets.tolist()[:16]}; pass cu_seqlens alone"
             )
     return chosen
+
+
+def check_tensors(**given: Any) -> None:
+    """Raise ValueError, naming the first argument that is neither a tensor nor None."""
+    for name, x in given.items():
+        if x is not None and not isinstance(x, Tensor):
+            raise ValueError(f"{name}: expected a tensor, found {type(x).__name__}")
 
 
 def _offsets(is_break: Tensor) -> Tensor:
