@@ -15,7 +15,7 @@ def allocate(losses: Tensor, rows: Sequence[int], total: float) -> list[int]:
     per row, while rows are left.
 
     Args:
-        losses: `[heads, options]` loss of each head with each option.
+        losses: `[heads, options]` loss of each head with each option; inf for an option that is ruled out.
         rows: rows that each option takes.
         total: largest number of rows of all heads together.
 
@@ -23,7 +23,8 @@ def allocate(losses: Tensor, rows: Sequence[int], total: float) -> list[int]:
         Index of an option per head.
 
     Raises:
-        ValueError: if even the smallest options take more than `total`.
+        ValueError: if even the smallest options take more than `total`, or losses do not fit the options or
+            are NaN.
 
     Example:
         >>> losses = torch.tensor([[9.0, 1.0, 0.0], [1.0, 0.9, 0.8]])
@@ -44,6 +45,17 @@ def changes(losses: Tensor, rows: Sequence[int], total: float) -> Iterator[tuple
     Raises:
         ValueError: as `allocate`.
     """
+    if losses.dim() != 2 or not losses.numel() or losses.shape[1] != len(rows):
+        raise ValueError(
+            f"losses: expected [heads, options] with the {len(rows)} options of rows, found "
+            f"{tuple(losses.shape)}"
+        )
+    if bool((wrong := losses.isnan() | losses.isneginf()).any()):
+        head, option = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"losses: expected numbers or inf, found {float(losses[head, option])} "
+            f"(head {head}, option {option})"
+        )
     fewest = min(rows)
     cheapest = [i for i, r in enumerate(rows) if r == fewest]
     chosen = [min(cheapest, key=lambda i: float(loss[i])) for loss in losses]
