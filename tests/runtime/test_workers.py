@@ -2,6 +2,7 @@
 
 import ctypes
 import io
+import multiprocessing
 import os
 import signal
 import sys
@@ -41,6 +42,12 @@ def end_badly(job, _reporter):
     time.sleep(300)
 
 
+def time_to_fail(_job, _reporter):
+    """A job that lasts until a process that was started before it has failed."""
+    time.sleep(1)
+    return "done"
+
+
 def test_results_come_in_the_order_of_the_jobs(monkeypatch, tmp_path):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     console = Console(file=io.StringIO(), force_terminal=False, width=100, record=True)
@@ -74,6 +81,26 @@ def test_a_job_that_fails_ends_the_others(job, error, message, monkeypatch):
     with Reporter(Console(quiet=True)) as reporter, pytest.raises(error, match=message):
         run_jobs(end_badly, [job, "sleep"], reporter=reporter)
     assert time.monotonic() - begun < 120
+
+
+def test_other_processes_of_the_program_are_none_of_its_business(monkeypatch):
+    """Neither is one that fails taken for a worker, nor one that goes on ended with the workers."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    context = multiprocessing.get_context("spawn")
+    failing, going_on = (context.Process(target=f, args=(x,)) for f, x in ((sys.exit, 3), (time.sleep, 300)))
+    failing.start()
+    going_on.start()
+    try:
+        with Reporter(Console(quiet=True)) as reporter:
+            assert run_jobs(time_to_fail, [0], reporter=reporter) == ["done"]
+            with pytest.raises(ValueError, match="expected luck"):
+                run_jobs(end_badly, ["fail"], reporter=reporter)
+        assert failing.exitcode == 3
+        going_on.join(0.5)
+        assert going_on.exitcode is None
+    finally:
+        going_on.kill()
+        going_on.join()
 
 
 @pytest.mark.parametrize(

@@ -96,10 +96,12 @@ def run_jobs(
     messages = context.SimpleQueue()
     works: dict[Hashable, Work] = {}
     with ProcessPoolExecutor(num_workers, context, _begin, (messages, num_threads)) as executor:
+        # Filled by `submit`. `multiprocessing.active_children()` would be those of others, too.
+        workers = executor._processes
         try:
             with _ctrl_c_waits():
                 futures = [executor.submit(_call, function, job) for job in jobs]
-            processes = multiprocessing.active_children()
+            processes = list(workers.values())
             running = set(futures)
             while running:
                 done, running = wait(running, _SECONDS_BETWEEN_LOOKS, FIRST_COMPLETED)
@@ -114,7 +116,7 @@ def run_jobs(
             return [future.result() for future in futures]
         except BaseException as error:
             executor.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
+            for process in list(workers.values()):
                 process.terminate()
             if isinstance(error, BrokenProcessPool):
                 raise OSError("a worker process was killed, perhaps because memory ran out") from error
