@@ -208,10 +208,39 @@ def test_texts_count_by_their_weights():
     first, second = (losses([text]) for text in texts)
     torch.testing.assert_close(losses(texts, weights=[3, 1]), (3 * first + second) / 4)
     torch.testing.assert_close(losses(texts), (first + second) / 2)
-    with pytest.raises(ValueError, match="weights: expected a number of at least 0 for each of 2 texts"):
+    with pytest.raises(
+        ValueError, match="weights: expected a finite number of at least 0 for each of 2 texts"
+    ):
         losses(texts, weights=[1])
     with pytest.raises(ValueError, match="weights: expected"):
         losses(texts, weights=[0, 0])
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"targets": []}, "targets: expected one for each of 1 texts, found 0"),
+        ({"targets": [torch.ones(30) > 0]}, r"a mask of the 20 tokens of text 0, found \(30,\)"),
+        ({"targets": [torch.ones(10) > 0]}, r"a mask of the 20 tokens of text 0, found \(10,\)"),
+        ({"targets": [[True] * 20]}, "a mask of the 20 tokens of text 0, found list"),
+        ({"weights": [torch.inf]}, r"weights: expected a finite number .*, found \[inf\]"),
+    ],
+)
+def test_targets_and_weights_that_do_not_fit_the_texts(given, expected):
+    with pytest.raises(ValueError, match=expected):
+        probe(original(), [tokens(20)], options=OPTIONS, **given)
+
+
+def test_a_config_of_impossible_numbers():
+    settings = {"chunk_size": 8, "merge": "nearest", "value_weight": 1.0}
+    found = Probe(
+        options=tuple(OPTIONS), losses=torch.ones(1, 1, len(OPTIONS)), num_sinks=2, settings=settings
+    )
+    with pytest.raises(ValueError, match="rows: expected a number, found nan"):
+        found.config(torch.nan)
+    for scale in (0, -1, torch.nan, torch.inf):
+        with pytest.raises(ValueError, match=f"scale: expected a finite number above 0, found {scale}"):
+            found.config(40, scale=scale)
 
 
 def test_default_texts_do_not_change():

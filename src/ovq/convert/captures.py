@@ -136,8 +136,11 @@ def counted(progress: Callable[[int], None] | None) -> Callable[[int], None]:
     return add
 
 
-def check_texts(model: PreTrainedModel, texts: Sequence[Tensor]) -> None:
-    """Raise ValueError unless every text is at least 2 token ids `[T]` of the model's vocabulary."""
+def check_texts(
+    model: PreTrainedModel, texts: Sequence[Tensor], masks: Sequence[Tensor | None] | None = None
+) -> None:
+    """Raise ValueError unless every text is at least 2 token ids `[T]` of the model's vocabulary, with a mask
+    `[T]` or None for each if there are `masks`."""
     embeddings: Any = model.get_input_embeddings()
     most = embeddings.num_embeddings - 1
     for i, text in enumerate(texts):
@@ -151,6 +154,16 @@ def check_texts(model: PreTrainedModel, texts: Sequence[Tensor]) -> None:
         for token in (int(text.min()), int(text.max())):
             if not 0 <= token <= most:
                 raise ValueError(f"texts: expected token ids from 0 to {most}, found {token} in text {i}")
+    if masks is None:
+        return
+    if len(masks) != len(texts):
+        raise ValueError(f"targets: expected one for each of {len(texts)} texts, found {len(masks)}")
+    for i, (text, mask) in enumerate(zip(texts, masks, strict=True)):
+        found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        if mask is not None and found != text.shape:
+            raise ValueError(
+                f"targets: expected None or a mask of the {len(text)} tokens of text {i}, found {found}"
+            )
 
 
 def captures_of(

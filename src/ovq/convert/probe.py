@@ -10,6 +10,7 @@ option separately, outside of the model.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -75,8 +76,13 @@ class Probe:
             scale: factor of all slots and windows, for texts that much longer than the probe's.
 
         Raises:
-            ValueError: if no option is small enough, or options were ruled out for other rows.
+            ValueError: if no option is small enough, options were ruled out for other rows, or a number is
+                out of range.
         """
+        if math.isnan(rows):
+            raise ValueError(f"rows: expected a number, found {rows}")
+        if not 0 < scale < math.inf:
+            raise ValueError(f"scale: expected a finite number above 0, found {scale}")
         if self.rows is not None and (rows, scale) != (self.rows, 1.0):
             raise ValueError(
                 f"rows: expected {self.rows:g} (scale 1), for which options were ruled out, found {rows:g} "
@@ -186,7 +192,8 @@ def probe(
 
     Raises:
         ValueError: a model that cannot be converted, no options, fewer `rows` than the smallest option,
-            texts of fewer than 2 tokens or of unknown ones, or captures of another model.
+            texts of fewer than 2 tokens or of unknown ones, targets or weights that do not fit them, or
+            captures of another model.
         OSError: no disk space for captures.
 
     Example:
@@ -202,15 +209,15 @@ def probe(
     num_layers, num_heads = len(heads := kv_heads(model)), heads[0]
     if not options:
         raise ValueError("options: expected at least one, found none")
-    check_texts(model, texts)
+    check_texts(model, texts, targets)
     masks = [None] * len(texts) if targets is None else targets
     settings: dict[str, Any] = {"chunk_size": chunk_size, "merge": merge, "value_weight": value_weight}
     shares = torch.tensor(
         [1.0] * len(texts) if weights is None else weights, dtype=torch.float64, device="cpu"
     )
-    if len(shares) != len(texts) or not bool((shares >= 0).all()) or not float(shares.sum()) > 0:
+    if len(shares) != len(texts) or not bool((shares >= 0).all()) or not 0 < float(shares.sum()) < math.inf:
         raise ValueError(
-            f"weights: expected a number of at least 0 for each of {len(texts)} texts, found {weights}"
+            f"weights: expected a finite number of at least 0 for each of {len(texts)} texts, found {weights}"
         )
     shares = shares / shares.sum()
     # Tokens in the windows of all options are never in slots.
