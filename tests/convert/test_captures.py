@@ -61,6 +61,19 @@ def test_captures_of_another_model_are_refused():
         assert Path(captures._folder.name).exists()
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ((tokens(1),), r"texts: expected at least 2 tokens \[T\], found \(1,\)"),
+        ((torch.tensor([1, 64]),), "texts: expected token ids from 0 to 63, found 64"),
+        ((tokens(20), torch.ones(30) > 0), r"a mask of the 20 tokens of text 0, found \(30,\)"),
+    ],
+)
+def test_texts_that_cannot_be_captured(given, expected):
+    with Captures(original()) as captures, pytest.raises(ValueError, match=expected):
+        captures.of(*given)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_those_of_one_pass_over_all_tokens(kind):
     model, text = original(kind).double(), tokens(90)

@@ -99,6 +99,7 @@ class Captures:
             seed: seed of the sampled tokens.
 
         Raises:
+            ValueError: fewer than 2 tokens or unknown ones, or a mask of another length.
             OSError: no room in the temporary folder.
         """
         path = self.read(text, mask, seed)
@@ -112,6 +113,7 @@ class Captures:
 
     def read(self, text: Tensor, mask: Tensor | None = None, seed: int = 0) -> Path:
         """Path of the file with the tensors of a text, which is read if necessary; arguments as in `of`."""
+        check_texts(self.model, [text], [mask])
         given = (text.tolist(), None if mask is None else mask.tolist(), seed)
         name = hashlib.sha256(repr(given).encode()).hexdigest()
         path = Path(self._folder.name) / name

@@ -129,6 +129,8 @@ def default_options(
         >>> default_options(768, num_sinks=4, chunk_size=32, length=3072)[-2:]
         (Option(num_slots=2048, window=128), Option(num_slots=2940, window=128))
     """
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size: expected at least 1, found {chunk_size}")
     step = chunk_size * max(1, round(rows / (_STEPS * chunk_size)))
     windows = [(0, w) for w in _WINDOWS]
     slots = [(n, w) for n, sizes in _WINDOWS_WITH_SLOTS.items() for w in sizes]
