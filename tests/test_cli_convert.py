@@ -124,6 +124,17 @@ def test_a_probe_shares_out_the_rows(capsys, reading, tmp_path):
     assert run(capsys, "generate", "--model", out, "--prompt", "the", "--max-new-tokens", 2)
 
 
+def test_texts_and_numbers_that_a_probe_cannot_use(capsys, reading, tmp_path):
+    (tmp_path / "one.txt").write_text("a")
+    texts = ["--probe", f"{reading / 'a.txt'},{tmp_path / 'one.txt'}"]
+    for options, expected in (
+        (texts, "--probe: expected texts of at least 2 tokens, found 1 in one.txt"),
+        (["--needle-weight", "inf"], "--needle-weight: expected a finite number, found inf"),
+        (["--num-slots", 5000], "expected fewer rows than the 130 tokens of the longest text"),
+    ):
+        assert expected in fail(capsys, *probing(reading, "--out", tmp_path / "new", *options))
+
+
 def test_texts_of_a_probe_may_have_equal_names(capsys, reading, tmp_path):
     (tmp_path / "a.txt").write_text((reading / "b.txt").read_text())
     both = ["--probe", f"{reading / 'a.txt'},{tmp_path / 'a.txt'}"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -128,6 +129,8 @@ def convert(
     for name, others in _EXCLUDED.items():
         if name in given and (found := [other for other in others if other in given]):
             raise ValueError(f"{flag_of(found[0])}: expected none with {flag_of(name)}, found one")
+    if not math.isfinite(needle_weight):
+        raise ValueError(f"--needle-weight: expected a finite number, found {needle_weight}")
     texts = {} if probe is None else _read_texts(probe)
     check_new_folder("--out", out)
     if save_preset is not None:

@@ -62,6 +62,11 @@ def run_probe(
     texts = texts or default_texts()
     ids = [torch.tensor(tokenizer(text, verbose=False)["input_ids"][:num_tokens]) for text in texts.values()]
     read = [{"text": text, "tokens": len(x)} for text, x in zip(texts, ids, strict=True)]
+    for one in read:
+        if one["tokens"] < 2:
+            raise ValueError(
+                f"--probe: expected texts of at least 2 tokens, found {one['tokens']} in {one['text']}"
+            )
     targets: list[torch.Tensor | None] = [None] * len(ids)
     weights = [1.0] * len(ids)
     if needle_weight:
@@ -79,6 +84,10 @@ def run_probe(
     length = max(map(len, ids))
     sizes = {"num_sinks": settings["num_sinks"], "chunk_size": settings["chunk_size"]}
     options = default_options(rows, **sizes, length=length)
+    if not options:
+        raise ValueError(
+            f"--probe-tokens: expected fewer rows than the {length} tokens of the longest text, found {rows}"
+        )
     num_layers = model.config.num_hidden_layers
     with Reporter() as reporter:
         reporter.say(_cost_estimate(model, [len(x) for x in ids], len(options)))
