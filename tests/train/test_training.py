@@ -93,6 +93,14 @@ def test_a_run_leaves_its_model_and_configuration(tmp_path):
         loop.train(config, tmp_path / "run", reporter=reporter)
 
 
+def test_a_model_in_the_folder_is_not_overwritten(tmp_path):
+    loop.build_model(tiny_config()).save_pretrained(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    with quiet() as reporter, pytest.raises(ValueError, match="--out: expected a folder without a model"):
+        loop.train(tiny_config(seed=1), tmp_path, reporter=reporter)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
 def test_the_configuration_is_there_before_training_starts(tmp_path, monkeypatch):
     config = tiny_config()
 

@@ -102,8 +102,8 @@ def train(config: RunConfig, out: Path, *, reporter: AnyReporter, label: str = "
 
     Raises:
         ValueError: If the model's settings are invalid or not those of `train.init_from`, the folder already
-            holds a run or has another process at work in it, or the batch cannot be divided among the
-            processes.
+            holds a run or a model, or has another process at work in it, or the batch cannot be divided
+            among the processes.
         OSError: If the folder cannot be written.
     """
     # Validates the settings before minutes are spent on reading a corpus.
@@ -120,6 +120,9 @@ def train(config: RunConfig, out: Path, *, reporter: AnyReporter, label: str = "
                 raise ValueError(
                     f"--out: expected a folder without a run (or --resume), found {out / CONFIG_FILE}"
                 )
+            if (out / CONFIG_NAME).exists():
+                # Its weights would be overwritten.
+                raise ValueError(f"--out: expected a folder without a model, found {out / CONFIG_NAME}")
             # This also checks that the folder can be written, before any work is done.
             config.save(out)
         try:
