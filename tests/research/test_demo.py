@@ -33,13 +33,15 @@ def done(tmp_path_factory):
     return out, results, console.export_text()
 
 
-def test_a_folder_that_is_no_model_is_not_replaced(tmp_path, monkeypatch):
+# A folder of something else, and a run of `ovq train --out runs/ovq`.
+@pytest.mark.parametrize("name", ["source.py", CONFIG_FILE])
+def test_what_no_demonstration_left_is_not_replaced(name, tmp_path, monkeypatch):
     (tmp_path / "ovq").mkdir()
-    (tmp_path / "ovq" / "source.py").write_text("")
+    (tmp_path / "ovq" / name).write_text("")
     monkeypatch.setattr(demo, "run_jobs", lambda *_, **__: pytest.fail("it has begun"))
     with pytest.raises(ValueError, match=r"--out: expected a folder in which ovq/ .*, found something else"):
         run_demo(tmp_path, is_quick=True)
-    assert (tmp_path / "ovq" / "source.py").exists()
+    assert (tmp_path / "ovq" / name).exists()
 
 
 def test_results_hold_a_row_for_each_model_and_length(done):

@@ -63,10 +63,13 @@ def run_demo(
         console: Where to print the results; None for standard output.
 
     Raises:
-        ValueError: If the folder has an `ovq/` that is no trained model.
+        ValueError: If the folder has an `ovq/` that is not of an earlier demonstration.
     """
     console = console or Console()
-    if (out / "ovq").exists() and not (out / "ovq" / CONFIG_FILE).is_file():
+    # A run of the user may be of this name, too: only a demonstration leaves both files.
+    if (out / "ovq").exists() and not all(
+        path.is_file() for path in (out / "ovq" / CONFIG_FILE, out / "results.json")
+    ):
         raise ValueError(
             f"--out: expected a folder in which ovq/ is free or the model of an earlier demonstration, "
             f"found something else in {out / 'ovq'}"
