@@ -1,5 +1,7 @@
 """Corpora as tokens: splits, volumes, and the cache they are kept in."""
 
+import os
+
 import numpy as np
 import pytest
 
@@ -122,6 +124,15 @@ def test_the_cache_holds_a_whole_corpus_or_none(folder, cache, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parent.parent))
     assert len(load_corpus(source_of(folder), "all")) == len(TEXTS)
+
+
+def test_names_of_files_need_not_be_utf8(folder, cache):
+    try:
+        os.rename(folder / "00.txt", os.fsencode(folder) + b"/\xff.txt")
+    except OSError:
+        pytest.skip("the file system takes no such names")
+    corpus = load_corpus(source_of(folder), "all")
+    assert os.fsdecode(b"\xff.txt") in corpus.names
 
 
 def test_no_more_is_read_than_asked_for(folder):

@@ -44,7 +44,8 @@ def split_of(name: str, *, held_out: float = 0.1) -> str:
     """
     if not 0 <= held_out < 1:
         raise ValueError(f"held_out: expected a share of the documents in [0, 1), found {held_out}")
-    digest = hashlib.sha256(name.encode()).digest()
+    # A file's name may have bytes that are not UTF-8.
+    digest = hashlib.sha256(name.encode(errors="surrogatepass")).digest()
     # Two numbers of the digest: the first decides whether a document is held out, the second for which split.
     place = int.from_bytes(digest[:8], "big") / 2**64
     if place >= held_out:

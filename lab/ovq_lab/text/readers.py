@@ -54,7 +54,8 @@ class FileReader:
         total = hashlib.sha256()
         for name, path in self.entries:
             stat = path.stat()
-            total.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+            entry = f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n"
+            total.update(entry.encode(errors="surrogatepass"))
         return total.hexdigest()
 
 
