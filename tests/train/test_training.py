@@ -1,6 +1,7 @@
 """The training loop: what it learns, what it leaves behind, and that it resumes to the same losses."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -35,6 +36,13 @@ def test_the_learning_rate_falls_in_a_line_to_zero(tmp_path):
     history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
     rates = [entry["learning_rate"] for entry in history if "loss" in entry]
     assert rates == pytest.approx([0, 2e-3, 4e-3, 3e-3, 2e-3, 1e-3])
+
+
+def test_losses_of_a_run_that_diverges_are_recorded_as_they_are(tmp_path):
+    loop.train(tiny_config(learning_rate=1e30, log_every=2), tmp_path, reporter=quiet())
+    recorded = losses(tmp_path)
+    assert math.isfinite(recorded[0])
+    assert math.isnan(recorded[-1])
 
 
 @pytest.mark.parametrize("mixer", sorted(MIXERS))

@@ -271,6 +271,8 @@ def _training_arguments(config: RunConfig, out: Path, *, is_carrying: bool) -> T
         use_cpu=not torch.cuda.is_available(),
         seed=args.seed,
         logging_steps=args.log_every,
+        # With it, losses that are no numbers are replaced by earlier ones.
+        logging_nan_inf_filter=False,
         eval_strategy="steps" if args.eval_every else "no",
         eval_steps=args.eval_every or None,
         # One window at a time needs no more memory than a micro-batch.
