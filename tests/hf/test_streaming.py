@@ -54,6 +54,14 @@ def test_every_option_changes_what_is_said():
         assert tokens(temperature=2.0, **options) != plain
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_are_refused(temperature):
+    model = make_model()
+    torch.nn.init.constant_(model.lm_head.weight, torch.nan)
+    with pytest.raises(ValueError, match="logits: expected finite numbers, found NaN or Inf"):
+        next(stream_tokens(model, PROMPT, sampling=Sampling(temperature=temperature)))
+
+
 def test_a_stream_ends_after_the_last_token_of_a_text(model):
     endless = list(islice(stream_tokens(model, PROMPT), 30))
     end = endless[7]

@@ -147,8 +147,8 @@ def stream_tokens(
         Token ids, the same as `model.generate` would give.
 
     Raises:
-        ValueError: if the prompt is empty or has ids that the model does not know, or `prefill_chunk_size` is
-            below 1.
+        ValueError: if the prompt is empty or has ids that the model does not know, `prefill_chunk_size` is
+            below 1, or logits are NaN or Inf.
 
     Example:
         >>> from itertools import islice
@@ -176,7 +176,11 @@ def stream_tokens(
         # The penalty depends only on which tokens have occurred, not where or how often. transformers asks
         # for a LongTensor, which mypy does not accept any operation's result as.
         scores = processors(is_seen.nonzero().T, logits) if processors else logits  # type: ignore[arg-type]
-        if sampling.temperature > 0:
+        is_drawn = sampling.temperature > 0
+        # The largest is NaN if any is.
+        if not bool((scores if is_drawn else logits).amax().isfinite()):
+            raise ValueError("logits: expected finite numbers, found NaN or Inf")
+        if is_drawn:
             token = torch.multinomial(scores.softmax(-1), 1, generator=generator)
         else:
             token = scores.argmax(-1, keepdim=True)
