@@ -42,6 +42,13 @@ def test_an_example_depends_on_its_seed_and_index_alone(name):
 
 
 @pytest.mark.parametrize("name", TASKS)
+def test_a_batch_may_be_empty(name):
+    batch = SMALL[name].build(0, indices=[])
+    assert batch.inputs.shape == batch.labels.shape == (0, 64)
+    assert {mask.shape for mask in batch.slices.values()} == {(0, 64)}
+
+
+@pytest.mark.parametrize("name", TASKS)
 def test_slices_of_one_kind_cover_each_asked_token_once(name):
     batch = SMALL[name].build(0, indices=range(20))
     for kind in {slice_name.split()[0] for slice_name in batch.slices}:

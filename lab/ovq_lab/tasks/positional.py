@@ -116,13 +116,14 @@ class PositionalRecallTask(StoredPairsTask):
         """Build the examples with these indices; see `Task.build` and the example of the class."""
         keys, values, starts, asked = self._draw(seed, indices, split)
         rows = np.arange(len(indices))[:, None]
+        num_pairs = self.num_keys * self.num_occurrences
         # `[B, number of keys, occurrences, pair_length]`
         pairs = np.concatenate(
             [np.repeat(keys[:, :, None], self.num_occurrences, axis=2), values[..., None]], axis=3
         )
         inputs, labels = self.tokens_of(
-            pairs.reshape(len(indices), -1, self.pair_length),
-            starts.reshape(len(indices), -1),
+            pairs.reshape(len(indices), num_pairs, self.pair_length),
+            starts.reshape(len(indices), num_pairs),
             queries=np.concatenate([keys[rows, asked], values[rows, asked]], axis=2),
         )
         slices = {}
@@ -132,7 +133,9 @@ class PositionalRecallTask(StoredPairsTask):
             slices[f"occurrence {occurrence + 1}"] = mask
         distances = self.query_positions[:, None] - starts[rows, asked]
         slices |= distance_masks(
-            distances.reshape(len(indices), -1), labels != IGNORE_INDEX, smallest=self.pair_length + 1
+            distances.reshape(len(indices), self.num_queries * self.num_occurrences),
+            labels != IGNORE_INDEX,
+            smallest=self.pair_length + 1,
         )
         return TaskBatch(inputs, labels, slices)
 

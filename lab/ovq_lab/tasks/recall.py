@@ -114,7 +114,7 @@ class StoredPairsTask(Task):
         inputs[rows, starts[..., None] + np.arange(self.pair_length)] = pairs
         inputs[:, self.context_length] = SEPARATOR
         first = self.context_length + 1
-        inputs[:, first:] = queries.reshape(len(queries), -1)
+        inputs[:, first:] = queries.reshape(len(queries), self.length - first)
         labels = np.full_like(inputs, IGNORE_INDEX)
         is_value = np.arange(self.length - first) % self.query_length >= self.key_length
         labels[:, first:][:, is_value] = inputs[:, first:][:, is_value]

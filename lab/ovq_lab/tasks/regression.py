@@ -171,7 +171,7 @@ class RegressionTask(Task):
 
         inputs = np.full((len(indices), self.length), FILLER, dtype=np.int64)
         first = self.length - num_points * _TOKENS_PER_POINT
-        inputs[:, first:] = points.reshape(len(indices), -1)
+        inputs[:, first:] = points.reshape(len(indices), num_points * _TOKENS_PER_POINT)
         labels = np.full_like(inputs, IGNORE_INDEX)
         y_positions = slice(first + _TOKENS_PER_POINT - 1, None, _TOKENS_PER_POINT)
         is_asked = seen >= self.min_seen
