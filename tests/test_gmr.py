@@ -250,7 +250,8 @@ def test_the_grid_search_of_scikit_learn_finds_the_precision():
         ({"bias": "norm"}, "bias: expected one of .* found 'norm'"),
         ({"assignment": "firm"}, "assignment: expected one of .* found 'firm'"),
         ({"growth": "fast"}, "growth: expected one of .* found 'fast'"),
-        ({"precision": -1.0}, "precision: expected a positive number or None, found -1.0"),
+        ({"precision": -1.0}, "precision: expected a finite positive number or None, found -1.0"),
+        ({"precision": np.inf}, "precision: expected a finite positive number or None, found inf"),
     ],
 )
 def test_bad_arguments(arguments, expected):

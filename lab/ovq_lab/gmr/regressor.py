@@ -243,8 +243,10 @@ class GaussianMixtureRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {allowed}, found {getattr(self, name)!r}")
         check_value_weight("value_weight", self.value_weight)
-        if self.precision is not None and not self.precision > 0:
-            raise ValueError(f"precision: expected a positive number or None, found {self.precision!r}")
+        if self.precision is not None and not 0 < self.precision < np.inf:
+            raise ValueError(
+                f"precision: expected a finite positive number or None, found {self.precision!r}"
+            )
 
     def _scores(self, points: Array, means: Array, count: Array, *, has_norm: bool) -> Array:
         """log c + b x.D (- b |D|^2 / 2): the log density of each component up to terms common to all."""
