@@ -194,6 +194,13 @@ def test_what_cannot_be_measured_is_refused(ovq, options, message):
         measure(ovq, [random_ids(97), random_ids(100)], **options)
 
 
+def test_the_loss_of_a_model_that_has_diverged_is_no_number():
+    model = make_model("ovq")
+    torch.nn.init.constant_(model.model.norm.weight, torch.nan)
+    [row] = measure(model, [random_ids(40)], lengths=[20])
+    assert math.isnan(row.loss)
+
+
 def test_tokens_the_model_does_not_know_are_refused(ovq):
     for ids in (np.arange(3, 31), np.array([-1, 2]), np.array([4])):
         with pytest.raises(ValueError, match="expected at least 2 token ids below 30, as the model knows, f"):
