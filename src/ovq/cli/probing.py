@@ -62,11 +62,9 @@ def run_probe(
     texts = texts or default_texts()
     ids = [torch.tensor(tokenizer(text, verbose=False)["input_ids"][:num_tokens]) for text in texts.values()]
     read = [{"text": text, "tokens": len(x)} for text, x in zip(texts, ids, strict=True)]
-    for one in read:
-        if one["tokens"] < 2:
-            raise ValueError(
-                f"--probe: expected texts of at least 2 tokens, found {one['tokens']} in {one['text']}"
-            )
+    for file, x in zip(texts, ids, strict=True):
+        if len(x) < 2:
+            raise ValueError(f"--probe: expected texts of at least 2 tokens, found {len(x)} in {file}")
     targets: list[torch.Tensor | None] = [None] * len(ids)
     weights = [1.0] * len(ids)
     if needle_weight:

@@ -161,10 +161,10 @@ def check_texts(
     if len(masks) != len(texts):
         raise ValueError(f"targets: expected one for each of {len(texts)} texts, found {len(masks)}")
     for i, (text, mask) in enumerate(zip(texts, masks, strict=True)):
-        found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        if mask is not None and found != text.shape:
+        given = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        if mask is not None and given != text.shape:
             raise ValueError(
-                f"targets: expected None or a mask of the {len(text)} tokens of text {i}, found {found}"
+                f"targets: expected None or a mask of the {len(text)} tokens of text {i}, found {given}"
             )
 
 
