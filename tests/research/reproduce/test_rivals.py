@@ -188,3 +188,9 @@ def test_trials_are_judged_on_other_documents_than_results(made):
     )
     assert needles.name != dataclasses.replace(needles, haystack="essay").name
     assert "split" not in needles.as_json()
+
+
+def test_trials_on_needles_are_judged_beyond_the_training_length_those_of_ovq_by_nearest():
+    for line in get_figure("rivals-needles", CPU).lines:
+        assert line.validation.length == 2 * CPU.train_length("needles")
+        assert line.validation.merge == ("nearest" if line.config.mixer == "ovq" else None)
