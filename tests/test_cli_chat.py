@@ -149,7 +149,7 @@ def test_reading_a_document_shows_how_far_and_how_fast(capsys, folders, monkeypa
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("converted", ["--temperature", 2, "--top-k", 5, "--seed", 3]), ("own", []), ("forgetting", [])],
+    [("converted", ["--temperature", 2, "--top-k", 5, "--seed", 3]), ("forgetting", [])],
 )
 def test_a_saved_chat_goes_on_as_it_would_have(name, options, folders, say, tmp_path):
     document = ["--document", folders / "book.txt"]

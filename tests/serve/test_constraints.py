@@ -132,8 +132,7 @@ def test_any_json_and_what_is_cut_off(server):
     assert cut.choices[0].message.tool_calls is None
 
 
-@pytest.mark.parametrize("temperature", [0, 1.3])
-@pytest.mark.parametrize("choice", ["required", "Path", "Nothing"])
+@pytest.mark.parametrize(("choice", "temperature"), [("required", 1.3), ("Path", 0), ("Nothing", 1.3)])
 def test_a_tool_is_called_where_one_must_be(server, choice, temperature):
     named = choice if choice == "required" else {"type": "function", "function": {"name": choice}}
     options = {"tools": TOOLS, "tool_choice": named, "temperature": temperature, "n": 2, "seed": 1}
