@@ -81,27 +81,30 @@ def run_demo(
     with tempfile.TemporaryDirectory(dir=out, prefix=".runs-") as runs, Reporter() as reporter:
         jobs = [_Job(config, Path(runs) / config.mixer, is_quick) for config in configs]
         outcomes = run_jobs(_train_and_test, jobs, reporter=reporter)
+        rows = [row for of_model, _ in outcomes for row in of_model]
+        seconds = {
+            f"{what} {config.mixer}": round(value, 1)
+            for config, (_, taken) in zip(configs, outcomes, strict=True)
+            for what, value in taken.items()
+        }
+        seconds["total"] = round(time.monotonic() - begun, 1)
+
+        results: dict[str, Any] = {
+            "rows": [dataclasses.asdict(row) for row in rows],
+            "is_quick": is_quick,
+            "seed": seed,
+            "train_length": max(configs[0].train.lengths),
+            "config": {
+                name: json.loads(config.to_json()) for name, config in zip(RECIPES, configs, strict=True)
+            },
+            "seconds": seconds,
+            "environment": environment("cuda" if torch.cuda.is_available() else "cpu"),
+        }
+        # First, as it marks the model as one of a demonstration, which the next one may replace.
+        write_atomic(out / "results.json", json.dumps(results, indent=2) + "\n")
         if (out / "ovq").exists():
             shutil.rmtree(out / "ovq")
         os.replace(Path(runs) / "ovq", out / "ovq")
-    rows = [row for of_model, _ in outcomes for row in of_model]
-    seconds = {
-        f"{what} {config.mixer}": round(value, 1)
-        for config, (_, taken) in zip(configs, outcomes, strict=True)
-        for what, value in taken.items()
-    }
-    seconds["total"] = round(time.monotonic() - begun, 1)
-
-    results: dict[str, Any] = {
-        "rows": [dataclasses.asdict(row) for row in rows],
-        "is_quick": is_quick,
-        "seed": seed,
-        "train_length": max(configs[0].train.lengths),
-        "config": {name: json.loads(config.to_json()) for name, config in zip(RECIPES, configs, strict=True)},
-        "seconds": seconds,
-        "environment": environment("cuda" if torch.cuda.is_available() else "cpu"),
-    }
-    write_atomic(out / "results.json", json.dumps(results, indent=2) + "\n")
     figures = save_figures(rows, out, train_length=results["train_length"])
 
     console.print(result_table(rows, title="In-context recall: share of right answers by length in tokens"))

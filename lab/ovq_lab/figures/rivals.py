@@ -44,9 +44,9 @@ NEEDLE_FACTORS = (1, 2, 4, 8)
 _NEEDLE_DEPTHS = (0.0, 0.5, 1.0)
 _QUESTIONS_FACTOR = 2
 
-# Trials are judged by more questions, at the length of the table of all tasks: within the training length
+# Trials are judged by more questions, at the length that the main table shows: within the training length
 # two settings often find all, and what they find beyond it differs.
-_TRIAL_FACTOR, _TRIAL_QUESTIONS = 2, 4
+_NEEDLE_TRIAL_FACTOR, _NEEDLE_TRIAL_QUESTIONS = 2, 4
 
 _VALIDATION_FACTOR = 4
 """Trials are judged at this multiple of the training length, as in the figures of all mixers."""
@@ -70,12 +70,12 @@ def _lines(
     *,
     group: str = "",
     partner: str | None = None,
-    judge: str | None = None,
+    trial_merge: str | None = None,
 ) -> list[Line]:
     """A line for each model of a task, with `partner` in place of its windows if given.
 
-    All models have the same evaluations and the same validation, OVQ by the merge rule `judge`: one for all
-    its lines, as they have the same weights. None: that of training.
+    All models have the same evaluations and the same validation. All lines of OVQ have the same weights, so
+    one merge rule, `trial_merge`, judges its trials; None for that of training.
     """
 
     def line(label: str, mixer: str, merge: str | None = None, gate: str | None = None) -> Line:
@@ -89,7 +89,7 @@ def _lines(
             evaluations=tuple(dataclasses.replace(each, merge=merge) for each in evaluations),
             group=group,
             trial_of=None if gate is None else config(),
-            validation=dataclasses.replace(validation, merge=judge if mixer == "ovq" else None),
+            validation=dataclasses.replace(validation, merge=trial_merge if mixer == "ovq" else None),
             variants=_variants(preset, task).get(mixer, ((),)),
         )
 
@@ -155,8 +155,8 @@ def _needles(preset: Preset) -> Figure:
             split="validation",
             haystack="essay",
             value="number",
-            length=_TRIAL_FACTOR * trained,
-            num_examples=_TRIAL_QUESTIONS * evaluation.num_examples,
+            length=_NEEDLE_TRIAL_FACTOR * trained,
+            num_examples=_NEEDLE_TRIAL_QUESTIONS * evaluation.num_examples,
         )
         lines += _lines(
             preset,
@@ -164,7 +164,7 @@ def _needles(preset: Preset) -> Figure:
             [dataclasses.replace(evaluation, length=trained * factor) for factor in NEEDLE_FACTORS],
             validation,
             group=group,
-            judge=BEST_MERGE,
+            trial_merge=BEST_MERGE,
         )
     return Figure(
         name="rivals-needles",

@@ -156,7 +156,7 @@ class OVQConfig(PreTrainedConfig):
             if name in kwargs:
                 setattr(self, name, kwargs.pop(name))
         _pop_unused_fields(kwargs, self.mixer_types)
-        self._check()
+        self.check_fields()
         super().__post_init__(**kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -321,7 +321,8 @@ class OVQConfig(PreTrainedConfig):
         sizes = equal_sizes(config)
         return fields | {name: size for name, size in sizes.items() if name in is_open}
 
-    def _check(self) -> None:
+    def check_fields(self) -> None:
+        """Raise ValueError unless the fields fit together, also after some were set."""
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
         for name in (*sizes, "sliding_window", "num_slots", "chunk_size"):
             bound = 2 if name == "sliding_window" else 1

@@ -58,7 +58,7 @@ class OVQModel(OVQPreTrainedModel):
     def __init__(self, config: OVQConfig):
         super().__init__(config)
         # Fields may have been set since, and a model of such a config could be saved but not loaded.
-        config._check()
+        config.check_fields()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(OVQBlock(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -260,8 +260,10 @@ class OVQForCausalLM(CachedGeneration, OVQPreTrainedModel, GenerationMixin):
         # given.
         shift_labels = kwargs.pop("shift_labels", None)
         inputs = input_ids if inputs_embeds is None else inputs_embeds
+        check_tensors(
+            input_ids=input_ids, inputs_embeds=inputs_embeds, labels=labels, shift_labels=shift_labels
+        )
         for name, given in (("shift_labels", shift_labels), ("labels", labels)):
-            check_tensors(**{name: given, "input_ids": input_ids, "inputs_embeds": inputs_embeds})
             if given is not None and inputs is not None and given.shape != inputs.shape[:2]:
                 raise ValueError(
                     f"{name}: expected shape {list(inputs.shape[:2])}, that of the input, "

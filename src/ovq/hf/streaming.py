@@ -176,11 +176,10 @@ def stream_tokens(
         # The penalty depends only on which tokens have occurred, not where or how often. transformers asks
         # for a LongTensor, which mypy does not accept any operation's result as.
         scores = processors(is_seen.nonzero().T, logits) if processors else logits  # type: ignore[arg-type]
-        is_drawn = sampling.temperature > 0
         # The largest is NaN if any is.
-        if not bool((scores if is_drawn else logits).amax().isfinite()):
+        if not bool(scores.amax().isfinite()):
             raise ValueError("logits: expected finite numbers, found NaN or Inf")
-        if is_drawn:
+        if sampling.temperature > 0:
             token = torch.multinomial(scores.softmax(-1), 1, generator=generator)
         else:
             token = scores.argmax(-1, keepdim=True)
