@@ -1,5 +1,6 @@
 """Settings shared by all tests."""
 
+import functools
 import os
 
 import hypothesis
@@ -27,6 +28,36 @@ def as_loud_as_before():
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
+
+
+@pytest.fixture(scope="session", autouse=True)
+def commands_made_once():
+    """Typer would make them anew for each call, which takes longer than most calls do."""
+    import ovq.cli
+
+    with pytest.MonkeyPatch.context() as patch:
+        made = functools.cache(lambda has_laboratory, make=ovq.cli._program: make())
+        patch.setattr(ovq.cli, "_program", lambda: made(ovq.cli.has_laboratory()))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def small_pictures():
+    """Tests look at figures, and few at how sharp their files are, which takes most of the time."""
+    from ovq_lab.plots import panels
+
+    small = {"_DPI": 30, "_shrink": lambda path: None}
+    full = {name: getattr(panels, name) for name in small}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in small.items():
+            patch.setattr(panels, name, value)
+        yield full
+
+
+@pytest.fixture
+def full_pictures(small_pictures, monkeypatch):
+    for name, value in small_pictures.items():
+        monkeypatch.setattr(f"ovq_lab.plots.panels.{name}", value)
 
 
 @pytest.fixture

@@ -81,7 +81,7 @@ def test_a_converted_model_is_looked_into(capsys, tmp_path):
     assert said.startswith("--num-slots: expected none with a converted model, found 4")
 
 
-def test_figures_even_of_less_than_a_chunk(capsys, model, tmp_path):
+def test_figures_even_of_less_than_a_chunk(capsys, model, tmp_path, full_pictures):
     out, figures = tmp_path / "page.html", tmp_path / "figures"
     run(capsys, "inspect", "--model", model, "--prompt", "1 2", "--out", out, "--figures", figures)
     assert sorted(path.name for path in figures.iterdir()) == [

@@ -101,7 +101,7 @@ def test_figures_show_the_rows(tmp_path, drawn):
     assert all(abs(at_ends[name] - ends[name]) <= 0.07 for name in ends)
 
 
-def test_figures_are_pictures_without_text_on_text(tmp_path, drawn):
+def test_figures_are_pictures_without_text_on_text(tmp_path, drawn, full_pictures):
     for path in save_figures(ROWS, tmp_path, train_length=256):
         with Image.open(path) as picture:
             assert picture.format == "PNG"

@@ -13,7 +13,6 @@ from ovq_lab.eval.needle import NeedleRow
 from ovq_lab.eval.rows import ResultRow
 from ovq_lab.figures.draw import save_figure, save_heat_maps
 from ovq_lab.mixers import MIXERS
-from ovq_lab.plots import panels
 from ovq_lab.plots.fidelity import fidelity_figure
 from ovq_lab.plots.figures import save_figures as save_demo
 from ovq_lab.plots.language import save_language_figures
@@ -184,12 +183,9 @@ def draw_all(folder):
     save_bench({"suite": {"dtypes": ["float32"]}, "rows": rows}, folder)
 
 
-def test_a_mixer_looks_the_same_in_every_figure(tmp_path, drawn, monkeypatch):
+def test_a_mixer_looks_the_same_in_every_figure(tmp_path, drawn):
     from matplotlib.colors import to_hex
 
-    # The figures are looked at, and not their files.
-    monkeypatch.setattr(panels, "_DPI", 30)
-    monkeypatch.setattr(panels, "_shrink", lambda path: None)
     draw_all(tmp_path)
     # Two of the demonstration and of language, three of needles, and one of each other.
     assert len(drawn) == 2 + 2 + 3 + 2 + 1 + 1

@@ -173,7 +173,7 @@ def test_rows_have_all_combinations_and_errors_are_relative():
 
 
 @pytest.mark.parametrize("num_streams", [1, 3])
-def test_the_figure_has_lines_of_every_colour(num_streams, tmp_path):
+def test_the_figure_has_lines_of_every_colour(num_streams, tmp_path, full_pictures):
     rows = [
         {
             "stream": stream,

@@ -74,24 +74,17 @@ def test_the_command_writes_a_card_with_a_picture(capsys, tmp_path):
 
 def test_without_matplotlib_there_is_no_picture(capsys, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ovq_lab.plots.training", None)
-    run(
-        capsys, "train", "recall-ovq", *(w for each in TINY for w in ("--set", each)), "--out", tmp_path / "a"
-    )
+    settings = [word for each in TINY for word in ("--set", each)]
+    run(capsys, "train", "recall-ovq", *settings, "--out", tmp_path / "a")
     assert "loss.png" not in card_of(tmp_path / "a").text
     assert not (tmp_path / "a" / "loss.png").exists()
 
 
 def test_a_run_that_logged_nothing_has_no_picture(capsys, tmp_path):
     # A loss is logged with each checkpoint, too.
-    settings = [*TINY, "train.log_every=100", "train.save_every=0"]
-    run(
-        capsys,
-        "train",
-        "recall-ovq",
-        *(w for each in settings for w in ("--set", each)),
-        "--out",
-        tmp_path / "a",
-    )
+    changed = [*TINY, "train.log_every=100", "train.save_every=0"]
+    settings = [word for each in changed for word in ("--set", each)]
+    run(capsys, "train", "recall-ovq", *settings, "--out", tmp_path / "a")
     assert "training loss" not in card_of(tmp_path / "a").text
     assert not (tmp_path / "a" / "loss.png").exists()
 

@@ -203,7 +203,7 @@ def test_training_learns_and_leaves_a_model_that_reads_text(
 ):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     config = tiny_config(
-        folder, task={"carry_state": is_carrying, "tokenizer": "bpe:262"}, steps=60, learning_rate=2e-2
+        folder, task={"carry_state": is_carrying, "tokenizer": "bpe:262"}, steps=40, learning_rate=2e-2
     )
     with quiet() as reporter:
         loop.train(config, tmp_path / "run", reporter=reporter)

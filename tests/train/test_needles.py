@@ -127,10 +127,8 @@ def test_needles_are_bare_at_first_as_many_as_fit(folder, corpus):
 
 
 def test_they_take_the_place_of_their_share_of_the_windows(folder, corpus):
-    shares = [
-        np.mean([bool(windows_of(folder, corpus, share).texts(index)) for index in range(200)])
-        for share in (0.3, 1.0)
-    ]
+    both = [windows_of(folder, corpus, share) for share in (0.3, 1.0)]
+    shares = [np.mean([bool(windows.texts(index)) for index in range(200)]) for windows in both]
     assert 0.2 < shares[0] < 0.4
     assert shares[1] == 1
     config = config_of(folder, 0.5)
