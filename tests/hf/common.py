@@ -63,6 +63,14 @@ def random_ids(rows, length, seed=1):
     )
 
 
+def is_greedy(model, text, num_new):
+    """Whether the last tokens of a text are what the model, reading all of it at once, would have said."""
+    with torch.no_grad():
+        logits = model(text[None], use_cache=False).logits[0]
+    first = len(text) - num_new
+    return torch.equal(logits[first - 1 : -1].argmax(-1), text[first:])
+
+
 def left_padded(prompts):
     """Prompts of unequal length as one batch: ids `[B, T]` with 0 for padding, and the mask."""
     width = max(len(p) for p in prompts)

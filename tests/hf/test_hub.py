@@ -25,6 +25,13 @@ from pathlib import Path
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 
 folder, again = sys.argv[1:]
+# As where the package is not installed.
+sys.modules["ovq"] = None
+try:
+    AutoConfig.from_pretrained(folder, trust_remote_code=True)
+except ImportError as error:
+    missing = str(error)
+del sys.modules["ovq"]
 assert not [name for name in sys.modules if name.startswith("ovq")]
 try:
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
@@ -40,7 +47,8 @@ model.save_pretrained(again)
 # As after `import ovq.hf`, without the argument.
 AutoModelForCausalLM.from_pretrained(again)
 classes = [f"{type(each).__module__}.{type(each).__name__}" for each in (config, model, base)]
-print(json.dumps({"refused": refused, "classes": classes, "answer": answer["generated_text"]}))
+said = {"missing": missing, "refused": refused, "classes": classes, "answer": answer["generated_text"]}
+print(json.dumps(said))
 """
 
 
@@ -81,6 +89,9 @@ def test_a_process_that_imports_nothing_of_ours(folder, byte_model, tmp_path):
         "ovq.hf.modeling_ovq.OVQForCausalLM",
         "ovq.hf.modeling_ovq.OVQModel",
     ]
+    assert found["missing"].startswith(
+        "expected the Python package ovq to be installed, which this model needs, found: "
+    )
     assert "trust_remote_code=True" in found["refused"]
     prompt = torch.tensor([list(b"It was")])
     said = byte_model.generate(prompt, max_new_tokens=3, do_sample=False)[0]
@@ -127,20 +138,6 @@ metric_list:
     in_a_fresh_process("-m", "lm_eval", "run", *arguments, hub_folder=tmp_path)
     [path] = tmp_path.glob("out_*.json")
     assert json.loads(path.read_text())["results"]["local_choice"]["acc,none"] in (0.0, 1.0)
-
-
-def test_without_the_package_the_module_says_what_is_missing(folder, tmp_path):
-    code = f"""
-import sys
-sys.modules["ovq"] = None
-from transformers import AutoConfig
-try:
-    AutoConfig.from_pretrained({str(folder)!r}, trust_remote_code=True)
-except ImportError as error:
-    print(error)
-"""
-    said = in_a_fresh_process("-c", code, hub_folder=tmp_path)
-    assert said.startswith("expected the Python package ovq to be installed, which this model needs, found: ")
 
 
 def test_saving_leaves_the_config_in_memory_as_it_was(tmp_path):

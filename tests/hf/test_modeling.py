@@ -376,19 +376,19 @@ def test_a_cached_context_goes_on_under_another_rule(first, then):
     model, slow = make_model(merge=first), make_model(merge=first)
     for layer in slow.mixers():
         layer.backend = "naive"
-    ids, logits, caches = random_ids(2, 90), [], []
+    ids, logits, caches = random_ids(2, 70), [], []
     for each, rule in ((model, then), (slow, then), (model, first)):
         each.set_merge(first)
         caches.append(OVQCache(each.config))
-        each(ids[:, :50], past_key_values=caches[-1])
+        each(ids[:, :40], past_key_values=caches[-1])
         each.set_merge(rule)
-        logits.append(each(ids[:, 50:], past_key_values=caches[-1]).logits)
+        logits.append(each(ids[:, 40:], past_key_values=caches[-1]).logits)
     torch.testing.assert_close(logits[0], logits[1])
     assert not torch.allclose(logits[0], logits[2])
     # The tokens that are not pending, in each row and key/value head.
     state = caches[0].layers[1].state
     size = state.chunk_size
-    assert (state.count.sum(-1) == 90 // size * size).all()
+    assert (state.count.sum(-1) == 70 // size * size).all()
 
 
 def test_set_merge_refuses_what_the_config_refuses():

@@ -25,30 +25,43 @@ def outputs_of(model):
     """Logits of padded rows, of a text in two parts, and tokens generated from it."""
     ids, mask = left_padded([random_ids(1, n, seed=n)[0] for n in (14, 6)])
     padded = model(ids, attention_mask=mask).logits * mask[..., None]
-    generated = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    generated = model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False, pad_token_id=0)
     packed = model(ids[:1], cu_seqlens=torch.tensor([0, 5, 14])).logits
     return padded, packed, generated
 
 
-@pytest.fixture(params=sorted(MIXERS))
-def model(request):
-    return make_one(request.param)
+@pytest.fixture(scope="module", params=sorted(MIXERS))
+def made(request):
+    """A model and its outputs."""
+    model = make_one(request.param)
+    return model, outputs_of(model)
 
 
-@pytest.mark.parametrize("offload_buffers", [False, True])
-def test_offloaded_to_the_cpu(model, offload_buffers):
-    expected = outputs_of(model)
+@pytest.fixture
+def model(made):
+    return copy.deepcopy(made[0])
+
+
+# None of the others has buffers.
+with_buffers = pytest.mark.parametrize(
+    ("made", "offload_buffers"),
+    [*((mixer, False) for mixer in sorted(MIXERS)), ("vq", True)],
+    indirect=["made"],
+)
+
+
+@with_buffers
+def test_offloaded_to_the_cpu(made, model, offload_buffers):
     names = set(model.state_dict())
     cpu_offload(model, offload_buffers=offload_buffers)
     assert all(parameter.is_meta for parameter in model.parameters())
     assert set(model.state_dict()) == names
     assert model.device == torch.device("cpu")
-    torch.testing.assert_close(outputs_of(model), expected)
+    torch.testing.assert_close(outputs_of(model), made[1])
 
 
-@pytest.mark.parametrize("offload_buffers", [False, True])
-def test_loaded_with_layers_on_disk(tmp_path, model, offload_buffers):
-    expected = outputs_of(model)
+@with_buffers
+def test_loaded_with_layers_on_disk(tmp_path, made, model, offload_buffers):
     model.save_pretrained(tmp_path / "model")
     device_map = {
         "model.embed_tokens": "cpu",
@@ -64,7 +77,7 @@ def test_loaded_with_layers_on_disk(tmp_path, model, offload_buffers):
         offload_buffers=offload_buffers,
     ).eval()
     assert all(parameter.is_meta for parameter in loaded.model.layers[0].parameters())
-    torch.testing.assert_close(outputs_of(loaded), expected)
+    torch.testing.assert_close(outputs_of(loaded), made[1])
 
 
 def parts_of(module: nn.Module, name: str = ""):
@@ -76,12 +89,11 @@ def parts_of(module: nn.Module, name: str = ""):
         yield from parts_of(child, f"{name}.{child_name}".strip("."))
 
 
-def test_every_part_of_a_layer_in_a_place_of_its_own(tmp_path, model):
-    expected = outputs_of(model)
+def test_every_part_of_a_layer_in_a_place_of_its_own(tmp_path, made, model):
     device_map = {name: "disk" if i % 2 else "cpu" for i, name in enumerate(parts_of(model))}
     assert "model.layers.1.mixer.o_proj" in device_map or "model.layers.1.mixer" in device_map
     dispatch_model(model, device_map, main_device="cpu", offload_dir=tmp_path)
-    torch.testing.assert_close(outputs_of(model), expected)
+    torch.testing.assert_close(outputs_of(model), made[1])
 
 
 def test_contexts_and_streams_of_an_offloaded_model(tmp_path):

@@ -34,9 +34,9 @@ PROMPT = random_ids(1, 11)[0].tolist()
 def test_tokens_are_those_of_generate(model, options):
     sampling = Sampling(**options)
     torch.manual_seed(3)
-    expected = model.generate(torch.tensor([PROMPT]), max_new_tokens=12, pad_token_id=0, **sampling.options)
+    expected = model.generate(torch.tensor([PROMPT]), max_new_tokens=8, pad_token_id=0, **sampling.options)
     generator = torch.Generator().manual_seed(3)
-    found = list(islice(stream_tokens(model, PROMPT, sampling=sampling, generator=generator), 12))
+    found = list(islice(stream_tokens(model, PROMPT, sampling=sampling, generator=generator), 8))
     assert found == expected[0, len(PROMPT) :].tolist()
 
 
@@ -63,17 +63,17 @@ def test_logits_that_are_no_numbers_are_refused(temperature):
 
 
 def test_a_stream_ends_after_the_last_token_of_a_text(model):
-    endless = list(islice(stream_tokens(model, PROMPT), 30))
+    endless = list(islice(stream_tokens(model, PROMPT), 12))
     end = endless[7]
     assert list(stream_tokens(model, PROMPT, eos_token_id=end)) == endless[: endless.index(end) + 1]
     assert list(stream_tokens(model, PROMPT, eos_token_id=[end])) == endless[: endless.index(end) + 1]
 
 
 def test_a_prompt_in_pieces_and_after_a_document(model):
-    expected = list(islice(stream_tokens(model, PROMPT), 20))
-    assert list(islice(stream_tokens(model, PROMPT, prefill_chunk_size=3), 20)) == expected
+    expected = list(islice(stream_tokens(model, PROMPT), 10))
+    assert list(islice(stream_tokens(model, PROMPT, prefill_chunk_size=3), 10)) == expected
     context = build_context(model, PROMPT[:6])
-    assert list(islice(stream_tokens(model, PROMPT[6:], cache=context.cache()), 20)) == expected
+    assert list(islice(stream_tokens(model, PROMPT[6:], cache=context.cache()), 10)) == expected
 
 
 def test_the_state_is_all_that_a_stream_keeps():
