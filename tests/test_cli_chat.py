@@ -21,6 +21,7 @@ from ovq.convert import attach
 from ovq.hf import OVQConfig, OVQForCausalLM, streaming
 from ovq_lab.text import byte_tokenizer
 from tests.convert.common import MEMORY, SIZES
+from tests.hf.common import is_greedy
 from tests.processes import command
 from tests.test_cli import fail, run
 
@@ -34,6 +35,8 @@ FORGETTING = (
     "{% if loop.last %}{{ m.content }}{% else %}{{ m.content[3:] if m.role == 'assistant' else m.content }}"
     "{% endif %}{{ '\n' }}{% endfor %}<assistant>"
 )
+# Longer chunks are merged more seldom, which takes most of the time in float64.
+KEPT = MEMORY | {"window": [[16, 32], [16, 16]], "chunk_size": 16}
 TURNS = ["What is it?", "And then?", "Why?"]
 LENGTH = 12
 
@@ -65,13 +68,14 @@ def llama():
 def folders(tmp_path_factory):
     """A converted Llama and a model of this library, which both chat."""
     folder = tmp_path_factory.mktemp("chat")
-    save(attach(llama(), **MEMORY), folder / "converted")
-    save(attach(llama(), **MEMORY), folder / "forgetting", FORGETTING)
-    torch.manual_seed(0)
+    save(attach(llama(), **KEPT), folder / "converted")
+    save(attach(llama(), **KEPT), folder / "forgetting", FORGETTING)
+    # With other seeds the document shows in no answer.
+    torch.manual_seed(2)
     sizes = {"vocab_size": 257, "hidden_size": 24, "intermediate_size": 16, "num_hidden_layers": 2}
     fields = {"num_attention_heads": 2, "num_slots": 8, "chunk_size": 4, "sliding_window": 4}
     save(OVQForCausalLM(OVQConfig(**sizes, **fields, initializer_range=0.5)), folder / "own")
-    (folder / "book.txt").write_text("The queen walks on the river. " * 4)
+    (folder / "book.txt").write_text("The queen walks on the river. " * 3)
     return folder
 
 
@@ -100,42 +104,35 @@ def num_read(monkeypatch):
     return found
 
 
-def expected_answers(capsys, folder, turns, before=""):
-    """What `ovq generate` answers to each turn after all that was said."""
-    text, answers = before, []
-    for turn in turns:
-        text += f"<user>{turn}\n<assistant>"
-        answers.append(
-            run(capsys, "generate", "--model", folder, "--prompt", text, "--max-new-tokens", LENGTH)
-        )
-        text += answers[-1]
-    return "".join(answers)
+def assert_answers(folder, said, turns, before=""):
+    """That each turn was answered as all that was said before, read at once, asks for."""
+    model, text = chat.load_any_model(folder), before
+    assert len({*said.splitlines()}) > 1
+    for turn, answer in zip(turns, said.splitlines(), strict=True):
+        assert len(answer) == LENGTH
+        text += f"<user>{turn}\n<assistant>{answer}"
+        assert is_greedy(model, torch.tensor([*text.encode()]), LENGTH), turn
+        text += "\n"
 
 
 @pytest.mark.parametrize("name", ["converted", "own"])
-def test_each_answer_is_that_to_all_that_was_said(name, capsys, folders, say, num_read):
-    expected = expected_answers(capsys, folders / name, TURNS)
-    assert len({*expected.splitlines()}) > 1
-    num_read.clear()
-    assert say(folders / name, *TURNS) == expected
+def test_each_answer_is_that_to_all_that_was_said(name, folders, say, num_read):
+    assert_answers(folders / name, say(folders / name, *TURNS), TURNS)
     # The last token of an answer, the end of its line, and the turn.
     first, *others = (len(f"<user>{turn}\n<assistant>") for turn in TURNS)
     assert num_read == [first, *(2 + num for num in others)]
 
 
 @pytest.mark.parametrize("name", ["converted", "own"])
-def test_a_document_is_read_once_and_before_all(name, capsys, folders, say, num_read):
+def test_a_document_is_read_once_and_before_all(name, folders, say, num_read):
     book, text = folders / "book.txt", (folders / "book.txt").read_text()
-    system = "<system>Be brief.\n"
-    expected = expected_answers(capsys, folders / name, TURNS[:2], before=text + system)
-    options = ["--document", book, "--system", "Be brief."]
-    num_read.clear()
-    assert say(folders / name, *TURNS[:2], options=options) == expected
+    said = say(folders / name, *TURNS[:2], options=["--document", book, "--system", "Be brief."])
+    assert_answers(folders / name, said, TURNS[:2], before=f"{text}<system>Be brief.\n")
     assert max(num_read) < len(text)
 
 
 def test_reading_a_document_shows_how_far_and_how_fast(capsys, folders, monkeypatch):
-    monkeypatch.setattr(chat, "_PIECE", 50)
+    monkeypatch.setattr(chat, "_PIECE", 40)
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     with pytest.raises(SystemExit):
         main(["chat", "--model", f"{folders / 'converted'}", "--document", f"{folders / 'book.txt'}"])
@@ -143,8 +140,8 @@ def test_reading_a_document_shows_how_far_and_how_fast(capsys, folders, monkeypa
     assert captured.out == ""
     # A long path breaks lines.
     said = " ".join(captured.err.split())
-    assert said.startswith(f"read {folders / 'book.txt'}: 0/120 (0 s)")
-    assert re.search(r": 120/120 \([\d,]+ tokens/s, \d+ s\)$", said)
+    assert said.startswith(f"read {folders / 'book.txt'}: 0/90 (0 s)")
+    assert re.search(r": 90/90 \([\d,]+ tokens/s, \d+ s\)$", said)
 
 
 @pytest.mark.parametrize(
@@ -199,8 +196,8 @@ def test_commands(capsys, folders, say, tmp_path):
     empty, full = (line for line in said.splitlines() if "tokens read" in line)
     assert empty == "0 tokens read, 0 of them before the chat; 0 B"
     assert full.startswith(f"{len('<user>Hello|<assistant>') + LENGTH - 1} tokens read, 0 of them")
-    # Of 34 tokens, three heads have merged 24, and one has dropped 16, as it has no slots.
-    assert said.splitlines()[-1] == "rows of all heads: 48 exact, 40 of 40 slots in use"
+    # Of 34 tokens, three heads have merged 32, and one has dropped 16, as it has no slots.
+    assert said.splitlines()[-1] == "rows of all heads: 24 exact, 40 of 40 slots in use"
     said = say(folders / "own", "Hello", "/memory")
     assert "of 16 slots in use" in said
     saved = tmp_path / "chat.ctx"
@@ -272,9 +269,9 @@ def test_bad_input_costs_one_line(arguments, lines, message, capsys, folders, sa
     names = {"tmp": tmp_path, **{name: tmp_path / name for name in ("plain", "strict", "saved", "other")}}
     (tmp_path / "text").write_text("Once upon a time")
     if "{plain}" in arguments:
-        save(attach(llama(), **MEMORY), names["plain"], template=None)
+        save(attach(llama(), **KEPT), names["plain"], template=None)
     if "{strict}" in arguments:
-        save(attach(llama(), **MEMORY), names["strict"], "{{ raise_exception('no system') }}")
+        save(attach(llama(), **KEPT), names["strict"], "{{ raise_exception('no system') }}")
     if "{saved}" in arguments or "{other}" in arguments:
         if "{other}" in arguments:
             monkeypatch.setattr(conversation, "json", types.SimpleNamespace(dumps=str, loads=json.loads))

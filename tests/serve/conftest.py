@@ -1,8 +1,19 @@
 """Servers that the tests of a file share."""
 
+import functools
+import ssl
+
 import pytest
 
 from tests.serve.common import reading_service, running, text_service
+
+
+@pytest.fixture(scope="session", autouse=True)
+def certificates_read_once():
+    """Each client would read those of the machine again, and ask for none."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ssl, "create_default_context", functools.cache(ssl.create_default_context))
+        yield
 
 
 @pytest.fixture(scope="module")
