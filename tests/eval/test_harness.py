@@ -46,33 +46,26 @@ YAML = {
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    config = OVQConfig(
-        vocab_size=257,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_slots=6,
-        chunk_size=4,
-        sliding_window=4,
-        initializer_range=0.5,
-    )
-    return OVQForCausalLM(config).double().eval()
+    sizes = {"vocab_size": 257, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    fields = {"num_attention_heads": 2, "num_slots": 6, "chunk_size": 4, "sliding_window": 4}
+    model = OVQForCausalLM(OVQConfig(**sizes, **fields, initializer_range=0.5)).double().eval()
+    with torch.no_grad():
+        # It says characters that are seen alone, so that text gives its tokens back.
+        model.lm_head.weight[:33] = model.lm_head.weight[127:] = 0
+    return model
 
 
 @pytest.fixture(scope="module")
 def documents(model):
-    """Questions of unequal length; about half of the answers are what the model would say."""
+    """Questions of unequal length; half of the answers are what the model would say."""
     random = np.random.default_rng(0)
     rows = []
     # More than one batch of 4, and the last one is not full.
-    while len(rows) < 6:
+    for place in range(6):
         text = bytes(random.integers(97, 123, random.integers(3, 30)).tolist()).decode()
         stream = stream_tokens(model, list(text.encode()))
         said = BYTES.decode([next(stream) for _ in range(6)])
-        if "\ufffd" in said or said != said.strip():
-            continue
-        row = {"text": text, "answer": said if len(rows) % 2 else "no"}
+        row = {"text": text, "answer": said if place % 2 else "no"}
         rows.append(row | {"choices": [" red", " green light", " b"], "label": int(random.integers(3))})
     return rows
 

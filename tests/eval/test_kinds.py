@@ -85,7 +85,8 @@ def test_the_bytes_are_those_of_a_real_cache(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_needles_are_scored_as_by_hand(name):
-    model, needle = MODELS[name], NeedleBuilder(BYTES).build(330, depth=0.2, seed=0, index=0)
+    model = MODELS[name]
+    needle = NeedleBuilder(BYTES, num_distractors=2).build(330, depth=0.2, seed=0, index=0)
     score = ask(model, BYTES, needle, piece_size=50)
 
     def forced(answer):

@@ -49,14 +49,15 @@ def test_a_dry_run_lists_the_parts(program, monkeypatch, capsys):
 
 
 def test_what_was_done_is_kept(program, tmp_path):
-    parts = [program["Part"](name, 3, "some part", lambda: None) for name in ("parity", "slow", "broken")]
+    seconds = {"parity": 9, "slow": 2, "broken": 9}
+    parts = [program["Part"](*part, "some part", lambda: None) for part in seconds.items()]
     where = {"device": "none", "torch": "2", "ovq": "0", "commit": "abc"}
     report = program["make_report"](tuple(parts), tmp_path, where, [sys.executable, "-c", CHILD])
     assert json.loads((tmp_path / "report.json").read_text()) == report
     statuses = [part["status"] for part in report["parts"].values()]
     assert statuses == [
         "complete",
-        "stopped after 3 s, in the middle of a row",
+        "stopped after 2 s, in the middle of a row",
         "failed with exit code 1: out of memory",
     ]
     assert [len(part["rows"]) for part in report["parts"].values()] == [2, 2, 2]

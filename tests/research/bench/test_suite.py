@@ -10,6 +10,7 @@ import torch
 
 from ovq.cli import main
 from ovq.ops import cpu_kernels, ovq_attention
+from ovq_lab.bench import measure
 from ovq_lab.bench.measure import interleaved, peak_bytes
 from ovq_lab.bench.show import save_figures, sentences, tables
 from ovq_lab.bench.suite import Suite, run_suite
@@ -74,7 +75,12 @@ def test_peak_memory_sees_what_a_call_holds():
     assert 7 * 2**21 <= large - small <= 16 * 2**21
 
 
-def test_a_report_is_whole_and_can_be_shown(tmp_path):
+def test_a_report_is_whole_and_can_be_shown(tmp_path, monkeypatch):
+    # Seconds of products are of no use here.
+    few = {"max_rounds": 1}
+    monkeypatch.setattr(
+        measure, "interleaved", lambda functions, **options: interleaved(functions, **options | few)
+    )
     sizes = {"lengths": (32, 64), "dtypes": ("float32",), "num_slots": (4, 8), **SMALL}
     suite = Suite(parts=("forward", "decode"), merges=("existing", "nearest"), **sizes)
     report = run_suite(suite, seen := Seen())

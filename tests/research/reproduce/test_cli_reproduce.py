@@ -86,20 +86,9 @@ def test_a_file_without_tables_costs_one_line(capsys, tmp_path):
 
 
 def test_a_figure_and_the_page(capsys, tmp_path, tiny):
+    words = ["reproduce", "merge", "--preset", "tiny", "--seeds", "1", "--report", "--out"]
     with pytest.raises(SystemExit) as exit_info:
-        main(
-            [
-                "reproduce",
-                "merge",
-                "--preset",
-                "tiny",
-                "--seeds",
-                "1",
-                "--out",
-                str(tmp_path / "out"),
-                "--report",
-            ]
-        )
+        main([*words, str(tmp_path / "out")])
     assert exit_info.value.code in (0, None)
     captured = capsys.readouterr()
     assert f"Wrote {tmp_path / 'out' / 'rows' / 'merge'}.json" in captured.err

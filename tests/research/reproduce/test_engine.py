@@ -23,9 +23,7 @@ from ovq_lab.figures.plan import Figure, Panel, Trial, run_name, with_trial
 from ovq_lab.figures.results import load_results, save_results
 from ovq_lab.train.checkpoints import fault, newest_checkpoint
 from ovq_lab.train.config import RunConfig
-from tests.research.reproduce.common import CONFIG, TINY, rows_of, run_here, workshop
-
-ROOT = Path(__file__).parents[3]
+from tests.research.reproduce.common import CONFIG, TINY, rows_of, run_here, undrawn, workshop
 
 
 def two_mixers(preset):
@@ -35,7 +33,7 @@ def two_mixers(preset):
     return dataclasses.replace(figure, lines=lines)
 
 
-FIGURE = two_mixers(TINY)
+FIGURE = undrawn(two_mixers(TINY))
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +42,7 @@ def made(tmp_path_factory):
     out = tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
         begun = run_here(patch)
-        reproduce(FIGURE, workshop(out))
+        reproduce(two_mixers(TINY), workshop(out))
     return out, begun
 
 
@@ -143,7 +141,8 @@ def test_another_figure_takes_the_runs_that_are_there(made, monkeypatch, tmp_pat
     usual = with_trial(CONFIG, trial)
     models = {path.parent for path in out.glob("runs/*/model.safetensors")}
     run_here(monkeypatch)
-    reproduce(get_figure("dictionary", dataclasses.replace(TINY, configs={"recall": usual})), workshop(out))
+    figure = get_figure("dictionary", dataclasses.replace(TINY, configs={"recall": usual}))
+    reproduce(undrawn(figure), workshop(out))
     assert {path.parent for path in out.glob("runs/*/model.safetensors")} == models
     # One model is evaluated at all sizes and lengths.
     rows = rows_of(out, "dictionary")
@@ -426,7 +425,7 @@ def test_regression_is_drawn_by_functions_and_by_points_seen(monkeypatch, tmp_pa
     run_here(monkeypatch)
     shop = workshop(tmp_path, num_seeds=1)
     figure = get_figure("regression", TINY)
-    results = reproduce(dataclasses.replace(figure, lines=figure.lines[:1]), shop)
+    results = reproduce(undrawn(dataclasses.replace(figure, lines=figure.lines[:1])), shop)
     by_functions, by_points = results["panels"][:2]
     errors = {row["length"]: row["mean_error"] for row in results["rows"]}
     assert len(errors) == 2

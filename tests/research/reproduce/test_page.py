@@ -4,6 +4,7 @@ import base64
 import itertools
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -103,7 +104,7 @@ def test_the_figure_draws_every_line_with_its_bars(tmp_path, drawn):
     ]
 
 
-def test_long_names_stay_within_the_figure(tmp_path):
+def test_long_names_stay_within_the_figure(tmp_path, full_pictures):
     rows = [
         row(f"a model whose name is long, number {number}", 0, length, 0.5)
         for number in range(7)
@@ -117,14 +118,14 @@ def test_long_names_stay_within_the_figure(tmp_path):
     assert (pixels[[0, -1]] == 255).all()
 
 
-@pytest.fixture
-def page(tmp_path):
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("page")
     for name in ("rows", "figures"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "rows" / "recall.json").write_text(json.dumps(RESULTS))
-    save_figure(RESULTS, tmp_path / "figures" / "recall.png")
-    path = write_report(tmp_path)
-    return tmp_path, path.read_text()
+        (folder / name).mkdir()
+    (folder / "rows" / "recall.json").write_text(json.dumps(RESULTS))
+    save_figure(RESULTS, folder / "figures" / "recall.png")
+    return folder, write_report(folder).read_text()
 
 
 def test_the_page_needs_nothing_beside_it(page):
@@ -186,7 +187,7 @@ def test_the_page_begins_with_a_summary(page):
     assert '<h2 id="recall">' in text
 
 
-def test_the_best_value_of_a_row_is_marked(page):
+def test_the_best_value_of_a_row_is_marked(page, tmp_path):
     folder, text = page
     best = r'<td class="best">0.950<small>0.900 to 1.000</small></td>'
     assert f"<tr><td>256</td><td>0.850<small>0.800 to 0.900</small></td>{best}</tr>" in text
@@ -194,8 +195,9 @@ def test_the_best_value_of_a_row_is_marked(page):
     rows = [row(line, 0, 256, 0.5, state_bytes=size) for line, size in (("a", 9), ("b", 7), ("c", 7))]
     panels = [{**PANEL, "title": "memory", "y": "state_bytes"}]
     results = RESULTS | {"rows": rows, "panels": panels, "sweep": []}
-    (folder / "rows" / "recall.json").write_text(json.dumps(results))
-    text = write_report(folder).read_text()
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "rows" / "recall.json").write_text(json.dumps(results))
+    text = write_report(tmp_path).read_text()
     assert '<tr><td>256</td><td>9 B</td><td class="best">7 B</td><td class="best">7 B</td></tr>' in text
 
 

@@ -17,7 +17,7 @@ from ovq_lab.figures.presets import CPU
 from ovq_lab.figures.rivals import RIVALS
 from ovq_lab.train.config import RunConfig
 from ovq_lab.train.loop import model_config
-from tests.research.reproduce.common import TINY, run_here, workshop
+from tests.research.reproduce.common import TINY, run_here, undrawn, workshop
 from tests.test_cli import fail, run
 
 FIGURES = GROUPS["rivals"]
@@ -89,7 +89,7 @@ def test_ways_to_set_a_mixer_up_are_tried_with_each_setting_of_the_optimizer(tmp
     variants = tuple((("kvm_growth", growth),) for growth in ("plateau", "immediate"))
     whole = get_figure("recall", TINY)
     line = dataclasses.replace(whole.lines[0], label="KVM", config=kvm, trial_of=None, variants=variants)
-    figure = dataclasses.replace(whole, lines=(line,))
+    figure = undrawn(dataclasses.replace(whole, lines=(line,)))
     results = reproduce(figure, workshop(tmp_path))
     (entry,) = results["sweep"]
     assert list(entry["accuracies"]) == [
@@ -138,6 +138,7 @@ def made(tmp_path_factory):
     preset, out = dataclasses.replace(TINY, configs=configs, text=text), tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(out / "cache"))
+        patch.setattr("ovq_lab.eval.needle._EXTRA_TOKENS", 0)
         patch.setattr(rivals, "RIVALS", ("full_attention",))
         patch.setattr(rivals, "NEEDLE_FACTORS", (2,))
         run_here(patch)
