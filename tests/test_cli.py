@@ -96,20 +96,8 @@ def test_a_path_is_no_style(trained, capsys, tmp_path):
 
 
 def test_eval_prints_what_the_library_measures(trained, capsys):
-    arguments = [
-        "--model",
-        trained,
-        "--lengths",
-        "24,48",
-        "--num-slots",
-        "4,8",
-        "--merge",
-        "nearest,existing",
-        "--examples",
-        30,
-        "--seed",
-        1,
-    ]
+    arguments = ["--model", trained, "--lengths", "24,48", "--num-slots", "4,8"]
+    arguments += ["--merge", "nearest,existing", "--examples", 30, "--seed", 1]
     rows = json.loads(run(capsys, "eval", *arguments, "--json"))["rows"]
     with Reporter(Console(quiet=True)) as reporter:
         expected = evaluate(
@@ -139,9 +127,8 @@ def test_eval_prints_what_the_library_measures(trained, capsys):
 
 
 def test_eval_reads_a_checkpoint_of_a_run(trained, capsys):
-    out = run(
-        capsys, "eval", "--model", trained / "checkpoint-2", "--lengths", "24", "--examples", 2, "--json"
-    )
+    checkpoint = trained / "checkpoint-2"
+    out = run(capsys, "eval", "--model", checkpoint, "--lengths", "24", "--examples", 2, "--json")
     assert len(json.loads(out)["rows"]) == 1
 
 
@@ -182,20 +169,11 @@ def test_generate_searches_and_samples(trained, capsys, tmp_path):
 
 
 def test_generate_with_another_dictionary(capsys, tmp_path):
-    config = OVQConfig(
-        vocab_size=60,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        mixer_types=["ovq"],
-        num_slots=1,
-        chunk_size=4,
-        # Large weights, so that what is remembered shows in what is said.
-        initializer_range=1.0,
-    )
+    sizes = {"vocab_size": 60, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    fields = {"num_attention_heads": 2, "mixer_types": ["ovq"], "num_slots": 1, "chunk_size": 4}
     torch.manual_seed(0)
-    OVQForCausalLM(config).save_pretrained(tmp_path)
+    # Large weights, so that what is remembered shows in what is said.
+    OVQForCausalLM(OVQConfig(**sizes, **fields, initializer_range=1.0)).save_pretrained(tmp_path)
     prompt = " ".join(map(str, range(2, 60)))
     arguments = ["generate", "--model", tmp_path, "--prompt", prompt, "--max-new-tokens", 20]
     one = run(capsys, *arguments, "--num-slots", 1)
@@ -411,30 +389,31 @@ def test_an_interruption_has_a_code_of_its_own(monkeypatch, capsys):
     assert capsys.readouterr().err == "ovq: interrupted\n"
 
 
-def loaded_by(*arguments):
-    """Heavy modules that a command line imports, in a process of its own."""
-    code = (
-        "import sys\n"
-        "from ovq.cli import main\n"
-        "try:\n"
-        f"    main({list(arguments)!r})\n"
-        "except SystemExit:\n"
-        "    heavy = {'torch', 'transformers', 'matplotlib', 'numpy', 'accelerate'}\n"
-        "    print('loaded:', *sorted(heavy & set(sys.modules)))\n"
-    )
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return process.stdout.splitlines()[-1].removeprefix("loaded:").split()
+LOADED = """
+import sys
+from ovq.cli import main
+
+for line in sys.argv[1:]:
+    try:
+        main(line.split())
+    except SystemExit:
+        heavy = {"torch", "transformers", "matplotlib", "numpy", "accelerate"}
+        print("loaded:", *sorted(heavy & set(sys.modules)))
+"""
 
 
 def test_help_imports_nothing_heavy():
-    assert loaded_by("--help") == []
-    assert loaded_by("train", "--help") == []
+    lines = ["--help", "train --help", "bench --what speed", "reproduce --list", "memory --config no"]
+    process = subprocess.run(
+        [sys.executable, "-c", LOADED, *lines], capture_output=True, text=True, check=True
+    )
+    loaded = [line.split()[1:] for line in process.stdout.splitlines() if line.startswith("loaded:")]
     # Neither does a mistake that needs no measurement to be seen.
-    assert loaded_by("bench", "--what", "speed") == []
+    assert loaded[:3] == [[]] * 3
     # A figure's title is known without its evaluations, which need transformers.
-    assert not {"transformers", "accelerate"} & set(loaded_by("reproduce", "--list"))
+    assert not {"transformers", "accelerate"} & {*loaded[3]}
     # The control: the check does see heavy modules.
-    assert "torch" in loaded_by("memory", "--config", "no")
+    assert "torch" in loaded[4]
 
 
 def test_the_module_runs_as_a_program():

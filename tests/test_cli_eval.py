@@ -24,20 +24,11 @@ TEXT = " ".join(f"This is sentence {i} of a text that is made up." for i in rang
 
 
 def save_model(folder, mixer, **changes):
-    config = OVQConfig(
-        vocab_size=257,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        mixer_types=["sliding_attention", mixer],
-        num_slots=4,
-        chunk_size=16,
-        sliding_window=8,
-        initializer_range=0.3,
-    )
+    sizes = {"vocab_size": 257, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    fields = {"num_attention_heads": 2, "mixer_types": ["sliding_attention", mixer], "num_slots": 4}
+    fields |= {"chunk_size": 16, "sliding_window": 8, "initializer_range": 0.3}
     torch.manual_seed(0)
-    OVQForCausalLM(config).save_pretrained(folder)
+    OVQForCausalLM(OVQConfig(**sizes, **fields)).save_pretrained(folder)
     BYTES.save_pretrained(folder)
     return folder
 
@@ -100,18 +91,8 @@ def test_lm_prints_what_the_library_measures(folder, capsys, tmp_path):
 
 
 def test_models_of_one_mixer_are_called_by_their_folders(folder, capsys):
-    arguments = [
-        "eval",
-        "lm",
-        "--dataset",
-        folder / "text.txt",
-        "--split",
-        "all",
-        "--lengths",
-        "50",
-        "--json",
-    ]
-    arguments += ["--windows", 1]
+    arguments = ["eval", "lm", "--dataset", folder / "text.txt", "--split", "all"]
+    arguments += ["--lengths", "50", "--windows", 1, "--json"]
 
     def names(*models):
         options = [argument for name in models for argument in ("--model", folder / name)]

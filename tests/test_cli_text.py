@@ -21,13 +21,7 @@ def folder(tmp_path, monkeypatch):
 
 def train_words(folder, out):
     settings = [f"task.dataset={folder}", *SETTINGS.split()]
-    return [
-        "train",
-        "lm-ovq",
-        *(word for setting in settings for word in ("--set", setting)),
-        "--out",
-        str(out),
-    ]
+    return ["train", "lm-ovq", *(word for each in settings for word in ("--set", each)), "--out", str(out)]
 
 
 def test_a_model_of_text_reads_and_writes_text(folder, tmp_path, capsys):
