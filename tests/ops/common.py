@@ -45,9 +45,11 @@ def with_rules(names, *choices, rules=KERNEL_MERGES):
 
 
 def by_turns(*choices):
-    """Half of all combinations of three choices or more; any two are together in some of them."""
-    numbered = itertools.product(*(enumerate(each) for each in choices))
-    return [tuple(x for _, x in each) for each in numbered if sum(i for i, _ in each) % 2 == 0]
+    """As few of all combinations as leave any two values together in some: the others take turns."""
+    choices = [[*each] for each in choices]
+    turns = 1 + sum(sorted(len(each) - 1 for each in choices)[:-2])
+    numbered = itertools.product(*map(enumerate, choices))
+    return [tuple(x for _, x in each) for each in numbered if sum(i for i, _ in each) % turns == 0]
 
 
 def takes(backend, dtype, variant):

@@ -8,7 +8,7 @@ from torch.nn.functional import normalize
 
 from tests.ops.common import attend, inputs
 
-LENGTH, CHUNK_SIZE = 72, 12
+LENGTH, CHUNK_SIZE = 60, 12
 STREAMS = ("random", "clustered", "repeated", "one-hot", "no values", "long and short", "not finite")
 PARTS = ("key_sum", "value_sum", "pending_keys", "pending_values")
 

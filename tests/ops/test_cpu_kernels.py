@@ -1,20 +1,19 @@
 """The compiled kernels: against the reference, and in teams of threads."""
 
-import itertools
-
 import pytest
 import torch
 
 from ovq.ops import OVQState, backend_used, cpu_kernels, ovq_attention
 from ovq.ops.backends.cpu import build
-from tests.ops.common import KERNEL_MERGES, assert_same_state, attend, either_rule, inputs
+from ovq.ops.schedule import GROWTHS
+from tests.ops.common import KERNEL_MERGES, assert_same_state, attend, by_turns, either_rule, inputs
 from tests.ops.test_identities import causal
 from tests.ops.test_parity import SHAPES, gradients
 from tests.ops.test_routing import near_ties, novelty_ties
 
 needs_compiler = pytest.mark.skipif("compiled" not in cpu_kernels(), reason=cpu_kernels())
 # Heads wider than a vector, dictionaries and chunks wider than a tile of the products.
-WIDE = [(1, 400, 3, 1, 70, 33, 150, 140), (1, 170, 2, 2, 64, 64, 40, 32)]
+WIDE = [(1, 300, 3, 1, 70, 33, 150, 140), (1, 170, 2, 2, 64, 64, 40, 32)]
 
 
 @needs_compiler
@@ -26,12 +25,10 @@ def test_a_kernel_without_memory_for_its_scratch_is_an_error():
             kernel.errcheck(1, kernel, ())
 
 
-COMBINED = itertools.product([*SHAPES, *WIDE], ("plateau", "immediate"), KERNEL_MERGES)
-LINEAR = [(shape, "linear", "existing") for shape in [*SHAPES, *WIDE]]
-
-
 @needs_compiler
-@pytest.mark.parametrize(("shape", "growth", "merge"), [*COMBINED, *LINEAR], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "growth", "merge"), by_turns([*SHAPES, *WIDE], GROWTHS, KERNEL_MERGES), ids=str
+)
 def test_kernels_equal_naive(shape, growth, merge, runs):
     *sizes, num_slots, chunk_size = shape
     q, k, v = inputs(*sizes, dtype=torch.float32)

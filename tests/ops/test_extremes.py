@@ -21,9 +21,9 @@ LENGTHS = {
 }
 
 
-def keys_of_lengths(lengths, batch=2, length=40, dim=6):
+def keys_of_lengths(lengths, batch=2, length=40, heads=2):
     """Keys in nine directions, so that some go together whatever their lengths, which are given."""
-    q, k, v = inputs(batch, length, 2, 2, dim, 4, dtype=torch.float32)
+    q, k, v = inputs(batch, length, heads, heads, 6, 4, dtype=torch.float32)
     which = torch.randint(9, (batch, length), generator=torch.Generator().manual_seed(1))
     k = (
         k[0, :9]
@@ -51,7 +51,7 @@ every_length = pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_keys_of_any_length_go_where_the_reference_sends_them(lengths, merge, init, backend):
     generator = torch.Generator().manual_seed(0)
     options = {"num_slots": 8, "chunk_size": 8, "init": init, "merge": merge, "generator": generator}
-    check(backend, lengths, options)
+    check(backend, lengths, options, batch=1)
 
 
 @needs_triton
@@ -59,7 +59,7 @@ def test_keys_of_any_length_go_where_the_reference_sends_them(lengths, merge, in
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 @every_length
 def test_the_kernels_for_gpus_send_them_there_too(lengths):
-    check("triton", lengths, {"num_slots": 6, "chunk_size": 6}, batch=1, length=18)
+    check("triton", lengths, {"num_slots": 6, "chunk_size": 6}, batch=1, length=18, heads=1)
 
 
 @every_length

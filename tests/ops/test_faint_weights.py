@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.ops.common import BACKENDS, CPU, attend, inputs
+from tests.ops.common import BACKENDS, CPU, attend, by_turns, inputs
 
 LENGTH, CHUNK = 40, 8
 
@@ -25,9 +25,11 @@ def decoded(tensors, given, options):
     return torch.cat(outputs, 1)
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, *CPU])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("scale", [30.0, 36.0, 70.0, 1000.0])
+@pytest.mark.parametrize(
+    ("scale", "dtype", "backend"),
+    by_turns([30.0, 36.0, 70.0, 1000.0], [torch.float32, torch.bfloat16, torch.float16], [*BACKENDS, *CPU]),
+    ids=str,
+)
 def test_tokens_of_weight_zero_are_decoded_as_they_are_read_in_one_call(scale, dtype, backend):
     """A token that forgets is read with its weight, at least 1e-37: no score may be divided by that."""
     tensors = drawn(dtype)
@@ -42,10 +44,10 @@ def test_tokens_of_weight_zero_are_decoded_as_they_are_read_in_one_call(scale, d
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("backend", ["torch", *CPU])
-@pytest.mark.parametrize("forgets", [False, True])
-@pytest.mark.parametrize("scale", [20.0, 88.0, 130.0])
-@pytest.mark.parametrize("merge", ["existing", "nearest"])
+@pytest.mark.parametrize(
+    ("merge", "scale", "forgets", "backend"),
+    by_turns(["existing", "nearest"], [20.0, 88.0, 130.0], [False, True], ["torch", *CPU]),
+)
 def test_logs_of_weights_as_large_as_scores(merge, scale, forgets, backend):
     """The most of a softmax may be where the score is lowest: weights of 1e-30 to 1e30."""
     tensors = drawn(seed=1)

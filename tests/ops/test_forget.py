@@ -165,12 +165,10 @@ def test_it_does_not_matter_how_a_stream_is_split(merge, rate, pieces, seed):
             assert_same_state(state, final)
 
 
-@pytest.mark.parametrize("growth", ["immediate", "plateau"])
 @with_rules(["backend"], [*BACKENDS, *CPU], rules=("existing", "updated", "nearest"))
-def test_keys_that_repeat_go_to_the_same_slots_however_a_stream_is_split(backend, merge, growth):
+def test_keys_that_repeat_go_to_the_same_slots_however_a_stream_is_split(backend, merge):
     """To the last bit, in float32: what differs by a rounding would tie no more."""
-    for seed in range(2):
-        rate = (0.01, 0.6)[seed]
+    for seed, (rate, growth) in enumerate([(0.01, "immediate"), (0.6, "plateau")]):
         tensors, options = arguments(
             1, 32, merge=merge, rate=rate, weights=bool(seed), num_slots=30, seed=seed, dtype=torch.float32
         )

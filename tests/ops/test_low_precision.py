@@ -19,14 +19,14 @@ GIVEN = {
 def results(given, options, dtype):
     """Outputs and gradients of queries, keys and values, all of numbers that 16 bits can hold."""
     weigh, log = given
-    q, k, v = inputs(1, 384, 4, 2, 64, 64, dtype=torch.float64)
+    q, k, v = inputs(1, 288, 4, 2, 64, 64, dtype=torch.float64)
     leaves = [x.to(options["dtype"]).to(dtype).requires_grad_() for x in (q, k, v)]
     more = {}
     if weigh is not None:
-        draw = torch.rand(1, 384, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        draw = torch.rand(1, 288, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
         more["token_weights"] = weigh(draw)
     if log is not None:
-        more["log_forget"] = torch.full((1, 384, 2), log, dtype=torch.float64)
+        more["log_forget"] = torch.full((1, 288, 2), log, dtype=torch.float64)
     own = {name: x for name, x in options.items() if name != "dtype"}
     o, state = attend(*leaves, **more, **own)
     draw = torch.randn(o.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))

@@ -12,8 +12,8 @@ from ovq.ops.options import CURRENT_MERGES
 from tests.ops.common import CPU, assert_same_state, attend, inputs
 
 # How often memory is laid out anew for each of them.
-WAYS = [("naive", torch.float64, 3), ("torch", torch.float64, 20), ("torch", torch.float32, 5)]
-WAYS += [(x, torch.float32, 20) for x in CPU]
+WAYS = [("naive", torch.float64, 2), ("torch", torch.float64, 10), ("torch", torch.float32, 3)]
+WAYS += [(x, torch.float32, 10) for x in CPU]
 if importlib.util.find_spec("triton"):
     WAYS.append(("triton", torch.float32, 1))
 ROW_TENSORS = ("key_sum", "value_sum", "count", "pending_keys", "pending_values")
@@ -22,9 +22,9 @@ ENTRIES = ["dense", "masked", "packed", "constant rate", "nearest", "one token",
 REFUSED = {"cpu": ["constant rate"], "triton": ["constant rate", "nearest"]}
 CASES = [(*way, entry) for way in WAYS for entry in ENTRIES if entry not in REFUSED.get(way[0], ())]
 # The interpreter takes seconds for what it does with a mask as well.
+SLOW = [("triton", "dense"), ("triton", "packed")]
 CASES = [
-    pytest.param(*case, marks=pytest.mark.slow) if (case[0], case[3]) == ("triton", "dense") else case
-    for case in CASES
+    pytest.param(*case, marks=pytest.mark.slow) if (case[0], case[3]) in SLOW else case for case in CASES
 ]
 OPTIONS = {"num_slots": 6, "chunk_size": 4}
 

@@ -26,9 +26,10 @@ def test_backends_merge_what_the_reference_merges(dtype, kind, num_slots):
         check_equal(backend, dtype, kind, num_slots=num_slots, **NEAREST)
 
 
-@pytest.mark.parametrize("growth", ["plateau", "linear"])
-@pytest.mark.parametrize("value_weight", [0.0, 2.0])
-@pytest.mark.parametrize("kind", ["clustered", "one-hot"])
+@pytest.mark.parametrize(
+    ("kind", "value_weight", "growth"),
+    by_turns(["clustered", "one-hot"], [0.0, 2.0], ["plateau", "linear"]),
+)
 def test_so_it_does_with_other_options(kind, value_weight, growth):
     options = {"num_slots": 20, "value_weight": value_weight, "growth": growth}
     for backend in FAST:
@@ -65,16 +66,15 @@ def test_kernels_merge_as_torch_does_in_larger_dictionaries(kind, backend):
 @pytest.mark.parametrize("kind", ["still", "moving", "growing"])
 def test_slots_that_look_again_find_what_torch_finds(kind, backend):
     """In two dimensions it often matters what a slot found before, also as keys move or values grow."""
-    for seed in range(3):
-        generator = torch.Generator().manual_seed(seed)
-        k, v = (torch.randn(1, 400, 2, 2, generator=generator) for _ in range(2))
-        if kind == "moving":
-            k = (0.3 * k).cumsum(1)
-        elif kind == "growing":
-            v = v * (torch.arange(400) / 32).exp()[:, None, None]
-        options = {**NEAREST, "num_slots": 37, "chunk_size": 8, "value_weight": 1.0}
-        states = [attend(k, k, v, **options, backend=b)[1] for b in ("torch", backend)]
-        assert_same_state(states[1], states[0], tolerance=0)
+    generator = torch.Generator().manual_seed(0)
+    k, v = (torch.randn(1, 400, 2, 2, generator=generator) for _ in range(2))
+    if kind == "moving":
+        k = (0.3 * k).cumsum(1)
+    elif kind == "growing":
+        v = v * (torch.arange(400) / 32).exp()[:, None, None]
+    options = {**NEAREST, "num_slots": 37, "chunk_size": 8, "value_weight": 1.0}
+    states = [attend(k, k, v, **options, backend=b)[1] for b in ("torch", backend)]
+    assert_same_state(states[1], states[0], tolerance=0)
 
 
 @pytest.mark.parametrize("backend", CPU)
@@ -95,14 +95,14 @@ def tight(length, spread, dtype=torch.float32):
     return q, k, v
 
 
-@pytest.mark.parametrize("most_pairs", [0, 1 << 15])
 @pytest.mark.parametrize("spread", [1e-2, 1e-3, 1e-4])
-def test_what_a_float32_product_cannot_tell_apart_is_decided_in_float64(spread, most_pairs, monkeypatch):
-    monkeypatch.setattr(nearest, "_PAIRS", most_pairs)
-    tokens, options = tight(160, spread), {"num_slots": 40, "chunk_size": 16, **NEAREST}
+def test_what_a_float32_product_cannot_tell_apart_is_decided_in_float64(spread, monkeypatch):
+    tokens, options = tight(112, spread), {"num_slots": 40, "chunk_size": 16, **NEAREST}
     expected = attend(*tokens, **options, backend="naive")[1]
     for backend in FAST:
-        assert_same_state(attend(*tokens, **options, backend=backend)[1], expected, tolerance=0)
+        for most_pairs in (0, 1 << 15) if backend == "torch" else (0,):
+            monkeypatch.setattr(nearest, "_PAIRS", most_pairs)
+            assert_same_state(attend(*tokens, **options, backend=backend)[1], expected, tolerance=0)
 
 
 def test_most_edges_are_decided_without_float64(monkeypatch):
@@ -252,7 +252,7 @@ def test_cycles_are_broken_at_their_lowest_items():
 
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("kind", ["clustered", "repeated", "long and short"])
-@pytest.mark.parametrize("pieces", [[1] * LENGTH, [30, 0, 13, 29]], ids=["tokens", "pieces"])
+@pytest.mark.parametrize("pieces", [[1] * LENGTH, [30, 0, 13, 17]], ids=["tokens", "pieces"])
 def test_any_split_leaves_the_same_bits(pieces, kind, backend):
     tokens = stream(kind, torch.float32)
     options = {**NEAREST, "num_slots": 20, "chunk_size": 12, "backend": backend}

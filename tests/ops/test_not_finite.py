@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ovq.ops.options import CURRENT_MERGES
-from tests.ops.common import CPU, KERNEL_MERGES, VARIANTS, attend, inputs
+from tests.ops.common import CPU, KERNEL_MERGES, VARIANTS, attend, by_turns, inputs
 
 WAYS = [
     ("naive", torch.float64),
@@ -18,13 +18,14 @@ WAYS = [
     *itertools.product(CPU, [torch.float32, torch.bfloat16]),
 ]
 # The first token, within a chunk, the last and first of one, and within the last, which is incomplete.
-CASES = list(itertools.product(WAYS, [0, 3, 7, 8, 18], [torch.nan, torch.inf, -torch.inf], ["existing"]))
-CASES += list(itertools.product(WAYS, [0, 7, 18], [torch.nan, torch.inf], ["nearest"]))
+BAD = [torch.nan, torch.inf, -torch.inf]
+CASES = by_turns(WAYS, [0, 3, 7, 8, 18], BAD, "kv", ["existing"])
+CASES += by_turns(WAYS, [0, 7, 18], BAD[:2], "kv", ["nearest"])
 # The interpreter multiplies by NumPy, which warns of what is the point here. It is slow: few cases.
 quiet = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 TRITON = [("triton", torch.float32)] if importlib.util.find_spec("triton") else []
-CASES += list(itertools.product(TRITON, [11], [torch.nan], ["existing"]))
-CASES += list(itertools.product(TRITON, [7], [torch.inf], ["nearest"]))
+CASES += [(way, 11, torch.nan, "k", "existing") for way in TRITON]
+CASES += [(way, 7, torch.inf, "v", "nearest") for way in TRITON]
 OPTIONS = {"num_slots": 6, "chunk_size": 8}
 LENGTH = 21
 SUMS = ("key_sum", "value_sum", "weight")
@@ -45,8 +46,7 @@ def unspoilt(backend, dtype, merge):
 
 
 @quiet
-@pytest.mark.parametrize(("way", "token", "bad", "merge"), CASES, ids=str)
-@pytest.mark.parametrize("where", ["k", "v"])
+@pytest.mark.parametrize(("way", "token", "bad", "where", "merge"), CASES, ids=str)
 def test_a_bad_token_reaches_no_output_before_it(way, bad, where, token, merge):
     backend, dtype = way
     _, changed = spoilt(dtype, where, bad, token)

@@ -48,9 +48,7 @@ def two_calls(q, k, v, weights, log_forget, options):
 @pytest.mark.parametrize(
     ("gated", "options"),
     [
-        ((), {}),
-        ((), {"merge": "nearest", "ablation": {"bias": "count+norm"}}),
-        ((), {"ablation": {"rate": 0.3}, "growth": "linear"}),
+        ((), {"ablation": {"bias": "count+norm", "rate": 0.3}, "growth": "linear"}),
         (("token_weights",), {"merge": "updated"}),
         (("log_forget",), {}),
         (("token_weights", "log_forget"), {"merge": "nearest"}),

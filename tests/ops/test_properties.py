@@ -11,7 +11,7 @@ from tests.ops.common import assert_same_state, attend, inputs
 
 pytestmark = pytest.mark.filterwarnings("error")
 
-SETTINGS = hypothesis.settings(max_examples=60)
+SETTINGS = hypothesis.settings(max_examples=40)
 
 
 @st.composite
@@ -73,7 +73,7 @@ def test_backends_agree(call):
         assert_close(o, o_ref)
 
 
-@hypothesis.settings(max_examples=30)
+@hypothesis.settings(max_examples=20)
 @hypothesis.given(calls(), st.sampled_from([0, 0.5, 2]), st.integers(0, 50))
 def test_pairs_are_merged_alike_by_every_backend_and_in_parts(call, value_weight, cut):
     q, k, v, options = call
@@ -159,7 +159,7 @@ def test_resizing_keeps_every_token(call, num_slots):
     assert after.num_seen.tolist() == [2 * q.shape[1]] * q.shape[0]
 
 
-@hypothesis.settings(max_examples=20)
+@hypothesis.settings(max_examples=10)
 @hypothesis.given(calls())
 def test_save_and_load(tmp_path_factory, call):
     q, k, v, options = call

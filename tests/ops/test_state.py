@@ -47,10 +47,10 @@ def test_continuous_batching(variant):
             assert_same_state(batch.select([place]), state)
 
     states = list(alone)
-    for t in range(10):
+    for t in range(6):
         step(t)
     batch, rows, states = batch.select([3, 0, 2]), [3, 0, 2], [states[3], states[0], states[2]]
-    for t in range(10, 20):
+    for t in range(6, 12):
         step(t)
     newcomer = prefilled(1, 30, seed=5, **variant)
     batch, rows, states = OVQState.concatenate([batch, newcomer]), [*rows, 1], [*states, newcomer]
@@ -59,7 +59,7 @@ def test_continuous_batching(variant):
         [0, 0, 1, 3],
         [states[i] for i in (1, 1, 3, 0)],
     )
-    for t in range(20, 40):
+    for t in range(12, 24):
         step(t)
 
 
@@ -194,7 +194,7 @@ def test_growing_lets_the_schedule_open_more():
 @pytest.mark.parametrize("value_weight", [0, 0.5, 2])
 def test_shrinking_merges_what_is_nearest_and_keeps_every_token(value_weight, merge):
     """As plain NumPy does with the tokens of the slots, an eighth at a time, in the order of the lowest."""
-    lengths, num_slots = [203, 19], 9
+    lengths, num_slots = [107, 19], 9
     options = {"num_slots": 24, "chunk_size": 8, "growth": "plateau"}
     rows = [inputs(1, n, 4, 2, seed=n) for n in lengths]
     states = [attend(*row, merge=merge, **options)[1] for row in rows]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ovq.ops import backend_used, ovq_attention, slot_assignments
-from tests.ops.common import CPU, KERNEL_MERGES, assert_same_state, attend, either_rule, inputs
+from tests.ops.common import CPU, KERNEL_MERGES, assert_same_state, attend, by_turns, either_rule, inputs
 from tests.ops.test_merge_weights import token_weights
 
 pytestmark = pytest.mark.skipif(not CPU, reason="no compiled kernels")
@@ -17,7 +17,6 @@ pytestmark = pytest.mark.skipif(not CPU, reason="no compiled kernels")
 SHAPES = [(2, 37, 4, 2, 7, 3, 5, 7), (1, 30, 1, 1, 5, 9, 1, 4), (1, 41, 2, 2, 4, 4, 64, 8)]
 WIDE = (1, 140, 2, 1, 33, 20, 50, 60)
 KINDS = ["positive", "some zero", "tiny", "all zero"]
-each_kind = pytest.mark.parametrize("kind", KINDS)
 # Error allowed in outputs and gradients, over the size of the latter.
 BOUNDS = {torch.float32: 3e-5, torch.bfloat16: 0.03, torch.float16: 4e-3}
 
@@ -64,9 +63,13 @@ def assert_equal_results(found, expected, bound):
 
 
 @pytest.mark.parametrize(
-    ("shape", "kind"), [*itertools.product(SHAPES, KINDS), (WIDE, "positive"), (WIDE, "some zero")], ids=str
+    ("shape", "kind", "merge"),
+    [
+        *by_turns(SHAPES, KINDS, KERNEL_MERGES),
+        *zip([WIDE] * 2, ["positive", "some zero"], KERNEL_MERGES, strict=True),
+    ],
+    ids=str,
 )
-@either_rule
 def test_kernels_equal_naive(shape, kind, merge):
     *sizes, num_slots, chunk_size = shape
     options = {"num_slots": num_slots, "chunk_size": chunk_size, "merge": merge}
@@ -87,9 +90,7 @@ def test_kernels_equal_naive_in_other_dtypes(dtype, merge):
     assert_equal_results(results("cpu", tensors, options, [70]), expected, BOUNDS[dtype])
 
 
-@pytest.mark.parametrize("seed", range(6))
-@each_kind
-@either_rule
+@pytest.mark.parametrize(("seed", "kind", "merge"), by_turns(range(6), KINDS, KERNEL_MERGES))
 def test_keys_that_repeat_and_weights_that_cost_nothing(kind, merge, seed):
     """Of many pairs that cost nothing the order decides, and not all of them are merged."""
     chunk_size, num_slots = [(4, 6), (8, 20), (16, 9), (8, 3)][seed % 4]

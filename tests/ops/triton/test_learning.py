@@ -4,15 +4,14 @@ import pytest
 import torch
 
 from ovq.ops import slot_assignments
-from tests.ops.common import assert_same_state, either_rule
+from tests.ops.common import assert_same_state
 from tests.ops.test_assignments import clustered
 
 pytest.importorskip("triton", reason="the extra ovq[triton] is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
-@either_rule
-@pytest.mark.parametrize("has_weights", [False, True])
+@pytest.mark.parametrize(("merge", "has_weights"), [("existing", False), ("nearest", True)])
 def test_they_say_where_tokens_go(merge, has_weights):
     """Rows of two lengths, the shorter one first, that begin with pending tokens and end with some."""
     k, v = clustered(2, 40)

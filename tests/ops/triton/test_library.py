@@ -16,10 +16,10 @@ OPTIONS = {"num_slots": 4, "chunk_size": 4, "backend": "triton"}
 
 
 # How rows are given in a graph, `tests/ops/test_operator.py` tests with backends that take less time.
-SLOW = [pytest.param(rows, marks=pytest.mark.slow) for rows in ("dense", "packed")]
+SLOW = [pytest.param(rows, marks=pytest.mark.slow) for rows in ("dense", "padded", "packed")]
 
 
-@pytest.mark.parametrize("rows", ["padded", "checked", "nearest", *SLOW])
+@pytest.mark.parametrize("rows", ["checked", "nearest", *SLOW])
 def test_a_compiled_call_is_one_whole_graph(rows):
     q, k, v = inputs(1, 9, 2, 1, 4, 3, dtype=torch.float32)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1]])
