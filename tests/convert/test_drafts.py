@@ -1,6 +1,7 @@
 """Drafts with converted models: what `crop` takes out was never merged, and answers are the greedy ones."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from ovq.convert import attach
 from ovq.hf.cache import CACHE_KEY
 from tests.convert.common import IDS, converted, original, tokens
 
-GREEDY = {"do_sample": False, "max_new_tokens": 60}
+GREEDY = {"do_sample": False, "max_new_tokens": 40}
 PROMPT = tokens(1, 25, seed=3).repeat(1, 2)
 
 
@@ -26,14 +27,19 @@ def answer(model, **options):
     return model.generate(PROMPT, attention_mask=torch.ones_like(PROMPT), **GREEDY, **options)
 
 
+@pytest.fixture(scope="module")
+def expected(model):
+    """The answer without drafts."""
+    return answer(model)
+
+
 @pytest.mark.parametrize("most", [256, 10])
-def test_prompt_lookup_gives_the_greedy_answer(model, most, monkeypatch):
+def test_prompt_lookup_gives_the_greedy_answer(model, expected, most, monkeypatch):
     monkeypatch.setattr(ovq.convert.cache, "MOST_CROPPED", most)
-    assert torch.equal(answer(model, prompt_lookup_num_tokens=6), answer(model))
+    assert torch.equal(answer(model, prompt_lookup_num_tokens=6), expected)
 
 
-def test_assistants_give_the_greedy_answer(model):
-    expected = answer(model)
+def test_assistants_give_the_greedy_answer(model, expected):
     assert torch.equal(answer(model, assistant_model=original().double()), expected)
     # A converted model may be the assistant, too.
     full = original().double()
@@ -41,8 +47,8 @@ def test_assistants_give_the_greedy_answer(model):
     assert torch.equal(answer(full, assistant_model=model), answer(full))
 
 
-def test_what_a_given_cache_has_read_is_not_read_again(model):
-    expected, cache = answer(model), model.make_cache()
+def test_what_a_given_cache_has_read_is_not_read_again(model, expected):
+    cache = model.make_cache()
     model(PROMPT[:, :-3], **{CACHE_KEY: cache})
     assert torch.equal(answer(model, prompt_lookup_num_tokens=6, **{CACHE_KEY: cache}), expected)
 
@@ -52,6 +58,17 @@ def states(cache):
         yield from layer.parts().values()
 
 
+@pytest.fixture(scope="module")
+def befores(model):
+    """Caches by the number of tokens that they have read. Merges come every 8 tokens."""
+    cache, found = model.make_cache(), {}
+    with torch.no_grad():
+        for start in range(0, 80, 19):
+            found[start] = cache.snapshot()
+            model(IDS[:1, start : start + 19], **{CACHE_KEY: cache})
+    return found
+
+
 @pytest.mark.parametrize(
     ("sizes", "most", "nums"),
     [
@@ -59,31 +76,25 @@ def states(cache):
         ([2, 9, 1], 256, [1, 5, 11]),
         # More than is recorded.
         ([12], 10, [2, 10]),
-        ([3] * 6, 8, [1, 8, 9]),
+        ([3] * 4, 8, [1, 8, 9]),
     ],
 )
-def test_what_is_cropped_was_never_read(model, sizes, most, nums, monkeypatch):
+@torch.no_grad()
+def test_what_is_cropped_was_never_read(model, befores, sizes, most, nums, monkeypatch):
     monkeypatch.setattr(ovq.convert.cache, "MOST_CROPPED", most)
-    whole = model.make_cache()
-    with torch.no_grad():
-        for start in range(80):
-            before = whole.snapshot()
-            # Merges come every 8 tokens.
-            if start % 13 == 0:
-                for num in nums:
-                    cache, place = before.snapshot(), start
-                    cache.activate_past_recording()
-                    for size in sizes:
-                        place += size
-                        model(IDS[:1, place - size : place], **{CACHE_KEY: cache})
-                    cache.crop(-num)
-                    expected = before.snapshot()
-                    if left := sum(sizes) - num:
-                        model(IDS[:1, start : start + left], **{CACHE_KEY: expected})
-                    assert cache.get_seq_length() == start + left
-                    for one, other in zip(states(cache), states(expected), strict=start + left > 0):
-                        torch.testing.assert_close(one, other)
-            model(IDS[:1, start : start + 1], **{CACHE_KEY: whole})
+    for num, (start, before) in itertools.product(nums, befores.items()):
+        cache, place = before.snapshot(), start
+        cache.activate_past_recording()
+        for size in sizes:
+            place += size
+            model(IDS[:1, place - size : place], **{CACHE_KEY: cache})
+        cache.crop(-num)
+        expected = before.snapshot()
+        if left := sum(sizes) - num:
+            model(IDS[:1, start : start + left], **{CACHE_KEY: expected})
+        assert cache.get_seq_length() == start + left
+        for one, other in zip(states(cache), states(expected), strict=start + left > 0):
+            torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["kernels", "torch"])

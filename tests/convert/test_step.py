@@ -18,7 +18,7 @@ from ovq.hf.streaming import stream_tokens
 from ovq.ops import cpu_kernels
 from ovq.ops.backends.cpu.weights import matrix_product, packed
 from tests.convert.common import IDS, KINDS, MEMORY, SIZES, converted, original, read
-from tests.ops.common import other_defaults
+from tests.ops.common import by_turns, other_defaults
 
 pytestmark = pytest.mark.skipif(
     not cpu_kernels().startswith("compiled"), reason="there are no kernels on this machine"
@@ -45,21 +45,19 @@ def check_equal(found, expected, *, tolerance=1e-4):
     assert (found - expected).abs().max() < tolerance * expected.abs().max()
 
 
-@pytest.mark.parametrize("has_learned", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
-def test_logits_and_memories_are_those_of_modules(kind, has_learned, steps, by_modules):
+@pytest.mark.parametrize(("kind", "has_learned", "num_rows"), by_turns(KINDS, [False, True], [1, 5]))
+def test_logits_and_memories_are_those_of_modules(kind, has_learned, num_rows, steps, by_modules):
     model = converted(kind)
     if has_learned:
         memory = dataclasses.replace(model.memory_config, **LEARNED)
         model = attach(original(kind), config=memory)
-    for num_rows in (1, 5):
-        steps[:] = 0, 0
-        found, cache = read(model, IDS[:num_rows])
-        # All but the prompt; from the 45th token on rows are re-positioned after every fifth.
-        assert steps == [80, 1]
-        expected, other = by_modules(read, model, IDS[:num_rows])
-        check_equal(found, expected)
-        check_equal_caches(cache, other)
+    steps[:] = 0, 0
+    found, cache = read(model, IDS[:num_rows, :70])
+    # All but the prompt; from the 45th token on rows are re-positioned after every fifth.
+    assert steps == [50, 1]
+    expected, other = by_modules(read, model, IDS[:num_rows, :70])
+    check_equal(found, expected)
+    check_equal_caches(cache, other)
 
 
 @pytest.mark.parametrize("state_dtype", ["bfloat16", "int8"])
@@ -114,8 +112,10 @@ def test_biases_of_qwen2(by_modules):
     check_equal(read(model, IDS[:2])[0], by_modules(read, model, IDS[:2])[0])
 
 
-@pytest.mark.parametrize("name", ["bfloat16", "int8", "int4"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("llama", "bfloat16"), ("qwen2", "int8"), ("qwen3", "int4"), ("mistral", "bfloat16"), ("llama", "int4")],
+)
 def test_narrow_weights_are_those_of_modules_with_these_weights(kind, name, steps, by_modules):
     model = converted(kind, weight_dtype=name)
     narrow = converted(kind)
@@ -248,7 +248,7 @@ def test_generate_writes_what_modules_write(kind, steps, by_modules):
     mask[1, :7] = 0
 
     def written():
-        options = {"max_new_tokens": 60, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        options = {"max_new_tokens": 50, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
         # Which of equal tokens are merged depends on roundings.
         options["no_repeat_ngram_size"] = 2
         return model.generate(IDS[:2, :20], attention_mask=mask, **options)

@@ -12,8 +12,7 @@ pytest.importorskip("triton", reason="the extra ovq[triton] is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
-@pytest.mark.parametrize("merge", ["nearest", "existing"])
-@pytest.mark.parametrize("state_dtype", ["float32", "int8"])
+@pytest.mark.parametrize(("merge", "state_dtype"), [("nearest", "int8"), ("existing", "float32")])
 def test_the_kernels_for_gpus_merge_what_leaves_the_windows(merge, state_dtype, monkeypatch):
     """With weights, in rows that merge at different tokens: the sums of PyTorch's merging to the last bit."""
     monkeypatch.setattr(compiled, "is_compiled", lambda *args: False)
