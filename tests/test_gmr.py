@@ -70,11 +70,12 @@ def test_of_means_of_equal_norm_the_default_read_is_the_conditional_mean():
 def test_partial_fit_equals_the_update(growth, cuts):
     tensors, (_, keys, values) = stream(70)
     model = GaussianMixtureRegressor(growth=growth, **OPTIONS)
-    seen = 0
+    seen, state = 0, None
     for k, v in zip(np.split(keys, cuts), np.split(values, cuts), strict=True):
         model.partial_fit(k, v)
+        tokens = [t[:, seen : seen + len(k)] for t in tensors]
+        _, state = attend(*tokens, growth=growth, initial_state=state, **OPTIONS)
         seen += len(k)
-        _, state = attend(*(t[:, :seen] for t in tensors), growth=growth, **OPTIONS)
         np.testing.assert_array_equal(model.count_, state.count[0, 0])
         np.testing.assert_allclose(model.key_sum_, state.key_sum[0, 0], atol=1e-12)
         np.testing.assert_allclose(model.value_sum_, state.value_sum[0, 0], atol=1e-12)

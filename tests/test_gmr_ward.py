@@ -43,13 +43,12 @@ def squared_error(model, keys, values):
 def test_partial_fit_equals_the_update(make, options, cuts, merge):
     tensors, (_, keys, values) = make(70)
     model = GaussianMixtureRegressor(**OPTIONS, merge=merge, **options)
-    seen = 0
+    seen, state, given = 0, None, {**OPTIONS, "merge": merge, "backend": "naive", **options}
     for k, v in zip(np.split(keys, cuts), np.split(values, cuts), strict=True):
         model.partial_fit(k, v)
+        tokens = [t[:, seen : seen + len(k)] for t in tensors]
+        _, state = attend(*tokens, initial_state=state, **given)
         seen += len(k)
-        if seen % CHUNK and seen < 70:
-            continue
-        _, state = attend(*(t[:, :seen] for t in tensors), backend="naive", **OPTIONS, merge=merge, **options)
         np.testing.assert_array_equal(model.count_, state.count[0, 0])
         np.testing.assert_allclose(model.key_sum_, state.key_sum[0, 0], atol=1e-12)
         np.testing.assert_allclose(model.value_sum_, state.value_sum[0, 0], atol=1e-12)

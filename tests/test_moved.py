@@ -13,7 +13,7 @@ from ovq_lab.train.config import TrainArgs
 
 
 def imported_by_old_names():
-    return [name for name in sys.modules if any(f"{name}.".startswith(f"{old}.") for old in moved.MOVED)]
+    return [name for name in sys.modules if f"{name}.".startswith(tuple(f"{old}." for old in moved.MOVED))]
 
 
 @pytest.fixture(autouse=True)

@@ -84,7 +84,7 @@ def test_what_is_read_of_the_tokens_behind_slots_is_the_output_of_the_op(merge):
     st.sampled_from(["existing", "updated", "nearest"]),
     st.integers(0, 99),
 )
-@settings(max_examples=25)
+@settings(max_examples=12)
 def test_slots_and_moves_tell_where_tokens_are_at_any_time(num_tokens, chunk_size, num_slots, merge, seed):
     call = recorded(num_tokens, seed=seed, chunk_size=chunk_size, num_slots=num_slots, merge=merge)
     memory, found = layer_memory(call, layer=0, num_reads=2), call.assignments()

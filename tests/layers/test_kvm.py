@@ -140,7 +140,7 @@ def token_by_token(layer, x):
     return torch.stack(all_outputs), memories
 
 
-@pytest.mark.parametrize("num_tokens", [2, 7, 24])
+@pytest.mark.parametrize("num_tokens", [2, 7, 18])
 @pytest.mark.parametrize(
     "options",
     [

@@ -2,7 +2,6 @@
 
 import ctypes
 import io
-import multiprocessing
 import os
 import signal
 import sys
@@ -16,6 +15,7 @@ from ovq.runtime.progress import Reporter
 from ovq_lab.runtime import workers
 from ovq_lab.runtime.allocator import keep_freed_memory
 from ovq_lab.runtime.workers import run_jobs
+from tests.processes import forked
 
 
 def look_around(job, reporter):
@@ -24,7 +24,7 @@ def look_around(job, reporter):
     (folder / str(os.getpid())).touch()
     while len(list(folder.iterdir())) < 2:
         time.sleep(0.01)
-    time.sleep(0.5 - 0.25 * job)
+    time.sleep(0.2 - 0.1 * job)
     work = reporter.start(f"job {job}", total=2)
     work.update(1, note="half")
     work.update(2, note="done")
@@ -42,10 +42,10 @@ def end_badly(job, _reporter):
     time.sleep(300)
 
 
-def time_to_fail(_job, _reporter):
-    """A job that lasts until a process that was started before it has failed."""
-    time.sleep(1)
-    return "done"
+def fail_later(_job, _reporter):
+    """A job that lasts until a process that was started before it has failed, and fails otherwise."""
+    time.sleep(0.5)
+    raise ValueError("expected luck, found none")
 
 
 def test_results_come_in_the_order_of_the_jobs(monkeypatch, tmp_path):
@@ -86,15 +86,12 @@ def test_a_job_that_fails_ends_the_others(job, error, message, monkeypatch):
 def test_other_processes_of_the_program_are_none_of_its_business(monkeypatch):
     """Neither is one that fails taken for a worker, nor one that goes on ended with the workers."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    context = multiprocessing.get_context("spawn")
-    failing, going_on = (context.Process(target=f, args=(x,)) for f, x in ((sys.exit, 3), (time.sleep, 300)))
+    failing, going_on = forked(sys.exit, 3), forked(time.sleep, 300)
     failing.start()
     going_on.start()
     try:
-        with Reporter(Console(quiet=True)) as reporter:
-            assert run_jobs(time_to_fail, [0], reporter=reporter) == ["done"]
-            with pytest.raises(ValueError, match="expected luck"):
-                run_jobs(end_badly, ["fail"], reporter=reporter)
+        with Reporter(Console(quiet=True)) as reporter, pytest.raises(ValueError, match="expected luck"):
+            run_jobs(fail_later, [0], reporter=reporter)
         assert failing.exitcode == 3
         going_on.join(0.5)
         assert going_on.exitcode is None
