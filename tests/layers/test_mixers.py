@@ -171,7 +171,7 @@ def test_every_parameter_gets_a_gradient(mixer, x):
 
 @pytest.mark.parametrize("num_tokens", [1, 3, 4, TOKENS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_a_cache_holds_what_is_specified(mixer, x, num_tokens, dtype):
+def test_state_bytes_is_the_size_of_a_real_cache(mixer, x, num_tokens, dtype):
     _, _, cache = mixer.to(dtype)(x[:, :num_tokens].to(dtype), use_cache=True)
     found = {name: (tuple(t.shape), t.dtype) for name, t in cache.layers[0].parts().items()}
     assert found == of_rows(mixer.state_spec(num_tokens, dtype), ROWS)

@@ -12,8 +12,8 @@ from ovq.ops.options import CURRENT_MERGES
 from tests.ops.common import CPU, assert_same_state, attend, inputs
 
 # How often memory is laid out anew for each of them.
-WAYS = [("naive", torch.float64, 2), ("torch", torch.float64, 10), ("torch", torch.float32, 3)]
-WAYS += [(x, torch.float32, 10) for x in CPU]
+WAYS = [("naive", torch.float64, 2), ("torch", torch.float64, 6), ("torch", torch.float32, 2)]
+WAYS += [(x, torch.float32, 8) for x in CPU]
 if importlib.util.find_spec("triton"):
     WAYS.append(("triton", torch.float32, 1))
 ROW_TENSORS = ("key_sum", "value_sum", "count", "pending_keys", "pending_values")

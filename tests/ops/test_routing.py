@@ -150,7 +150,7 @@ def test_keys_that_are_not_finite_open_slots_last_and_in_order(backend):
 @pytest.mark.parametrize("backend", ["torch", *CPU])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_assignments_do_not_depend_on_batch_or_threads(threads, backend):
-    q, k, v = inputs(3, 500, 2, 2, 16, 4, dtype=torch.float32)
+    q, k, v = inputs(3, 150, 2, 2, 16, 4, dtype=torch.float32)
     options = {"num_slots": 64, "chunk_size": 32, "backend": backend}
     _, whole = attend(q, k, v, **options)
     before = torch.get_num_threads()
