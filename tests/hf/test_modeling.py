@@ -78,6 +78,20 @@ def test_embeddings_in_the_place_of_ids(model):
             model(**wrong)
 
 
+def test_ids_beyond_the_vocabulary_are_named(model):
+    ids = random_ids(2, 9)
+    last = model.config.vocab_size - 1
+    for wrong in (last + 1, -1):
+        bad = ids.clone()
+        bad[1, 3] = wrong
+        found = f"expected ids from 0 to {last}, found .*{wrong}"
+        with pytest.raises(ValueError, match=f"input_ids: {found}"):
+            model(bad)
+        for options in ({}, {"skip_logits": True}):
+            with pytest.raises(ValueError, match=f"labels: {found}"):
+                model(ids, labels=bad, **options)
+
+
 def test_logits_to_keep(model):
     ids = random_ids(2, 9)
     logits = model(ids).logits

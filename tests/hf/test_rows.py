@@ -129,6 +129,8 @@ def test_a_long_context_needs_no_long_mask(name):
     short.read(STREAMS[:1, :2])
     rows = Rows.joined([rows, short])
     assert rows.lengths == [600, 600, 2]
+    with pytest.raises(ValueError, match="parts: expected at least one, found none"):
+        Rows.joined([])
     assert rows._cache.get_seq_length() < 80
     prompts = random_ids(3, 5, seed=4)
     logits = rows.read(prompts)

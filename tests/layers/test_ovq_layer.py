@@ -1,6 +1,9 @@
 """The OVQ layer: what it has in common with full attention, and its elastic dictionary."""
 
+import copy
 import inspect
+import pickle
+import warnings
 
 import pytest
 import torch
@@ -142,3 +145,24 @@ def test_the_registry_names_what_there_is():
     softmax = {"full_attention", "fox", "sliding_attention", "sink_attention"}
     recurrent = {"linear_attention", "gated_deltanet", "kda", "mesanet", "mamba2"}
     assert set(MIXERS) == {"ovq", "vq", "kvm", "raven"} | recurrent | softmax
+
+
+@torch.no_grad()
+def test_layers_that_share_a_cache_need_an_index():
+    """Two that are layer 0 would each read the tokens of the other, which nothing else shows."""
+    first, second = (OVQAttention(16, 2, num_slots=8, chunk_size=4) for _ in range(2))
+    x = torch.randn(1, 6, 16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        *_, cache = first(x, use_cache=True)
+        first(x, past_key_values=cache)
+        # What is copied or read from a file belongs to the layer that goes on.
+        for copied in (pickle.loads(pickle.dumps(cache)), copy.deepcopy(cache)):
+            second(x, past_key_values=copied)
+        first_of_two, second_of_two = (
+            OVQAttention(16, 2, num_slots=8, chunk_size=4, layer_idx=i) for i in range(2)
+        )
+        *_, shared = first_of_two(x, use_cache=True)
+        second_of_two(x, past_key_values=shared)
+    with pytest.warns(UserWarning, match="two layers without layer_idx read tokens into layer 0"):
+        second(x, past_key_values=cache)

@@ -475,7 +475,7 @@ def test_a_summary_counts_what_is_there(merge):
 
 
 def test_what_is_printed_is_one_line():
-    state = OVQState.concatenate([prefilled(1, n, seed=n) for n in (3, 61)])
+    state = OVQState.concatenate(prefilled(1, n, seed=n) for n in (3, 61))
     slots, nbytes = state.count.shape[2], f"{state.nbytes:,}"
     assert repr(state) == (
         f"OVQState(rows=2, heads=2, num_seen=3..61, slots={slots} of 12, chunk_size=8, "

@@ -33,10 +33,16 @@ def look_around(job, reporter):
     return job, os.getpid(), torch.get_num_threads(), signal.getsignal(signal.SIGINT), is_blocked
 
 
+class Unpicklable(Exception):
+    """Holds a function that exists in one process alone."""
+
+
 def end_badly(job, _reporter):
     """A job that fails, is killed, or goes on for longer than anyone would wait."""
     if job == "fail":
         raise ValueError("expected luck, found none")
+    if job == "fail with what cannot be pickled":
+        raise Unpicklable("expected a reason", lambda: None)
     if job == "be killed":
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(300)
@@ -72,6 +78,7 @@ def test_results_come_in_the_order_of_the_jobs(monkeypatch, tmp_path):
     ("job", "error", "message"),
     [
         ("fail", ValueError, "expected luck, found none"),
+        ("fail with what cannot be pickled", RuntimeError, "Unpicklable: .*expected a reason"),
         ("be killed", OSError, "a worker process was killed, perhaps because memory ran out"),
     ],
 )

@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -182,4 +183,12 @@ _reporter: RemoteReporter
 
 def _call(function: Callable[[Job, RemoteReporter], Result], job: Job) -> Result:
     """Run a job in a worker process."""
-    return function(job, _reporter)
+    try:
+        return function(job, _reporter)
+    except Exception as error:
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:
+            # Otherwise the parent could not read it, and would call the worker killed.
+            raise RuntimeError(f"{type(error).__name__}: {error}") from None
+        raise

@@ -103,7 +103,11 @@ class OVQModel(OVQPreTrainedModel):
             raise ValueError("expected exactly one of input_ids and inputs_embeds, found both or neither")
         _check_inputs(input_ids, inputs_embeds, self.config.hidden_size)
         if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
+            try:
+                inputs_embeds = self.embed_tokens(input_ids)
+            except IndexError:
+                _check_ids("input_ids", input_ids, self.config.vocab_size)
+                raise
         past = one_cache(past_key_values, cache)
         if past is not None and len(past.layers) != len(self.layers):
             raise ValueError(
@@ -316,6 +320,7 @@ class OVQForCausalLM(CachedGeneration, OVQPreTrainedModel, GenerationMixin):
         if skip_logits and not torch.compiler.is_compiling():
             kept = targets != -100
             targets, hidden_states = targets[kept], hidden_states[kept]
+            _check_ids("labels", targets, self.config.vocab_size)
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             hidden_states = hidden_states[:, kept]
@@ -326,14 +331,18 @@ class OVQForCausalLM(CachedGeneration, OVQPreTrainedModel, GenerationMixin):
             logits = self.lm_head(hidden_states)
         if has_targets:
             if loss is None:
-                loss = self.loss_function(
-                    logits,
-                    # For custom losses, which shift the labels themselves.
-                    None if skip_logits else labels,
-                    self.config.vocab_size,
-                    num_items_in_batch=num_items_in_batch,
-                    shift_labels=targets,
-                )
+                try:
+                    loss = self.loss_function(
+                        logits,
+                        # For custom losses, which shift the labels themselves.
+                        None if skip_logits else labels,
+                        self.config.vocab_size,
+                        num_items_in_batch=num_items_in_batch,
+                        shift_labels=targets,
+                    )
+                except IndexError:
+                    _check_ids("labels", targets[targets != -100], self.config.vocab_size)
+                    raise
             if outputs.auxiliary_loss is not None:
                 # The other losses of a step's micro-batches are summed, each weighted by its share of the
                 # step's targets.
@@ -385,6 +394,13 @@ def _check_inputs(input_ids: Tensor | None, inputs_embeds: Tensor | None, hidden
     if inputs_embeds is not None and (inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != hidden_size):
         raise ValueError(
             f"inputs_embeds: expected shape [B, T, {hidden_size}], found {list(inputs_embeds.shape)}"
+        )
+
+
+def _check_ids(name: str, ids: Tensor | None, vocab_size: int) -> None:
+    if ids is not None and ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < vocab_size):
+        raise ValueError(
+            f"{name}: expected ids from 0 to {vocab_size - 1}, found {int(ids.min())} to {int(ids.max())}"
         )
 
 

@@ -108,7 +108,13 @@ class Rows:
 
     @classmethod
     def joined(cls, parts: Sequence[Self]) -> Self:
-        """The rows of several parts, in order; each has read at least one token. The parts do not change."""
+        """The rows of several parts, in order; each has read at least one token. The parts do not change.
+
+        Raises:
+            ValueError: if there are no parts.
+        """
+        if not parts:
+            raise ValueError("parts: expected at least one, found none")
         caches = [part._cache for part in parts]
         joined = type(caches[0]).concatenate(caches)
         rows = cls(parts[0].model, joined, [length for part in parts for length in part.lengths])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -32,7 +33,7 @@ class Mixer(nn.Module, ABC):
         num_channels: number of channels that are convolved and mixed.
         num_outputs: width of the result of `mix`.
         conv_size: kernel size of the causal depthwise convolution on the channels; 0 for none.
-        layer_idx: index of the layer in the cache; None means 0.
+        layer_idx: index of the layer in the cache; layers that share a cache need one each. None means 0.
         use_rope: whether to apply rotary embedding to queries and keys; refused by mixers without it.
 
     Raises:
@@ -283,6 +284,12 @@ class Mixer(nn.Module, ABC):
         if found != memory:
             found = type(layers[idx]).__name__ if found is None else found.kind
             raise ValueError(f"expected layer {idx} of past_key_values to hold {memory.kind}, found {found}")
+        if self.layer_idx is None and not torch.compiler.is_compiling() and not layers[idx].is_read_by(self):
+            warnings.warn(
+                "two layers without layer_idx read tokens into layer 0 of one past_key_values, each "
+                "the other's too; expected layer_idx=0, 1, ... for those of a model, or a cache for each",
+                stacklevel=3,
+            )
         return layers[idx]
 
     def _check_hidden_states(self, hidden_states: Tensor) -> None:

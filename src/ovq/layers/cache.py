@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,19 @@ class LayerCache:
         self.conv_state: Tensor | None = None
         self.num_columns = 0
         self.has_padding = False
+        self._reader: weakref.ref[Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and files get: everything but the layer that reads this."""
+        return self.__dict__ | {"_reader": None}
+
+    def is_read_by(self, layer: Any) -> bool:
+        """Whether no other living layer has read tokens into this cache; `layer` reads the next ones."""
+        reader = None if self._reader is None or not self.num_columns else self._reader()
+        if reader is None or reader is layer:
+            self._reader = weakref.ref(layer)
+            return True
+        return False
 
     def branch(self) -> Self:
         """An independent copy of the cache. States are values, so no tensor is copied."""

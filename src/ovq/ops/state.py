@@ -260,6 +260,7 @@ class OVQState:
 
         The states may differ only in the number of rows and of allocated slots.
         """
+        states = list(states)
         if not states:
             raise ValueError("states: expected at least one state, found none")
         for state in states:
