@@ -113,7 +113,8 @@ def _nearest_item(a: int, x: Tensor, mass: Tensor, items: list[int], size: float
 
     Items of zero mass are no targets, unless all items have zero mass.
     """
-    targets = [b for b in items if mass[b] > 0] or items
+    has_mass = (mass > 0).tolist()
+    targets = [b for b in items if has_mass[b]] or items
     others = [b for b in targets if b != a]
     if not others:
         return a
