@@ -159,10 +159,15 @@ def test_layers_that_share_a_cache_need_an_index():
         # What is copied or read from a file belongs to the layer that goes on.
         for copied in (pickle.loads(pickle.dumps(cache)), copy.deepcopy(cache)):
             second(x, past_key_values=copied)
+            first(x, past_key_values=copied)
         first_of_two, second_of_two = (
             OVQAttention(16, 2, num_slots=8, chunk_size=4, layer_idx=i) for i in range(2)
         )
         *_, shared = first_of_two(x, use_cache=True)
-        second_of_two(x, past_key_values=shared)
-    with pytest.warns(UserWarning, match="two layers without layer_idx read tokens into layer 0"):
+        for layer in (second_of_two, first_of_two, second_of_two):
+            layer(x, past_key_values=shared)
+        # So does a cache that is handed over.
         second(x, past_key_values=cache)
+        second(x, past_key_values=cache)
+    with pytest.warns(UserWarning, match="layers without layer_idx in turns read tokens into layer 0"):
+        first(x, past_key_values=cache)

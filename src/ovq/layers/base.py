@@ -255,6 +255,13 @@ class Mixer(nn.Module, ABC):
             cache.state, cache.num_columns = before
             raise
         cache.conv_state, cache.has_padding = conv_state, layout.mask is not None
+        has_no_index = self.layer_idx is None and not torch.compiler.is_compiling()
+        if has_no_index and cache.is_read_in_turns(self):
+            warnings.warn(
+                "layers without layer_idx in turns read tokens into layer 0 of one past_key_values, each "
+                "the others' too; expected layer_idx=0, 1, ... for those of a model, or a cache for each",
+                stacklevel=2,
+            )
         return o, None, past_key_values
 
     def _projected(self, o: Tensor, layout: SequenceLayout) -> Tensor:
@@ -284,12 +291,6 @@ class Mixer(nn.Module, ABC):
         if found != memory:
             found = type(layers[idx]).__name__ if found is None else found.kind
             raise ValueError(f"expected layer {idx} of past_key_values to hold {memory.kind}, found {found}")
-        if self.layer_idx is None and not torch.compiler.is_compiling() and not layers[idx].is_read_by(self):
-            warnings.warn(
-                "two layers without layer_idx read tokens into layer 0 of one past_key_values, each "
-                "the other's too; expected layer_idx=0, 1, ... for those of a model, or a cache for each",
-                stacklevel=3,
-            )
         return layers[idx]
 
     def _check_hidden_states(self, hidden_states: Tensor) -> None:

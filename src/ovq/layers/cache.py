@@ -52,19 +52,20 @@ class LayerCache:
         self.conv_state: Tensor | None = None
         self.num_columns = 0
         self.has_padding = False
-        self._reader: weakref.ref[Any] | None = None
+        self._readers: list[weakref.ref[Any]] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies and files get: everything but the layer that reads this."""
-        return self.__dict__ | {"_reader": None}
+        """What copies and files get: everything but the layers that read this."""
+        return self.__dict__ | {"_readers": []}
 
-    def is_read_by(self, layer: Any) -> bool:
-        """Whether no other living layer has read tokens into this cache; `layer` reads the next ones."""
-        reader = None if self._reader is None or not self.num_columns else self._reader()
-        if reader is None or reader is layer:
-            self._reader = weakref.ref(layer)
-            return True
-        return False
+    def is_read_in_turns(self, layer: Any) -> bool:
+        """Note that `layer` has read tokens into this cache; whether another has since it last did."""
+        readers = [reader() for reader in self._readers]
+        if readers and readers[-1] is layer:
+            return False
+        others = [reader for reader in readers if reader is not None and reader is not layer]
+        self._readers = [weakref.ref(reader) for reader in (*others, layer)]
+        return layer in readers
 
     def branch(self) -> Self:
         """An independent copy of the cache. States are values, so no tensor is copied."""
