@@ -342,8 +342,9 @@ def test_clients_that_are_killed_leave_nothing(ids, is_stream):
         list(pool.map(ask, clients))
     for client in clients:
         client.close()
+    # Those that a busy server has yet to see count, too.
+    until(lambda: ids.service.engine.scheduler.counts.cancelled == cancelled + 8)
     until(lambda: is_idle(ids))
-    assert ids.service.engine.scheduler.counts.cancelled == cancelled + 8
     until(lambda: ids.num_tasks <= num_tasks)
     assert answer_tokens(complete(ids, PROMPTS[1])) == [greedy(ids.service.served.model, PROMPTS[1], 12)]
 
