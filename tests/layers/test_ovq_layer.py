@@ -169,5 +169,5 @@ def test_layers_that_share_a_cache_need_an_index():
         # So does a cache that is handed over.
         second(x, past_key_values=cache)
         second(x, past_key_values=cache)
-    with pytest.warns(UserWarning, match="layers without layer_idx in turns read tokens into layer 0"):
+    with pytest.warns(UserWarning, match="several layers without layer_idx read tokens in turns"):
         first(x, past_key_values=cache)

@@ -256,10 +256,10 @@ class Mixer(nn.Module, ABC):
             raise
         cache.conv_state, cache.has_padding = conv_state, layout.mask is not None
         has_no_index = self.layer_idx is None and not torch.compiler.is_compiling()
-        if has_no_index and cache.is_read_in_turns(self):
+        if has_no_index and cache.note_reader(self):
             warnings.warn(
-                "layers without layer_idx in turns read tokens into layer 0 of one past_key_values, each "
-                "the others' too; expected layer_idx=0, 1, ... for those of a model, or a cache for each",
+                "past_key_values: several layers without layer_idx read tokens in turns into its layer 0, so "
+                "each sees those of the others; expected layer_idx=0, 1, ... for the layers of a model",
                 stacklevel=2,
             )
         return o, None, past_key_values

@@ -58,8 +58,8 @@ class LayerCache:
         """What copies and files get: everything but the layers that read this."""
         return self.__dict__ | {"_readers": []}
 
-    def is_read_in_turns(self, layer: Any) -> bool:
-        """Note that `layer` has read tokens into this cache; whether another has since it last did."""
+    def note_reader(self, layer: Any) -> bool:
+        """Note that `layer` has read tokens into this cache. Returns whether layers do so in turns."""
         readers = [reader() for reader in self._readers]
         if readers and readers[-1] is layer:
             return False
