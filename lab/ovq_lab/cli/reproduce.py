@@ -35,7 +35,7 @@ def reproduce(
         list[str] | None,
         typer.Option(
             metavar="LABEL",
-            help="Make only these lines of a figure again, and keep the others from its JSON file in "
+            help="Make only these lines of a figure, and keep the others of its JSON file, if any, in "
             "--out; * stands for any text; can be given several times.",
         ),
     ] = None,

@@ -74,11 +74,12 @@ def reproduce(figure: Figure, shop: Workshop, *, lines: Sequence[str] = ()) -> d
         figure: The figure.
         shop: Output folder and execution settings.
         lines: Patterns for the labels of lines to make anew, with `*` for any text. The rows of other lines,
-            and trials that were chosen before, are taken from `rows/NAME.json`. Empty to make all lines.
+            and trials that were chosen before, are taken from `rows/NAME.json`, if it exists. Empty to make
+            all lines.
 
     Raises:
         ValueError: If a run cannot be trained as it is configured, the folder has results of another preset,
-            or `lines` match none of the figure or leave some out that `rows/NAME.json` lacks.
+            or `lines` match none of the figure.
     """
     _check_preset(shop)
     path = shop.out / "rows" / f"{figure.name}.json"
@@ -101,7 +102,7 @@ def reproduce(figure: Figure, shop: Workshop, *, lines: Sequence[str] = ()) -> d
         # Without duplicates.
         "environments": [each for i, each in enumerate(environments) if each not in environments[:i]],
     }
-    if earlier:
+    if lines:
         results = joined_results(figure, part, earlier, results)
     for name in ("rows", "figures"):
         (shop.out / name).mkdir(parents=True, exist_ok=True)

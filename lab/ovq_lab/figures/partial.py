@@ -36,16 +36,14 @@ def chosen_lines(figure: Figure, patterns: Sequence[str]) -> Figure:
     return dataclasses.replace(figure, lines=chosen, panels=panels)
 
 
-def earlier_results(path: Path, figure: Figure, seeds: Sequence[int]) -> dict[str, Any]:
-    """Load the results of a figure of which some lines are remade.
+def earlier_results(path: Path, figure: Figure, seeds: Sequence[int]) -> dict[str, Any] | None:
+    """Load the results of a figure of which some lines are remade; None if there are none yet.
 
     Raises:
-        ValueError: If there is no such file, or it is of other seeds or of another held-out share.
+        ValueError: If they are of other seeds or of another held-out share.
     """
     if not path.is_file():
-        raise ValueError(
-            f"--lines: expected the results of an earlier {figure.name} in {path}, found no file"
-        )
+        return None
     results = load_results(path)
     if results["seeds"] != list(seeds):
         raise ValueError(f"--lines: expected {path} to be of seeds {list(seeds)}, found {results['seeds']}")
@@ -60,9 +58,9 @@ def earlier_results(path: Path, figure: Figure, seeds: Sequence[int]) -> dict[st
 
 
 def joined_results(
-    figure: Figure, part: Figure, earlier: dict[str, Any], made: dict[str, Any]
+    figure: Figure, part: Figure, earlier: dict[str, Any] | None, made: dict[str, Any]
 ) -> dict[str, Any]:
-    """Merge the earlier results of a figure with those of a remade part.
+    """Merge the earlier results of a figure, if there are any, with those of a remade part.
 
     `updates` records the remade lines with their command and environments; `note` names lines that are in
     neither.
@@ -71,32 +69,37 @@ def joined_results(
     rows = []
     # Lines with the same label and group share their rows.
     for place, line in {_place(line): line for line in figure.lines}.items():
-        source = made if place in anew else earlier
+        source = made["rows"] if place in anew else earlier["rows"] if earlier else []
         rule = line.config.model.merge if line.config.mixer == "ovq" else None
         # Rows of earlier versions lack the merge rule, which was that of training.
-        rows += [{"merge": rule, **row} for row in source["rows"] if (row["line"], row["group"]) == place]
+        rows += [{"merge": rule, **row} for row in source if (row["line"], row["group"]) == place]
+    found = {row["line"] for row in rows}
+    missing = [label for label in dict.fromkeys(line.label for line in figure.lines) if label not in found]
+    joined = {
+        **made,
+        "note": made["note"] + (f" Not made yet: {', '.join(missing)}." if missing else ""),
+        "panels": [dataclasses.asdict(panel) for panel in figure.panels],
+        "rows": rows,
+    }
+    if earlier is None:
+        return joined
     update = {
         "lines": list(dict.fromkeys(line.label for line in part.lines)),
         "command": made["command"],
         "environments": made["environments"],
     }
     swept = {entry["line"] for entry in made["sweep"]}
-    found = {row["line"] for row in rows}
-    missing = [label for label in dict.fromkeys(line.label for line in figure.lines) if label not in found]
     # Earlier updates keep the lines that still exist and are not remade now.
     updates = []
     for each in earlier.get("updates", []):
         lines = [label for label in each["lines"] if label in found and label not in update["lines"]]
         updates += [each | {"lines": lines}] if lines else []
     return {
-        **made,
-        "note": made["note"] + (f" Not made yet: {', '.join(missing)}." if missing else ""),
-        "panels": [dataclasses.asdict(panel) for panel in figure.panels],
+        **joined,
         "command": earlier["command"],
         "sweep": [entry for entry in earlier["sweep"] if entry["line"] not in swept] + made["sweep"],
         "environments": earlier["environments"],
         "updates": [*updates, update],
-        "rows": rows,
     }
 
 

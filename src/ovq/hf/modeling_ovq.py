@@ -398,10 +398,12 @@ def _check_inputs(input_ids: Tensor | None, inputs_embeds: Tensor | None, hidden
 
 
 def _check_ids(name: str, ids: Tensor | None, vocab_size: int) -> None:
-    if ids is not None and ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < vocab_size):
-        raise ValueError(
-            f"{name}: expected ids from 0 to {vocab_size - 1}, found {int(ids.min())} to {int(ids.max())}"
-        )
+    if ids is None or ids.numel() == 0:
+        return
+    # One transfer from the device.
+    lowest, highest = torch.stack(ids.aminmax()).tolist()
+    if lowest < 0 or highest >= vocab_size:
+        raise ValueError(f"{name}: expected ids from 0 to {vocab_size - 1}, found {lowest} to {highest}")
 
 
 def _is_first(cu_seqlens: Tensor, num_tokens: int) -> Tensor:

@@ -198,10 +198,6 @@ def test_lines_that_cannot_be_joined_are_refused_before_anything_is_trained(made
     out, _ = made
     begun = run_here(monkeypatch)
     with pytest.raises(
-        ValueError, match=r"--lines: expected the results of an earlier recall in .*, found no file"
-    ):
-        reproduce(FIGURE, workshop(tmp_path), lines=["OVQ*"])
-    with pytest.raises(
         ValueError, match=r"--lines: expected labels of recall, such as 'full attention', .*found 'ovq'"
     ):
         reproduce(FIGURE, workshop(out), lines=["ovq"])
@@ -237,6 +233,14 @@ def test_lines_that_nobody_has_made_are_named(made, monkeypatch, tmp_path):
     joined = reproduce(FIGURE, workshop(copy), lines=["OVQ*"])
     assert joined["note"].endswith(" Not made yet: full attention.")
     assert {row["line"] for row in joined["rows"]} == {row["line"] for row in others}
+    # Nor need there be any before.
+    path.unlink()
+    first = reproduce(FIGURE, workshop(copy), lines=["OVQ*"])
+    assert "updates" not in first
+    assert first["environments"] == results["environments"]
+    assert {field: first[field] for field in ("rows", "note", "panels")} == {
+        field: joined[field] for field in ("rows", "note", "panels")
+    }
     whole = reproduce(FIGURE, workshop(copy), lines=["full attention"])
     assert "Not made yet" not in whole["note"]
     assert len(whole["rows"]) == len(results["rows"])
