@@ -8,8 +8,8 @@ import torch
 from ovq.convert.compiled import advance
 from ovq.convert.config import Budget
 from ovq.convert.memory import HeadMemory
-from ovq.convert.narrow import narrowed, widened
 from ovq.ops import options, ovq_attention
+from ovq.ops.narrow import narrowed, widened
 from ovq.ops.options import default_growth
 
 SIZES = {"num_slots": 12, "window": 16, "num_sinks": 3, "chunk_size": 8, "value_weight": 0.7}

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ovq.convert.narrow import STATE_DTYPES
 from ovq.convert.reach import Reach
 from ovq.fields import is_finite
+from ovq.ops.narrow import STATE_DTYPES
 from ovq.ops.options import (
     CURRENT_MERGES,
     Options,

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ovq.convert.config import Budget
-from ovq.convert.narrow import narrowed, widened
 from ovq.convert.reach import Reach
 from ovq.convert.reading import Exact, Observer, Slots, read
 from ovq.convert.use import token_weights, use_from
@@ -25,6 +24,7 @@ from ovq.ops.backends.cpu.memory import HeadGroup
 from ovq.ops.backends.dictionary import Dictionary
 from ovq.ops.backends.learned import Merging
 from ovq.ops.backends.plan import Plan
+from ovq.ops.narrow import narrowed, widened
 from ovq.ops.sums import added_up, divisor, state_dtype
 
 # Each re-positioning lowers the count of a slot by count // 8, so counts below 8 stay.

@@ -259,6 +259,30 @@ class OVQPreTrainedModel(PreTrainedModel):
                 if name != "ablation":
                     setattr(self.config, name, value)
 
+    def set_state_dtype(self, state_dtype: str) -> None:
+        """Keep the slots of every OVQ layer in this format from now on, and record it in the config.
+
+        Slots in `"bfloat16"` take half the bytes of `"float32"`, those in `"int8"` a quarter, so that a
+        memory of the same size holds two to four times as many (docs/results/recall.md). For inference: such
+        layers refuse gradients. Earlier caches remain valid, and are converted when they are next used.
+
+        Raises:
+            ValueError: if there is no such format, or the model has no OVQ layers, or a forget gate, whose
+                slots are in float32. Nothing is changed.
+
+        Example:
+            >>> from ovq.hf import OVQModel
+            >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+            >>> model = OVQModel(config)
+            >>> before = model.state_bytes(2048)
+            >>> model.set_state_dtype("int8")
+            >>> model.config.state_dtype, before > 2 * model.state_bytes(2048)
+            ('int8', True)
+        """
+        for layer in self.ovq_layers().values():
+            layer.set_state_dtype(state_dtype)
+        self.config.state_dtype = state_dtype
+
     def set_logn_length(self, logn_length: int | None) -> None:
         """Scale logits beyond `logn_length` tokens from now on, and record it in the config.
 

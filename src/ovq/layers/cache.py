@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ovq.layers.memory import Memory
 from ovq.ops.options import check_sizes
-from ovq.ops.state import checked_rows
+from ovq.ops.rows import checked_rows
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -221,8 +221,12 @@ class SlotMemory(Memory):
         return self._shifted(state, -num_dropped)
 
     def _shifted(self, state: OVQState, num_columns: int) -> OVQState:
-        return dataclasses.replace(
-            state,
-            key_sum=self._rotated(state.key_sum, num_columns),
-            pending_keys=self._rotated(state.pending_keys, num_columns),
+        if self.rope_theta is None:
+            return state
+        wide = state.to_state_dtype("float32")
+        shifted = dataclasses.replace(
+            wide,
+            key_sum=self._rotated(wide.key_sum, num_columns),
+            pending_keys=self._rotated(wide.pending_keys, num_columns),
         )
+        return shifted.to_state_dtype(state.state_dtype)

@@ -17,14 +17,16 @@ from ovq.layers.gates import ForgetGate, MergeGate
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.memory import SlotMemory, check_num_seen
 from ovq.layers.products import is_plain
-from ovq.ops import SlotAssignments, ovq_attention, slot_assignments
+from ovq.ops import OVQState, SlotAssignments, ovq_attention, slot_assignments
 from ovq.ops.ablation import NAMES, Ablation, with_earlier_names
 from ovq.ops.backends.cpu.layer import TokenMemory, memory_of_slots
 from ovq.ops.backends.cpu.tokens import can_run
+from ovq.ops.narrow import check_state_dtype
 from ovq.ops.options import Options, check_sizes, current_merge, default_growth, options_of, weighing_chunk
 from ovq.ops.parts import StateSpec, check_tensors, of_rows, slot_spec
 from ovq.ops.schedule import scheduled_slots
 from ovq.ops.serialization import check_state_tensors
+from ovq.ops.state import SLOT_TENSORS
 
 #: Options of the op that define the update rule of the dictionary; the layer and the config use these names.
 LEARNING_OPTIONS = ("growth", "init", "merge", "ablation", "value_weight")
@@ -68,6 +70,8 @@ class OVQAttention(AttentionMixer):
         value_weight: weight of values relative to keys in distances of rules that merge pairs.
         merge_gate: whether to learn the weight of each token, see `ovq.layers.gates.MergeGate`.
         forget_gate: whether to learn forgetting, see `ovq.layers.gates.ForgetGate`.
+        state_dtype: format of the sums of slots, as in `OVQState.to_state_dtype`; other formats than
+            `"float32"` are for inference.
         backend: as in `ovq.ops.ovq_attention`.
         kwargs: like all other arguments, those of `AttentionMixer`; also `bias` and `rate` of version 0.2,
             now part of `ablation`.
@@ -86,7 +90,7 @@ class OVQAttention(AttentionMixer):
     config_fields = AttentionMixer.config_fields | {
         name: name
         for name in (
-            *("num_slots", "chunk_size", "logn_length", "merge_gate", "forget_gate"),
+            *("num_slots", "chunk_size", "logn_length", "merge_gate", "forget_gate", "state_dtype"),
             *LEARNING_OPTIONS,
         )
     }
@@ -109,6 +113,7 @@ class OVQAttention(AttentionMixer):
         value_weight: float = defaults.VALUE_WEIGHT,
         merge_gate: bool = defaults.MERGE_GATE,
         forget_gate: bool = defaults.FORGET_GATE,
+        state_dtype: str = defaults.STATE_DTYPE,
         backend: str = "auto",
         **kwargs: Any,
     ):
@@ -130,6 +135,7 @@ class OVQAttention(AttentionMixer):
         self.set_num_slots(num_slots)
         self.merge_gate = MergeGate(hidden_size, self.num_kv_heads) if merge_gate else None
         self.forget_gate = ForgetGate(hidden_size, self.num_kv_heads) if forget_gate else None
+        self.set_state_dtype(state_dtype)
         self._record: list[RecordedCall] | None = None
 
     def set_num_slots(self, num_slots: int) -> None:
@@ -140,6 +146,15 @@ class OVQAttention(AttentionMixer):
         """
         check_sizes(1, num_slots=num_slots)
         self.num_slots = num_slots
+
+    def set_state_dtype(self, state_dtype: str) -> None:
+        """Set the format of the sums of slots; cached states are converted on next use.
+
+        Raises:
+            ValueError: if there is no such format, or a forget gate, which takes float32.
+        """
+        check_state_dtype(state_dtype, forgets=self.forget_gate is not None)
+        self.state_dtype = state_dtype
 
     def extra_repr(self) -> str:
         """The settings of the dictionary, printed with the layer."""
@@ -191,8 +206,20 @@ class OVQAttention(AttentionMixer):
         state = None if cache is None else cache.state
         q, k, v, scale = self.heads(channels, layout, None if state is None else state.num_seen)
         q, k = q.to(v.dtype), k.to(v.dtype)
-        if state is not None and state.num_slots != self.num_slots:
-            state = state.resize(self.num_slots, value_weight=self.value_weight)
+        if state is None and self.state_dtype != "float32":
+            state = OVQState.empty(
+                batch_size=len(q) if layout.bounds is None else layout.bounds.bounds.shape[1],
+                num_kv_heads=self.num_kv_heads,
+                key_dim=self.head_dim,
+                value_dim=self.head_dim,
+                dtype=k.dtype,
+                device=k.device,
+                **self._sizes,
+            )
+        if state is not None:
+            if state.num_slots != self.num_slots:
+                state = state.resize(self.num_slots, value_weight=self.value_weight)
+            state = state.to_state_dtype(self.state_dtype)
         options = {
             "initial_state": state,
             "attention_mask": layout.bounds,
@@ -227,7 +254,7 @@ class OVQAttention(AttentionMixer):
         step = None if layout.bounds is not None or state is None else state._step
         if step is None or step.dtype != torch.float32 or self.backend not in ("auto", step.backend):
             return None
-        if step.shapes[0][2] != self.num_heads:
+        if step.shapes[0][2] != self.num_heads or step.options.state_dtype != self.state_dtype:
             return None
         if (forget_gate is None) != (state.pending_forget is None):
             return None
@@ -294,6 +321,7 @@ class OVQAttention(AttentionMixer):
             dtype=dtype,
             has_weights=self.merge_gate is not None or self.forget_gate is not None,
             forgets=self.forget_gate is not None,
+            state_dtype=self.state_dtype,
         )
 
     def check_state(
@@ -303,7 +331,7 @@ class OVQAttention(AttentionMixer):
         check_state_tensors(where, tensors, **self._sizes)
         spec = self.state_spec(num_tokens, dtype)
         # After a resize in mid-stream, the number of slots may differ from the schedule.
-        for name in ("key_sum", "value_sum", "count", "weight"):
+        for name in SLOT_TENSORS:
             spec.pop(name, None)
         check_tensors(where, tensors, of_rows(spec, 1))
         check_num_seen(where, tensors, num_tokens)

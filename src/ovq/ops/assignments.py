@@ -200,7 +200,8 @@ def _slot_assignments(given: dict[str, Any], backend: str) -> SlotAssignments:
     call = checked_call(**given, scale=checked_scale(None, k), wants_state=True)
     # First, so that options that no backend supports are refused before the layout is made.
     backend = chosen_to_learn(backend, k, call.v, call.options, call.gates)
-    chunks = Chunks(call)
+    # Backends merge in the wide dtype, and round.
+    chunks = Chunks(dataclasses.replace(call, state=call.state.to_state_dtype("float32")))
     before, plan = chunks.before, chunks.plan
     sums = Dictionary.of(before).clone()
     merging = Merging(chunks.k, chunks.v, sums, plan, chunks.weights, chunks.fading)
@@ -216,7 +217,7 @@ def _slot_assignments(given: dict[str, Any], backend: str) -> SlotAssignments:
         earlier_pending=pending[inverse],
         position=position,
         row=row,
-        state=chunks.state_after(sums),
+        state=chunks.state_after(sums).to_state_dtype(call.options.state_dtype),
         _history=history,
     )
 

@@ -146,8 +146,9 @@ def ovq_attention(
         "log_forget": log_forget,
     }
     if torch.compiler.is_compiling():
-        if options.init == "random":
-            # A compiled graph would keep the seed it was traced with.
+        narrow = isinstance(initial_state, OVQState) and initial_state.state_dtype != "float32"
+        if options.init == "random" or narrow:
+            # A compiled graph would keep the seed it was traced with, and passes no scales of sums.
             return _uncompiled(given, backend)
         return operator.attention(**given, backend=backend)
     call = checked_call(**given)

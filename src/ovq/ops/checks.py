@@ -11,7 +11,7 @@ from torch import Tensor
 from ovq.fields import is_finite
 from ovq.ops.call import Call, RowBounds, Rows
 from ovq.ops.fading import LEAST_LOG
-from ovq.ops.options import Options, weighing_chunk
+from ovq.ops.options import Options, rounding_sums, weighing_chunk
 from ovq.ops.parts import spec_of
 from ovq.ops.state import OVQState, forgetting, tensors_of, weighted
 from ovq.ops.sums import DTYPES, state_dtype
@@ -105,6 +105,7 @@ def checked_call(
         if given is not None and options.ablation.rate != "count":
             raise ValueError(f"{name}: expected none with a constant rate, found some")
     state = _checked_state(initial_state, len(rows), k, v, options)
+    options = rounding_sums(options, state.state_dtype)
     if token_weights is not None:
         token_weights = _checked_numbers("token_weights", token_weights, k, rows, state_dtype(k.dtype))
         state = weighted(state)
@@ -118,8 +119,8 @@ def checked_call(
     if log_forget is not None:
         state, options = forgetting(state), weighing_chunk(options)
         if token_weights is None:
-            token_weights = torch.ones_like(log_forget, dtype=state.key_sum.dtype)
-    return Call(
+            token_weights = torch.ones_like(log_forget, dtype=state.wide)
+    call = Call(
         q=q,
         k=k,
         v=v,
@@ -131,6 +132,18 @@ def checked_call(
         token_weights=token_weights,
         log_forget=log_forget,
     )
+    if options.state_dtype != "float32":
+        found = {
+            "log_forget": log_forget is not None,
+            "rate": options.ablation.rate != "count",
+            "gradients": call.wants_gradients,
+        }
+        for what, is_found in found.items():
+            if is_found:
+                raise ValueError(
+                    f"{what}: expected sums in float32 (state_dtype), found {options.state_dtype}"
+                )
+    return call
 
 
 def _checked_state(state: OVQState | None, num_rows: int, k: Tensor, v: Tensor, options: Options) -> OVQState:
@@ -295,6 +308,8 @@ def check_state(state: OVQState, num_rows: int, k: Tensor, v: Tensor, options: O
         if not isinstance(x, Tensor) or x.dim() != dims:
             what = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"initial_state: {name}: expected a tensor of {dims} dimensions, found {what}")
+    # Any format fits any inputs.
+    sums = state_dtype(k.dtype) if state.state_dtype == "float32" else state.key_sum.dtype
     for what, expected, found in (
         ("rows", num_rows, state.batch_size),
         ("num_slots", options.num_slots, state.num_slots),
@@ -302,8 +317,8 @@ def check_state(state: OVQState, num_rows: int, k: Tensor, v: Tensor, options: O
         ("key/value heads", k.shape[2], state.count.shape[1]),
         ("key dimension", k.shape[3], state.key_sum.shape[3]),
         ("value dimension", v.shape[3], state.value_sum.shape[3]),
-        ("dtype of sums", state_dtype(k.dtype), state.key_sum.dtype),
         ("dtype of pending tokens", k.dtype, state.pending_keys.dtype),
+        ("dtype of sums", sums, state.key_sum.dtype),
         ("device", k.device, state.key_sum.device),
     ):
         if found != expected:

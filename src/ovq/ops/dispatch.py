@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 from torch import Tensor
@@ -43,11 +44,19 @@ def run_of(call: Call, backend: str) -> Run:
     run = backends.BACKENDS[name].run
     if not any(call.rows.lengths):
         return _nothing_read
+    if call.options.state_dtype != "float32" and not (name == "cpu" and call.is_decoding):
+        return functools.partial(_in_wide_dtype, run=run)
     # Only the "cpu" kernels implement forgetting themselves, for several tokens and without gradients.
     does_forget = name == "cpu" and not call.is_one_token and not call.wants_gradients
     if call.log_forget is None or does_forget:
         return run
     return functools.partial(forgetful_attention, run=run)
+
+
+def _in_wide_dtype(call: Call, run: Run) -> tuple[Tensor, OVQState | None]:
+    """A call whose sums are narrow; backends round them after each chunk, so narrowing them loses nothing."""
+    o, state = run(dataclasses.replace(call, state=call.state.to_state_dtype("float32")))
+    return o, None if state is None else state.to_state_dtype(call.options.state_dtype)
 
 
 def _nothing_read(call: Call) -> tuple[Tensor, OVQState]:

@@ -24,6 +24,7 @@ class Known:
         growth, init, merge: names of supported schedules and rules.
         bias, rate: supported values of `Ablation`; `"number"` stands for any number.
         gates: names of supported per-token gates.
+        state_dtype: supported formats of the sums.
 
     Example:
         >>> rules = {"growth": ("plateau",), "init": ("novelty",), "merge": ("existing",)}
@@ -41,6 +42,7 @@ class Known:
     bias: tuple[str, ...] = ("count",)
     rate: tuple[str, ...] = ("count",)
     gates: tuple[str, ...]
+    state_dtype: tuple[str, ...] = ("float32",)
 
     def refusal(self, dtype: torch.dtype, options: Options, gates: Iterable[str] = ()) -> str | None:
         """Why the backend cannot run a call, as "expected ..., found ..."; None if it can.

@@ -72,6 +72,7 @@ class Options:
         value_weight: w, the weight of values relative to keys in the distances of rules that merge pairs.
         mass_power: power of the masses in the priority of edges, see `MASS_POWER`.
         weighs_chunk: whether tokens of the own chunk are read with the log of their weights, as slots are.
+        state_dtype: format that the sums are rounded to after each chunk, see `narrow.py`.
     """
 
     num_slots: int
@@ -85,6 +86,7 @@ class Options:
     value_weight: float = VALUE_WEIGHT
     mass_power: float = MASS_POWER
     weighs_chunk: bool = False
+    state_dtype: str = "float32"
 
     def __post_init__(self) -> None:
         for name, choices in (("growth", GROWTHS), ("init", INITS), ("merge", MERGES)):
@@ -146,6 +148,16 @@ def options_of(
 
 # Typed, because 1 equals True, which is not a valid size.
 _known_options = functools.lru_cache(maxsize=256, typed=True)(Options)
+
+
+def rounding_sums(options: Options, state_dtype: str) -> Options:
+    """`options` with this format of the sums, cached as in `options_of`."""
+    return options if options.state_dtype == state_dtype else _rounding_sums(options, state_dtype)
+
+
+@functools.lru_cache(maxsize=256)
+def _rounding_sums(options: Options, state_dtype: str) -> Options:
+    return dataclasses.replace(options, state_dtype=state_dtype)
 
 
 @functools.lru_cache(maxsize=256)

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ovq.ops.sums import state_dtype
+from ovq.ops.narrow import state_dtype_of
+from ovq.ops.sums import state_dtype as wide_dtype
 
 #: Shape and dtype of each tensor of a state, by name.
 StateSpec = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -23,6 +24,7 @@ def slot_spec(
     value_dim: int | None = None,
     has_weights: bool = False,
     forgets: bool = False,
+    state_dtype: str = "float32",
 ) -> StateSpec:
     """The tensors of an `OVQState` of one row with `num_slots` slots per head.
 
@@ -35,16 +37,18 @@ def slot_spec(
         value_dim: V; None means K.
         has_weights: whether tokens have weights.
         forgets: whether the state has `pending_forget`, and then weights, too.
+        state_dtype: format of the sums.
 
     Example:
         >>> slot_spec(5, num_kv_heads=2, head_dim=8, chunk_size=4, dtype=torch.bfloat16)["key_sum"]
         ((2, 5, 8), torch.float32)
     """
-    wide, value_dim = state_dtype(dtype), head_dim if value_dim is None else value_dim
+    wide, value_dim = wide_dtype(dtype), head_dim if value_dim is None else value_dim
+    own = {"bfloat16": torch.bfloat16, "int8": torch.int8}.get(state_dtype, wide)
     slots, tokens = (num_kv_heads, num_slots), (num_kv_heads, chunk_size)
     spec: StateSpec = {
-        "key_sum": ((*slots, head_dim), wide),
-        "value_sum": ((*slots, value_dim), wide),
+        "key_sum": ((*slots, head_dim), own),
+        "value_sum": ((*slots, value_dim), own),
         "count": (slots, torch.int64),
         "pending_keys": ((*tokens, head_dim), dtype),
         "pending_values": ((*tokens, value_dim), dtype),
@@ -54,6 +58,8 @@ def slot_spec(
         spec |= {"weight": (slots, wide), "pending_weights": (tokens, wide)}
     if forgets:
         spec["pending_forget"] = ((num_kv_heads,), torch.float64)
+    if state_dtype == "int8":
+        spec |= dict.fromkeys(("key_step", "value_step"), (slots, torch.bfloat16))
     return spec
 
 
@@ -78,6 +84,7 @@ def spec_of(tensors: Mapping[str, Tensor], chunk_size: int, dtype: torch.dtype) 
         dtype=dtype,
         has_weights="weight" in tensors,
         forgets="pending_forget" in tensors,
+        state_dtype=state_dtype_of(tensors["key_sum"].dtype),
     )
     return of_rows(spec, num_rows)
 

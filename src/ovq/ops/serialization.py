@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ovq.ops.narrow import state_dtype_of
 from ovq.ops.parts import check_tensors, slot_spec, spec_of
 from ovq.ops.sums import DTYPES
 from ovq.runtime.files import atomic_path
@@ -25,6 +26,8 @@ VERSION = "1"
 WITH_WEIGHTS = "2"
 # File version of states with forgetting, likewise.
 WITH_FORGETTING = "3"
+# File version of states whose sums are in another format than float32 (`narrow.py`), likewise.
+NARROW = "4"
 MAX_TOKENS = 2**62
 """Maximum number of tokens of a row in a file; with more, its int64 counts could overflow later."""
 
@@ -33,7 +36,9 @@ def save_state(
     path: str | os.PathLike, tensors: dict[str, Tensor], *, num_slots: int, chunk_size: int
 ) -> None:
     """Write the tensors of a state to `path`; see `OVQState.save`."""
-    if "pending_forget" in tensors:
+    if state_dtype_of(tensors["key_sum"].dtype) != "float32":
+        version = NARROW
+    elif "pending_forget" in tensors:
         version = WITH_FORGETTING
     else:
         version = WITH_WEIGHTS if "weight" in tensors else VERSION
@@ -112,13 +117,19 @@ def load_state(path: str | os.PathLike, *, device: torch.device | str) -> dict[s
         path,
         what="a saved OVQ state",
         file_format=FORMAT,
-        version=(VERSION, WITH_WEIGHTS, WITH_FORGETTING),
+        version=(VERSION, WITH_WEIGHTS, WITH_FORGETTING, NARROW),
     )
     tensors = upgraded(tensors)
     # Only the names are used here, so the sizes do not matter.
     sizes: dict[str, Any] = {"num_kv_heads": 0, "head_dim": 0, "chunk_size": 0, "dtype": torch.float32}
-    has_weights, forgets = "weight" in tensors, "pending_forget" in tensors
-    names = slot_spec(0, **sizes, has_weights=has_weights, forgets=forgets).keys()
+    sums = tensors.get("key_sum")
+    names = slot_spec(
+        0,
+        **sizes,
+        has_weights="weight" in tensors,
+        forgets="pending_forget" in tensors,
+        state_dtype="float32" if sums is None else state_dtype_of(sums.dtype),
+    ).keys()
     if tensors.keys() != names:
         raise ValueError(f"{path}: expected tensors {sorted(names)}, found {sorted(tensors)}")
     # Earlier versions wrote these fields if they were not 0.

@@ -14,16 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ovq.ops.narrow import STEPS, check_state_dtype, narrow_slots, state_dtype_of, wide_slots, widened
 from ovq.ops.nearest import shrunk
 from ovq.ops.options import VALUE_WEIGHT, check_sizes
 from ovq.ops.parts import of_rows, slot_spec
 from ovq.ops.pending import PendingBuffers
+from ovq.ops.rows import checked_device, checked_rows
 from ovq.ops.serialization import load_state, save_state
 from ovq.ops.summary import StateSummary, effective_slots
-from ovq.ops.sums import DTYPES, slot_means
+from ovq.ops.sums import DTYPES, slot_means, state_dtype
 
-_SLOT_TENSORS = ("key_sum", "value_sum", "count", "weight")
-_ROW_TENSORS = (*_SLOT_TENSORS, "pending_keys", "pending_values", "pending_weights", "pending_forget")
+SLOT_TENSORS = ("key_sum", "value_sum", "count", "weight", "key_step", "value_step")
+_ROW_TENSORS = (*SLOT_TENSORS, "pending_keys", "pending_values", "pending_weights", "pending_forget")
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -32,7 +34,7 @@ class OVQState:
 
     Attributes:
         key_sum: `[B, Hkv, M, K]` sums of the keys assigned to each slot, float32 (float64 for float64
-            inputs).
+            inputs), or in the format `state_dtype`.
         value_sum: `[B, Hkv, M, V]` sums of the values, same dtype.
         count: `[B, Hkv, M]` number of tokens assigned to each slot, int64 to stay exact at any length.
             Spare slots have count 0 and sums 0.
@@ -48,6 +50,8 @@ class OVQState:
         pending_forget: `[B, Hkv]` float64 sum of `log_forget` over the pending tokens; None without
             forgetting. With it, `weight` is relative to the start of the incomplete chunk, and the weight of
             a pending token is divided by the forget factors of the chunk up to it (math.md, (29)).
+        key_step: `[B, Hkv, M]` bfloat16 scales of `key_sum` in int8; None in other formats. value_step:
+            likewise.
 
     Example:
         >>> import torch
@@ -73,6 +77,8 @@ class OVQState:
     weight: Tensor | None = None
     pending_weights: Tensor | None = None
     pending_forget: Tensor | None = None
+    key_step: Tensor | None = None
+    value_step: Tensor | None = None
     # Buffers that decode steps write pending tokens to, if this state comes from decoding (`advanced`).
     _buffers: PendingBuffers | None = dataclasses.field(default=None, repr=False)
     # The decode step that made this state, if it can be run again (`PreparedStep` in `backends/cpu`).
@@ -94,6 +100,7 @@ class OVQState:
         return (
             f"OVQState(rows={rows}, heads={heads}, num_seen={tokens}, slots={slots} of {self.num_slots}, "
             f"chunk_size={self.chunk_size}, {self.pending_keys.dtype} on {self.count.device}, "
+            f"{'' if self.state_dtype == 'float32' else f'slots in {self.state_dtype}, '}"
             f"{self.nbytes:,} bytes)"
         )
 
@@ -185,12 +192,53 @@ class OVQState:
     @property
     def keys(self) -> Tensor:
         """`[B, Hkv, M, K]` mean key of each slot, zero for spare slots."""
-        return slot_means(self.key_sum, self.mass)
+        return slot_means(self._sums("key_sum"), self.mass)
 
     @property
     def values(self) -> Tensor:
         """`[B, Hkv, M, V]` mean value of each slot, zero for spare slots."""
-        return slot_means(self.value_sum, self.mass)
+        return slot_means(self._sums("value_sum"), self.mass)
+
+    @property
+    def state_dtype(self) -> str:
+        """Format of the sums: `"float32"` (float64 sums included), `"bfloat16"` or `"int8"`."""
+        return state_dtype_of(self.key_sum.dtype)
+
+    @property
+    def wide(self) -> torch.dtype:
+        """Dtype in which backends merge: float32, or float64 for float64 inputs."""
+        return state_dtype(self.pending_keys.dtype)
+
+    def _sums(self, name: str) -> Tensor:
+        return widened(getattr(self, name), getattr(self, STEPS[name]), self.wide)
+
+    def _slots(self) -> dict[str, Tensor | None]:
+        return {name: getattr(self, name) for name in SLOT_TENSORS}
+
+    def to_state_dtype(self, state_dtype: str) -> OVQState:
+        """The state with its sums in another format; calls that continue it keep the format.
+
+        Sums in `"bfloat16"` take half the bytes of float32, those in `"int8"`, with a scale per slot, a
+        quarter. They are rounded whenever a chunk is merged into them, and there are no gradients.
+
+        Raises:
+            ValueError: if the format is unknown, or the state forgets, which takes float32.
+
+        Example:
+            >>> import torch
+            >>> from ovq.ops import ovq_attention
+            >>> k = torch.nn.functional.normalize(torch.randn(1, 64, 1, 8), dim=-1)
+            >>> options = {"num_slots": 32, "chunk_size": 16, "output_final_state": True}
+            >>> _, state = ovq_attention(k, k, k, **options)
+            >>> _, state = ovq_attention(k, k, k, **options, initial_state=state.to_state_dtype("int8"))
+            >>> state
+            OVQState(rows=1, heads=1, ..., torch.float32 on cpu, slots in int8, 1,... bytes)
+        """
+        if state_dtype == self.state_dtype:
+            return self
+        check_state_dtype(state_dtype, forgets=self.pending_forget is not None)
+        changed: dict[str, Any] = narrow_slots(wide_slots(self._slots(), self.wide), state_dtype)
+        return dataclasses.replace(self, **changed)
 
     @property
     def nbytes(self) -> int:
@@ -272,7 +320,7 @@ class OVQState:
             states = [forgetting(state) for state in states]
         first = states[0]
         for other in states[1:]:
-            for what in ("num_slots", "chunk_size"):
+            for what in ("num_slots", "chunk_size", "state_dtype"):
                 if getattr(other, what) != getattr(first, what):
                     raise ValueError(
                         f"states: expected {what} {getattr(first, what)} in all, found {getattr(other, what)}"
@@ -316,8 +364,9 @@ class OVQState:
             >>> state.resize(8)
             OVQState(rows=1, heads=1, num_seen=64, slots=8 of 8, chunk_size=16, torch.float32 on cpu, ...)
         """
-        slots = {name: getattr(self, name) for name in _SLOT_TENSORS if getattr(self, name) is not None}
-        changed: dict[str, Any] = shrunk(slots, num_slots, value_weight=value_weight)
+        wide = {name: x for name, x in wide_slots(self._slots(), self.wide).items() if x is not None}
+        kept = shrunk(wide, num_slots, value_weight=value_weight)
+        changed: dict[str, Any] = narrow_slots(kept, self.state_dtype)
         return dataclasses.replace(self, **changed, num_slots=num_slots)
 
     def save(self, path: str | os.PathLike) -> None:
@@ -337,42 +386,6 @@ class OVQState:
                 `device` is not a device.
         """
         return OVQState(**load_state(path, device=checked_device(device)))
-
-
-def checked_device(device: torch.device | str) -> torch.device:
-    """`device` as a `torch.device`; ValueError if it is none."""
-    try:
-        return torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device: expected a device, found {device!r}") from error
-
-
-def checked_rows(rows: Tensor | Sequence[int], num_rows: int) -> Tensor:
-    """Indices `[R]` of the given rows, int64 on the CPU.
-
-    Raises:
-        ValueError: if `rows` is neither indices into `num_rows` rows nor a boolean mask of them.
-
-    Example:
-        >>> checked_rows([True, False, True], 3)
-        tensor([0, 2])
-    """
-    try:
-        index = torch.as_tensor(rows, device="cpu")
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"rows: expected integer indices or a boolean mask, found {rows!r}") from error
-    if index.dtype == torch.bool:
-        if index.shape != (num_rows,):
-            raise ValueError(f"rows: expected a mask of shape ({num_rows},), found {tuple(index.shape)}")
-        index = index.nonzero().squeeze(-1)
-    if index.numel() == 0:
-        index = index.to(torch.int64)
-    if index.dim() != 1 or index.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"rows: expected a 1-D integer index, found {index.dtype} {tuple(index.shape)}")
-    index = index.to(torch.int64)
-    if index.numel() and not (int(index.min()) >= 0 and int(index.max()) < num_rows):
-        raise ValueError(f"rows: expected indices in 0..{num_rows - 1}, found {index.tolist()}")
-    return index
 
 
 def tensors_of(state: OVQState) -> dict[str, Tensor]:
@@ -403,9 +416,8 @@ def weighted(state: OVQState) -> OVQState:
     """`state` with token weights; tokens seen without a weight get weight 1."""
     if state.weight is not None:
         return state
-    wide = state.key_sum.dtype
-    ones = torch.ones(state.pending_keys.shape[:3], dtype=wide, device=state.count.device)
-    return dataclasses.replace(state, weight=state.count.to(wide), pending_weights=ones)
+    ones = torch.ones(state.pending_keys.shape[:3], dtype=state.wide, device=state.count.device)
+    return dataclasses.replace(state, weight=state.count.to(state.wide), pending_weights=ones)
 
 
 def forgetting(state: OVQState) -> OVQState:
@@ -422,14 +434,12 @@ def with_capacity(state: OVQState, capacity: int) -> OVQState:
     missing = capacity - state.count.shape[2]
     if missing <= 0:
         return state
-    pad = torch.nn.functional.pad
-    return dataclasses.replace(
-        state,
-        key_sum=pad(state.key_sum, (0, 0, 0, missing)),
-        value_sum=pad(state.value_sum, (0, 0, 0, missing)),
-        count=pad(state.count, (0, missing)),
-        weight=None if state.weight is None else pad(state.weight, (0, missing)),
-    )
+    padded: dict[str, Any] = {
+        name: torch.nn.functional.pad(x, (0, 0) * (x.dim() - 3) + (0, missing))
+        for name, x in state._slots().items()
+        if x is not None
+    }
+    return dataclasses.replace(state, **padded)
 
 
 def advanced(state: OVQState) -> OVQState:

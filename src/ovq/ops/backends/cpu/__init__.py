@@ -24,6 +24,7 @@ from ovq.ops.backends.cpu.kernels import (
 )
 from ovq.ops.call import Call
 from ovq.ops.known import Known
+from ovq.ops.narrow import STATE_DTYPES
 from ovq.ops.options import Options
 from ovq.ops.state import OVQState, advanced
 
@@ -36,6 +37,7 @@ KNOWN = Known(
     init=("novelty",),
     merge=("existing", "nearest"),
     gates=("token_weights", "log_forget"),
+    state_dtype=STATE_DTYPES,
 )
 LEARNS = KNOWN
 

@@ -23,6 +23,7 @@ struct Tokens {
 struct Call {
     int64_t num_rows, num_kv_heads, group_size, chunk_size, width, capacity, num_threads;
     int64_t dtype;
+    int64_t state_dtype;      /* Format that sums are rounded to when tokens are merged into them. */
     int64_t merges_pairs;     /* Whether pairs are merged (merge="nearest"). */
     int64_t num_parts;        /* For "nearest": number of parts in which edges are taken. */
     int64_t weighs_chunk;     /* Whether scores of the own chunk's tokens include the log of their weights. */

@@ -10,11 +10,13 @@
 /* Mirrored by `Decode` in decode.py. Tensors are dense but for the strides given. */
 struct Decode {
     int64_t num_rows, num_kv_heads, group_size, chunk_size, capacity, key_dim, value_dim, num_threads, dtype;
+    int64_t state_dtype;                 /* Format of the sums. */
     const void *q, *k, *v;               /* [R, H, K], [R, Hkv, K], [R, Hkv, V], vectors dense. */
     void *o;                             /* [R, H, V] */
     void *pending_keys, *pending_values; /* [R, Hkv, C, ...], which get the new token. */
     const float *scale;                  /* [H] */
-    const float *key_sum, *value_sum;    /* [R, Hkv, M, ...] */
+    const void *key_sum, *value_sum;     /* [R, Hkv, M, ...] */
+    const Bfloat16 *key_step, *value_step; /* [R, Hkv, M]: scales of INT8 sums. */
     const int64_t *count;                /* [R, Hkv, M] */
     const int64_t *num_seen;             /* [R]: tokens before this one. */
     const int64_t *first_read;           /* [R]: the first pending token that is read; NULL to read all. */
@@ -232,8 +234,12 @@ static void decode_stream(const Decode *call, int64_t row, int64_t head) {
         absorb(call, x, keys, (decltype(keys))call->pending_values + from * v, mass, num, y);
     });
     const int64_t slots = stream * call->capacity;
-    const Mass mass = {call->count + slots, call->weight ? call->weight + slots : nullptr, nullptr};
-    absorb(call, queries, call->key_sum + slots * k, call->value_sum + slots * v, mass, call->capacity, softmax);
+    const Mass mass = {call->count + slots, from_row(call->weight, slots), nullptr, from_row(call->key_step, slots),
+                       from_row(call->value_step, slots)};
+    with_format(call->state_dtype, call->key_sum, slots * k,
+                [=, x = (const float *)queries, y = &softmax[0]](auto *keys) {
+                    absorb(call, x, keys, (decltype(keys))call->value_sum + slots * v, mass, call->capacity, y);
+                });
     const int64_t heads = call->num_kv_heads * group;
     for (int64_t g = 0; g < group; g++)
         write_numbers(call->dtype, call->o, (row * heads + head * group + g) * v, v, 1 / softmax[g].total, out + g * v);

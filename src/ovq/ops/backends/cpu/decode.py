@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from ovq.ops.backends.cpu import build
-from ovq.ops.backends.cpu.kernels import DTYPES, dense, merge
+from ovq.ops.backends.cpu.kernels import DTYPES, FORMATS, dense, merge
 from ovq.ops.backends.cpu.mirrors import Mirror, fields_of
 from ovq.ops.backends.torch.decode import merged_state
-from ovq.ops.options import Options
+from ovq.ops.options import Options, rounding_sums
 from ovq.ops.state import OVQState
 from ovq.ops.transforms import is_transformed
 
-_SUMS = ("key_sum", "value_sum", "count", "weight")
+_SUMS = ("key_sum", "value_sum", "count", "weight", "key_step", "value_step")
 _PENDING = ("pending_keys", "pending_values", "pending_weights")
 _sums_of, _pending_of = operator.attrgetter(*_SUMS), operator.attrgetter(*_PENDING)
 
@@ -51,6 +51,7 @@ class PreparedStep:
         (rows, _, heads, dim), (kv_heads, value_dim) = shapes[0], shapes[2][2:]
         sizes = (after.chunk_size, after.count.shape[2], dim, value_dim)
         self._call = call = Decode(rows, kv_heads, heads // kv_heads, *sizes, 1, DTYPES.index(dtype))
+        call.state_dtype = FORMATS.index(options.state_dtype)
         call.weighs_chunk = options.weighs_chunk
         # Strides of contiguous tensors.
         call.q_row, call.k_row, call.v_row = heads * dim, kv_heads * dim, kv_heads * value_dim
@@ -65,7 +66,10 @@ class PreparedStep:
 
     def continues(self, state: OVQState, options: Options) -> bool:
         """Whether this step serves the next token of a state: same options and tensors, no gradient."""
-        if options is not self.options or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        # The options of a call do not have the format of the state.
+        if rounding_sums(options, self.options.state_dtype) is not self.options:
+            return False
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
         if is_transformed():
             return False

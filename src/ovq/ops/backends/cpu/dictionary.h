@@ -218,7 +218,7 @@ INLINE float mass_of(const Sums *sums, int64_t i) { return sums->weight ? sums->
 INLINE Sums sums_of(const Call *call, int64_t row, int64_t head) {
     const int64_t first = (row * call->num_kv_heads + head) * call->capacity;
     return {call->key_sum + first * call->k.dim, call->value_sum + first * call->v.dim, call->count + first,
-            from_row(call->weight, first), nullptr, FLOAT32};
+            from_row(call->weight, first), nullptr, call->state_dtype};
 }
 
 static void update_slot(Dictionary *dictionary, const Call *call, int64_t i, const Sums *sums) {

@@ -22,6 +22,8 @@ from ovq.ops.options import NUM_PARTS, TIE
 
 # Dtypes of inputs, in the order of numbers.h.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Formats of sums, likewise; "float16" is none of `STATE_DTYPES`.
+FORMATS = ("float32", "bfloat16", "float16", "int8")
 
 
 def cpu_kernels() -> str:
@@ -227,6 +229,7 @@ def _call(
         capacity=sums.count.shape[2],
         num_threads=torch.get_num_threads(),
         dtype=DTYPES.index(q.dtype),
+        state_dtype=FORMATS.index(options.state_dtype),
         merges_pairs=options.merges_pairs,
         weighs_chunk=options.weighs_chunk,
         tie=TIE,

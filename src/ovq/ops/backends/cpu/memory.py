@@ -11,12 +11,10 @@ import torch
 from torch import Tensor
 
 from ovq.ops.backends.cpu import build
-from ovq.ops.backends.cpu.kernels import DTYPES
+from ovq.ops.backends.cpu.kernels import DTYPES, FORMATS
 from ovq.ops.backends.cpu.mirrors import Mirror, fields_of
+from ovq.ops.narrow import state_dtype_of
 from ovq.ops.options import NUM_PARTS, TIE, Options
-
-# Formats of sums: those of `DTYPES`, and `INT8` of numbers.h.
-_STATE_DTYPES = (*DTYPES, torch.int8)
 
 
 def advance_memory(groups: Sequence[HeadGroup]) -> None:
@@ -87,7 +85,7 @@ class HeadGroup(Mirror, of="HeadGroup"):
             value_dim=v.shape[3],
             dtype=DTYPES.index(k.dtype),
             query_dtype=DTYPES.index(k.dtype if q is None else q.dtype),
-            state_dtype=_STATE_DTYPES.index(tensors["key_sum"].dtype),
+            state_dtype=FORMATS.index(state_dtype_of(tensors["key_sum"].dtype)),
             tie=TIE,
         )
         if options is not None:

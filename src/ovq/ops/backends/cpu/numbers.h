@@ -106,6 +106,13 @@ INLINE void with_type(int64_t dtype, const void *data, int64_t at, Function func
     else function((const float *)data + at);
 }
 
+/* The same for sums of slots in a format, INT8 included. */
+template <typename Function>
+INLINE void with_format(int64_t format, const void *data, int64_t at, Function function) {
+    if (format == INT8) function((const int8_t *)data + at);
+    else with_type(format, data, at, function);
+}
+
 /* out [ld] = factor * the n numbers from number `at` on, padded with zeros. */
 static void read_numbers(int64_t dtype, const void *data, int64_t at, int64_t n, float factor, float *out, int64_t ld) {
     with_type(dtype, data, at, [=](auto *x) {

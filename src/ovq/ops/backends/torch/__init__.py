@@ -15,6 +15,7 @@ from ovq.ops.backends.torch.decode import decode_step
 from ovq.ops.backends.torch.learn import learn
 from ovq.ops.call import Call
 from ovq.ops.known import Known
+from ovq.ops.narrow import STATE_DTYPES
 from ovq.ops.options import Options
 from ovq.ops.precision import full_precision
 from ovq.ops.state import OVQState
@@ -30,6 +31,7 @@ KNOWN = Known(
     bias=("count", "count+norm"),
     rate=("count", "number"),
     gates=("token_weights", "log_forget"),
+    state_dtype=STATE_DTYPES,
 )
 LEARNS = KNOWN
 

@@ -19,6 +19,7 @@ from ovq.ops.backends.learned import Merging
 from ovq.ops.backends.plan import Plan
 from ovq.ops.backends.torch.learn import learn
 from ovq.ops.call import Call
+from ovq.ops.narrow import narrow_slots
 from ovq.ops.options import Options
 from ovq.ops.schedule import grown_slots
 from ovq.ops.state import OVQState, advanced, with_capacity
@@ -110,8 +111,9 @@ def merged_state(
     after = [grown_slots(n, t, **options.schedule) for n, t in zip(before, seen, strict=True)]
     given, state = state, with_capacity(state, max(after))
     rows = state if is_all else with_capacity(rows, state.count.shape[2])
+    wide = rows.to_state_dtype("float32")
     # Copies, as merging is in place; selected rows and rows with added capacity are copies already.
-    sums = Dictionary.of(rows).map(dense_copy if rows is given else Tensor.contiguous)
+    sums = Dictionary.of(wide).map(dense_copy if wide is given else Tensor.contiguous)
     merged, weights = [t - options.chunk_size for t in seen], rows.pending_weights
     chunks = Merging(
         rows.pending_keys.transpose(1, 2),
@@ -121,7 +123,8 @@ def merged_state(
         None if weights is None else weights.transpose(1, 2)[..., None],
     )
     merge(chunks)
-    changed: dict[str, Any] = {name: x for name, x in vars(sums).items() if x is not None}
+    narrow = narrow_slots(vars(sums), state.state_dtype)
+    changed: dict[str, Any] = {name: x for name, x in narrow.items() if x is not None}
     if not is_all:
         # New tensors, as the old ones belong to earlier states.
         index = torch.tensor(complete, device=state.count.device)

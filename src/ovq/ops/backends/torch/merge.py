@@ -13,6 +13,7 @@ from torch import Tensor
 from ovq.ops.backends.dictionary import Dictionary
 from ovq.ops.backends.torch.route import Router
 from ovq.ops.backends.torch.streams import CompleteChunk
+from ovq.ops.narrow import rounded_
 from ovq.ops.nearest import Items, movers, nearest_roots
 from ovq.ops.options import Options
 from ovq.ops.sums import slot_means, without_trace
@@ -100,6 +101,8 @@ def merge_chunk(
             rows.index_add_(0, target, rows[source])
             rows[source] = 0
     sums.add_(slots, chunk.keys, chunk.values, 1, chunk.weights)
+    for x in (sums.key_sum, sums.value_sum):
+        rounded_(x[: len(slots)], options.state_dtype)
     return slots, changed
 
 

@@ -1,0 +1,212 @@
+"""Slots in bfloat16 and int8: every backend rounds the same sums, and states stay values."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ovq.ops import OVQState, backend_used, ovq_attention, slot_assignments
+from ovq.ops.narrow import STATE_DTYPES
+from ovq.ops.state import tensors_of
+
+NARROW = STATE_DTYPES[1:]
+BACKENDS = ("naive", "torch", "cpu")
+K, V, N, C = 8, 6, 12, 8
+
+
+def empty(state_dtype: str, *, rows: int = 2, dtype: torch.dtype = torch.float32) -> OVQState:
+    sizes = {"num_kv_heads": 2, "key_dim": K, "value_dim": V, "num_slots": N, "chunk_size": C}
+    return OVQState.empty(batch_size=rows, dtype=dtype, **sizes).to_state_dtype(state_dtype)
+
+
+def tokens(num: int, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    q, k, v = (
+        torch.randn(2, num, h, d, generator=random, dtype=torch.float64) for h, d in ((4, K), (2, K), (2, V))
+    )
+    return q.to(dtype), torch.nn.functional.normalize(k, dim=-1).to(dtype), v.to(dtype)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, state: OVQState | None, **options: object
+) -> tuple[Tensor, OVQState]:
+    sizes = {"num_slots": N, "chunk_size": C}
+    return ovq_attention(q, k, v, initial_state=state, output_final_state=True, **sizes | options)
+
+
+def assert_equal(state: OVQState, other: OVQState) -> None:
+    found, expected = tensors_of(state), tensors_of(other)
+    assert found.keys() == expected.keys()
+    for name, x in expected.items():
+        # The places of tokens that are not pending are undefined.
+        assert name.startswith("pending") or torch.equal(found[name], x), name
+
+
+@pytest.mark.parametrize("merge", ["existing", "nearest"])
+@pytest.mark.parametrize("state_dtype", NARROW)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_backends_round_the_same_sums_however_a_text_is_split(merge, state_dtype, dtype):
+    q, k, v = tokens(60, dtype=dtype)
+    weights = None if dtype == torch.bfloat16 else torch.rand(2, 60, 2)
+
+    def read(backend: str, *ends: int) -> tuple[Tensor, OVQState]:
+        state, outputs = empty(state_dtype, dtype=dtype), []
+        for start, end in zip((0, *ends), (*ends, 60), strict=True):
+            part = slice(start, end)
+            own = {} if weights is None else {"token_weights": weights[:, part]}
+            new = (x[:, part] for x in (q, k, v))
+            o, state = attend(*new, state, merge=merge, backend=backend, **own)
+            outputs.append(o)
+        return torch.cat(outputs, 1), state
+
+    reference, expected = read("naive")
+    assert expected.state_dtype == state_dtype
+    assert int((expected.count > 1).sum()) > 0
+    for backend in BACKENDS:
+        # In one call, in pieces, and in pieces and then token by token.
+        for ends in ((), (3, 30), (20, *range(25, 50))):
+            o, state = read(backend, *ends)
+            assert_equal(state, expected)
+            torch.testing.assert_close(o, reference, atol=2e-6 if dtype == torch.float32 else 4e-2, rtol=0)
+
+
+@pytest.mark.parametrize("state_dtype", NARROW)
+def test_rows_of_packed_and_padded_calls_are_those_of_rows_alone(state_dtype):
+    q, k, v = tokens(40)
+    lengths = [40, 17]
+    alone = [
+        attend(*(x[r : r + 1, :n] for x in (q, k, v)), empty(state_dtype, rows=1))
+        for r, n in enumerate(lengths)
+    ]
+    expected = OVQState.concatenate([state for _, state in alone])
+    mask = torch.arange(40) < torch.tensor(lengths)[:, None]
+    packed = tuple(torch.cat([x[r, :n] for r, n in enumerate(lengths)])[None] for x in (q, k, v))
+    ends = torch.tensor([0, 40, 57])
+    for backend in BACKENDS:
+        o, state = attend(q, k, v, empty(state_dtype), attention_mask=mask, backend=backend)
+        assert_equal(state, expected)
+        torch.testing.assert_close(o[1, :17], alone[1][0][0], atol=2e-6, rtol=0)
+        o, state = attend(*packed, empty(state_dtype), cu_seqlens=ends, backend=backend)
+        assert_equal(state, expected)
+        torch.testing.assert_close(o[0, 40:], alone[1][0][0], atol=2e-6, rtol=0)
+
+
+def test_a_state_in_another_format_is_the_same_memory_in_fewer_bytes():
+    _, state = attend(*tokens(100), None)
+    bytes_of_sums = {}
+    for state_dtype, error in (("bfloat16", 2**-8), ("int8", 2**-7)):
+        narrow = state.to_state_dtype(state_dtype)
+        assert f"slots in {state_dtype}, {narrow.nbytes:,} bytes" in repr(narrow)
+        bytes_of_sums[state_dtype] = narrow.key_sum.nbytes
+        for name in ("keys", "values"):
+            exact, found = getattr(state, name), getattr(narrow, name)
+            largest = exact.abs().amax(-1, keepdim=True)
+            assert bool(((found - exact).abs() <= error * largest).all()), name
+        # Rounding again changes nothing, and nothing else has changed.
+        wide = narrow.to_state_dtype("float32")
+        assert_equal(wide.to_state_dtype(state_dtype), narrow)
+        assert_equal(dataclasses.replace(wide, key_sum=state.key_sum, value_sum=state.value_sum), state)
+    assert state.key_sum.nbytes == 2 * bytes_of_sums["bfloat16"] == 4 * bytes_of_sums["int8"]
+
+
+def test_a_bfloat16_slot_of_one_token_is_that_token():
+    q, k, v = tokens(C, dtype=torch.bfloat16)
+    _, state = attend(q, k, v, empty("bfloat16", dtype=torch.bfloat16), merge="nearest")
+    assert state.count.tolist() == [[[1] * C] * 2] * 2
+    assert torch.equal(state.keys, k.transpose(1, 2).float())
+    assert torch.equal(state.values, v.transpose(1, 2).float())
+
+
+@pytest.mark.parametrize("state_dtype", NARROW)
+def test_rows_join_leave_and_are_saved(state_dtype, tmp_path):
+    q, k, v = tokens(50)
+    _, long = attend(q, k, v, empty(state_dtype))
+    _, short = attend(*(x[:, :10] for x in (q, k, v)), empty(state_dtype))
+    assert long.count.shape[2] > short.count.shape[2]
+    both = OVQState.concatenate([short, long])
+    assert_equal(both.select([2, 3]), long)
+    path = tmp_path / "state"
+    both.save(path)
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata()["version"] == "4"
+    assert_equal(OVQState.load(path), both)
+    # Rows go on as alone.
+    new = tokens(20, seed=1)
+    _, alone = attend(*new, long)
+    _, together = attend(*(torch.cat([x, x]) for x in new), both)
+    assert_equal(together.select([2, 3]), alone)
+    smaller = long.resize(4)
+    assert smaller.state_dtype == state_dtype
+    expected = long.to_state_dtype("float32").resize(4).to_state_dtype(state_dtype)
+    assert_equal(smaller, expected)
+    assert int(smaller.num_open.max()) == 4
+    with pytest.raises(ValueError, match=f"expected state_dtype {state_dtype} in all, found float32"):
+        OVQState.concatenate([long, long.to_state_dtype("float32")])
+
+
+@pytest.mark.parametrize("state_dtype", NARROW)
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_assignments_are_those_of_the_op(state_dtype, backend):
+    q, k, v = tokens(60)
+    _, expected = attend(q, k, v, empty(state_dtype), merge="nearest", backend=backend)
+    found = slot_assignments(
+        k, v, num_slots=N, chunk_size=C, initial_state=empty(state_dtype), merge="nearest", backend=backend
+    )
+    assert_equal(found.state, expected)
+
+
+@torch.no_grad()
+def test_tokens_one_by_one_repeat_a_prepared_step_that_reads_narrow_sums_in_place():
+    q, k, v = tokens(40)
+    _, state = attend(*(x[:, :33] for x in (q, k, v)), empty("int8"), backend="cpu")
+    one = [tuple(x[:, i : i + 1] for x in (q, k, v)) for i in range(33, 39)]
+    _, first = attend(*one[0], state)
+    assert backend_used() == "cpu"
+    _, second = attend(*one[1], first)
+    assert second._step is first._step
+    assert second.key_sum is state.key_sum
+    # Two continuations of a state do not disturb each other.
+    other, _ = attend(*one[5], first)
+    o, third = attend(*one[2], second)
+    assert third._step is first._step
+    again, _ = attend(*(torch.cat([x, y, z], 1) for x, y, z in zip(*one[:3], strict=True)), state)
+    torch.testing.assert_close(o, again[:, 2:], atol=2e-6, rtol=0)
+    assert not torch.equal(other, o)
+
+
+def test_what_narrow_sums_cannot_do_is_refused_by_name():
+    q, k, v = tokens(20)
+    state = empty("int8")
+    with pytest.raises(ValueError, match="expected one of float32, bfloat16, int8, found 'int4'"):
+        state.to_state_dtype("int4")
+    with pytest.raises(ValueError, match=r"gradients: expected sums in float32 .*found int8"):
+        attend(q.requires_grad_(), k, v, state)
+    q = q.detach()
+    with pytest.raises(ValueError, match=r"log_forget: expected sums in float32 .*found int8"):
+        attend(q, k, v, state, log_forget=torch.zeros(2, 20, 2))
+    with pytest.raises(ValueError, match=r"rate: expected sums in float32 .*found int8"):
+        attend(q, k, v, state, ablation={"rate": 0.5})
+    with pytest.raises(ValueError, match="'triton': expected state_dtype 'float32', found 'int8'"):
+        attend(q, k, v, state, backend="triton")
+    with pytest.raises(ValueError, match=r"key_step: expected .* in torch.bfloat16 on cpu, found NoneType"):
+        attend(q, k, v, dataclasses.replace(state, key_step=None))
+    _, forgetting = attend(q, k, v, None, log_forget=torch.zeros(2, 20, 2))
+    with pytest.raises(ValueError, match="state_dtype: expected float32 with forgetting, found bfloat16"):
+        forgetting.to_state_dtype("bfloat16")
+
+
+def test_compiled_graphs_break_around_narrow_sums():
+    q, k, v = tokens(20)
+
+    def run(state: OVQState) -> tuple[Tensor, OVQState]:
+        return attend(q, k, v, state)
+
+    with torch.no_grad():
+        o, state = torch.compile(run, backend="eager")(empty("int8"))
+        expected_o, expected = run(empty("int8"))
+    assert torch.equal(o, expected_o)
+    assert_equal(state, expected)
