@@ -17,6 +17,7 @@ from tests.hf.common import (
     BASELINES,
     SIZES,
     enable_checkpointing,
+    is_greedy,
     left_padded,
     make_config,
     make_model,
@@ -361,6 +362,30 @@ def test_set_merge_is_the_changed_config(tmp_path, given, left):
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "after").eval()(ids).logits, after)
     model.set_merge("existing", growth="linear", value_weight=0.25)
     assert torch.equal(model(ids).logits, before)
+
+
+@torch.no_grad()
+def test_set_state_dtype_is_the_changed_config(tmp_path):
+    model, ids = make_model(), random_ids(1, 60)
+    model.save_pretrained(tmp_path / "before")
+    before, num_bytes = model(ids).logits, model.state_bytes(60)
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "before", state_dtype="int8").eval()
+    model.set_state_dtype("int8")
+    after = model(ids).logits
+    assert torch.equal(after, expected(ids).logits)
+    assert not torch.allclose(after, before)
+    assert model.state_bytes(60) == expected.state_bytes(60) < num_bytes
+    model.save_pretrained(tmp_path / "after")
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "after").eval()(ids).logits, after)
+    text = model.generate(ids, max_new_tokens=12, do_sample=False)[0]
+    assert is_greedy(model, text, 12)
+    model.set_state_dtype("float32")
+    assert torch.equal(model(ids).logits, before)
+    for made in (model.set_state_dtype, lambda name: make_model(state_dtype=name)):
+        with pytest.raises(ValueError, match="state_dtype: expected one of float32, bfloat16, int8, found"):
+            made("int4")
+    with pytest.raises(ValueError, match="state_dtype: expected float32 with forgetting, found int8"):
+        make_model(state_dtype="int8", forget_gate=True)
 
 
 def test_set_logn_length_is_the_changed_config(tmp_path):

@@ -89,7 +89,10 @@ def assert_same(found, expected, tolerance=2e-5):
             if name.startswith("pending") and part.dim() > 2:
                 num = int(layer.state.num_pending.max())
                 part, expected_parts[name] = part[:, :, :num], expected_parts[name][:, :, :num]
-            torch.testing.assert_close(part, expected_parts[name], atol=tolerance, rtol=tolerance)
+            # Sums of other orders may round to the next number of a narrow format.
+            is_narrow = part.dtype in (torch.int8, torch.bfloat16)
+            bounds = {"atol": 1.0, "rtol": 2**-7} if is_narrow else {"atol": tolerance, "rtol": tolerance}
+            torch.testing.assert_close(part, expected_parts[name], **bounds)
 
 
 @needs_kernels
@@ -105,6 +108,8 @@ def assert_same(found, expected, tolerance=2e-5):
         {"forget_gate": True, "merge_gate": True, "merge": "nearest"},
         {"merge": "nearest", "conv_size": 2, "head_dim": 20, "intermediate_size": 70, "hidden_size": 40},
         {"mixer_types": ["ovq"] * 4, "growth": "linear"},
+        {"state_dtype": "int8", "merge_gate": True},
+        {"state_dtype": "bfloat16", "merge": "nearest"},
         {"mixer_types": ["sliding_attention", "mamba2", "sliding_attention", "ovq"], "rope_mixers": []},
         # So large that threads share the work.
         {"hidden_size": 192, "intermediate_size": 200, "head_dim": 48, "num_hidden_layers": 2},

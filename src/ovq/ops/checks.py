@@ -317,8 +317,8 @@ def check_state(state: OVQState, num_rows: int, k: Tensor, v: Tensor, options: O
         ("key/value heads", k.shape[2], state.count.shape[1]),
         ("key dimension", k.shape[3], state.key_sum.shape[3]),
         ("value dimension", v.shape[3], state.value_sum.shape[3]),
-        ("dtype of pending tokens", k.dtype, state.pending_keys.dtype),
         ("dtype of sums", sums, state.key_sum.dtype),
+        ("dtype of pending tokens", k.dtype, state.pending_keys.dtype),
         ("device", k.device, state.key_sum.device),
     ):
         if found != expected:
