@@ -14,7 +14,13 @@ from ovq_vllm.step import Group
 
 from .conftest import SIZES
 
-GATES = [{}, {"merge_gate": True}, {"forget_gate": True}, {"merge": "nearest", "merge_gate": True}]
+GATES = [
+    {},
+    {"merge_gate": True},
+    {"forget_gate": True},
+    {"merge": "nearest", "merge_gate": True},
+    {"merge": "nearest", "state_dtype": "int8"},
+]
 NUM_BLOCKS = 6
 
 
@@ -64,7 +70,9 @@ def test_requests_that_come_and_go(gates):
         x = group.take(inputs)
         o = mixer.mix(mixer.qkv_proj(x), x, group.layout(not group.is_packed), cache)
         blocks.write(group, cache.state)
-        torch.testing.assert_close(mixer.o_proj(o.flatten(0, 1)), torch.cat(expected), atol=1e-5, rtol=1e-4)
+        # The last digit of a product may decide how a narrow sum is rounded.
+        atol = 1e-3 if "state_dtype" in gates else 1e-5
+        torch.testing.assert_close(mixer.o_proj(o.flatten(0, 1)), torch.cat(expected), atol=atol, rtol=1e-4)
 
 
 def _holder(cache):

@@ -14,9 +14,9 @@ from ovq.layers.constant import ConstantStateMixer
 from ovq.layers.memory import StateSpec, num_bytes
 from ovq.ops import OVQState
 from ovq.ops.parts import slot_spec
+from ovq.ops.state import SLOT_TENSORS
 from ovq_vllm.step import Group
 
-_SUMS = ("key_sum", "value_sum", "count", "weight")
 _PENDING = ("pending_keys", "pending_values", "pending_weights")
 
 
@@ -40,6 +40,7 @@ def block_spec(config: OVQConfig, dtype: torch.dtype) -> StateSpec:
         dtype=dtype,
         has_weights=config.merge_gate or forgets,
         forgets=forgets,
+        state_dtype=config.state_dtype,
     )
     # The engine counts the tokens.
     del spec["num_seen"]
@@ -96,7 +97,7 @@ class StateBlocks:
     def __init__(self, mixer: OVQAttention, tensors: dict[str, Tensor]) -> None:
         self._mixer = mixer
         self._tensors = tensors
-        self._names = [name for name in (*_SUMS, *_PENDING, "pending_forget") if name in tensors]
+        self._names = [name for name in (*SLOT_TENSORS, *_PENDING, "pending_forget") if name in tensors]
         # Blocks, tokens read and states after the last decode step. While the same requests continue, states
         # are not read from blocks (which stay up to date), and the library repeats its step without checking
         # the arguments again. Only block and token numbers are compared, so this is dropped when a block may
@@ -135,7 +136,7 @@ class StateBlocks:
             if name in _PENDING:
                 self._tensors[name][group.blocks, :, places] = getattr(state, name)[rows, :, places]
         if completed := [row for row, after in enumerate(group.num_after) if after % size == 0]:
-            sums = [name for name in self._names if name in _SUMS]
+            sums = [name for name in self._names if name in SLOT_TENSORS]
             self._write_rows(group.blocks[completed], state, completed, sums)
         if "pending_forget" in self._names:
             self._tensors["pending_forget"][group.blocks] = state.pending_forget
@@ -149,4 +150,4 @@ class StateBlocks:
     def _part(self, name: str, capacity: int) -> Tensor:
         """A tensor for all blocks; sums only of the first `capacity` slots."""
         tensor = self._tensors[name]
-        return tensor[:, :, :capacity] if name in _SUMS else tensor
+        return tensor[:, :, :capacity] if name in SLOT_TENSORS else tensor
