@@ -86,13 +86,14 @@ def assert_state(actual: OVQState, expected: OVQState, what: str, *, size: float
     assert (actual.weight is None) == (expected.weight is None), (
         f"{what}: expected weights in both or neither"
     )
+    assert actual.state_dtype == expected.state_dtype, f"{what}: expected sums in {expected.state_dtype}"
     weights = () if expected.weight is None else ("weight", "pending_weights")
     forgotten = [state.pending_forget for state in (actual, expected)]
     is_same = forgotten[0] is forgotten[1] is None or torch.equal(*forgotten)
     assert is_same, f"{what}: expected pending_forget {forgotten[1]}, found {forgotten[0]}"
     for name in ("key_sum", "value_sum", "pending_keys", "pending_values", *weights):
         places = used["pending" if "pending" in name else "sum"]
-        a, b = (getattr(state, name)[:, :, :places] for state in (actual, expected))
+        a, b = (getattr(state.to_state_dtype("float32"), name)[:, :, :places] for state in (actual, expected))
         # One way to add up Inf gives NaN, another Inf.
         a, b = (x.masked_fill(~x.isfinite(), torch.nan) for x in (a, b))
         tolerance = 0 if "pending" in name else 1e-9

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ovq.ops import OVQState, ovq_attention
+from ovq.ops.narrow import STATE_DTYPES
 from ovq.ops.schedule import GROWTHS
 from ovq.ops.sums import state_dtype
 from tests.fuzz.backends import BACKENDS, Backend
@@ -52,6 +53,7 @@ class StateProgram(OpProgram):
         steps: the operations, each (name, state it is of, two numbers, whether that state stays beside the
             new one). Numbers are taken modulo what there is, so that any do.
         is_sharp: whether scales are so large that scores differ by more than 34.
+        state_dtype: format of the sums.
     """
 
     kind = "states"
@@ -59,6 +61,7 @@ class StateProgram(OpProgram):
     num_rows: int = 1
     steps: tuple[tuple[str, int, int, int, int], ...] = ()
     is_sharp: bool = False
+    state_dtype: str = "float32"
 
     @classmethod
     def draw(cls, rng: Random, backend: Backend) -> StateProgram:
@@ -70,6 +73,8 @@ class StateProgram(OpProgram):
             for _ in range(rng.randrange(2, 5 if backend.is_slow else 9))
         ]
         options = drawn_options(rng, ["count", "count", "count", 0.3])
+        gates = _drawn_gates(rng) if options["rate"] == "count" else {}
+        can_round = options["rate"] == "count" and gates["forgetting"] == "none" and backend.op != "triton"
         return cls(
             seed=rng.randrange(10**6),
             num_rows=rng.choice([1, 2, 3]),
@@ -83,7 +88,8 @@ class StateProgram(OpProgram):
             chunk_size=rng.choice([1, 2, 3, 4, 5]),
             growth=rng.choice(GROWTHS),
             **backend.known(options),
-            **(_drawn_gates(rng) if options["rate"] == "count" else {}),
+            state_dtype=rng.choice(STATE_DTYPES) if can_round else "float32",
+            **gates,
         )
 
     def check(self, name: str) -> None:
@@ -119,8 +125,9 @@ class _Machine:
             num_slots=p.num_slots,
             chunk_size=p.chunk_size,
             dtype=dtype,
-        )
+        ).to_state_dtype(p.state_dtype)
         self.states: list[tuple[OVQState, list[Row]]] = [(empty, [()] * p.num_rows)]
+        self.empty = None if p.state_dtype == "float32" else empty.select([0])
         heads = p.num_kv_heads * p.group
         q, k, v = (
             numbers(p.seed, name, shape=(NUM_TOKENS, num, dim))
@@ -190,7 +197,7 @@ class _Machine:
     def _anew(self, row: Row) -> tuple[Tensor, OVQState]:
         """Outputs of the tokens of a row since its dictionary last got another size, and its state."""
         sizes = [i for i, event in enumerate(row) if isinstance(event, str)]
-        state, num_slots, start = None, self.program.num_slots, 0
+        state, num_slots, start = self.empty, self.program.num_slots, 0
         if sizes:
             num_slots, start = int(row[sizes[-1]]), sizes[-1] + 1
             state = self.anew(row[: sizes[-1]])[1].resize(num_slots)

@@ -162,20 +162,26 @@ def test_assignments_are_those_of_the_op(state_dtype, backend):
 @torch.no_grad()
 def test_tokens_one_by_one_repeat_a_prepared_step_that_reads_narrow_sums_in_place():
     q, k, v = tokens(40)
-    _, state = attend(*(x[:, :33] for x in (q, k, v)), empty("int8"), backend="cpu")
+    _, state = attend(*(x[:, :33] for x in (q, k, v)), empty("int8"), backend="cpu", merge="nearest")
     one = [tuple(x[:, i : i + 1] for x in (q, k, v)) for i in range(33, 39)]
-    _, first = attend(*one[0], state)
+    _, first = attend(*one[0], state, merge="nearest")
     assert backend_used() == "cpu"
-    _, second = attend(*one[1], first)
+    _, second = attend(*one[1], first, merge="nearest")
     assert second._step is first._step
     assert second.key_sum is state.key_sum
     # Two continuations of a state do not disturb each other.
-    other, _ = attend(*one[5], first)
-    o, third = attend(*one[2], second)
+    other, _ = attend(*one[5], first, merge="nearest")
+    o, third = attend(*one[2], second, merge="nearest")
     assert third._step is first._step
-    again, _ = attend(*(torch.cat([x, y, z], 1) for x, y, z in zip(*one[:3], strict=True)), state)
+    again, _ = attend(*(torch.cat(x, 1) for x in zip(*one[:3], strict=True)), state, merge="nearest")
     torch.testing.assert_close(o, again[:, 2:], atol=2e-6, rtol=0)
     assert not torch.equal(other, o)
+    # Nor does a merge into a full dictionary.
+    after, kept = third, third.clone()
+    for token in (*one[3:], *one[:2]):
+        _, after = attend(*token, after, merge="nearest")
+    assert int(after.count.sum()) > int(third.count.sum())
+    assert_equal(third, kept)
 
 
 def test_what_narrow_sums_cannot_do_is_refused_by_name():

@@ -111,9 +111,9 @@ def merged_state(
     after = [grown_slots(n, t, **options.schedule) for n, t in zip(before, seen, strict=True)]
     given, state = state, with_capacity(state, max(after))
     rows = state if is_all else with_capacity(rows, state.count.shape[2])
-    wide = rows.to_state_dtype("float32")
     # Copies, as merging is in place; selected rows and rows with added capacity are copies already.
-    sums = Dictionary.of(wide).map(dense_copy if wide is given else Tensor.contiguous)
+    wide = Dictionary.of(rows.to_state_dtype("float32"))
+    sums = wide.map(dense_copy if rows is given else Tensor.contiguous)
     merged, weights = [t - options.chunk_size for t in seen], rows.pending_weights
     chunks = Merging(
         rows.pending_keys.transpose(1, 2),
