@@ -27,7 +27,7 @@ from ovq.serve.guard import UPLOAD, Guard, body_pieces, content_type
 from ovq.serve.jobs import ContextEvent, Generation, Reading
 from ovq.serve.limits import Limits
 from ovq.serve.metrics import Metered, Metrics
-from ovq.serve.model import AnyServedModel
+from ovq.serve.model import ServedModel
 from ovq.serve.replies import ChatForm, CompletionForm, Form, stream, whole
 from ovq.serve.responses import EventStream, error_response
 from ovq.serve.schemas import CompletionRequest, ContextRequest, GenerationRequest
@@ -60,7 +60,7 @@ class Service:
         self,
         *,
         name: str,
-        served: AnyServedModel,
+        served: ServedModel,
         tokenizer: Any | None = None,
         limits: Limits | None = None,
     ) -> None:

@@ -10,7 +10,7 @@ from ovq.hf.context import Context
 from ovq.serve.errors import APIError, shutting_down
 from ovq.serve.jobs import Generation, Job
 from ovq.serve.limits import Limits
-from ovq.serve.model import AnyServedModel
+from ovq.serve.model import ServedModel
 from ovq.serve.scheduler import Scheduler
 
 _log = logging.getLogger("ovq.serve")
@@ -38,7 +38,7 @@ class Engine:
         FinishEvent(choice=0, reason='length')
     """
 
-    def __init__(self, model: AnyServedModel, limits: Limits) -> None:
+    def __init__(self, model: ServedModel, limits: Limits) -> None:
         self.limits = limits
         self.scheduler = Scheduler(model, limits)
         self._changed = threading.Condition()

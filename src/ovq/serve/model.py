@@ -1,4 +1,4 @@
-"""Models for the server: those of this library, converted ones, and the interface for other models."""
+"""`ServedModel`: what a server needs from a model."""
 
 from __future__ import annotations
 
@@ -6,78 +6,20 @@ import json
 from collections.abc import Generator, Hashable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from ovq.hf.context import Context, load_context, read_in_pieces
 from ovq.hf.context_file import fingerprint
 from ovq.hf.rows import Rows
 
 
-class BatchRows(Protocol):
-    """Rows that read together, such as `ovq.hf.rows.Rows`."""
-
-    def __len__(self) -> int: ...
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the cache of all rows."""
-
-    def read(self, tokens: Tensor | Sequence[Sequence[int]]) -> Tensor:
-        """Read `[B, T]` tokens; returns the logits `[B, vocab_size]` of the next ones."""
-
-    def keep(self, places: Sequence[int]) -> None:
-        """Keep the rows at these places, in this order, repeats allowed."""
-
-    def copied(self) -> BatchRows:
-        """An independent copy of the rows."""
-
-    def taken(self, place: int) -> BatchRows:
-        """An independent copy of the row at this place."""
-
-
-class AnyServedModel(Protocol):
-    """What a server needs from a model; `ServedModel` implements it for the models of this library.
-
-    Other models can be served if rows of their caches can be selected and concatenated.
-    """
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the logits, on which tokens are sampled."""
-
-    @property
-    def settings(self) -> Hashable:
-        """Settings that states depend on besides tokens, and that may change while the model is served."""
-
-    def start(self, context: Context | None) -> BatchRows:
-        """One row that has read nothing, or the context."""
-
-    def joined(self, parts: Sequence[Any]) -> BatchRows:
-        """The rows of all parts, in order; the parts are not used again."""
-
-    def read_document(self, tokens: Sequence[int], piece: int) -> Generator[int, None, Context]:
-        """Read a document in pieces of `piece` tokens; yields the tokens read so far, returns the context."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Size of the vocabulary: token ids are smaller."""
-
-    @property
-    def ends(self) -> frozenset[int]:
-        """End tokens."""
-
-    def prepare(self) -> None:
-        """Do the one-time work before documents are read, which may take seconds. Thread-safe."""
-
-    def load_context(self, path: Path) -> Context:
-        """The context in a file; ValueError, naming the path, if it is not of this model. Thread-safe."""
-
-
 class ServedModel:
     """An `OVQForCausalLM`, with any mixers, or a converted model, for a server.
+
+    Other models can be served by a class with the same methods, if rows of their caches can be selected and
+    concatenated.
 
     Args:
         model: The model, on its device and in its dtype, in evaluation mode.
@@ -88,12 +30,12 @@ class ServedModel:
 
     @property
     def device(self) -> torch.device:
-        """See `AnyServedModel.device`."""
+        """Device of the logits, on which tokens are sampled."""
         return self.model.device
 
     @property
     def settings(self) -> Hashable:
-        """See `AnyServedModel.settings`."""
+        """Settings that states depend on besides tokens, and that may change while the model is served."""
         has_adapters = getattr(self.model, "_hf_peft_config_loaded", False)
         adapters = self.model.active_adapters() if has_adapters else []
         is_converted = hasattr(self.model, "memory_config")
@@ -101,12 +43,12 @@ class ServedModel:
 
     @property
     def vocab_size(self) -> int:
-        """See `AnyServedModel.vocab_size`."""
+        """Size of the vocabulary: token ids are smaller."""
         return self.model.config.vocab_size
 
     @property
     def ends(self) -> frozenset[int]:
-        """See `AnyServedModel.ends`."""
+        """End tokens."""
         found = getattr(self.model.generation_config, "eos_token_id", None)
         return frozenset([] if found is None else [found] if isinstance(found, int) else found)
 
@@ -120,23 +62,23 @@ class ServedModel:
         return fingerprint(self.model)
 
     def prepare(self) -> None:
-        """Compute the model's fingerprint for contexts, which reads all weights once."""
+        """Do the one-time work before documents are read, which reads all weights. Thread-safe."""
         _ = self._fingerprint
 
     def load_context(self, path: Path) -> Context:
-        """See `AnyServedModel.load_context`."""
+        """The context in a file; ValueError, naming the path, if it is not of this model. Thread-safe."""
         return load_context(path, self.model)
 
     def start(self, context: Context | None) -> Rows:
-        """See `AnyServedModel.start`."""
+        """One row that has read nothing, or the context."""
         return Rows.start(self.model, context)
 
     def joined(self, parts: Sequence[Rows]) -> Rows:
-        """See `AnyServedModel.joined`."""
+        """The rows of all parts, in order; the parts are not used again."""
         return Rows.joined(parts)
 
     def read_document(self, tokens: Sequence[int], piece: int) -> Generator[int, None, Context]:
-        """See `AnyServedModel.read_document`."""
+        """Read a document in pieces of `piece` tokens; yields the tokens read so far, returns the context."""
         return read_in_pieces(
             self.model, tokens, prefill_chunk_size=piece, known_fingerprint=self._fingerprint
         )

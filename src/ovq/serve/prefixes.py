@@ -18,7 +18,7 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-from ovq.serve.model import BatchRows
+from ovq.hf.rows import Rows
 
 MIN_TOKENS = 16
 """Fewest tokens for which a state is worth keeping; reading fewer costs less."""
@@ -34,7 +34,7 @@ class Known:
         fork: Number of tokens shared with an earlier prompt, if a state should be kept there; else 0.
     """
 
-    rows: BatchRows | None = None
+    rows: Rows | None = None
     num_tokens: int = 0
     fork: int = 0
 
@@ -64,7 +64,7 @@ class Prefixes:
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         # States and their bytes by root and tokens, in the order of their last use.
-        self._states: OrderedDict[tuple[Hashable, bytes], tuple[BatchRows, int]] = OrderedDict()
+        self._states: OrderedDict[tuple[Hashable, bytes], tuple[Rows, int]] = OrderedDict()
         # The keys of each root, sorted, so that common beginnings are adjacent.
         self._sorted: dict[Hashable, list[bytes]] = {}
         self.nbytes = 0
@@ -97,7 +97,7 @@ class Prefixes:
         self._states.move_to_end(found)
         return Known(rows=self._states[found][0].copied(), num_tokens=num_tokens, fork=fork)
 
-    def add(self, root: Hashable, tokens: Sequence[int], rows: BatchRows) -> None:
+    def add(self, root: Hashable, tokens: Sequence[int], rows: Rows) -> None:
         """Keep `rows`, which have read these tokens and must not be changed; evicts others for room."""
         key, size = _key(tokens), rows.nbytes
         if size > self._max_bytes:

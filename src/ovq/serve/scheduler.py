@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ovq.hf.context import Context
+from ovq.hf.rows import Rows
 from ovq.serve.grammars import GrammarFault
 from ovq.serve.jobs import (
     BeginEvent,
@@ -28,7 +29,7 @@ from ovq.serve.jobs import (
     TokenEvent,
 )
 from ovq.serve.limits import Limits
-from ovq.serve.model import AnyServedModel, BatchRows
+from ovq.serve.model import ServedModel
 from ovq.serve.prefixes import Prefixes
 from ovq.serve.sampling import Choice, choices_of, next_tokens, token_logprobs
 
@@ -69,7 +70,7 @@ class _Started:
     """
 
     job: Job
-    rows: BatchRows | None = None
+    rows: Rows | None = None
     document: Generator[int, None, Context] | None = None
     num_read: int = 0
     known: int = 0
@@ -100,14 +101,14 @@ class Scheduler:
         (5, FinishEvent(choice=0, reason='length'))
     """
 
-    def __init__(self, model: AnyServedModel, limits: Limits) -> None:
+    def __init__(self, model: ServedModel, limits: Limits) -> None:
         self.counts, self.prefixes = Counts(), Prefixes(limits.prefix_bytes)
         self._model, self._limits = model, limits
         self._waiting: deque[Job] = deque()
         self._started: deque[_Started] = deque()
         # Stored as a number, because other threads read it.
         self._num_started_rows = 0
-        self._rows: BatchRows | None = None
+        self._rows: Rows | None = None
         self._choices: list[Choice] = []
         self._events: dict[Job, list[Event]] = {}
         self._deleted: weakref.WeakSet[Context] = weakref.WeakSet()
@@ -280,7 +281,7 @@ class Scheduler:
             if self.prefixes.is_worth_keeping(len(read)):
                 self._cache_state(choice.job, [*choice.job.tokens, *read], self._rows.taken(place))
 
-    def _cache_state(self, job: Generation, tokens: Sequence[int], rows: BatchRows) -> None:
+    def _cache_state(self, job: Generation, tokens: Sequence[int], rows: Rows) -> None:
         """Cache the state of a row that has read these tokens, unless its context was deleted."""
         if job.context not in self._deleted:
             self.prefixes.add(self._root(job), tokens, rows)
