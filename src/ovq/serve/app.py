@@ -46,14 +46,6 @@ class Service:
         served: The model.
         tokenizer: A tokenizer of transformers; None if the model reads token ids.
         limits: Limits on sizes, times and concurrency.
-
-    Attributes:
-        engine: Runs the model.
-        contexts: The documents that were read.
-        texts: Encodes and decodes text.
-        grammars: Compiles constraints of answers.
-        metrics: Prometheus metrics.
-        created: Creation time, in seconds since 1970.
     """
 
     def __init__(
@@ -79,7 +71,6 @@ def create_app(
     """The application, for uvicorn or another ASGI server with one worker. Its lifespan runs the engine.
 
     Args:
-        service: The service that answers requests.
         api_key: Bearer token that clients must send; None for no key.
         hosts: Allowed values of the header `Host`; None for all.
     """
@@ -111,13 +102,7 @@ def create_app(
         app.add_api_route(path, call, methods=[method], response_model=None)
     for kind in (APIError, HTTPException, ClientGone, Exception):
         app.add_exception_handler(kind, _answer_to_error)
-    app.add_middleware(
-        Guard,
-        limits=service.limits,
-        api_key=api_key,
-        hosts=hosts,
-        uploads=[("POST", "/v1/contexts")],
-    )
+    app.add_middleware(Guard, limits=service.limits, api_key=api_key, hosts=hosts)
     # Added last, it is the outermost.
     app.add_middleware(Metered, metrics=service.metrics)
     return app

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import AsyncGenerator, Collection, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -15,7 +15,9 @@ from ovq.serve.responses import error_response
 
 _JSON = "application/json"
 UPLOAD = "application/octet-stream"
-"""Content type of uploads, whose bodies the routes themselves read in pieces."""
+"""Content type of uploads."""
+# The route that itself reads bodies of this type, in pieces and within limits of its own.
+_UPLOAD_ROUTE = ("POST", "/v1/contexts")
 
 
 class Guard:
@@ -23,25 +25,15 @@ class Guard:
 
     Args:
         app: The application.
-        limits: `max_body_bytes` and `read_seconds` are used, for every request except uploads, whatever its
-            route, method and type.
+        limits: `max_body_bytes` and `read_seconds` are for every request except uploads, whatever its route,
+            method and type.
         api_key: Key that clients must send as `Authorization: Bearer KEY`; None for no key.
         hosts: Allowed values of the header `Host`, or None for all. A page of another site in a browser can
             reach a server on the same machine (DNS rebinding), but not under these names.
-        uploads: Method and path of the routes that read bodies of type `UPLOAD` themselves, within their own
-            limits.
     """
 
-    def __init__(
-        self,
-        app: Any,
-        *,
-        limits: Limits,
-        api_key: str | None,
-        hosts: Sequence[str] | None,
-        uploads: Collection[tuple[str, str]],
-    ) -> None:
-        self._app, self._limits, self._hosts, self._uploads = app, limits, hosts, uploads
+    def __init__(self, app: Any, *, limits: Limits, api_key: str | None, hosts: Sequence[str] | None) -> None:
+        self._app, self._limits, self._hosts = app, limits, hosts
         self._key = None if api_key is None else api_key.encode()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -56,8 +48,7 @@ class Guard:
             if scope["path"] != "/health":
                 self._check_key(headers)
             kind = content_type(headers)
-            is_upload = kind == UPLOAD and (scope["method"], scope["path"]) in self._uploads
-            if not is_upload:
+            if kind != UPLOAD or (scope["method"], scope["path"]) != _UPLOAD_ROUTE:
                 if scope["method"] in ("POST", "PUT", "PATCH") and kind != _JSON:
                     # Browsers let pages of any site send some other types without a preflight.
                     raise APIError(415, f"Content-Type: expected {_JSON}, found {shown(kind)}")
@@ -117,15 +108,10 @@ def content_type(headers: Headers) -> str:
 
 
 async def body_pieces(receive: Any, *, largest: int, deadline: float) -> AsyncGenerator[bytes, None]:
-    """Stream the body of a request.
-
-    Args:
-        receive: ASGI's function that returns the next message from the client.
-        largest: Most bytes of the body.
-        deadline: Time by which the whole body must have arrived, by the clock of the event loop.
+    """Stream the body of a request, which must have arrived by `deadline`, by the clock of the event loop.
 
     Raises:
-        APIError: If the body is too large or late.
+        APIError: If the body is larger than `largest` bytes, or late.
         ClientGone: If the client has disconnected.
     """
     size, is_whole = 0, False

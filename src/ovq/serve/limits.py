@@ -55,10 +55,9 @@ class Limits:
     def __post_init__(self) -> None:
         """Check the ranges."""
         check_fields(self)
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            least = 0 if field.name == "prefix_bytes" else 1
+        for name, value in vars(self).items():
+            least = 0 if name == "prefix_bytes" else 1
             if isinstance(value, int) and value < least:
-                raise ValueError(f"{field.name}: expected at least {least}, found {value}")
+                raise ValueError(f"{name}: expected at least {least}, found {value}")
             if value <= 0 < least:
-                raise ValueError(f"{field.name}: expected more than 0, found {value}")
+                raise ValueError(f"{name}: expected more than 0, found {value}")

@@ -42,10 +42,6 @@ class Offsets:
 class Texts:
     """Thread-safe tokenizer of a model; without one, text is token ids: `"12 7 33"`.
 
-    Args:
-        tokenizer: A tokenizer of transformers, or None.
-        vocab_size: Token ids must be smaller.
-
     Example:
         >>> Texts(None, vocab_size=50).encode("12 7", param="prompt", is_start=True)
         [12, 7]
@@ -81,15 +77,10 @@ class Texts:
             yield self._tokenizer
 
     def encode(self, text: str | list[int], *, param: str, is_start: bool) -> list[int]:
-        """The tokens of a text.
-
-        Args:
-            text: The text, or its token ids.
-            param: The field of the request that it comes from, for errors.
-            is_start: Whether a text begins here, so that the tokenizer marks its beginning.
+        """The tokens of a text, which may be token ids; see `ovq.prompts.encode`.
 
         Raises:
-            APIError: If there is no token, or one outside the vocabulary.
+            APIError: If there is no token, or one outside the vocabulary; names the field `param`.
         """
         about: dict[str, Any] = {"vocab_size": self._vocab_size, "name": param}
         with self._lock, _as_api_errors(param):
@@ -145,12 +136,6 @@ def _as_api_errors(param: str, *, code: str | None = None, hint: str = "") -> It
 class StopSequences:
     """Passes text up to the first stop sequence, and holds back what may become one.
 
-    Args:
-        sequences: The sequences, none of them empty.
-
-    Attributes:
-        is_stopped: Whether one of them has occurred.
-
     Example:
         >>> stops = StopSequences(["end"])
         >>> stops.push("the e"), stops.push("ve"), stops.push(" is the e"), stops.push("nd of")
@@ -160,8 +145,8 @@ class StopSequences:
     """
 
     def __init__(self, sequences: Sequence[str]) -> None:
-        self._sequences = [sequence for sequence in sequences if sequence]
-        self._held = ""
+        # None of them is empty.
+        self._sequences, self._held = sequences, ""
         self.is_stopped = False
 
     def push(self, text: str) -> str:

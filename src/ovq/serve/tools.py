@@ -36,14 +36,8 @@ For each function call, return a json object with function name and arguments wi
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ToolCall:
-    """A call of a tool in an answer.
-
-    Attributes:
-        index: Index of the call in the answer.
-        name: Name of the tool.
-        arguments: A JSON object, as text.
-        id: Id by which a message of the role `tool` refers to it.
-    """
+    """A call of a tool, with its index in the answer, the text of a JSON object as `arguments`, and the id by
+    which a message of the role `tool` refers to it."""
 
     index: int
     name: str
@@ -125,8 +119,13 @@ class ToolCalls:
             if not isinstance(one, dict) or one.get("name") not in self._names:
                 return []
             arguments = one.get("arguments", {})
-            text = json.dumps(arguments, ensure_ascii=False)
-            if not isinstance(arguments, dict) or not _is_unicode(text):
+            if not isinstance(arguments, dict):
+                return []
+            try:
+                text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+                # Lone surrogates cannot be sent.
+                text.encode()
+            except ValueError:
                 return []
             found.append(ToolCall(index=self.num_calls + len(found), name=one["name"], arguments=text))
             if self._is_single:
@@ -141,30 +140,11 @@ _UNFINISHED = object()
 def _json(text: str) -> Any:
     """The JSON value in a text; None if it is invalid, `_UNFINISHED` if it ends within a string."""
     try:
-        return json.loads(text, strict=False, parse_constant=_refuse, parse_float=_finite)
+        return json.loads(text, strict=False)
     except json.JSONDecodeError as error:
         return _UNFINISHED if error.msg.startswith("Unterminated string") else None
     except (ValueError, RecursionError):
         return None
-
-
-def _refuse(text: str) -> None:
-    raise ValueError(f"expected a number of JSON, found {text}")
-
-
-def _finite(text: str) -> float:
-    if (number := float(text)) in (float("inf"), float("-inf")):
-        _refuse(text)
-    return number
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether a text can be encoded in UTF-8: lone surrogates cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def match_start(text: str, sequences: Sequence[str]) -> int:
