@@ -12,15 +12,7 @@ from typing import Any
 from ovq.serve.engine import Engine
 from ovq.serve.errors import APIError, ClientGone, bad_request, failed
 from ovq.serve.grammars import GrammarFault
-from ovq.serve.jobs import (
-    BeginEvent,
-    Event,
-    FailEvent,
-    FinishEvent,
-    Generation,
-    Job,
-    TokenEvent,
-)
+from ovq.serve.jobs import BeginEvent, Event, FailEvent, FinishEvent, Generation, Job, TokenEvent
 from ovq.serve.texts import AnyTextStream, StopSequences, Texts
 from ovq.serve.tools import ToolCall, ToolCalls
 
@@ -35,7 +27,6 @@ class Piece:
     """The next part of an answer.
 
     Attributes:
-        choice: Index of the answer.
         text: Text, maybe empty: a character may need more tokens, and a stop sequence may have begun.
         events: The tokens of the piece; none at the end.
         finish_reason: In the last piece of an answer `"stop"`, `"tool_calls"` or `"length"`; else None.
@@ -112,11 +103,7 @@ class Answers:
             self._loop.call_soon_threadsafe(self._queue.put_nowait, events)
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """Submit the jobs to the engine.
-
-        Raises:
-            APIError: If its queue is full or it has stopped.
-        """
+        """Submit the jobs to the engine; see `Engine.submit`."""
         self._engine.submit(jobs)
         self._jobs = jobs
 
@@ -202,7 +189,7 @@ async def pieces(
     usage: Usage,
     make_calls: Callable[[], ToolCalls] = ToolCalls,
 ) -> AsyncGenerator[Piece, None]:
-    """The answers to submitted jobs, as pieces of text.
+    """The answers to submitted jobs, as pieces of text; errors as of `Answers.events`.
 
     Args:
         answers: Source of the events.
@@ -211,9 +198,6 @@ async def pieces(
         stops: Stop sequences; they are not part of the answer.
         usage: Its counts are updated.
         make_calls: Makes the parser of tool calls for an answer; by default there are no tools.
-
-    Raises:
-        APIError, ClientGone: As `Answers.events`.
     """
     unfinished = {
         choice: _Answer(choice, texts.stream(job.tokens), stops, make_calls())

@@ -56,13 +56,9 @@ class Message(Request):
     }
 
     def for_template(self, place: int) -> dict[str, Any]:
-        """The message in the form of chat templates, where arguments of calls are objects.
+        """The message at index `place` in the form of chat templates, where arguments of calls are objects.
 
-        Args:
-            place: Index of the message, for errors.
-
-        Raises:
-            APIError: Missing text, arguments that are no object, or calls or results in a wrong role.
+        APIError for missing text, arguments that are no object, or calls or results in a wrong role.
         """
         for field, role in (("tool_calls", "assistant"), ("tool_call_id", "tool")):
             if getattr(self, field) and self.role != role:
@@ -155,8 +151,7 @@ class ResponseFormat(Request):
     def schema_of_answer(self) -> dict[str, Any] | None:
         """The JSON schema of the answer; None for any text.
 
-        Raises:
-            APIError: A schema without its type, or the type without a schema.
+        APIError for a schema without its type, or the type without a schema.
         """
         if (self.json_schema is None) == (self.type == "json_schema"):
             found = "none" if self.json_schema is None else f"one beside the type {self.type!r}"
@@ -205,11 +200,7 @@ class ChatRequest(GenerationRequest):
 
     @property
     def offered(self) -> dict[str, Tool]:
-        """The tools that the model may call, by name.
-
-        Raises:
-            APIError: Two tools with the same name.
-        """
+        """The tools that the model may call, by name; APIError for two with the same name."""
         tools = [] if self.tool_choice == "none" else self.tools or []
         found = {tool.function.name: tool for tool in tools}
         if len(found) < len(tools):
@@ -221,8 +212,7 @@ class ChatRequest(GenerationRequest):
     def grammar(self) -> str | None:
         """The grammar that constrains answers; None for any text.
 
-        Raises:
-            APIError: Contradictory fields, or argument schemas that are not of type object.
+        APIError for contradictory fields, or argument schemas that are not of type object.
         """
         offered = self.offered
         schema = None if self.response_format is None else self.response_format.schema_of_answer

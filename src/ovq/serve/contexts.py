@@ -52,11 +52,7 @@ class Contexts:
         return sorted(self._entries)
 
     def get(self, name: str) -> Context:
-        """The context with this name.
-
-        Raises:
-            APIError: If there is none.
-        """
+        """The context with this name; APIError if there is none."""
         if name not in self._entries:
             raise APIError(
                 404,
@@ -67,20 +63,16 @@ class Contexts:
         return self._entries[name][0]
 
     def remove(self, name: str) -> Context:
-        """Remove and return a context; running answers that use it are not affected.
-
-        Raises:
-            APIError: If there is none of this name.
-        """
-        self.get(name)
-        return self._entries.pop(name)[0]
+        """Remove and return a context, as `get`; running answers that use it are not affected."""
+        context = self.get(name)
+        del self._entries[name]
+        return context
 
     @contextlib.contextmanager
     def reserved(self, name: str) -> Iterator[None]:
         """Context manager that reserves a name for a context being made.
 
-        Raises:
-            APIError: If the name cannot be used, or there are too many contexts.
+        APIError if the name cannot be used, or there are too many contexts.
         """
         if NAME.fullmatch(name) is None:
             raise bad_field("name", f"expected {NAME_RULE}, found {shown(name)}")
@@ -108,11 +100,7 @@ class Contexts:
         self._entries[name] = context, int(time.time())
 
     def about(self, name: str) -> dict[str, Any]:
-        """The object of the API that describes a context.
-
-        Raises:
-            APIError: If there is none of this name.
-        """
+        """The object of the API that describes a context, as `get`."""
         context = self.get(name)
         return {
             "id": name,

@@ -21,7 +21,7 @@ class Engine:
 
     Args:
         model: The model; after `start`, only this thread uses it.
-        limits: `max_rows`, `max_queue`, `step_tokens` and `prefix_bytes` are used.
+        limits: Limits of the batch and its queue.
 
     Attributes:
         scheduler: The scheduler. Other threads may read its counts, which need not be consistent.

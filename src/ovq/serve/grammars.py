@@ -35,7 +35,6 @@ class Constraint:
 
     Args:
         matcher: llguidance's state of the answer in its grammar.
-        vocab_size: Vocabulary size of the model.
         ends: End tokens; allowed where the grammar is complete.
     """
 
@@ -57,11 +56,7 @@ class Constraint:
         return np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(np.bool_)
 
     def push(self, token: int) -> None:
-        """Advance by one token.
-
-        Raises:
-            GrammarFault: As `check`.
-        """
+        """Advance by one token, and `check`."""
         self._matcher.consume_token(token)
         self.check()
 
@@ -75,13 +70,7 @@ class Constraint:
 
 
 class Grammars:
-    """Compiles constraints for the answers of a model.
-
-    Args:
-        texts: The tokenizer of the model.
-        vocab_size: Vocabulary size of the model.
-        ends: End tokens; if empty, that of the tokenizer.
-    """
+    """Compiles constraints for the answers of a model; without `ends`, the tokenizer's end token is one."""
 
     def __init__(self, texts: Texts, *, vocab_size: int, ends: frozenset[int]) -> None:
         self._texts, self._vocab_size, self._ends = texts, vocab_size, ends

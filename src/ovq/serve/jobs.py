@@ -25,14 +25,7 @@ class TokenLogprobs:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenEvent:
-    """The next token of a choice.
-
-    Attributes:
-        choice: Index of the answer in the request.
-        token: Token id.
-        is_end: Whether it is an end token, which adds no text.
-        logprobs: Log probabilities, if requested.
-    """
+    """The next token of the answer with index `choice`. An end token (`is_end`) adds no text."""
 
     choice: int
     token: int
@@ -105,11 +98,9 @@ class Generation(Job):
     Attributes:
         max_tokens: Most tokens of each answer.
         context: The context that the prompt continues from.
-        sampling: How tokens are chosen.
         seed: Answer `i` of this job draws from a `torch.Generator` with the seed `seed + i`; None for a
             random seed.
         choices: Indices of the answers in events, such as 0, 1, 2 for three answers.
-        ends: End tokens.
         num_logprobs: Number of most likely tokens to report per token, or None for no logprobs at all.
         constraint: Constraint of the answers; each answer gets its own copy.
         cancelled_choices: Indices of cancelled answers.

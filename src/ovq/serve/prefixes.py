@@ -45,10 +45,6 @@ class Prefixes:
     Args:
         max_bytes: Most bytes of states; 0 for none.
 
-    Attributes:
-        nbytes: Bytes of states kept.
-        num_evicted: Number of states evicted to make room.
-
     Example:
         >>> from ovq.hf import OVQConfig, OVQForCausalLM
         >>> from ovq.hf.rows import Rows

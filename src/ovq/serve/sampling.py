@@ -20,10 +20,8 @@ class Choice:
     """One answer of a `Generation`, which is one row of the batch.
 
     Attributes:
-        job: The job.
         index: Index of the answer in events.
         generator: Source of its random numbers; None for greedy decoding.
-        constraint: Constraint of the next tokens; None for any.
         tokens: Tokens generated so far; the row reads the last of them next.
     """
 
@@ -59,14 +57,10 @@ def choices_of(job: Generation, device: torch.device) -> list[Choice]:
 
 
 def next_tokens(logits: Tensor, choices: Sequence[Choice]) -> list[int]:
-    """The next token of each row; -1 where its logits are no numbers.
+    """The next token of each row, from logits `[B, vocab_size]`; -1 where they are no numbers.
 
     A row gets the token that `ovq.hf.streaming.stream_tokens` would choose with the same generator; the other
     rows of the batch have no influence.
-
-    Args:
-        logits: `[B, vocab_size]`.
-        choices: The answers that the rows belong to.
 
     Example:
         >>> job = Generation(tokens=[1], deliver=print, max_tokens=1)
@@ -108,13 +102,7 @@ def _allowed(logits: Tensor, choices: Sequence[Choice]) -> Tensor:
 def token_logprobs(
     logits: Tensor, choices: Sequence[Choice], tokens: Sequence[int]
 ) -> list[TokenLogprobs | None]:
-    """Log probabilities for the rows whose requests want them; None for other rows.
-
-    Args:
-        logits: `[B, vocab_size]`.
-        choices: The answers that the rows belong to.
-        tokens: `[B]` chosen tokens.
-    """
+    """Log probabilities of the chosen tokens for the rows whose requests want them; None for other rows."""
     found: list[TokenLogprobs | None] = [None] * len(choices)
     rows = [row for row, choice in enumerate(choices) if choice.job.num_logprobs is not None]
     if not rows:

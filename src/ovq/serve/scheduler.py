@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Generator, Hashable, Iterable, Sequence
 
 import torch
@@ -36,17 +36,7 @@ from ovq.serve.sampling import Choice, choices_of, next_tokens, token_logprobs
 
 @dataclasses.dataclass
 class Counts:
-    """Counts since a scheduler was made.
-
-    Attributes:
-        prompt_tokens: Tokens of prompts and documents read.
-        known_tokens: Tokens of prompts not read, as a state after them was cached.
-        generated_tokens: Tokens generated.
-        steps: Steps in which running answers grew by a token.
-        finished: Completed answers.
-        cancelled: Cancelled jobs.
-        failed: Jobs that failed.
-    """
+    """Counts since a scheduler was made; `metrics` has a sentence on each."""
 
     prompt_tokens: int = 0
     known_tokens: int = 0
@@ -80,14 +70,6 @@ class _Started:
 class Scheduler:
     """Runs jobs on a model, step by step.
 
-    Args:
-        model: The model.
-        limits: `max_rows`, `step_tokens` and `prefix_bytes` are used.
-
-    Attributes:
-        counts: Counts for metrics.
-        prefixes: Cached states after earlier prompts and answers.
-
     Example:
         >>> from ovq.hf import OVQConfig, OVQForCausalLM
         >>> from ovq.serve.model import ServedModel
@@ -110,7 +92,7 @@ class Scheduler:
         self._num_started_rows = 0
         self._rows: Rows | None = None
         self._choices: list[Choice] = []
-        self._events: dict[Job, list[Event]] = {}
+        self._events: defaultdict[Job, list[Event]] = defaultdict(list)
         self._deleted: weakref.WeakSet[Context] = weakref.WeakSet()
 
     @property
@@ -146,8 +128,7 @@ class Scheduler:
     def step(self) -> bool:
         """Read pieces of prompts, and the last token of every running answer; deliver the events.
 
-        Returns:
-            Whether there is anything left to do.
+        Returns whether there is anything left to do.
         """
         self._drop_cancelled()
         self._admit()
@@ -186,11 +167,8 @@ class Scheduler:
             self._started.append(_Started(job))
 
     def _prefill(self) -> list[tuple[_Started, Tensor]]:
-        """Read a piece of each started job in turn, up to `step_tokens` tokens.
-
-        Returns:
-            The generations whose prompts are complete, with the logits after them.
-        """
+        """Read a piece of each started job in turn, up to `step_tokens` tokens; returns the generations whose
+        prompts are complete, with the logits after them."""
         complete: list[tuple[_Started, Tensor]] = []
         num_left = self._limits.step_tokens
         for _ in range(len(self._started)):
@@ -230,7 +208,7 @@ class Scheduler:
         started.fork = found.fork
         self.counts.known_tokens += found.num_tokens
         if found.num_tokens:
-            self._events.setdefault(job, []).append(BeginEvent(num_known=found.num_tokens))
+            self._events[job].append(BeginEvent(num_known=found.num_tokens))
 
     def _prefill_piece(self, started: _Started, num_tokens: int) -> Tensor | None:
         """Read the next tokens of a job; returns the logits after them for a generation, else None."""
@@ -253,7 +231,7 @@ class Scheduler:
             try:
                 next(started.document)
             except StopIteration as end:
-                self._events.setdefault(job, []).append(ContextEvent(context=end.value))
+                self._events[job].append(ContextEvent(context=end.value))
         return None
 
     def _decode(self) -> None:
@@ -338,7 +316,7 @@ class Scheduler:
                     self._fail([job], error)
                     continue
                 is_last = choice.constraint.is_complete
-            events = self._events.setdefault(job, [])
+            events = self._events[job]
             events.append(TokenEvent(choice=choice.index, token=token, is_end=is_end, logprobs=logprobs))
             if is_last or len(choice.tokens) >= job.max_tokens:
                 events.append(FinishEvent(choice=choice.index, reason="stop" if is_last else "length"))
@@ -355,9 +333,8 @@ class Scheduler:
         self._choices = [self._choices[place] for place in places]
         if not places:
             self._rows = None
-            return
-        assert self._rows is not None
-        self._rows.keep(places)
+        elif self._rows is not None:
+            self._rows.keep(places)
 
     def _fail_running(self, error: Exception) -> None:
         """Fail the running answers with an error."""
@@ -367,10 +344,10 @@ class Scheduler:
     def _fail(self, jobs: Iterable[Job], error: Exception) -> None:
         for job in jobs:
             self.counts.failed += 1
-            self._events.setdefault(job, []).append(FailEvent(error=error))
+            self._events[job].append(FailEvent(error=error))
 
     def _deliver(self) -> None:
-        events, self._events = self._events, {}
+        events, self._events = self._events, defaultdict(list)
         for job, of_job in events.items():
             if not job.is_cancelled:
                 job.deliver(of_job)

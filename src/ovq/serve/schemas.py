@@ -54,8 +54,7 @@ class GenerationRequest(Request):
     def sampling(self) -> Sampling:
         """How tokens are chosen; with temperature 0 greedily, whatever the other fields are.
 
-        Raises:
-            APIError: A number that is not finite or out of range.
+        APIError for a number that is not finite or out of range.
         """
         if self.temperature == 0:
             return Sampling()
@@ -69,11 +68,7 @@ class GenerationRequest(Request):
 
     @property
     def stops(self) -> list[str]:
-        """The stop sequences.
-
-        Raises:
-            APIError: An empty one, or too many.
-        """
+        """The stop sequences; APIError for an empty one, or too many."""
         found = [self.stop] if isinstance(self.stop, str) else self.stop or []
         if len(found) > _MOST_STOPS or not all(found):
             wanted = f"expected at most {_MOST_STOPS} sequences, none of them empty"

@@ -28,11 +28,7 @@ def is_loopback(host: str) -> bool:
 
 
 def listening_socket(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes a free port.
-
-    Raises:
-        ValueError: If the address cannot be used.
-    """
+    """A listening socket; port 0 takes a free port. ValueError if the address cannot be used."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=2048)
@@ -92,9 +88,7 @@ class _Connection(H11Protocol):
 class Server(uvicorn.Server):
     """Serves until SIGINT or SIGTERM. Running requests are then completed, and new ones are refused.
 
-    Args:
-        config: From `uvicorn_config`.
-        on_ready: Called once the server answers requests.
+    `on_ready` is called once the server answers requests.
     """
 
     def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
@@ -113,11 +107,8 @@ def uvicorn_config(
 ) -> uvicorn.Config:
     """The configuration of uvicorn.
 
-    Args:
-        app: The application.
-        limits: `max_connections`, `read_seconds` and `request_seconds` are used.
-        shutdown_seconds: Seconds to wait for running requests; a second signal ends them at once.
-        log_level: Level of its logs on standard error; `"info"` for a line per request.
+    It waits `shutdown_seconds` for running requests; a second signal ends them at once. The `log_level`
+    `"info"` gives a line per request.
     """
     return uvicorn.Config(
         app,
