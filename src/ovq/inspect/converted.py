@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -39,36 +39,21 @@ def converted_memories(
         >>> memory.num_exact, memory.num_chunks(0), int(memory.final_slots.max())
         ((20, 20), 6, 7)
     """
-    cache, observers = model.make_cache(), []
+    cache, num_tokens = model.make_cache(), ids.shape[1]
     for number, layer in enumerate(cache.layers):
-        of_layer: list[_HeadObserver] = []
 
-        def observe(
-            budget: Budget, of_layer: list[_HeadObserver] = of_layer, before: int = number * ids.shape[1]
-        ) -> _HeadObserver:
-            is_first = not of_layer
-            report = None if progress is None or not is_first else lambda n: progress(before + n)
-            of_layer.append(_HeadObserver(budget, ids.shape[1], num_reads, report))
-            return of_layer[-1]
+        def observe(budget: Budget, before: int = number * num_tokens) -> _HeadObserver:
+            # One of the layer's observers reports.
+            report = None if progress is None or 0 not in budget.heads else lambda n: progress(before + n)
+            return _HeadObserver(budget, num_tokens, num_reads, report)
 
         layer.memory = dataclasses.replace(layer.memory, observer=observe)
-        observers.append(of_layer)
     model.base_model(ids, **{CACHE_KEY: cache})
-    return [
-        _joined(number, layer, of_layer)
-        for number, (layer, of_layer) in enumerate(zip(cache.layers, observers, strict=True))
-    ]
+    return [_joined(number, layer) for number, layer in enumerate(cache.layers)]
 
 
 class _HeadObserver:
-    """Records what the h heads of one budget keep and read while a text is read.
-
-    Args:
-        budget: Budget of the heads.
-        num_tokens: T.
-        num_reads: see `converted_memories`.
-        progress: Called with the number of tokens read so far.
-    """
+    """Records what the heads of one budget keep and read while a text is read; see `converted_memories`."""
 
     def __init__(
         self, budget: Budget, num_tokens: int, num_reads: int, progress: Callable[[int], None] | None
@@ -118,9 +103,10 @@ class _HeadObserver:
         self._num_chunks += 1
 
 
-def _joined(number: int, layer: MemoryLayer, observers: list[_HeadObserver]) -> LayerMemory:
+def _joined(number: int, layer: MemoryLayer) -> LayerMemory:
     """The memory of a layer, from the observers of its groups of heads."""
     assert layer.memories is not None
+    observers = [cast("_HeadObserver", memory.observer) for memory in layer.memories]
     config = layer.config
     num_heads = config.num_kv_heads
     num_slots, num_exact = [0] * num_heads, [0] * num_heads

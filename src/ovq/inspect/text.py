@@ -14,6 +14,7 @@ from ovq.inspect.converted import converted_memories
 from ovq.inspect.layer import layer_memory
 from ovq.inspect.memory import DROPPED, LayerMemory
 from ovq.inspect.sharing import LEVEL_NAMES
+from ovq.prompts import check_ids
 from ovq.runtime.progress import AnyWork
 
 MAX_TOKENS = 4096
@@ -135,10 +136,7 @@ def inspect_text(
     for field, found in (("num_slots", most_slots), ("chunk_size", config.chunk_size)):
         if found > _LARGEST:
             raise ValueError(f"{field}: expected at most {_LARGEST:,}, found {found:,}")
-    vocab_size = model.get_input_embeddings().num_embeddings
-    for token in ids:
-        if not 0 <= token < vocab_size:
-            raise ValueError(f"ids: expected token ids from 0 to {vocab_size - 1}, found {token}")
+    check_ids(ids, vocab_size=model.get_input_embeddings().num_embeddings, name="ids")
     shown = torch.tensor([list(ids[:max_tokens])], device=model.device)
     report = None if work is None else work.update
     if is_own:

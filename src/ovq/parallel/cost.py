@@ -50,12 +50,6 @@ def handover_bytes(
 ) -> tuple[int, int]:
     """Bytes of the states of all layers after `num_tokens` tokens, and of their gradients.
 
-    Args:
-        mixers: The mixers of the layers.
-        num_tokens: Tokens before the boundary between two ranks.
-        num_rows: Number of documents in the batch.
-        dtype: Dtype of the activations.
-
     Example:
         >>> config = OVQConfig(num_hidden_layers=2, hidden_size=128, num_attention_heads=2, num_slots=64)
         >>> with torch.device("meta"):

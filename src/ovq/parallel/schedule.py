@@ -11,17 +11,11 @@ rank only waits for units that come earlier in its neighbour's own order, and th
 
 from __future__ import annotations
 
-import dataclasses
+from typing import NamedTuple
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Step:
-    """One micro-batch through all layers, forward or backward.
-
-    Attributes:
-        micro_batch: Index of the micro-batch.
-        is_forward: Whether forward or backward.
-    """
+class Step(NamedTuple):
+    """One micro-batch through all layers, forward or backward."""
 
     micro_batch: int
     is_forward: bool

@@ -18,9 +18,7 @@ class Segment:
     """A layer that continues from the state of the previous rank.
 
     Args:
-        block: The layer.
-        layer_idx: Index of the layer in the model.
-        config: Config of the model.
+        block, layer_idx, config: The layer, its index in the model, and the model's config.
         hidden: `[B, T, hidden_size]`, the output of the layer below.
         state: The state from the previous rank, named as in `Mixer.state_spec`; empty at the beginning.
         layout: Columns of this part and of earlier parts.

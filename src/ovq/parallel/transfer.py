@@ -54,25 +54,19 @@ def unpack(message: Tensor, spec: StateSpec) -> dict[str, Tensor]:
 
 
 class Neighbours:
-    """The ranks before and after this one.
+    """The ranks before and after this one in `group`; None for all ranks.
 
     States and gradients go through separate process groups. Some backends run the requests between two ranks
     of a group in order; a state that waits to be received would then block a gradient that must arrive first.
-
-    Args:
-        group: The ranks, in the order of the document; None for all.
-        device: Device of the messages.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, device: torch.device) -> None:
         self._ranks = dist.get_process_group_ranks(dist.group.WORLD if group is None else group)
         self.rank, self.num_ranks = self._ranks.index(dist.get_rank()), len(self._ranks)
         self.is_first, self.is_last = self.rank == 0, self.rank == self.num_ranks - 1
-        self.group = group
-        self._device = device
-        self._forth, self._back = (
-            dist.new_group(self._ranks, use_local_synchronization=True) for _ in range(2)
-        )
+        self.group, self._device = group, device
+        self._forth = dist.new_group(self._ranks, use_local_synchronization=True)
+        self._back = dist.new_group(self._ranks, use_local_synchronization=True)
         self._sent: list[tuple[dist.Work, Tensor]] = []
         self.num_bytes_sent = 0
 
