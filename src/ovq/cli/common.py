@@ -1,4 +1,4 @@
-"""Reading and checking options, shared by the commands. Heavy imports are inside the functions."""
+"""Reading and checking options, shared by the commands: ValueErrors name the flag."""
 
 from __future__ import annotations
 
@@ -26,10 +26,7 @@ def flag_of(name: str) -> str:
 
 
 def parse_ints(text: str, *, flag: str) -> list[int]:
-    """Parse a list of positive integers such as `"256,1024"`; duplicates are dropped.
-
-    Raises:
-        ValueError: If a part is not a positive integer; names the flag.
+    """Parse a list of positive integers such as `"256,1024"`; duplicates are dropped. Errors name the flag.
 
     Example:
         >>> parse_ints("256, 1024", flag="--lengths"), parse_ints("64,64", flag="--num-slots")
@@ -42,11 +39,7 @@ def parse_ints(text: str, *, flag: str) -> list[int]:
 
 
 def read_text(source: str, *, flag: str) -> str:
-    """The text in a file, or on standard input for `"-"`.
-
-    Raises:
-        OSError: If the file cannot be read.
-        ValueError: If it is not text in UTF-8; names the flag.
+    """The text in a file, or on standard input for `"-"`. ValueError, naming the flag, if it is not in UTF-8.
 
     Example:
         >>> read_text("no/such/file", flag="--text")
@@ -65,9 +58,6 @@ def read_text(source: str, *, flag: str) -> str:
 def as_text(argument: str, *, flag: str) -> str:
     """A command-line argument as text, decoded as UTF-8 if the system's locale could not decode it.
 
-    Raises:
-        ValueError: If it is not text in UTF-8; names the flag.
-
     Example:
         >>> as_text("\\udcc3\\udcbc", flag="--prompt")  # what Python makes of it where LC_ALL=C
         'ü'
@@ -85,14 +75,7 @@ def as_text(argument: str, *, flag: str) -> str:
 def check_file(flag: str, path: Path, *, text: str | None = None) -> None:
     """Check that a file can be written, before hours of work whose result could not be saved.
 
-    Args:
-        flag: The option that names the file.
-        path: The file.
-        text: The file that was read, which must not be overwritten.
-
-    Raises:
-        OSError: If its folder is not writable.
-        ValueError: If it is a folder or the file that was read, or its folder does not exist; names the flag.
+    It must not be `text`, the file that was read. OSError if its folder is not writable.
 
     Example:
         >>> check_file("--out", Path("no/such/folder/page.html"))
@@ -109,10 +92,6 @@ def check_file(flag: str, path: Path, *, text: str | None = None) -> None:
 def check_folder(flag: str, path: Path | None) -> None:
     """Check that files can be written to a folder, which need not exist yet; None for no folder.
 
-    Raises:
-        OSError: If it is not writable.
-        ValueError: If it is a file; names the flag.
-
     Example:
         >>> check_folder("--out", Path("no/such/folder"))  # it can be made
         >>> check_folder("--out", None)
@@ -127,10 +106,6 @@ def check_folder(flag: str, path: Path | None) -> None:
 
 def check_new_folder(flag: str, path: Path) -> None:
     """Check that a model can be saved to a new folder at this path.
-
-    Raises:
-        OSError: If the parent folder is not writable.
-        ValueError: If the path exists, its parent folder does not, or as `check_model_path`; names the flag.
 
     Example:
         >>> check_new_folder("--out", Path("no/such/folder"))
@@ -147,9 +122,6 @@ def check_new_folder(flag: str, path: Path) -> None:
 
 def check_model_path(flag: str, path: Path) -> None:
     """Check that a path is UTF-8 text, which the library that writes weights requires.
-
-    Raises:
-        ValueError: If it is not text in UTF-8; names the flag.
 
     Example:
         >>> check_model_path("--out", Path("caf\\udce9"))

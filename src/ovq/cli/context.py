@@ -107,11 +107,7 @@ def info(
     for column in ("bytes", "slots\nin use", "fullest\nslot", "single\ntokens", "effective\nslots"):
         table.add_column(column, justify="right")
     for layer in layers:
-        cells = [
-            f"{layer['layer']}",
-            layer["mixer"],
-            format_bytes(layer["bytes"]),
-        ]
+        cells = [f"{layer['layer']}", layer["mixer"], format_bytes(layer["bytes"])]
         if "num_open" in layer:
             cells += [
                 f"{layer['num_open']} of {layer['num_slots']}",

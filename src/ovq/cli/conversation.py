@@ -6,12 +6,11 @@ again.
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ovq.prompts import chat_text, encode
 
@@ -25,8 +24,7 @@ if TYPE_CHECKING:
 _MOST_STATES = 4
 
 
-@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class _State:
+class _State(NamedTuple):
     """A cache that has read the first `num_tokens` tokens of the conversation."""
 
     num_tokens: int
@@ -39,10 +37,8 @@ class Conversation:
     Args:
         model: an OVQ model or a converted one.
         tokenizer: its tokenizer, which has a chat template.
-        sampling: how tokens are chosen.
         max_tokens: most tokens of an answer; 0 for no limit.
         seed: random seed. Each turn derives its own, so that a saved chat continues as it would have.
-        system: system message, if any.
 
     Attributes:
         messages: the messages so far, in the form of chat templates.
@@ -79,8 +75,7 @@ class Conversation:
     def continue_from(self, context: Context) -> None:
         """Continue after a document, or from a saved chat; replaces the messages so far.
 
-        Raises:
-            ValueError: the context's note is not that of a chat.
+        ValueError if the context's note is not that of a chat.
         """
         messages, tokens = _parse_note(context)
         # After a document, the system message stays.
@@ -89,11 +84,7 @@ class Conversation:
         self._states = [_State(num_tokens=len(tokens), cache=context.cache())]
 
     def load(self, path: Path) -> Context:
-        """Load a context from a file and continue from it as `continue_from` does; returns the context.
-
-        Raises:
-            ValueError: no valid context, or one of another model.
-        """
+        """Load a context from a file and continue from it as `continue_from` does; returns the context."""
         from ovq.hf import load_context
 
         context = load_context(path, self._model)
@@ -104,11 +95,7 @@ class Conversation:
         return context
 
     def as_context(self) -> Context:
-        """The chat as a context, to be saved.
-
-        Raises:
-            ValueError: nothing has been read.
-        """
+        """The chat as a context, to be saved; ValueError if nothing has been read."""
         from ovq.hf import Context
 
         # A state from which any next message can continue.
@@ -120,12 +107,8 @@ class Conversation:
     def answer(self, text: str, is_stopped: Callable[[], bool] = lambda: False) -> Iterator[str]:
         """Generate the answer to a message, in pieces of text; then adds both to the messages.
 
-        Args:
-            text: the message.
-            is_stopped: called after every token; True ends the answer.
-
-        Raises:
-            ValueError: a message that the chat template refuses.
+        `is_stopped` is called after every token; True ends the answer. ValueError if the chat template
+        refuses the message.
         """
         import torch
 
@@ -181,14 +164,10 @@ class Conversation:
         self._states.append(_State(num_tokens=len(tokens), cache=cache))
         del self._states[1:-_MOST_STATES]
 
-    def _longest_state(self, ids: Sequence[int]) -> _State:
+    def _longest_state(self, ids: list[int]) -> _State:
         """The state after the longest prefix of a prompt, without its last token."""
-        common = 0
-        for one, other in zip(self._tokens, ids[:-1], strict=False):
-            if one != other:
-                break
-            common += 1
-        found = [state for state in self._states if state.num_tokens <= common]
+        known = ids[:-1]
+        found = [s for s in self._states if self._tokens[: s.num_tokens] == known[: s.num_tokens]]
         if not found:
             raise ValueError(
                 "message: expected a chat template that renders the saved messages as they were read, found "

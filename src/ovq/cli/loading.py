@@ -29,12 +29,9 @@ FOREIGN_ERRORS = (ArithmeticError, AttributeError, ImportError, LookupError, Run
 def check_model_folder(folder: Path, *, hint: str = "") -> None:
     """Raise ValueError unless the folder looks like a saved model, before anything heavy is imported.
 
-    Args:
-        folder: The folder.
-        hint: End of the error message, on what to do with another model.
+    `hint` ends the message, on what to do with another model.
     """
-    found = _model_type(folder)
-    if found != _MODEL_TYPE:
+    if (found := _model_type(folder)) != _MODEL_TYPE:
         raise ValueError(
             f"{folder / 'config.json'}: expected the config of a model of type {_MODEL_TYPE!r}, "
             f"found {found!r}{hint}"
@@ -49,11 +46,7 @@ def _model_type(folder: Path) -> Any:
 
 
 def load_config(folder: Path) -> OVQConfig:
-    """The config of a saved model.
-
-    Raises:
-        ValueError: If there is none, or it is damaged, foreign, or has impossible values.
-    """
+    """The config of a saved model; ValueError if it is missing, damaged, foreign, or has bad values."""
     check_model_folder(folder)
     from ovq.hf import OVQConfig
 
@@ -64,13 +57,7 @@ def load_config(folder: Path) -> OVQConfig:
 def load_model(
     folder: Path, *, num_slots: int | None = None, merge: str | None = None, logn_length: int | None = None
 ) -> OVQForCausalLM:
-    """Load a trained model onto the GPU if there is one, and change options of its dictionary.
-
-    Args:
-        folder: Folder of the model.
-        num_slots: Number of slots; `None` for the model's own, as for the other options.
-        merge: Update rule of the dictionary.
-        logn_length: Tokens beyond which logits are scaled, see `OVQPreTrainedModel.set_logn_length`.
+    """Load a trained model onto the GPU if there is one, and change options of its dictionary that are given.
 
     Raises:
         OSError: If there are no weights.
@@ -96,11 +83,7 @@ def load_model(
 
 
 def is_converted(folder: Path) -> bool:
-    """Whether the folder holds a converted model, by its config.
-
-    Raises:
-        ValueError: If its config is damaged.
-    """
+    """Whether the folder holds a converted model, by its config; ValueError if that is damaged."""
     path = folder / "config.json"
     return path.is_file() and "ovq_memory" in _read_object(path)
 
@@ -117,11 +100,7 @@ def check_any_model_folder(folder: Path) -> None:
 
 
 def load_any_config(folder: Path) -> PreTrainedConfig:
-    """The config of a saved model of any kind.
-
-    Raises:
-        ValueError: As for `load_config`, or if it is not of a causal language model.
-    """
+    """The config of a saved causal language model of any kind; errors as of `load_config`."""
     if is_ovq_model(folder):
         return load_config(folder)
     from transformers import AutoConfig
@@ -152,14 +131,8 @@ def load_any_model(
     """Load an OVQ model, a converted one, or an unchanged causal language model of transformers, onto the GPU
     if there is one.
 
-    Args:
-        folder: Folder of the model.
-        num_slots, merge, logn_length: As for `load_model`.
-        weight_dtype: Format of a converted model's weights on a CPU, see `ovq.convert.attach`.
-
-    Raises:
-        OSError: If there are no weights.
-        ValueError: As for `load_model`; or for another kind of model, or an option for another kind.
+    `weight_dtype` is the format of a converted model's weights on a CPU, see `ovq.convert.attach`. Errors are
+    as of `load_model`, and for options of another kind of models.
     """
     options: dict[str, Any] = {"num_slots": num_slots, "merge": merge, "logn_length": logn_length}
     if is_converted(folder):
@@ -212,11 +185,7 @@ def _device() -> str:
 
 
 def load_tokenizer(folder: Path) -> Any | None:
-    """The tokenizer saved with a model, or `None`: models of synthetic tasks read token ids.
-
-    Raises:
-        ValueError: If its files are damaged.
-    """
+    """The tokenizer saved with a model, or None: models of synthetic tasks read token ids."""
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
     from transformers import AutoTokenizer

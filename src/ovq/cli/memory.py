@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -67,8 +68,6 @@ def _load_config(name: str) -> Any:
 
 def _state_bytes(config: Any, lengths: list[int], num_slots: int | None) -> list[dict[str, int]]:
     """State bytes of the model and of its counterpart with full attention, one row per length."""
-    import copy
-
     import torch
 
     from ovq.hf import OVQForCausalLM
@@ -85,10 +84,6 @@ def _state_bytes(config: Any, lengths: list[int], num_slots: int | None) -> list
     if num_slots is not None:
         model.set_num_slots(num_slots)
     return [
-        {
-            "length": length,
-            "state_bytes": model.state_bytes(length),
-            "full_attention_bytes": full.state_bytes(length),
-        }
-        for length in lengths
+        {"length": n, "state_bytes": model.state_bytes(n), "full_attention_bytes": full.state_bytes(n)}
+        for n in lengths
     ]

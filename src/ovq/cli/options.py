@@ -25,9 +25,6 @@ _WEIGHT_DTYPES = ("auto", "float32", "bfloat16", "int8", "int4")
 def check_merge_rule(rule: str | None) -> str | None:
     """Check the value of `--merge`, which may be None or a rule of earlier versions; returns it.
 
-    Raises:
-        ValueError: If there is no such rule; names the flag.
-
     Example:
         >>> check_merge_rule("nearest")
         'nearest'

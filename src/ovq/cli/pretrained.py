@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
+import importlib.util
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,10 +29,6 @@ def load_pretrained(
         dtype: One of `DTYPES`. `"auto"` is the model's own, or 16 bits if nothing is lost: bfloat16 or
             float16 for float32 weights that fit exactly, bfloat16 for weights that were quantised.
         say: Called with a line of text before slow steps.
-
-    Raises:
-        FileNotFoundError: If there is no such GGUF file.
-        ValueError: If there is no such model, it is not a causal language model, or its tokenizer is damaged.
     """
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
@@ -76,12 +72,10 @@ def _place(name: str, gguf_file: str | None) -> tuple[str, dict[str, str]]:
         name, gguf_file = str(path.parent), path.name
     if gguf_file is None:
         return name, {}
-    try:
-        importlib.import_module("gguf")
-    except ImportError:
+    if importlib.util.find_spec("gguf") is None:
         raise ValueError(
             "--model: expected the package gguf for a GGUF file, found none: pip install 'ovq[convert]'"
-        ) from None
+        )
     return name, {"gguf_file": gguf_file}
 
 

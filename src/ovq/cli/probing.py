@@ -31,21 +31,16 @@ def run_probe(
     fit_bias: bool,
     settings: dict[str, Any],
 ) -> Preset:
-    """Run a probe; returns the memory that it finds, as a preset.
+    """Run a probe of a model that is not converted yet; returns the memory that it finds, as a preset.
 
     Args:
-        model: A model that is not converted yet.
-        tokenizer: Its tokenizer.
+        model, tokenizer, name: The model, its tokenizer and its name.
         texts: Texts by name; if empty, those of the package. Numbers are hidden in the first one.
-        name: Name of the model.
         rows: Average rows per head.
         num_tokens: Tokens to read of each text.
         needle_weight: Weight of the text with hidden numbers; each other text has 1.
         fit_bias: Whether to fit biases of the slots' scores.
         settings: `num_sinks`, `chunk_size`, `merge` and `value_weight` of the memory.
-
-    Raises:
-        ValueError: If there is no tokenizer, or the texts are too short; names the flag.
     """
     if tokenizer is None:
         raise ValueError(f"--probe: expected a model with a tokenizer, found none in {name}: give --no-probe")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import socket
@@ -176,26 +177,20 @@ def _context_file(given: str) -> tuple[str, Path]:
 
 def _api_key(file: Path | None) -> str | None:
     """The key that clients must send; None for no key."""
-    key = (
-        os.environ.get(_KEY_VARIABLE)
-        if file is None
-        else file.read_text(encoding="utf-8", errors="replace").strip()
-    )
+    key, source = os.environ.get(_KEY_VARIABLE), _KEY_VARIABLE
+    if file is not None:
+        key, source = file.read_text(encoding="utf-8", errors="replace").strip(), f"--api-key-file {file}"
     if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
-        source = _KEY_VARIABLE if file is None else f"--api-key-file {file}"
         raise ValueError(f"{source}: expected a key of ASCII characters without spaces, found another one")
     return key
 
 
 def _check_installed() -> None:
-    try:
-        import fastapi  # noqa: F401
-        import prometheus_client  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise ValueError(
-            f"ovq serve: expected the extra 'serve', found no module {error.name}: pip install 'ovq[serve]'"
-        ) from error
+    for name in ("fastapi", "prometheus_client", "uvicorn"):
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(
+                f"ovq serve: expected the extra 'serve', found no module {name}: pip install 'ovq[serve]'"
+            )
 
 
 def _add_contexts(service: Service, files: Sequence[tuple[str, Path]]) -> None:
