@@ -34,10 +34,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def token_bytes(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:
     """Bytes that a token adds to a text, possibly part of a character; empty for special tokens.
 
-    Args:
-        tokenizer: A tokenizer of transformers: byte-level, with byte fallback (`<0xE2>`), or of whole
-            characters.
-        token: The token id.
+    Tokenizers may be byte-level, have byte fallback (`<0xE2>`), or have whole characters.
 
     Example:
         >>> [token_bytes(byte_tokenizer(), token) for token in (110, 195, 169, 256)]

@@ -92,11 +92,7 @@ def check_fields(section: DataclassInstance, *, prefix: str = "") -> None:
     `__post_init__`, so that later range checks see comparable numbers.
 
     NaN and Inf are refused, and a bool is not an integer. An integer is accepted for a float, as in JSON, and
-    converted.
-
-    Args:
-        section: The dataclass instance, which may be frozen.
-        prefix: Prefix of the field name in the message.
+    converted, even if the dataclass is frozen.
 
     Example:
         >>> @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Plugins by name: tasks and mixers of user modules, of installed packages, and of the laboratory, `ovq_lab`.
 
 A name in a file (the config of a model, the configuration of a run) imports no arbitrary module. It selects
-among registered classes and the entry points of installed packages.
+among registered classes and the entry points of installed packages. The functions here take the kind of such
+classes as `what`, such as `"mixer"`.
 """
 
 from __future__ import annotations
@@ -57,15 +58,7 @@ def has_laboratory() -> bool:
 
 
 def from_laboratory(path: str, *, what: str) -> Any:
-    """The object `module:name` of the laboratory.
-
-    Args:
-        path: Module and name, as `module:name`.
-        what: What needs it, for the error message.
-
-    Raises:
-        MissingLaboratory: If the laboratory is not installed.
-    """
+    """The object `module:name` of the laboratory; without one, the error says `what` needs it."""
     if not has_laboratory():
         raise MissingLaboratory(what)
     module, _, name = path.partition(":")
@@ -73,14 +66,7 @@ def from_laboratory(path: str, *, what: str) -> Any:
 
 
 def register(known: dict[str, type[T]], name: str, cls: Any, *, base: type, what: str) -> None:
-    """Register a class under a name.
-
-    Args:
-        known: The classes by name; updated in place.
-        name: Its name in configurations: letters, digits and underscores.
-        cls: The class.
-        base: The required base class.
-        what: Its kind, for error messages, such as `"mixer"`.
+    """Register a class under a name for configurations, in place among the `known` ones of a kind.
 
     Raises:
         ValueError: If the name is not an identifier or belongs to another class, or the class does not
@@ -105,23 +91,14 @@ def register(known: dict[str, type[T]], name: str, cls: Any, *, base: type, what
 
 
 def usable_names(known: Iterable[str], *, what: str) -> list[str]:
-    """Names of the registered classes, and of the laboratory's if it is installed.
-
-    Args:
-        known: The registered names.
-        what: Their kind, such as `"mixer"`.
-    """
+    """Names of the registered classes of a kind, and of the laboratory's if it is installed."""
     return list(dict.fromkeys([*known, *(LABORATORY.get(what, ()) if has_laboratory() else ())]))
 
 
 def find(known: dict[str, type[T]], name: str, *, base: type, what: str) -> type[T]:
-    """A class by its name: a registered one, one of the laboratory, or an installed entry point.
+    """A class by its name: a `known` one, or one of the laboratory or an entry point, which becomes known.
 
-    Args:
-        known: The registered classes by name. Others are added when they are found.
-        name: The name.
-        base: The required base class.
-        what: Its kind, for error messages; the entry point group is `ovq.WHATs`, such as `ovq.mixers`.
+    The group of entry points is `ovq.WHATs`, such as `ovq.mixers`.
 
     Raises:
         ValueError: If the name is unknown, or the class cannot be imported or does not inherit `base`.
@@ -148,10 +125,7 @@ def find(known: dict[str, type[T]], name: str, *, base: type, what: str) -> type
 
 
 def import_module(name: str) -> Any:
-    """Import a user module, also from the current folder, as `python -m` does.
-
-    Raises:
-        ValueError: If it cannot be imported.
+    """Import a user module, also from the current folder, as `python -m` does; ValueError if that fails.
 
     Example:
         >>> import_module("math").__name__

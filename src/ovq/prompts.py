@@ -9,17 +9,11 @@ from typing import Any
 def encode(
     text: str, tokenizer: Any | None, *, vocab_size: int, name: str, is_start: bool = True
 ) -> list[int]:
-    """The token ids of a text, checked against the model's vocabulary.
+    """The token ids of a text, or in it if there is no tokenizer, checked against the model's vocabulary.
 
     Args:
-        text: Text, or token ids if there is no tokenizer.
-        tokenizer: The model's tokenizer, if it has one.
-        vocab_size: Ids must be smaller.
-        name: The option or field that the text came from, for error messages.
+        name: The option or field that the text came from, which errors name.
         is_start: Whether a text begins here, so that the tokenizer marks its beginning.
-
-    Raises:
-        ValueError: If there is no token, or one outside the vocabulary; names the source.
 
     Example:
         >>> encode("12 7\\n33", None, vocab_size=66, name="--prompt")
@@ -70,16 +64,11 @@ def check_chat_template(tokenizer: Any | None, *, name: str) -> None:
 
 
 def chat_text(
-    messages: Sequence[dict[str, Any]],
-    tokenizer: Any,
-    *,
-    name: str,
-    tools: Sequence[dict[str, Any]] = (),
+    messages: Sequence[dict[str, Any]], tokenizer: Any, *, name: str, tools: Sequence[dict[str, Any]] = ()
 ) -> str:
     """The prompt for messages, rendered by the model's chat template up to the start of the answer.
 
-    Raises:
-        ValueError: If the template refuses them; names the source.
+    ValueError, naming the source, if the template refuses them.
     """
     try:
         return tokenizer.apply_chat_template(

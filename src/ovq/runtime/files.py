@@ -26,10 +26,7 @@ except ImportError:
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Context manager: a temporary path, renamed to `path` if the block succeeds, removed otherwise.
 
-    A reader sees the old file or the complete new one, never a part.
-
-    Raises:
-        OSError: If the file cannot be written; names `path`.
+    A reader sees the old file or the complete new one, never a part. OSErrors name `path`.
 
     Example:
         >>> import tempfile
@@ -106,15 +103,7 @@ def write_atomic(path: str | os.PathLike, text: str) -> None:
 
 @contextlib.contextmanager
 def claimed(folder: Path, *, command: str) -> Iterator[None]:
-    """Context manager that locks a folder for this process; it is created if necessary.
-
-    Args:
-        folder: The folder.
-        command: Name of the command, for error messages.
-
-    Raises:
-        ValueError: If another process has locked it.
-        OSError: If it cannot be created or read.
+    """Context manager that locks a folder for a command of this process; it is created if necessary.
 
     Example:
         >>> import tempfile
@@ -147,10 +136,7 @@ def claimed(folder: Path, *, command: str) -> Iterator[None]:
 
 
 class TemporaryFolder(tempfile.TemporaryDirectory):
-    """A temporary folder; creating one also removes those left by killed processes.
-
-    Args:
-        kind: Part of its name; only folders of the same kind are removed.
+    """A temporary folder; creating one also removes those of the same kind that killed processes have left.
 
     Example:
         >>> with TemporaryFolder("example") as folder:
@@ -211,10 +197,6 @@ def open_to_others(folder: Path) -> None:
 def read_json(path: Path) -> Any:
     """The content of a JSON file.
 
-    Raises:
-        ValueError: If it is not JSON; names the file.
-        OSError: If it cannot be read.
-
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -231,10 +213,7 @@ def read_json(path: Path) -> Any:
 
 
 def cache_folder() -> Path:
-    """The user's cache folder of OVQ; it need not exist yet.
-
-    Raises:
-        OSError: If the user has no home folder.
+    """The user's cache folder of OVQ; it need not exist yet. OSError if the user has no home folder.
 
     Example:
         >>> cache_folder().name
@@ -251,10 +230,8 @@ def private_folder() -> Path:
     """This user's private folder for temporary files, a fallback where `cache_folder` cannot be used.
 
     Its name is fixed, so that processes share its content and do not each leave a folder behind. Another user
-    could create a folder of that name to have their code run, so it is only used if it is private.
-
-    Raises:
-        OSError: If it cannot be created, or is not private to this user.
+    could create a folder of that name to have their code run, so it is only used if it is private, else an
+    OSError is raised.
     """
     if not hasattr(os, "geteuid"):
         raise OSError("no folder for temporary files of one user on this system")

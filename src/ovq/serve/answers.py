@@ -52,14 +52,8 @@ class Piece:
 
 @dataclasses.dataclass
 class Usage:
-    """Token counts of a request.
-
-    Attributes:
-        prompt_tokens: Tokens of its prompts.
-        context_tokens: Tokens of the document read before them, once for all requests.
-        completion_tokens: Tokens of its answers, including end tokens.
-        known_tokens: Part of `prompt_tokens` that was not read, as a cached state of this prefix existed.
-    """
+    """Token counts of a request: `context_tokens` are of the document read before its prompts, once for all
+    requests, and `known_tokens` are prompt tokens that were not read, as a state after them was cached."""
 
     prompt_tokens: int = 0
     context_tokens: int = 0

@@ -12,16 +12,10 @@ class ClientGone(Exception):
 
 
 class APIError(Exception):
-    """An error response.
+    """An error response with the HTTP status, and `type` (the `kind`), `param` and `code` in the body.
 
-    Args:
-        status: HTTP status.
-        message: What was expected and what was found.
-        kind: `type` in the body.
-        param: The request field that caused it.
-        code: A machine-readable name.
-        retry: Whether the same request may succeed later. OpenAI's clients retry after some statuses unless
-            told not to.
+    `retry` says whether the same request may succeed later. OpenAI's clients retry after some statuses unless
+    told not to.
 
     Example:
         >>> APIError(404, "no such thing", code="not_found").body
