@@ -223,13 +223,11 @@ def _preset(
         return None
     if name == "auto":
         # Presets were made with `value_weight` 1, which multiplies the weights that a probe finds.
-        given = {**settings, "value_weight": None if settings["value_weight"] == 1.0 else "other"}
-        found = find_preset(model, rows)
-        if found is not None and given == _settings_of(found):
+        if (found := find_preset(model, rows)) and settings == {**_settings_of(found), "value_weight": 1.0}:
             return found
         if others := presets_of(model):
             sizes = ", ".join(f"{preset.rows}" for preset in others)
-            fixed = ", ".join(f"{k} {v}" for k, v in _settings_of(others[0]).items() if v is not None)
+            fixed = ", ".join(f"{name} {value}" for name, value in _settings_of(others[0]).items())
             say(f"The presets of this model have {sizes} rows per head ({fixed}), none as requested")
         return None
     packaged = {preset.name: preset for preset in packaged_presets()}
@@ -245,8 +243,7 @@ def _preset(
 
 
 def _settings_of(preset: Preset) -> dict[str, Any]:
-    names = ("num_sinks", "chunk_size", "merge")
-    return {**{name: getattr(preset.config, name) for name in names}, "value_weight": None}
+    return {name: getattr(preset.config, name) for name in ("num_sinks", "chunk_size", "merge")}
 
 
 def _folder_of(name: str) -> Path:
