@@ -77,10 +77,7 @@ class Answers:
 
     Closing `events` cancels incomplete jobs, so no row is computed for a client that has disconnected.
 
-    Args:
-        engine: The engine that runs them.
-        receive: Reports when the client disconnects.
-        deadline: Time limit, by the clock of the event loop.
+    `receive` reports when the client disconnects; `deadline` is by the clock of the event loop.
     """
 
     def __init__(self, engine: Engine, receive: Receive, deadline: float) -> None:

@@ -39,13 +39,9 @@ _GONE = 499
 
 
 class Service:
-    """A model and everything needed to answer requests to it.
+    """A model, its name in requests, and everything needed to answer them.
 
-    Args:
-        name: Name of the model in requests.
-        served: The model.
-        tokenizer: A tokenizer of transformers; None if the model reads token ids.
-        limits: Limits on sizes, times and concurrency.
+    Without a tokenizer (of transformers), the model reads token ids.
     """
 
     def __init__(

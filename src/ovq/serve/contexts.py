@@ -19,10 +19,7 @@ NAME_RULE = "1 to 64 letters, digits, '.', '_' or '-', the first a letter or dig
 
 
 class Contexts:
-    """The contexts of a server. Only the thread of its event loop uses them.
-
-    Args:
-        max_contexts: Most contexts, including those being made.
+    """The contexts of a server, counting those being made. Only the thread of its event loop uses them.
 
     Example:
         >>> contexts = Contexts(max_contexts=2)

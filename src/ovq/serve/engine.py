@@ -17,14 +17,9 @@ _log = logging.getLogger("ovq.serve")
 
 
 class Engine:
-    """Runs the jobs of many clients on one model, in a thread of its own.
+    """Runs the jobs of many clients on one model, in a thread of its own, which alone uses the model then.
 
-    Args:
-        model: The model; after `start`, only this thread uses it.
-        limits: Limits of the batch and its queue.
-
-    Attributes:
-        scheduler: The scheduler. Other threads may read its counts, which need not be consistent.
+    Other threads may read the counts of its `scheduler`, which need not be consistent.
 
     Example:
         >>> import queue

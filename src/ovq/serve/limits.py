@@ -28,9 +28,6 @@ class Limits:
         prefix_bytes: Bytes of states kept, so that later prompts need not be read from the beginning; 0 for
             none.
 
-    Raises:
-        ValueError: If a limit is not a number above 0 (`prefix_bytes`: at least 0).
-
     Example:
         >>> Limits(max_rows=8).max_rows
         8

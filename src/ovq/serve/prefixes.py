@@ -42,9 +42,6 @@ class Known:
 class Prefixes:
     """States by the tokens that were read. Only for the thread that runs the model, except for the counts.
 
-    Args:
-        max_bytes: Most bytes of states; 0 for none.
-
     Example:
         >>> from ovq.hf import OVQConfig, OVQForCausalLM
         >>> from ovq.hf.rows import Rows
@@ -72,9 +69,7 @@ class Prefixes:
     def find(self, root: Hashable, tokens: Sequence[int]) -> Known:
         """The cached state for a prompt, which leaves at least one token to read.
 
-        Args:
-            root: What states depend on besides tokens: the model's settings, and the context read before.
-            tokens: The prompt.
+        The `root` is what states depend on besides tokens: the model's settings, and the context read before.
         """
         keys, prompt = self._sorted.get(root, []), _key(tokens)
         place = bisect_left(keys, prompt)

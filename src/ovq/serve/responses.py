@@ -17,12 +17,7 @@ def error_response(error: APIError) -> JSONResponse:
 
 
 class EventStream(StreamingResponse):
-    """Sends server-sent events as they come.
-
-    Args:
-        events: The events. They end by themselves when the client disconnects.
-        close: Called at the end in any case.
-    """
+    """Sends server-sent events, which end when the client disconnects. `close` is called in any case."""
 
     def __init__(self, events: AsyncGenerator[bytes, None], close: Callable[[], None]) -> None:
         # So that proxies such as nginx do not buffer events.

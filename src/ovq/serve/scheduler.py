@@ -331,10 +331,11 @@ class Scheduler:
         if len(places) == len(self._choices):
             return
         self._choices = [self._choices[place] for place in places]
-        if not places:
-            self._rows = None
-        elif self._rows is not None:
+        if places:
+            assert self._rows is not None
             self._rows.keep(places)
+        else:
+            self._rows = None
 
     def _fail_running(self, error: Exception) -> None:
         """Fail the running answers with an error."""
