@@ -107,32 +107,25 @@ def _joined(number: int, layer: MemoryLayer) -> LayerMemory:
     """The memory of a layer, from the observers of its groups of heads."""
     assert layer.memories is not None
     observers = [cast("_HeadObserver", memory.observer) for memory in layer.memories]
-    config = layer.config
-    num_heads = config.num_kv_heads
-    num_slots, num_exact = [0] * num_heads, [0] * num_heads
-    heads: list[int] = []
+    budgets = {head: observer.budget for observer in observers for head in observer.budget.heads}
     moves, kept, reads = [], [], []
     for memory, observer in zip(layer.memories, observers, strict=True):
-        budget = observer.budget
-        for head in budget.heads:
-            num_slots[head], num_exact[head] = budget.num_slots, budget.num_exact
-        heads += budget.heads
         own = np.concatenate(observer.moves)
-        own[:, 1] = np.array(budget.heads)[own[:, 1]]
+        own[:, 1] = np.array(observer.budget.heads)[own[:, 1]]
         moves.append(own)
         values = torch.cat(observer.values, 1)
         kept.append(kept_share(values, memory.slot_values[0], memory.count[0] == 1, observer.places))
         reads.append(Reads.joined(observer.reads))
-    order = np.argsort(heads)
+    order = np.argsort(list(budgets))
     per_head = len(reads[0].entries) // len(observers[0].budget.heads)
     of_queries = (order[:, None] * per_head + np.arange(per_head)).flatten()
     by_chunk = np.concatenate(moves)
     return LayerMemory(
         layer=number,
-        num_slots=tuple(num_slots),
-        num_exact=tuple(num_exact),
-        num_sinks=observers[0].budget.num_sinks,
-        chunk_size=observers[0].budget.chunk_size,
+        num_slots=tuple(budgets[head].num_slots for head in sorted(budgets)),
+        num_exact=tuple(budgets[head].num_exact for head in sorted(budgets)),
+        num_sinks=budgets[0].num_sinks,
+        chunk_size=budgets[0].chunk_size,
         slots=np.concatenate([x.first_places for x in observers])[order],
         moves=by_chunk[np.argsort(by_chunk[:, 0], kind="stable")],
         final_slots=np.concatenate([x.places for x in observers])[order],

@@ -46,13 +46,15 @@ def layer_memory(
         >>> bool(np.allclose(memory.shares.sum(-1), 1)), memory.final_slots[0, -1]
         (True, np.int32(-1))
     """
-    _check(call)
     options = dict(call.options)
+    if call.k.shape[0] != 1:
+        raise ValueError(f"expected a call of one row, found {call.k.shape[0]}")
+    if options.pop("initial_state") is not None:
+        raise ValueError("expected a call that begins a text, found one that continues a state")
+    if options.pop("attention_mask") is not None:
+        raise ValueError("expected a call without padding, found one with a mask")
     bias = options["ablation"].bias
     token_weights, log_forget = options.pop("token_weights", None), options.pop("log_forget", None)
-    # `_check` has refused masks and initial states.
-    for name in ("attention_mask", "initial_state"):
-        options.pop(name)
     size, num_tokens = options["chunk_size"], call.k.shape[1]
     places = np.full((call.k.shape[2], num_tokens), -1, dtype=np.int32)
     first_places, moves, reads = places.copy(), [np.zeros((0, 4), dtype=np.int32)], list[Reads]()
@@ -157,13 +159,3 @@ def read_weights(
     is_later = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=q.device).triu(1)
     scores[..., -num_tokens:].masked_fill_(is_later, -torch.inf)
     return scores.softmax(-1)
-
-
-def _check(call: RecordedCall) -> None:
-    """Raise ValueError unless a call is of one row, without padding or initial state."""
-    if call.k.shape[0] != 1:
-        raise ValueError(f"expected a call of one row, found {call.k.shape[0]}")
-    if call.options["initial_state"] is not None:
-        raise ValueError("expected a call that begins a text, found one that continues a state")
-    if call.options["attention_mask"] is not None:
-        raise ValueError("expected a call without padding, found one with a mask")
