@@ -180,10 +180,18 @@ def test_generate_with_another_dictionary(capsys, tmp_path):
     assert run(capsys, *arguments) == one != run(capsys, *arguments, "--num-slots", 64)
     by_pairs = run(capsys, *arguments, "--num-slots", 4, "--merge", "nearest")
     assert by_pairs != run(capsys, *arguments, "--num-slots", 4)
+    coarse = run(capsys, *arguments, "--num-slots", 4, "--merge", "nearest", "--state-dtype", "int8")
+    assert coarse != by_pairs
     model = OVQForCausalLM.from_pretrained(tmp_path, num_slots=4)
     model.set_merge("nearest")
     model.save_pretrained(tmp_path)
     assert run(capsys, *arguments) == by_pairs
+    model.set_state_dtype("int8")
+    model.save_pretrained(tmp_path)
+    assert run(capsys, *arguments) == coarse
+    assert run(capsys, *arguments, "--state-dtype", "float32") == by_pairs
+    said = fail(capsys, *arguments, "--state-dtype", "int4")
+    assert "--state-dtype: expected one of float32, bfloat16, int8, found 'int4'" in said
 
 
 def test_generate_reads_text_where_there_is_a_tokenizer(capsys, tmp_path):
@@ -244,6 +252,8 @@ def test_memory_counts_what_the_cache_will_hold(trained, capsys):
     bigger = json.loads(run(capsys, *arguments, "--num-slots", 64, "--json"))["rows"]
     assert bigger[1]["state_bytes"] > rows[1]["state_bytes"]
     assert bigger[1]["full_attention_bytes"] == rows[1]["full_attention_bytes"]
+    narrow = json.loads(run(capsys, *arguments, "--state-dtype", "int8", "--json"))["rows"]
+    assert narrow[1]["state_bytes"] < rows[1]["state_bytes"]
     assert "KiB" in run(capsys, *arguments)
 
 

@@ -84,11 +84,13 @@ def test_another_dictionary_is_part_of_the_context(capsys, model, text, tmp_path
 
 def test_another_rule_is_part_of_the_context(capsys, model, text, tmp_path):
     out = tmp_path / "book.ctx"
-    build(capsys, model, text, out, "--merge", "nearest")
+    rule = ["--merge", "nearest", "--state-dtype", "int8"]
+    build(capsys, model, text, out, *rule)
     command = ["generate", "--model", model, "--prompt", "7 8"]
     line = fail(capsys, *command, "--context", out)
     assert "merge='existing', as the model has, found merge='nearest'" in line
-    rule = ["--merge", "nearest"]
+    line = fail(capsys, *command, "--context", out, *rule[:2])
+    assert "state_dtype='float32', as the model has, found state_dtype='int8'" in line
     expected = run(capsys, *command[:4], f"{DOCUMENT} 7 8", *rule)
     assert run(capsys, *command, "--context", out, *rule) == expected
 

@@ -72,6 +72,8 @@ def test_a_converted_model_generates_alone_and_after_a_context(capsys, converted
     assert "--config: expected a trained model or a recipe, found a converted model" in said
     said = fail(capsys, "generate", "--model", model, "--prompt", "1", "--num-slots", 3)
     assert "--num-slots: expected none with a converted model" in said
+    said = fail(capsys, "generate", "--model", model, "--prompt", "1", "--state-dtype", "int8")
+    assert "--state-dtype: expected none with a converted model" in said
     assert "expected a folder that does not exist yet" in fail(
         capsys, "convert", "--model", converted / "llama", "--out", model
     )

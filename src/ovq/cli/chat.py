@@ -55,6 +55,7 @@ def chat(
     num_slots: options.NumSlots = None,
     merge: options.MergeRule = None,
     logn_length: options.LognLength = None,
+    state_dtype: options.StateDtype = None,
     weight_dtype: options.WeightDtype = None,
     seed: options.Seed = 0,
 ) -> None:
@@ -82,7 +83,12 @@ def chat(
 
     sampling = options.sampling_of(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     loaded = load_any_model(
-        model, num_slots=num_slots, merge=merge, logn_length=logn_length, weight_dtype=weight_dtype
+        model,
+        num_slots=num_slots,
+        merge=merge,
+        logn_length=logn_length,
+        state_dtype=state_dtype,
+        weight_dtype=weight_dtype,
     )
     set_seed(seed)
     conversation = Conversation(

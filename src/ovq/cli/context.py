@@ -35,6 +35,7 @@ def build(
     num_slots: options.NumSlots = None,
     merge: options.MergeRule = None,
     logn_length: options.LognLength = None,
+    state_dtype: options.StateDtype = None,
     prefill_chunk_size: Annotated[
         int, typer.Option(min=1, help="Tokens read at a time; fewer need less memory.")
     ] = 2048,
@@ -58,7 +59,9 @@ def build(
     from ovq.runtime.progress import Reporter
     from ovq.runtime.units import format_bytes
 
-    loaded = load_any_model(model, num_slots=num_slots, merge=merge, logn_length=logn_length)
+    loaded = load_any_model(
+        model, num_slots=num_slots, merge=merge, logn_length=logn_length, state_dtype=state_dtype
+    )
     ids = encode(document, load_tokenizer(model), vocab_size=loaded.config.vocab_size, name="--text")
     set_seed(seed)
     with Reporter() as reporter:

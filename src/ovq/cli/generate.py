@@ -55,6 +55,7 @@ def generate(
     num_slots: options.NumSlots = None,
     merge: options.MergeRule = None,
     logn_length: options.LognLength = None,
+    state_dtype: options.StateDtype = None,
     weight_dtype: options.WeightDtype = None,
     seed: options.Seed = 0,
     json_: Annotated[
@@ -98,7 +99,12 @@ def generate(
         repetition_penalty=repetition_penalty,
     )
     loaded = load_any_model(
-        model, num_slots=num_slots, merge=merge, logn_length=logn_length, weight_dtype=weight_dtype
+        model,
+        num_slots=num_slots,
+        merge=merge,
+        logn_length=logn_length,
+        state_dtype=state_dtype,
+        weight_dtype=weight_dtype,
     )
     tokenizer = load_tokenizer(model)
     if chat:

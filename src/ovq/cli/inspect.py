@@ -40,6 +40,7 @@ def inspect(
     num_slots: options.NumSlots = None,
     merge: options.MergeRule = None,
     logn_length: options.LognLength = None,
+    state_dtype: options.StateDtype = None,
     layer: Annotated[
         int | None,
         typer.Option(min=0, help="Layer shown first, and in figures; default: the highest one with slots."),
@@ -80,7 +81,9 @@ def inspect(
     from ovq.runtime.units import format_bytes
 
     layers = _check_view(model, load_any_config(model), layer, head)
-    loaded = load_any_model(model, num_slots=num_slots, merge=merge, logn_length=logn_length)
+    loaded = load_any_model(
+        model, num_slots=num_slots, merge=merge, logn_length=logn_length, state_dtype=state_dtype
+    )
     tokenizer = load_tokenizer(model)
     flag = "--prompt" if prompt is not None else "--text"
     ids = encode(given, tokenizer, vocab_size=loaded.config.vocab_size, name=flag)

@@ -55,14 +55,19 @@ def load_config(folder: Path) -> OVQConfig:
 
 
 def load_model(
-    folder: Path, *, num_slots: int | None = None, merge: str | None = None, logn_length: int | None = None
+    folder: Path,
+    *,
+    num_slots: int | None = None,
+    merge: str | None = None,
+    logn_length: int | None = None,
+    state_dtype: str | None = None,
 ) -> OVQForCausalLM:
     """Load a trained model onto the GPU if there is one, and change options of its dictionary that are given.
 
     Raises:
         OSError: If there are no weights.
         ValueError: If the folder holds no OVQ model, its files are damaged or do not fit together, or
-            `num_slots`, `merge` or `logn_length` cannot be set on it.
+            an option cannot be set on it.
     """
     config = load_config(folder)
     generation = folder / "generation_config.json"
@@ -79,6 +84,8 @@ def load_model(
         model.set_merge(merge)
     if logn_length is not None:
         model.set_logn_length(logn_length)
+    if state_dtype is not None:
+        model.set_state_dtype(state_dtype)
     return model.to(_device()).eval()
 
 
@@ -126,6 +133,7 @@ def load_any_model(
     num_slots: int | None = None,
     merge: str | None = None,
     logn_length: int | None = None,
+    state_dtype: str | None = None,
     weight_dtype: str | None = None,
 ) -> Any:
     """Load an OVQ model, a converted one, or an unchanged causal language model of transformers, onto the GPU
@@ -134,7 +142,12 @@ def load_any_model(
     `weight_dtype` is the format of a converted model's weights on a CPU, see `ovq.convert.attach`. Errors are
     as of `load_model`, and for options of another kind of models.
     """
-    options: dict[str, Any] = {"num_slots": num_slots, "merge": merge, "logn_length": logn_length}
+    options: dict[str, Any] = {
+        "num_slots": num_slots,
+        "merge": merge,
+        "logn_length": logn_length,
+        "state_dtype": state_dtype,
+    }
     if is_converted(folder):
         _refuse_options("a converted model", hint=": convert it again", **options)
         from ovq.convert import load
@@ -146,7 +159,7 @@ def load_any_model(
         return model.to(device).eval()
     _refuse_options("a trained model", hint=": only converted models have it", weight_dtype=weight_dtype)
     if is_ovq_model(folder):
-        return load_model(folder, num_slots=num_slots, merge=merge, logn_length=logn_length)
+        return load_model(folder, **options)
     _refuse_options("a pretrained model", **options)
     config = load_any_config(folder)
     from transformers import AutoModelForCausalLM

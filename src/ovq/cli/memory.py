@@ -19,6 +19,7 @@ def memory(
     config: Annotated[str, typer.Option(help="Folder of a trained model, or a recipe.")],
     lengths: Annotated[str, typer.Option(help="Numbers of tokens.")] = "1024,4096,16384,65536,262144",
     num_slots: options.NumSlots = None,
+    state_dtype: options.StateDtype = None,
     json_: options.Json = False,
 ) -> None:
     """Show the bytes of the state of one sequence, and of the KV cache that full attention would need.
@@ -28,7 +29,7 @@ def memory(
     Example: [bold]ovq memory --config recall-ovq --lengths 4096,65536 --num-slots 1024[/bold]
     """
     at_lengths = parse_ints(lengths, flag="--lengths")
-    rows = _state_bytes(_load_config(config), at_lengths, num_slots)
+    rows = _state_bytes(_load_config(config), at_lengths, num_slots, state_dtype)
     if json_:
         typer.echo(json.dumps({"config": config, "rows": rows}, indent=2))
         return
@@ -66,7 +67,9 @@ def _load_config(name: str) -> Any:
     return from_laboratory("ovq_lab.train.loop:model_config", what="--config")(recipe)
 
 
-def _state_bytes(config: Any, lengths: list[int], num_slots: int | None) -> list[dict[str, int]]:
+def _state_bytes(
+    config: Any, lengths: list[int], num_slots: int | None, state_dtype: str | None
+) -> list[dict[str, int]]:
     """State bytes of the model and of its counterpart with full attention, one row per length."""
     import torch
 
@@ -83,6 +86,8 @@ def _state_bytes(config: Any, lengths: list[int], num_slots: int | None) -> list
         model, full = OVQForCausalLM(config), OVQForCausalLM(twin)
     if num_slots is not None:
         model.set_num_slots(num_slots)
+    if state_dtype is not None:
+        model.set_state_dtype(state_dtype)
     return [
         {"length": n, "state_bytes": model.state_bytes(n), "full_attention_bytes": full.state_bytes(n)}
         for n in lengths

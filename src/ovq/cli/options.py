@@ -20,6 +20,8 @@ MOST_TOKENS = 2**31 - 1
 """Largest limit of an answer's tokens."""
 
 _WEIGHT_DTYPES = ("auto", "float32", "bfloat16", "int8", "int4")
+# Those of `ovq.ops.narrow`, which is heavy to import.
+_STATE_DTYPES = ("float32", "bfloat16", "int8")
 
 
 def check_merge_rule(rule: str | None) -> str | None:
@@ -41,13 +43,18 @@ def check_merge_rule(rule: str | None) -> str | None:
     return rule
 
 
-def _check_weight_dtype(found: str | None) -> str | None:
-    if found is not None and found not in _WEIGHT_DTYPES:
-        raise ValueError(
-            f"--weight-dtype: expected one of {', '.join(_WEIGHT_DTYPES)}, found {found!r}"
-            f"{did_you_mean(found, _WEIGHT_DTYPES)}"
-        )
-    return found
+def _one_of(choices: tuple[str, ...], about: str) -> Any:
+    """An option that is one of these names, or not given."""
+
+    def check(param: typer.CallbackParam, found: str | None) -> str | None:
+        if found is not None and found not in choices:
+            raise ValueError(
+                f"{flag_of(str(param.name))}: expected one of {', '.join(choices)}, found {found!r}"
+                f"{did_you_mean(found, choices)}"
+            )
+        return found
+
+    return typer.Option(callback=check, help=about)
 
 
 def number_up_to(largest: int, about: str) -> Any:
@@ -113,11 +120,19 @@ LognLength = Annotated[
         "training texts.",
     ),
 ]
+StateDtype = Annotated[
+    str | None,
+    _one_of(
+        _STATE_DTYPES,
+        "Format of the slots, instead of the model's own: float32, bfloat16 or int8; at equal bytes, "
+        "narrow ones are more (--num-slots).",
+    ),
+]
 WeightDtype = Annotated[
     str | None,
-    typer.Option(
-        callback=_check_weight_dtype,
-        help="Data type of a converted model's weights on a CPU: float32, bfloat16, int8 or int4; "
+    _one_of(
+        _WEIGHT_DTYPES,
+        "Data type of a converted model's weights on a CPU: float32, bfloat16, int8 or int4; "
         "default: as saved.",
     ),
 ]

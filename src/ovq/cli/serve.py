@@ -75,6 +75,7 @@ def serve(
     num_slots: options.NumSlots = None,
     merge: options.MergeRule = None,
     logn_length: options.LognLength = None,
+    state_dtype: options.StateDtype = None,
     weight_dtype: options.WeightDtype = None,
     seed: options.SlotSeed = 0,
 ) -> None:
@@ -128,6 +129,7 @@ def serve(
                     num_slots=num_slots,
                     merge=merge,
                     logn_length=logn_length,
+                    state_dtype=state_dtype,
                     weight_dtype=weight_dtype,
                 )
             ),
