@@ -11,14 +11,12 @@ from ovq_lab.bench.workloads import MIXERS as BENCH_MIXERS
 from ovq_lab.eval.language import LanguageRow
 from ovq_lab.eval.needle import NeedleRow
 from ovq_lab.eval.rows import ResultRow
-from ovq_lab.figures.draw import save_figure, save_heat_maps
+from ovq_lab.figures.draw import save_demo_figures, save_figure, save_heat_maps
 from ovq_lab.mixers import MIXERS
-from ovq_lab.plots.fidelity import fidelity_figure
-from ovq_lab.plots.figures import save_figures as save_demo
 from ovq_lab.plots.language import save_language_figures
 from ovq_lab.plots.needle import save_needle_figures
 from ovq_lab.plots.panels import WIDTH
-from ovq_lab.plots.style import CONTROLS, MIXER_STYLES, PAIRS, PALETTE, line_styles
+from ovq_lab.plots.style import MIXER_STYLES, PAIRS, PALETTE, line_styles
 
 # What readers without one kind of cone see, in linear RGB (Machado, Oliveira and Fernandes, 2009).
 SIGHTS = {
@@ -71,7 +69,7 @@ def test_readers_of_all_kinds_tell_the_mixers_apart(sight):
 
 def test_what_is_no_mixer_has_no_mixers_colour():
     colors = {style.color for style in MIXER_STYLES.values()}
-    assert not colors & {style.color for style in (*PALETTE, *CONTROLS.values())}
+    assert not colors & {style.color for style in PALETTE}
 
 
 @pytest.mark.parametrize("mixer", STYLED)
@@ -111,15 +109,13 @@ def test_a_mixer_nobody_knows_is_drawn_as_well():
 
 
 def colors_in(figure: Figure) -> dict[str, str]:
-    """The colour of each label: of lines in the legend or with their names, of maps by their frame."""
+    """The colour of each label: of lines in the legend, of maps by their frame."""
     colors = {
         text.get_text(): line.get_color()
         for legend in figure.legends
         for text, line in zip(legend.get_texts(), legend.get_lines(), strict=True)
     }
     for axes in figure.axes:
-        # Names at the ends of lines.
-        colors |= {text.get_text(): text.get_color() for text in axes.texts}
         if axes.get_images() and axes.get_title():
             colors[axes.get_title()] = axes.spines["left"].get_edgecolor()
     return colors
@@ -150,7 +146,7 @@ def draw_all(folder):
     fields = {"length": 256, "accuracy": 0.5, "state_bytes": 1024, "num_questions": 1, "slices": {}}
     demo = [ResultRow(mixer=mixer, num_slots=slots, **fields) for mixer, slots in MODELS]
     demo.append(ResultRow(mixer="ovq", num_slots=64, merge="nearest", **fields))
-    save_demo(demo, folder, train_length=256)
+    save_demo_figures(demo, folder, train_length=256)
     rows = [
         {"line": row.label, "group": "", "seed": 0, "train_length": 256}
         | {"mixer": row.mixer, "num_slots": row.num_slots, "length": 256, "accuracy": 0.5, "merge": row.merge}
@@ -171,8 +167,13 @@ def draw_all(folder):
     found |= {"state_bytes": 1}
     save_needle_figures([NeedleRow(mixer=mixer, num_slots=slots, **found) for mixer, slots in MODELS], folder)
     memories = ["OVQ", "static VQ", "linear attention", "delta rule", "window + sinks"]
-    row = {"stream": "text", "seed": 0, "length": 64, "bytes": 1, "error": 0.5}
-    fidelity_figure({"rows": [row | {"memory": name} for name in memories]}, folder / "c.png")
+    row = {"group": "", "seed": 0, "length": 64, "error": 0.5}
+    results = {
+        "title": "t",
+        "panels": [panel | {"y": "error"}],
+        "rows": [row | {"line": n} for n in memories],
+    }
+    save_figure(results, folder / "c.png")
     labels = {"ovq": "OVQ, 64 slots", "sdpa": "exact (SDPA)", "window": "window of 256"}
     labels |= {"gated_deltanet": "Gated DeltaNet, fla", "mamba2": "Mamba2, fla"}
     rows = [

@@ -1,5 +1,6 @@
 """Fidelity: memories against oracles, equal bytes, streams, rows and their figure."""
 
+import dataclasses
 import itertools
 import statistics
 
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 
 from ovq.ops import ovq_attention
+from ovq_lab.figures.draw import _MIXERS_OF_MEMORIES, save_figure
 from ovq_lab.figures.fidelity import fidelity_rows
 from ovq_lab.figures.fidelity.memories import (
     CHUNK_SIZE,
@@ -24,7 +26,9 @@ from ovq_lab.figures.fidelity.memories import (
     softmax_read,
 )
 from ovq_lab.figures.fidelity.streams import STREAMS, Stream
-from ovq_lab.plots.fidelity import MEMORY_STYLES, fidelity_figure
+from ovq_lab.figures.figures import fidelity
+from ovq_lab.figures.presets import CPU
+from ovq_lab.plots.style import MIXER_STYLES, PALETTE
 
 SCALE = 3.0
 BUDGET = 40 * 4 * (8 + 8 + 2)
@@ -176,11 +180,10 @@ def test_rows_have_all_combinations_and_errors_are_relative():
 def test_the_figure_has_lines_of_every_colour(num_streams, tmp_path, full_pictures):
     rows = [
         {
-            "stream": stream,
+            "group": stream,
             "seed": seed,
-            "memory": kind.name,
+            "line": kind.name,
             "length": length,
-            "bytes": 2048,
             "error": 0.1 * place + 0.1 + 0.01 * seed,
         }
         for stream in list(STREAMS)[:num_streams]
@@ -188,12 +191,17 @@ def test_the_figure_has_lines_of_every_colour(num_streams, tmp_path, full_pictur
         for place, kind in enumerate(MEMORIES)
         for length in (64, 4096)
     ]
-    fidelity_figure({"rows": rows}, tmp_path / "fidelity.png")
+    figure = fidelity(CPU)
+    panels = [dataclasses.asdict(panel) for panel in figure.panels[:num_streams]]
+    save_figure({"title": figure.title, "panels": panels, "rows": rows}, tmp_path / "fidelity.png")
     with Image.open(tmp_path / "fidelity.png") as picture:
         colors = {color for _, color in picture.convert("RGB").getcolors(2**24)}
         assert np.prod(picture.size) > 400_000
         assert picture.size[0] == 960
-    # Files of earlier versions have the rule before.
-    assert set(MEMORY_STYLES) == {"OVQ, Ward-sqrt", *(kind.name for kind in MEMORIES)}
-    for style in MEMORY_STYLES.values():
+    # Two references are no mixers.
+    assert {kind.name for kind in MEMORIES} - set(_MIXERS_OF_MEMORIES) == {
+        "random merging",
+        "offline k-means",
+    }
+    for style in [MIXER_STYLES[mixer] for mixer in _MIXERS_OF_MEMORIES.values()] + [*PALETTE[:2]]:
         assert tuple(bytes.fromhex(style.color[1:])) in colors

@@ -30,8 +30,8 @@ from ovq.runtime.progress import Reporter
 from ovq.runtime.units import format_bytes
 from ovq_lab.eval.accuracy import evaluate
 from ovq_lab.eval.rows import ResultRow
+from ovq_lab.figures.draw import save_demo_figures
 from ovq_lab.mixers.names import MIXER_NAMES
-from ovq_lab.plots.figures import save_figures
 from ovq_lab.plots.tables import result_table
 from ovq_lab.runtime.environment import environment
 from ovq_lab.runtime.workers import RemoteReporter, run_jobs
@@ -105,7 +105,7 @@ def run_demo(
         if (out / "ovq").exists():
             shutil.rmtree(out / "ovq")
         os.replace(Path(runs) / "ovq", out / "ovq")
-    figures = save_figures(rows, out, train_length=results["train_length"])
+    figures = save_demo_figures(rows, out, train_length=results["train_length"])
 
     console.print(result_table(rows, title="In-context recall: share of right answers by length in tokens"))
     console.print(_one_answer(out / "ovq", seed), highlight=False)

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ovq.runtime.units import format_bytes
-from ovq_lab.eval.rows import LOGN, short_number
+from ovq_lab.eval.rows import LOGN, ResultRow, short_number
 from ovq_lab.figures.results import field_of
 from ovq_lab.plots.canvas import Axes, FuncFormatter, LogLocator, NullLocator
 from ovq_lab.plots.heat import draw_heat_maps
-from ovq_lab.plots.panels import error_bars, length_axis, mark_training, new_panels, save
-from ovq_lab.plots.style import Style, line_styles, style_name
+from ovq_lab.plots.panels import error_bars, length_axis, mark_training, new_panels, save, wrapped
+from ovq_lab.plots.style import PAIRS, Style, line_styles, style_name
 
 # With more ticks, labels such as "256 KiB" would touch each other.
 _MOST_TICKS = 6
@@ -58,7 +58,17 @@ AXIS_NAMES = {
 # Values of `x` for which a row holds a dict of several points, and the parser of its keys.
 _IN_PARTS: dict[str, Callable[[str], float | str]] = {"slices": str, "positions": int}
 
-_IS_LOGARITHMIC = frozenset({"state_bytes", "microseconds_per_token"})
+_IS_LOGARITHMIC = frozenset({"state_bytes", "microseconds_per_token", "error"})
+
+# A memory that is measured without a model has the style of the mixer that uses it.
+_MIXERS_OF_MEMORIES = {
+    "OVQ": "ovq",
+    "OVQ, nearest": PAIRS,
+    "static VQ": "vq",
+    "linear attention": "linear_attention",
+    "delta rule": "gated_deltanet",
+    "window + sinks": "sink_attention",
+}
 
 
 _Values = dict[float | str, dict[int, float]]
@@ -117,6 +127,23 @@ def save_figure(results: dict[str, Any], path: Path) -> None:
     save(canvas, path, title=results["title"], first=list(models))
 
 
+def save_demo_figures(
+    rows: Sequence[ResultRow], folder: Path, *, train_length: int, prefix: str = ""
+) -> list[Path]:
+    """Draw the results of a demonstration into `accuracy.png` and `state.png`, their names after `prefix`."""
+    common = {"group": "", "seed": 0, "train_length": train_length}
+    fields = [dataclasses.asdict(row) | common | {"line": row.label} for row in rows]
+    paths = []
+    for name, y, title in (
+        ("accuracy", "accuracy", "In-context recall beyond the training length"),
+        ("state", "state_bytes", "Memory carried from token to token"),
+    ):
+        panel = {"title": "", "x": "length", "y": y, "group": "", "at_length": None}
+        paths.append(folder / f"{prefix}{name}.png")
+        save_figure({"title": title, "panels": [panel], "rows": fields}, paths[-1])
+    return paths
+
+
 def _styles(models: dict[str, tuple[str, int | None]]) -> dict[str, Style]:
     """The style of each line. A model with and without scaled logits has one style, but dashed without."""
     endings = {label: label.removesuffix(f", {LOGN}") for label in models if label.endswith(f", {LOGN}")}
@@ -134,8 +161,9 @@ def models_of(results: dict[str, Any]) -> dict[str, tuple[str, int | None]]:
     """Mixer, and largest number of slots in the evaluations, by the label of the line."""
     models: dict[str, tuple[str, int | None]] = {}
     for row in results["rows"]:
+        mixer = row.get("mixer") or _MIXERS_OF_MEMORIES.get(row["line"], row["line"])
         # Files of earlier versions lack the merge rule.
-        mixer = style_name(row["mixer"], row.get("merge"))
+        mixer = style_name(mixer, row.get("merge"))
         _, known = models.get(row["line"], (mixer, None))
         slots = [number for number in (known, row.get("num_slots")) if number is not None]
         models[row["line"]] = (mixer, max(slots, default=None))
@@ -154,8 +182,10 @@ def _draw_panel(axes: Axes, results: dict[str, Any], panel: dict[str, Any], styl
             label=label,
             **styles[label].options(),
         )
-    axes.set_title(panel["title"], fontsize=11)
-    axes.set_xlabel(AXIS_NAMES.get(panel["x"], panel["x"].removeprefix("task.").replace("_", " ")))
+    axes.set_title(wrapped(panel["title"]), fontsize=11)
+    # Shares of slots are not by slices of the questions; their titles say by what.
+    if panel["x"] != "slices" or panel["y"] in ("slices", "slice_errors"):
+        axes.set_xlabel(AXIS_NAMES.get(panel["x"], panel["x"].removeprefix("task.").replace("_", " ")))
     axes.set_ylabel(y_name(panel))
     if panel["y"] in ("accuracy", "slices", "choice"):
         axes.set_ylim(-0.03, 1.05)
@@ -171,7 +201,8 @@ def _draw_panel(axes: Axes, results: dict[str, Any], panel: dict[str, Any], styl
     if panel["y"] in _IS_LOGARITHMIC:
         _scale(axes, "y", panel["y"])
     if panel["x"] in ("length", "positions"):
-        train_lengths = {row["train_length"] for row in results["rows"] if row["group"] == panel["group"]}
+        of_panel = [row for row in results["rows"] if row["group"] == panel["group"]]
+        train_lengths = {row["train_length"] for row in of_panel if "train_length" in row}
         for length in train_lengths:
             mark_training(axes, length, "longest in training")
 

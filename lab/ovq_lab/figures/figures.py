@@ -15,7 +15,6 @@ from ovq_lab.figures.plan import Figure, Line, Panel
 from ovq_lab.figures.presets import TOKENS_PER_SLOT, Preset
 from ovq_lab.figures.text_figures import hybrids, language, longer, needle, of_corpus, partners
 from ovq_lab.mixers.names import MIXER_NAMES
-from ovq_lab.plots.fidelity import fidelity_figure
 from ovq_lab.tasks import PositionalRecallTask, RegressionTask, Task
 
 # In the order of legends and tables.
@@ -99,9 +98,8 @@ def fidelity(preset: Preset) -> Figure:
         name="fidelity",
         title="Memories of equal bytes against exact attention, without training",
         measure=fidelity_rows,
-        draw=fidelity_figure,
         panels=tuple(Panel(title=name, y="error", group=name) for name in STREAMS),
-        note="The same at every preset. Bars of the picture are standard deviations over the seeds.",
+        note="The same at every preset.",
     )
 
 

@@ -12,7 +12,6 @@ from ovq_lab.eval.rows import model_label
 from ovq_lab.figures.evaluations import TaskEvaluation
 from ovq_lab.figures.plan import Figure, Line, Panel
 from ovq_lab.figures.presets import Preset
-from ovq_lab.plots.kept import kept_figure
 from ovq_lab.tasks import RecallTask
 
 if TYPE_CHECKING:
@@ -79,5 +78,4 @@ def kept(preset: Preset) -> Figure:
             Panel(title=f"{part}, the oldest token of a slot", x="slices", y="oldest", at_length=longest),
             Panel(title=f"{part}, its mean token", x="slices", y="mean_position", at_length=longest),
         ),
-        draw=kept_figure,
     )

@@ -9,11 +9,10 @@ from typing import Any
 from ovq.runtime.files import read_json
 from ovq_lab.bench.show import save_figures as save_bench
 from ovq_lab.eval.rows import ResultRow
-from ovq_lab.figures.draw import save_figure
+from ovq_lab.figures.draw import save_demo_figures, save_figure
 from ovq_lab.figures.figures import FIGURES, TEXT_FIGURES
 from ovq_lab.figures.presets import get_preset
 from ovq_lab.figures.results import load_results
-from ovq_lab.plots.figures import save_figures as save_demo
 
 
 def redraw(folder: Path) -> list[Path]:
@@ -44,7 +43,7 @@ def redraw(folder: Path) -> list[Path]:
             elif "train_length" in fields:
                 measured = [ResultRow(**row) for row in fields["rows"]]
                 length = fields["train_length"]
-                drawn += save_demo(measured, target, train_length=length, prefix=f"{path.stem}_")
+                drawn += save_demo_figures(measured, target, train_length=length, prefix=f"{path.stem}_")
         if reports:
             path = source
             drawn += save_bench(_joined(reports), target)

@@ -77,12 +77,6 @@ PALETTE = tuple(
 )
 """Styles that belong to no mixer, for figures of one mixer and for lines of no mixer."""
 
-CONTROLS = {
-    "random merging": Style(color="#882255", marker="D", line="--"),
-    "offline k-means": Style(color="#332288", marker="*", line="--"),
-}
-"""Styles of references that are not mixers: dashed."""
-
 
 def style_name(mixer: str, merge: str | None) -> str:
     """Name of a mixer in `line_styles` and `MIXER_STYLES`.

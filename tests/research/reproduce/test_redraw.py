@@ -8,11 +8,10 @@ import pytest
 
 from ovq_lab.bench.show import save_figures as save_bench
 from ovq_lab.figures import draw
-from ovq_lab.figures.draw import save_figure
+from ovq_lab.figures.draw import save_demo_figures, save_figure
 from ovq_lab.figures.figures import FIGURES
 from ovq_lab.figures.redraw import redraw
 from ovq_lab.figures.results import load_results
-from ovq_lab.plots.figures import save_figures as save_demo
 from tests.plots.test_report import ROWS
 from tests.research.reproduce import test_page as page
 from tests.test_cli import fail, run
@@ -35,7 +34,7 @@ def test_each_file_becomes_its_pictures(tmp_path):
     save_figure(RESULTS, tmp_path / "expected" / "recall.png")
     demo = {"rows": [vars(row) for row in ROWS], "train_length": 256}
     (tmp_path / "demo.json").write_text(json.dumps(demo))
-    save_demo(ROWS, tmp_path / "expected", train_length=256, prefix="demo_")
+    save_demo_figures(ROWS, tmp_path / "expected", train_length=256, prefix="demo_")
     rows = [BENCH | {"dtype": dtype} for dtype in ("float32", "bfloat16")]
     for row in rows:
         report = {"matrix_rate": {}, "suite": {"dtypes": [row["dtype"]]}, "rows": [row]}
