@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ovq.ops import OVQState, ovq_attention
 from ovq.runtime.progress import Reporter
-from ovq_lab.bench.peak import resident
+from ovq_lab.bench.pretrained_peer import resident
 
 ROWS, DIM, CHUNK, SLOTS = 2, 8, 16, 32
 DRIFT_BOUND = 2.0**-22

@@ -27,8 +27,6 @@ def measure(
     """Measure one part at one length, with a check of the kernels that ran; returns rows.
 
     Args:
-        part: `"forward"`, `"forward_backward"`, `"decode"` or `"memory"`.
-        candidates: The workloads to measure.
         matrix_rate: FLOP/s of matrix products in their dtype.
         copy_rate: Bytes per second of a copy.
         left_out: Workloads that cannot run are appended, as `{"label", "what", "length", "dtype", "reason"}`.
@@ -72,8 +70,6 @@ def flushed_times(
     launches kernels more slowly than the GPU runs them, the host's time therefore counts, as in a model.
 
     Args:
-        functions: The functions to time; each is warmed up first.
-        max_rounds: Largest number of rounds.
         seconds: Time of the slowest function after which no further round starts.
         run: Calls per turn.
     """

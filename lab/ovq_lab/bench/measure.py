@@ -177,10 +177,6 @@ def timed_rows(
     """Report rows from the times of the workloads; speedups are relative to the fastest exact attention.
 
     Args:
-        part: `"forward"`, `"forward_backward"` or `"decode"`.
-        workloads: The measured workloads.
-        all_times: Seconds of each call of each workload.
-        matrix_rate: FLOP/s of matrix products in their dtype.
         copy_rate: Bytes per second of a copy; None to leave memory out of the roofline.
 
     Example:

@@ -33,12 +33,8 @@ class ModelSuite:
 
     Attributes:
         models: names in `MODELS`; the first is the baseline of the others.
-        sizes: names in `SIZES`.
         lengths: tokens of a training step.
         prompts: tokens before generation.
-
-    Raises:
-        ValueError: a value is not one of these; names the option of the command.
     """
 
     models: Sequence[str]

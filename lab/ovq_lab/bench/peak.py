@@ -10,9 +10,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ovq_lab.bench.pretrained_peer import resident
 from ovq_lab.bench.workloads import Workload
 
 if TYPE_CHECKING:
@@ -66,22 +66,9 @@ def _stream(workload: Workload, piece: int) -> dict[str, int]:
     }
 
 
-def resident() -> int:
-    """Current resident memory."""
-    return _status("VmRSS")
-
-
 def _peak() -> int:
     """Peak resident memory so far. (`getrusage` would include the parent's, from before the exec.)"""
-    return _status("VmHWM")
-
-
-def _status(field: str) -> int:
-    """Value of a field of Linux's `/proc/self/status`, in bytes."""
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise ValueError(f"/proc/self/status: expected a line {field}, found none")
+    return resident("VmHWM")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ class Peer(NamedTuple):
     """A loaded model with an empty context.
 
     Attributes:
-        version: version of the runtime's package.
         measure: returns the seconds to read a text, which extends the text of the previous call, and the
             seconds of each of a number of generated tokens.
         imported_bytes: bytes of the process before the model was loaded.

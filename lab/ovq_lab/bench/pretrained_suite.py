@@ -31,7 +31,6 @@ class PretrainedSuite:
     Attributes:
         model: folder that `ovq convert` has written.
         tokens: token ids of a text, at least as many as the largest length.
-        lengths: numbers of tokens after which to measure.
         dtypes: pairs of the model's dtype and the format of its weights (`weight_dtype` of
             `ovq.convert.attach`).
         gguf: the same model for llama.cpp; None to leave it out.
@@ -84,11 +83,7 @@ class PretrainedSuite:
 
 
 def run_pretrained(suite: PretrainedSuite, reporter: WorkReporter) -> dict[str, Any]:
-    """Measure each runtime in a process of its own, one after the other.
-
-    Raises:
-        ValueError: a runtime failed; includes the end of its output.
-    """
+    """Measure each runtime in a process of its own, one after the other."""
     peers, lengths, rows, num_done = list(suite.peers()), sorted(suite.lengths), list[dict[str, Any]](), 0
     work = reporter.start("measuring", total=len(peers) * len(lengths))
     with tempfile.TemporaryDirectory() as folder:

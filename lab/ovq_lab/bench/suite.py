@@ -35,17 +35,9 @@ class Suite:
 
     Attributes:
         parts: Names in `ovq_lab.bench.PARTS`.
-        lengths: Tokens T, ascending.
-        dtypes: `"float32"`, `"bfloat16"` or both.
         num_slots: Dictionary sizes N of OVQ.
         merges: Merge rules of OVQ, each with its default growth.
         chunk_size: C, and the width of the window.
-        num_heads: H.
-        head_dim: K = V.
-        device: `"cpu"` or `"cuda"`.
-
-    Raises:
-        ValueError: If a value is not one of these; names the option of the command.
     """
 
     parts: Sequence[str]

@@ -26,11 +26,8 @@ class Workload:
     Attributes:
         mixer: `"ovq"` or one of `rivals.RIVALS`.
         length: Tokens T.
-        dtype: Dtype of queries, keys and values: `"float32"` or `"bfloat16"`.
-        num_slots: N, for OVQ.
         merge: The merge rule of OVQ, with its default growth.
         chunk_size: C of OVQ, and the width of the window.
-        num_heads: H, the same for queries, keys and values.
         head_dim: K = V.
     """
 

@@ -178,11 +178,7 @@ def _check_names(flag: str, found: list[str], allowed: tuple[str, ...]) -> None:
 def _pretrained_suite(
     model: Path | None, text: Path | None, peers: dict[str, Any], lengths: list[int]
 ) -> PretrainedSuite:
-    """The suite of `--what converted`; `peers` are files and interpreters of other runtimes, or None.
-
-    Raises:
-        ValueError: The model or the text is missing or invalid, or the text is too short.
-    """
+    """The suite of `--what converted`; `peers` are files and interpreters of other runtimes, or None."""
     if model is None or text is None:
         raise ValueError("--what converted: expected --model and --text, found one of them or none")
     if not has_memory(model):

@@ -32,11 +32,7 @@ MaxDocuments = Annotated[int | None, typer.Option(help="Read only this many docu
 
 def corpus_to_read(folder: Path, dataset: str | None, **options: Any) -> TextSource:
     """The requested corpus, or the one that the model in a folder was trained on, with all fields of
-    `TextSource` in `options` that are not `None`.
-
-    Raises:
-        ValueError: If no corpus is given, and the folder is not that of a run on text.
-    """
+    `TextSource` in `options` that are not `None`."""
     from ovq_lab.text import TextSource
     from ovq_lab.train.config import RunConfig
 

@@ -33,9 +33,6 @@ class Tested(TypedDict):
 def parse(num_slots: str | None, merge: Sequence[str] | None) -> Tested:
     """Parse `--num-slots` and `--merge`.
 
-    Raises:
-        ValueError: If a size is not a positive integer, or there is no such rule; names the flag.
-
     Example:
         >>> parse("64, 256", ["nearest,existing", "nearest"])
         {'num_slots': [64, 256], 'merges': ['nearest', 'existing']}

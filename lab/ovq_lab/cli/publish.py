@@ -92,11 +92,6 @@ def publish(
 
 
 def _config(model: Path) -> RunConfig:
-    """The configuration of the model's run.
-
-    Raises:
-        ValueError: If the folder is not that of a run, or the run is not finished.
-    """
     from transformers.trainer import TRAINER_STATE_NAME
 
     from ovq_lab.train.config import RunConfig

@@ -58,11 +58,7 @@ def show_results(
 
 
 def text_tokenizer(folder: Path) -> Any:
-    """The tokenizer saved with a model that reads text.
-
-    Raises:
-        ValueError: If there is none.
-    """
+    """The tokenizer saved with a model that reads text."""
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:
         raise ValueError(f"{folder}: expected a tokenizer beside the model, found none: it reads no text")

@@ -13,12 +13,7 @@ from ovq_lab.eval.rows import MERGE_NAMES
 
 
 class Dictionary(NamedTuple):
-    """Dictionary settings of the OVQ layers of a model during a test.
-
-    Attributes:
-        num_slots: Slots per layer; `None` for a model without OVQ layers.
-        merge: The merge rule, as in `OVQConfig.merge`; `None` likewise.
-    """
+    """Dictionary settings of the OVQ layers of a model during a test."""
 
     num_slots: int | None = None
     merge: str | None = None

@@ -175,13 +175,7 @@ def _evaluate_batch(
 
 
 class _Pairs:
-    """Positions of the pairs of a batch of examples.
-
-    Args:
-        task: The task.
-        starts: `[B, P]` first tokens, those of the context first.
-        pairs: `[B, P]` numbers of the pairs.
-    """
+    """Pairs of a batch, those of the context first: first tokens `starts`, numbers `pairs`, both `[B, P]`."""
 
     def __init__(self, task: RecallTask, starts: np.ndarray, pairs: np.ndarray) -> None:
         self._task, self.starts, self.pairs = task, starts, pairs
@@ -270,12 +264,8 @@ def _weights(call: RecordedCall, pairs: _Pairs) -> Tensor:
 
 
 def _most_read(weights: Tensor, pairs: _Pairs) -> tuple[int, float]:
-    """The offset with the highest mean attention weight, and that weight.
-
-    Args:
-        weights: `[B, Q, T]` weight of each question on each token, in the first B examples.
-        pairs: The pairs.
-    """
+    """The offset with the highest mean attention weight, and that weight; `weights` `[B, Q, T]` are those of
+    the first B examples."""
     num_examples, num_asked, num_places = len(weights), len(pairs.questions), pairs.pairs.shape[1]
     numbers = pairs.pairs[:num_examples]
     # All earlier occurrences of the pair count: in the context and in earlier questions.
@@ -305,7 +295,6 @@ class _Tally:
         self._largest: list[float] = []
 
     def add_questions(self, is_right: np.ndarray, own: np.ndarray, clean: np.ndarray) -> None:
-        """Add the questions of a batch, `[B, Q]` each."""
         for found, each in ((self._right, is_right), (self._own, own), (self._clean, clean)):
             found.append(each.ravel())
 

@@ -19,7 +19,6 @@ from ovq.hf.cache import CACHE_KEY
 from ovq_lab.eval.models import new_cache
 
 PIECE_SIZE = 2048
-"""Default number of tokens read at a time."""
 
 _MOST_LOGITS = 2**24
 """Most logits computed at once, 64 MiB of float32: with a large vocabulary, the logits of a whole piece would
@@ -33,13 +32,7 @@ def read_pieces(
     """Yield the last hidden states of a document, `[t, hidden_size]` for each piece of t tokens.
 
     Args:
-        model: Used in its dtype.
-        ids: `[T]` token ids on its device.
         cache: Cache of the tokens before them, such as `new_cache` returns; updated in place.
-        piece_size: Tokens read at a time.
-
-    Raises:
-        ValueError: If `piece_size` is below 1.
     """
     if piece_size < 1:
         raise ValueError(f"piece_size: expected at least 1, found {piece_size}")

@@ -93,7 +93,6 @@ _KINDS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
 
 
 def _harness(about: Mapping[str, Any]) -> str:
-    """The table of the harness."""
     try:
         from lm_eval.utils import make_table
     except ImportError as error:

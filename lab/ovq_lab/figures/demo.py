@@ -60,7 +60,6 @@ def run_demo(
         seed: Seed of the weights and of the training and test data.
         is_quick: Cut training and tests down to seconds. The models then learn nothing, and the conclusion
             says so.
-        console: Where to print the results; None for standard output.
 
     Raises:
         ValueError: If the folder has an `ovq/` that is not of an earlier demonstration.
@@ -155,8 +154,6 @@ def _configure(recipe: str, seed: int, *, is_quick: bool) -> RunConfig:
 
 
 class _Job(NamedTuple):
-    """One model to train and test."""
-
     config: RunConfig
     folder: Path
     is_quick: bool

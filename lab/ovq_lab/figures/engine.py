@@ -28,11 +28,8 @@ class Workshop:
     """Output folder and execution settings of figures.
 
     Attributes:
-        out: The folder of all results; created if necessary.
-        preset: The name of the preset, for the record.
         num_seeds: Repetitions of each run; their seeds are 0, 1 and so on.
         num_workers: Parallel runs; `None` for as many as there are usable cores.
-        reporter: Shows the progress.
     """
 
     out: Path
@@ -71,8 +68,6 @@ def reproduce(figure: Figure, shop: Workshop, *, lines: Sequence[str] = ()) -> d
     """Make a figure: `rows/NAME.json`, whose content it returns, and `figures/NAME.png`.
 
     Args:
-        figure: The figure.
-        shop: Output folder and execution settings.
         lines: Patterns for the labels of lines to make anew, with `*` for any text. The rows of other lines,
             and trials that were chosen before, are taken from `rows/NAME.json`, if it exists. Empty to make
             all lines.
@@ -112,7 +107,6 @@ def reproduce(figure: Figure, shop: Workshop, *, lines: Sequence[str] = ()) -> d
 
 
 _Found = tuple[list[dict[str, Any]], list[dict[str, Any]]]
-"""Rows, and the environments in which they were measured."""
 
 
 def _measured(figure: Figure, shop: Workshop) -> _Found:
@@ -158,7 +152,6 @@ def _trained(figure: Figure, chosen: dict[str, Trial], shop: Workshop) -> _Found
 
 
 def _finished(record: dict[str, Any] | None) -> dict[str, Any]:
-    """The record of a finished job, which cannot be None."""
     assert record is not None
     return record
 
@@ -262,7 +255,6 @@ def choose_trial(accuracies: dict[Trial, float], usual: Trial) -> Trial:
 
 
 def _rows(line: Line, job: RunJob) -> list[dict[str, Any]]:
-    """One row per evaluation of a line's run."""
     record = job.training_record()
     rows = []
     for evaluation, outcome in zip(job.evaluations, job.outcomes(), strict=True):

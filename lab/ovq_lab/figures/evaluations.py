@@ -65,15 +65,11 @@ class Evaluation(ABC):
     """An evaluation of a trained model on several examples of one length.
 
     Attributes:
-        num_examples: Number of examples.
         num_slots: Slots of the dictionary during the evaluation; `None` for as many as in training.
         merge: The merge rule during the evaluation, as in `OVQConfig.merge`; `None` for that of training.
         logn_length: Tokens beyond which logits are scaled, as in `OVQConfig.logn_length`; `None` for the
             model's own setting.
         seed: Seed of the examples. In a figure it is an offset to the seed of the run.
-
-    Raises:
-        ValueError: If a number is out of range.
     """
 
     known_as: ClassVar[str]
@@ -125,9 +121,7 @@ class Evaluation(ABC):
         """Evaluate a model; returns the outcome as JSON types.
 
         Args:
-            model: Evaluated on its device and in its dtype.
             folder: The folder it was loaded from, with its tokenizer if it reads text.
-            reporter: Shows progress, in `num_steps` steps.
 
         Raises:
             ValueError: If the model cannot be evaluated.
@@ -135,11 +129,7 @@ class Evaluation(ABC):
 
     @contextmanager
     def scaling(self, model: OVQForCausalLM) -> Iterator[None]:
-        """Context in which the model's logits are scaled by `logn_length`.
-
-        Raises:
-            ValueError: If no layer of the model has logits to scale.
-        """
+        """Context in which the model's logits are scaled by `logn_length`."""
         own = model.config.logn_length
         if self.logn_length is not None:
             model.set_logn_length(self.logn_length)
@@ -180,11 +170,7 @@ class Evaluation(ABC):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskEvaluation(Evaluation):
-    """Accuracy on examples of a synthetic task.
-
-    Attributes:
-        task: The task, at the length of the evaluation.
-    """
+    """Accuracy on examples of a synthetic task."""
 
     known_as: ClassVar[str] = "Evaluation"
 
@@ -241,8 +227,6 @@ class _TextEvaluation(Evaluation):
     """An evaluation on held-out documents.
 
     Attributes:
-        source: The corpus.
-        length: Largest number of tokens per example.
         split: The documents used: `"test"`, or `"validation"` to choose between trials.
     """
 
@@ -252,7 +236,6 @@ class _TextEvaluation(Evaluation):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens per example, at most."""
         return self.length
 
 
@@ -301,11 +284,6 @@ class LossEvaluation(_TextEvaluation):
         }
 
     def _windows(self, tokenizer: PreTrainedTokenizerBase | None = None) -> Corpus:
-        """The documents that windows are cut from.
-
-        Raises:
-            ValueError: If they have fewer than `num_examples` windows.
-        """
         corpus = load_corpus(self.source, self.split, tokenizer=tokenizer)
         # An end-of-text token is put before each document, and windows do not overlap.
         found = int(((corpus.num_tokens + 1) // self.length).sum())
@@ -320,16 +298,9 @@ class LossEvaluation(_TextEvaluation):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _HiddenValues(_TextEvaluation):
-    """Values hidden in a text.
-
-    Attributes:
-        value: Kind of value: `"word"`, `"number"` or `"uuid"`.
-    """
-
     value: str
 
     def check(self) -> None:
-        """Check that there are texts to hide values in."""
         self._texts()
 
     def _texts(self) -> list[str]:
@@ -344,7 +315,6 @@ class _HiddenValues(_TextEvaluation):
         haystack: str,
         depths: Sequence[float],
     ) -> list[NeedleRow]:
-        """Scores at each depth."""
         from transformers import AutoTokenizer
 
         from ovq_lab.eval.needle import evaluate_needle

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from ovq.fields import did_you_mean
 from ovq.ops.options import BEST_MERGE
@@ -44,7 +45,12 @@ def _validation(preset: Preset, task: str, mixer: str) -> Evaluation:
 
 
 def _mixers_by_length(
-    preset: Preset, task: str, *, title: str, note: str, quality: tuple[Panel, ...]
+    preset: Preset,
+    task: str,
+    *,
+    title: str,
+    note: str,
+    quality: tuple[Panel, ...] = (Panel(title="accuracy"),),
 ) -> Figure:
     """All mixers on one task against length: quality, bytes of state, time."""
     tasks = [preset.task(task).at_length(length) for length in preset.lengths(task)]
@@ -103,17 +109,6 @@ def fidelity(preset: Preset) -> Figure:
     )
 
 
-def recall(preset: Preset) -> Figure:
-    """Accuracy of all mixers on basic in-context recall, trained short and evaluated long."""
-    return _mixers_by_length(
-        preset,
-        "recall",
-        title="Basic in-context recall beyond the training length",
-        note="The number of pairs grows with the length: a fifth of the context's tokens belong to them.",
-        quality=(Panel(title="accuracy"),),
-    )
-
-
 def positional(preset: Preset) -> Figure:
     """Accuracy of all mixers on positional in-context recall."""
     task = preset.task("positional")
@@ -124,7 +119,6 @@ def positional(preset: Preset) -> Figure:
         title="Positional in-context recall beyond the training length",
         note=f"Each key is stored {task.num_occurrences} times with different values, which are asked for in "
         "order. The number of keys grows with the length.",
-        quality=(Panel(title="accuracy"),),
     )
 
 
@@ -154,17 +148,6 @@ def regression(preset: Preset) -> Figure:
                 at_length=length,
             ),
         ),
-    )
-
-
-def mqar(preset: Preset) -> Figure:
-    """Accuracy of all mixers on Zoology's multi-query associative recall."""
-    return _mixers_by_length(
-        preset,
-        "mqar",
-        title="Multi-query associative recall (Zoology)",
-        note="A quarter as many pairs as tokens, up to 256, from a vocabulary of 8,192.",
-        quality=(Panel(title="accuracy"),),
     )
 
 
@@ -256,10 +239,20 @@ def dictionary(preset: Preset) -> Figure:
 
 FIGURES: dict[str, Callable[[Preset], Figure]] = {
     "fidelity": fidelity,
-    "recall": recall,
+    "recall": partial(
+        _mixers_by_length,
+        task="recall",
+        title="Basic in-context recall beyond the training length",
+        note="The number of pairs grows with the length: a fifth of the context's tokens belong to them.",
+    ),
     "positional": positional,
     "regression": regression,
-    "mqar": mqar,
+    "mqar": partial(
+        _mixers_by_length,
+        task="mqar",
+        title="Multi-query associative recall (Zoology)",
+        note="A quarter as many pairs as tokens, up to 256, from a vocabulary of 8,192.",
+    ),
     "bytes": state_size,
     "dictionary": dictionary,
     "kept": kept,
@@ -299,9 +292,6 @@ def get_figure(
 ) -> Figure:
     """The figure of this name in `FIGURES`. Figures of language models can use another corpus and held-out
     share, which are then part of their name.
-
-    Raises:
-        ValueError: If there is none (lists all), it has no corpus to choose, or the share is not in [0, 1).
 
     Example:
         >>> from ovq_lab.figures.presets import CPU

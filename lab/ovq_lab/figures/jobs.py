@@ -12,7 +12,6 @@ import dataclasses
 import json
 import shutil
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,34 +35,11 @@ TRAINING_FILE = "training.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Job(ABC):
-    """A piece of work that is independent of all others; `root` is the folder for files of its kind."""
+class RunJob:
+    """A run to train, and evaluations of the trained model; `root` is the folder of all runs."""
 
     root: Path
     label: str
-
-    @abstractmethod
-    def is_done(self) -> bool:
-        """Whether all of its files are complete."""
-
-    @abstractmethod
-    def do(self, reporter: RemoteReporter) -> None:
-        """Do the missing parts of the job.
-
-        Raises:
-            ValueError: If it cannot be done as it is configured.
-        """
-
-
-def do_job(job: Job, reporter: RemoteReporter) -> None:
-    """Do a job; the function that worker processes call."""
-    job.do(reporter)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RunJob(Job):
-    """A run to train, and evaluations of the trained model."""
-
     config: RunConfig
     evaluations: tuple[Evaluation, ...]
 
@@ -77,11 +53,7 @@ class RunJob(Job):
         return self.is_trained() and None not in self.outcomes()
 
     def is_trained(self) -> bool:
-        """Whether the folder holds the complete trained model.
-
-        Raises:
-            ValueError: If it holds a model of another configuration, which is left as it is.
-        """
+        """Whether the folder holds the complete trained model."""
         if fault(self.folder) is not None:
             return False
         found = RunConfig.load(self.folder)
@@ -141,7 +113,6 @@ class RunJob(Job):
             shutil.rmtree(checkpoint)
 
     def _evaluate(self, evaluations: list[Evaluation], reporter: RemoteReporter) -> None:
-        """Evaluate the trained model, and write each outcome at once."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = OVQForCausalLM.from_pretrained(self.folder, local_files_only=True)
         # transformers wraps `to` in a way that leaves mypy without its `self`.
@@ -184,9 +155,11 @@ class RunJob(Job):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MeasureJob(Job):
+class MeasureJob:
     """The measurement of a figure without training, for one seed; see `Figure.measure`."""
 
+    root: Path
+    label: str
     figure: str
     measure: Callable[[int], list[dict[str, Any]]]
     seed: int
@@ -204,11 +177,7 @@ class MeasureJob(Job):
             return False
 
     def do(self, reporter: RemoteReporter) -> None:
-        """Measure, and write the rows.
-
-        Raises:
-            ValueError: If a package is missing that only this figure needs.
-        """
+        """Measure, and write the rows."""
         self.root.mkdir(parents=True, exist_ok=True)
         work = reporter.start(self.label, total=1)
         try:
@@ -224,6 +193,14 @@ class MeasureJob(Job):
         return read_json(self.path)
 
 
+Job = RunJob | MeasureJob
+
+
+def do_job(job: Job, reporter: RemoteReporter) -> None:
+    """Do a job; the function that worker processes call."""
+    job.do(reporter)
+
+
 class _PartReporter:
     """A reporter for one of several evaluations that share a progress bar."""
 
@@ -236,5 +213,4 @@ class _PartReporter:
         return self
 
     def update(self, done: int, *, note: str = "") -> None:
-        """Report the progress of this part."""
         self._work.update(self._done_before + done, note=note)

@@ -51,11 +51,7 @@ class Summary(NamedTuple):
 
 
 def write_report(out: Path) -> Path:
-    """Write `report.html` from `rows/` and `figures/` of a folder of results; returns its path.
-
-    Raises:
-        ValueError: If there are no rows, or a file of them cannot be read.
-    """
+    """Write `report.html` from `rows/` and `figures/` of a folder of results; returns its path."""
     order = list(FIGURES)
 
     def place(path: Path) -> tuple[int, str]:
@@ -142,7 +138,6 @@ def _best(values: Sequence[float], field: str) -> float:
 
 
 def _places(panel: dict[str, Any], lines: dict[str, list[Point]]) -> list[float | str]:
-    """The x values of a panel, from left to right."""
     places = list(dict.fromkeys(point.x for line in lines.values() for point in line))
     return places if panel["x"] == "slices" else sorted(places)
 
@@ -214,7 +209,6 @@ def _cell(point: Point, field: str, best: str | None = None) -> Cell:
 
 
 def _value(value: float | str, field: str) -> str:
-    """Format a value of a field."""
     if isinstance(value, str):
         return value
     if field == "state_bytes":

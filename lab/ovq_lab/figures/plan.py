@@ -24,11 +24,6 @@ Variant = tuple[tuple[str, Any], ...]
 class Trial:
     """Hyperparameters of a trial: of the optimizer, and optionally of the mixer.
 
-    Attributes:
-        learning_rate: Peak learning rate.
-        weight_decay: As in `TrainArgs`.
-        variant: Model fields and their values.
-
     Example:
         >>> Trial(learning_rate=0.004).label, Trial(learning_rate=0.008, weight_decay=0.5).label
         ('0.004', '0.008, decay 0.5')
@@ -57,10 +52,8 @@ class Line:
     """A line of a figure: a model, trained once for each seed, and its evaluations.
 
     Attributes:
-        label: Its name in the legend.
         config: The run; the seed is set for each repetition, and the trial's hyperparameters if there are
             trials.
-        evaluations: Evaluations of each trained model.
         group: Panels of this group show it.
         trial_of: The run whose best trial this line uses; by default its own.
         validation: The evaluation that chooses the trial; no row uses its examples.
@@ -88,12 +81,10 @@ class Panel:
     """One pair of axes: a field of the rows against another, for the lines of a group.
 
     Attributes:
-        title: Title above the axes.
         x: A field of the rows, or a number of their task as `"task.NAME"`; `"slices"` for the slices of the
             task's questions, `"positions"` for the parts of a text.
         y: A field of the rows; with `x="slices"` one that has a value for each slice: `"slices"` for the
             accuracy, `"slice_errors"` for the error; with `x="positions"` it is `"position_losses"`.
-        group: The lines to show.
         at_length: Show only rows of this length; `None` for all.
         relative_to: Show values in per cent above those of the line of this label, seed by seed; `None` for
             the values themselves.
@@ -112,17 +103,11 @@ class Figure:
     """A figure: models that are trained and evaluated, or a measurement without training.
 
     Attributes:
-        name: Name on the command line.
-        title: One line that says what it shows.
-        panels: Panels, drawn one below the other; the page has a table for each.
-        lines: The models of all panels.
         trials: Hyperparameters that each model is trained with on the first seed; the best is used for all
             seeds. Empty to use those of the configuration.
         measure: Returns the rows of a seed without training, each with its `line`, `group` and `seed`. It is
             pickled for worker processes, so it must be a module-level function.
-        note: Further information for readers.
         arguments: Arguments of `ovq reproduce` that make it; by default its name.
-        draw: Draws the results of the figure into a PNG file.
     """
 
     name: str

@@ -26,11 +26,9 @@ class TextEvaluations:
 
     Attributes:
         length: Tokens per window of held-out text; documents are joined to volumes of as many bytes.
-        num_windows: Number of windows, the same for all models.
         slot_factors: Sizes of the dictionary, as multiples of the trained size.
         needle_lengths: Tokens of texts that a needle is hidden in.
         needle_depths: Relative positions of the needle, from 0 to 1.
-        num_needles: Needles per length and depth.
     """
 
     length: int
@@ -46,7 +44,6 @@ class Preset:
     """Sizes of models, training and evaluations.
 
     Attributes:
-        name: Name on the command line.
         configs: The default OVQ run of each task by name; also of language models that learn to find needles
             (`"needle"`), of the rivals that learn to find several kinds (`"needles"`), and of larger language
             models (`"long"`). Figures replace the mixer or change fields.
@@ -58,9 +55,7 @@ class Preset:
         slot_factors: Sizes of the dictionary in evaluations, as multiples of the trained size.
         sizes: Model fields with which the state of a mixer is smaller or larger than by default, by mixer.
         mixer_fields: Model fields that a mixer sets differently from OVQ, by mixer.
-        chunk_sizes: Chunk sizes to compare.
         rates: Constant rates of the slots to compare with 1/count.
-        text: Sizes of the evaluations of language models.
         num_workers: Parallel runs; `None` for as many as there are usable cores.
         needs_gpu: Whether a CPU would take weeks.
     """
@@ -377,7 +372,6 @@ GPU = Preset(
 """Models of 4 layers, width 512, trained at up to 4k to 6k tokens and evaluated to 64k, for one H100."""
 
 PRESETS: dict[str, Preset] = {preset.name: preset for preset in (CPU, GPU)}
-"""Presets by name."""
 
 
 def get_preset(name: str) -> Preset:

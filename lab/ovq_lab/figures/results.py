@@ -146,7 +146,6 @@ class _Numbered:
         return self._numbers.setdefault(text, len(self._numbers) + 1)
 
     def table(self) -> Table:
-        """The names of the columns, and the rows."""
         return [self.columns, *map(json.loads, self._numbers)]
 
 

@@ -236,4 +236,3 @@ FIGURES: dict[str, Callable[[Preset], Figure]] = {
     "rivals-lm": partial(_by_position, name="rivals-lm"),
     "rivals-lm-mamba2": partial(_by_position, name="rivals-lm-mamba2", partner="mamba2"),
 }
-"""Figures by their names on the command line."""

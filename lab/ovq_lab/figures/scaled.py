@@ -97,4 +97,3 @@ FIGURES: dict[str, Callable[[Preset], Figure]] = {
     ),
     "logn-needles": _needles,
 }
-"""Figures by their names on the command line."""

@@ -116,11 +116,7 @@ def update_tables(paths: Sequence[Path]) -> list[Path]:
 
 
 def with_tables(path: Path) -> str:
-    """The text of a Markdown file, with its tables filled in from the results.
-
-    Raises:
-        ValueError: See `update_tables`.
-    """
+    """The text of a Markdown file, with its tables filled in from the results."""
     text = path.read_text(encoding="utf-8")
     num_marked = len(_MARKED.findall(text))
     if not num_marked or not num_marked == len(_START.findall(text)) == text.count("<!-- end -->"):

@@ -13,9 +13,7 @@ class Known(NamedTuple):
     """Name and style of a mixer that experiments compare.
 
     Attributes:
-        name: Name in tables, figures and sentences.
         short: Name in the names of recipes.
-        marker: Matplotlib marker of its lines.
         shades: Light, normal and dark shade of its hue, as `#RRGGBB`; black has no darker one.
     """
 

@@ -75,9 +75,6 @@ def save_language_figures(rows: Sequence[LanguageRow], folder: Path) -> list[Pat
 
     Returns:
         The paths of `loss.png` and, if a window holds whole chunks, `chunk.png`.
-
-    Raises:
-        ValueError: If there are no rows.
     """
     if not rows:
         raise ValueError("expected rows to draw, found none")
@@ -94,7 +91,6 @@ def save_language_figures(rows: Sequence[LanguageRow], folder: Path) -> list[Pat
 
 
 def _longest(rows: Sequence[LanguageRow]) -> list[LanguageRow]:
-    """The rows at the longest length."""
     longest = max(row.length for row in rows)
     return [row for row in rows if row.length == longest]
 
@@ -136,7 +132,6 @@ def _plot(
     places: Sequence[float],
     values: Sequence[float],
 ) -> None:
-    """Draw the line of one model."""
     options = row_styles(rows)[row.label].options()
     if len(places) > _MOST_MARKERS:
         options |= {"markevery": len(places) // _MOST_MARKERS, "linewidth": 1.2}

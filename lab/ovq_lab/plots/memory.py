@@ -223,5 +223,4 @@ def _counts_figure(memory: LayerMemory, path: Path, *, title: str) -> None:
 
 
 def _pairs(edges: np.ndarray) -> list[tuple[int, int]]:
-    """Start and end of each part between edges."""
     return list(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True))

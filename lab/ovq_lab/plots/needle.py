@@ -21,7 +21,6 @@ SCORES = {
     "token_accuracy": "share of value tokens that are the most likely ones",
     "choice": "share of values more likely than all others",
 }
-"""Score fields of a row, with descriptions."""
 
 
 def needle_table(rows: Sequence[NeedleRow], *, title: str) -> Table:
@@ -43,11 +42,7 @@ def needle_table(rows: Sequence[NeedleRow], *, title: str) -> Table:
 
 def save_needle_figures(rows: Sequence[NeedleRow], folder: Path) -> list[Path]:
     """Draw a heat map of length and depth for each model and score into `folder`, which must exist; returns
-    the paths.
-
-    Raises:
-        ValueError: If there are no rows.
-    """
+    the paths."""
     if not rows:
         raise ValueError("expected rows to draw, found none")
     lengths = sorted({row.length for row in rows})
@@ -75,5 +70,4 @@ def save_needle_figures(rows: Sequence[NeedleRow], folder: Path) -> list[Path]:
 
 
 def _cell(row: NeedleRow | None) -> str:
-    """The scores of a row."""
     return "" if row is None else " ".join(f"{getattr(row, score):.2f}" for score in SCORES)

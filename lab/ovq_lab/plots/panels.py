@@ -55,14 +55,7 @@ def error_bars(
 
 
 def save(figure: Figure, path: Path, *, title: str = "", first: Sequence[str] = ()) -> None:
-    """Put the title and the legend above the panels, and write the picture atomically.
-
-    Args:
-        figure: The figure; the legend shows the labelled lines of its panels.
-        path: The PNG file.
-        title: Written above all panels.
-        first: Labels to put first in the legend; others follow in order of occurrence.
-    """
+    """Put the title and the legend above the panels, and write the picture atomically."""
     handles: dict[str, Any] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):

@@ -21,9 +21,6 @@ class Style:
     """Style of a line.
 
     Attributes:
-        color: Colour of the line and its markers, as `#RRGGBB`.
-        marker: Matplotlib marker.
-        line: Matplotlib line style: solid, dashed or dotted.
         is_filled: Whether markers are filled. Hollow markers stay visible as rings where lines overlap.
     """
 
@@ -80,10 +77,6 @@ PALETTE = tuple(
 
 def style_name(mixer: str, merge: str | None) -> str:
     """Name of a mixer in `line_styles` and `MIXER_STYLES`.
-
-    Args:
-        mixer: Its name in `mixer_types`.
-        merge: Its merge rule; `None` if it has none or is not known.
 
     Example:
         >>> style_name("ovq", "existing"), style_name("ovq", "nearest"), style_name("mamba2", None)

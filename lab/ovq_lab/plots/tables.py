@@ -53,6 +53,5 @@ def slice_table(rows: Sequence[ResultRow], *, title: str) -> Table:
 
 
 def _slice_cell(row: ResultRow, name: str) -> str:
-    """The accuracy, and the error in brackets if there is one."""
     error = f" ({row.slice_errors[name]:.3f})" if name in row.slice_errors else ""
     return f"{row.slices[name]:.3f}{error}"

@@ -74,8 +74,6 @@ def run_jobs(
     Args:
         function: Called as `function(job, reporter)` in a worker process. The function, the jobs and the
             results are pickled.
-        jobs: The arguments of the calls; jobs are started in this order.
-        reporter: Shows the progress of all of them.
         num_workers: Jobs at a time, for work that is not limited by the number of cores; None: as many as
             PyTorch uses threads.
         label: Label of a progress bar for all jobs together; None for no such bar.
@@ -156,7 +154,6 @@ def _show(messages: Any, reporter: Reporter, works: dict[Hashable, Work]) -> Non
 
 
 def _begin(messages: Any, num_threads: int) -> None:
-    """Prepare a worker process."""
     global _reporter
     _reporter = RemoteReporter(messages)
     torch.set_num_threads(num_threads)
@@ -182,7 +179,6 @@ _reporter: RemoteReporter
 
 
 def _call(function: Callable[[Job, RemoteReporter], Result], job: Job) -> Result:
-    """Run a job in a worker process."""
     try:
         return function(job, _reporter)
     except Exception as error:

@@ -53,23 +53,10 @@ class PositionalRecallTask(StoredPairsTask):
 
         >>> task = PositionalRecallTask(length=15, vocab_size=16, query_share=0.3, pair_share=0.8)
         >>> inputs, labels, slices = task.build(0)
-        >>> for position, (token, label) in enumerate(zip(inputs[0], labels[0])):
-        ...     print(position, token, "" if label == -100 else "asked")
-        0 0
-        1 0
-        2 0
-        3 2
-        4 15
-        5 5
-        6 15
-        7 5
-        8 9
-        9 2
-        10 11
-        11 1
-        12 2
-        13 15 asked
-        14 11 asked
+        >>> print(*inputs[0])
+        0 0 0 2 15 5 15 5 9 2 11 1 2 15 11
+        >>> print(*(label if label != -100 else "." for label in labels[0]))
+        . . . . . . . . . . . . . 15 11
 
         The slices group the asked tokens by which occurrence of the key they ask for, and by how many tokens
         lie between the query and the pair it asks for:

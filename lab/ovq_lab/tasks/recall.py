@@ -152,27 +152,10 @@ class RecallTask(StoredPairsTask):
 
         >>> task = RecallTask(length=19, vocab_size=16, key_length=2, num_pairs=3, query_share=0.35)
         >>> inputs, labels, slices = task.build(0)
-        >>> for position, (token, label) in enumerate(zip(inputs[0], labels[0])):
-        ...     print(position, token, "" if label == -100 else "asked")
-        0 0
-        1 0
-        2 2
-        3 2
-        4 12
-        5 8
-        6 5
-        7 9
-        8 4
-        9 8
-        10 14
-        11 0
-        12 1
-        13 2
-        14 2
-        15 12 asked
-        16 8
-        17 5
-        18 9 asked
+        >>> print(*inputs[0])
+        0 0 2 2 12 8 5 9 4 8 14 0 1 2 2 12 8 5 9
+        >>> print(*(label if label != -100 else "." for label in labels[0]))
+        . . . . . . . . . . . . . . . 12 . . 9
 
         The slices group the asked tokens by how many tokens lie between the query and the pair it asks for:
 

@@ -165,11 +165,7 @@ class _Stored:
 
     @classmethod
     def load(cls, folder: Path) -> _Stored:
-        """Memory-map the tokens of a folder and read the rest.
-
-        Raises:
-            ValueError: If a file is damaged or has a wrong size; names the folder.
-        """
+        """Memory-map the tokens of a folder and read the rest."""
         try:
             index = read_json(folder / _INDEX_FILE)
             num_tokens = np.array(index["num_tokens"], dtype=np.int64)
@@ -191,7 +187,6 @@ class _Stored:
             ) from error
 
     def document(self, i: int) -> np.ndarray:
-        """The tokens of a document."""
         return self.tokens[self.ends[i] - self.num_tokens[i] : self.ends[i]]
 
 

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 
 SPLITS = ("train", "validation", "test")
-"""Splits of the documents of a corpus."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

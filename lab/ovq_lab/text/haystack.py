@@ -20,7 +20,6 @@ from ovq_lab.text.documents import split_of
 from ovq_lab.text.source import ALL, TextSource, check_split, source_documents
 
 HAYSTACKS = ("noise", "essay")
-"""Kinds of text around the needle."""
 
 _NOISE = (
     "The grass is green.",

@@ -34,12 +34,7 @@ their formats in `datasets`."""
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FileReader:
-    """Documents in files.
-
-    Attributes:
-        entries: The files, in order.
-        parse: Yields the documents of one file.
-    """
+    """Documents in files."""
 
     entries: tuple[Entry, ...]
     parse: Callable[[str, Path], Iterator[Document]]
@@ -180,7 +175,6 @@ def _parsed(name: str, path: Path, *, text_field: str) -> Iterator[Document]:
 
 
 def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
-    """The rows of a file with a document per row."""
     load_dataset = _load_dataset()
     try:
         yield from load_dataset(_TABLES[path.suffix], data_files=str(path), split="train", streaming=True)
@@ -193,7 +187,6 @@ def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _whole(name: str, path: Path) -> Iterator[Document]:
-    """A file that is one document."""
     # Invalid UTF-8 becomes replacement characters; line ends stay as they are.
     yield Document(name=name, text=path.read_bytes().decode("utf-8", errors="replace"))
 
@@ -308,7 +301,6 @@ def _load_dataset() -> Callable[..., Any]:
 
 
 def _text_of(row: Mapping[str, Any], field: str, where: str) -> str:
-    """The text of a row."""
     if field not in row:
         raise ValueError(f"text_field: expected one of {', '.join(row)} in {where}, found {field!r}")
     if not isinstance(row[field], str):

@@ -79,11 +79,7 @@ def check_split(split: str) -> None:
 
 
 def source_documents(source: TextSource) -> Iterator[Document]:
-    """The non-empty documents of a corpus, neither joined nor encoded.
-
-    Raises:
-        ValueError: If there is no such corpus.
-    """
+    """The non-empty documents of a corpus, neither joined nor encoded."""
     documents = read_documents(
         source.dataset, text_field=source.text_field, subset=source.subset, hub_split=source.hub_split
     )
@@ -91,11 +87,7 @@ def source_documents(source: TextSource) -> Iterator[Document]:
 
 
 def source_content(source: TextSource) -> list[str]:
-    """Strings that determine which documents a corpus has.
-
-    Raises:
-        ValueError: If there is no such corpus.
-    """
+    """Strings that determine which documents a corpus has."""
     readers = find_readers(
         source.dataset, text_field=source.text_field, subset=source.subset, hub_split=source.hub_split
     )

@@ -89,7 +89,6 @@ def _training(config: RunConfig, history: History) -> str:
 
 
 def _data(config: RunConfig) -> str:
-    """Describe the corpus or the task."""
     task = config.task
     if not isinstance(task, TextTask):
         return f"the synthetic task `{task.name}`"
@@ -106,7 +105,6 @@ def _licenses(config: RunConfig) -> dict[str, str]:
 
 
 def _hub_datasets(config: RunConfig) -> list[str]:
-    """Hub data sets that a run reads."""
     if not isinstance(config.task, TextTask):
         return []
     return [

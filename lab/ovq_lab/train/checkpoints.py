@@ -24,7 +24,6 @@ from transformers import Trainer, TrainerCallback
 from ovq.runtime.files import read_json, write_atomic
 
 SEAL_FILE = "seal.json"
-"""Name of the file with the seal."""
 
 _NUM_KEPT = 2
 

@@ -25,10 +25,8 @@ from ovq_lab.tasks import Task, TextTask, task_class
 from ovq_lab.train.values import parse_value, type_of_field
 
 CONFIG_FILE = "run_config.json"
-"""Name of the configuration file in the folder of a run."""
 
 SECTIONS = ("task", "model", "train")
-"""The sections of a configuration."""
 
 SMALL_MODEL: dict[str, Any] = {
     "hidden_size": 64,
@@ -264,26 +262,25 @@ class TrainArgs:
         for name in ("learning_rate", "max_grad_norm"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"train.{name}: expected a positive number, found {getattr(self, name)}")
-        for name, highest in (("min_learning_rate_share", 1.0), ("adam_beta2", 1.0)):
-            if not 0 <= getattr(self, name) < highest:
+        for name in ("min_learning_rate_share", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"train.{name}: expected a number in [0, 1), found {getattr(self, name)}")
-        if self.learning_rate_decay not in ("cosine", "linear"):
-            raise ValueError(
-                f"train.learning_rate_decay: expected cosine or linear, found {self.learning_rate_decay!r}"
-            )
+        for name, choices in (
+            ("learning_rate_decay", ("cosine", "linear")),
+            ("precision", ("float32", "bfloat16")),
+            ("sharding", ("none", "fsdp")),
+        ):
+            if (found := getattr(self, name)) not in choices:
+                raise ValueError(f"train.{name}: expected {' or '.join(choices)}, found {found!r}")
         if self.learning_rate_decay == "linear" and self.min_learning_rate_share:
             raise ValueError(
                 "train.min_learning_rate_share: expected 0 with train.learning_rate_decay=linear, which ends "
                 f"there, found {self.min_learning_rate_share}"
             )
-        if self.precision not in ("float32", "bfloat16"):
-            raise ValueError(f"train.precision: expected float32 or bfloat16, found {self.precision!r}")
         if not self.report_to or (len(self.report_to) > 1 and {"auto", "none"} & {*self.report_to}):
             raise ValueError(
                 f"train.report_to: expected auto, none, or names of trackers, found {self.report_to}"
             )
-        if self.sharding not in ("none", "fsdp"):
-            raise ValueError(f"train.sharding: expected none or fsdp, found {self.sharding!r}")
 
     def length_at(self, step: int) -> int:
         """Example length at a step, counted from 0.

@@ -33,7 +33,6 @@ class TrainingData:
     """The data that a run trains on.
 
     Attributes:
-        examples: Data set that builds whole batches by index.
         tokenizer: The tokenizer of real text, to be saved beside the model; None for synthetic tasks.
         held_out: Windows of text for evaluation during training; None for no evaluation.
     """
@@ -54,11 +53,9 @@ def training_data(
     """Load or build the data that a run trains on.
 
     Args:
-        config: The run.
         out: Its folder, in which a new run records the digest of its corpus.
         checkpoint: The checkpoint that the run continues from, whose tokenizer is used; None at its
             beginning.
-        reporter: Shows the progress of reading a corpus that is not in the cache.
         is_resumed: Whether the run was started before, even if it begins at step 0 again.
 
     Raises:

@@ -12,23 +12,14 @@ from ovq.runtime.files import read_json
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class History:
-    """Losses by step.
-
-    Attributes:
-        training: Mean training loss since the previous entry, by step.
-        held_out: The loss on held-out text, by step.
-    """
+    """Losses by step."""
 
     training: dict[int, float]
     held_out: dict[int, float]
 
     @classmethod
     def load(cls, folder: Path) -> History:
-        """Load the losses of a finished run.
-
-        Raises:
-            OSError: If the folder holds none.
-        """
+        """Load the losses of a finished run."""
         entries = read_json(folder / TRAINER_STATE_NAME)["log_history"]
         return cls(
             training={entry["step"]: entry["loss"] for entry in entries if "loss" in entry},

@@ -203,7 +203,6 @@ def _run(
     checkpoint: Path | None = None,
     is_resumed: bool = False,
 ) -> OVQForCausalLM:
-    """Train, from a checkpoint if there is one, and save the result."""
     # Saving a small model takes too short a time for a progress bar.
     disable_progress_bar()
     data = training_data(config, out, checkpoint, reporter, is_resumed=is_resumed)
@@ -244,7 +243,6 @@ def _as_it_is(batch: Any) -> dict[str, Any]:
 
 
 def _training_arguments(config: RunConfig, out: Path, *, is_carrying: bool) -> TrainingArguments:
-    """The `TrainingArguments` of a run."""
     args = config.train
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     if is_carrying and args.batch_size % num_processes == 0:
@@ -332,13 +330,11 @@ class _ReportCallback(TrainerCallback):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
     ) -> None:
-        """Remember the newest losses."""
         if logs and "loss" in logs:
             self._loss = f"loss {float(logs['loss']):.3f}, "
         if logs and "eval_loss" in logs:
             self._held_out = f"held out {float(logs['eval_loss']):.3f}, "
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Show the current step, loss and length."""
         length = self._config.train.length_at(state.global_step - 1)
         self._work.update(state.global_step, note=f"{self._loss}{self._held_out}length {length}")

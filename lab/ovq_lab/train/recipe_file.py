@@ -26,7 +26,6 @@ from ovq_lab.train.recipes import get_recipe
 from ovq_lab.train.values import parse_value, type_of_field
 
 ENDINGS = (".yaml", ".yml", ".json")
-"""File name extensions of recipe files."""
 
 
 def load_recipe(path: Path) -> RunConfig:
@@ -51,7 +50,6 @@ def load_recipe(path: Path) -> RunConfig:
 
 
 def _content(path: Path) -> dict[str, Any]:
-    """The mapping in a file."""
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".json":

@@ -271,7 +271,6 @@ RECIPES: dict[str, RunConfig] = {
     for task in _BUILDERS
     if task.startswith(TextTask.name)
 }
-"""All recipes by their name on the command line."""
 
 
 def get_recipe(name: str) -> RunConfig:

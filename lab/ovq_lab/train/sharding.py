@@ -10,11 +10,9 @@ import inspect
 import os
 from typing import Any
 
-import accelerate
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from packaging.version import Version
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import Trainer, TrainingArguments
 
@@ -26,9 +24,6 @@ _CHECKPOINTING = next(
     for name in ("activation_checkpointing", "gradient_checkpointing")
     if name in inspect.signature(TrainingArguments).parameters
 )
-# With 1.12, a run resumed on another number of processes had different losses. pip checks the version too,
-# but without pip the losses would be silently wrong.
-_OLDEST_ACCELERATE = Version("1.13")
 
 
 def is_first_process() -> bool:
@@ -40,8 +35,7 @@ def sharding_arguments(args: TrainArgs) -> dict[str, Any]:
     """The arguments of `TrainingArguments` for `train.sharding` and `train.use_gradient_checkpointing`.
 
     Raises:
-        ValueError: If the model is to be sharded in a program that was not started by a launcher, or
-            accelerate is too old.
+        ValueError: If the model is to be sharded in a program that was not started by a launcher.
 
     Example:
         >>> sharding_arguments(TrainArgs())
@@ -53,11 +47,6 @@ def sharding_arguments(args: TrainArgs) -> dict[str, Any]:
         raise ValueError(
             f"train.sharding: expected a run started by torchrun or accelerate launch for {args.sharding!r}, "
             "found a single process (torchrun --nproc-per-node 1 starts one that can)"
-        )
-    if Version(accelerate.__version__) < _OLDEST_ACCELERATE:
-        raise ValueError(
-            f"train.sharding: expected accelerate {_OLDEST_ACCELERATE} or newer (pip install -U accelerate), "
-            f"found {accelerate.__version__}"
         )
     config = {
         "version": 2,

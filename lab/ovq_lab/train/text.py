@@ -65,7 +65,6 @@ class PackedTextDataset(Dataset):
         return _packed([row for index in indices for row in self._rows(index)])
 
     def _rows(self, index: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Inputs and targets of the rows of a window."""
         texts = [] if self._needles is None else self._needles.texts(index)
         if texts:
             return [_answers(*text, self._corpus.end_of_text) for text in texts]
@@ -97,7 +96,6 @@ class _Epoch:
         self._order = random.permutation(num_windows)
 
     def window(self, place: int) -> list[tuple[int, int, int]]:
-        """The pieces of the window at this place of the epoch."""
         start = self._first + int(self._order[place]) * self._length
         pieces = _pieces(self._ends, start, start + self._length)
         return [(int(self._documents[i]), begin, end) for i, begin, end in pieces]

@@ -36,11 +36,8 @@ def fidelity_rows(
     sees all tokens at once; it is an upper bound and not a memory.
 
     Args:
-        seed: Seed of the streams, the samples, the queries and all random choices.
         lengths: Tokens after which to measure, ascending, each a multiple of 64.
         streams: Names in `ovq_lab.figures.fidelity.streams.STREAMS`.
-        num_slots: Slots of OVQ, N.
-        head_dim: Components of keys and of values.
 
     Returns:
         A JSON-ready row for each stream, memory and length: `stream`, `seed`, `memory`, `length`, `bytes` of

@@ -35,7 +35,6 @@ class Memory(ABC):
         num_bytes: Largest number of bytes of state, whatever the length of the stream.
         scale: Factor of the dot products of the attention that it replaces.
         sample: Another stream of the same kind, to fit fixed parameters.
-        seed: Seed of its random choices.
     """
 
     name: ClassVar[str]
@@ -341,4 +340,3 @@ MEMORIES: tuple[type[Memory], ...] = (
     RandomMerging,
     OfflineKMeans,
 )
-"""All memories, in the order of legends."""

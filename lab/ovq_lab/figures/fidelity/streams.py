@@ -40,7 +40,6 @@ def random_stream(seed: int, num_sample: int, num_tokens: int, head_dim: int) ->
     """Keys and queries uniform on the sphere, normal values: no structure, the hardest case for slots.
 
     Args:
-        seed: Seed of all draws.
         num_sample: Tokens of the sample.
         num_tokens: Tokens of the stream, T.
         head_dim: K, and V.
@@ -113,7 +112,6 @@ STREAMS: dict[str, Callable[[int, int, int, int], tuple[Stream, Stream]]] = {
     "new clusters": new_clusters_stream,
     "text": text_stream,
 }
-"""Every stream by its name in results."""
 
 
 def _split(stream: Stream, num_sample: int) -> tuple[Stream, Stream]:
