@@ -14,6 +14,7 @@ from rich.console import Console
 from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.runtime.progress import Reporter
 from ovq_lab.eval.needle import NeedleRow, ask, evaluate_needle
+from ovq_lab.plots.draw import AXIS_NAMES
 from ovq_lab.plots.needle import SCORES, needle_table, save_needle_figures
 from ovq_lab.text import Document, TextSource, byte_tokenizer, split_of, train_tokenizer
 from ovq_lab.text.haystack import Needle, NeedleBuilder, essay_texts, sentences
@@ -326,9 +327,9 @@ def test_heat_maps_show_every_row(tmp_path, drawn):
     assert first.images[0].get_array().tolist() == [[0.5, 0.5], [0.5, 0.5]]
     assert sorted(text.get_text() for text in second.texts) == ["0.25"]
     assert [text.get_text() for text in first.get_yticklabels()] == ["0%", "50%"]
-    assert [text.get_text() for text in first.get_xticklabels()] == ["1024", "4096"]
+    assert [text.get_text() for text in first.get_xticklabels()] == ["1k", "4k"]
     # The colour bar says what it measures, and the titles need not.
-    assert [figure.axes[-1].get_xlabel() for figure in drawn] == list(SCORES.values())
+    assert [figure.axes[-1].get_xlabel() for figure in drawn] == [AXIS_NAMES[score] for score in SCORES]
     with pytest.raises(ValueError, match="expected rows"):
         save_needle_figures([], tmp_path)
 

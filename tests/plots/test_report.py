@@ -8,7 +8,7 @@ from rich.console import Console
 
 from ovq.runtime.progress import Reporter
 from ovq_lab.eval.rows import ResultRow
-from ovq_lab.figures.draw import save_demo_figures
+from ovq_lab.plots.draw import save_demo_figures
 from ovq_lab.plots.panels import new_panels, save
 from ovq_lab.plots.tables import result_table, slice_table
 

@@ -11,8 +11,8 @@ from ovq_lab.bench.workloads import MIXERS as BENCH_MIXERS
 from ovq_lab.eval.language import LanguageRow
 from ovq_lab.eval.needle import NeedleRow
 from ovq_lab.eval.rows import ResultRow
-from ovq_lab.figures.draw import save_demo_figures, save_figure, save_heat_maps
 from ovq_lab.mixers import MIXERS
+from ovq_lab.plots.draw import save_demo_figures, save_figure, save_heat_maps
 from ovq_lab.plots.language import save_language_figures
 from ovq_lab.plots.needle import save_needle_figures
 from ovq_lab.plots.panels import WIDTH

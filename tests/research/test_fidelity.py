@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 from ovq.ops import ovq_attention
-from ovq_lab.figures.draw import _MIXERS_OF_MEMORIES, save_figure
 from ovq_lab.figures.fidelity import fidelity_rows
 from ovq_lab.figures.fidelity.memories import (
     CHUNK_SIZE,
@@ -28,6 +27,7 @@ from ovq_lab.figures.fidelity.memories import (
 from ovq_lab.figures.fidelity.streams import STREAMS, Stream
 from ovq_lab.figures.figures import fidelity
 from ovq_lab.figures.presets import CPU
+from ovq_lab.plots.draw import _MIXERS_OF_MEMORIES, save_figure
 from ovq_lab.plots.style import MIXER_STYLES, PALETTE
 
 SCALE = 3.0

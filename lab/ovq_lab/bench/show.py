@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from rich.table import Table
 
 from ovq.runtime.units import format_bytes
 from ovq_lab.eval.rows import short_number
-from ovq_lab.plots.canvas import Axes, FuncFormatter
-from ovq_lab.plots.panels import length_axis, new_panels, save
-from ovq_lab.plots.style import Style, line_styles, style_name
+from ovq_lab.plots.draw import Panel, format_seconds, save_figure
 
 TITLES = {
     "forward": "Prefill (forward)",
@@ -69,18 +68,6 @@ def _cell(row: dict) -> str:
     return "  ".join(parts)
 
 
-def format_seconds(seconds: float) -> str:
-    """Format a time for display.
-
-    Example:
-        >>> format_seconds(0.0000321), format_seconds(0.0321), format_seconds(3.21)
-        ('32 us', '32.1 ms', '3.21 s')
-    """
-    if seconds < 1e-3:
-        return f"{seconds * 1e6:.0f} us"
-    return f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
-
-
 def sentences(report: dict) -> list[str]:
     """Sentences on the results: lengths from which OVQ is faster than exact attention, and growth of memory
     and decoding time."""
@@ -115,31 +102,35 @@ def sentences(report: dict) -> list[str]:
 
 def save_figures(report: dict, folder: Path) -> list[Path]:
     """Draw time and memory by length into `bench.png`, one panel per part and dtype."""
+    shown = [row for row in report["rows"] if row["what"] in TITLES]
+    if not shown:
+        return []
     panels = [
-        (what, dtype)
+        Panel(
+            title=f"{TITLES[what].split(' of ')[0]}, {dtype}",
+            y="peak_bytes" if what.endswith("memory") else "seconds",
+            group=f"{what}, {dtype}",
+        )
         for what in TITLES
         for dtype in report["suite"]["dtypes"]
-        if any(r["what"] == what and r["dtype"] == dtype for r in report["rows"])
+        if any((row["what"], row["dtype"]) == (what, dtype) for row in shown)
     ]
-    if not panels:
-        return []
-    styles = line_styles({r["label"]: (_style(r), r["num_slots"]) for r in report["rows"]})
-    figure, axes = new_panels(len(panels), height=2.7)
-    for panel, (what, dtype) in zip(axes, panels, strict=True):
-        rows = [r for r in report["rows"] if r["what"] == what and r["dtype"] == dtype]
-        _draw(panel, rows, f"{TITLES[what].split(' of ')[0]}, {dtype}", styles)
+    kind = panels[0].group.partition(",")[0].partition("_")[0]
+    what = {"model": "training and generation", "converted": "a pretrained model"}
+    rows = [
+        row
+        | {"line": row["label"], "group": f"{row['what']}, {row['dtype']}", "seed": 0}
+        | {"mixer": _MIXERS.get(row["mixer"], row["mixer"])}
+        for row in shown
+    ]
+    results = {
+        "title": f"Time and memory of {what.get(kind, 'one attention read')}{_processor(report)}",
+        "panels": list(map(dataclasses.asdict, panels)),
+        "rows": rows,
+    }
     path = folder / "bench.png"
-    kind = panels[0][0].partition("_")[0]
-    what = {"model": "training and generation", "converted": "a pretrained model"}.get(
-        kind, "one attention read"
-    )
-    save(figure, path, title=f"Time and memory of {what}{_processor(report)}")
+    save_figure(results, path)
     return [path]
-
-
-def _style(row: dict) -> str:
-    """Name of a row's mixer in `line_styles`; rows of whole models have no merge rule."""
-    return style_name(_MIXERS.get(row["mixer"], row["mixer"]), row.get("merge"))
 
 
 def _processor(report: dict) -> str:
@@ -147,23 +138,3 @@ def _processor(report: dict) -> str:
     environment = report.get("environment", {})
     names = [environment.get("processor"), *environment.get("features", ())]
     return f" ({', '.join(filter(None, names))})" if any(names) else ""
-
-
-def _draw(axes: Axes, rows: list[dict], title: str, styles: dict[str, Style]) -> None:
-    is_memory = "peak_bytes" in rows[0]
-    for label in dict.fromkeys(r["label"] for r in rows):
-        line = sorted((r for r in rows if r["label"] == label), key=lambda r: r["length"])
-        axes.plot(
-            [r["length"] for r in line],
-            [r["peak_bytes" if is_memory else "seconds"] for r in line],
-            label=label,
-            **styles[label].options(),
-        )
-    lengths = sorted({r["length"] for r in rows})
-    length_axis(axes, lengths, [short_number(t) for t in lengths])
-    axes.set_yscale("log", base=2 if is_memory else 10)
-    formatter = format_bytes if is_memory else format_seconds
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: formatter(value)))
-    axes.set_xlabel("tokens T")
-    axes.set_ylabel("bytes" if is_memory else "time")
-    axes.set_title(title, fontsize=11)

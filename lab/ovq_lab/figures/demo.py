@@ -30,8 +30,8 @@ from ovq.runtime.progress import Reporter
 from ovq.runtime.units import format_bytes
 from ovq_lab.eval.accuracy import evaluate
 from ovq_lab.eval.rows import ResultRow
-from ovq_lab.figures.draw import save_demo_figures
 from ovq_lab.mixers.names import MIXER_NAMES
+from ovq_lab.plots.draw import save_demo_figures
 from ovq_lab.plots.tables import result_table
 from ovq_lab.runtime.environment import environment
 from ovq_lab.runtime.workers import RemoteReporter, run_jobs
@@ -57,12 +57,8 @@ def run_demo(
     Args:
         out: Folder for `results.json`, `accuracy.png`, `state.png` and the OVQ model (`ovq/`); created if
             necessary. Earlier results in it are replaced.
-        seed: Seed of the weights and of the training and test data.
         is_quick: Cut training and tests down to seconds. The models then learn nothing, and the conclusion
             says so.
-
-    Raises:
-        ValueError: If the folder has an `ovq/` that is not of an earlier demonstration.
     """
     console = console or Console()
     # A run of the user may be of this name, too: only a demonstration leaves both files.
@@ -160,11 +156,7 @@ class _Job(NamedTuple):
 
 
 def _train_and_test(job: _Job, reporter: RemoteReporter) -> tuple[list[ResultRow], dict[str, float]]:
-    """Train a model, and test it at every length, and with every dictionary if it has one.
-
-    Returns:
-        The rows, and the seconds of training and of testing.
-    """
+    """Train a model, and test it at every length, and with every dictionary if it has one."""
     config = job.config
     name = MIXER_NAMES[config.mixer]
     begun = time.monotonic()

@@ -13,10 +13,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from ovq.runtime.files import write_atomic
 from ovq.runtime.units import format_bytes
 from ovq_lab.eval.rows import short_number
-from ovq_lab.figures.draw import AXIS_NAMES, Point, points, y_name
 from ovq_lab.figures.figures import FIGURES
 from ovq_lab.figures.plan import Trial
 from ovq_lab.figures.results import load_results
+from ovq_lab.plots.draw import AXIS_NAMES, Point, points, y_name
 
 _TEMPLATE = "page.html.jinja"
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ovq_lab.figures.digests import WITHOUT_EFFECT, described, digest
-from ovq_lab.figures.draw import save_figure
 from ovq_lab.figures.evaluations import Evaluation
+from ovq_lab.plots.draw import Panel, save_figure
 from ovq_lab.train.config import RunConfig
 
 Variant = tuple[tuple[str, Any], ...]
@@ -74,28 +74,6 @@ class Line:
     def swept(self) -> RunConfig:
         """The run whose trials choose the hyperparameters."""
         return self.trial_of or self.config
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Panel:
-    """One pair of axes: a field of the rows against another, for the lines of a group.
-
-    Attributes:
-        x: A field of the rows, or a number of their task as `"task.NAME"`; `"slices"` for the slices of the
-            task's questions, `"positions"` for the parts of a text.
-        y: A field of the rows; with `x="slices"` one that has a value for each slice: `"slices"` for the
-            accuracy, `"slice_errors"` for the error; with `x="positions"` it is `"position_losses"`.
-        at_length: Show only rows of this length; `None` for all.
-        relative_to: Show values in per cent above those of the line of this label, seed by seed; `None` for
-            the values themselves.
-    """
-
-    title: str
-    x: str = "length"
-    y: str = "accuracy"
-    group: str = ""
-    at_length: int | None = None
-    relative_to: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

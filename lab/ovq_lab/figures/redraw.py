@@ -9,10 +9,10 @@ from typing import Any
 from ovq.runtime.files import read_json
 from ovq_lab.bench.show import save_figures as save_bench
 from ovq_lab.eval.rows import ResultRow
-from ovq_lab.figures.draw import save_demo_figures, save_figure
 from ovq_lab.figures.figures import FIGURES, TEXT_FIGURES
 from ovq_lab.figures.presets import get_preset
 from ovq_lab.figures.results import load_results
+from ovq_lab.plots.draw import save_demo_figures, save_figure
 
 
 def redraw(folder: Path) -> list[Path]:
@@ -21,10 +21,6 @@ def redraw(folder: Path) -> list[Path]:
     Files of `ovq reproduce` become `NAME.png`, those of `ovq demo` `NAME_accuracy.png` and `NAME_state.png`,
     all of `ovq bench` together one `bench.png`. Other files are ignored. Pictures are written beside the
     files, or into `figures/` for files in `rows/`, as by `ovq reproduce`.
-
-    Raises:
-        ValueError: If there is no file to draw, or one cannot be read.
-        OSError: If a picture cannot be written.
     """
     rows = folder / "rows"
     source, target = (rows, folder / "figures") if rows.is_dir() else (folder, folder)

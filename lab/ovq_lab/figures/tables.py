@@ -41,7 +41,8 @@ from typing import Any
 
 from ovq.runtime.files import read_json, write_atomic
 from ovq_lab.eval.rows import short_number
-from ovq_lab.figures.results import Row, field_of, load_results
+from ovq_lab.figures.results import Row, load_results
+from ovq_lab.plots.draw import field_of
 
 _START = re.compile(r"^<!-- table: (\S+) (\S+) -->\n", re.MULTILINE)
 _MARKED = re.compile(_START.pattern + r"(.*?)^<!-- end -->$", re.MULTILINE | re.DOTALL)
@@ -100,14 +101,7 @@ _OPTIONS = {field.name for field in dataclasses.fields(Column)} - {"where"}
 
 
 def update_tables(paths: Sequence[Path]) -> list[Path]:
-    """Update the tables of Markdown files; none is written if any table cannot be made.
-
-    Returns:
-        The files that were out of date.
-
-    Raises:
-        ValueError: If a file has no tables, or one cannot be made; names the file and the table.
-    """
+    """Update the tables of Markdown files; none is written if any table cannot be made."""
     texts = {path: with_tables(path) for path in paths}
     changed = [path for path, text in texts.items() if path.read_text(encoding="utf-8") != text]
     for path in changed:
@@ -140,11 +134,7 @@ def with_tables(path: Path) -> str:
 
 
 def make_table(description: Path, name: str) -> str:
-    """A table in Markdown, by its name in the JSON file that describes it.
-
-    Raises:
-        ValueError: If it is not described, or the results lack its rows.
-    """
+    """A table in Markdown, by its name in the JSON file that describes it."""
     tables = read_json(description)
     if name not in tables:
         raise ValueError(f"expected one of {', '.join(tables)}, found {name!r}")
@@ -231,11 +221,7 @@ def _learned(column: Column, where: dict[str, Any], rows: Iterable[Row]) -> set[
 
 
 def _by_seed(column: Column, where: dict[str, Any], rows: Iterable[Row]) -> dict[Any, Any]:
-    """The value of each seed.
-
-    Raises:
-        ValueError: If there are no rows, or two of a seed differ.
-    """
+    """The value of each seed."""
     assert isinstance(column.value, str), "one field at a time"
     found: dict[Any, Any] = {}
     for row in rows:

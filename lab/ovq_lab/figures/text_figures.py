@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from ovq.ops.options import BEST_MERGE
-from ovq_lab.figures.draw import save_heat_maps
 from ovq_lab.figures.evaluations import Evaluation, LossEvaluation, NeedleEvaluation
 from ovq_lab.figures.plan import Figure, Line, Panel
 from ovq_lab.figures.presets import Preset
 from ovq_lab.mixers.names import MIXER_NAMES
+from ovq_lab.plots.draw import save_heat_maps
 from ovq_lab.train.config import RunConfig
 from ovq_lab.train.recipes import beside
 

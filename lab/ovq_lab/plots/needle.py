@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from ovq_lab.plots.heat import draw_heat_maps
-from ovq_lab.plots.panels import save
-from ovq_lab.plots.style import style_name
+from ovq_lab.plots.draw import Panel, save_heat_maps
 
 if TYPE_CHECKING:
     from ovq_lab.eval.needle import NeedleRow
 
-SCORES = {
-    "generated": "share of values that greedy generation says",
-    "token_accuracy": "share of value tokens that are the most likely ones",
-    "choice": "share of values more likely than all others",
-}
+SCORES = ("generated", "token_accuracy", "choice")
 
 
 def needle_table(rows: Sequence[NeedleRow], *, title: str) -> Table:
@@ -45,27 +39,20 @@ def save_needle_figures(rows: Sequence[NeedleRow], folder: Path) -> list[Path]:
     the paths."""
     if not rows:
         raise ValueError("expected rows to draw, found none")
-    lengths = sorted({row.length for row in rows})
-    depths = sorted({row.depth for row in rows})
-    labels = list(dict.fromkeys(row.label for row in rows))
+    depths = [f"{depth:.0%}" for depth in sorted({row.depth for row in rows})]
+    fields = [
+        dataclasses.asdict(row) | {"line": row.label, "group": f"{row.depth:.0%}", "seed": 0} for row in rows
+    ]
     paths = []
-    for score, what in SCORES.items():
-        maps = {}
-        for label in labels:
-            values = {(row.depth, row.length): getattr(row, score) for row in rows if row.label == label}
-            maps[label] = [[values.get((depth, n), math.nan) for n in lengths] for depth in depths]
-        figure = draw_heat_maps(
-            maps,
-            models={row.label: (style_name(row.mixer, row.merge), row.num_slots) for row in rows},
-            columns=[str(length) for length in lengths],
-            rows=[f"{depth:.0%}" for depth in depths],
-            column_name="length (tokens)",
-            row_name="depth of the needle",
-            value_name=what,
-            title=f"{rows[0].value} in {rows[0].haystack}",
-        )
+    for score in SCORES:
+        panels = [Panel(title=depth, y=score, group=depth) for depth in depths]
+        results = {
+            "title": f"{rows[0].value} in {rows[0].haystack}",
+            "panels": list(map(dataclasses.asdict, panels)),
+            "rows": fields,
+        }
         paths.append(folder / f"needle_{score}.png")
-        save(figure, paths[-1])
+        save_heat_maps(results, paths[-1], row_name="depth of the needle")
     return paths
 
 

@@ -12,7 +12,6 @@ from PIL import Image
 
 from ovq_lab.eval import accuracy
 from ovq_lab.figures import engine, figures
-from ovq_lab.figures.draw import points
 from ovq_lab.figures.engine import choose_trial, reproduce
 from ovq_lab.figures.fidelity import fidelity_rows
 from ovq_lab.figures.fidelity.streams import STREAMS
@@ -21,6 +20,7 @@ from ovq_lab.figures.jobs import RunJob
 from ovq_lab.figures.page import write_report
 from ovq_lab.figures.plan import Figure, Panel, Trial, run_name, with_trial
 from ovq_lab.figures.results import load_results, save_results
+from ovq_lab.plots.draw import points
 from ovq_lab.train.checkpoints import fault, newest_checkpoint
 from ovq_lab.train.config import RunConfig
 from tests.research.reproduce.common import CONFIG, TINY, rows_of, run_here, undrawn, workshop

@@ -6,13 +6,13 @@ import pytest
 from PIL import Image
 
 from ovq_lab.eval.kept import COUNT_NAMES
-from ovq_lab.figures.draw import points, save_figure
 from ovq_lab.figures.engine import reproduce
 from ovq_lab.figures.figures import get_figure
 from ovq_lab.figures.page import write_report
 from ovq_lab.figures.plan import count_runs
 from ovq_lab.figures.presets import CPU
 from ovq_lab.figures.results import load_results
+from ovq_lab.plots.draw import points, save_figure
 from tests.research.reproduce.common import TINY, run_here, workshop
 
 

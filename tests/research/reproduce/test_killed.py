@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[3]
 PROGRAM = """
 import sys
 from pathlib import Path
-from ovq_lab.figures.draw import points
+from ovq_lab.plots.draw import points
 from ovq_lab.figures.engine import reproduce
 from ovq_lab.figures.figures import get_figure
 from ovq_lab.figures.figures import get_figure

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ovq_lab.figures.draw import Point, points, save_figure
 from ovq_lab.figures.page import write_report
+from ovq_lab.plots.draw import Point, points, save_figure
 
 PANEL = {"title": "accuracy", "x": "length", "y": "accuracy", "group": "", "at_length": None}
 

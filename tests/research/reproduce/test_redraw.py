@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from ovq_lab.bench.show import save_figures as save_bench
-from ovq_lab.figures import draw
-from ovq_lab.figures.draw import save_demo_figures, save_figure
 from ovq_lab.figures.figures import FIGURES
 from ovq_lab.figures.redraw import redraw
 from ovq_lab.figures.results import load_results
+from ovq_lab.plots import draw
+from ovq_lab.plots.draw import save_demo_figures, save_figure
 from tests.plots.test_report import ROWS
 from tests.research.reproduce import test_page as page
 from tests.test_cli import fail, run

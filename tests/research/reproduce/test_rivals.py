@@ -7,7 +7,6 @@ import torch
 
 from ovq.hf import OVQForCausalLM
 from ovq_lab.figures import rivals
-from ovq_lab.figures.draw import points
 from ovq_lab.figures.engine import reproduce
 from ovq_lab.figures.evaluations import NeedlesEvaluation
 from ovq_lab.figures.figures import GROUPS, get_figure
@@ -15,6 +14,7 @@ from ovq_lab.figures.page import write_report
 from ovq_lab.figures.plan import Trial, count_runs, run_name
 from ovq_lab.figures.presets import CPU
 from ovq_lab.figures.rivals import RIVALS
+from ovq_lab.plots.draw import points
 from ovq_lab.train.config import RunConfig
 from ovq_lab.train.loop import model_config
 from tests.research.reproduce.common import TINY, run_here, undrawn, workshop

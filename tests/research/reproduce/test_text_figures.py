@@ -6,12 +6,12 @@ import itertools
 import pytest
 from PIL import Image
 
-from ovq_lab.figures.draw import points
 from ovq_lab.figures.engine import reproduce
 from ovq_lab.figures.figures import TEXT_FIGURES, get_figure
 from ovq_lab.figures.page import write_report
 from ovq_lab.figures.plan import run_name
 from ovq_lab.figures.presets import CPU
+from ovq_lab.plots.draw import points
 from ovq_lab.train.config import RunConfig
 from tests.research.reproduce.common import TINY, run_here, undrawn, workshop
 

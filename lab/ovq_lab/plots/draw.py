@@ -3,21 +3,46 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ovq.runtime.units import format_bytes
 from ovq_lab.eval.rows import LOGN, ResultRow, short_number
-from ovq_lab.figures.results import field_of
-from ovq_lab.plots.canvas import Axes, FuncFormatter, LogLocator, NullLocator
-from ovq_lab.plots.heat import draw_heat_maps
-from ovq_lab.plots.panels import error_bars, length_axis, mark_training, new_panels, save, wrapped
+from ovq_lab.plots.canvas import Axes, Figure, FuncFormatter, LogLocator, NullLocator
+from ovq_lab.plots.panels import WIDTH, error_bars, length_axis, mark_training, new_panels, save, wrapped
 from ovq_lab.plots.style import PAIRS, Style, line_styles, style_name
 
 # With more ticks, labels such as "256 KiB" would touch each other.
 _MOST_TICKS = 6
 _MOST_NAMES = 5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One pair of axes: a field of the rows against another, for the lines of a group.
+
+    Attributes:
+        x: A field of the rows, or a number of their task as `"task.NAME"`; `"slices"` for the slices of the
+            task's questions, `"positions"` for the parts of a text.
+        y: A field of the rows; with `x="slices"` one that has a value for each slice: `"slices"` for the
+            accuracy, `"slice_errors"` for the error; with `x="positions"` it is `"position_losses"`.
+        at_length: Show only rows of this length; `None` for all.
+        relative_to: Show values in per cent above those of the line of this label, seed by seed; `None` for
+            the values themselves.
+    """
+
+    title: str
+    x: str = "length"
+    y: str = "accuracy"
+    group: str = ""
+    at_length: int | None = None
+    relative_to: str | None = None
 
 
 class Point(NamedTuple):
@@ -39,13 +64,15 @@ AXIS_NAMES = {
     "slice_errors": "mean absolute error",
     "task.num_functions": "functions",
     "microseconds_per_token": "test time (µs per token)",
+    "seconds": "time",
+    "peak_bytes": "bytes",
     "learning_rate": "learning rate",
     "slices": "questions",
     "positions": "position (tokens)",
     "position_losses": "loss (nats per token)",
     "generated": "values said in full (share)",
+    "token_accuracy": "tokens of values ranked first (share)",
     "choice": "values told from others (share)",
-    "depth": "depth of the needle",
     "own_share": "share of the questions",
     "own_accuracy": "right answers (share)",
     "shared_accuracy": "right answers (share)",
@@ -58,7 +85,7 @@ AXIS_NAMES = {
 # Values of `x` for which a row holds a dict of several points, and the parser of its keys.
 _IN_PARTS: dict[str, Callable[[str], float | str]] = {"slices": str, "positions": int}
 
-_IS_LOGARITHMIC = frozenset({"state_bytes", "microseconds_per_token", "error"})
+_IS_LOGARITHMIC = frozenset({"state_bytes", "peak_bytes", "microseconds_per_token", "seconds", "error"})
 
 # A memory that is measured without a model has the style of the mixer that uses it.
 _MIXERS_OF_MEMORIES = {
@@ -73,6 +100,11 @@ _MIXERS_OF_MEMORIES = {
 
 _Values = dict[float | str, dict[int, float]]
 """The values of a line by x and seed."""
+
+
+def field_of(row: dict[str, Any], path: str) -> Any:
+    """A field of a row, or of a part of it as `"part.field"`."""
+    return functools.reduce(operator.getitem, path.split("."), row)
 
 
 def points(results: dict[str, Any], panel: dict[str, Any]) -> dict[str, list[Point]]:
@@ -138,8 +170,8 @@ def save_demo_figures(
         ("accuracy", "accuracy", "In-context recall beyond the training length"),
         ("state", "state_bytes", "Memory carried from token to token"),
     ):
-        panel = {"title": "", "x": "length", "y": y, "group": "", "at_length": None}
         paths.append(folder / f"{prefix}{name}.png")
+        panel = dataclasses.asdict(Panel(title="", y=y))
         save_figure({"title": title, "panels": [panel], "rows": fields}, paths[-1])
     return paths
 
@@ -214,26 +246,37 @@ def y_name(panel: dict[str, Any]) -> str:
     return AXIS_NAMES.get(panel["y"], panel["y"])
 
 
-def save_heat_maps(results: dict[str, Any], path: Path) -> None:
-    """Draw a heat map for each line into a PNG file: panels from top to bottom, their common x values from
-    left to right."""
-    panels = results["panels"]
+def save_heat_maps(results: dict[str, Any], path: Path, *, row_name: str = "") -> None:
+    """Draw a map of shares for each line into a PNG file, framed in the colour of its mixer: panels from top
+    to bottom, their x values from left to right."""
+    models, panels = models_of(results), results["panels"]
     found = [points(results, panel) for panel in panels]
-    means = {
-        label: [[point.mean for point in lines[label]] for lines in found]
-        for label in dict.fromkeys(row["line"] for row in results["rows"])
-    }
-    places = _numbers(point.x for point in next(iter(found[0].values())))
-    canvas = draw_heat_maps(
-        means,
-        models=models_of(results),
-        columns=[short_number(place) for place in places],
-        rows=[panel["title"] for panel in panels],
-        column_name=AXIS_NAMES[panels[0]["x"]],
-        value_name=y_name(panels[0]),
-        title=results["title"],
+    columns = sorted({point.x for lines in found for line in lines.values() for point in line})
+    height = 0.55 + 0.27 * len(panels)
+    figure = Figure(figsize=(WIDTH, height * len(models) + 1.5), layout="constrained")
+    places = figure.subplots(len(models), 1, squeeze=False).flatten()
+    styles = line_styles(models)
+    for axes, label in zip(places, models, strict=True):
+        cells = [{point.x: point.mean for point in lines.get(label, ())} for lines in found]
+        grid = np.array([[row.get(column, math.nan) for column in columns] for row in cells])
+        image = axes.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        for y, x in zip(*np.nonzero(~np.isnan(grid)), strict=True):
+            # Dark text on light cells, and light text on dark ones.
+            color = "black" if grid[y, x] > 0.6 else "white"
+            axes.text(x, y, f"{grid[y, x]:.2f}", ha="center", va="center", color=color, fontsize=9)
+        axes.set_xticks(range(len(columns)), [short_number(column) for column in _numbers(columns)])
+        axes.set_yticks(range(len(panels)), [panel["title"] for panel in panels])
+        axes.set_title(label, fontsize=11)
+        axes.spines[:].set(color=styles[label].color, linewidth=2.5)
+    bar = figure.colorbar(
+        image, ax=places.tolist(), location="bottom", fraction=0.05, aspect=40, pad=0.01 + 0.06 / len(models)
     )
-    save(canvas, path)
+    bar.set_label(y_name(panels[0]), fontsize=10)
+    places[-1].set_xlabel(AXIS_NAMES[panels[0]["x"]], fontsize=10)
+    if row_name:
+        figure.supylabel(row_name, fontsize=10)
+    figure.suptitle(wrapped(results["title"]), fontsize=12)
+    save(figure, path)
 
 
 def _numbers(places: Iterable[float | str]) -> list[float]:
@@ -250,10 +293,22 @@ def _scale(axes: Axes, which: str, field: str, places: Sequence[float] = ()) -> 
     if which == "x" and field != "state_bytes":
         length_axis(axes, places, [short_number(place) for place in places])
         return
-    (axes.set_xscale if which == "x" else axes.set_yscale)("log", base=2)
-    axis.set_major_locator(LogLocator(base=2, numticks=_MOST_TICKS))
+    base = 10 if field == "seconds" else 2
+    (axes.set_xscale if which == "x" else axes.set_yscale)("log", base=base)
+    axis.set_major_locator(LogLocator(base=base, numticks=_MOST_TICKS))
     axis.set_minor_locator(NullLocator())
-    is_bytes = field == "state_bytes"
-    axis.set_major_formatter(
-        FuncFormatter(lambda x, _: format_bytes(x).replace(".0 ", " ") if is_bytes else short_number(x))
-    )
+    formats = {"state_bytes": format_bytes, "peak_bytes": format_bytes, "seconds": format_seconds}
+    formatted = formats.get(field, short_number)
+    axis.set_major_formatter(FuncFormatter(lambda x, _: formatted(x).replace(".0 ", " ")))
+
+
+def format_seconds(seconds: float) -> str:
+    """Format a time for display.
+
+    Example:
+        >>> format_seconds(0.0000321), format_seconds(0.0321), format_seconds(3.21)
+        ('32 us', '32.1 ms', '3.21 s')
+    """
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.0f} us"
+    return f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
