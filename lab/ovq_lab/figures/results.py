@@ -36,10 +36,8 @@ The rest of the code sees rows as dicts with all fields: `load_results` joins th
 
 from __future__ import annotations
 
-import functools
 import json
-import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,11 +111,7 @@ def save_results(path: Path, results: dict[str, Any]) -> None:
 
 
 def load_results(path: Path) -> dict[str, Any]:
-    """Load a file of `save_results`; each row is a dict with all fields.
-
-    Raises:
-        ValueError: If the file holds something else; names it.
-    """
+    """Load a file of `save_results`; each row is a dict with all fields."""
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
         for name in _EXPECTED:
@@ -127,26 +121,12 @@ def load_results(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: expected the rows of a figure, found something else ({error})") from error
 
 
-def field_of(row: Row, path: str) -> Any:
-    """A field of a row, or of a part of it as `"part.field"`."""
-    return functools.reduce(operator.getitem, path.split("."), row)
-
-
-class _Numbered:
-    """A table without duplicate rows."""
-
-    def __init__(self, columns: Iterable[str]) -> None:
-        self.columns = list(columns)
-        # Keyed by JSON text, in which 1, 1.0 and True differ.
-        self._numbers: dict[str, int] = {}
-
-    def number(self, row: Row) -> int:
-        """The number of the entry for a row, which is added if it is new."""
-        text = json.dumps([row[name] for name in self.columns])
-        return self._numbers.setdefault(text, len(self._numbers) + 1)
-
-    def table(self) -> Table:
-        return [self.columns, *map(json.loads, self._numbers)]
+def _numbered(rows: Sequence[Row], columns: list[str]) -> tuple[Table, list[int]]:
+    """A table of these columns without duplicate rows, and the number of the entry for each row."""
+    # JSON text, in which 1, 1.0 and True differ.
+    texts = [json.dumps([row[name] for name in columns]) for row in rows]
+    numbers = {text: number for number, text in enumerate(dict.fromkeys(texts), start=1)}
+    return [columns, *map(json.loads, numbers)], [numbers[text] for text in texts]
 
 
 def _taken_apart(rows: Sequence[Row]) -> dict[str, Any]:
@@ -159,25 +139,25 @@ def _taken_apart(rows: Sequence[Row]) -> dict[str, Any]:
     of_lines = [name for name in _OF_LINES if name in fields]
     is_shared = {name: len({json.dumps(row[name]) for row in flat}) == 1 for name in fields}
     left = [name for name in fields if name not in of_lines and not is_shared[name]]
-    parts = {}
+    parts: dict[str, Table] = {}
     # Rows measured without training have no run and no evaluation.
     for part, known in (("run", _OF_RUNS), ("evaluation", _OF_EVALUATIONS)) if "run" in fields else ():
         if columns := [name for name in left if not known.isdisjoint(name.split("."))]:
-            parts[part] = _Numbered(columns)
-    in_parts = {name for part in parts.values() for name in part.columns}
-    measured = _Numbered([*parts, *(name for name in left if name not in in_parts)])
+            parts[part], numbers = _numbered(flat, columns)
+            flat = [row | {part: number} for row, number in zip(flat, numbers, strict=True)]
+    in_parts = {name for table in parts.values() for name in table[0]}
+    measured, numbers = _numbered(flat, [*parts, *(name for name in left if name not in in_parts)])
     lines: Table = []
-    for row in flat:
+    for row, number in zip(flat, numbers, strict=True):
         line = [row[name] for name in of_lines]
-        number = measured.number(row | {part: table.number(row) for part, table in parts.items()})
         if lines and lines[-1][:-2] == line and lines[-1][-1] == number - 1:
             lines[-1][-1] = number
         else:
             lines.append([*line, number, number])
     return {
         "shared": {name: flat[0][name] for name in fields if is_shared[name] and name not in of_lines},
-        **{f"{part}s": table.table() for part, table in parts.items()},
-        "rows": measured.table(),
+        **{f"{part}s": table for part, table in parts.items()},
+        "rows": measured,
         "lines": [[*of_lines, "first", "last"], *lines],
     }
 
