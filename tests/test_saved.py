@@ -20,7 +20,6 @@ from ovq.hf.cache import CACHE_KEY
 from ovq.hf.equal_sizes import equal_sizes
 from ovq.layers import OVQAttention
 from ovq.ops import ablation, options
-from ovq_lab.bench.workloads import contenders
 from ovq_lab.cli.dictionaries import parse
 from ovq_lab.eval.dictionaries import dictionaries_to_test
 from ovq_lab.eval.rows import model_label
@@ -219,8 +218,6 @@ def test_rules_that_users_name_so_are_run_by_nearest_too(in_a_new_process):
     assert parsed["merges"] == ["nearest", "existing"]
     tested = dictionaries_to_test(OVQConfig(), merges=["ward-sqrt", "nearest"])
     assert [each.merge for each in tested] == ["nearest"]
-    shape = {"length": 64, "dtype": "float32", "chunk_size": 16, "num_heads": 1, "head_dim": 8}
-    assert [each.merge for each in contenders([], shape, [8], ["ward-sqrt", "nearest"])] == ["nearest"]
     # What was measured by them has their names.
     assert model_label("ovq", 64, merge="ward-sqrt") == "OVQ, Ward-sqrt, 64 slots"
 

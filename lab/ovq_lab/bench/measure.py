@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,15 +24,6 @@ from ovq_lab.runtime.environment import environment
 
 Piece = tuple[str, Callable[[], list[dict]]]
 """Name of a piece of work in the progress, and the function that does it and returns rows of the report."""
-
-
-def check_chosen(flag: str, found: Collection[str], allowed: Collection[str]) -> None:
-    """Raise ValueError, naming the option, unless there are names and all of them are allowed."""
-    unknown = [name for name in found if name not in allowed]
-    if unknown or not found:
-        raise ValueError(
-            f"{flag}: expected some of {', '.join(allowed)}, found {', '.join(unknown) or 'none'}"
-        )
 
 
 def do_pieces(pieces: Sequence[Piece], reporter: WorkReporter) -> list[dict]:
@@ -134,11 +125,7 @@ def matrix_rate(dtype: str, *, device: str = "cpu", num_heads: int = 8) -> float
 
 
 def peak_bytes(call: dict) -> dict[str, int]:
-    """Bytes by which a fresh process grew for `call`, the arguments of `ovq_lab.bench.peak`.
-
-    Raises:
-        ValueError: If the process failed, for example as memory ran out.
-    """
+    """Bytes by which a fresh process grew for `call`, the arguments of `ovq_lab.bench.peak`."""
     done = subprocess.run(
         [sys.executable, "-m", "ovq_lab.bench.peak", json.dumps(call)],
         capture_output=True,

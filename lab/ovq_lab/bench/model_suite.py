@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from ovq.runtime.progress import WorkReporter
+from ovq_lab.bench import check_chosen
 from ovq_lab.bench.measure import (
     Piece,
     as_report,
-    check_chosen,
     do_pieces,
     interleaved,
     matrix_rate,

@@ -23,7 +23,7 @@ from ovq_lab.bench.measure import (
     timed_rows,
 )
 from ovq_lab.bench.rivals import ON_CPU, RIVALS
-from ovq_lab.bench.workloads import Workload, contenders
+from ovq_lab.bench.workloads import Workload
 
 STREAM_TOKENS = 1 << 20
 STREAM_PIECE = 16384
@@ -67,7 +67,11 @@ class Suite:
             "head_dim": self.head_dim,
         }
         others = [name for name in RIVALS if (name in ON_CPU) == (self.device == "cpu")]
-        return contenders(others, shape, self.num_slots, self.merges)
+        ovq = itertools.product(self.num_slots, self.merges)
+        return [
+            *(Workload(mixer=name, **shape) for name in others),
+            *(Workload(mixer="ovq", num_slots=n, merge=rule, **shape) for n, rule in ovq),
+        ]
 
 
 def run_suite(suite: Suite, reporter: WorkReporter) -> dict[str, Any]:

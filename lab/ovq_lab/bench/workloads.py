@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ovq.ops import OVQState, ovq_attention, slots_by_chunk
-from ovq.ops.options import current_merge, default_growth
+from ovq.ops.options import default_growth
 from ovq_lab.bench.rivals import RIVALS
 from ovq_lab.eval.rows import model_label
 
@@ -244,23 +244,3 @@ class Workload:
             return 2 * row * (self.length if self.cost == "exact" else min(self.length, self.chunk_size))
         # The backward reads q, k, v, o and the gradient of o, and writes three gradients.
         return self.length * row * (4 if part == "forward" else 12)
-
-
-def contenders(
-    others: Iterable[str],
-    shape: dict[str, Any],
-    num_slots: Iterable[int],
-    merges: Iterable[str] = ("existing",),
-) -> list[Workload]:
-    """Workloads of other mixers, and of OVQ with every size and merge rule; `shape` has their common fields.
-
-    Example:
-        >>> shape = {"length": 64, "dtype": "float32", "chunk_size": 16, "num_heads": 1, "head_dim": 8}
-        >>> [w.label for w in contenders(["sdpa"], shape, [8], ["existing", "nearest"])]
-        ['exact (SDPA)', 'OVQ, 8 slots', 'OVQ, nearest, 8 slots']
-    """
-    ovq = itertools.product(num_slots, dict.fromkeys(map(current_merge, merges)))
-    return [
-        *(Workload(mixer=name, **shape) for name in others),
-        *(Workload(mixer="ovq", num_slots=n, merge=rule, **shape) for n, rule in ovq),
-    ]

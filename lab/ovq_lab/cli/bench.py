@@ -16,7 +16,7 @@ from ovq.cli.loading import is_converted as has_memory
 from ovq.cli.loading import load_tokenizer
 from ovq.cli.options import Json
 from ovq.prompts import encode
-from ovq_lab.bench import PARTS
+from ovq_lab.bench import PARTS, check_chosen
 from ovq_lab.cli import dictionaries
 
 if TYPE_CHECKING:
@@ -124,9 +124,9 @@ def bench(
             f"found {context.params[unused[0]]}"
         )
     dtype_names = [name.strip() for name in dtypes.split(",")]
-    _check_names("--dtypes", dtype_names, ("float32", "bfloat16"))
-    if not (is_model or is_converted):
-        _check_names("--what", kinds, PARTS)
+    check_chosen("--dtypes", dtype_names, ("float32", "bfloat16"))
+    if kinds and not (is_model or is_converted):
+        check_chosen("--what", kinds, PARTS)
     if lengths is None:
         lengths = _TRAINED if is_model else _READ if is_converted else _LENGTHS
     at_lengths = sorted({*parse_ints(lengths, flag="--lengths"), *([131072] if long else [])})
@@ -168,11 +168,6 @@ def bench(
         device=device,
     )
     _measure(partial(run_suite, suite), out, as_json=as_json)
-
-
-def _check_names(flag: str, found: list[str], allowed: tuple[str, ...]) -> None:
-    if unknown := [name for name in found if name not in allowed]:
-        raise ValueError(f"{flag}: expected some of {', '.join(allowed)}, found {', '.join(unknown)}")
 
 
 def _pretrained_suite(
