@@ -36,7 +36,6 @@ class ModelWorkload:
     Attributes:
         model: one of `MODELS`: transformers' Llama, or the backbone of `OVQForCausalLM` with alternating
             sliding-window layers and layers of this mixer (`"full_attention"`: in every layer).
-        length: tokens of a training step, or of the prompt.
 
     Example:
         >>> ModelWorkload(model="ovq", size="2M", length=64, num_threads=1).label

@@ -29,7 +29,6 @@ class PretrainedSuite:
     """Settings of a comparison of runtimes.
 
     Attributes:
-        model: folder that `ovq convert` has written.
         tokens: token ids of a text, at least as many as the largest length.
         dtypes: pairs of the model's dtype and the format of its weights (`weight_dtype` of
             `ovq.convert.attach`).

@@ -40,9 +40,6 @@ def evaluate(
         num_slots: Sizes of the dictionary to test, see `dictionaries_to_test`.
         merges: Merge rules to test, likewise.
         num_examples: Examples per length: one number for all lengths, or one for each.
-        seed: Seed of the test data.
-        reporter: Shows the progress.
-        label: The name of this test in the progress.
 
     Returns:
         One row for each number of slots, each rule and each length, in that order.

@@ -60,9 +60,6 @@ def each_dictionary(model: Any, tested: Sequence[Dictionary]) -> Iterator[Dictio
 
     The model's own merge rule keeps its growth schedule; other rules use their default schedules.
 
-    Raises:
-        ValueError: If a rule does not exist or does not fit the model.
-
     Example:
         >>> from ovq.hf import OVQForCausalLM
         >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)

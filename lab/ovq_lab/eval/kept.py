@@ -103,11 +103,7 @@ def evaluate_kept(
     Args:
         model: Evaluated on its device and in its dtype; its dictionary is restored afterwards.
         task: The kind of data, at the length to test.
-        num_slots: Slots of the dictionary.
         merge: The merge rule, with its default growth.
-        num_examples: Number of examples.
-        seed: Seed of the test data.
-        reporter: Shows the progress.
 
     Raises:
         ValueError: If the model has no OVQ layers, or does not know all tokens of the task.

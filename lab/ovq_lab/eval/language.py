@@ -38,7 +38,6 @@ class LanguageRow(NamedRow):
         loss: Mean over all positions of all windows, in nats per token.
         bits_per_byte: The loss in bits per byte of text; `None` if the bytes are not known.
         tokens_per_second: Tokens read per second of wall-clock time, including the losses.
-        block_size: Positions per block.
         window_losses: For each window, the mean loss of each block of positions, first block first.
         chunk_size: Tokens per chunk of the OVQ layers, C; the config's for models without them.
         phase_losses: Mean loss by position modulo C; empty if the windows hold no whole chunk to evaluate.
@@ -70,13 +69,7 @@ def take_windows(
     """Non-overlapping windows of documents: first the beginnings, then the parts that follow.
 
     Args:
-        documents: `[T]` token ids of each.
-        length: Tokens per window.
-        most: Largest number of windows.
         first_token: A token put before each document, if any; it counts as one of its tokens.
-
-    Raises:
-        ValueError: If no document is that long.
 
     Example:
         >>> [window.tolist() for window in take_windows([np.arange(5), np.arange(10, 13)], 2, 3)]
@@ -128,12 +121,9 @@ def evaluate_language(
         num_slots: Sizes of the dictionary to test, see `dictionaries_to_test`.
         merges: Merge rules to test, likewise.
         num_windows: Largest number of windows per length.
-        block_size: Positions per block.
         piece_size: Tokens read at a time, which limits the memory needed.
         bytes_of_tokens: `[V]` bytes of text that each token stands for, see `token_bytes`.
         first_token: The token before each document in training, if any.
-        reporter: Shows the progress.
-        name: The model's name in the rows.
 
     Returns:
         One row for each number of slots, each rule and each length, in that order.

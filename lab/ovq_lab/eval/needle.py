@@ -86,10 +86,7 @@ def evaluate_needle(
         num_slots: Sizes of the dictionary to test, see `dictionaries_to_test`.
         merges: Merge rules to test, likewise.
         num_examples: Questions per length and depth; they are the same at every length and depth.
-        seed: Seed of the questions.
         piece_size: Tokens read at a time, which limits the memory needed.
-        reporter: Shows the progress.
-        name: The model's name in the rows.
 
     Returns:
         One row for each number of slots, each rule, each length and each depth, in that order.
@@ -143,9 +140,6 @@ def ask(model: PreTrainedModel, tokenizer: Any, needle: Needle, *, piece_size: i
     """Score a model on one question. The prompt is read once; generation and answers continue from its cache.
 
     Call `eval()` on the model first; it is used on its device and in its dtype.
-
-    Raises:
-        ValueError: If there are token ids that the model does not know.
     """
     highest = max(int(ids.max()) for ids in (needle.prompt, needle.answer))
     if highest >= model.config.vocab_size:

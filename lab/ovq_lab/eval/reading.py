@@ -68,9 +68,6 @@ def token_losses(model: PreTrainedModel, ids: np.ndarray, *, piece_size: int = P
     Returns:
         `[T - 1]` float32 losses in nats: entry p is the loss on token p + 1 after reading tokens 0 to p.
 
-    Raises:
-        ValueError: If there are fewer than two tokens, or ids that the model does not know.
-
     Example:
         >>> from ovq.hf import OVQConfig, OVQForCausalLM
         >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)

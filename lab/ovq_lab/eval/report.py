@@ -23,9 +23,6 @@ def results_as_markdown(path: Path, *, model: Path) -> str:
 
     The file is `lm.json`, `needle.json` or `harness.json` of `ovq eval ... --out`, or the output of
     `ovq eval --json`.
-
-    Raises:
-        ValueError: If it holds no such results, or results of another model or of several.
     """
     found = read_json(path)
     about: Mapping[str, Any] = found if isinstance(found, dict) else {}

@@ -16,11 +16,7 @@ _HELD_OUT = re.compile(r"--held-out (\S+)")
 
 
 def chosen_lines(figure: Figure, patterns: Sequence[str]) -> Figure:
-    """The figure restricted to lines whose labels match a pattern (`*` for any text); all without patterns.
-
-    Raises:
-        ValueError: If a pattern matches no line; lists the labels.
-    """
+    """The figure with the lines whose labels match a pattern (`*` for any text); all without patterns."""
     if not patterns:
         return figure
     labels = list(dict.fromkeys(line.label for line in figure.lines))
@@ -37,11 +33,7 @@ def chosen_lines(figure: Figure, patterns: Sequence[str]) -> Figure:
 
 
 def earlier_results(path: Path, figure: Figure, seeds: Sequence[int]) -> dict[str, Any] | None:
-    """Load the results of a figure of which some lines are remade; None if there are none yet.
-
-    Raises:
-        ValueError: If they are of other seeds or of another held-out share.
-    """
+    """Load the results of a figure of which some lines are remade; None if there are none yet."""
     if not path.is_file():
         return None
     results = load_results(path)

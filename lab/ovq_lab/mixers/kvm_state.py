@@ -49,11 +49,7 @@ class KVMSchedule:
 
     @classmethod
     def of(cls, settings: Any) -> KVMSchedule:
-        """The schedule of a layer, or of the config of a model.
-
-        Raises:
-            ValueError: a value outside its range.
-        """
+        """The schedule of a layer, or of the config of a model."""
         size = settings.kvm_chunk_size
         schedule = cls(
             num_slots=settings.num_slots,
@@ -110,9 +106,6 @@ class KVMMemory(TensorMemory):
 
     Rows that need less are padded with zeros at the end. Keys are stored before rotation, so that nothing
     changes when a row moves. `"num_seen"`, from which all sizes follow, stays on the CPU.
-
-    Attributes:
-        schedule: numbers of slots and of tokens in the window.
 
     Example:
         >>> schedule = KVMSchedule(num_slots=7, chunk_size=4, window_chunks=2, growth="immediate")

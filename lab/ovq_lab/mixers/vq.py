@@ -60,12 +60,6 @@ class StaticDictionary(OwnWeights):
     A slot that is assigned hardly any keys is dead [ours]: it restarts at a key of the batch, drawn by
     PyTorch's global generator with probability proportional to the key's squared distance from its own slot.
 
-    Args:
-        num_heads: key/value heads Hkv.
-        num_slots: N.
-        head_dim: K.
-        decay: decay of the moving averages per step.
-
     Example:
         >>> dictionary = StaticDictionary(2, num_slots=8, head_dim=4, decay=0.99)
         >>> means, slots = dictionary(torch.randn(3, 2, 5, 4))
@@ -134,11 +128,7 @@ class StaticDictionary(OwnWeights):
     @torch.no_grad()
     @uncompiled
     def begin_step(self) -> DictionaryStep:
-        """Begin a training step: adopt what the last step has learned.
-
-        Raises:
-            ValueError: the slots are offloaded, so that what is learned would be lost.
-        """
+        """Begin a training step: adopt what the last step has learned."""
         if self.key_sum.is_meta:
             raise ValueError("expected the slots of a 'vq' layer in memory in training, found them offloaded")
         # New tensors, because graphs may still hold the old ones.
@@ -154,7 +144,6 @@ class StaticDictionary(OwnWeights):
         Args:
             k: `[R, Hkv, T, K]` keys of this step.
             slots: `[R, Hkv, T]` the slots they are assigned to.
-            mask: `[R, T]`, True for keys of real tokens; None if all are.
             step: the slots that the keys were compared with.
         """
         if _is_in_backward():

@@ -53,11 +53,8 @@ def position_table(rows: Sequence[LanguageRow], *, title: str) -> Table:
 
 
 def octave_losses(row: LanguageRow) -> list[tuple[int, int, float]]:
-    """Mean loss of the first block, then of ranges that are each as long as all before.
-
-    Returns:
-        For each range: its first position, its end (exclusive), and its mean loss over positions.
-    """
+    """Mean loss of the first block, then of ranges that are each as long as all before: first position, end
+    (exclusive) and loss of each range."""
     size, losses, num_positions = row.block_size, row.block_losses, row.length - 1
     octaves = []
     first, last = 0, 1

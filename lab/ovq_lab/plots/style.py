@@ -97,9 +97,6 @@ def line_styles(models: Mapping[str, tuple[str, int | None]]) -> dict[str, Style
         models: For the label of each line, its mixer by `style_name`, and the slots of its dictionary, or
             `None` if it has none. More slots are darker.
 
-    Returns:
-        A unique style for each label.
-
     Example:
         >>> styles = line_styles({"few": ("ovq", 64), "many": ("ovq", 4096), "all": ("full_attention", None)})
         >>> [(style.color, style.line) for style in styles.values()]

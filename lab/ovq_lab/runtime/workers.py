@@ -76,10 +76,6 @@ def run_jobs(
             results are pickled.
         num_workers: Jobs at a time, for work that is not limited by the number of cores; None: as many as
             PyTorch uses threads.
-        label: Label of a progress bar for all jobs together; None for no such bar.
-
-    Returns:
-        The results, in the order of the jobs.
 
     Raises:
         Exception: The first that a job raises. The other jobs are then terminated at once, as after Ctrl-C.

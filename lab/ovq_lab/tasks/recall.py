@@ -260,11 +260,7 @@ class RecallTask(StoredPairsTask):
 
 
 def check_possible_keys(num_key_tokens: int, key_length: int, *, at_least: int) -> None:
-    """Check that the sizes allow enough different keys, and no more than an int64 can count.
-
-    Raises:
-        ValueError: If there are fewer than `at_least` keys, or more than 2**62.
-    """
+    """Check that the sizes allow enough different keys, and no more than an int64 can count."""
     if not at_least <= num_key_tokens**key_length <= _MAX_POSSIBLE_KEYS:
         raise ValueError(
             f"vocab_size and key_length: expected between {at_least} (the keys of an example) "

@@ -18,13 +18,9 @@ def cached_folder(depends_on: Iterable[str], fill: Callable[[Path], None]) -> Pa
     """The cached folder for a key of several strings; it is filled first if it does not exist.
 
     Args:
-        depends_on: Everything that determines the content, in order.
         fill: Called with an empty folder to fill, if there is none yet; if it raises, no folder is left.
 
     If the user's cache cannot be written, the folder is in their private one among the temporary files.
-
-    Raises:
-        OSError: If neither can be written.
 
     Example:
         >>> folder = cached_folder(["an example"], lambda path: (path / "a").write_text("made once"))

@@ -47,7 +47,6 @@ class Needle:
     Attributes:
         prompt: `[T]` token ids of the text and the question.
         answer: `[A]` token ids of the value, the right continuation.
-        value: The value as text.
         distractors: Token ids of other values from the same distribution; they do not occur in the text, and
             have as many tokens if possible.
     """
@@ -68,9 +67,6 @@ class NeedleBuilder(HiddenValues):
         num_distractors: Number of other values per question.
         texts: Texts that essays are cut from. Each question begins at another sentence; the texts are
             repeated cyclically.
-
-    Raises:
-        ValueError: If a kind is unknown, an essay has no text, or a number is negative.
 
     Example:
         >>> import re
@@ -114,12 +110,6 @@ class NeedleBuilder(HiddenValues):
             length: Largest number of tokens of prompt and answer together; sentences are left out to stay
                 within it.
             depth: Relative position of the needle, from 0 (the beginning) to 1 (right before the question).
-            seed: Each seed gives other questions.
-            index: Index of the question.
-
-        Raises:
-            ValueError: If the length has no room for a sentence besides the needle, the depth is out of
-                range, or there are too few other values.
         """
         if not 0 <= depth <= 1:
             raise ValueError(f"depth: expected a number from 0 to 1, found {depth}")
@@ -186,11 +176,7 @@ class NeedleBuilder(HiddenValues):
 
 
 def essay_texts(source: TextSource, split: str, length: int) -> list[str]:
-    """The first documents of a split, as many as essays of `length` tokens need.
-
-    Raises:
-        ValueError: If there are no such documents.
-    """
+    """The first documents of a split, as many as essays of `length` tokens need."""
     check_split(split)
     of_split = (
         document.text

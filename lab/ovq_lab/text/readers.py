@@ -128,11 +128,7 @@ def read_documents(
 
 
 def find_readers(dataset: str, *, text_field: str, subset: str | None, hub_split: str) -> list[Reader]:
-    """Readers for the `dataset` argument of `read_documents`, one for each part.
-
-    Raises:
-        ValueError: If a part neither exists nor can be the name of a data set on the hub.
-    """
+    """Readers for the `dataset` argument of `read_documents`, one for each part."""
     readers: list[Reader] = []
     for part in parts_of(dataset):
         if not part:

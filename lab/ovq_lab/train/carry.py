@@ -46,11 +46,7 @@ class CarryTrainer(SealingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The loss of a window, starting from the state of its lane, which is then updated.
-
-        Raises:
-            ValueError: If the state of the lane does not end where the window begins.
-        """
+        """The loss of a window, starting from the state of its lane, which is then updated."""
         if "lane" not in inputs:
             # Held-out windows start from an empty state.
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -87,11 +83,7 @@ class CarryTrainer(SealingTrainer):
 
 
 def save_lanes(path: Path, lanes: dict[int, OVQCache]) -> None:
-    """Save the states of lanes in a file.
-
-    Raises:
-        OSError: If the file cannot be written.
-    """
+    """Save the states of lanes in a file."""
     tensors = {
         f"{lane}.{i}.{name}": tensor
         for lane, cache in lanes.items()

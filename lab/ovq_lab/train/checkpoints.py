@@ -38,7 +38,6 @@ def seal(folder: Path, *, with_subfolders: bool = False) -> None:
     """Write the seal of a complete checkpoint.
 
     Args:
-        folder: The folder.
         with_subfolders: Whether subfolders are parts of it, as in sharded checkpoints; otherwise their
             contents may change.
 

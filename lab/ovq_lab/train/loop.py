@@ -46,9 +46,6 @@ def model_config(config: RunConfig) -> OVQConfig:
 
     Mixer sizes that the run does not set are those of `equal_sizes`, for a fair comparison.
 
-    Raises:
-        ValueError: If `OVQConfig` refuses a setting.
-
     Example:
         >>> from ovq_lab.train.recipes import get_recipe
         >>> model_config(get_recipe("recall-ovq")).mixer_types
@@ -71,9 +68,6 @@ def build_model(config: RunConfig, checkpoint: Path | None = None) -> OVQForCaus
     """The model of a run with initial weights, which are determined by the run's seed.
 
     Sizes are those of the checkpoint if there is one: it may be older than the current `equal_sizes`.
-
-    Raises:
-        ValueError: If `OVQConfig` refuses a setting.
     """
     set_seed(config.train.seed)
     if checkpoint is not None and (checkpoint / CONFIG_NAME).is_file():
@@ -94,8 +88,6 @@ def train(config: RunConfig, out: Path, *, reporter: AnyReporter, label: str = "
     Args:
         config: The run; saved as `run_config.json` before training starts.
         out: The folder of the run; created if necessary.
-        reporter: Shows the progress.
-        label: Name of this run in the progress display.
 
     Returns:
         The trained model, in evaluation mode; with `train.sharding`, this process's part of it.
@@ -146,11 +138,6 @@ def resume(out: Path, *, reporter: AnyReporter, label: str = "train") -> OVQForC
     A run that was interrupted before its first checkpoint was complete starts again from its configuration,
     and says so.
 
-    Args:
-        out: The folder of the run.
-        reporter: Shows the progress.
-        label: Name of this run in the progress display.
-
     Returns:
         The trained model, in evaluation mode; with `train.sharding`, this process's part of it.
 
@@ -170,11 +157,7 @@ def resume(out: Path, *, reporter: AnyReporter, label: str = "train") -> OVQForC
 
 
 def has_ended(out: Path) -> bool:
-    """Whether the run in a folder has done all its steps and saved its model and, last, its card.
-
-    Raises:
-        ValueError: If the folder holds no run, or a damaged one.
-    """
+    """Whether the run in a folder has done all its steps and saved its model and, last, its card."""
     config, state = RunConfig.load(out), out / TRAINER_STATE_NAME
     is_saved = state.is_file() and (out / CARD_FILE).is_file()
     # The configuration may have been extended to more steps since.

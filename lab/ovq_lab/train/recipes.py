@@ -239,9 +239,6 @@ _MIXERS = {known.short: mixer for mixer, known in KNOWN.items()}
 def recipe_for(task: str, long_range_mixer: str) -> RunConfig:
     """The recipe of a task with the given long-range mixer; nothing else differs between mixers.
 
-    Raises:
-        ValueError: If there is no recipe for the task. The mixer is checked when the model is built.
-
     Example:
         >>> recipe_for("recall", "sliding_attention").model.mixer_types
         ('sliding_attention', 'sliding_attention')

@@ -34,9 +34,6 @@ def is_first_process() -> bool:
 def sharding_arguments(args: TrainArgs) -> dict[str, Any]:
     """The arguments of `TrainingArguments` for `train.sharding` and `train.use_gradient_checkpointing`.
 
-    Raises:
-        ValueError: If the model is to be sharded in a program that was not started by a launcher.
-
     Example:
         >>> sharding_arguments(TrainArgs())
         {}

@@ -30,9 +30,6 @@ class PackedTextDataset(Dataset):
     `cu_seqlens`, and none sees another. A window depends only on the seed and its index, as in
     `CurriculumDataset`. With needles, texts that contain them replace some of the windows.
 
-    Raises:
-        ValueError: If all documents together are shorter than a window.
-
     Example:
         >>> from ovq_lab.text import TextSource, load_corpus
         >>> from ovq_lab.train.recipes import get_recipe

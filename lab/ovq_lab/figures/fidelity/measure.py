@@ -45,9 +45,6 @@ def fidelity_rows(
         queries, divided by the root mean square of exact attention, so that an output of 0 has an error of 1.
         For the figure, the memory is the `line` and the stream the `group`.
 
-    Raises:
-        ImportError: If scikit-learn is not installed (`pip install './lab[theory]'`).
-
     Example:
         >>> rows = fidelity_rows(0, lengths=[128, 256], streams=["random"], num_slots=16, head_dim=8)
         >>> len(rows), rows[0]["memory"], rows[0]["length"], rows[0]["bytes"]

@@ -86,9 +86,6 @@ def text_stream(seed: int, num_sample: int, num_tokens: int, head_dim: int) -> t
     that follows.
 
     Arguments and returns are those of `random_stream`.
-
-    Raises:
-        ValueError: If this Python has no source of its standard library, or too little for the length.
     """
     num_keys, num_before = num_sample + num_tokens, len(_CONTEXT_WEIGHTS) - 1
     # One more word before the first key, and one after the last.
