@@ -73,7 +73,9 @@ def flushed_times(
         seconds: Time of the slowest function after which no further round starts.
         run: Calls per turn.
     """
-    scratch = torch.empty(flush_bytes(), dtype=torch.int8, device="cuda")
+    # As many bytes as it takes to flush a call's inputs from the L2 cache.
+    num_flushed = max(256 << 20, 4 * torch.cuda.get_device_properties("cuda").L2_cache_size)
+    scratch = torch.empty(num_flushed, dtype=torch.int8, device="cuda")
     slowest = 0.0
     for function in functions:
         for _ in range(WARM_UP):
@@ -85,11 +87,6 @@ def flushed_times(
         for own_times, function in zip(times, functions, strict=True):
             own_times += [_event_seconds(function, scratch) for _ in range(run)]
     return times
-
-
-def flush_bytes() -> int:
-    """Number of bytes to write to flush a call's inputs from the L2 cache."""
-    return max(256 << 20, 4 * torch.cuda.get_device_properties("cuda").L2_cache_size)
 
 
 def _event_seconds(function: Callable[[], object], scratch: torch.Tensor) -> float:

@@ -141,9 +141,8 @@ def bench(
         suite_of_peers = _pretrained_suite(model, text, peers, at_lengths)
         from ovq_lab.bench.pretrained_suite import run_pretrained
 
-        _measure(partial(run_pretrained, suite_of_peers), out, as_json=as_json)
-        return
-    if is_model:
+        run = partial(run_pretrained, suite_of_peers)
+    elif is_model:
         from ovq_lab.bench.model_suite import ModelSuite, run_models
 
         models_suite = ModelSuite(
@@ -152,22 +151,23 @@ def bench(
             lengths=at_lengths,
             prompts=sorted(parse_ints(prompts, flag="--prompts")),
         )
-        _measure(partial(run_models, models_suite), out, as_json=as_json)
-        return
-    from ovq_lab.bench.suite import Suite, run_suite
+        run = partial(run_models, models_suite)
+    else:
+        from ovq_lab.bench.suite import Suite, run_suite
 
-    parts = [name for name in PARTS if device == "cpu" or name != "stream"]
-    suite = Suite(
-        parts=kinds or parts,
-        lengths=at_lengths,
-        dtypes=dtype_names,
-        **tested,
-        chunk_size=chunk_size,
-        num_heads=num_heads,
-        head_dim=head_dim,
-        device=device,
-    )
-    _measure(partial(run_suite, suite), out, as_json=as_json)
+        parts = [name for name in PARTS if device == "cpu" or name != "stream"]
+        suite = Suite(
+            parts=kinds or parts,
+            lengths=at_lengths,
+            dtypes=dtype_names,
+            **tested,
+            chunk_size=chunk_size,
+            num_heads=num_heads,
+            head_dim=head_dim,
+            device=device,
+        )
+        run = partial(run_suite, suite)
+    _measure(run, out, as_json=as_json)
 
 
 def _pretrained_suite(

@@ -174,21 +174,16 @@ class _Pairs:
     """Pairs of a batch, those of the context first: first tokens `starts`, numbers `pairs`, both `[B, P]`."""
 
     def __init__(self, task: RecallTask, starts: np.ndarray, pairs: np.ndarray) -> None:
-        self._task, self.starts, self.pairs = task, starts, pairs
-
-    @property
-    def num_candidates(self) -> int:
-        """Number of tokens, from a pair's first on, that may be the read token: its own and the next."""
-        return self._task.pair_length + 1
+        self.task, self.starts, self.pairs = task, starts, pairs
 
     @property
     def questions(self) -> np.ndarray:
         """`[Q]` the last key token of each question, after which the value is predicted."""
-        return self.starts[0, self._task.num_stored :] + self._task.key_length - 1
+        return self.starts[0, self.task.num_stored :] + self.task.key_length - 1
 
     def tokens(self, offset: int) -> np.ndarray:
         """`[B, P]` the token at this offset of each pair; the last token if the text ends before."""
-        return np.minimum(self.starts + offset, self._task.length - 1)
+        return np.minimum(self.starts + offset, self.task.length - 1)
 
     def owned(self, found: SlotAssignments, offset: int, chunk_size: int) -> tuple[np.ndarray, np.ndarray]:
         """Number of heads in which the pair of each question has a slot of its own.
@@ -197,7 +192,7 @@ class _Pairs:
             `[B, Q]`, heads in which the slot has no read token (at `offset`) of another pair; and `[B, Q]`,
             heads in which it has no token of another pair at all.
         """
-        read, own_tokens = self.tokens(offset), [self.tokens(i) for i in range(self._task.pair_length)]
+        read, own_tokens = self.tokens(offset), [self.tokens(i) for i in range(self.task.pair_length)]
         # The read token comes last and overrides: it may also be the first token of the next pair.
         every = np.stack([*own_tokens, read], 1)
         num_asked = len(self.questions)
@@ -216,7 +211,7 @@ class _Pairs:
                     is_own = _is_alone(of_row, pair_of)[:, read[b]]
                     for q in asked:
                         # Only occurrences of the pair before the question count.
-                        place = self._task.num_stored + q
+                        place = self.task.num_stored + q
                         is_known = self.pairs[b, :place] == self.pairs[b, place]
                         is_known &= read[b, :place] <= self.questions[q]
                         result[b, q] = is_own[:, :place][:, is_known].any(-1).sum()
@@ -269,7 +264,8 @@ def _most_read(weights: Tensor, pairs: _Pairs) -> tuple[int, float]:
     is_known = numbers[:, -num_asked:, None] == numbers[:, None]
     is_known &= place < place[-num_asked:, None]
     found = []
-    for offset in range(pairs.num_candidates):
+    # The read token may be any of the pair, or the next.
+    for offset in range(pairs.task.pair_length + 1):
         tokens = torch.from_numpy(pairs.tokens(offset)[:num_examples])
         on_pairs = weights.gather(2, tokens[:, None].expand(-1, num_asked, -1)).numpy()
         found.append(float((on_pairs * is_known).sum(-1).mean()))

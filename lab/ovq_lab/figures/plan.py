@@ -113,6 +113,15 @@ class Figure:
         )
 
 
+def position_panels(relative_to: str, *, groups: tuple[str, str] = ("", "")) -> tuple[Panel, Panel]:
+    """The loss by position, and its difference in per cent to the line of this label."""
+    by_position: dict[str, Any] = {"x": "positions", "y": "position_losses"}
+    return (
+        Panel(title="loss", group=groups[0], **by_position),
+        Panel(title=f"per cent above {relative_to}", group=groups[1], relative_to=relative_to, **by_position),
+    )
+
+
 def with_seed(config: RunConfig, seed: int) -> RunConfig:
     """The same run with another seed of weights and data."""
     return dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))

@@ -9,7 +9,7 @@ from typing import Any
 
 from ovq.ops.options import BEST_MERGE
 from ovq_lab.figures.evaluations import Evaluation, LossEvaluation, NeedlesEvaluation
-from ovq_lab.figures.plan import Figure, Line, Panel, Variant
+from ovq_lab.figures.plan import Figure, Line, Panel, Variant, position_panels
 from ovq_lab.figures.presets import Preset
 from ovq_lab.mixers.names import MIXER_NAMES
 from ovq_lab.train.config import RunConfig
@@ -206,17 +206,13 @@ def _by_position(preset: Preset, name: str, partner: str | None = None) -> Figur
     validation = LossEvaluation(
         source=source, length=preset.train_length("lm"), num_examples=text.num_windows, split="validation"
     )
-    by_position: dict[str, Any] = {"x": "positions", "y": "position_losses"}
     return Figure(
         name=name,
         title=f"Loss on held-out text ({source.dataset}) beside {near}, at equal bytes or fewer, by position",
         note="Each point is the mean over the octave of positions that ends there, in windows of "
         f"{text.length} tokens that all models of a seed read alike. {_NOTE}",
         lines=tuple(_lines(preset, "lm", [evaluation], validation, partner=partner)),
-        panels=(
-            Panel(title="loss", **by_position),
-            Panel(title=f"per cent above {_FULL}", relative_to=_FULL, **by_position),
-        ),
+        panels=position_panels(_FULL),
         trials=preset.text_trials["lm"],
     )
 

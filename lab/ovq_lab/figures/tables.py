@@ -224,8 +224,9 @@ def _by_seed(column: Column, where: dict[str, Any], rows: Iterable[Row]) -> dict
     """The value of each seed."""
     assert isinstance(column.value, str), "one field at a time"
     found: dict[Any, Any] = {}
+    allowed = {name: value if isinstance(value, list) else [value] for name, value in where.items()}
     for row in rows:
-        if not all(_matches(field_of(row, name), value) for name, value in where.items()):
+        if not all(field_of(row, name) in values for name, values in allowed.items()):
             continue
         value = field_of(row, column.value)
         if column.positions is not None:
@@ -235,10 +236,6 @@ def _by_seed(column: Column, where: dict[str, Any], rows: Iterable[Row]) -> dict
     if not found:
         raise ValueError(f"expected rows of {where}, found none")
     return found
-
-
-def _matches(found: Any, wanted: Any) -> bool:
-    return found in wanted if isinstance(wanted, list) else found == wanted
 
 
 def _mean_over(losses: dict[str, float], first: int, last: int) -> float:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from ovq.ops.options import BEST_MERGE
 from ovq_lab.figures.evaluations import Evaluation, LossEvaluation, NeedleEvaluation
-from ovq_lab.figures.plan import Figure, Line, Panel
+from ovq_lab.figures.plan import Figure, Line, Panel, position_panels
 from ovq_lab.figures.presets import Preset
 from ovq_lab.mixers.names import MIXER_NAMES
 from ovq_lab.plots.draw import save_heat_maps
@@ -184,16 +184,7 @@ def _by_position(
         note=f"Each point is the mean over the octave of positions that ends there, in windows of "
         f"{length} tokens that all models of a seed read alike.",
         lines=tuple(lines),
-        panels=(
-            Panel(title="loss", x="positions", y="position_losses", group="loss"),
-            Panel(
-                title=f"per cent above {relative_to}",
-                x="positions",
-                y="position_losses",
-                group="gap",
-                relative_to=relative_to,
-            ),
-        ),
+        panels=position_panels(relative_to, groups=("loss", "gap")),
     )
 
 

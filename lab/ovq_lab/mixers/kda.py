@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ovq.fields import ConfigField
-from ovq.layers.base import Mixer, checked_head_dim
+from ovq.layers.base import checked_head_dim
 from ovq.layers.chunked import DecayRates, can_use_fla, delta_rule_in_chunks, from_chunks, to_chunks
 from ovq.layers.delta_rule import DeltaRuleMixer, Rule
+from ovq_lab.mixers.heads import HeadsMixer
 from ovq_lab.mixers.norms import WideRMSNorm
 
 # Tokens per triangular system, a power of two. A tiling choice.
@@ -44,10 +45,7 @@ class KimiDeltaAttention(DeltaRuleMixer):
     """
 
     state_kind = "the matrices of Kimi Delta Attention"
-    config_fields = Mixer.config_fields | {
-        "num_heads": "num_attention_heads",
-        "num_kv_heads": "num_key_value_heads",
-        "head_dim": "head_dim",
+    config_fields = HeadsMixer.config_fields | {
         "kda_value_dim": ConfigField(int | None, None, "components of a value; None: `head_dim`", at_least=1),
     }
 
