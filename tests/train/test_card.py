@@ -119,11 +119,10 @@ def test_data_sets_of_the_hub_are_in_the_metadata(tmp_path):
 def test_figures_of_a_run_have_the_colour_of_its_mixer(tmp_path, drawn, name):
     from ovq_lab.plots.style import MIXER_STYLES
     from ovq_lab.plots.training import save_loss_curve
-    from ovq_lab.train.history import History
 
     (tmp_path / "trainer_state.json").write_text(json.dumps(HISTORY))
     config = get_recipe(name)
-    save_loss_curve(History.load(tmp_path), tmp_path / "loss.png", mixer=config.mixer)
+    save_loss_curve(tmp_path, mixer=config.mixer)
     [figure] = drawn
     [axes] = figure.axes
     training, held_out = axes.get_lines()

@@ -175,11 +175,4 @@ def _draw_losses(config: RunConfig, out: Path) -> Path | None:
         from ovq_lab.plots.training import save_loss_curve
     except ImportError:
         return None
-    from ovq_lab.train.history import History
-
-    history = History.load(out)
-    if not history.training:
-        return None
-    path = out / "loss.png"
-    save_loss_curve(history, path, mixer=config.mixer)
-    return path
+    return save_loss_curve(out, mixer=config.mixer)

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ovq.runtime.progress import WorkReporter
 from ovq_lab.figures.digests import described, digest
 from ovq_lab.plots.language import octave_losses
-from ovq_lab.tasks import Task
+from ovq_lab.plots.needle import SCORES
+from ovq_lab.tasks import RecallTask, Task
 from ovq_lab.text import Corpus, TextSource, load_corpus
 from ovq_lab.text.haystack import NeedleBuilder, essay_texts
 
@@ -33,8 +34,6 @@ _LOSS_FIELDS = (
     *("mixer", "num_slots", "merge", "logn_length", "length", "loss", "bits_per_byte", "state_bytes"),
     *("sawtooth", "sawtooth_error"),
 )
-
-_NEEDLE_SCORES = ("generated", "token_accuracy", "choice")
 
 _PURPOSES = {"test": "tests", "validation": "validation"}
 
@@ -223,6 +222,31 @@ class TaskEvaluation(Evaluation):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class KeptEvaluation(TaskEvaluation):
+    """Statistics of slots on a recall task; see `ovq_lab.eval.kept`."""
+
+    known_as: ClassVar[str] = "KeptEvaluation"
+
+    def evaluate(self, model: OVQForCausalLM, folder: Path, reporter: WorkReporter) -> dict[str, Any]:
+        """The fields of a `KeptRow`."""
+        from ovq_lab.eval.kept import evaluate_kept
+
+        assert isinstance(self.task, RecallTask), "other tasks have no pairs"
+        assert self.num_slots is not None, "the figure says how many"
+        assert self.merge is not None, "the figure says which"
+        row = evaluate_kept(
+            model,
+            self.task,
+            num_slots=self.num_slots,
+            merge=self.merge,
+            num_examples=self.num_examples,
+            seed=self.seed,
+            reporter=reporter,
+        )
+        return dataclasses.asdict(row)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _TextEvaluation(Evaluation):
     """An evaluation on held-out documents.
 
@@ -385,7 +409,7 @@ class NeedlesEvaluation(_HiddenValues):
                 name: getattr(rows[0], name)
                 for name in ("mixer", "num_slots", "merge", "logn_length", "state_bytes")
             },
-            **{name: fmean(getattr(row, name) for row in rows) for name in _NEEDLE_SCORES},
+            **{name: fmean(getattr(row, name) for row in rows) for name in SCORES},
             "by_depth": {f"{row.depth:g}": row.generated for row in rows},
         }
 

@@ -7,11 +7,11 @@ from functools import partial
 
 from ovq.fields import did_you_mean
 from ovq.ops.options import BEST_MERGE
+from ovq_lab.eval.rows import model_label
 from ovq_lab.figures import ablations, rivals, scaled
-from ovq_lab.figures.evaluations import Evaluation, TaskEvaluation
+from ovq_lab.figures.evaluations import Evaluation, KeptEvaluation, TaskEvaluation
 from ovq_lab.figures.fidelity import fidelity_rows
 from ovq_lab.figures.fidelity.streams import STREAMS
-from ovq_lab.figures.kept import kept
 from ovq_lab.figures.plan import Figure, Line, Panel
 from ovq_lab.figures.presets import TOKENS_PER_SLOT, Preset
 from ovq_lab.figures.text_figures import hybrids, language, longer, needle, of_corpus, partners
@@ -233,6 +233,40 @@ def dictionary(preset: Preset) -> Figure:
             Panel(title="slots, nearest", x="num_slots", group="slots, nearest"),
             Panel(title="bytes of state, paper's rule", x="state_bytes", group="bytes"),
             Panel(title="bytes of state, nearest", x="state_bytes", group="bytes, nearest"),
+        ),
+    )
+
+
+def kept(preset: Preset) -> Figure:
+    """Pairs with a slot of their own, and the fill and age of slots."""
+    config = preset.config("recall")
+    trained = config.model.num_slots
+    lengths = [preset.train_length("recall") * factor for factor in (4, 16)]
+    tasks, lines = [preset.task("recall").at_length(n) for n in lengths], []
+    for merge in ("existing", BEST_MERGE):
+        for num_slots in (trained, 4 * trained):
+            evaluations = [
+                preset.evaluation(task, num_slots=num_slots, merge=merge, kind=KeptEvaluation)
+                for task in tasks
+            ]
+            label = model_label("ovq", num_slots, merge=merge)
+            lines.append(Line(label=label, config=config, evaluations=tuple(evaluations)))
+    longest = max(lengths)
+    part = f"{longest} tokens: by sixteenth of the context"
+    return Figure(
+        name="kept",
+        title=f"What is kept of basic recall, trained with {trained} slots by the paper's rule",
+        note="A pair has a slot of its own if the token that is read of it shares its slot with no such "
+        "token of another pair, in one of the heads, when it is asked for. Tokens per slot and ages are "
+        "those when the questions begin.",
+        lines=tuple(lines),
+        panels=(
+            Panel(title="questions whose pair has a slot of its own", y="own_share"),
+            Panel(title="where the pair has a slot of its own", y="own_accuracy"),
+            Panel(title="where it has none", y="shared_accuracy"),
+            Panel(title=f"{longest} tokens: tokens per slot", x="slices", y="slot_counts", at_length=longest),
+            Panel(title=f"{part}, the oldest token of a slot", x="slices", y="oldest", at_length=longest),
+            Panel(title=f"{part}, its mean token", x="slices", y="mean_position", at_length=longest),
         ),
     )
 

@@ -63,6 +63,8 @@ def _check_at_least(config: Any, section: str, minimum: int, *names: str) -> Non
 class ModelArgs:
     """The model to train; the fields are those of `OVQConfig` that a run may want to change.
 
+    Those of the dictionary from `growth` to `value_weight` are options of `ovq.ops.ovq_attention`.
+
     Attributes:
         mixer_types: The mixer of each layer, first layer first; there are as many layers as names.
         hidden_size: Width of the residual stream.
@@ -88,12 +90,6 @@ class ModelArgs:
         mesa_steps: Steps of MesaNet's conjugate-gradient solver.
         vq_decay: Decay of the moving averages that are the slots of VQ-attention.
         commitment_weight: Factor of the commitment loss of VQ-attention.
-        growth: Growth schedule of the dictionary, see `ovq.ops.ovq_attention`.
-        init: Which keys open new slots, see `ovq.ops.ovq_attention`.
-        merge: The merge rule, see `ovq.ops.ovq_attention`.
-        bias: Term added to the scores of slots, see `ovq.ops.ovq_attention`.
-        rate: Step size of a slot towards a merged token, see `ovq.ops.ovq_attention`.
-        value_weight: Weight of values relative to keys when pairs are merged, see `ovq.ops.ovq_attention`.
         merge_gate: Whether an OVQ layer learns the weight of each token in the dictionary.
         forget_gate: Whether an OVQ layer learns how fast earlier tokens are forgotten.
         initializer_range: Standard deviation of the initial weights of the linear layers.
