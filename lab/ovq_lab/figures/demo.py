@@ -16,9 +16,10 @@ import shutil
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -74,8 +75,8 @@ def run_demo(
     begun = time.monotonic()
     # Temporary runs are in `out`, so that an unwritable folder fails at once and the model moves by a rename.
     with tempfile.TemporaryDirectory(dir=out, prefix=".runs-") as runs, Reporter() as reporter:
-        jobs = [_Job(config, Path(runs) / config.mixer, is_quick) for config in configs]
-        outcomes = run_jobs(_train_and_test, jobs, reporter=reporter)
+        jobs = [(config, Path(runs) / config.mixer) for config in configs]
+        outcomes = run_jobs(partial(_train_and_test, is_quick=is_quick), jobs, reporter=reporter)
         rows = [row for of_model, _ in outcomes for row in of_model]
         seconds = {
             f"{what} {config.mixer}": round(value, 1)
@@ -149,18 +150,14 @@ def _configure(recipe: str, seed: int, *, is_quick: bool) -> RunConfig:
     return get_recipe(recipe).override(changes)
 
 
-class _Job(NamedTuple):
-    config: RunConfig
-    folder: Path
-    is_quick: bool
-
-
-def _train_and_test(job: _Job, reporter: RemoteReporter) -> tuple[list[ResultRow], dict[str, float]]:
+def _train_and_test(
+    job: tuple[RunConfig, Path], reporter: RemoteReporter, *, is_quick: bool
+) -> tuple[list[ResultRow], dict[str, float]]:
     """Train a model, and test it at every length, and with every dictionary if it has one."""
-    config = job.config
+    config, folder = job
     name = MIXER_NAMES[config.mixer]
     begun = time.monotonic()
-    model = train(config, job.folder, reporter=reporter, label=f"train {name}")
+    model = train(config, folder, reporter=reporter, label=f"train {name}")
     trained = time.monotonic()
     assert isinstance(config.task, RecallTask)
     lengths = [max(config.train.lengths) * factor for factor in LENGTH_FACTORS]
@@ -171,7 +168,7 @@ def _train_and_test(job: _Job, reporter: RemoteReporter) -> tuple[list[ResultRow
         lengths=lengths,
         num_slots=sizes if config.mixer == "ovq" else (),
         merges=MERGES if config.mixer == "ovq" else (),
-        num_examples=1 if job.is_quick else [_TEST_TOKENS_PER_LENGTH // length for length in lengths],
+        num_examples=1 if is_quick else [_TEST_TOKENS_PER_LENGTH // length for length in lengths],
         seed=config.train.seed,
         reporter=reporter,
         label=f"test {name}",

@@ -10,8 +10,7 @@ import dataclasses
 import functools
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -125,18 +124,6 @@ class Evaluation(ABC):
         Raises:
             ValueError: If the model cannot be evaluated.
         """
-
-    @contextmanager
-    def scaling(self, model: OVQForCausalLM) -> Iterator[None]:
-        """Context in which the model's logits are scaled by `logn_length`."""
-        own = model.config.logn_length
-        if self.logn_length is not None:
-            model.set_logn_length(self.logn_length)
-        try:
-            yield
-        finally:
-            if self.logn_length is not None:
-                model.set_logn_length(own)
 
     @property
     def name(self) -> str:

@@ -127,7 +127,10 @@ class RunJob:
             begun = time.monotonic()
             use_bfloat16 = self.config.train.precision == "bfloat16"
             mixed = torch.autocast(device, torch.bfloat16, enabled=use_bfloat16)
-            with mixed, evaluation.scaling(model):
+            # Models are trained without.
+            if evaluation.logn_length != model.config.logn_length:
+                model.set_logn_length(evaluation.logn_length)
+            with mixed:
                 found = evaluation.evaluate(model, self.folder, _PartReporter(work, done))
             done += evaluation.num_steps
             outcome = {
