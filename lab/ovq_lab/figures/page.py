@@ -80,18 +80,15 @@ def write_report(out: Path) -> Path:
 
 
 def _figure(results: dict[str, Any], pictures: Path) -> dict[str, Any]:
-    """Template variables of a figure: its tables, picture, command and environments."""
+    """Template variables of a figure: its results, picture and tables."""
     picture = pictures / f"{results['figure']}.png"
     tables = [_panel_table(results, panel) for panel in results["panels"]]
     if results.get("sweep"):
         tables.append(_sweep_table(results["sweep"]))
     return {
-        "name": results["figure"],
-        "title": results["title"],
-        "command": results["command"],
-        "updates": results.get("updates", []),
-        "seeds": results["seeds"],
-        "note": results.get("note", ""),
+        "note": "",
+        "updates": [],
+        **results,
         "picture": base64.b64encode(picture.read_bytes()).decode() if picture.is_file() else "",
         "summary": _summary(results, results["panels"][0]),
         "tables": tables,
