@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -12,10 +12,6 @@ from ovq.cli.loading import check_any_model_folder, is_ovq_model, load_any_model
 from ovq.cli.options import Json, LognLength
 from ovq_lab.cli import corpus, dictionaries
 from ovq_lab.cli.results import Models, PieceSize, model_names, show_results, text_tokenizer
-
-if TYPE_CHECKING:
-    from ovq_lab.eval.language import LanguageRow
-    from ovq_lab.text import TextSource
 
 
 def language(
@@ -64,17 +60,32 @@ def language(
         text_field=text_field,
         max_documents=max_documents,
     )
-    rows = _measure(
-        model,
-        source,
-        split,
-        lengths=at_lengths,
-        logn_length=logn_length,
-        **tested,
-        num_windows=windows,
-        block_size=block_size,
-        piece_size=piece_size,
-    )
+    from ovq.runtime.progress import Reporter
+    from ovq_lab.eval.language import evaluate_language
+    from ovq_lab.eval.reading import start_token, token_bytes
+    from ovq_lab.text.corpus import load_corpus, say_progress
+
+    rows = []
+    with Reporter() as reporter:
+        progress = say_progress(source.dataset, reporter)
+        for folder, name in zip(model, model_names(model), strict=True):
+            # Loaded first, as reading the corpus may take long.
+            loaded, tokenizer = load_any_model(folder, logn_length=logn_length), text_tokenizer(folder)
+            documents = load_corpus(source, split, tokenizer=tokenizer, progress=progress)
+            rows += evaluate_language(
+                loaded,
+                documents,
+                lengths=at_lengths,
+                **tested,
+                num_windows=windows,
+                block_size=block_size,
+                piece_size=piece_size,
+                bytes_of_tokens=token_bytes(tokenizer),
+                # For models of this library as in training, for others as by their tokenizer.
+                first_token=documents.end_of_text if is_ovq_model(folder) else start_token(tokenizer),
+                reporter=reporter,
+                name=name,
+            )
     title = f"{source.dataset}, {split}"
     show_results(
         {"models": list(map(str, model)), "source": corpus.described_corpus(source), "split": split},
@@ -87,32 +98,3 @@ def language(
         out=None if out is None else out / "lm.json",
         is_json=json_,
     )
-
-
-def _measure(
-    folders: list[Path], source: TextSource, split: str, *, logn_length: int | None, **options: Any
-) -> list[LanguageRow]:
-    """The rows of all models; each reads the documents with its own tokenizer."""
-    from ovq.runtime.progress import Reporter
-    from ovq_lab.eval.language import evaluate_language
-    from ovq_lab.eval.reading import start_token, token_bytes
-    from ovq_lab.text.corpus import load_corpus, say_progress
-
-    rows = []
-    with Reporter() as reporter:
-        progress = say_progress(source.dataset, reporter)
-        for folder, name in zip(folders, model_names(folders), strict=True):
-            # Loaded first, as reading the corpus may take long.
-            loaded, tokenizer = load_any_model(folder, logn_length=logn_length), text_tokenizer(folder)
-            documents = load_corpus(source, split, tokenizer=tokenizer, progress=progress)
-            rows += evaluate_language(
-                loaded,
-                documents,
-                bytes_of_tokens=token_bytes(tokenizer),
-                # For models of this library as in training, for others as by their tokenizer.
-                first_token=documents.end_of_text if is_ovq_model(folder) else start_token(tokenizer),
-                reporter=reporter,
-                name=name,
-                **options,
-            )
-    return rows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -12,9 +12,6 @@ from ovq.cli.loading import check_any_model_folder, load_any_model
 from ovq.cli.options import Json, LognLength
 from ovq_lab.cli import corpus, dictionaries
 from ovq_lab.cli.results import Models, PieceSize, model_names, show_results, text_tokenizer
-
-if TYPE_CHECKING:
-    from ovq_lab.eval.needle import NeedleRow
 
 
 def needle(
@@ -72,21 +69,35 @@ def needle(
     check_folder("--out", out)
 
     from ovq_lab.plots.needle import needle_table, save_needle_figures
-    from ovq_lab.text.haystack import essay_texts
+    from ovq_lab.text.haystack import NeedleBuilder, essay_texts
 
     source = corpus.corpus_to_read(model[0], dataset, **chosen) if haystack == "essay" else None
     texts = [] if source is None else essay_texts(source, split, max(at_lengths))
-    rows = _measure(
-        model,
-        {"haystack": haystack, "value": value, "num_distractors": distractors, "texts": texts},
-        lengths=at_lengths,
-        depths=at_depths,
-        logn_length=logn_length,
-        **tested,
-        num_examples=examples,
-        seed=seed,
-        piece_size=piece_size,
-    )
+    from ovq.runtime.progress import Reporter
+    from ovq_lab.eval.needle import evaluate_needle
+
+    rows = []
+    with Reporter() as reporter:
+        for folder, name in zip(model, model_names(model), strict=True):
+            builder = NeedleBuilder(
+                text_tokenizer(folder),
+                haystack=haystack,
+                value=value,
+                num_distractors=distractors,
+                texts=texts,
+            )
+            rows += evaluate_needle(
+                load_any_model(folder, logn_length=logn_length),
+                builder,
+                lengths=at_lengths,
+                depths=at_depths,
+                **tested,
+                num_examples=examples,
+                seed=seed,
+                piece_size=piece_size,
+                reporter=reporter,
+                name=name,
+            )
     title = f"A {value} in {haystack}: generated, token accuracy, choice of {distractors + 1}"
     show_results(
         {
@@ -101,28 +112,6 @@ def needle(
         out=None if out is None else out / "needle.json",
         is_json=json_,
     )
-
-
-def _measure(
-    folders: list[Path], questions: dict[str, Any], *, logn_length: int | None, **options: Any
-) -> list[NeedleRow]:
-    """The rows of all models; each reads the questions with its own tokenizer."""
-    from ovq.runtime.progress import Reporter
-    from ovq_lab.eval.needle import evaluate_needle
-    from ovq_lab.text.haystack import NeedleBuilder
-
-    rows = []
-    with Reporter() as reporter:
-        for folder, name in zip(folders, model_names(folders), strict=True):
-            builder = NeedleBuilder(text_tokenizer(folder), **questions)
-            rows += evaluate_needle(
-                load_any_model(folder, logn_length=logn_length),
-                builder,
-                reporter=reporter,
-                name=name,
-                **options,
-            )
-    return rows
 
 
 def _parse_depths(text: str) -> list[float]:
