@@ -156,7 +156,11 @@ def ridge_regression(
     between = (decay_between(total) * weight[..., None, :]).repeat(1, 1, 1, num_groups, 1)
     ridges = ridge.unflatten(0, (num_kv_heads, 1, num_groups)).repeat_interleave(chunk, dim=2)
 
-    solved = _solve(q, num_steps, since_start, between, k, old_key_key, ridges)
+    matrix = (since_start, between, k, old_key_key, ridges)
+    with torch.no_grad():
+        solved = conjugate_gradients(lambda x: _matrix_times(x, *matrix), q, num_steps)
+    if torch.is_grad_enabled():
+        solved = _Solution.apply(q - _matrix_times(solved, *matrix), solved, num_steps, *matrix)
     o = _sums_times(solved, since_start, between, k, v, old_key_value)
     o = o.unflatten(3, (num_groups, chunk)).movedim(3, 2).flatten(1, 2)
     # Copies, because views would keep each other alive.
@@ -188,15 +192,6 @@ def _matrix_times(
 ) -> Tensor:
     """`(M_t + diag(ridge)) x_t` for all tokens; `ridges` `[Hkv, 1, R, K]`, else as in `_sums_times`."""
     return _sums_times(x, since_start, between, k, k, before) + ridges * x
-
-
-def _solve(q: Tensor, num_steps: int, *matrix: Tensor) -> Tensor:
-    """`(M_t + diag(ridge))^{-1} q_t` for all tokens; `matrix` are the arguments of `_matrix_times`."""
-    with torch.no_grad():
-        solved = conjugate_gradients(lambda x: _matrix_times(x, *matrix), q, num_steps)
-    if not torch.is_grad_enabled():
-        return solved
-    return _Solution.apply(q - _matrix_times(solved, *matrix), solved, num_steps, *matrix)
 
 
 class _Solution(torch.autograd.Function):

@@ -179,38 +179,7 @@ def routed_slots(
     before, state = decayed_sums(torch.cat([keys, values], dim=-1), kept, added)
     sizes = [keys.shape[-1], values.shape[-1]]
     old_keys, old_values = before.split(sizes, dim=-1)
-    o = _read_chunks(q, k, v, slots, log_decay, total, old_keys, old_values)
-    # Copies, because views would keep each other alive.
-    keys, values = (x.clone() for x in state.split(sizes, dim=-1))
-    return from_chunks(o, num_tokens), keys, values
-
-
-def _read_chunks(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    slots: Tensor,
-    log_decay: Tensor,
-    total: Tensor,
-    keys: Tensor,
-    values: Tensor,
-) -> Tensor:
-    """Outputs of the tokens of each chunk.
-
-    Args:
-        q: `[B, H, n, C, K]`.
-        k: `[B, H, n, C, K]`.
-        v: `[B, H, n, C, V]`.
-        slots: `[B, H, n, C, k]`, the slots that each token changes.
-        log_decay: `[B, H, n, C, k]`, the log decays of these slots.
-        total: `[B, H, n, C, M]`, the sum of the log decays of the chunk up to each token.
-        keys: `[B, H, n, M, K]`, the slots before each chunk.
-        values: `[B, H, n, M, V]`, likewise.
-
-    Returns:
-        `[B, H, n, C, V]`.
-    """
-    chunk, top_k = slots.shape[-2:]
+    top_k = slots.shape[-1]
     # [B, H, n, C, C k] from here on: for each token t, the k writes of each token j of the chunk.
     index = slots.flatten(-2)[..., None, :].expand(*slots.shape[:-1], -1)
     since = total.gather(-1, index) - total.gather(-1, slots).flatten(-2)[..., None, :]
@@ -219,10 +188,13 @@ def _read_chunks(
     left = since.masked_fill(is_later.repeat_interleave(top_k, dim=-1), -torch.inf).exp()
     left = left * -torch.expm1(log_decay).flatten(-2)[..., None, :]
     products = (q @ k.transpose(-1, -2)).repeat_interleave(top_k, dim=-1)
-    scores = (total.exp() * (q @ keys.transpose(-1, -2))).scatter_add(-1, index, left * products)
+    scores = (total.exp() * (q @ old_keys.transpose(-1, -2))).scatter_add(-1, index, left * products)
     weights = scores.softmax(-1)
     of_tokens = (left * weights.gather(-1, index)).unflatten(-1, (chunk, top_k)).sum(-1)
-    return (weights * total.exp()) @ values + of_tokens @ v
+    o = (weights * total.exp()) @ old_values + of_tokens @ v
+    # Copies, because views would keep each other alive.
+    keys, values = (x.clone() for x in state.split(sizes, dim=-1))
+    return from_chunks(o, num_tokens), keys, values
 
 
 def checked_slots(head_dim: int, num_slots: int | None, top_k: int | None) -> tuple[int, int]:
