@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from ovq.hf import OVQForCausalLM
-from ovq.runtime.progress import AnyWork, WorkReporter
-from ovq_lab.eval.dictionaries import Dictionary, dictionaries_to_test, each_dictionary
+from ovq.runtime.progress import WorkReporter
+from ovq_lab.eval.dictionaries import dictionaries_to_test, each_dictionary
 from ovq_lab.eval.models import row_fields
 from ovq_lab.eval.rows import ResultRow
 from ovq_lab.tasks import IGNORE_INDEX, Task, TaskBatch
@@ -71,47 +71,36 @@ def evaluate(
     done = 0
     for dictionary in each_dictionary(model, tested):
         for at_length, count in zip(tasks, counts, strict=True):
-            rows.append(_evaluate_at(model, at_length, dictionary, count, seed, work=work, done=done))
+            batch_size = max(1, TOKENS_PER_BATCH // at_length.length)
+            # One array per batch, with an entry per asked token.
+            right, errors, slices = [], [], []
+            for first in range(0, count, batch_size):
+                indices = range(first, min(first + batch_size, count))
+                batch = at_length.build(seed, indices=indices, split="test")
+                is_asked = batch.labels != IGNORE_INDEX
+                answers, labels = answers_of(model, batch), batch.labels[is_asked]
+                right.append(answers == labels)
+                if at_length.error_name is not None:
+                    errors.append(at_length.errors(answers, labels))
+                slices.append({name: mask[is_asked] for name, mask in batch.slices.items()})
+                accuracy = np.concatenate(right).mean()
+                note = f"{dictionary.note}length {at_length.length}, accuracy {accuracy:.3f}"
+                work.update(done + indices[-1] + 1, note=note)
             done += count
+            masks = {name: np.concatenate([each[name] for each in slices]) for name in slices[0]}
+            accuracy, by_slice = _means(right, masks)
+            mean_error, slice_errors = _means(errors, masks) if errors else (None, {})
+            rows.append(
+                ResultRow(
+                    **row_fields(model, dictionary, at_length.length),
+                    accuracy=accuracy,
+                    num_questions=sum(map(len, right)),
+                    slices=by_slice,
+                    mean_error=mean_error,
+                    slice_errors=slice_errors,
+                )
+            )
     return rows
-
-
-def _evaluate_at(
-    model: OVQForCausalLM,
-    task: Task,
-    dictionary: Dictionary,
-    num_examples: int,
-    seed: int,
-    *,
-    work: AnyWork,
-    done: int,
-) -> ResultRow:
-    """Result row of all test examples of one length, with the current dictionary."""
-    batch_size = max(1, TOKENS_PER_BATCH // task.length)
-    # One array per batch, with an entry per asked token.
-    right, errors, slices = [], [], []
-    for first in range(0, num_examples, batch_size):
-        indices = range(first, min(first + batch_size, num_examples))
-        batch = task.build(seed, indices=indices, split="test")
-        is_asked = batch.labels != IGNORE_INDEX
-        answers, labels = answers_of(model, batch), batch.labels[is_asked]
-        right.append(answers == labels)
-        if task.error_name is not None:
-            errors.append(task.errors(answers, labels))
-        slices.append({name: mask[is_asked] for name, mask in batch.slices.items()})
-        note = f"{dictionary.note}length {task.length}, accuracy {np.concatenate(right).mean():.3f}"
-        work.update(done + indices[-1] + 1, note=note)
-    masks = {name: np.concatenate([each[name] for each in slices]) for name in slices[0]}
-    accuracy, by_slice = _means(right, masks)
-    mean_error, slice_errors = _means(errors, masks) if errors else (None, {})
-    return ResultRow(
-        **row_fields(model, dictionary, task.length),
-        accuracy=accuracy,
-        num_questions=sum(map(len, right)),
-        slices=by_slice,
-        mean_error=mean_error,
-        slice_errors=slice_errors,
-    )
 
 
 def _means(batches: Sequence[np.ndarray], masks: dict[str, np.ndarray]) -> tuple[float, dict[str, float]]:

@@ -171,7 +171,11 @@ class SealingTrainer(Trainer):
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         if self.args.should_save:
-            _remove_old(out)
+            # The Trainer itself would do so before the newest one is sealed, and count incomplete ones.
+            kept = finished_checkpoints(out)[-_NUM_KEPT:]
+            for old in _by_step(out):
+                if old not in kept:
+                    shutil.rmtree(old)
 
 
 class _LogAtCheckpoints(TrainerCallback):
@@ -184,17 +188,6 @@ class _LogAtCheckpoints(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Request a log, which the Trainer writes before the checkpoint."""
         control.should_log |= control.should_save
-
-
-def _remove_old(out: Path) -> None:
-    """Keep the newest sealed checkpoints; remove older and incomplete ones.
-
-    `Trainer` itself would do so before the newest one is sealed, and would count incomplete ones.
-    """
-    sealed = finished_checkpoints(out)
-    for folder in _by_step(out):
-        if folder not in sealed[-_NUM_KEPT:]:
-            shutil.rmtree(folder)
 
 
 def _by_step(out: Path) -> list[Path]:
