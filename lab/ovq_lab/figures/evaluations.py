@@ -39,6 +39,7 @@ _PURPOSES = {"test": "tests", "validation": "validation"}
 _LATER: dict[str, Any] = {
     "merge": None,
     "logn_length": None,
+    "state_dtype": None,
     "split": "test",
     "needle_values": ["number"],
     "bare_needle_share": 0.0,
@@ -67,6 +68,7 @@ class Evaluation(ABC):
         merge: The merge rule during the evaluation, as in `OVQConfig.merge`; `None` for that of training.
         logn_length: Tokens beyond which logits are scaled, as in `OVQConfig.logn_length`; `None` for the
             model's own setting.
+        state_dtype: Format of the slots, as in `OVQConfig.state_dtype`; `None` for float32.
         seed: Seed of the examples. In a figure it is an offset to the seed of the run.
     """
 
@@ -80,6 +82,7 @@ class Evaluation(ABC):
     num_slots: int | None = None
     merge: str | None = None
     logn_length: int | None = None
+    state_dtype: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ from ovq_lab.figures import ablations, rivals, scaled
 from ovq_lab.figures.evaluations import Evaluation, KeptEvaluation, TaskEvaluation
 from ovq_lab.figures.fidelity import fidelity_rows
 from ovq_lab.figures.fidelity.streams import STREAMS
+from ovq_lab.figures.narrow import narrow
 from ovq_lab.figures.plan import Figure, Line, Panel
 from ovq_lab.figures.presets import TOKENS_PER_SLOT, Preset
 from ovq_lab.figures.text_figures import hybrids, language, longer, needle, of_corpus, partners
@@ -289,6 +290,7 @@ FIGURES: dict[str, Callable[[Preset], Figure]] = {
     ),
     "bytes": state_size,
     "dictionary": dictionary,
+    "narrow": narrow,
     "kept": kept,
     "init": ablations.init,
     "growth": ablations.growth,
