@@ -119,6 +119,10 @@ def test_eval_prints_what_the_library_measures(trained, capsys):
     assert {row["logn_length"] for row in scaled} == {2}
     assert [row | {"logn_length": None} for row in scaled] == rows
     assert "log-n" in run(capsys, "eval", *arguments, "--logn-length", 2)
+    coarse = json.loads(run(capsys, "eval", *arguments, "--state-dtype", "int8", "--json"))["rows"]
+    assert {row["state_dtype"] for row in coarse} == {"int8"}
+    assert all(narrow["state_bytes"] < row["state_bytes"] for narrow, row in zip(coarse, rows, strict=True))
+    assert "slots in int8" in run(capsys, "eval", *arguments, "--state-dtype", "int8")
     other_seed = json.loads(run(capsys, "eval", *arguments[:-1], 2, "--json"))["rows"]
     assert other_seed != rows
     table = run(capsys, "eval", *arguments)

@@ -22,6 +22,7 @@ def harness(
     num_slots: options.NumSlots = None,
     merge: options.MergeRule = None,
     logn_length: options.LognLength = None,
+    state_dtype: options.StateDtype = None,
     num_fewshot: Annotated[int | None, typer.Option(min=0, help="Solved examples per question.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Requests per batch.")] = 1,
     max_length: Annotated[
@@ -55,7 +56,9 @@ def harness(
     # Some tasks print progress; standard output is for results only.
     with redirect_stdout(sys.stderr):
         results = evaluate_tasks(
-            load_any_model(model, num_slots=num_slots, merge=merge, logn_length=logn_length),
+            load_any_model(
+                model, num_slots=num_slots, merge=merge, logn_length=logn_length, state_dtype=state_dtype
+            ),
             text_tokenizer(model),
             names,
             batch_size=batch_size,

@@ -9,7 +9,7 @@ import typer
 
 from ovq.cli.common import check_folder, parse_ints
 from ovq.cli.loading import check_any_model_folder, is_ovq_model, load_any_model
-from ovq.cli.options import Json, LognLength
+from ovq.cli.options import Json, LognLength, StateDtype
 from ovq_lab.cli import corpus, dictionaries
 from ovq_lab.cli.results import Models, PieceSize, model_names, show_results, text_tokenizer
 
@@ -28,6 +28,7 @@ def language(
     num_slots: dictionaries.Sizes = None,
     merge: dictionaries.Rules = None,
     logn_length: LognLength = None,
+    state_dtype: StateDtype = None,
     windows: Annotated[int, typer.Option(min=1, help="Most windows per length.")] = 8,
     block_size: Annotated[int, typer.Option(min=1, help="Positions averaged together.")] = 1024,
     piece_size: PieceSize = 2048,
@@ -70,7 +71,8 @@ def language(
         progress = say_progress(source.dataset, reporter)
         for folder, name in zip(model, model_names(model), strict=True):
             # Loaded first, as reading the corpus may take long.
-            loaded, tokenizer = load_any_model(folder, logn_length=logn_length), text_tokenizer(folder)
+            loaded = load_any_model(folder, logn_length=logn_length, state_dtype=state_dtype)
+            tokenizer = text_tokenizer(folder)
             documents = load_corpus(source, split, tokenizer=tokenizer, progress=progress)
             rows += evaluate_language(
                 loaded,

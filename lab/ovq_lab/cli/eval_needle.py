@@ -9,7 +9,7 @@ import typer
 
 from ovq.cli.common import check_folder, flag_of, parse_ints
 from ovq.cli.loading import check_any_model_folder, load_any_model
-from ovq.cli.options import Json, LognLength
+from ovq.cli.options import Json, LognLength, StateDtype
 from ovq_lab.cli import corpus, dictionaries
 from ovq_lab.cli.results import Models, PieceSize, model_names, show_results, text_tokenizer
 
@@ -36,6 +36,7 @@ def needle(
     num_slots: dictionaries.Sizes = None,
     merge: dictionaries.Rules = None,
     logn_length: LognLength = None,
+    state_dtype: StateDtype = None,
     examples: Annotated[int, typer.Option(min=1, help="Questions per length and depth.")] = 5,
     distractors: Annotated[int, typer.Option(min=1, help="Wrong values to compare the right one with.")] = 7,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the questions.")] = 0,
@@ -87,7 +88,7 @@ def needle(
                 texts=texts,
             )
             rows += evaluate_needle(
-                load_any_model(folder, logn_length=logn_length),
+                load_any_model(folder, logn_length=logn_length, state_dtype=state_dtype),
                 builder,
                 lengths=at_lengths,
                 depths=at_depths,

@@ -12,7 +12,7 @@ import typer
 
 from ovq.cli.common import given_options, out_console, parse_ints
 from ovq.cli.loading import check_model_folder, load_model
-from ovq.cli.options import Json, LognLength
+from ovq.cli.options import Json, LognLength, StateDtype
 from ovq_lab.cli import dictionaries, eval_harness, eval_lm, eval_needle
 
 app = typer.Typer(invoke_without_command=True, subcommand_metavar="[lm|needle|harness]")
@@ -31,6 +31,7 @@ def evaluate(
     num_slots: dictionaries.Sizes = None,
     merge: dictionaries.Rules = None,
     logn_length: LognLength = None,
+    state_dtype: StateDtype = None,
     examples: Annotated[int, typer.Option(min=1, help="Examples per length.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the test data.")] = 0,
     json_: Json = False,
@@ -70,7 +71,7 @@ def evaluate(
 
     with Reporter() as reporter:
         rows = evaluate_model(
-            load_model(model, logn_length=logn_length),
+            load_model(model, logn_length=logn_length, state_dtype=state_dtype),
             task,
             lengths=at_lengths,
             **tested,

@@ -81,11 +81,13 @@ def state_bytes(model: PreTrainedModel, num_tokens: int) -> int:
 
 def row_fields(model: PreTrainedModel, dictionary: Dictionary, length: int) -> dict[str, Any]:
     """The fields of a `ModelRow` for a model with this dictionary."""
+    state_dtype = getattr(model.config, "state_dtype", None)
     return {
         "mixer": long_range_mixer(model.config),
         "num_slots": dictionary.num_slots,
         "merge": dictionary.merge,
-        "logn_length": model.config.logn_length if isinstance(model.config, OVQConfig) else None,
+        "logn_length": getattr(model.config, "logn_length", None),
+        "state_dtype": None if dictionary.num_slots is None or state_dtype == "float32" else state_dtype,
         "length": length,
         "state_bytes": state_bytes(model, length),
     }

@@ -28,6 +28,7 @@ class ModelRow:
         merge: The merge rule during the test, as in `OVQConfig.merge`; `None` without a dictionary, and in
             files written before rows had this field.
         logn_length: Tokens beyond which logits were scaled, as in `OVQConfig.logn_length`; `None` for none.
+        state_dtype: Format of the slots; `None` for float32, and without a dictionary.
     """
 
     mixer: str
@@ -36,11 +37,18 @@ class ModelRow:
     state_bytes: int
     merge: str | None = None
     logn_length: int | None = None
+    state_dtype: str | None = None
 
     @property
     def label(self) -> str:
         """The model's display name."""
-        return model_label(self.mixer, self.num_slots, merge=self.merge, logn_length=self.logn_length)
+        return model_label(
+            self.mixer,
+            self.num_slots,
+            merge=self.merge,
+            logn_length=self.logn_length,
+            state_dtype=self.state_dtype,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,7 +65,12 @@ class NamedRow(ModelRow):
     def label(self) -> str:
         """The model's display name."""
         return model_label(
-            self.mixer, self.num_slots, self.name, merge=self.merge, logn_length=self.logn_length
+            self.mixer,
+            self.num_slots,
+            self.name,
+            merge=self.merge,
+            logn_length=self.logn_length,
+            state_dtype=self.state_dtype,
         )
 
 
@@ -92,6 +105,7 @@ def model_label(
     *,
     merge: str | None = None,
     logn_length: int | None = None,
+    state_dtype: str | None = None,
 ) -> str:
     """Display name of a model in tables, figures and sentences.
 
@@ -100,12 +114,14 @@ def model_label(
     Example:
         >>> model_label("gated_deltanet", None), model_label("ovq", 64, "big", logn_length=256)
         ('Gated DeltaNet', 'big, 64 slots, log-n')
+        >>> model_label("ovq", 64, state_dtype="int8")
+        'OVQ, 64 slots in int8'
     """
     parts = [name or MIXER_NAMES.get(mixer, mixer)]
     if merge in MERGE_NAMES:
         parts.append(MERGE_NAMES[merge])
     if num_slots is not None:
-        parts.append(f"{num_slots} slots")
+        parts.append(f"{num_slots} slots" + ("" if state_dtype is None else f" in {state_dtype}"))
     if logn_length is not None:
         parts.append(LOGN)
     return ", ".join(parts)

@@ -9,20 +9,20 @@ from ovq.ops.options import BEST_MERGE
 from ovq_lab.figures.plan import Figure, Line, Panel
 from ovq_lab.figures.presets import Preset
 
-# What is measured of each task, and at how many times the length of training.
+# What is measured of each task.
 _TASKS = {
-    "recall": ("accuracy", 16),
-    "positional": ("accuracy", 16),
-    "mqar": ("accuracy", 16),
-    "regression": ("mean_error", 8),
+    "recall": "accuracy",
+    "positional": "accuracy",
+    "mqar": "accuracy",
+    "regression": "mean_error",
 }
 
 
 def narrow(preset: Preset) -> Figure:
     """Quality against bytes of state, by the format of the slots, on the same weights."""
     lines, panels = [], []
-    for name, (quality, factor) in _TASKS.items():
-        task = preset.task(name).at_length(factor * preset.train_length(name))
+    for name, quality in _TASKS.items():
+        task = preset.task(name).at_length(max(preset.near_lengths(name)))
         trained = preset.configs[name].model.num_slots
         sizes = [preset.evaluation(task, num_slots=trained * each, merge=BEST_MERGE) for each in (1, 2, 4, 8)]
         lines += [
