@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ovq.inspect import DROPPED, EXACT, converted_memories, inspect_text
+from ovq.inspect import DROPPED, EXACT, LEVEL_NAMES, converted_memories, inspect_text, sharing
 from tests.convert.common import converted, original
 
 IDS = torch.arange(150)[None] * 17 % 64
@@ -88,6 +88,8 @@ def test_the_memories_are_those_of_an_ordinary_call(kind):
                 if not budget.num_slots:
                     assert (slots == DROPPED).sum() == num_merged
                     assert (memory.kept[head] == (slots == EXACT)).all()
+                    assert (memory.counts()[head] == np.where(slots == DROPPED, -1, 0)).all()
+                    assert sharing(memory, head).kept_share == sharing(memory, head).exact_share == (150 - num_merged) / 150
                     continue
                 found = np.bincount(slots[slots >= 0], minlength=budget.num_slots)
                 # What was brought nearer counts for fewer tokens; up to 7 stay as they are.
@@ -120,3 +122,6 @@ def test_a_model_without_a_memory_is_refused():
     found = inspect_text(converted(), [1], ["a"])
     assert (found.merge, found.num_layers, found.layer(None).layer) == ("nearest", 2, 1)
     assert found.layer(None).final_slots.tolist() == [[EXACT]] * 2
+    assert found.level_names == LEVEL_NAMES[:-1]
+    # By then, the head without slots has dropped some.
+    assert inspect_text(converted(), [1] * 40, ["a"] * 40).level_names == LEVEL_NAMES

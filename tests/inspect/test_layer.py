@@ -30,6 +30,9 @@ from tests.inspect.common import recorded
 )
 def test_weights_times_values_are_the_outputs_of_the_op(options):
     call = recorded(43, **options)
+    if "log_forget" in call.options:
+        # The op forgets so much, but not more.
+        call.options["log_forget"][:, 1::7] = -1e6
     expected, _ = ovq_attention(call.q, call.k, call.v, scale=call.scale, **call.options)
     counts_for = call.options.get("token_weights", torch.ones(1, 43, 2))
     forgets = call.options.get("log_forget", torch.zeros(1, 43, 2))
@@ -55,7 +58,10 @@ def test_weights_times_values_are_the_outputs_of_the_op(options):
 @pytest.mark.parametrize("gate", ["merge_gate", "forget_gate"])
 def test_what_is_recounted_chunk_by_chunk_is_what_the_layer_kept(gate):
     call = recorded(43, merge="nearest", **{gate: True})
-    memory, found = layer_memory(call, layer=0, num_reads=3), call.assignments()
+    told = []
+    memory = layer_memory(call, layer=0, num_reads=3, progress=told.append)
+    found = call.assignments()
+    assert told == [*range(5, 41, 5), 43]
     assert np.array_equal(memory.final_slots, found.slots[0].numpy())
     assert np.allclose(memory.shares.sum(-1), 1, atol=1e-5)
 
@@ -132,9 +138,18 @@ def test_the_same_value_again_is_not_lost():
     for x in (k, v):
         for half in halves:
             x[:, half] = x[:, half][:, :1]
-    memory = layer_memory(dataclasses.replace(call, k=k, v=v), layer=0, num_reads=1)
-    assert memory.counts().max() > 4
-    assert memory.kept.min() > 0.999
+    # And one value alone, from which none differs.
+    for values in (v, v[:, :1].expand_as(v)):
+        memory = layer_memory(dataclasses.replace(call, k=k, v=values), layer=0, num_reads=1)
+        assert memory.counts().max() > 4
+        assert (memory.kept == 1).all()
+
+
+def test_nothing_is_kept_of_a_token_without_weight():
+    call = recorded(41, merge="nearest", merge_gate=True, num_slots=64)
+    call.options["token_weights"][:, 3] = 0
+    memory = layer_memory(call, layer=0, num_reads=1)
+    assert ((memory.kept < 1) == (np.arange(41) == 3)).all()
 
 
 def test_weights_on_slots_of_one_token_and_of_several():

@@ -20,7 +20,7 @@ def test_characters_of_several_bytes_belong_to_their_first_token():
 
 
 def words(**options):
-    ids = {word: i for i, word in enumerate(["<s>", "one", "two"])}
+    ids = {word: i for i, word in enumerate(["<s>", "one", "two", " ."])}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<s>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
@@ -32,8 +32,14 @@ def test_spaces_that_a_tokenizer_drops_and_marks_that_it_adds_are_shown():
     ids = tokenizer("one  two one")["input_ids"]
     assert token_pieces("one  two one", ids, tokenizer) == ["<s>", "one", "  two", " one"]
     assert token_pieces("one two", [1, 2], tokenizer) == ["one", " two"]
+    # A mark that stands in the text is shown once.
+    ids = tokenizer("one <s> two")["input_ids"]
+    assert token_pieces("one <s> two", ids, tokenizer) == ["<s>", "one", " <s>", " two"]
+    # The beginning of a text.
+    assert token_pieces("one <s> two", ids[:2], tokenizer) == ["<s>", "one"]
     # Not the ids of this text: each is decoded by itself.
     assert token_pieces("two", [1, 2], tokenizer) == ["one", "two"]
+    assert token_pieces("two", [1, 3], words(clean_up_tokenization_spaces=True)) == ["one", " ."]
 
 
 def test_token_ids_are_their_own_text():

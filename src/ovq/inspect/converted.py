@@ -94,10 +94,8 @@ class _HeadObserver:
             to, new = (
                 x.cpu().numpy().astype(np.int32) for x in homes[0].split([homes.shape[2] - size, size], 1)
             )
-            is_used = np.zeros(to.shape, dtype=bool)
             head, token = np.nonzero(self.places >= 0)
-            is_used[head, self.places[head, token]] = True
-            self.moves.append(moves_of(to, self._num_chunks, is_used))
+            self.moves.append(moves_of(to, self._num_chunks))
             self.places[head, token] = to[head, self.places[head, token]]
             self.places[:, chunk] = self.first_places[:, chunk] = new
         self._num_chunks += 1

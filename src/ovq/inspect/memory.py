@@ -149,15 +149,14 @@ def reads_of(weights: Tensor, positions: Tensor, num_reads: int, *, is_single: T
     )
 
 
-def moves_of(to: np.ndarray, chunk: int, is_used: np.ndarray | bool = True) -> np.ndarray:
+def moves_of(to: np.ndarray, chunk: int) -> np.ndarray:
     """The rows of `LayerMemory.moves` of one chunk.
 
     Args:
-        to: `[Hkv, M]` slot that the content of each slot went to; negative for empty ones.
+        to: `[Hkv, M]` slot that the content of each slot went to; for empty ones itself or a negative number.
         chunk: Index of the chunk.
-        is_used: `[Hkv, M]` whether each slot had content.
     """
-    head, slot = np.nonzero((to >= 0) & (to != np.arange(to.shape[1])) & is_used)
+    head, slot = np.nonzero((to >= 0) & (to != np.arange(to.shape[1])))
     return np.stack([np.full_like(head, chunk), head, slot, to[head, slot]], 1).astype(np.int32)
 
 
