@@ -22,7 +22,9 @@ def recorded(num_tokens, *, seed=0, **options):
     return calls[0]
 
 
-def looked_into(pieces, *, num_heads=2, num_kv_heads=None, max_tokens=4096, num_reads=8, **changes):
+def looked_into(
+    pieces, *, num_heads=2, num_kv_heads=None, max_tokens=4096, num_reads=8, work=None, **changes
+):
     """A text of these pieces, read by a tiny model with random weights."""
     torch.manual_seed(0)
     config = OVQConfig(
@@ -41,4 +43,5 @@ def looked_into(pieces, *, num_heads=2, num_kv_heads=None, max_tokens=4096, num_
         name="text",
         max_tokens=max_tokens,
         num_reads=num_reads,
+        work=work,
     )

@@ -89,7 +89,8 @@ def test_the_memories_are_those_of_an_ordinary_call(kind):
                     assert (slots == DROPPED).sum() == num_merged
                     assert (memory.kept[head] == (slots == EXACT)).all()
                     assert (memory.counts()[head] == np.where(slots == DROPPED, -1, 0)).all()
-                    assert sharing(memory, head).kept_share == sharing(memory, head).exact_share == (150 - num_merged) / 150
+                    shown = sharing(memory, head)
+                    assert shown.kept_share == shown.exact_share == (150 - num_merged) / 150
                     continue
                 found = np.bincount(slots[slots >= 0], minlength=budget.num_slots)
                 # What was brought nearer counts for fewer tokens; up to 7 stay as they are.
@@ -119,9 +120,9 @@ def test_a_model_without_a_memory_is_refused():
         inspect_text(converted(), [1, -1], ["a", "b"])
     with pytest.raises(ValueError, match="num_reads: expected an integer of at least 1, found 0"):
         inspect_text(converted(), [1], ["a"], num_reads=0)
+    with pytest.raises(ValueError, match="num_slots: expected at most 32,767, found 40,000"):
+        inspect_text(converted(num_slots=[[16, 0], [8, 40_000]]), [1], ["a"])
     found = inspect_text(converted(), [1], ["a"])
     assert (found.merge, found.num_layers, found.layer(None).layer) == ("nearest", 2, 1)
     assert found.layer(None).final_slots.tolist() == [[EXACT]] * 2
     assert found.level_names == LEVEL_NAMES[:-1]
-    # By then, the head without slots has dropped some.
-    assert inspect_text(converted(), [1] * 40, ["a"] * 40).level_names == LEVEL_NAMES

@@ -1,5 +1,7 @@
 """The text of each token."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -47,6 +49,11 @@ def test_token_ids_are_their_own_text():
 
 
 def test_a_text_is_cut_and_says_so():
+    told = []
+    work = SimpleNamespace(update=told.append)
+    found = looked_into(list("abcdefghij"), max_tokens=7, num_hidden_layers=4, work=work)
+    # Tokens are counted layer by layer.
+    assert told == [4, 7, 11, 14]
     found = looked_into(list("abcdefghij"), max_tokens=7)
     assert (found.num_tokens, found.num_given, found.pieces) == (7, 10, list("abcdefg"))
     assert found.layer(None).layer == found.layer(1).layer == 1
