@@ -1,9 +1,10 @@
 """Texts and models to look into."""
 
+import numpy as np
 import torch
 
 from ovq.hf import OVQConfig, OVQForCausalLM
-from ovq.inspect import inspect_text
+from ovq.inspect import DROPPED, inspect_text
 from ovq.layers import OVQAttention
 
 
@@ -20,6 +21,16 @@ def recorded(num_tokens, *, seed=0, **options):
     with layer.recording() as calls, torch.no_grad():
         layer(torch.randn(1, num_tokens, 24))
     return calls[0]
+
+
+def kept_by_hand(values, slots):
+    """What the slots `[T]` of a head give back of the values `[T, V]` of its tokens."""
+    values, found = values.double().numpy(), []
+    spread = ((values - values.mean(0)) ** 2).sum(-1)
+    for token, slot in enumerate(slots):
+        mean = values[slots == slot].mean(0) if slot >= 0 else values[token]
+        found.append(max(0, 1 - ((values[token] - mean) ** 2).sum() / spread[token]))
+    return np.where(slots == DROPPED, 0, found)
 
 
 def looked_into(

@@ -6,6 +6,7 @@ import torch
 
 from ovq.inspect import DROPPED, EXACT, LEVEL_NAMES, converted_memories, inspect_text, sharing
 from tests.convert.common import converted, original
+from tests.inspect.common import kept_by_hand
 
 IDS = torch.arange(150)[None] * 17 % 64
 # Not more tokens than the model was trained on: what is brought nearer is no mean of its tokens any more.
@@ -46,6 +47,8 @@ def places_before(memory, kv_head, num_read):
 def test_what_is_read_of_the_tokens_behind_slots_is_the_output_of_the_attention():
     memories, values, outputs = watched(converted(), SHORT)
     for memory, of_tokens, expected in zip(memories, values, outputs, strict=True):
+        kept = [kept_by_hand(*each) for each in zip(of_tokens, memory.final_slots, strict=True)]
+        assert np.allclose(memory.kept, kept, atol=1e-5)
         for head in range(4):
             kv_head = memory.kv_head(head)
             for token in range(48):
@@ -118,6 +121,8 @@ def test_a_model_without_a_memory_is_refused():
         inspect_text(original(), [1, 2], ["a", "b"])
     with pytest.raises(ValueError, match=r"ids: expected token ids from 0 to \d+, found -1"):
         inspect_text(converted(), [1, -1], ["a", "b"])
+    with pytest.raises(ValueError, match="ids: expected token ids from 0 to 63, found 64"):
+        inspect_text(converted(), [1, 64], ["a", "b"])
     with pytest.raises(ValueError, match="num_reads: expected an integer of at least 1, found 0"):
         inspect_text(converted(), [1], ["a"], num_reads=0)
     with pytest.raises(ValueError, match="num_slots: expected at most 32,767, found 40,000"):

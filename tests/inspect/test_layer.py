@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ovq.inspect import layer_memory, levels, read_weights, sharing
 from ovq.inspect.layer import read_with
 from ovq.ops import ovq_attention
-from tests.inspect.common import recorded
+from tests.inspect.common import kept_by_hand, recorded
 
 
 @pytest.mark.parametrize(
@@ -113,14 +113,10 @@ def test_what_is_kept_of_values_is_what_the_means_of_slots_give_back():
     call = recorded(41, merge="nearest")
     memory = layer_memory(call, layer=0, num_reads=1)
     for head in range(2):
-        values, slots = call.v[0, :, head].double().numpy(), memory.final_slots[head]
-        spread = ((values - values.mean(0)) ** 2).sum(-1)
-        for token, slot in enumerate(slots):
-            mean = values[slots == slot].mean(0) if slot >= 0 else values[token]
-            kept = max(0, 1 - ((values[token] - mean) ** 2).sum() / spread[token])
-            assert memory.kept[head, token] == pytest.approx(kept, abs=1e-5)
-            is_exact = slot < 0 or (slots == slot).sum() == 1
-            assert (memory.kept[head, token] == 1) == is_exact
+        slots = memory.final_slots[head]
+        assert memory.kept[head] == pytest.approx(kept_by_hand(call.v[0, :, head], slots), abs=1e-5)
+        is_exact = [slot < 0 or (slots == slot).sum() == 1 for slot in slots]
+        assert np.array_equal(memory.kept[head] == 1, is_exact)
         shown = sharing(memory, head)
         assert sum(shown.num_tokens) == 41
         assert shown.num_tokens[0] == 1

@@ -69,13 +69,18 @@ def unpacked(text, dtype, *shape):
 
 def test_the_data_are_what_was_found():
     found = looked_into([str(i) for i in range(61)], num_heads=4, num_kv_heads=2, merge="nearest")
+    # All but kept.
+    found.layer(None).kept[0, 0] = 0.9995
     data, memory = data_of(page_html(found, head=3)), found.layer(None)
     on_slots = np.where(memory.entries[3] >= 0, memory.weights[3], 0)
     first = np.nonzero(on_slots.max(-1) == on_slots.max())[0][-1]
     assert data["first"] == {"layer": 1, "head": 3, "token": first}
-    assert data_of(page_html(found))["first"]["head"] == memory.shares[..., 1:].sum((1, 2)).argmax()
+    both = looked_into([str(i) for i in range(61)], num_heads=4, mixer_types=["ovq"] * 2)
+    heads = [x.shares[..., 1:].sum((1, 2)).argmax() for x in both.layers]
+    assert heads[0] != heads[1]
+    assert [data_of(page_html(both, layer=i))["first"]["head"] for i in (0, 1)] == heads
     assert data["pieces"] == list(found.pieces)
-    assert (data["numGiven"], data["merge"], data["numLayers"]) == (61, "nearest", 2)
+    assert (data["numGiven"], data["merge"], data["numLayers"], data["convSize"]) == (61, "nearest", 2, 4)
     [layer] = data["layers"]
     sizes = [layer[name] for name in ("layer", "chunkSize", "numHeads", "numKvHeads", "numReads", "numSinks")]
     assert sizes == [1, 4, 4, 2, 8, 0]
@@ -107,7 +112,9 @@ def test_nothing_of_a_text_becomes_part_of_the_page():
     assert not set("<>&") & set(raw)
     elements = Elements(text)
     assert len(elements.of("script")) == 2
-    assert len(elements.of("title")) == len(elements.of("style")) == 1
+    [title] = elements.of("title")
+    assert title[2] == "ovq inspect: <b>&\ufffd\ufffd\ufffd</title><script>.txt"
+    assert len(elements.of("style")) == 1
     plain = page_html(looked_into(["a"] * 36))
     assert [each[:2] for each in elements.found if each[0] != "meta"] == [
         each[:2] for each in Elements(plain).found if each[0] != "meta"

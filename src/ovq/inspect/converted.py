@@ -117,7 +117,6 @@ def _joined(number: int, layer: MemoryLayer) -> LayerMemory:
     order = np.argsort(list(budgets))
     per_head = len(reads[0].entries) // len(observers[0].budget.heads)
     of_queries = (order[:, None] * per_head + np.arange(per_head)).flatten()
-    by_chunk = np.concatenate(moves)
     return LayerMemory(
         layer=number,
         num_slots=tuple(budgets[head].num_slots for head in sorted(budgets)),
@@ -125,7 +124,7 @@ def _joined(number: int, layer: MemoryLayer) -> LayerMemory:
         num_sinks=budgets[0].num_sinks,
         chunk_size=budgets[0].chunk_size,
         slots=np.concatenate([x.first_places for x in observers])[order],
-        moves=by_chunk[np.argsort(by_chunk[:, 0], kind="stable")],
+        moves=np.concatenate(moves),
         final_slots=np.concatenate([x.places for x in observers])[order],
         kept=np.concatenate(kept)[order],
         **{name: np.concatenate([getattr(x, name) for x in reads])[of_queries] for name in Reads._fields},

@@ -37,7 +37,8 @@ class LayerMemory:
         chunk_size: Tokens per chunk.
         slots: `[Hkv, T]` int32 slot of each token right after its own chunk was merged; `EXACT` or `DROPPED`
             if in none.
-        moves: `[X, 4]` int32 rows of chunk, head, slot and the slot that it was merged into with that chunk.
+        moves: `[X, 4]` int32 rows of chunk, head, slot and the slot that it was merged into with that chunk;
+            of each head, the first chunk first.
             Only rules that merge pairs have any.
         final_slots: `[Hkv, T]` int32 slot of each token at the end of the text, likewise.
         kept: `[Hkv, T]` float32 share of each token's value that its slot still gives at the end: 1 -
