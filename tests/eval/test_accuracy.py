@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from tests.progress import Seen
 
 from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.runtime.progress import Reporter
 from ovq_lab.eval import accuracy
 from ovq_lab.eval.accuracy import evaluate
+from ovq_lab.eval.dictionaries import dictionaries_to_test
 from ovq_lab.eval.models import long_range_mixer
 from ovq_lab.tasks import IGNORE_INDEX, RecallTask, RegressionTask
 
@@ -94,7 +96,9 @@ def test_the_size_of_micro_batches_does_not_show(monkeypatch):
 
 def test_each_length_may_have_a_number_of_examples_of_its_own():
     model = build_model("sliding_attention", "ovq")
-    together = run(model, lengths=[40, 60], num_examples=[5, 2])
+    seen = Seen()
+    together = evaluate(model, TASK, lengths=[40, 60], num_examples=[5, 2], reporter=seen)
+    assert (seen.total, seen.done) == (7, [5, 7])
     assert together == [*run(model, lengths=[40], num_examples=5), *run(model, lengths=[60], num_examples=2)]
 
 
@@ -135,6 +139,11 @@ def test_rules_are_varied_on_the_same_weights_and_put_back():
     with pytest.raises(ValueError, match="merge: expected one of"):
         run(model, merges=["existing", "neither"], **arguments)
     assert (model.config.merge, model.config.growth) == ("nearest", "immediate")
+
+
+def test_a_rule_that_is_named_twice_is_tested_once():
+    found = dictionaries_to_test(OVQConfig(), merges=["nearest", "existing", "nearest"])
+    assert [dictionary.merge for dictionary in found] == ["nearest", "existing"]
 
 
 def test_the_mode_of_the_model_is_put_back():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from tests.progress import Seen
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -79,7 +80,9 @@ def test_logits_are_formed_for_a_few_tokens_at_a_time(ovq, monkeypatch):
 
 def test_a_row_says_what_the_losses_of_its_windows_are(ovq):
     documents = [random_ids(130, seed=1), random_ids(70, seed=2)]
-    [row] = measure(ovq, documents, lengths=[64], num_windows=3, block_size=20)
+    seen = Seen()
+    [row] = evaluate_language(ovq, documents, lengths=[64], num_windows=3, block_size=20, reporter=seen)
+    assert (seen.total, seen.done) == (192, [64, 128, 192])
     windows = [documents[0][:64], documents[1][:64], documents[0][64:128]]
     losses = np.stack([token_losses(ovq, window) for window in windows]).astype(np.float64)
     assert row.num_windows == 3

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from tests.progress import Seen
 
 from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.runtime.progress import Reporter
@@ -248,7 +249,9 @@ def test_rows_hold_the_means_of_the_scores(model, monkeypatch):
     monkeypatch.setattr("ovq_lab.eval.needle._EXTRA_TOKENS", 0)
     builder = NeedleBuilder(BYTES, value="word", num_distractors=2)
     options = {"lengths": [340, 400], "depths": [0, 1.0], "num_slots": [2, 32], "num_examples": 2}
-    rows = measure(model, builder, seed=5, name="m", **options)
+    seen = Seen()
+    rows = evaluate_needle(model, builder, seed=5, name="m", reporter=seen, **options)
+    assert seen.done[-1] == seen.total == 2 * 2 * 2 * (340 + 400)
     places = [(slots, length, depth) for slots in (2, 32) for length in (340, 400) for depth in (0, 1)]
     assert [(row.num_slots, row.length, row.depth) for row in rows] == places
     assert model.config.num_slots == 8

@@ -10,7 +10,7 @@ from ovq_lab.bench.rivals import RIVALS
 from ovq_lab.bench.show import sentences, tables
 from ovq_lab.bench.suite import Suite, run_suite
 from ovq_lab.bench.workloads import Workload
-from tests.research.bench.common import Seen
+from tests.progress import Seen
 
 SMALL = {"length": 48, "dtype": "float32", "chunk_size": 16, "num_heads": 2, "head_dim": 16}
 

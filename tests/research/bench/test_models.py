@@ -12,7 +12,7 @@ from ovq_lab.bench.measure import matrix_rate
 from ovq_lab.bench.model_suite import ModelSuite, run_models
 from ovq_lab.bench.models import MODELS, ModelWorkload
 from ovq_lab.bench.show import save_figures, tables
-from tests.research.bench.common import Seen
+from tests.progress import Seen
 
 
 def workload(model, length=40):

@@ -12,7 +12,7 @@ from ovq_lab.bench import pretrained_peer
 from ovq_lab.bench.pretrained_suite import PretrainedSuite, run_pretrained
 from ovq_lab.bench.show import save_figures, tables
 from tests.convert.common import converted
-from tests.research.bench.common import Seen
+from tests.progress import Seen
 from tests.test_cli import fail
 
 # Stands in for an interpreter: it prints what a peer prints.

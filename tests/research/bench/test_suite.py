@@ -15,7 +15,7 @@ from ovq_lab.bench.measure import interleaved, peak_bytes
 from ovq_lab.bench.show import save_figures, sentences, tables
 from ovq_lab.bench.suite import Suite, run_suite
 from ovq_lab.bench.workloads import Workload
-from tests.research.bench.common import Seen
+from tests.progress import Seen
 
 SMALL = {"chunk_size": 16, "num_heads": 2, "head_dim": 8}
 

@@ -1,4 +1,4 @@
-"""What the tests of the measurements share."""
+"""A reporter for tests."""
 
 
 class Seen:
