@@ -10,7 +10,7 @@ from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.runtime.progress import Reporter
 from ovq_lab.eval import accuracy
 from ovq_lab.eval.accuracy import evaluate
-from ovq_lab.eval.dictionaries import dictionaries_to_test
+from ovq_lab.eval.dictionaries import Dictionary, dictionaries_to_test, each_dictionary
 from ovq_lab.eval.models import long_range_mixer
 from ovq_lab.tasks import IGNORE_INDEX, RecallTask, RegressionTask
 
@@ -148,6 +148,7 @@ def test_a_rule_that_is_named_twice_is_tested_once():
 
 def test_the_mode_of_the_model_is_put_back():
     model = build_model("full_attention").train()
+    assert [model.training for _ in each_dictionary(model, [Dictionary()])] == [False]
     [row] = run(model, lengths=[40], num_examples=1)
     assert model.training
     assert (row.mixer, row.num_slots, row.merge) == ("full_attention", None, None)
@@ -189,6 +190,7 @@ def test_a_task_with_unknown_tokens_is_refused():
     [
         (["sliding_attention", "ovq"], "ovq"),
         (["full_attention", "sliding_attention"], "full_attention"),
+        (["full_attention", "ovq"], "ovq"),
         (["sliding_attention", "sliding_attention"], "sliding_attention"),
     ],
 )

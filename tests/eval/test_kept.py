@@ -12,7 +12,7 @@ from ovq.runtime.progress import Reporter
 from ovq_lab.eval import kept
 from ovq_lab.eval.accuracy import evaluate
 from ovq_lab.eval.kept import COUNT_NAMES, evaluate_kept
-from ovq_lab.tasks import RecallTask
+from ovq_lab.tasks import IGNORE_INDEX, RecallTask
 
 TASK = RecallTask(length=90, vocab_size=20, key_length=2, pair_share=0.6)
 CHUNK = 4
@@ -53,9 +53,12 @@ def test_places_of_pairs_hold_the_pairs():
         assert (starts[row, stored:] > TASK.context_length).all()
 
 
-@pytest.mark.parametrize("merge", ["existing", "nearest"])
-def test_pairs_with_a_slot_of_their_own_counted_by_hand(merge, monkeypatch):
+@pytest.mark.parametrize(("merge", "offset"), [("existing", None), ("nearest", None), ("nearest", 3)])
+def test_pairs_with_a_slot_of_their_own_counted_by_hand(merge, offset, monkeypatch):
     """Question by question: who is in the slots that a shorter text ends with."""
+    if offset is not None:
+        # The token after a pair, which may begin the next.
+        monkeypatch.setattr(kept, "_most_read", lambda *_: (offset, 0.5))
     model = build_model("sliding_attention", "ovq")
     row = run(model, merge=merge)
     # In batches of one, the same.
@@ -103,6 +106,19 @@ def test_pairs_with_a_slot_of_their_own_counted_by_hand(merge, monkeypatch):
     assert row.own_accuracy == right[own > 0].mean()
     assert row.shared_accuracy == right[own == 0].mean()
     assert 0 < row.accuracy == right.mean()
+
+
+def test_a_question_is_right_if_all_its_tokens_are(monkeypatch):
+    real = kept.answers_of
+
+    def half_right(model, batch):
+        real(model, batch)
+        right = batch.labels[batch.labels != IGNORE_INDEX]
+        return right + np.arange(len(right)) % 2
+
+    monkeypatch.setattr(kept, "answers_of", half_right)
+    task = dataclasses.replace(TASK, value_length=2)
+    assert run(build_model("ovq"), task, num_examples=1).accuracy == 0
 
 
 def test_the_accuracy_is_that_of_an_evaluation():
@@ -154,8 +170,16 @@ def test_with_room_for_every_token_all_pairs_have_slots_of_their_own():
     assert row.own_accuracy == row.accuracy
 
 
-def test_the_token_that_is_read_is_the_one_with_the_most_weight():
-    """Every question attends to itself, and to the third token of its pair."""
+def test_slots_of_very_many_tokens_are_one_kind():
+    tally = kept._Tally()
+    tally.add_memory(torch.tensor([[[0] * 1000, [0] * 257 + [1] * 743]]), 1000)
+    tally.add_questions(*[np.ones((1, 1), dtype=int)] * 3)
+    assert tally.fields()["slot_counts"]["over 256"] == 1
+
+
+@pytest.mark.parametrize("offset", [2, 3])
+def test_the_token_that_is_read_is_the_one_with_the_most_weight(offset):
+    """Every question attends to itself, and to a token of its pair or the one after it."""
     starts, pairs = TASK.pair_places(3, indices=range(2), split="test")
     places = kept._Pairs(TASK, starts, pairs)
     asked = places.questions
@@ -164,10 +188,10 @@ def test_the_token_that_is_read_is_the_one_with_the_most_weight():
     for b in range(2):
         for q in range(len(asked)):
             pair = pairs[b, TASK.num_stored + q]
-            weights[b, q, starts[b, pair] + 2] = 0.375
+            weights[b, q, starts[b, pair] + offset] = 0.375
             # More on itself, which tells nothing of the pair.
             weights[b, q, asked[q]] = 0.625
-    assert kept._most_read(weights, places) == (2, 0.375)
+    assert kept._most_read(weights, places) == (offset, 0.375)
 
 
 def test_what_does_not_fit_is_refused():

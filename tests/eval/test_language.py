@@ -101,14 +101,17 @@ def test_a_row_says_what_the_losses_of_its_windows_are(ovq):
     assert row.bits_per_byte is None
 
 
-def test_a_sawtooth_is_seen(ovq, monkeypatch):
-    # Positions 24 and later count; in each chunk of 8 the loss falls by 1 a token.
+@pytest.mark.parametrize(("chunk_size", "block_size", "fall"), [(8, 20, -4), (8, 1024, -4), (9, 20, -5)])
+def test_a_sawtooth_is_seen(chunk_size, block_size, fall, monkeypatch):
+    # In each chunk the loss falls by 1 a token; the middle one of an odd number is in neither half.
     monkeypatch.setattr(
-        "ovq_lab.eval.language.token_losses", lambda _m, ids, **_o: 10.0 - np.arange(len(ids) - 1) % 8
+        "ovq_lab.eval.language.token_losses",
+        lambda _m, ids, **_o: 10.0 - np.arange(len(ids) - 1) % chunk_size,
     )
-    [row] = measure(ovq, [random_ids(200)], lengths=[200], block_size=20)
-    assert row.phase_losses == tuple(10.0 - i for i in range(8))
-    assert (row.sawtooth, row.sawtooth_error) == (-4, 0)
+    model = make_model("ovq", chunk_size=chunk_size)
+    [row] = measure(model, [random_ids(200)], lengths=[200], block_size=block_size)
+    assert row.phase_losses == tuple(10.0 - i for i in range(chunk_size))
+    assert (row.sawtooth, row.sawtooth_error) == (fall, 0)
 
 
 def test_windows_without_whole_chunks_show_no_sawtooth():
@@ -116,6 +119,9 @@ def test_windows_without_whole_chunks_show_no_sawtooth():
     assert (row.phase_losses, row.sawtooth, row.sawtooth_error) == ((), None, None)
     [row] = measure(make_model("ovq", chunk_size=1), [random_ids(60)], lengths=[60])
     assert row.sawtooth is None
+    # One chunk has no error.
+    [row] = measure(make_model("ovq"), [random_ids(25)], lengths=[25])
+    assert (row.sawtooth is None, row.sawtooth_error) == (False, None)
 
 
 def test_dictionaries_of_several_sizes_on_the_same_weights(ovq):
@@ -220,6 +226,7 @@ def test_windows_do_not_overlap_and_begin_with_beginnings():
         *([7, *range(first, first + 3)] for first in (0, 100, 200)),
         *(list(range(first, first + 4)) for first in (3, 203)),
     ]
+    assert len(take_windows([np.arange(7)], 4, 9, first_token=7)) == 2
 
 
 def test_what_stands_before_a_document_is_read_before_it(ovq):
