@@ -102,6 +102,20 @@ def test_biases_of_all_products_and_scaled_rotations(by_modules, steps):
     check_equal(found, by_modules(read, model, IDS[:2])[0])
 
 
+def test_numbers_of_each_module(by_modules, steps):
+    model = original("qwen3")
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        attention.scaling = 0.7
+        layer.input_layernorm.variance_epsilon, layer.post_attention_layernorm.variance_epsilon = 0.5, 2.0
+        attention.q_norm.variance_epsilon = attention.k_norm.variance_epsilon = 1.0
+    model.model.norm.variance_epsilon = 3.0
+    model = attach(model, **MEMORY)
+    found, _ = read(model, IDS[:2, :40])
+    assert steps[0] == 20
+    check_equal(found, by_modules(read, model, IDS[:2, :40])[0])
+
+
 def test_biases_of_qwen2(by_modules):
     model = original("qwen2")
     assert isinstance(model, Qwen2ForCausalLM)

@@ -59,7 +59,9 @@ def test_embeddings_and_several_tokens_and_no_cache(steps):
         model(IDS[:1, :1])
         # A first token makes the memory.
         model(IDS[:1, :1], past_key_values=model.make_cache())
-    assert steps == [0, 4]
+        # Padding that is not named.
+        model(IDS[:1, 20:21], torch.tensor([[1] * 23 + [0]]), past_key_values=cache)
+    assert steps == [0, 5]
 
 
 def test_gradients_and_training(steps):
@@ -116,6 +118,15 @@ def of_another_class(model):
     norm.__class__ = type("Norm", (type(norm),), {})
 
 
+def swapped(model):
+    layers = model.model.layers
+    model.model.layers = nn.ModuleList([layers[1], layers[0]])
+
+
+def showing(model):
+    model.config.output_hidden_states = True
+
+
 def activated(model):
     model.model.layers[0].mlp.act_fn = nn.GELU()
 
@@ -141,7 +152,7 @@ def windowed(model):
     model.model.layers[0].self_attn.sliding_window = 4
 
 
-CHANGES = [hooked, pre_hooked, replaced, overridden, of_another_class, activated, strided]
+CHANGES = [hooked, pre_hooked, replaced, overridden, of_another_class, swapped, showing, activated, strided]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda x: x.__name__)
