@@ -47,7 +47,7 @@ def tested(trained, texts, tmp_path_factory):
     return found
 
 
-def test_a_folder_has_what_the_hub_needs_and_results(trained, tested, tmp_path, capsys):
+def test_a_folder_has_what_the_hub_needs_and_results(trained, tested, texts, tmp_path, capsys):
     out = tmp_path / "my-model"
     names = ("lm.json", "needle.json")
     results = [word for name in names for word in ("--results", tested / name)]
@@ -62,6 +62,8 @@ def test_a_folder_has_what_the_hub_needs_and_results(trained, tested, tmp_path, 
     assert card.data["license"] == "mit"
     assert is_untouched(card.content)
     assert "# my-model" in card.text
+    assert f"`{texts.name}`, train" in card.text
+    assert str(texts) not in card.text
     rows = json.loads((tested / "lm.json").read_text())["rows"]
     assert len(rows) == 4
     for row in rows:

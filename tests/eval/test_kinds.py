@@ -153,6 +153,8 @@ def test_what_a_tokenizer_puts_before_a_text():
     from tokenizers.processors import TemplateProcessing
 
     assert start_token(BYTES) is None
+    # One that knows no such text.
+    assert start_token(lambda text, **options: {"input_ids": []}) is None
     marking, ending = byte_tokenizer(), byte_tokenizer()
     special = [(BYTES.eos_token, 256)]
     for tokenizer, template in ((marking, f"{BYTES.eos_token} $A"), (ending, f"$A {BYTES.eos_token}")):
