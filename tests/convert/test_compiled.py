@@ -168,6 +168,12 @@ def test_what_autograd_has_saved_does_not_change(dtype):
         assert torch.equal(found, alone)
 
 
+def test_gradients_reach_queries_where_keys_need_none():
+    q, k, v = inputs(30, rows=1)
+    layer_of().attend(q.requires_grad_(), k, v, None).sum().backward()
+    assert q.grad.any()
+
+
 @torch.no_grad()
 def test_what_a_kernel_has_read_is_taken_out_again():
     """Heads 0 and 3 have one budget, so that groups of heads are not in the order of the heads."""

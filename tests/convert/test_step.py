@@ -294,6 +294,10 @@ def test_changed_weights_are_read(by_modules):
         model.model.layers[1].mlp.down_proj.weight.mul_(0.5)
     changed, _ = read(model, IDS[:1, :30])
     check_equal(changed, by_modules(read, model, IDS[:1, :30])[0])
+    # And in another format.
+    model.weight_dtype = "bfloat16"
+    assert (read(model, IDS[:1, :30])[0] - changed).abs().max() > 1e-3
+    model.weight_dtype = "float32"
     model.lm_head.weight = nn.Parameter(-model.lm_head.weight.detach())
     check_equal(read(model, IDS[:1, :30])[0], -changed)
     assert (changed - before).abs().max() > 1e-2

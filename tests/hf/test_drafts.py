@@ -150,6 +150,18 @@ def test_rows_that_lost_their_padding_are_cropped(model):
     torch.testing.assert_close(logits, model(ids[:1]).logits[:, 8:])
 
 
+@torch.no_grad()
+def test_snapshots_are_cropped_each_by_itself(model):
+    cache = OVQCache(model.config)
+    cache.activate_past_recording()
+    model(PROMPT[:, :9], **{CACHE_KEY: cache})
+    other = cache.snapshot()
+    for one in (cache, other):
+        one.crop(-9)
+        found = model(PROMPT[:, 9:], **{CACHE_KEY: one}).logits
+        torch.testing.assert_close(found, model(PROMPT[:, 9:]).logits)
+
+
 def test_a_model_that_was_deleted_cannot_read_again_what_stays():
     model = make_model()
     cache = model.make_cache()

@@ -104,6 +104,9 @@ def test_contexts_and_streams_of_an_offloaded_model(tmp_path):
     answers = [
         model.generate(**load_context(tmp_path / "whole.ctx", model).inputs([prompt]), max_new_tokens=6)
     ]
+    partly = copy.deepcopy(model)
+    cpu_offload(partly.model.layers[0])
+    assert fingerprint(partly) == expected[0]
     cpu_offload(model)
     assert (fingerprint(model), list(islice(stream_tokens(model, prompt), 6))) == expected
     answers.append(

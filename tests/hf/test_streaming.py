@@ -109,6 +109,7 @@ def test_the_state_is_all_that_a_stream_keeps():
         ({"repetition_penalty": 0}, "repetition_penalty: expected more than 0"),
         ({"top_k": 5}, "top_k: expected a temperature above 0"),
         ({"min_p": 0.1}, "min_p: expected a temperature above 0"),
+        ({"top_p": 0.5}, "top_p: expected a temperature above 0"),
     ],
 )
 def test_options_out_of_range(options, message):

@@ -7,6 +7,7 @@ import pytest
 
 from ovq.serve.app import create_app
 from ovq.serve.limits import Limits
+from ovq.serve.metrics import Metered
 from ovq.serve.server import is_loopback, listening_socket, url_of
 from tests.serve.common import reading_service
 
@@ -55,6 +56,14 @@ def test_a_key_is_asked_for(service, path, header, status):
 def test_health_needs_no_key_and_tells_whether_requests_are_answered(service):
     answer = ask(create_app(service, api_key="secret"), "GET", "/health")
     assert (answer.status_code, answer.json()) == (503, {"status": "stopped"})
+
+
+def test_a_client_that_got_no_answer_has_a_status_of_its_own(service):
+    async def silent(scope, receive, send):
+        return
+
+    asyncio.run(Metered(silent, metrics=service.metrics)({"type": "http"}, None, None))
+    assert b'ovq_requests_total{route="other",status="499"} 1.0' in service.metrics.text()
 
 
 def test_without_an_engine_requests_are_refused(service):

@@ -15,6 +15,7 @@ BAD = [
     ({"prompt": [1, 48]}, 400, "prompt: expected token ids from 0 to 47, found 48"),
     ({"prompt": [-1]}, 400, "prompt: expected token ids from 0 to 47, found -1"),
     ({"prompt": [[1]] * 300}, 400, "prompt: expected at most 256 prompts, found 300"),
+    ({"prompt": [[1], [1] * 65_537]}, 400, "prompt: expected at most 65536 tokens, found 65537"),
     ({"max_tokens": 0}, 400, "max_tokens: expected at least 1, found 0"),
     ({"max_tokens": 5000}, 400, "max_tokens: expected at most 4096, found 5000"),
     ({"max_tokens": "5"}, 400, "max_tokens: expected a valid integer, found '5'"),

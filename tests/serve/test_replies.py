@@ -6,8 +6,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from ovq.serve.answers import Usage, pieces
-from ovq.serve.jobs import FinishEvent, Generation, TokenEvent, TokenLogprobs
+from ovq.serve.answers import Piece, Usage, pieces
+from ovq.serve.jobs import BeginEvent, FinishEvent, Generation, TokenEvent, TokenLogprobs
 from ovq.serve.replies import ChatForm, CompletionForm, whole
 from ovq.serve.texts import Texts
 from ovq_lab.text import Document, byte_tokenizer, train_tokenizer
@@ -51,8 +51,8 @@ def words():
 class Answers:
     """What a model says, without one."""
 
-    def __init__(self, tokens, end):
-        self._tokens, self._end = tokens, end
+    def __init__(self, tokens, end=None, reason="stop"):
+        self._tokens, self._end, self._reason = tokens, end, reason
 
     async def events(self):
         for token in self._tokens:
@@ -60,7 +60,7 @@ class Answers:
         if self._end is not None:
             logprobs = TokenLogprobs(logprob=-2.0, top=[])
             yield TokenEvent(choice=0, token=self._end, is_end=True, logprobs=logprobs)
-        yield FinishEvent(choice=0, reason="stop")
+        yield FinishEvent(choice=0, reason=self._reason)
 
     def cancel(self, *, choice=None):
         pass
@@ -130,3 +130,33 @@ def test_offsets_are_places_in_the_text(make):
         assert logprobs["text_offset"].count(text.index("字")) == 3
     else:
         assert (text, logprobs["text_offset"]) == ("7 33 5", [0, 2, 5])
+
+
+def test_a_stop_sequence_may_come_when_an_answer_ends():
+    """What was held back as part of a character becomes text."""
+    texts, job = Texts(byte_tokenizer(), vocab_size=500), Generation(tokens=[97], deliver=print, max_tokens=2)
+    found = pieces(Answers([98, 0xE2], reason="length"), [job], texts, ["\ufffd"], Usage())
+    answer = asyncio.run(whole(found, ChatForm(texts), [0], Usage(), model="m"))["choices"][0]
+    assert (answer["message"]["content"], answer["finish_reason"]) == ("b", "stop")
+
+
+def test_of_tokens_with_the_same_text_the_likeliest_counts():
+    logprobs = TokenLogprobs(logprob=-1.0, top=[(0xE2, -1.0), (0xF0, -2.0)])
+    event = TokenEvent(choice=0, token=0xE2, logprobs=logprobs)
+    form = CompletionForm(Texts(byte_tokenizer(), vocab_size=500))
+    found = form.chunk(Piece(choice=0, text="", events=[event]))["logprobs"]
+    assert found["top_logprobs"] == [{"\ufffd": -1.0}]
+
+
+def test_known_tokens_of_all_prompts_are_added_up():
+    class Events(Answers):
+        async def events(self):
+            for choice in (0, 1):
+                yield BeginEvent(num_known=16 + choice)
+                yield FinishEvent(choice=choice, reason="length")
+
+    texts, usage = Texts(None, vocab_size=500), Usage()
+    jobs = [Generation(tokens=[1], deliver=print, max_tokens=2, choices=(choice,)) for choice in (0, 1)]
+    found = pieces(Events([]), jobs, texts, [], usage)
+    asyncio.run(whole(found, CompletionForm(texts), [0, 1], usage, model="m"))
+    assert usage.fields["prompt_tokens_details"] == {"cached_tokens": 33}

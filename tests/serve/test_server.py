@@ -156,10 +156,13 @@ def test_a_stream_is_the_whole_in_pieces(text):
     options = {"prompt": "Say it", "max_tokens": 20, "n": 2, "temperature": 0.8, "seed": 3}
     whole = complete(text, **options)
     texts, reasons, usage = ["", ""], [None, None], None
+    # Without counts, chunks do not have their field.
+    assert not any("usage" in chunk.model_fields_set for chunk in complete(text, **options, stream=True))
     for chunk in complete(text, **options, stream=True, stream_options={"include_usage": True}):
         for choice in chunk.choices:
             texts[choice.index] += choice.text
             reasons[choice.index] = choice.finish_reason or reasons[choice.index]
+        assert "usage" in chunk.model_fields_set
         usage = chunk.usage or usage
     assert texts == [choice.text for choice in whole.choices]
     assert reasons == ["length", "length"]
