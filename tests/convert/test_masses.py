@@ -41,6 +41,24 @@ def test_biases_stay_where_the_equations_hold():
     assert bias.abs().max() == 1
 
 
+def test_a_fit_goes_on_from_the_biases_there_are(monkeypatch):
+    # As above.
+    monkeypatch.setattr("ovq.convert.masses._RIDGE", 0.3)
+    given = dataclasses.replace(CONFIG, slot_bias=[[0.0, 0.0, 0.5, 0.5], [0.0] * 4])
+    config = fitted_bias(original(), [tokens(150)], given)
+    again = torch.tensor(fitted_bias(original(), [tokens(150)], config).slot_bias)
+    bias = torch.tensor(config.slot_bias)
+    # A key/value head without slots reads none, and the others lack less than before.
+    assert (bias[0, 2:] == again[0, 2:]).all()
+    assert (bias[0, 2:] == 0.5).all()
+    assert ((again - bias).abs() < 0.9 * bias.abs())[0, :2].all()
+
+
+def test_query_heads_that_cannot_share_key_value_heads_are_refused():
+    with pytest.raises(ValueError, match=r"slot_bias: expected numbers for the query heads .* \[3, 4\]"):
+        MemoryConfig(**MEMORY, slot_bias=[[0.0] * 3, [0.0] * 4])
+
+
 def test_it_is_saved_with_the_model_and_read():
     config = fitted_bias(original(), [tokens(150)], CONFIG)
     ids = tokens(1, 120)

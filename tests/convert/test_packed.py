@@ -178,6 +178,9 @@ def test_what_modules_must_do_they_do_with_packed_weights(steps):
     ids, expected = IDS[:2, :40], logits(model, IDS[:2, :40])
     steps[:] = 0, 0
     with torch.no_grad():
+        model.config.output_hidden_states = True
+        assert len(model(ids, past_key_values=model.make_cache()).hidden_states) == 3
+        model.config.output_hidden_states = False
         seen = model(ids, past_key_values=model.make_cache(), output_hidden_states=True)
         assert len(seen.hidden_states) == 3
     padded = torch.cat([torch.zeros(2, 3, dtype=torch.int64), ids], 1)
@@ -185,7 +188,7 @@ def test_what_modules_must_do_they_do_with_packed_weights(steps):
     places = (mask.cumsum(1) - 1).clamp(min=0)
     found = logits(model, padded, attention_mask=mask, position_ids=places)[:, 3:]
     assert model(ids[:, :5], past_key_values=model.make_cache(), labels=ids[:, :5]).loss.isfinite()
-    assert steps == [0, 3]
+    assert steps == [0, 4]
     for other in (seen.logits, found):
         assert (other - expected).square().mean().sqrt() < 0.05 * expected.square().mean().sqrt()
 

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from ovq.convert import ConvertedMixin, MemoryConfig, attach, load
+from ovq.convert.card import converted_card
 from tests.convert.common import KINDS, converted, original, tokens
 
 
@@ -84,3 +85,16 @@ def test_folders_without_a_memory_are_refused(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(fields | {"ovq_memory": memory}))
         with pytest.raises(ValueError, match="expected"):
             load(tmp_path)
+
+
+def test_a_card_links_to_the_hub_and_tells_no_local_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "model").mkdir(parents=True)
+    local = [str(tmp_path / "org" / "model"), "org/model"]
+    cards = [converted_card(converted(), original=x, name="a", how="by hand") for x in (*local, "org/other")]
+    for card in cards[:2]:
+        assert "\nmodel with a memory of constant size" in card
+        assert "base_model" not in card
+    assert "\n[org/other](https://huggingface.co/org/other) with a memory" in cards[2]
+    assert "\nbase_model: org/other\n" in cards[2]
+    assert "\n30 rows of a key and a value on average" in cards[2]

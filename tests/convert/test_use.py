@@ -10,7 +10,7 @@ from ovq.convert.cache import MemoryLayer
 from ovq.convert.captures import Captured
 from ovq.convert.distances import far_attention
 from ovq.convert.trials import trials
-from ovq.convert.use import ExpectedUse
+from ovq.convert.use import MOST_USE, ExpectedUse, token_weights
 from tests.convert.common import MEMORY, original, tokens
 
 SIZES = {"num_sinks": 2, "num_recent": 4}
@@ -70,6 +70,19 @@ def test_numbers_are_found_that_made_the_use():
     changed = torch.tensor(use.numbers([[1, 0], [0, -2]]))
     factor = torch.tensor([[0.5, 1, 1, 1], [1, 4, 1, 1]])
     torch.testing.assert_close(changed, found * factor, atol=2e-3, rtol=0)
+
+
+def test_tokens_of_no_use_at_all_have_equal_weights():
+    use, generator = ExpectedUse(), torch.Generator().manual_seed(0)
+    k, v = (torch.randn(1, 2, 9, dim, generator=generator) for dim in (3, 2))
+    use.start(k, v, num_targets=1, num_sinks=0)
+    assert use.numbers() == [[0.0] * 6] * 2
+
+
+def test_weights_are_within_bounds_whatever_the_token_is():
+    keys = torch.tensor([[[torch.nan], [torch.inf], [100.0], [-100.0], [1.0]]])
+    found = token_weights(keys, torch.zeros(1, 5, 1), torch.tensor([[1.0, 0.0, 0.0]]))
+    assert found.tolist() == [[1, 1, 2**MOST_USE, 2**-MOST_USE, 2]]
 
 
 def test_what_will_be_asked_for_is_kept_apart():

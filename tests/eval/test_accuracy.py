@@ -97,9 +97,13 @@ def test_the_size_of_micro_batches_does_not_show(monkeypatch):
 def test_each_length_may_have_a_number_of_examples_of_its_own():
     model = build_model("sliding_attention", "ovq")
     seen = Seen()
-    together = evaluate(model, TASK, lengths=[40, 60], num_examples=[5, 2], reporter=seen)
-    assert (seen.total, seen.done) == (7, [5, 7])
-    assert together == [*run(model, lengths=[40], num_examples=5), *run(model, lengths=[60], num_examples=2)]
+    options = {"lengths": [40, 60], "num_examples": [5, 2], "num_slots": [4, 8]}
+    together = evaluate(model, TASK, **options, reporter=seen)
+    assert (seen.total, seen.done) == (14, [5, 7, 12, 14])
+    assert together[:2] == [
+        *run(model, lengths=[40], num_examples=5),
+        *run(model, lengths=[60], num_examples=2),
+    ]
 
 
 def test_the_dictionary_is_varied_on_the_same_weights_and_put_back():

@@ -87,6 +87,10 @@ def test_fields_that_other_models_have_are_not_taken_for_misspelt_ones():
         ({"ablation": {"rate": 2.0}}, r"rate: expected 'count' or a number in \(0, 1\], found 2.0"),
         ({"merge": "all"}, "merge: expected one of .* found 'all'"),
         (
+            {"merge_gate": True, "ablation": {"rate": 0.5}},
+            "merge_gate: expected False with a constant rate, found True",
+        ),
+        (
             {"mixer_types": ["kvm"] * 4, "kvm_growth": "linear"},
             "kvm_growth: expected one of .* found 'linear'",
         ),

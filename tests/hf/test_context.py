@@ -452,6 +452,7 @@ def test_a_file_is_read_without_its_model(changes, tmp_path):
             "expected tensors of 50000 layers, found 20 tensors",
         ),
         ({"num_tokens": "0"}, "expected num_tokens to be an integer from 1"),
+        ({"content": "0"}, "it is damaged"),
     ],
 )
 def test_a_file_that_cannot_be_the_memory_of_any_model(saved, header, expected):

@@ -33,12 +33,12 @@ def test_spaces_that_a_tokenizer_drops_and_marks_that_it_adds_are_shown():
     tokenizer = words()
     ids = tokenizer("one  two one")["input_ids"]
     assert token_pieces("one  two one", ids, tokenizer) == ["<s>", "one", "  two", " one"]
+    # The beginning of a text.
+    assert token_pieces("one  two one", ids[:3], tokenizer) == ["<s>", "one", "  two"]
     assert token_pieces("one two", [1, 2], tokenizer) == ["one", " two"]
     # A mark that stands in the text is shown once.
     ids = tokenizer("one <s> two")["input_ids"]
     assert token_pieces("one <s> two", ids, tokenizer) == ["<s>", "one", " <s>", " two"]
-    # The beginning of a text.
-    assert token_pieces("one <s> two", ids[:2], tokenizer) == ["<s>", "one"]
     # Not the ids of this text: each is decoded by itself.
     assert token_pieces("two", [1, 2], tokenizer) == ["one", "two"]
     assert token_pieces("two", [1, 3], words(clean_up_tokenization_spaces=True)) == ["one", " ."]

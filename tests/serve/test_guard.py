@@ -66,6 +66,15 @@ def test_a_client_that_got_no_answer_has_a_status_of_its_own(service):
     assert b'ovq_requests_total{route="other",status="499"} 1.0' in service.metrics.text()
 
 
+def test_a_prompt_after_a_context_does_not_begin_a_text(service, monkeypatch):
+    seen = []
+    monkeypatch.setattr(service.texts, "encode", lambda *args, is_start, **_: seen.append(is_start) or [1])
+    for context in (None, "book"):
+        body = {"model": "ids", "prompt": [1], "context": context}
+        ask(create_app(service), "POST", "/v1/completions", json=body)
+    assert seen == [True, False]
+
+
 def test_without_an_engine_requests_are_refused(service):
     body = {"model": "ids", "prompt": [1]}
     answer = ask(create_app(service), "POST", "/v1/completions", json=body)

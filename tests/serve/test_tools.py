@@ -4,7 +4,9 @@ import json
 
 from hypothesis import example, given
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
+from ovq.serve.chat import Tool
 from ovq.serve.texts import Texts
 from ovq.serve.tools import ToolCalls, tools_as_text
 from ovq_lab.text import byte_tokenizer
@@ -103,6 +105,22 @@ def prompted(template, messages, tools):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = template
     return bytes(Texts(tokenizer, vocab_size=257).chat(messages, tools)).decode()
+
+
+def test_the_template_alone_marks_the_beginning_of_a_chat():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = PLAIN
+    end = tokenizer.eos_token
+    marking = TemplateProcessing(single=f"{end} $A", special_tokens=[(end, 256)])
+    tokenizer.backend_tokenizer.post_processor = marking
+    texts = Texts(tokenizer, vocab_size=257)
+    assert texts.encode("go", param="prompt", is_start=True) == [256, *b"go"]
+    assert texts.chat(MESSAGES[:1]) == [*b"user: go\n"]
+
+
+def test_a_tool_without_parameters_takes_none():
+    nothing = {"type": "object", "properties": {}, "additionalProperties": False}
+    assert Tool(type="function", function={"name": "now"}).schema_of_arguments == nothing
 
 
 def test_a_template_that_knows_tools_gets_them():
