@@ -178,6 +178,19 @@ def test_drafts_are_the_tokens_one_by_one_bit_by_bit(fields, exponents, steps):
         assert torch.equal(x, y)
 
 
+@torch.no_grad()
+def test_drafts_that_may_merge_twice_are_left_to_modules(steps):
+    model = converted(num_slots=8, window=32)
+    cache = model.make_cache()
+    model(IDS[:1, :33], **{CACHE_KEY: cache})
+    cache.activate_past_recording()
+    for num, expected in ((8, [1, 0]), (9, [0, 1])):
+        steps[:] = 0, 0
+        model(IDS[:1, 33 : 33 + num], **{CACHE_KEY: cache})
+        assert steps == expected
+        cache.crop(-num)
+
+
 def test_pieces_of_a_prompt_are_no_drafts(steps):
     """Unpacked, prompts are read by the modules."""
     model = converted(weight_dtype="bfloat16")

@@ -298,6 +298,11 @@ def test_changed_weights_are_read(by_modules):
     model.weight_dtype = "bfloat16"
     assert (read(model, IDS[:1, :30])[0] - changed).abs().max() > 1e-3
     model.weight_dtype = "float32"
+    # All layers at once.
+    base, model.model = model.model, copy.deepcopy(model.model)
+    model.model.norm.weight.data *= torch.arange(32) / 8
+    check_equal(read(model, IDS[:1, :30])[0], by_modules(read, model, IDS[:1, :30])[0])
+    model.model = base
     model.lm_head.weight = nn.Parameter(-model.lm_head.weight.detach())
     check_equal(read(model, IDS[:1, :30])[0], -changed)
     assert (changed - before).abs().max() > 1e-2

@@ -49,6 +49,12 @@ def test_arguments_that_ask_for_more(options, steps):
     assert not is_step(converted(), steps, **options)
 
 
+@pytest.mark.parametrize("shape", [(1, 0), (2, 21)])
+def test_masks_that_do_not_fit_are_refused(shape, steps):
+    with pytest.raises(ValueError, match="expected 1 rows of at least the 1 new tokens"):
+        is_step(converted(), steps, attention_mask=torch.ones(shape))
+
+
 def test_embeddings_and_several_tokens_and_no_cache(steps):
     model = converted()
     _, cache = read(model, IDS[:1, :20])
