@@ -168,6 +168,13 @@ def test_what_autograd_has_saved_does_not_change(dtype):
         assert torch.equal(found, alone)
 
 
+@torch.no_grad()
+def test_tensors_may_lie_in_memory_in_any_order():
+    given = inputs(60)
+    strided = (x.mT.contiguous().mT for x in given)
+    assert torch.equal(read(layer_of(), *strided, [60]), read(layer_of(), *given, [60]))
+
+
 def test_gradients_reach_queries_where_keys_need_none():
     q, k, v = inputs(30, rows=1)
     layer_of().attend(q.requires_grad_(), k, v, None).sum().backward()

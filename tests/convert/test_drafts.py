@@ -8,6 +8,7 @@ import torch
 
 import ovq.convert.cache
 from ovq.convert import attach
+from ovq.convert.step import _are_drafts
 from ovq.hf.cache import CACHE_KEY
 from tests.convert.common import IDS, converted, original, tokens
 
@@ -178,17 +179,11 @@ def test_drafts_are_the_tokens_one_by_one_bit_by_bit(fields, exponents, steps):
         assert torch.equal(x, y)
 
 
-@torch.no_grad()
-def test_drafts_that_may_merge_twice_are_left_to_modules(steps):
-    model = converted(num_slots=8, window=32)
-    cache = model.make_cache()
-    model(IDS[:1, :33], **{CACHE_KEY: cache})
+def test_drafts_that_may_merge_twice_are_left_to_modules():
+    """The kernel, which plans one merge, might not end."""
+    cache = converted(num_slots=8, window=32).make_cache()
     cache.activate_past_recording()
-    for num, expected in ((8, [1, 0]), (9, [0, 1])):
-        steps[:] = 0, 0
-        model(IDS[:1, 33 : 33 + num], **{CACHE_KEY: cache})
-        assert steps == expected
-        cache.crop(-num)
+    assert [_are_drafts(cache, num) for num in (8, 9)] == [True, False]
 
 
 def test_pieces_of_a_prompt_are_no_drafts(steps):

@@ -278,13 +278,14 @@ def test_a_snapshot_goes_on_by_itself():
     other = cache.snapshot()
     with torch.no_grad():
         first = [model(x, past_key_values=cache).logits for x in IDS[:1, 30:50].split(1, 1)]
-        for x in IDS[1:2, 30:50].split(1, 1):
-            model(x, past_key_values=other)
+        beside = [model(x, past_key_values=other).logits for x in IDS[1:2, 30:50].split(1, 1)]
         again = copy.deepcopy(cache)
         second = [model(x, past_key_values=cache).logits for x in IDS[:1, 50:60].split(1, 1)]
         third = [model(x, past_key_values=again).logits for x in IDS[:1, 50:60].split(1, 1)]
     assert torch.equal(torch.cat(second), torch.cat(third))
     check_equal(torch.cat(first + second, 1), read(model, IDS[:1, :60], start=30)[0])
+    ids = torch.cat([IDS[:1, :30], IDS[1:2, 30:50]], 1)
+    check_equal(torch.cat(beside, 1), read(model, ids, start=30)[0])
 
 
 def test_changed_weights_are_read(by_modules):
@@ -294,15 +295,15 @@ def test_changed_weights_are_read(by_modules):
         model.model.layers[1].mlp.down_proj.weight.mul_(0.5)
     changed, _ = read(model, IDS[:1, :30])
     check_equal(changed, by_modules(read, model, IDS[:1, :30])[0])
-    # And in another format.
-    model.weight_dtype = "bfloat16"
-    assert (read(model, IDS[:1, :30])[0] - changed).abs().max() > 1e-3
-    model.weight_dtype = "float32"
     # All layers at once.
     base, model.model = model.model, copy.deepcopy(model.model)
     model.model.norm.weight.data *= torch.arange(32) / 8
     check_equal(read(model, IDS[:1, :30])[0], by_modules(read, model, IDS[:1, :30])[0])
     model.model = base
+    # And in another format.
+    model.weight_dtype = "bfloat16"
+    assert (read(model, IDS[:1, :30])[0] - changed).abs().max() > 1e-3
+    model.weight_dtype = "float32"
     model.lm_head.weight = nn.Parameter(-model.lm_head.weight.detach())
     check_equal(read(model, IDS[:1, :30])[0], -changed)
     assert (changed - before).abs().max() > 1e-2
