@@ -210,7 +210,7 @@ class _Pairs:
                 for result, pair_of in ((own, labels), (clean, all_labels)):
                     is_own = _is_alone(of_row, pair_of)[:, read[b]]
                     for q in asked:
-# Only occurrences of the pair before the question count; it begins after them.
+                        # Only occurrences of the pair before the question count; it begins after them.
                         place = self.task.num_stored + q
                         is_known = self.pairs[b, :place] == self.pairs[b, place]
                         result[b, q] = is_own[:, :place][:, is_known].any(-1).sum()
