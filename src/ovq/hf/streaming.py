@@ -214,7 +214,7 @@ def stream_text(tokens: Iterable[int], tokenizer: Any | None, *, prompt: Sequenc
         >>> list(stream_text([0, 1, 2, 0, 1], PreTrainedTokenizerFast(tokenizer_object=letters)))
         ['é', 't', 'é']
     """
-    stream: IdStream | TextStream = IdStream() if tokenizer is None else TextStream(tokenizer, prompt=prompt)
+    stream = TextStream(tokenizer, prompt=prompt)
     for token in tokens:
         if text := stream.push(int(token)):
             yield text
@@ -226,7 +226,7 @@ class TextStream:
     """Incremental decoder: `stream_text` for a caller that pushes the tokens.
 
     Args:
-        tokenizer: a tokenizer of transformers.
+        tokenizer: a tokenizer of transformers; None for a text of ids with spaces between them.
         prompt: ids before the first token; their text is not repeated.
 
     Example:
@@ -239,12 +239,15 @@ class TextStream:
         (['', 'é', 't'], '')
     """
 
-    def __init__(self, tokenizer: Any, *, prompt: Sequence[int] = ()) -> None:
+    def __init__(self, tokenizer: Any | None, *, prompt: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._shown: list[int] = list(prompt[-_MOST_PENDING:])
+        # Ids alone begin without a space.
+        self._shown: list[int] = [] if tokenizer is None else list(prompt[-_MOST_PENDING:])
         self._pending: list[int] = []
 
     def _decode(self, ids: Sequence[int]) -> str:
+        if self._tokenizer is None:
+            return " ".join(map(str, ids))
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
     def push(self, token: int) -> str:
@@ -267,28 +270,6 @@ class TextStream:
         shown, pending = self._shown, self._pending
         self._shown, self._pending = [], []
         return self._decode(shown + pending)[len(self._decode(shown)) :] if pending else ""
-
-
-class IdStream:
-    """Like `TextStream`, for a model without tokenizer: ids with spaces between them.
-
-    Example:
-        >>> stream = IdStream()
-        >>> stream.push(12), stream.push(7), stream.finish()
-        ('12', ' 7', '')
-    """
-
-    def __init__(self) -> None:
-        self._separator = ""
-
-    def push(self, token: int) -> str:
-        """The text of one more token."""
-        text, self._separator = f"{self._separator}{token}", " "
-        return text
-
-    def finish(self) -> str:
-        """Empty, as nothing is held back."""
-        return ""
 
 
 def _unfinished(shown: list[int], pending: list[int], decode: Callable[[list[int]], str]) -> int:

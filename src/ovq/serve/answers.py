@@ -9,11 +9,12 @@ import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Any
 
+from ovq.hf.streaming import TextStream
 from ovq.serve.engine import Engine
 from ovq.serve.errors import APIError, ClientGone, bad_request, failed
 from ovq.serve.grammars import GrammarFault
 from ovq.serve.jobs import BeginEvent, Event, FailEvent, FinishEvent, Generation, Job, TokenEvent
-from ovq.serve.texts import AnyTextStream, StopSequences, Texts
+from ovq.serve.texts import StopSequences, Texts
 from ovq.serve.tools import ToolCall, ToolCalls
 
 _log = logging.getLogger("ovq.serve")
@@ -146,7 +147,7 @@ class Answers:
 class _Answer:
     """One answer while it is generated: its text, up to a stop sequence, and its tool calls."""
 
-    def __init__(self, choice: int, stream: AnyTextStream, stops: Sequence[str], calls: ToolCalls) -> None:
+    def __init__(self, choice: int, stream: TextStream, stops: Sequence[str], calls: ToolCalls) -> None:
         self._choice, self._stream, self._stop, self._calls = choice, stream, StopSequences(stops), calls
 
     def push(self, event: TokenEvent) -> Piece:

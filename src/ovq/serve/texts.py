@@ -10,13 +10,10 @@ from functools import cached_property
 from typing import Any
 
 from ovq.byte_tokens import token_bytes
-from ovq.hf.streaming import IdStream, TextStream
+from ovq.hf.streaming import TextStream
 from ovq.prompts import chat_text, check_chat_template, check_ids, encode
 from ovq.serve.errors import bad_request
 from ovq.serve.tools import match_start, tools_as_text
-
-AnyTextStream = IdStream | TextStream
-"""The text of tokens that arrive one by one."""
 
 
 class Offsets:
@@ -110,9 +107,9 @@ class Texts:
         # The template has marked the beginning of the text.
         return self.encode(text, param="messages", is_start=False)
 
-    def stream(self, prompt: Sequence[int]) -> AnyTextStream:
+    def stream(self, prompt: Sequence[int]) -> TextStream:
         """An incremental decoder for the tokens that follow a prompt."""
-        return IdStream() if self._tokenizer is None else TextStream(self._tokenizer, prompt=prompt)
+        return TextStream(self._tokenizer, prompt=prompt)
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that a token adds to a text; empty for a special token."""
