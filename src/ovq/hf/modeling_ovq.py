@@ -372,10 +372,6 @@ class OVQForCausalLM(CachedGeneration, OVQPreTrainedModel, GenerationMixin):
             "has no pages; call generate, or let rows join and leave a cache with OVQCache.concatenate"
         )
 
-    def generate_batch(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not supported, like `init_continuous_batching`."""
-        self.init_continuous_batching()
-
     def checked_cache(self, cache: Any) -> OVQCache | None:
         """`cache`; ValueError unless it is an `OVQCache` or None."""
         return one_cache(cache, None)
