@@ -238,7 +238,7 @@ class MemoryLayer(OVQCacheLayer):
             self._recorded = dataclasses.replace(recorded, before=before, tokens=(k, v))
 
     def check_crop(self, tokens_to_remove: int) -> None:
-        """See `OVQCacheLayer.check_crop`."""
+        """Raise ValueError if `crop` would."""
         num_before = (self._recorded.earlier or self._recorded).num_columns
         num_recorded = self.num_columns - num_before if self.record_past else 0
         if not -num_recorded <= tokens_to_remove <= 0 or (tokens_to_remove and self.num_rows != 1):
@@ -450,6 +450,16 @@ class MemoryCache(StateCache):
     def __init__(self, config: MemoryConfig) -> None:
         self.config = config
         super().__init__(layers=[MemoryLayer(config.layer(i)) for i in range(config.num_layers)])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last `-tokens_to_remove` of the tokens recorded since the last crop.
+
+        Raises:
+            ValueError: a layer has not recorded that many. No layer is changed then.
+        """
+        for layer in self.layers:
+            layer.check_crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
 
     @classmethod
     def concatenate(cls, caches: Sequence[MemoryCache], config: Any = None) -> MemoryCache:

@@ -125,15 +125,6 @@ class OVQCacheLayer(LayerCache, CacheLayerMixin):
         if self.device is not None:
             self.move_to(self.device)
 
-    def check_crop(self, tokens_to_remove: int) -> None:
-        """Raise ValueError if `crop` would: for every number but 0, as a state cannot forget tokens."""
-        if tokens_to_remove != 0:
-            raise not_croppable(tokens_to_remove, 0)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Do nothing for 0 tokens; see `check_crop`."""
-        self.check_crop(tokens_to_remove)
-
 
 def not_croppable(tokens_to_remove: int, num_recorded: int) -> ValueError:
     """The error for a `crop` of more tokens than were recorded, or of a positive number."""
@@ -215,16 +206,6 @@ class StateCache(Cache):
         """Detach all tensors from their graph, so that no gradient flows to the tokens read so far."""
         for layer in self.layers:
             layer.detach_()
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last `-tokens_to_remove` of the tokens recorded since the last crop.
-
-        Raises:
-            ValueError: a layer has not recorded that many. No layer is changed then.
-        """
-        for layer in self.layers:
-            layer.check_crop(tokens_to_remove)
-        super().crop(tokens_to_remove)
 
     def shorten(self, lengths: Sequence[int]) -> int:
         """Drop the first columns that no later call needs, so that masks stay short.
