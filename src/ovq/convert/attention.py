@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
-from ovq.convert.cache import MemoryLayer, layer_of
+from ovq.convert.cache import MARK, MemoryLayer
 from ovq.hf.packing import PACKING_KWARGS, packed_offsets
 from ovq.ops.checks import row_bounds
 
@@ -57,7 +57,8 @@ def memory_attention(
     Raises:
         ValueError: an argument that the memory does not support.
     """
-    if (layer := layer_of(key)) is not None:
+    layer: MemoryLayer | None = getattr(key, MARK, None)
+    if layer is not None:
         # Received, so that the cache is still of use after an error below.
         layer.has_staged = False
     for name, found in (("sliding_window", sliding_window), ("softcap", softcap), ("s_aux", s_aux)):

@@ -22,7 +22,8 @@ from ovq.convert.reading import Observer
 from ovq.hf.cache import MOST_CROPPED, OVQCacheLayer, StateCache, not_croppable
 from ovq.layers.memory import Memory, StateSpec
 
-_MARK = "_ovq_memory_layer"
+#: Attribute of passed keys that holds their `MemoryLayer`.
+MARK = "_ovq_memory_layer"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,9 +51,8 @@ class HeadMemories(Memory):
         return made
 
     def _use(self, budget: Budget) -> Tensor | None:
-        if (numbers := self.config.token_use) is None:
-            return None
-        return torch.tensor([numbers[head] for head in budget.heads], dtype=torch.float32, device="cpu")
+        use = self.config.tensor("token_use", "cpu")
+        return None if use is None else use[list(budget.heads)]
 
     def tensors(self, state: list[HeadMemory]) -> dict[str, Tensor]:
         """See `Memory.tensors`."""
@@ -212,8 +212,8 @@ class MemoryLayer(OVQCacheLayer):
             for name in ("recent_keys", "recent_values")
         )
         k, v = k[:, order], v[:, order]
-        if self.config.key_exponents is not None:
-            k = k / key_factors(self.config.key_exponents, k)
+        if (factors := self.config.key_factors(k)) is not None:
+            k = k / factors
         self._recorded = dataclasses.replace(self._recorded, before=before, tokens=(k, v))
 
     def _changes_after(self, num_new: int) -> bool:
@@ -284,7 +284,7 @@ class MemoryLayer(OVQCacheLayer):
             )
         self.has_staged = True
         key_states = key_states.view_as(key_states)
-        setattr(key_states, _MARK, self)
+        setattr(key_states, MARK, self)
         return key_states, value_states
 
     def learn(self, k: Tensor, v: Tensor) -> None:
@@ -296,8 +296,8 @@ class MemoryLayer(OVQCacheLayer):
         self._check(k, v)
         parts = self.begin(k, v)
         self.num_columns += k.shape[2]
-        if self.config.key_exponents is not None:
-            k = k * key_factors(self.config.key_exponents, k)
+        if (factors := self.config.key_factors(k)) is not None:
+            k = k * factors
         for done, now in self._parts([k.shape[2]] * len(k)):
             part = slice(done[0], done[0] + now[0])
             advance(parts, k[:, :, part], v[:, :, part], now)
@@ -332,11 +332,9 @@ class MemoryLayer(OVQCacheLayer):
             q, k, v = (_take(x, order) for x in (q, k, v))
         if self.record_past and len(k) == 1:
             self._record(k[:, :, : lengths[0]], v[:, :, : lengths[0]], q.shape[2])
-        if self.config.key_exponents is not None:
-            per_head = q.shape[1] // self.config.num_kv_heads
-            factor = key_factors(self.config.key_exponents, k)
+        if (factors := self.config.key_factors(k)) is not None:
             # The factors are powers of 2, so scores stay bit-identical.
-            q, k = q / factor.repeat_interleave(per_head, 0), k * factor
+            q, k = q / factors.repeat_interleave(q.shape[1] // k.shape[1], 0), k * factors
         temperature, bias = (self.config.tensor(f"slot_{x}", q.device) for x in ("temperature", "bias"))
 
         def outputs(lengths: Sequence[int], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -423,14 +421,11 @@ class MemoryLayer(OVQCacheLayer):
         rows = [row for row, num in enumerate(now) if num and reach.is_reposition_due(first.num_read(row))]
         if not rows:
             return
-        ratio = None
-        if self.config.key_exponents is not None:
-            num = len(reach.frequencies)
-            exponents = torch.tensor(self.config.key_exponents, device=first.count.device)
-            ratio = torch.exp2((exponents[:, :num] - exponents[:, num : 2 * num]).to(first.wide))
+        factors, num = self.config.key_factors(first.key_unit), len(reach.frequencies)
         for memory in self.state:
-            own = None if ratio is None else ratio[list(memory.budget.heads)]
-            memory.reposition_(rows, reach, own)
+            own = None if factors is None else factors[list(memory.budget.heads), 0]
+            ratio = None if own is None else own[:, :num] / own[:, num : 2 * num]
+            memory.reposition_(rows, reach, ratio)
 
 
 class MemoryCache(StateCache):
@@ -486,16 +481,6 @@ class MemoryCache(StateCache):
         if any(cache.config != caches[0].config for cache in caches):
             raise ValueError("expected caches of one model, found memories of different sizes or settings")
         return super().concatenate(caches)
-
-
-def layer_of(keys: Tensor) -> MemoryLayer | None:
-    """The layer whose `update` passed these keys on; None without a cache."""
-    return getattr(keys, _MARK, None)
-
-
-def key_factors(exponents: Sequence[Sequence[int]], k: Tensor) -> Tensor:
-    """Factors `2 ** exponent` `[Hkv, 1, K]` that scale keys for distances; dtype and device of `k`."""
-    return torch.exp2(torch.tensor(exponents, dtype=torch.float32, device=k.device))[:, None].to(k.dtype)
 
 
 def _take(x: Tensor, order: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ovq.convert.cache import MemoryCache, MemoryLayer, key_factors
+from ovq.convert.cache import MemoryCache, MemoryLayer
 from ovq.convert.config import LayerConfig
 from ovq.convert.memory import HeadMemory
 from ovq.ops.backends.cpu.layer import HeadsLayer, HeadsStep
@@ -32,7 +32,7 @@ class CacheStep:
         groups = [_groups(layer, of, 1) for layer, of in zip(cache.layers, layers, strict=True)]
         self._groups = [group for own in groups for group in own]
         self._merged: list[list[int]] = [[] for _ in self._groups]
-        factors = _factors(self._configs, layers[0].head_dim)
+        factors = _factors(self._configs)
         self._step = HeadsStep(layers, groups, factors, cache.num_rows, MOST_ROWS)
         self._num_tokens = 1
 
@@ -87,7 +87,7 @@ def read_pieces(
     """
     rows, num, _ = x.shape
     is_rough = rows * num > MOST_ROWS and layers[0].q.factors is not None
-    factors = _factors([layer.config for layer in cache.layers], layers[0].head_dim)
+    factors = _factors([layer.config for layer in cache.layers])
     like = torch.empty((), dtype=dtype, device="cpu")
     for layer, of in zip(cache.layers, layers, strict=True):
         own = like.expand(rows, layer.config.num_kv_heads, 1, of.head_dim)
@@ -162,7 +162,8 @@ def _groups(layer: MemoryLayer, of: HeadsLayer, num: int) -> list[HeadGroup]:
     ]
 
 
-def _factors(configs: Sequence[LayerConfig], dim: int) -> list[Tensor | None]:
+def _factors(configs: Sequence[LayerConfig]) -> list[Tensor | None]:
     """Factors of the keys `[Hkv, K]`, per layer; None for 1."""
-    like = torch.empty(1, 1, 1, dim, dtype=torch.float32, device="cpu")
-    return [None if x.key_exponents is None else key_factors(x.key_exponents, like)[:, 0] for x in configs]
+    like = torch.empty((), dtype=torch.float32, device="cpu")
+    found = [config.key_factors(like) for config in configs]
+    return [None if factors is None else factors[:, 0] for factors in found]

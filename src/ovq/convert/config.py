@@ -300,6 +300,11 @@ class LayerConfig:
         numbers = getattr(self, name)
         return None if numbers is None else torch.tensor(numbers, dtype=torch.float32, device=device)
 
+    def key_factors(self, like: Tensor) -> Tensor | None:
+        """Factors `2 ** exponent` `[Hkv, 1, K]` of keys, in dtype and on device of `like`; None for 1."""
+        exponents = self.tensor("key_exponents", like.device)
+        return None if exponents is None else torch.exp2(exponents)[:, None].to(like.dtype)
+
     def misfits(self, num_heads: int | None, key_dim: int, value_dim: int) -> Iterator[str]:
         """Error messages for the fields whose lengths do not fit the model's heads.
 
