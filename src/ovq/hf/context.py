@@ -29,14 +29,13 @@ from ovq.hf.context_file import (
     VERSION,
     ContextModel,
     TokenModel,
-    check_content,
     check_fingerprint,
     checked_layers,
     digest,
     fingerprint,
     read_context,
 )
-from ovq.ops.serialization import positive_int, write_file
+from ovq.ops.serialization import write_file
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True, repr=False)
@@ -268,15 +267,13 @@ def load_context(path: str | os.PathLike, model: ContextModel) -> Context:
         ValueError: a missing or damaged file, a file of another kind, or a context of another model or
             config.
     """
-    metadata, tensors = read_context(path)
-    num_tokens = positive_int(path, metadata, "num_tokens")
+    metadata, tensors, num_tokens = read_context(path)
     if (found := metadata["kind"]) != model.context_kind:
         raise ValueError(
             f"{path}: expected a context of a model of kind {model.context_kind!r}, found one of {found!r}"
         )
     own, kind = fingerprint(model), KINDS[model.context_kind]
     check_fingerprint(str(path), metadata, own, kind)
-    check_content(path, metadata, tensors)
     config = kind.config(json.loads(own["config"]))
     layers = checked_layers(str(path), tensors, kind, config, model.dtype, num_tokens)
     cache = model.make_cache()

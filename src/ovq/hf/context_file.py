@@ -27,8 +27,8 @@ from ovq.ops.sums import DTYPES
 FORMAT = "ovq-context"
 VERSION = "1"
 
-# Formats of earlier versions, each with its version and the kind of its contexts.
-_EARLIER_FORMATS = {"ovq-converted-context": ("2", "converted")}
+# Formats, also of earlier versions: their version, and the kind of contexts where a file does not say it.
+_FORMATS = {FORMAT: (VERSION, "ovq"), "ovq-converted-context": ("2", "converted")}
 
 Tensors = Mapping[str, Tensor]
 
@@ -159,15 +159,18 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return total.hexdigest()
 
 
-def read_context(path: str | os.PathLike) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors of a context file; metadata of earlier formats gets its kind added."""
-    what = "a saved context"
-    if (found := format_of(path)) in _EARLIER_FORMATS:
-        version, kind = _EARLIER_FORMATS[found]
-        metadata, tensors = read_file(path, what=what, file_format=found, version=[version])
-        return {**metadata, "kind": kind}, tensors
-    metadata, tensors = read_file(path, what=what, file_format=FORMAT, version=[VERSION])
-    return {"kind": "ovq", **metadata}, tensors
+def read_context(path: str | os.PathLike) -> tuple[dict[str, str], dict[str, Tensor], int]:
+    """Metadata (with `kind`), tensors and the number of tokens of a context file that is not damaged."""
+    found = format_of(path)
+    file_format = found if found in _FORMATS else FORMAT
+    version, kind = _FORMATS[file_format]
+    metadata, tensors = read_file(path, what="a saved context", file_format=file_format, version=[version])
+    num_tokens = positive_int(path, metadata, "num_tokens")
+    if (content := digest(tensors)) != metadata.get("content"):
+        raise ValueError(
+            f"{path}: expected tensors of SHA-256 {metadata.get('content')}, found {content}: it is damaged"
+        )
+    return {**metadata, "kind": metadata.get("kind") or kind}, tensors, num_tokens
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -210,9 +213,7 @@ def context_info(path: str | os.PathLike) -> ContextInfo:
         >>> info.cache.layers[1].state.summary().num_open
         (204,)
     """
-    metadata, tensors = read_context(path)
-    num_tokens = positive_int(path, metadata, "num_tokens")
-    check_content(path, metadata, tensors)
+    metadata, tensors, num_tokens = read_context(path)
     if (name := metadata["kind"]) not in KINDS:
         raise ValueError(f"{path}: expected a context of kind {', '.join(KINDS)}, found {name!r}")
     kind = KINDS[name]
@@ -267,16 +268,6 @@ def _config_of(
         raise ValueError(
             f"{where}: expected the config of a model, found {found!r:.500} ({error})"
         ) from error
-
-
-def check_content(
-    path: str | os.PathLike, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]
-) -> None:
-    """Raise ValueError unless the digest of the tensors is the one in the metadata."""
-    if (found := digest(tensors)) != metadata.get("content"):
-        raise ValueError(
-            f"{path}: expected tensors of SHA-256 {metadata.get('content')}, found {found}: it is damaged"
-        )
 
 
 def checked_layers(
