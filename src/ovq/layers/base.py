@@ -187,13 +187,9 @@ class Mixer(nn.Module, ABC):
     def check_state(
         self, where: str, tensors: Mapping[str, Tensor], *, num_tokens: int, dtype: torch.dtype
     ) -> None:
-        """Raise ValueError, naming `where`, unless tensors from a file are a valid state of this layer.
+        """Raise ValueError, naming the file `where`, unless its `tensors` are a valid state of this layer.
 
-        Args:
-            where: the file.
-            tensors: the tensors named by `state_spec`, of one row.
-            num_tokens: number of tokens that the row has read.
-            dtype: dtype of the activations.
+        They are those of `state_spec` for these arguments, of one row.
         """
         check_tensors(where, tensors, of_rows(self.state_spec(num_tokens, dtype), 1))
 

@@ -25,7 +25,6 @@ class LayerCache:
         memory: the mixer's `Memory`, which handles the state.
 
     Attributes:
-        memory: the mixer's `Memory`.
         state: the state set by the mixer, with rows as the first dimension; None before the first token.
         conv_state: `[B, D, conv_size - 1]` last inputs of the convolution, or None.
         num_columns: number of columns read, including padding.

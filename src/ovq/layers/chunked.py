@@ -83,13 +83,9 @@ def from_chunks(x: Tensor, num_tokens: int) -> Tensor:
 
 
 def decay_between(total: Tensor) -> Tensor:
-    """Decay factors from each token j to each token i >= j of a chunk; 0 for j > i.
+    """Decay factors `[..., C, C]` from each token j (column) to each token i >= j of a chunk; 0 for j > i.
 
-    Args:
-        total: `[..., C]` cumulative sums of the log decays of the chunk.
-
-    Returns:
-        `[..., C, C]`, row i, column j: `exp(total_i - total_j)`.
+    `total` `[..., C]` are cumulative sums of the log decays.
     """
     size = total.shape[-1]
     is_later = torch.ones(size, size, dtype=torch.bool, device=total.device).triu(1)

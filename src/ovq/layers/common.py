@@ -18,13 +18,7 @@ from ovq.ops.backends.cpu.tokens import CompiledHeads, CompiledRMSNorm, Compiled
 
 
 def l2_normalize(x: Tensor) -> Tensor:
-    """Scale the last dimension to length 1, in float32 (float64 for float64 inputs).
-
-    Args:
-        x: `[..., K]`.
-
-    Returns:
-        `[..., K]` in float32 or float64. A zero vector stays zero.
+    """Scale vectors `[..., K]` to length 1, in float32 (float64 for float64); a zero vector stays zero.
 
     Example:
         >>> l2_normalize(torch.tensor([3.0, 4.0]))
@@ -48,10 +42,6 @@ class QKNorm(OwnWeights):
 
     Logits are `scale * q.k` with `scale = beta * sqrt(head_dim)` and `beta` initially 1
     (`docs/method/math.md`, section 1).
-
-    Args:
-        num_heads: query heads H.
-        head_dim: K.
 
     Example:
         >>> norm = QKNorm(num_heads=2, head_dim=16)
@@ -135,7 +125,7 @@ def swiglu(x: Tensor) -> Tensor:
 
 
 def rotary_tables(positions: Tensor, dim: int, *, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary embedding.
+    """Cosines and sines `[T, K/2]` of the rotary embedding.
 
     Angles are computed and reduced modulo 2 pi in float64; at position 10^6 a float32 angle is off by 0.06
     rad.
@@ -145,9 +135,6 @@ def rotary_tables(positions: Tensor, dim: int, *, theta: float, like: Tensor) ->
         dim: head size K, even.
         theta: base of the frequencies.
         like: a tensor with the dtype and device of the tables.
-
-    Returns:
-        Two `[T, K/2]` tables.
 
     Example:
         >>> cos, sin = rotary_tables(torch.arange(2), 2, theta=10000.0, like=torch.empty(0))
@@ -161,12 +148,7 @@ def rotary_tables(positions: Tensor, dim: int, *, theta: float, like: Tensor) ->
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs `(i, i + K/2)` of each head.
-
-    Args:
-        x: `[B, T, H, K]`.
-        cos: `[T, K/2]`, from `rotary_tables`.
-        sin: `[T, K/2]`.
+    """Rotate the pairs `(i, i + K/2)` of each head of `x` `[B, T, H, K]` by the angles of `rotary_tables`.
 
     Example:
         >>> x = torch.randn(1, 4, 2, 8)
@@ -276,16 +258,11 @@ def _with_past(x: Tensor, past: Tensor | None, num_back: int) -> Tensor:
 
 
 def _convolve(x: Tensor, past: Tensor | None, weight: Tensor, offset: Tensor | None) -> Tensor:
-    """Causal depthwise convolution in PyTorch operations.
+    """Causal depthwise convolution of `x` `[B, T, D]` in PyTorch operations.
 
     Args:
-        x: `[B, T, D]`.
-        past: `[B, C - 1, D]`, the preceding tokens; None for zeros.
-        weight: `[D, C]`.
+        past: `[B, C - 1, D]`, the preceding tokens; None for zeros. weight: `[D, C]`.
         offset: `[T]` number of tokens before each token in its packed row; None without packing.
-
-    Returns:
-        `[B, T, D]`.
     """
     num_tokens, num_back = x.shape[1], weight.shape[1] - 1
     x = _with_past(x, past, num_back)

@@ -38,12 +38,7 @@ class ConstantStateMixer(Mixer):
         return TensorMemory(kind=cls.state_kind, rope_theta=rope_theta)
 
     def state_before(self, cache: LayerCache | None, num_rows: int, like: Tensor) -> dict[str, Tensor]:
-        """The initial state of a call: the cached state, or zeros.
-
-        Args:
-            cache: this layer's cache, or None.
-            num_rows: number of rows R of the call.
-            like: a tensor with the dtype and device of the activations.
+        """The initial state of a call of `num_rows` rows with activations like `like`: the cached, or zeros.
 
         Raises:
             ValueError: if the cache holds the state of a layer of another size.

@@ -23,15 +23,8 @@ Rule = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, 
 class DeltaRuleMixer(ConstantStateMixer):
     """Mixer with queries, keys and values for a delta rule with decay, and a cached state matrix per head.
 
-    A subclass defines decays and rates (`gates`), the rule (`rule`) and the output gate (`gated`).
-
-    Args:
-        hidden_size: width of the model.
-        num_heads: heads H of values and states.
-        num_kv_heads: heads Hkv of queries and keys; divides H.
-        head_dim: K.
-        value_dim: V.
-        kwargs: `conv_size` and `layer_idx` of `Mixer`.
+    A subclass defines decays and rates (`gates`), the rule (`rule`) and the output gate (`gated`). Values and
+    states have `num_heads` heads H; queries and keys have `num_kv_heads`, a divisor of H.
     """
 
     def __init__(

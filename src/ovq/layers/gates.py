@@ -20,10 +20,6 @@ class MergeGate(OwnWeights):
     W is initially zero, so that every weight is 1. As in KVM (arXiv 2605.09877, see `docs/method/mixers.md`),
     the gate is a function of the input of the layer.
 
-    Args:
-        hidden_size: width of the model.
-        num_kv_heads: key/value heads Hkv.
-
     Example:
         >>> MergeGate(8, num_kv_heads=2)(torch.randn(1, 3, 8)).unique()
         tensor([1.], grad_fn=<Unique2Backward0>)
@@ -49,10 +45,6 @@ class ForgetGate(OwnWeights):
     W is initially zero, and b such that heads forget a factor of e in 4 to 4,096 tokens, evenly spaced in
     logs; a single head in 4,096. The gate is from the Forgetting Transformer (arXiv 2503.02130); the
     initialisation is this project's choice.
-
-    Args:
-        hidden_size: width of the model.
-        num_kv_heads: key/value heads Hkv.
 
     Example:
         >>> gate = ForgetGate(8, num_kv_heads=3)

@@ -164,10 +164,7 @@ class OVQAttention(AttentionMixer):
     def set_merge(self, merge: str, *, growth: str | None = None, value_weight: float | None = None) -> None:
         """Change the update rule of the dictionary; cached states continue with their slots.
 
-        Args:
-            merge: the rule, as in the constructor.
-            growth: schedule of the number of slots; None for the default of `merge`.
-            value_weight: weight of values relative to keys; None keeps the current one.
+        Without `growth`, the schedule is the default of `merge`; without `value_weight`, it stays.
 
         Raises:
             ValueError: if the op would refuse the settings, such as `"nearest"` with `init="random"`; nothing

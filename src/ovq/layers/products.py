@@ -63,10 +63,6 @@ def _is_of_kernels(x: Tensor, weight: Tensor) -> bool:
 class Linear(nn.Linear):
     """`torch.nn.Linear` without bias, using the fastest available product on a CPU.
 
-    Args:
-        in_features: width of the input.
-        out_features: width of the output.
-
     Example:
         >>> layer = Linear(3, 2)
         >>> x = torch.randn(1, 3)

@@ -33,8 +33,7 @@ class SinkAttention(ConstantStateMixer, AttentionMixer):
     Args:
         num_sinks: S, the number of first tokens that stay visible; at least 1.
         sink_window: W, the number of last tokens that a query sees, including its own; at least 2.
-        args: those of `AttentionMixer`.
-        kwargs: those of `AttentionMixer`.
+        args, kwargs: those of `AttentionMixer`.
 
     Raises:
         ValueError: if a value is out of range.

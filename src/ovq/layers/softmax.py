@@ -112,8 +112,7 @@ class SlidingWindowAttention(FullAttention):
     Args:
         sliding_window: W, the number of tokens that a query sees, including its own; at least 2.
         use_rope: as in `Mixer`, but on by default.
-        args: those of `AttentionMixer`.
-        kwargs: those of `AttentionMixer`.
+        args, kwargs: those of `AttentionMixer`.
 
     Raises:
         ValueError: if a value is out of range.

@@ -51,11 +51,7 @@ def token_step(
     """Prepare a layer (attention and MLP) for one token per row, in a call for which `is_token` holds.
 
     Args:
-        mixer: the mixer of the layer.
-        around: the other modules of the layer.
         hidden_states: `[B, 1, hidden_size]`, its input, or a tensor of the same shape, dtype and device.
-        layout: padding of the call.
-        past_key_values: the cache of the model.
 
     Returns:
         An argument of `run_steps`; None if no kernel supports the layer (hooks, adapters, other mixers or
