@@ -19,7 +19,7 @@ from ovq.ops import SlotAssignments
 def model_assignments(
     model: OVQPreTrainedModel, input_ids: Tensor, **inputs: Any
 ) -> dict[int, SlotAssignments]:
-    """Run a model on a text and return the slot of each token, per OVQ layer.
+    """Run a model on a text and return the slot of each token in each OVQ layer, by layer index.
 
     A token of a layer is the output of the layers below and of the short convolution at its position. With a
     convolution of 3 taps, the key and value of token t depend on the layer's inputs t - 2 to t.
@@ -29,9 +29,6 @@ def model_assignments(
         input_ids: `[B, T]`.
         inputs: other arguments of the model's backbone, such as `attention_mask`. A cache is updated, as in
             any call; the assignments are then of the new tokens only.
-
-    Returns:
-        The assignments of each OVQ layer, by layer index.
 
     Raises:
         ValueError: if the model has no OVQ layers, or cannot read these inputs.

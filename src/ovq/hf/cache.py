@@ -54,11 +54,7 @@ class Recorded:
 
 
 class OVQCacheLayer(LayerCache, CacheLayerMixin):
-    """The cache of one layer of an OVQ model, for any mixer.
-
-    Args:
-        memory: the mixer's `Memory`, which handles the state.
-    """
+    """The cache of one layer of an OVQ model, for any mixer."""
 
     #: Whether the layer records what it reads, so that it can be cropped; transformers' name.
     record_past = False
@@ -283,9 +279,6 @@ class StateCache(Cache):
 
 class OVQCache(StateCache):
     """Cache of an OVQ model: the states of the mixers of all layers.
-
-    Args:
-        config: the config of the model.
 
     Example:
         >>> from ovq.hf import OVQConfig

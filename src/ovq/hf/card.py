@@ -86,7 +86,6 @@ def model_card(
     """The card of a model: description, loading code, sizes, and the bytes of its state.
 
     Args:
-        model: the model.
         name: name of the folder or repository, for the title and the example.
         sections: further sections by title, as Markdown.
         datasets: hub ids of the training data sets.
@@ -130,16 +129,11 @@ def model_card(
 
 
 def save_card(card: ModelCard, folder: Path, *, replaces: Sequence[str] = ()) -> bool:
-    """Write a card into a folder, unless there is one that must be kept.
+    """Write a card into the folder of a model, unless there is one that must be kept; whether it was written.
 
     Args:
-        card: a card from `model_card`.
-        folder: folder of the model.
         replaces: titles of sections that an existing card of ours may have and still be replaced, besides
             the sections that `model_card` always writes. Sections that the new card lacks are thus not lost.
-
-    Returns:
-        Whether it was written.
     """
     path = folder / CARD_FILE
     if path.exists():

@@ -12,14 +12,9 @@ from huggingface_hub.utils import validate_repo_id
 
 
 def check_source(source: str, *, flag: str) -> None:
-    """Check that `source` is a folder or a valid name on the hub, whose own error confuses users of paths.
+    """Raise ValueError, naming the option `flag`, unless `source` is a folder or a valid name on the hub.
 
-    Args:
-        source: folder of a saved model, or a name on the hub.
-        flag: the option or field that it comes from, for error messages.
-
-    Raises:
-        ValueError: if it is neither.
+    The hub's own error confuses users of paths.
 
     Example:
         >>> check_source("no/such/folder", flag="--model")

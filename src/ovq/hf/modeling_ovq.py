@@ -45,9 +45,6 @@ class OVQModelOutput(BaseModelOutputWithPast):
 class OVQModel(OVQPreTrainedModel):
     """Embedding, layers and final norm.
 
-    Args:
-        config: an `OVQConfig`.
-
     Example:
         >>> import torch
         >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
@@ -193,9 +190,6 @@ class OVQModel(OVQPreTrainedModel):
 class OVQForCausalLM(CachedGeneration, OVQPreTrainedModel, GenerationMixin):
     """The language model: `OVQModel` and an output layer, with loss and `generate`.
 
-    Args:
-        config: an `OVQConfig`.
-
     Example:
         >>> import torch
         >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
@@ -232,20 +226,14 @@ class OVQForCausalLM(CachedGeneration, OVQPreTrainedModel, GenerationMixin):
         """Predict the next token at every position.
 
         Args:
-            input_ids: `[B, T]`.
-            attention_mask: `[B, P + T]`, as in `OVQModel.forward`.
-            position_ids: `[B, T]`, as in `OVQModel.forward`.
-            past_key_values: an `OVQCache`, updated in place.
-            inputs_embeds: `[B, T, hidden_size]`, instead of `input_ids`.
+            input_ids, attention_mask, position_ids, past_key_values, cache, inputs_embeds, cu_seqlens: as in
+                `OVQModel.forward`.
             labels: `[B, T]`, usually `input_ids`; shifted here. -100 is ignored. With `cu_seqlens` the first
                 token of each row is ignored too, because no token before it belongs to its row. In training
                 the loss includes the layers' auxiliary losses.
             use_cache: return a cache. None: as in `OVQModel.forward`, and not with labels.
             logits_to_keep: compute logits for the last positions only, this many (0: for all), or for these
                 indices; not with labels.
-            cache: newer name of `past_key_values`.
-            cu_seqlens: `[R + 1]` offsets of rows packed into one (`B == 1`), or its other names, as in
-                `OVQModel.forward`.
             skip_logits: return the loss without logits (`None`). Logits are then only computed at positions
                 with a target, which is all that training needs, and in pieces: memory does not grow with
                 positions times vocabulary, unless the output layer has hooks or an adapter, or the loss is a
@@ -260,8 +248,7 @@ class OVQForCausalLM(CachedGeneration, OVQPreTrainedModel, GenerationMixin):
         """
         _check_kwargs(kwargs, _TRANSFORMERS_KWARGS | PACKING_KWARGS | {"num_items_in_batch", "shift_labels"})
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
-        # Not a named parameter: the Trainer assumes that parameters with "label" in their names are always
-        # given.
+        # No parameter: the Trainer takes those with "label" in their names for always given.
         shift_labels = kwargs.pop("shift_labels", None)
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         check_tensors(
@@ -363,9 +350,6 @@ class OVQForCausalLM(CachedGeneration, OVQPreTrainedModel, GenerationMixin):
         """Not supported, and so neither are `generate_batch` and `cache_implementation="paged"`, its users.
 
         Its loop runs in a thread, which loses the error of the model's first call and returns the prompts.
-
-        Raises:
-            ValueError: always.
         """
         raise ValueError(
             "expected cache_implementation None or 'dynamic', found 'paged' (continuous batching): a state "

@@ -134,14 +134,9 @@ class OVQPreTrainedModel(PreTrainedModel):
 
         Args:
             repo_id: `"user/name"`, or a name in your own account; created if necessary.
-            commit_message: first line of the commit.
-            commit_description: text of the commit.
-            private: whether a new repository is private; None for the account's default.
-            token: hub token; None for the one of `hf auth login`.
             revision: branch to commit to; created if necessary.
-            create_pr: open a pull request instead of committing.
-            max_shard_size: largest size of one file of weights.
             tags: added to those of the card.
+            commit_message, commit_description, private, token, create_pr, max_shard_size: as in transformers.
 
         Returns:
             The commit; `commit_url` is its address.

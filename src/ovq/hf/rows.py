@@ -1,12 +1,6 @@
 """Rows of one cache with texts of different lengths, which can join and leave: for continuous batching.
 
-`ovq.serve` builds on it, and it can be used without a server:
-
-    rows = Rows.start(model, tokens)
-    other = Rows.start(model, other_tokens, context=book)
-    rows = Rows.joined([rows, other])
-    logits = rows.read([[next_token], [other_next_token]])
-    rows.keep([1])
+`ovq.serve` builds on it, and it can be used without a server.
 """
 
 from __future__ import annotations
@@ -40,9 +34,6 @@ class Rows:
             evaluation mode.
         cache: cache of the rows.
         lengths: number of tokens that each row has read, without padding.
-
-    Attributes:
-        lengths: current number of tokens of each row.
 
     Example:
         >>> from ovq.hf import OVQConfig, OVQForCausalLM
