@@ -43,7 +43,6 @@ def memory_attention(
     """Attention over a layer's memory and the new tokens, with the signature of transformers.
 
     Args:
-        module: the attention module.
         query: `[B, H, T, K]`. key: `[B, Hkv, T, K]`. value: `[B, Hkv, T, V]`.
         attention_mask: `[B, T]`, which of the new tokens are real; None for all.
         scaling: factor of the scores; None for `K ** -0.5`.

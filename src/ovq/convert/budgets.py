@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def allocate(losses: Tensor, rows: Sequence[int], total: float) -> list[int]:
-    """One option per head, chosen greedily for a small sum of losses with at most `total` rows.
+    """Index of one option per head, chosen greedily for a small sum of losses with at most `total` rows.
 
     Starts with the fewest rows for every head. Then it repeatedly makes the change that lowers the loss most
     per row, while rows are left.
@@ -18,9 +18,6 @@ def allocate(losses: Tensor, rows: Sequence[int], total: float) -> list[int]:
         losses: `[heads, options]` loss of each head with each option; inf for an option that is ruled out.
         rows: rows that each option takes.
         total: largest number of rows of all heads together.
-
-    Returns:
-        Index of an option per head.
 
     Raises:
         ValueError: if even the smallest options take more than `total`, or losses do not fit the options or
@@ -41,9 +38,6 @@ def changes(losses: Tensor, rows: Sequence[int], total: float) -> Iterator[tuple
 
     An unknown loss may be given as its lower bound 0. Its option is then chosen no later than with the true
     loss, so until it is chosen, all changes are those of the true losses.
-
-    Raises:
-        ValueError: as `allocate`.
     """
     if losses.dim() != 2 or not losses.numel() or losses.shape[1] != len(rows):
         raise ValueError(

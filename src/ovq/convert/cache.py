@@ -288,11 +288,7 @@ class MemoryLayer(OVQCacheLayer):
         return key_states, value_states
 
     def learn(self, k: Tensor, v: Tensor) -> None:
-        """Read keys `[B, Hkv, T, K]` and values `[B, Hkv, T, V]` of real tokens, without queries.
-
-        Raises:
-            ValueError: as `attend`.
-        """
+        """`attend` for keys `[B, Hkv, T, K]` and values `[B, Hkv, T, V]` of real tokens, without queries."""
         self._check(k, v)
         parts = self.begin(k, v)
         self.num_columns += k.shape[2]

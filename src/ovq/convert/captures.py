@@ -64,9 +64,6 @@ class Captures:
         progress: called after each layer with the number of layer passes so far; a text passes each layer
             three times (prefix forward, counted tokens forward, backward).
 
-    Attributes:
-        model: the same.
-
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2)

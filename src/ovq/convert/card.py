@@ -34,13 +34,9 @@ What this loses was measured for SmolLM2-135M-Instruct (docs/results/convert.md 
 
 
 def converted_card(model: Any, *, original: str, name: str, how: str) -> str:
-    """The text of a card.
+    """The text of the card of the converted model `name`, which tells how rows were allocated to heads.
 
-    Args:
-        model: what `attach` returned.
-        original: the model's name on the hub, or its folder or file.
-        name: that of the converted model.
-        how: how rows were allocated to heads.
+    `original` is the original model's name on the hub, or its folder or file.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM

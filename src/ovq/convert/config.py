@@ -282,7 +282,6 @@ class LayerConfig:
 
     Attributes:
         budgets: key/value heads grouped by equal sizes and settings.
-        num_kv_heads: number of key/value heads.
         key_exponents, token_use, slot_temperature, slot_bias: those of `MemoryConfig` for this layer.
         reach: when and how far rows are re-positioned; None for never.
     """

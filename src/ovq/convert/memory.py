@@ -188,11 +188,7 @@ class HeadMemory:
     def restored(
         budget: Budget, tensors: Mapping[str, Tensor], device: torch.device | str | None, use: Tensor | None
     ) -> HeadMemory:
-        """The memory with these `tensors()`, on `device` (None: where they are).
-
-        Args:
-            budget, use: as for the original memory.
-        """
+        """The memory with these `tensors()`, `budget` and `use`, on `device` (None: where they are)."""
         k, v = (tensors[name].to(device) for name in ("recent_keys", "recent_values"))
         memory = HeadMemory(budget, k, v, use)
         for name in memory._names:
@@ -282,7 +278,6 @@ class HeadMemory:
 
         Args:
             rows: rows for which `reach.is_reposition_due` holds now.
-            reach: distances and rotary frequencies.
             ratio: `[h, R]`, see `Reach.turned`.
         """
         index = torch.tensor(rows, device=self.count.device)

@@ -25,11 +25,7 @@ _TOLERANCE_OF_NARROW = 0.05
 
 
 def with_reach(config: MemoryConfig, model: PreTrainedModel) -> MemoryConfig:
-    """`config` with `trained_length` and `rotary_frequencies` filled in, if the model's are known.
-
-    Args:
-        config: sizes and settings of the memory.
-        model: a model that is not converted yet.
+    """`config` with the `trained_length` and `rotary_frequencies` of a model not converted yet, if known.
 
     Raises:
         ValueError: a length or a distance is given, but the rotary frequencies are not known; or the
@@ -62,8 +58,7 @@ def with_reach(config: MemoryConfig, model: PreTrainedModel) -> MemoryConfig:
 def rotary_frequencies(model: PreTrainedModel) -> list[float] | None:
     """Rotary angles per position of a model's keys, in the order of `Reach.frequencies`.
 
-    Returns:
-        The frequencies; None if there are none, or the keys of some layer do not agree with them.
+    None if there are none, or the keys of some layer do not agree with them.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM

@@ -51,9 +51,7 @@ def trials(
 
     Args:
         layers: captured tensors of all layers on a text; heads are numbered layer by layer.
-        options: the memories to try.
-        num_sinks: first tokens kept exactly in all options.
-        settings: those of `Probe`, for all layers.
+        options, num_sinks, settings: those of `Probe`, for all layers.
         wanted: `[heads, options]` bool, which options to try on which heads; None for all.
         progress: called with the number of further trials (a head with an option) that are done.
     """

@@ -31,8 +31,7 @@ def preset_card(*, name: str, model: str, config: MemoryConfig, measured: dict[s
     """The text of a preset's README.md.
 
     Args:
-        name: name of the preset. model: name of the model.
-        config: the memory.
+        name: of the preset. model: name of the model.
         measured: may have `probe`, a list of texts with `text` (name) and `tokens`; `losses`, the same with
             the losses `full` and `converted`; `about`, a sentence on these losses; `dtype`; and
             `environment`, with the `processor`, versions, and optionally the commit.
