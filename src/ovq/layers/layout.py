@@ -79,7 +79,10 @@ class SequenceLayout:
                 raise ValueError(
                     "expected attention_mask or cu_seqlens, found both: packed rows have no padding"
                 )
-            return _packed_layout(cu_seqlens, batch_size, num_past, num_new)
+            if num_past:
+                raise ValueError(f"expected no cache with cu_seqlens, found {num_past} cached columns")
+            bounds = RowBounds(row_bounds(None, cu_seqlens, batch_size, 0, num_new))
+            return SequenceLayout(num_past=0, num_new=num_new, cu_seqlens=cu_seqlens, bounds=bounds)
         if attention_mask is None:
             return SequenceLayout(num_past=num_past, num_new=num_new)
         return _masked_layout(attention_mask, batch_size, num_past, num_new)
@@ -279,11 +282,3 @@ def _masked_layout(mask: Tensor, batch_size: int, num_past: int, num_new: int) -
     if not bool((new := host[:, num_past:]).all()):
         columns |= {"new_mask": real[:, num_past:], "bounds": RowBounds(masked_bounds(new))}
     return SequenceLayout(**columns)
-
-
-def _packed_layout(cu_seqlens: Tensor, batch_size: int, num_past: int, num_new: int) -> SequenceLayout:
-    """The layout of packed rows; ValueError if the offsets are invalid."""
-    if num_past:
-        raise ValueError(f"expected no cache with cu_seqlens, found {num_past} cached columns")
-    bounds = RowBounds(row_bounds(None, cu_seqlens, batch_size, 0, num_new))
-    return SequenceLayout(num_past=num_past, num_new=num_new, cu_seqlens=cu_seqlens, bounds=bounds)
