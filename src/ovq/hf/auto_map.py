@@ -8,10 +8,7 @@ no package, but would miss later fixes, and a process could hold two classes of 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
-
-from ovq.runtime.files import write_atomic
 
 MODULE_FILE = "modeling_ovq.py"
 """Name of the module in the folder of a saved config or model."""
@@ -25,7 +22,7 @@ AUTO_MAP = {
 
 # In a try statement, because transformers checks other imports itself: its message would say
 # `pip install ovq`, whether or not the index has the package.
-_MODULE = '''"""Lets `trust_remote_code=True` load this model. All code is in the Python package `ovq`."""
+MODULE = '''"""Lets `trust_remote_code=True` load this model. All code is in the Python package `ovq`."""
 
 try:
     from ovq.hf import OVQConfig, OVQForCausalLM, OVQModel
@@ -36,20 +33,6 @@ except ModuleNotFoundError as error:
 
 __all__ = ["OVQConfig", "OVQForCausalLM", "OVQModel"]
 '''
-
-
-def write_module(folder: Path) -> None:
-    """Write the module that `AUTO_MAP` names into a folder, which is created if necessary.
-
-    Example:
-        >>> import tempfile
-        >>> folder = Path(tempfile.mkdtemp())
-        >>> write_module(folder)
-        >>> "from ovq.hf import" in (folder / MODULE_FILE).read_text()
-        True
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / MODULE_FILE, _MODULE)
 
 
 def without_own_entries(auto_map: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from ovq.fields import SAVED_WITH_ALL, ConfigField, is_finite, with_new_names
-from ovq.hf.auto_map import AUTO_MAP, without_own_entries, write_module
+from ovq.hf.auto_map import AUTO_MAP, MODULE, MODULE_FILE, without_own_entries
 from ovq.hf.equal_sizes import equal_sizes
 from ovq.layers import defaults
 from ovq.layers.base import check_conv_size, check_rotary, checked_head_dim
@@ -24,6 +24,7 @@ from ovq.ops.ablation import NAMES, Ablation, with_ablation, with_earlier_names
 from ovq.ops.narrow import check_state_dtype
 from ovq.ops.options import Options, current_merge, default_growth
 from ovq.plugins import usable_names
+from ovq.runtime.files import write_atomic
 
 TO_TRAIN: dict[str, Any] = {"merge": "existing", "init": "novelty", "ablation": None}
 """Fields with which to train the layer that recalls most, of all that were measured."""
@@ -243,7 +244,9 @@ class OVQConfig(PreTrainedConfig):
         process that has not imported `ovq.hf`; see `ovq.hf.auto_map`.
         """
         if not os.path.isfile(save_directory):
-            write_module(Path(save_directory))
+            folder = Path(save_directory)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(folder / MODULE_FILE, MODULE)
         derived = getattr(self, "auto_map", None)
         self.auto_map = AUTO_MAP | (derived or {})
         try:
