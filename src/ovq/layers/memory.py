@@ -64,17 +64,18 @@ class Memory(ABC):
     def restored(self, tensors: Mapping[str, Tensor], device: torch.device | str | None) -> Any:
         """The state from the result of `tensors` or `saved`, on `device` (None: the tensors' device)."""
 
-    @abstractmethod
+    # For states with methods of these names.
     def select(self, state: Any, rows: Tensor) -> Any:
         """The given rows `[R]` in the given order, repeats allowed; shares no memory with `state`."""
+        return state.select(rows)
 
-    @abstractmethod
     def to(self, state: Any, device: torch.device | str) -> Any:
         """The state on another device."""
+        return state.to(device, non_blocking=True)
 
-    @abstractmethod
     def detach(self, state: Any) -> Any:
         """The state detached from the autograd graph."""
+        return state.detach()
 
     @abstractmethod
     def concatenate(self, states: Sequence[Any], num_missing: Sequence[int]) -> Any:
@@ -197,18 +198,6 @@ class SlotMemory(Memory):
             for name, tensor in upgraded(dict(tensors)).items()
         }
         return OVQState(**parts, num_slots=self.num_slots, chunk_size=self.chunk_size)
-
-    def select(self, state: OVQState, rows: Tensor) -> OVQState:
-        """See `Memory.select`."""
-        return state.select(rows)
-
-    def to(self, state: OVQState, device: torch.device | str) -> OVQState:
-        """See `Memory.to`."""
-        return state.to(device, non_blocking=True)
-
-    def detach(self, state: OVQState) -> OVQState:
-        """See `Memory.detach`."""
-        return state.detach()
 
     def concatenate(self, states: Sequence[OVQState], num_missing: Sequence[int]) -> OVQState:
         """See `Memory.concatenate`."""
