@@ -272,11 +272,9 @@ class OVQForCausalLM(CachedGeneration, OVQPreTrainedModel, GenerationMixin):
                 is_continued=attention_mask is not None or (past is not None and past.get_seq_length() > 0),
             )
             kwargs = {name: value for name, value in kwargs.items() if name not in PACKING_KWARGS}
-        targets = shift_labels
-        if shift_labels is not None:
-            # transformers takes a view of them, and those of a window are a part of longer rows.
-            targets = shift_labels.contiguous()
-        elif labels is not None:
+        # transformers takes a view of them, and those of a window are a part of longer rows.
+        targets: Any = None if shift_labels is None else shift_labels.contiguous()
+        if targets is None and labels is not None:
             if cu_seqlens is not None:
                 labels = labels.masked_fill(_is_first(cu_seqlens, labels.shape[1]), -100)
             targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
