@@ -121,10 +121,8 @@ def attach(
             in place.
         num_slots: slots per head: one number, or one per layer and key/value head.
         window: last tokens per head, a multiple of `chunk_size`: one number, or one per layer and head.
-        num_sinks: first tokens per head.
-        chunk_size: tokens merged at a time.
+        num_sinks, chunk_size, value_weight: see `MemoryConfig`.
         merge: update rule of the slots, `"nearest"` or the paper's `"existing"`.
-        value_weight: weight of distances between values relative to those between keys.
         max_distance: largest distance, in tokens, at which queries see sinks and slots once a text exceeds
             the trained length of the model (its `max_position_embeddings`). None for a quarter of that
             length, or for no limit if the model's rotary frequencies are not known.

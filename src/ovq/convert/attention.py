@@ -40,7 +40,7 @@ def memory_attention(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention over a layer's memory and the new tokens, with the signature of transformers.
+    """Attention `[B, T, H, V]` over a layer's memory and the new tokens, with transformers' signature.
 
     Args:
         query: `[B, H, T, K]`. key: `[B, Hkv, T, K]`. value: `[B, Hkv, T, V]`.
@@ -49,9 +49,6 @@ def memory_attention(
         dropout: must be 0. sliding_window, softcap, s_aux: must be None; a model's own windows, soft caps
             and learned sinks are not supported.
         kwargs: other arguments that models pass; only `ROW_LENGTHS` is used.
-
-    Returns:
-        `[B, T, H, V]`, and None instead of attention weights.
 
     Raises:
         ValueError: an argument that the memory does not support.

@@ -41,16 +41,13 @@ def advance(
     temperature: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor | None:
-    """`HeadMemory.attend` for all memories of a layer at once.
+    """`HeadMemory.attend` for all memories of a layer at once: `[B, H, T, V]`; None without queries.
 
     Args:
         parts: memories with the indices of their key/value heads, which partition those of k and v.
         k: `[B, Hkv, T, K]`. v: `[B, Hkv, T, V]`. q: `[B, H, T, K]`, scaled; None for no outputs.
         lengths: real tokens of each row, which come first.
         temperature: `[H]`, see `HeadMemory.attend`. bias: `[H]`.
-
-    Returns:
-        `[B, H, T, V]`; None without queries.
     """
     can_compile = is_compiled([memory for memory, _ in parts], k, v, q, temperature, bias)
     if not can_compile and len(parts) == 1:

@@ -46,11 +46,8 @@ def fitted_bias(
     """`config` with a bias per query head, fitted to texts, which have equal weights.
 
     Args:
-        model: as for `probe`, not converted yet.
-        texts: `[T]` token ids of each text, of the length that the memory is meant for, if possible.
+        model, texts, seed, captures: as for `probe`; the loss is on sampled tokens.
         config: the memory; the fit starts from its biases, if it has any.
-        seed: seed of the tokens sampled from the model, on which the loss is taken.
-        captures: captures of the model, to reuse texts that `probe` has read; None for new ones.
         progress: called with the number of texts done.
 
     Raises:

@@ -29,9 +29,6 @@ class PackedLinear(nn.Module):
         format: `"int8"` or `"int4"`. An output layer is always int8; GGUF files also give it more bits.
         is_output: whether it is the model's output layer.
 
-    Shapes:
-        `[..., D]` to `[..., N]`, in the dtype of the input.
-
     Example:
         >>> linear = nn.Linear(64, 32)
         >>> x = torch.randn(5, 64)
@@ -60,7 +57,7 @@ class PackedLinear(nn.Module):
         return Matrix(self.numbers, self.format, (self.out_features, self.in_features), factors, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., D]` to `[..., N]`."""
+        """`[..., D]` to `[..., N]`, in the dtype of the input."""
         matrix = self.matrix
         if x.is_cpu and x.numel() and is_available() and not (torch.is_grad_enabled() and x.requires_grad):
             is_rough = x.numel() > MOST_ROWS * self.in_features and not self.is_output

@@ -116,8 +116,7 @@ def default_options(
 
     Args:
         rows: average rows per head to allocate; at most about 24 steps.
-        num_sinks: first tokens kept exactly.
-        chunk_size: tokens merged at a time.
+        num_sinks, chunk_size: as in `attach`.
         length: tokens per text. Options with at least as many rows are left out, except one that keeps all
             tokens, since some heads must tell every token apart. That one is only offered for texts of at
             most 8 times `rows` tokens.

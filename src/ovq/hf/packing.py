@@ -20,7 +20,7 @@ def packed_offsets(
     inputs: Tensor,
     is_continued: bool,
 ) -> Tensor | None:
-    """The offsets of packed rows, from any of the equivalent arguments.
+    """The offsets `[R + 1]` of packed rows, from any of the equivalent arguments; None without packing.
 
     Args:
         cu_seqlens: `[R + 1]` offsets; or None.
@@ -30,9 +30,6 @@ def packed_offsets(
             `[1, T]` is the row of each token, and maximum lengths are ignored.
         inputs: `[B, T]` or `[B, T, hidden_size]`, the tokens.
         is_continued: whether there is a mask or a cache, to whose columns positions may refer.
-
-    Returns:
-        `[R + 1]` on the device of the tokens, or None if nothing is packed.
 
     Raises:
         ValueError: if names contradict each other, or rows are packed in a batch of several.

@@ -33,16 +33,15 @@ def logn_factor(place: int, length: int) -> float:
 def logn_factors(
     layout: SequenceLayout, length: int, *, like: Tensor, num_seen: Tensor | None = None
 ) -> Tensor | None:
-    """Factors of the logits of the new tokens of a call.
+    """Factors `[B, T]` of the logits of the new tokens of a call.
+
+    `[1, T]` if all rows are alike; None if all factors are 1.
 
     Args:
         layout: padding and packing of the call.
         length: number of tokens up to which the factor is 1, at least 2.
         like: a tensor with the wanted dtype and device.
         num_seen: as in `SequenceLayout.places`.
-
-    Returns:
-        `[B, T]`, or `[1, T]` if all rows are alike; None if all factors are 1.
 
     Example:
         >>> layout = SequenceLayout.of(None, batch_size=1, num_past=14, num_new=2)

@@ -140,7 +140,7 @@ def sink_read(
     *,
     window: int,
 ) -> Tensor:
-    """Softmax attention of each token to the sinks and to its window, in blocks of queries.
+    """Softmax attention `[B, H, T, V]` of each token to the sinks and to its window, in blocks of queries.
 
     Args:
         q: `[B, H, T, K]`, scaled; the first query of row b is the row's token `num_seen[b]`.
@@ -151,9 +151,6 @@ def sink_read(
         sink_values: `[B, Hkv, S, V]`, likewise.
         num_seen: `[B]` number of tokens of each row before the queries.
         window: W, at least 2.
-
-    Returns:
-        `[B, H, T, V]`.
     """
     batch_size, _, num_queries, _ = q.shape
     size = min(num_queries, window)

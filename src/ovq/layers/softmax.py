@@ -208,16 +208,13 @@ class SlidingWindowAttention(FullAttention):
 
 
 def causal_read(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None) -> Tensor:
-    """Causal softmax attention.
+    """Causal softmax attention `[B, H, T, V]`.
 
     Args:
         q: `[B, H, T, K]`, scaled.
         k: `[B, Hkv, S, K]`; the last T keys are the queries' own.
         v: `[B, Hkv, S, V]`.
         segments: `[B, S]` row indices; a token sees only its own row. None: one row.
-
-    Returns:
-        `[B, H, T, V]`.
     """
     num_queries, num_keys = q.shape[2], k.shape[2]
     if segments is None and num_queries == num_keys:
