@@ -196,9 +196,8 @@ class SlidingWindowAttention(FullAttention):
         """See `AttentionMixer.attend`."""
         if not can_run(q, k, v, scale):
             return super().attend(q, k, v, scale, layout, cache)
-        if cache is not None:
-            k, v = self.with_past(k.transpose(1, 2), v.transpose(1, 2), layout, cache)
-            k, v = k.transpose(1, 2), v.transpose(1, 2)
+        k, v = self.with_past(k.transpose(1, 2), v.transpose(1, 2), layout, cache)
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
         first = self._first_seen(layout, k.shape[1], k.device)
         return applied(CompiledWindow, q, k, v, scale, first, self.sliding_window)
 
