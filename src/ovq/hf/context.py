@@ -14,6 +14,7 @@ file, which can only be loaded for the model that read the document:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ovq.hf.cache import CACHE_KEY, StateCache
 from ovq.hf.context_file import (
@@ -128,14 +130,10 @@ class Context:
         rows = [checked_ids(prompt, self.model, what=f"prompt {i}") for i, prompt in enumerate(prompts)]
         if not rows:
             raise ValueError("prompts: expected at least one, found none")
-        width = max(map(len, rows))
-        pad = getattr(self.model.config, "pad_token_id", None) or 0
-        ids = torch.stack([torch.cat([row.new_full((width - len(row),), pad), row]) for row in rows])
-        mask = torch.ones(len(rows), self.num_tokens + width, dtype=torch.int64, device=ids.device)
-        for row, tokens in zip(mask, rows, strict=True):
-            row[: width - len(tokens)] = 0
-        has_one_length = min(map(len, rows)) == width
-        cache = self.cache(len(rows)) if has_one_length else self._read(rows)
+        padded = functools.partial(pad_sequence, batch_first=True, padding_side="left")
+        ids = padded(rows, padding_value=getattr(self.model.config, "pad_token_id", None) or 0)
+        mask = padded([row.new_ones(self.num_tokens + len(row)) for row in rows])
+        cache = self.cache(len(rows)) if len({*map(len, rows)}) == 1 else self._read(rows)
         return {"input_ids": ids, "attention_mask": mask, CACHE_KEY: cache}
 
     @torch.no_grad()
