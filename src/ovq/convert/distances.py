@@ -62,20 +62,7 @@ def far_attention(
 
 
 class Distances:
-    """Importance of key components and values for the key/value heads of a layer; texts are added one by one.
-
-    Example:
-        >>> generator = torch.Generator().manual_seed(0)
-        >>> distances = Distances(1, 2)
-        >>> k, v = (torch.randn(1, 1, 9, n, generator=generator) for n in (2, 3))
-        >>> o = torch.zeros_like(v)
-        >>> q = torch.tensor([8.0, 1.0]).expand_as(k)
-        >>> distances.start(k, v, num_targets=9)
-        >>> for part in far_attention(q, k, v, o=o, g=torch.ones_like(o), num_sinks=1, num_recent=4):
-        ...     distances.see(*part)
-        >>> distances.key_exponents()
-        [[2, -2]]
-    """
+    """Importance of key components and values for the key/value heads of a layer; adds texts one by one."""
 
     def __init__(self, num_heads: int, key_dim: int) -> None:
         self._of_keys = torch.zeros(num_heads, key_dim, dtype=torch.float64, device="cpu")

@@ -75,22 +75,7 @@ def use_from(use: Tensor, start: Tensor, reach: Reach, ratio: Tensor | None) -> 
 
 
 class ExpectedUse:
-    """Fits the expected use of tokens for the key/value heads of a layer; texts are added one by one.
-
-    Example:
-        >>> from ovq.convert.distances import far_attention
-        >>> generator = torch.Generator().manual_seed(0)
-        >>> k, v = (torch.randn(1, 1, 40, n, generator=generator) for n in (2, 3))
-        >>> o = torch.zeros_like(v)
-        >>> q = torch.tensor([4.0, 0.0]).expand_as(k)
-        >>> use = ExpectedUse()
-        >>> use.start(k, v, num_targets=40, num_sinks=1)
-        >>> for part in far_attention(q, k, v, o=o, g=torch.ones_like(o), num_sinks=1, num_recent=4):
-        ...     use.see(*part)
-        >>> [numbers] = use.numbers()
-        >>> len(numbers), numbers[0] > 1
-        (6, True)
-    """
+    """Fits the expected use of tokens for the key/value heads of a layer; texts are added one by one."""
 
     def __init__(self) -> None:
         # Per text: keys and values [h, T, K + V]; sums [h, T] of squared loss changes; factor of these sums.
