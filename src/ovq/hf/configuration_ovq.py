@@ -205,8 +205,7 @@ class OVQConfig(PreTrainedConfig):
                 expected = f"{value!r}, as is recommended, or OVQConfig(...)"
                 raise ValueError(f"{name}: expected {expected}, found {fields[name]!r}")
         # The merge gate improves recall in two tasks, on three seeds each, and changes nothing on text
-        # (docs/results/rivals.md). The forget gate lowers the loss on text, but costs recall
-        # (docs/results/forgetting.md).
+        # (docs/results/rivals.md); on the forget gate, see docs/results/forgetting.md.
         return cls(**{"merge_gate": True} | fields | TO_TRAIN)
 
     @classmethod

@@ -311,9 +311,8 @@ class AttentionMixer(Mixer):
         num_kv_heads: key/value heads Hkv; divides H. None: the number of query heads.
         head_dim: K, which is also V. None: `hidden_size / num_heads`.
         rope_theta: base of the rotary frequencies.
-        logn_length: length beyond which log-n scaling multiplies logits by log t / log `logn_length` (see
-            `set_logn_length`), usually the training length; None for no scaling. Only full attention and OVQ
-            support it.
+        logn_length: see `set_logn_length`; usually the training length, None for no scaling. Only full
+            attention and OVQ support it.
         kwargs: `conv_size`, `layer_idx` and `use_rope` of `Mixer`.
 
     Raises:
