@@ -30,7 +30,6 @@ from ovq.hf.context_file import (
     KINDS,
     VERSION,
     ContextModel,
-    TokenModel,
     check_fingerprint,
     checked_layers,
     digest,
@@ -281,7 +280,7 @@ def load_context(path: str | os.PathLike, model: ContextModel) -> Context:
     return Context(model=model, num_tokens=num_tokens, fingerprint=own, note=note, _cache=cache)
 
 
-def checked_ids(ids: Tensor | Sequence[int], model: TokenModel, *, what: str) -> Tensor:
+def checked_ids(ids: Tensor | Sequence[int], model: ContextModel, *, what: str) -> Tensor:
     """Token ids as a tensor `[T]` on the model's device; ValueError for ids outside the vocabulary."""
     tensor = ids if isinstance(ids, Tensor) else torch.tensor(ids, device="cpu")
     if tensor.dim() == 2 and tensor.shape[0] == 1:

@@ -33,20 +33,18 @@ _FORMATS = {FORMAT: (VERSION, "ovq"), "ovq-converted-context": ("2", "converted"
 Tensors = Mapping[str, Tensor]
 
 
-class TokenModel(Protocol):
-    """A model that reads token ids."""
+class ContextModel(Protocol):
+    """What contexts and streams need from an `OVQModel`, an `OVQForCausalLM` or a converted model."""
 
     config: Any
+    context_kind: str
+
+    def __call__(self, input_ids: Tensor, /, **kwargs: Any) -> Any:
+        """Hidden states, or logits."""
 
     @property
     def device(self) -> torch.device:
         """Device of the inputs."""
-
-
-class ContextModel(TokenModel, Protocol):
-    """What contexts need from a model: an `OVQModel` or `OVQForCausalLM`, or a converted model."""
-
-    context_kind: str
 
     @property
     def base_model(self) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import (
@@ -24,7 +24,7 @@ from transformers import (
 from ovq.fields import check_fields
 from ovq.hf.cache import CACHE_KEY
 from ovq.hf.context import checked_ids
-from ovq.hf.context_file import TokenModel
+from ovq.hf.context_file import ContextModel
 
 # A character has at most 4 bytes, so at most 4 tokens; after twice as many it can no longer be completed.
 _MOST_PENDING = 8
@@ -108,19 +108,9 @@ class Sampling:
         return found
 
 
-class StreamableModel(TokenModel, Protocol):
-    """A causal language model that makes its own caches: `OVQForCausalLM`, or a converted model."""
-
-    def make_cache(self) -> Cache:
-        """An empty cache."""
-
-    def __call__(self, input_ids: torch.Tensor, /, **kwargs: Any) -> Any:
-        """Logits, as causal language models of transformers return them."""
-
-
 @torch.no_grad()
 def stream_tokens(
-    model: StreamableModel,
+    model: ContextModel,
     input_ids: Sequence[int],
     *,
     cache: Cache | None = None,
