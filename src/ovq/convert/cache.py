@@ -33,7 +33,6 @@ class HeadMemories(Memory):
     A layer that owns such a list changes its memories in place, see `MemoryLayer.branch`.
 
     Attributes:
-        config: sizes and settings of the layer.
         observer: makes the observer of each new memory, see `HeadMemory`.
     """
 

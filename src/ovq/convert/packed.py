@@ -25,7 +25,6 @@ class PackedLinear(nn.Module):
     Inputs are quantized too: to 16 bits for up to 32 tokens and in an output layer, else to 8 bits.
 
     Args:
-        linear: the layer whose weights are quantized.
         format: `"int8"` or `"int4"`. An output layer is always int8; GGUF files also give it more bits.
         is_output: whether it is the model's output layer.
 

@@ -35,7 +35,6 @@ def check_loaded(source: str | os.PathLike, report: Mapping[str, Any], *, allow_
     """Raise ValueError unless the saved weights are exactly those that the loaded model needs.
 
     Args:
-        source: folder or name that the model was loaded from.
         report: loading info that `from_pretrained` returns with `output_loading_info=True`.
         allow_extra: whether more weights may be saved, as in checkpoints that serve other tasks too.
     """

@@ -19,7 +19,6 @@ class DecayRates(OwnWeights):
     `step = softplus(x + dt_bias)`, `log decay = -exp(A_log) step`.
 
     Args:
-        num_heads: H.
         num_channels: K, if every channel of a head has its own step; they share `A_log`.
         rate_range: range of the uniform distribution of the initial rates `exp(A_log)`; None: log-uniform
             from 1 to 16.

@@ -73,7 +73,6 @@ class QKNorm(OwnWeights):
 
         Args:
             channels: `[B, T, (H + 2 Hkv) K]`: queries, keys and values, one head after the other.
-            num_kv_heads: Hkv.
             tables: result of `rotary_tables`, to apply rotary embedding to queries and keys; or None.
 
         Returns:

@@ -171,12 +171,7 @@ class TensorMemory(Memory):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SlotMemory(Memory):
-    """States of class `OVQState`.
-
-    Attributes:
-        num_slots: N, the maximum number of slots per head.
-        chunk_size: C, tokens per chunk.
-    """
+    """States of class `OVQState`, of at most `num_slots` slots and of chunks of `chunk_size` tokens."""
 
     kind: str = "an OVQState"
     num_slots: int = dataclasses.field(compare=False)
