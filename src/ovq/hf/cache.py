@@ -58,10 +58,7 @@ class OVQCacheLayer(LayerCache, CacheLayerMixin):
 
     #: Whether the layer records what it reads, so that it can be cropped; transformers' name.
     record_past = False
-    # Shapes depend on the number of tokens read.
-    is_compileable = False
     supports_early_init = False
-    is_sliding = False
     #: The device on which the state is used.
     device: torch.device | None = None
 
