@@ -129,6 +129,20 @@ def test_one_call_gives_what_the_modules_give(monkeypatch, runs, changes, rows):
 
 @needs_kernels
 @torch.no_grad()
+def test_a_step_gives_way_to_slots_of_another_format(runs):
+    model, ids = make_model(num_hidden_layers=2), random_ids(1, 12)
+    _, cache = decoded(model, ids)
+    num_runs = len(runs)
+    model.set_state_dtype("int8")
+    model(ids[:, :1], past_key_values=cache)
+    assert cache.layers[1].state.state_dtype == "int8"
+    model(ids[:, :1], past_key_values=cache)
+    # The windows alone, then both layers again.
+    assert runs[num_runs:] == [1, 2]
+
+
+@needs_kernels
+@torch.no_grad()
 def test_tokens_of_next_to_no_weight_and_sharp_queries(runs):
     """Both gates with scores beyond 34: what a token counts for must not be divided by."""
     model, ids = (

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ovq.layers import OVQAttention
 from ovq.layers.cache import MixerCache
-from ovq.layers.memory import num_bytes
+from ovq.layers.memory import SlotMemory, num_bytes
 
 SIZES = {"hidden_size": 32, "num_heads": 2, "num_slots": 12, "chunk_size": 8, "conv_size": 3}
 
@@ -68,6 +68,18 @@ def test_a_cached_state_is_converted_on_next_use():
     mixer.set_state_dtype("float32")
     _, cache = read(mixer, x[:, :1], cache=cache)
     assert cache.layers[0].state.key_sum.dtype == torch.float32
+
+
+@torch.no_grad()
+def test_rotated_sums_of_rows_that_join_are_rounded_once():
+    memory = SlotMemory(num_slots=12, chunk_size=8, rope_theta=100.0)
+    _, cache = read(layer(state_dtype="int8"), torch.randn(1, 20, 32))
+    state = cache.layers[0].state
+    wide = state.to_state_dtype("float32")
+    joined, expected = (memory.concatenate([each, each], [0, 5]) for each in (state, wide))
+    assert torch.equal(joined.key_sum, expected.to_state_dtype("int8").key_sum)
+    assert torch.equal(joined.key_step, expected.to_state_dtype("int8").key_step)
+    assert not torch.equal(joined.keys[0], joined.keys[1])
 
 
 def test_training_and_forgetting_take_float32():

@@ -130,8 +130,8 @@ class RunJob:
             # Models are trained without.
             if evaluation.logn_length != model.config.logn_length:
                 model.set_logn_length(evaluation.logn_length)
-            if (state_dtype := evaluation.state_dtype or "float32") != model.config.state_dtype:
-                model.set_state_dtype(state_dtype)
+            if evaluation.state_dtype != getattr(model.config, "state_dtype", None):
+                model.set_state_dtype(evaluation.state_dtype or "float32")
             with mixed:
                 found = evaluation.evaluate(model, self.folder, _PartReporter(work, done))
             done += evaluation.num_steps

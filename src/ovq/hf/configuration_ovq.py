@@ -21,7 +21,6 @@ from ovq.layers.logn import check_logn_length
 from ovq.layers.ovq import LEARNING_OPTIONS
 from ovq.layers.registry import MIXERS, fields_of_mixers, mixer_class
 from ovq.ops.ablation import NAMES, Ablation, with_ablation, with_earlier_names
-from ovq.ops.narrow import check_state_dtype
 from ovq.ops.options import Options, current_merge, default_growth
 from ovq.plugins import usable_names
 from ovq.runtime.files import write_atomic
@@ -86,8 +85,6 @@ class OVQConfig(PreTrainedConfig):
             pairs.
         merge_gate: whether `"ovq"` layers learn a weight per token in the dictionary.
         forget_gate: whether `"ovq"` layers learn how fast earlier tokens fade.
-        state_dtype: format of the slots of `"ovq"` layers: `"float32"`, or for inference `"bfloat16"` or
-            `"int8"`, which take half and a quarter of the bytes.
         use_cache: whether a forward pass outside of training returns a cache by default.
         pad_token_id: for `generate`.
         bos_token_id: for `generate`.
@@ -135,7 +132,6 @@ class OVQConfig(PreTrainedConfig):
     value_weight: float | int = defaults.VALUE_WEIGHT
     merge_gate: bool = defaults.MERGE_GATE
     forget_gate: bool = defaults.FORGET_GATE
-    state_dtype: str = defaults.STATE_DTYPE
     use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -365,7 +361,6 @@ class OVQConfig(PreTrainedConfig):
         options["ablation"] = ablation = Ablation.of(self.ablation)
         # Refuse what the op would refuse.
         Options(num_slots=self.num_slots, chunk_size=self.chunk_size, seed=0, **options)
-        check_state_dtype(self.state_dtype, forgets=self.forget_gate)
         for name in ("merge_gate", "forget_gate"):
             if getattr(self, name) and ablation.rate != "count":
                 raise ValueError(f"{name}: expected False with a constant rate, found True")

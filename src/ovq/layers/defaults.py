@@ -19,4 +19,3 @@ MERGE = _OPTIONS["merge"].default
 VALUE_WEIGHT = _OPTIONS["value_weight"].default
 MERGE_GATE = False
 FORGET_GATE = False
-STATE_DTYPE = "float32"

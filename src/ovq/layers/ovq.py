@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ovq.fields import ConfigField
 from ovq.layers import defaults
 from ovq.layers.base import AttentionMixer
 from ovq.layers.cache import LayerCache
@@ -87,13 +88,21 @@ class OVQAttention(AttentionMixer):
     """
 
     forward_options = frozenset({"generator"})
-    config_fields = AttentionMixer.config_fields | {
-        name: name
-        for name in (
-            *("num_slots", "chunk_size", "logn_length", "merge_gate", "forget_gate", "state_dtype"),
-            *LEARNING_OPTIONS,
-        )
-    }
+    config_fields = (
+        AttentionMixer.config_fields
+        | {
+            name: name
+            for name in (
+                *("num_slots", "chunk_size", "logn_length", "merge_gate", "forget_gate"),
+                *LEARNING_OPTIONS,
+            )
+        }
+        | {
+            "state_dtype": ConfigField(
+                str, "float32", "format of the slots: float32; at inference bfloat16 or int8"
+            )
+        }
+    )
 
     def __init__(
         self,
@@ -113,7 +122,7 @@ class OVQAttention(AttentionMixer):
         value_weight: float = defaults.VALUE_WEIGHT,
         merge_gate: bool = defaults.MERGE_GATE,
         forget_gate: bool = defaults.FORGET_GATE,
-        state_dtype: str = defaults.STATE_DTYPE,
+        state_dtype: str = "float32",
         backend: str = "auto",
         **kwargs: Any,
     ):
@@ -292,6 +301,11 @@ class OVQAttention(AttentionMixer):
             yield calls
         finally:
             self._record = before
+
+    @classmethod
+    def check_config(cls, config: Any) -> None:
+        """See `Mixer.check_config`."""
+        check_state_dtype(config.state_dtype, forgets=config.forget_gate)
 
     @classmethod
     def memory_of(cls, settings: Any, *, rope_theta: float | None = None) -> SlotMemory:

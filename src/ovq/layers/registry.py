@@ -44,7 +44,7 @@ def fields_of_mixers(names: Iterable[str]) -> dict[str, ConfigField]:
         ValueError: if a mixer is unknown, or two mixers declare different fields of the same name.
 
     Example:
-        >>> list(fields_of_mixers(["ovq", "sink_attention"]))
+        >>> list(fields_of_mixers(["sliding_attention", "sink_attention"]))
         ['num_sinks', 'sink_window']
     """
     fields: dict[str, ConfigField] = {}

@@ -352,23 +352,28 @@ def test_outcomes_of_other_evaluations_do_not_count(made, tmp_path):
     assert dataclasses.replace(job, root=tmp_path / "runs").outcomes()[0] is None
 
 
-def test_logits_are_scaled_where_an_evaluation_asks_for_it(made, monkeypatch, tmp_path):
+def test_logits_and_slots_are_as_an_evaluation_asks(made, monkeypatch, tmp_path):
     out, seen, evaluate = tmp_path / "out", [], accuracy.evaluate
     shutil.copytree(made[0], out)
     row = next(row for row in rows_of(out, "recall") if row["mixer"] == "ovq")
     plain = dataclasses.replace(TINY.evaluation(TINY.task("recall").at_length(48)), seed=7)
-    asked = (dataclasses.replace(plain, logn_length=24), plain)
+    changes = ({"logn_length": 24}, {"state_dtype": "int8"}, {})
+    asked = tuple(dataclasses.replace(plain, **each) for each in changes)
 
     def noted(model, *args, **kwargs):
-        seen.append([model.config.logn_length, *(mixer.logn_length for mixer in model.mixers()[1:])])
+        ovq = model.mixers()[1]
+        seen.append((model.config.logn_length, ovq.logn_length, ovq.state_dtype))
         return evaluate(model, *args, **kwargs)
 
     monkeypatch.setattr(accuracy, "evaluate", noted)
     config = RunConfig.load(out / "runs" / row["run"])
     job = RunJob(config=config, evaluations=asked, root=out / "runs", label="")
     job.do(workshop(out).reporter)
-    assert seen == [[24, 24], [None, None]]
-    assert [outcome["logn_length"] for outcome in job.outcomes()] == [24, None]
+    assert seen == [(24, 24, "float32"), (None, None, "int8"), (None, None, "float32")]
+    outcomes = job.outcomes()
+    assert [outcome["logn_length"] for outcome in outcomes] == [24, None, None]
+    assert [outcome["state_dtype"] for outcome in outcomes] == [None, "int8", None]
+    assert outcomes[1]["state_bytes"] < outcomes[2]["state_bytes"] == outcomes[0]["state_bytes"]
 
 
 def test_results_of_two_presets_do_not_mix(made, monkeypatch):
