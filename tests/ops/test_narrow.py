@@ -191,7 +191,12 @@ def test_what_narrow_sums_cannot_do_is_refused_by_name():
         state.to_state_dtype("int4")
     with pytest.raises(ValueError, match=r"gradients: expected sums in float32 .*found int8"):
         attend(q.requires_grad_(), k, v, state)
-    q = q.detach()
+    # Integers would drop them without a word.
+    _, learned = attend(q, k.requires_grad_(), v, None)
+    with pytest.raises(ValueError, match=r"gradients: expected sums in float32 .*found int8"):
+        learned.to_state_dtype("int8")
+    assert learned.detach().to_state_dtype("int8").state_dtype == "int8"
+    q, k = q.detach(), k.detach()
     with pytest.raises(ValueError, match=r"log_forget: expected sums in float32 .*found int8"):
         attend(q, k, v, state, log_forget=torch.zeros(2, 20, 2))
     with pytest.raises(ValueError, match=r"rate: expected sums in float32 .*found int8"):

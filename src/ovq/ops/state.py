@@ -222,7 +222,7 @@ class OVQState:
         quarter. They are rounded whenever a chunk is merged into them, and there are no gradients.
 
         Raises:
-            ValueError: if the format is unknown, or the state forgets, which takes float32.
+            ValueError: if the format is unknown, or the state forgets or has gradients, which take float32.
 
         Example:
             >>> import torch
@@ -237,6 +237,8 @@ class OVQState:
         if state_dtype == self.state_dtype:
             return self
         check_state_dtype(state_dtype, forgets=self.pending_forget is not None)
+        if torch.is_grad_enabled() and (self.key_sum.requires_grad or self.value_sum.requires_grad):
+            raise ValueError(f"gradients: expected sums in float32 (state_dtype), found {state_dtype}")
         changed: dict[str, Any] = narrow_slots(wide_slots(self._slots(), self.wide), state_dtype)
         return dataclasses.replace(self, **changed)
 
