@@ -9,7 +9,7 @@ from torch import nn
 from ovq.hf import OVQConfig, OVQForCausalLM, block
 from ovq.layers import OVQAttention
 from ovq.layers.common import QKNorm
-from ovq.layers.gates import ForgetGate, MergeGate
+from ovq.layers.gates import ForgetGate, MergeGate, OutputGate
 from ovq.layers.products import Linear
 from ovq.ops import cpu_kernels
 from tests.ops.common import other_defaults
@@ -39,6 +39,8 @@ def make_model(seed=0, **changes):
             nn.init.uniform_(module.beta, 0.5, 1.5)
         if isinstance(module, MergeGate | ForgetGate):
             nn.init.normal_(module.weight, std=0.5)
+        if isinstance(module, OutputGate):
+            nn.init.uniform_(module.norm.weight, 0.5, 1.5)
     return model
 
 
@@ -108,11 +110,19 @@ def assert_same(found, expected, tolerance=2e-5):
         {"forget_gate": True, "merge_gate": True, "merge": "nearest"},
         {"merge": "nearest", "conv_size": 2, "head_dim": 20, "intermediate_size": 70, "hidden_size": 40},
         {"mixer_types": ["ovq"] * 4, "growth": "linear"},
+        {"output_gate": True, "forget_gate": True, "merge": "nearest"},
+        {"output_gate": True, "num_key_value_heads": 1, "state_dtype": "int8"},
         {"state_dtype": "int8", "merge_gate": True},
         {"state_dtype": "bfloat16", "merge": "nearest"},
         {"mixer_types": ["sliding_attention", "mamba2", "sliding_attention", "ovq"], "rope_mixers": []},
         # So large that threads share the work.
-        {"hidden_size": 192, "intermediate_size": 200, "head_dim": 48, "num_hidden_layers": 2},
+        {
+            "hidden_size": 192,
+            "intermediate_size": 200,
+            "head_dim": 48,
+            "num_hidden_layers": 2,
+            "output_gate": True,
+        },
     ],
     ids=str,
 )
@@ -265,6 +275,10 @@ def parametrized(model):
     nn.utils.parametrize.register_parametrization(model.model.layers[1].mixer.o_proj, "weight", nn.Identity())
 
 
+def with_default_eps(model):
+    model.model.layers[1].mixer.output_gate.norm.eps = None
+
+
 def with_mixer(**attributes):
     return lambda model: [setattr(model.model.layers[1].mixer, *item) for item in attributes.items()]
 
@@ -278,6 +292,7 @@ def with_mixer(**attributes):
             for name in (
                 *("mixer_norm", "mlp_norm", "mlp", "mlp.gate_up_proj", "mlp.down_proj", "mixer"),
                 *("mixer.qkv_proj", "mixer.qkv_conv", "mixer.qk_norm", "mixer.o_proj", "mixer.merge_gate"),
+                *("mixer.output_gate", "mixer.output_gate.proj", "mixer.output_gate.norm"),
             )
         ),
         with_forward,
@@ -287,13 +302,14 @@ def with_mixer(**attributes):
         with_narrow_gate,
         with_strided_gate,
         parametrized,
+        with_default_eps,
         with_mixer(backend="torch"),
         with_mixer(ablation={"bias": "count+norm"}),
         with_mixer(_record=[]),
     ],
 )
 def test_a_layer_that_is_not_plain_runs_by_its_modules(monkeypatch, runs, change):
-    model = make_model(merge_gate=True, forget_gate=True, num_hidden_layers=3)
+    model = make_model(merge_gate=True, forget_gate=True, output_gate=True, num_hidden_layers=3)
     ids = random_ids(1, 12)
     change(model)
     found = decoded(model, ids)
@@ -366,7 +382,7 @@ def test_bad_calls_are_refused_as_they_are_by_the_modules(runs):
 
 
 @needs_kernels
-@pytest.mark.parametrize("gate", ["merge_gate", "forget_gate"])
+@pytest.mark.parametrize("gate", ["merge_gate", "forget_gate", "output_gate"])
 def test_kernels_do_not_depend_on_default_dtype_and_device(gate):
     # With a base of its own, so that tables are made here and not by other tests.
     model, ids = make_model(merge="nearest", rope_theta=321.0, **{gate: True}), random_ids(2, 20)

@@ -14,6 +14,7 @@ GATES = {
     "merge": {"merge_gate": True},
     "forget": {"forget_gate": True},
     "both": {"merge_gate": True, "forget_gate": True},
+    "all": {"merge_gate": True, "forget_gate": True, "output_gate": True},
 }
 each_gate = pytest.mark.parametrize("gates", GATES.values(), ids=GATES)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 from ovq.ops.options import BEST_MERGE
 from ovq_lab.figures.evaluations import Evaluation, LossEvaluation, NeedlesEvaluation
@@ -71,24 +70,28 @@ def _lines(
     group: str = "",
     partner: str | None = None,
     trial_merge: str | None = None,
+    has_output_gates: bool = False,
 ) -> list[Line]:
     """A line for each model of a task, with `partner` in place of its windows if given.
+
+    With `has_output_gates`, also OVQ and full attention with a forget gate and an output gate.
 
     All models have the same evaluations and the same validation. All lines of OVQ have the same weights, so
     one merge rule, `trial_merge`, judges its trials; None for that of training.
     """
 
-    def line(label: str, mixer: str, merge: str | None = None, gate: str | None = None) -> Line:
-        def config(**fields: Any) -> RunConfig:
-            found = preset.config(task, mixer, **fields)
-            return found if partner is None else beside(partner, found)
+    def line(label: str, mixer: str, merge: str | None = None, *gates: str) -> Line:
+        def config(*gates: str) -> RunConfig:
+            found = preset.config(task, mixer, **{f"{gate}_gate": True for gate in gates if gate != "output"})
+            found = found if partner is None else beside(partner, found)
+            return with_output_gates(found) if "output" in gates else found
 
         return Line(
             label=label,
-            config=config(**({} if gate is None else {gate.replace(" ", "_"): True})),
+            config=config(*gates),
             evaluations=tuple(dataclasses.replace(each, merge=merge) for each in evaluations),
             group=group,
-            trial_of=None if gate is None else config(),
+            trial_of=config() if gates else None,
             validation=dataclasses.replace(validation, merge=trial_merge if mixer == "ovq" else None),
             variants=_variants(preset, task).get(mixer, ((),)),
         )
@@ -101,10 +104,30 @@ def _lines(
             continue
         lines += [line(f"OVQ, {slots}", mixer), line(f"OVQ, nearest, {slots}", mixer, BEST_MERGE)]
         lines += [
-            line(f"OVQ, {gate}, nearest, {slots}", mixer, BEST_MERGE, gate)
-            for gate in ("merge gate", "forget gate")
+            line(f"OVQ, {gate} gate, nearest, {slots}", mixer, BEST_MERGE, gate)
+            for gate in ("merge", "forget")
         ]
+        if has_output_gates:
+            label = "forget and output gates"
+            lines.append(line(f"OVQ, {label}, nearest, {slots}", mixer, BEST_MERGE, "forget", "output"))
+            lines.append(line(f"full attention, {label}", "fox", None, "output"))
     return lines
+
+
+def with_output_gates(config: RunConfig) -> RunConfig:
+    """The same run with output gates, and with heads so much smaller that it has no more parameters.
+
+    An attention layer has five projections then, in the place of four.
+    """
+    model = config.model
+    head_dim = (model.head_dim or model.hidden_size // model.num_attention_heads) * 4 // 5
+    if "sliding_attention" in model.mixer_types:
+        # Rotary embedding takes an even size.
+        head_dim -= head_dim % 2
+    changed = dataclasses.replace(
+        model, head_dim=head_dim, mixer_fields=(*model.mixer_fields, "output_gate=true")
+    )
+    return dataclasses.replace(config, model=changed)
 
 
 def _variants(preset: Preset, task: str) -> dict[str, tuple[Variant, ...]]:
@@ -211,7 +234,7 @@ def _by_position(preset: Preset, name: str, partner: str | None = None) -> Figur
         title=f"Loss on held-out text ({source.dataset}) beside {near}, at equal bytes or fewer, by position",
         note="Each point is the mean over the octave of positions that ends there, in windows of "
         f"{text.length} tokens that all models of a seed read alike. {_NOTE}",
-        lines=tuple(_lines(preset, "lm", [evaluation], validation, partner=partner)),
+        lines=tuple(_lines(preset, "lm", [evaluation], validation, partner=partner, has_output_gates=True)),
         panels=position_panels(_FULL),
         trials=preset.text_trials["lm"],
     )

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ovq.layers.base import Mixer, checked_head_dim
+from ovq.layers.base import Mixer
+from ovq.layers.sizes import checked_head_dim
 
 
 class HeadsMixer(Mixer):

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ovq.fields import ConfigField
-from ovq.layers.base import checked_head_dim
 from ovq.layers.chunked import DecayRates, can_use_fla, delta_rule_in_chunks, from_chunks, to_chunks
 from ovq.layers.delta_rule import DeltaRuleMixer, Rule
+from ovq.layers.sizes import checked_head_dim, num_projected
 from ovq_lab.mixers.heads import HeadsMixer
 from ovq_lab.mixers.norms import WideRMSNorm
 
@@ -80,7 +80,7 @@ class KimiDeltaAttention(DeltaRuleMixer):
         """
         width, num_heads, head_dim = config.hidden_size, config.num_attention_heads, config.head_dim
         linear = width * (2 * num_heads + 2) + num_heads * (head_dim + 1)
-        weights = width * num_heads * (2 * head_dim - 1)
+        weights = width * (num_projected(config) - 2 * config.num_key_value_heads * head_dim - num_heads)
         root = (math.sqrt(linear**2 + 4 * num_heads * weights) - linear) / (2 * num_heads)
         return {"kda_value_dim": max(1, round(root))}
 

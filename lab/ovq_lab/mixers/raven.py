@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ovq.fields import ConfigField
-from ovq.layers.base import checked_head_dim
 from ovq.layers.cache import LayerCache
 from ovq.layers.chunked import DecayRates, from_chunks, to_chunks
 from ovq.layers.constant import ConstantStateMixer, sum_dtype, without_autocast
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.memory import StateSpec
+from ovq.layers.sizes import checked_head_dim, num_projected
 from ovq_lab.mixers.heads import HeadsMixer, decayed_sums
 from ovq_lab.mixers.norms import WideRMSNorm
 
@@ -99,9 +99,8 @@ class RavenAttention(ConstantStateMixer, HeadsMixer):
     def equal_sizes(cls, config: Any) -> dict[str, int]:
         """Head size for as many parameters: the other projections shrink by the size of the router."""
         num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
-        num_projected = 2 * (num_heads + num_kv_heads) * config.head_dim
         num_slots, _ = checked_slots(config.head_dim, config.raven_slots, config.raven_top_k)
-        num_left = num_projected - num_heads * (num_slots + 1)
+        num_left = num_projected(config) - num_heads * (num_slots + 1)
         return {"raven_head_dim": max(1, num_left // (2 * (num_heads + num_kv_heads)))}
 
     def constant_spec(self, dtype: torch.dtype) -> StateSpec:

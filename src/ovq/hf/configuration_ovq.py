@@ -16,10 +16,10 @@ from ovq.fields import SAVED_WITH_ALL, ConfigField, is_finite, with_new_names
 from ovq.hf.auto_map import AUTO_MAP, MODULE, MODULE_FILE, without_own_entries
 from ovq.hf.equal_sizes import equal_sizes
 from ovq.layers import defaults
-from ovq.layers.base import check_conv_size, check_rotary, checked_head_dim
 from ovq.layers.logn import check_logn_length
 from ovq.layers.ovq import LEARNING_OPTIONS
 from ovq.layers.registry import MIXERS, fields_of_mixers, mixer_class
+from ovq.layers.sizes import check_conv_size, check_rotary, checked_head_dim
 from ovq.ops.ablation import NAMES, Ablation, with_ablation, with_earlier_names
 from ovq.ops.options import Options, current_merge, default_growth
 from ovq.plugins import usable_names

@@ -15,10 +15,12 @@ from ovq.fields import ConfigField, did_you_mean, is_finite
 from ovq.layers import defaults
 from ovq.layers.cache import LayerCache, MixerCache
 from ovq.layers.common import QKNorm, ShortConvolution, check_kwargs, rotary_tables
+from ovq.layers.gates import OutputGate
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.logn import check_logn_length, logn_factors
 from ovq.layers.memory import Memory, num_bytes
 from ovq.layers.products import Linear
+from ovq.layers.sizes import check_conv_size, check_rotary, checked_head_dim
 from ovq.ops.backends.cpu.layer import TokenMemory
 from ovq.ops.parts import StateSpec, check_tensors, of_rows
 
@@ -84,6 +86,8 @@ class Mixer(nn.Module, ABC):
         self.qkv_proj = Linear(hidden_size, num_channels)
         self.qkv_conv = ShortConvolution(num_channels, conv_size) if conv_size else None
         self.o_proj = Linear(num_outputs, hidden_size)
+        # An `AttentionMixer` can have one.
+        self.output_gate: OutputGate | None = None
 
     @abstractmethod
     def mix(
@@ -242,10 +246,11 @@ class Mixer(nn.Module, ABC):
             )
         if cache is None:
             o = self.mix(channels, hidden_states, layout, None, **kwargs)
-            return self._projected(o, layout), None, None
+            return self.projected(o, hidden_states, layout.new_mask), None, None
         before = cache.state, cache.num_columns
         try:
-            o = self._projected(self.mix(channels, hidden_states, layout, cache, **kwargs), layout)
+            o = self.mix(channels, hidden_states, layout, cache, **kwargs)
+            o = self.projected(o, hidden_states, layout.new_mask)
         except BaseException:
             # A failed call leaves the cache unchanged: states are values, so the earlier one is intact.
             cache.state, cache.num_columns = before
@@ -260,10 +265,18 @@ class Mixer(nn.Module, ABC):
             )
         return o, None, past_key_values
 
-    def _projected(self, o: Tensor, layout: SequenceLayout) -> Tensor:
-        """Outputs of the layer from the outputs of `mix`."""
-        if layout.new_mask is not None:
-            o = o.masked_fill(~layout.new_mask[..., None], 0)
+    def projected(self, o: Tensor, hidden_states: Tensor, new_mask: Tensor | None = None) -> Tensor:
+        """Outputs of the layer from those of `mix`.
+
+        Args:
+            o: `[B, T, num_outputs]`.
+            hidden_states: `[B, T, hidden_size]`, the inputs of the layer.
+            new_mask: `[B, T]` bool, False at padding; None for none.
+        """
+        if self.output_gate is not None:
+            o = self.output_gate(o, hidden_states)
+        if new_mask is not None:
+            o = o.masked_fill(~new_mask[..., None], 0)
         return self.o_proj(o)
 
     def cache_of_layer(self, past_key_values: Any) -> LayerCache:
@@ -313,6 +326,7 @@ class AttentionMixer(Mixer):
         rope_theta: base of the rotary frequencies.
         logn_length: see `set_logn_length`; usually the training length, None for no scaling. Only full
             attention and OVQ support it.
+        output_gate: whether to normalise and gate the outputs, see `ovq.layers.gates.OutputGate`.
         kwargs: `conv_size`, `layer_idx` and `use_rope` of `Mixer`.
 
     Raises:
@@ -324,6 +338,7 @@ class AttentionMixer(Mixer):
         "num_kv_heads": "num_key_value_heads",
         "head_dim": "head_dim",
         "rope_theta": "rope_theta",
+        "output_gate": ConfigField(bool, False, "whether attention layers normalise and gate their outputs"),
     }
     #: Whether the mixer supports log-n scaling: its reads grow with the length, and the effect was measured.
     supports_logn: ClassVar[bool] = True
@@ -337,6 +352,7 @@ class AttentionMixer(Mixer):
         *,
         rope_theta: float = defaults.ROPE_THETA,
         logn_length: int | None = defaults.LOGN_LENGTH,
+        output_gate: bool = False,
         **kwargs: Any,
     ):
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
@@ -354,6 +370,8 @@ class AttentionMixer(Mixer):
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.rope_theta = rope_theta
         self.qk_norm = QKNorm(num_heads, head_dim)
+        if output_gate:
+            self.output_gate = OutputGate(hidden_size, num_heads, head_dim)
         self.set_logn_length(logn_length)
 
     def set_logn_length(self, logn_length: int | None) -> None:
@@ -449,38 +467,6 @@ class AttentionMixer(Mixer):
                 layout.positions(like.device), self.head_dim, theta=self.rope_theta, like=like
             ),
         )
-
-
-def checked_head_dim(hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int | None) -> int:
-    """The head size, by default `hidden_size / num_heads`. Raises ValueError if sizes are inconsistent."""
-    if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
-        raise ValueError(
-            "expected num_kv_heads to divide num_heads, "
-            f"found num_heads={num_heads}, num_kv_heads={num_kv_heads}"
-        )
-    if head_dim is None and hidden_size % num_heads:
-        raise ValueError(
-            f"expected num_heads to divide hidden_size (or a head_dim), "
-            f"found hidden_size={hidden_size}, num_heads={num_heads}"
-        )
-    head_dim = hidden_size // num_heads if head_dim is None else head_dim
-    if hidden_size < 1 or head_dim < 1:
-        raise ValueError(
-            f"expected sizes of at least 1, found hidden_size={hidden_size}, head_dim={head_dim}"
-        )
-    return head_dim
-
-
-def check_conv_size(conv_size: int) -> None:
-    """Raise ValueError unless `conv_size` is a valid kernel size."""
-    if not isinstance(conv_size, int) or conv_size < 0 or conv_size == 1:
-        raise ValueError(f"expected conv_size 0 (none) or an integer of at least 2, found {conv_size!r}")
-
-
-def check_rotary(head_dim: int) -> None:
-    """Raise ValueError unless keys of this size support rotary embedding."""
-    if head_dim % 2:
-        raise ValueError(f"expected an even head_dim with rotary embedding, found {head_dim}")
 
 
 def check_cache_use(cache: LayerCache, layout: SequenceLayout) -> None:

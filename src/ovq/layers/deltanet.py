@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ovq.fields import ConfigField
-from ovq.layers.base import Mixer, checked_head_dim
+from ovq.layers.base import Mixer
 from ovq.layers.chunked import (
     DecayRates,
     can_use_fla,
@@ -19,6 +19,7 @@ from ovq.layers.chunked import (
     to_chunks,
 )
 from ovq.layers.delta_rule import DeltaRuleMixer, Rule
+from ovq.layers.sizes import checked_head_dim, num_projected
 from ovq.ops.options import check_sizes
 
 # Tokens per triangular system. A tiling choice: faster on a CPU than 64, the usual size on a GPU.
@@ -94,7 +95,7 @@ class GatedDeltaNet(DeltaRuleMixer):
     def equal_sizes(cls, config: Any) -> dict[str, int]:
         """Head sizes for equally many parameters: values twice as wide as keys, or keys of a given width."""
         num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
-        num_left = (num_heads + num_kv_heads) * config.head_dim - num_heads
+        num_left = num_projected(config) // 2 - num_heads
         head_dim = config.delta_head_dim
         if head_dim is None:
             head_dim = max(1, round(num_left / (3 * num_heads + num_kv_heads)))

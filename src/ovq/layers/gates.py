@@ -1,4 +1,4 @@
-"""Learned gates of an OVQ layer: weights of tokens when they are merged, and forgetting."""
+"""Learned gates: weights of tokens when they are merged, forgetting, and the outputs of attention."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ovq.layers.common import OwnWeights
+from ovq.layers.common import OwnWeights, RMSNorm
+from ovq.layers.products import Linear
 
 #: Number of tokens in which the fastest and the slowest head forget a factor of e at initialisation.
 FORGET_TOKENS = (4, 4096)
@@ -73,6 +74,33 @@ class ForgetGate(OwnWeights):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Log forget gates `[B, T, Hkv]`, at most 0, in float32 (float64 for float64 inputs)."""
         return F.logsigmoid(_product(hidden_states, self.weight, self.bias))
+
+
+class OutputGate(nn.Module):
+    """Outputs of attention, normalised per head and multiplied by silu(W x) of the layer's input x.
+
+    As in Gated DeltaNet (arXiv 2412.06464) and Mamba2, whose layers have it by definition.
+
+    Args:
+        hidden_size: width D of the input.
+        num_heads: heads H of the outputs.
+        value_dim: components V of a head.
+
+    Example:
+        >>> gate = OutputGate(8, num_heads=2, value_dim=4)
+        >>> gate(torch.randn(1, 3, 8), torch.randn(1, 3, 8)).shape
+        torch.Size([1, 3, 8])
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, value_dim: int):
+        super().__init__()
+        self.proj = Linear(hidden_size, num_heads * value_dim)
+        self.norm = RMSNorm(value_dim, eps=1e-6)
+
+    def forward(self, o: Tensor, hidden_states: Tensor) -> Tensor:
+        """Gated outputs `[B, T, H V]` for outputs `o` `[B, T, H V]` and inputs `[B, T, hidden_size]`."""
+        heads = self.norm(o.unflatten(-1, (-1, self.norm.weight.shape[0])))
+        return heads.flatten(2) * F.silu(self.proj(hidden_states))
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

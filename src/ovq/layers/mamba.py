@@ -9,13 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ovq.fields import ConfigField
-from ovq.layers.base import Mixer, checked_head_dim
+from ovq.layers.base import Mixer
 from ovq.layers.cache import LayerCache
 from ovq.layers.chunked import DecayRates, decay_between, from_chunks, to_chunks
 from ovq.layers.common import OwnWeights
 from ovq.layers.constant import ConstantStateMixer, sum_dtype, without_autocast
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.memory import StateSpec
+from ovq.layers.sizes import checked_head_dim, num_projected
 from ovq.ops.options import check_sizes
 
 STATE_SIZE = 128
@@ -90,9 +91,9 @@ class Mamba2(ConstantStateMixer, OwnWeights):
     def equal_sizes(cls, config: Any) -> dict[str, int]:
         """Sizes for equally many parameters: three quarters for x, z and the output, one for B and C."""
         num_heads = config.num_attention_heads
-        num_projected = 2 * (num_heads + config.num_key_value_heads) * config.head_dim
-        head_dim = max(1, round(num_projected / (4 * num_heads)))
-        state_size = max(1, (num_projected - num_heads * (3 * head_dim + 1)) // 2)
+        num_vectors = num_projected(config)
+        head_dim = max(1, round(num_vectors / (4 * num_heads)))
+        state_size = max(1, (num_vectors - num_heads * (3 * head_dim + 1)) // 2)
         return {"mamba_head_dim": head_dim, "mamba_state_size": state_size}
 
     def reset_parameters(self) -> None:

@@ -13,9 +13,10 @@ from torch.nn.modules.module import _has_any_global_hook
 from ovq.layers.base import AttentionMixer, Mixer, check_cache_use
 from ovq.layers.cache import LayerCache
 from ovq.layers.common import QKNorm, RMSNorm, ShortConvolution, rotary_tables
+from ovq.layers.gates import OutputGate
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.logn import logn_factor
-from ovq.layers.products import Linear, can_multiply, plain_parameter
+from ovq.layers.products import Linear, can_multiply, is_plain, plain_parameter
 from ovq.ops.backends.cpu.layer import LayerStep, LayerWeights, layer_to_run, run_layers
 from ovq.ops.backends.cpu.linear import FEW_TOKENS
 from ovq.ops.backends.cpu.tokens import can_run
@@ -67,18 +68,19 @@ def token_step(
     # As in `Mixer.forward`; set here, where the layout is available.
     cache.has_padding = layout.mask is not None
     past = cache.conv_state
-    tensors = [hidden_states, *weights[:7]]
     if weights.taps is not None:
         shape = (len(hidden_states), len(weights.taps), mixer.conv_size - 1)
         if past is None or past.shape != shape or not can_run(past):
             return None
-        tensors.append(weights.taps)
-    if not can_multiply(*tensors) or (memory := mixer.token_memory(layout, cache)) is None:
+    tensors = [weight for weight in weights if weight is not None]
+    if not can_multiply(hidden_states, *tensors) or (memory := mixer.token_memory(layout, cache)) is None:
         return None
     if memory.decode.num_rows != len(hidden_states):
         return None
-    mixer_eps, mlp_eps = around.mixer_norm.eps, around.mlp_norm.eps
-    if mixer_eps is None or mlp_eps is None:
+    norms = [around.mixer_norm, around.mlp_norm]
+    norms += [] if mixer.output_gate is None else [mixer.output_gate.norm]
+    eps = [norm.eps for norm in norms if norm.eps is not None]
+    if len(eps) < len(norms):
         return None
     if mixer.logn_length is not None:
         # Only OVQ has both a kernel and log-n scaling, so the state has `num_seen`.
@@ -87,7 +89,7 @@ def token_step(
             return None
         weights = weights._replace(beta=weights.beta * logn_factor(max(places), mixer.logn_length))
     tables = _tables(layout.num_past, mixer.head_dim, mixer.rope_theta) if mixer.use_rope else None
-    return TokenStep(layer_to_run(weights, (mixer_eps, mlp_eps), memory, past, tables), cache)
+    return TokenStep(layer_to_run(weights, eps, memory, past, tables), cache)
 
 
 def run_steps(hidden_states: Tensor, steps: Sequence[TokenStep]) -> Tensor | None:
@@ -120,16 +122,20 @@ def _tables_of_block(block: int, dim: int, theta: float) -> list[tuple[Tensor, .
 
 def _weights(mixer: AttentionMixer, around: AroundMixer) -> LayerWeights | None:
     """The weights of a layer if all its modules are plain and the weights contiguous, else None."""
-    found = [
-        plain_parameter(around.mixer_norm, RMSNorm),
-        plain_parameter(mixer.qkv_proj, Linear),
-        plain_parameter(mixer.qk_norm, QKNorm, "beta"),
-        plain_parameter(mixer.o_proj, Linear),
-        plain_parameter(around.mlp_norm, RMSNorm),
-        plain_parameter(around.gate_up_proj, Linear),
-        plain_parameter(around.down_proj, Linear),
-    ]
+    found = {
+        "mixer_norm": plain_parameter(around.mixer_norm, RMSNorm),
+        "qkv": plain_parameter(mixer.qkv_proj, Linear),
+        "beta": plain_parameter(mixer.qk_norm, QKNorm, "beta"),
+        "o": plain_parameter(mixer.o_proj, Linear),
+        "mlp_norm": plain_parameter(around.mlp_norm, RMSNorm),
+        "gate_up": plain_parameter(around.gate_up_proj, Linear),
+        "down": plain_parameter(around.down_proj, Linear),
+    }
     if mixer.qkv_conv is not None:
-        found.append(plain_parameter(mixer.qkv_conv, ShortConvolution))
-    weights = [weight for weight in found if weight is not None]
-    return LayerWeights(*weights) if len(weights) == len(found) else None
+        found["taps"] = plain_parameter(mixer.qkv_conv, ShortConvolution)
+    if (gate := mixer.output_gate) is not None:
+        is_own = is_plain(gate, OutputGate)
+        found["output_gate"] = plain_parameter(gate.proj, Linear) if is_own else None
+        found["output_norm"] = plain_parameter(gate.norm, RMSNorm) if is_own else None
+    weights = {name: weight for name, weight in found.items() if weight is not None}
+    return LayerWeights(**weights) if len(weights) == len(found) else None

@@ -42,7 +42,13 @@ def models_of(name, preset=CPU):
 @pytest.mark.parametrize("name", FIGURES)
 def test_each_rival_has_a_line_and_ovq_four(name):
     lines = {line.label: line for line in get_figure(name, TINY).lines}
+    gated = [lines.pop(label) for label in [*lines] if "output gates" in label]
     assert {line.config.mixer for line in lines.values()} == {*RIVALS}
+    assert [line.config.mixer for line in gated] == (["ovq", "fox"] if "lm" in name else [])
+    assert all(model_config(line.config).output_gate for line in gated)
+    # With what was chosen without the gates.
+    assert [line.swept.mixer for line in gated] == [line.config.mixer for line in gated]
+    assert not any("output_gate" in line.swept.model.own_fields for line in gated)
     ours = [*lines.values()][1:5]
     gates = [(line.config.model.merge_gate, line.config.model.forget_gate) for line in ours]
     assert gates == [(False, False)] * 2 + [(True, False), (False, True)]

@@ -37,6 +37,7 @@ class LayerWeights(NamedTuple):
         gate_up: `[2 I, D]`.
         down: `[D, I]`.
         taps: `[(H + 2 Hkv) K, C]` of the short convolution; None without one.
+        output_gate: `[H K, D]` of the output gate, or None. output_norm: `[K]` of its RMS norm, likewise.
     """
 
     mixer_norm: Tensor
@@ -47,6 +48,8 @@ class LayerWeights(NamedTuple):
     gate_up: Tensor
     down: Tensor
     taps: Tensor | None = None
+    output_gate: Tensor | None = None
+    output_norm: Tensor | None = None
 
 
 class TokenMemory(NamedTuple):
@@ -157,7 +160,7 @@ class LayerStep(NamedTuple):
 
 def layer_to_run(
     weights: LayerWeights,
-    eps: tuple[float, float],
+    eps: Sequence[float],
     memory: TokenMemory,
     past: Tensor | None,
     tables: tuple[Tensor, Tensor] | None,
@@ -166,14 +169,15 @@ def layer_to_run(
 
     Args:
         weights: those of the layer.
-        eps: of both norms.
+        eps: of both norms, and of that of the output gate if there is one.
         memory: its attention memory, which gets the new tokens.
         past: `[B, (H + 2 Hkv) K, C - 1]` last inputs of the convolution; None without one.
         tables: `[1, K / 2]` cosines and sines that rotate queries and keys; None for no rotation.
     """
     width, inner = weights.down.shape
     sizes = {"width": width, "inner": inner, "num_tokens": 1}
-    call = _Layer(**sizes, mixer_eps=eps[0], mlp_eps=eps[1], memory=memory.decode, **memory.numbers)
+    norms = dict(zip(("mixer_eps", "mlp_eps", "head_eps"), eps, strict=False))
+    call = _Layer(**sizes, **norms, memory=memory.decode, **memory.numbers)
     qkv, gate_up, o, down = (
         Matrix(x, "float32", (x.shape[0], x.shape[1]))
         for x in (weights.qkv, weights.gate_up, weights.o, weights.down)
@@ -184,6 +188,9 @@ def layer_to_run(
     call.gate, call.up = (gate_up.call(first) for first in (0, inner))
     call.o, call.down = o.call(), down.call()
     call.point(mixer_norm=weights.mixer_norm, beta=weights.beta, mlp_norm=weights.mlp_norm)
+    if weights.output_gate is not None:
+        call.output_gate = Matrix(weights.output_gate, "float32", (num_queries, width)).call()
+        call.point(output_norm=weights.output_norm)
     cos, sin = tables or (None, None)
     call.point(cos=cos, sin=sin, **memory.tensors)
     conv_state = None

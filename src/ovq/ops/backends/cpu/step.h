@@ -95,6 +95,8 @@ struct Layer {
     int64_t width, inner, num_taps, angle_row, num_tokens;
     double mixer_eps, mlp_eps, head_eps;
     Matrix q, k, v, o, gate, up, down;
+    Matrix output_gate;          /* [H V, width]. */
+    const float *output_norm;    /* [V] of the RMS norm of gated outputs, with `head_eps`; NULL without an output gate. */
     const float *mixer_norm, *mlp_norm;
     const float *beta;           /* [H], temperatures of heads with q and k of length 1; NULL without this normalisation. */
     const float *q_norm, *k_norm; /* [K] of RMS norms of heads, or NULL. */
@@ -125,7 +127,7 @@ enum { DONE, INVALID_WEIGHT, OUT_OF_MEMORY };
 
 /* Intermediate results of a layer, all [R tokens, ...] but the scale [H]. */
 struct Buffers {
-    float *normed, *channels, *read, *mixed, *of_mlp, *weights, *scale;
+    float *normed, *channels, *gates, *read, *mixed, *of_mlp, *weights, *scale;
     uint16_t *narrow; /* Keys and values in 2 bytes, if memories store them so. */
 };
 
@@ -135,6 +137,7 @@ static Buffers take_buffers(Arena *arena, const Layer *layer) {
     Buffers buffers;
     buffers.normed = TAKE(arena, float, rows * layer->width);
     buffers.channels = TAKE(arena, float, rows * (num_heads + 2 * memory->num_kv_heads) * memory->key_dim);
+    buffers.gates = TAKE(arena, float, layer->output_norm ? rows * num_heads * memory->value_dim : 0);
     buffers.read = TAKE(arena, float, rows * num_heads * memory->value_dim);
     buffers.mixed = TAKE(arena, float, rows * layer->width);
     buffers.of_mlp = TAKE(arena, float, rows * (layer->width + 3 * layer->inner));
@@ -223,6 +226,12 @@ static void read_stream(const Layer *layer, const Decode *memory, int64_t row, i
                     memory->pending_values, place);
     }
     decode_stream(memory, row, head);
+    const int64_t dim = memory->value_dim, first = stream * memory->group_size;
+    for (int64_t i = first; layer->output_norm && i < first + memory->group_size; i++) {
+        float *o = buffers.read + i * dim;
+        rms_norm(dim, layer->head_eps, o, layer->output_norm, o);
+        swiglu(buffers.gates + i * dim, o, dim, o);
+    }
 }
 
 /* `read_stream` for head `place` of a group, in a converted model; returns 1 if out of memory. */
@@ -282,6 +291,9 @@ static void make_channels(Worker worker, const Layer *layer, const Buffers &buff
     multiply(worker, num, width, num_q, normed, &layer->q, nullptr, channels, num_channels);
     multiply(worker, num, width, num_kv, normed, &layer->k, nullptr, channels + num_q, num_channels);
     multiply(worker, num, width, num_kv, normed, &layer->v, nullptr, channels + num_q + num_kv, num_channels);
+    if (!layer->output_norm) return;
+    const int64_t num_read = memory->num_kv_heads * memory->group_size * memory->value_dim;
+    multiply(worker, num, width, num_read, normed, &layer->output_gate, nullptr, buffers.gates + first * num_read, num_read);
 }
 
 /* The rest of the layer after its memory, x in place. */
