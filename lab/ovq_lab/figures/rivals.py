@@ -81,17 +81,17 @@ def _lines(
     """
 
     def line(label: str, mixer: str, merge: str | None = None, *gates: str) -> Line:
-        def config(*gates: str) -> RunConfig:
+        def config(mixer: str, *gates: str) -> RunConfig:
             found = preset.config(task, mixer, **{f"{gate}_gate": True for gate in gates if gate != "output"})
             found = found if partner is None else beside(partner, found)
             return with_output_gates(found) if "output" in gates else found
 
         return Line(
             label=label,
-            config=config(*gates),
+            config=config(mixer, *gates),
             evaluations=tuple(dataclasses.replace(each, merge=merge) for each in evaluations),
             group=group,
-            trial_of=config() if gates else None,
+            trial_of=config("full_attention" if mixer == "fox" else mixer) if gates else None,
             validation=dataclasses.replace(validation, merge=trial_merge if mixer == "ovq" else None),
             variants=_variants(preset, task).get(mixer, ((),)),
         )

@@ -46,9 +46,9 @@ def test_each_rival_has_a_line_and_ovq_four(name):
     assert {line.config.mixer for line in lines.values()} == {*RIVALS}
     assert [line.config.mixer for line in gated] == (["ovq", "fox"] if "lm" in name else [])
     assert all(model_config(line.config).output_gate for line in gated)
-    # With what was chosen without the gates.
-    assert [line.swept.mixer for line in gated] == [line.config.mixer for line in gated]
-    assert not any("output_gate" in line.swept.model.own_fields for line in gated)
+    # With what was chosen without gates.
+    full, ovq = (run_name(line.config) for line in [*lines.values()][:2])
+    assert [run_name(line.swept) for line in gated] == ([ovq, full] if gated else [])
     ours = [*lines.values()][1:5]
     gates = [(line.config.model.merge_gate, line.config.model.forget_gate) for line in ours]
     assert gates == [(False, False)] * 2 + [(True, False), (False, True)]
