@@ -5,9 +5,11 @@ import torch
 from transformers.trainer_pt_utils import get_parameter_names
 
 from ovq.hf import OVQConfig, OVQForCausalLM, build_context, load_context, save_context
+from ovq.hf.block import build_mixer
 from ovq.layers import OVQAttention, SequenceLayout
 from ovq.layers.gates import ForgetGate
 from ovq.parallel.segment import Segment
+from ovq_lab.mixers import MIXERS
 from ovq_lab.train.recipes import get_recipe
 
 GATES = {
@@ -54,6 +56,25 @@ def model(gates, **fields):
     made = OVQForCausalLM(config).double().eval()
     _move_gates(made)
     return made
+
+
+@pytest.mark.parametrize("name", [name for name in MIXERS if "output_gate" in MIXERS[name].own_fields()])
+def test_outputs_of_every_attention_layer_are_normalised_per_head_and_gated(name):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_attention_heads": 4, "head_dim": 6, "num_slots": 8, "chunk_size": 4}
+    config = OVQConfig(**sizes, num_hidden_layers=1, mixer_types=[name], output_gate=True)
+    mixer = build_mixer(config, 0).double().eval()
+    torch.nn.init.uniform_(mixer.output_gate.norm.weight)
+    x, gate = torch.randn(2, 20, 16, dtype=torch.float64), mixer.output_gate
+    found, mixer.output_gate = mixer(x)[0], None
+    before = []
+    mixer.o_proj.register_forward_pre_hook(lambda module, args: before.append(args[0]))
+    mixer(x)
+    heads = before[0].unflatten(2, (4, 6))
+    heads = heads / (heads.square().mean(-1, keepdim=True) + 1e-6).sqrt() * gate.norm.weight
+    product = x @ gate.proj.weight.T
+    gated = heads.flatten(2) * product * product.sigmoid()
+    torch.testing.assert_close(found, gated @ mixer.o_proj.weight.T)
 
 
 def test_a_new_layer_with_a_merge_gate_is_one_without():

@@ -42,6 +42,9 @@ MAKERS = {
         ablation={"bias": "count+norm", "rate": 0.2},
         **kw,
     ),
+    "ovq-gates": lambda **kw: OVQAttention(
+        HIDDEN, 4, 2, 6, num_slots=7, chunk_size=4, conv_size=3, forget_gate=True, output_gate=True, **kw
+    ),
     "full": lambda **kw: FullAttention(HIDDEN, 4, 2, 6, conv_size=3, **kw),
     "full-rope": lambda **kw: FullAttention(HIDDEN, 4, 1, 6, conv_size=0, use_rope=True, **kw),
     "fox": lambda **kw: ForgettingAttention(HIDDEN, 4, 2, 6, conv_size=3, **kw),
@@ -51,7 +54,9 @@ MAKERS = {
         HIDDEN, 4, 4, 6, sliding_window=2, conv_size=0, use_rope=False, **kw
     ),
     "sinks": lambda **kw: SinkAttention(HIDDEN, 4, 2, 6, num_sinks=2, sink_window=5, conv_size=3, **kw),
-    "sinks-long": lambda **kw: SinkAttention(HIDDEN, 4, 4, 6, num_sinks=3, sink_window=30, conv_size=0, **kw),
+    "sinks-long": lambda **kw: SinkAttention(
+        HIDDEN, 4, 4, 6, num_sinks=3, sink_window=30, conv_size=0, output_gate=True, **kw
+    ),
     "vq": lambda **kw: VQAttention(HIDDEN, 4, 2, 6, num_slots=7, chunk_size=4, conv_size=3, **kw),
     "kvm": lambda **kw: KVMAttention(HIDDEN, 4, 2, 6, num_slots=7, kvm_chunk_size=3, conv_size=3, **kw),
     "kvm-no-leak": lambda **kw: KVMAttention(

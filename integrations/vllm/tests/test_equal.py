@@ -40,15 +40,18 @@ MODELS = {
         "mixer_types": ["sliding_attention", "sliding_attention", "full_attention", "ovq"],
         "chunk_size": 17,
         "num_slots": 50,
+        "output_gate": True,
     },
     "beside Mamba2": {
         "mixer_types": ["mamba2", "ovq", "mamba2", "ovq"],
         "forget_gate": True,
+        "output_gate": True,
         "merge": "nearest",
     },
     "beside Gated DeltaNet, sinks and windows": {
         "mixer_types": ["gated_deltanet", "ovq", "sink_attention", "sliding_attention"],
         "sink_window": 40,
+        "output_gate": True,
     },
 } | {f"{family}, converted": {"family": family} for family in CONVERTED}
 

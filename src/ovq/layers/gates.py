@@ -99,8 +99,10 @@ class OutputGate(nn.Module):
 
     def forward(self, o: Tensor, hidden_states: Tensor) -> Tensor:
         """Gated outputs `[B, T, H V]` for outputs `o` `[B, T, H V]` and inputs `[B, T, hidden_size]`."""
-        heads = self.norm(o.unflatten(-1, (-1, self.norm.weight.shape[0])))
-        return heads.flatten(2) * F.silu(self.proj(hidden_states))
+        weight = self.norm.weight
+        # Under autocast the weight may be float32, which PyTorch's norm does not take beside bfloat16.
+        heads = self.norm(o.unflatten(-1, (-1, len(weight))).to(weight.dtype))
+        return heads.flatten(2).to(o.dtype) * F.silu(self.proj(hidden_states))
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -86,7 +86,7 @@ class OVQLayer(BlockLayer):
             o = mixer.mix(inputs, own, group.layout(as_rows), cache)
             self._blocks.write(group, cache.state)
             group.put(o, mixed)
-        return mixer.o_proj(mixed[None])[0]
+        return mixer.projected(mixed[None], hidden_states[None])[0]
 
     def part(self, mixer: Mixer, name: str, index: int) -> Tensor:
         """A tensor of this layer or of a guest, for all blocks; `part_name` gives its name."""
@@ -157,7 +157,8 @@ class ExactLayer:
         mixer = self._mixer
         channels = mixer.qkv_proj(hidden_states[None])[0]
         channels = self._host.convolved(mixer, channels, index=self._index)
-        return mixer.o_proj(mixer.mix(channels[None], hidden_states[None], layout, None))[0]
+        x = hidden_states[None]
+        return mixer.projected(mixer.mix(channels[None], x, layout, None), x)[0]
 
     def _attend(
         self,
@@ -202,4 +203,4 @@ class ConstantLayer:
             for name, tensor in kept.items():
                 tensor[group.blocks] = cache.state[name]
             group.put(o, mixed)
-        return mixer.o_proj(mixed[None])[0]
+        return mixer.projected(mixed[None], hidden_states[None])[0]
