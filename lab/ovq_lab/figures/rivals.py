@@ -70,11 +70,11 @@ def _lines(
     group: str = "",
     partner: str | None = None,
     trial_merge: str | None = None,
-    has_output_gates: bool = False,
 ) -> list[Line]:
     """A line for each model of a task, with `partner` in place of its windows if given.
 
-    With `has_output_gates`, also OVQ and full attention with a forget gate and an output gate.
+    Beside a partner, also OVQ and full attention with a forget gate and an output gate. Windows would have
+    that gate as well, which they lack beside the other mixers.
 
     All models have the same evaluations and the same validation. All lines of OVQ have the same weights, so
     one merge rule, `trial_merge`, judges its trials; None for that of training.
@@ -107,7 +107,7 @@ def _lines(
             line(f"OVQ, {gate} gate, nearest, {slots}", mixer, BEST_MERGE, gate)
             for gate in ("merge", "forget")
         ]
-        if has_output_gates:
+        if partner is not None:
             label = "forget and output gates"
             lines.append(line(f"OVQ, {label}, nearest, {slots}", mixer, BEST_MERGE, "forget", "output"))
             lines.append(line(f"full attention, {label}", "fox", None, "output"))
@@ -121,13 +121,8 @@ def with_output_gates(config: RunConfig) -> RunConfig:
     """
     model = config.model
     head_dim = (model.head_dim or model.hidden_size // model.num_attention_heads) * 4 // 5
-    if "sliding_attention" in model.mixer_types:
-        # Rotary embedding takes an even size.
-        head_dim -= head_dim % 2
-    changed = dataclasses.replace(
-        model, head_dim=head_dim, mixer_fields=(*model.mixer_fields, "output_gate=true")
-    )
-    return dataclasses.replace(config, model=changed)
+    own = (*model.mixer_fields, "output_gate=true")
+    return dataclasses.replace(config, model=dataclasses.replace(model, head_dim=head_dim, mixer_fields=own))
 
 
 def _variants(preset: Preset, task: str) -> dict[str, tuple[Variant, ...]]:
@@ -234,7 +229,7 @@ def _by_position(preset: Preset, name: str, partner: str | None = None) -> Figur
         title=f"Loss on held-out text ({source.dataset}) beside {near}, at equal bytes or fewer, by position",
         note="Each point is the mean over the octave of positions that ends there, in windows of "
         f"{text.length} tokens that all models of a seed read alike. {_NOTE}",
-        lines=tuple(_lines(preset, "lm", [evaluation], validation, partner=partner, has_output_gates=True)),
+        lines=tuple(_lines(preset, "lm", [evaluation], validation, partner=partner)),
         panels=position_panels(_FULL),
         trials=preset.text_trials["lm"],
     )

@@ -44,7 +44,7 @@ def test_each_rival_has_a_line_and_ovq_four(name):
     lines = {line.label: line for line in get_figure(name, TINY).lines}
     gated = [lines.pop(label) for label in [*lines] if "output gates" in label]
     assert {line.config.mixer for line in lines.values()} == {*RIVALS}
-    assert [line.config.mixer for line in gated] == (["ovq", "fox"] if "lm" in name else [])
+    assert [line.config.mixer for line in gated] == (["ovq", "fox"] if "mamba2" in name else [])
     assert all(model_config(line.config).output_gate for line in gated)
     # With what was chosen without gates.
     full, ovq = (run_name(line.config) for line in [*lines.values()][:2])
