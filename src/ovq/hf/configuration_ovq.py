@@ -185,8 +185,8 @@ class OVQConfig(PreTrainedConfig):
         (docs/use/training.md).
 
         Args:
-            fields: all other fields, such as sizes. `forget_gate=True` lowers the loss of a language model
-                and costs recall far beyond the training length.
+            fields: all other fields, such as sizes. `forget_gate=True` lowers the loss of a language model,
+                `output_gate=True` further; the former costs recall far beyond the training length.
 
         Raises:
             ValueError: as for `OVQConfig`, or if a recommended field is given another value.

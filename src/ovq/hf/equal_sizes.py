@@ -16,8 +16,8 @@ def equal_sizes(config: Any) -> dict[str, int]:
     Each mixer has its own rule (`Mixer.equal_sizes`). `"gated_deltanet"`, `"kda"`, `"mamba2"` and `"raven"`
     get as many parameters, within a few percent; their state sizes follow from that, for `"raven"` also from
     `raven_slots`. `"mesanet"` has as many parameters by default, as a layer without an output gate.
-    `"sink_attention"` gets a state of as many
-    bytes, and `"kvm"` as many slots and a window of as many tokens as a chunk of OVQ.
+    `"sink_attention"` gets a state of as many bytes, and `"kvm"` as many slots and a window of as many tokens
+    as a chunk of OVQ.
 
     Example:
         >>> from ovq.hf import OVQConfig

@@ -79,7 +79,7 @@ class ForgetGate(OwnWeights):
 class OutputGate(nn.Module):
     """Outputs of attention, normalised per head and multiplied by silu(W x) of the layer's input x.
 
-    As in Gated DeltaNet (arXiv 2412.06464) and Mamba2, whose layers have it by definition.
+    Layers of Gated DeltaNet (arXiv 2412.06464) have it by definition.
 
     Args:
         hidden_size: width D of the input.
