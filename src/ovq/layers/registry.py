@@ -45,7 +45,7 @@ def fields_of_mixers(names: Iterable[str]) -> dict[str, ConfigField]:
 
     Example:
         >>> list(fields_of_mixers(["sliding_attention", "sink_attention"]))
-        ['num_sinks', 'sink_window']
+        ['output_gate', 'num_sinks', 'sink_window']
     """
     fields: dict[str, ConfigField] = {}
     for mixer in dict.fromkeys(names):
