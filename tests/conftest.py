@@ -2,6 +2,7 @@
 
 import functools
 import os
+import signal
 
 import hypothesis
 import pytest
@@ -11,6 +12,10 @@ from ovq.ops.backends.cpu import build
 
 # One thread a worker: two pytest workers on two cores would otherwise wait for each other's threads.
 torch.set_num_threads(1)
+
+# What a shell starts in the background ignores Ctrl-C, which some tests send.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Derandomized, so that a run is repeatable; no deadline, since machines are noisy.
 hypothesis.settings.register_profile("ovq", deadline=None, derandomize=True, database=None)

@@ -118,7 +118,11 @@ def test_signals_at_random_moments(name, models, tmp_path):
         folder = tmp_path / f"{i}"
         process = begun(name, models, folder)
         time.sleep(chance.uniform(0, 0.5))
-        end(process, number, folder)
+        if process.is_alive():
+            end(process, number, folder)
+        else:
+            # A short command on a fast machine.
+            assert process.exitcode == 0
 
 
 class InterruptedWhenItGoes:
