@@ -41,6 +41,8 @@ def make_model(seed=0, **changes):
             nn.init.normal_(module.weight, std=0.5)
         if isinstance(module, OutputGate):
             nn.init.uniform_(module.norm.weight, 0.5, 1.5)
+            # Other than those of the norms around layers.
+            module.norm.eps = 0.01
     return model
 
 
