@@ -42,7 +42,7 @@ def make_model(seed=0, **changes):
         if isinstance(module, OutputGate):
             nn.init.uniform_(module.norm.weight, 0.5, 1.5)
             # Other than those of the norms around layers.
-            module.norm.eps = 0.01
+            module.norm.eps = 0.02
     return model
 
 
@@ -136,7 +136,9 @@ def test_one_call_gives_what_the_modules_give(monkeypatch, runs, changes, rows):
     # All but the first step are one call, or one before and one after another mixer, also after a merge.
     for num_layers in (1, 2) if is_mixed else (model.config.num_hidden_layers,):
         assert runs.count(num_layers) >= 15, runs
-    assert_same(found, by_modules(monkeypatch, lambda: decoded(model, ids)))
+    # Where outputs are small, their norm magnifies rounding.
+    tolerance = 1e-4 if model.config.output_gate else 2e-5
+    assert_same(found, by_modules(monkeypatch, lambda: decoded(model, ids)), tolerance)
 
 
 @needs_kernels

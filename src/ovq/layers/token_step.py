@@ -77,10 +77,9 @@ def token_step(
         return None
     if memory.decode.num_rows != len(hidden_states):
         return None
-    norms = [around.mixer_norm, around.mlp_norm]
-    norms += [] if mixer.output_gate is None else [mixer.output_gate.norm]
-    eps = [norm.eps for norm in norms if norm.eps is not None]
-    if len(eps) < len(norms):
+    mixer_eps, mlp_eps = around.mixer_norm.eps, around.mlp_norm.eps
+    output_eps = 0.0 if mixer.output_gate is None else mixer.output_gate.norm.eps
+    if mixer_eps is None or mlp_eps is None or output_eps is None:
         return None
     if mixer.logn_length is not None:
         # Only OVQ has both a kernel and log-n scaling, so the state has `num_seen`.
@@ -89,7 +88,7 @@ def token_step(
             return None
         weights = weights._replace(beta=weights.beta * logn_factor(max(places), mixer.logn_length))
     tables = _tables(layout.num_past, mixer.head_dim, mixer.rope_theta) if mixer.use_rope else None
-    return TokenStep(layer_to_run(weights, eps, memory, past, tables), cache)
+    return TokenStep(layer_to_run(weights, (mixer_eps, mlp_eps, output_eps), memory, past, tables), cache)
 
 
 def run_steps(hidden_states: Tensor, steps: Sequence[TokenStep]) -> Tensor | None:
@@ -122,20 +121,26 @@ def _tables_of_block(block: int, dim: int, theta: float) -> list[tuple[Tensor, .
 
 def _weights(mixer: AttentionMixer, around: AroundMixer) -> LayerWeights | None:
     """The weights of a layer if all its modules are plain and the weights contiguous, else None."""
-    found = {
-        "mixer_norm": plain_parameter(around.mixer_norm, RMSNorm),
-        "qkv": plain_parameter(mixer.qkv_proj, Linear),
-        "beta": plain_parameter(mixer.qk_norm, QKNorm, "beta"),
-        "o": plain_parameter(mixer.o_proj, Linear),
-        "mlp_norm": plain_parameter(around.mlp_norm, RMSNorm),
-        "gate_up": plain_parameter(around.gate_up_proj, Linear),
-        "down": plain_parameter(around.down_proj, Linear),
-    }
+    found = [
+        plain_parameter(around.mixer_norm, RMSNorm),
+        plain_parameter(mixer.qkv_proj, Linear),
+        plain_parameter(mixer.qk_norm, QKNorm, "beta"),
+        plain_parameter(mixer.o_proj, Linear),
+        plain_parameter(around.mlp_norm, RMSNorm),
+        plain_parameter(around.gate_up_proj, Linear),
+        plain_parameter(around.down_proj, Linear),
+    ]
     if mixer.qkv_conv is not None:
-        found["taps"] = plain_parameter(mixer.qkv_conv, ShortConvolution)
-    if (gate := mixer.output_gate) is not None:
-        is_own = is_plain(gate, OutputGate)
-        found["output_gate"] = plain_parameter(gate.proj, Linear) if is_own else None
-        found["output_norm"] = plain_parameter(gate.norm, RMSNorm) if is_own else None
-    weights = {name: weight for name, weight in found.items() if weight is not None}
-    return LayerWeights(**weights) if len(weights) == len(found) else None
+        found.append(plain_parameter(mixer.qkv_conv, ShortConvolution))
+    weights = [weight for weight in found if weight is not None]
+    if len(weights) < len(found):
+        return None
+    made, gate = LayerWeights(*weights), mixer.output_gate
+    if gate is None:
+        return made
+    if not is_plain(gate, OutputGate):
+        return None
+    product, norm = plain_parameter(gate.proj, Linear), plain_parameter(gate.norm, RMSNorm)
+    if product is None or norm is None:
+        return None
+    return made._replace(output_gate=product, output_norm=norm)

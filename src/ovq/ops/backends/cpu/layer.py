@@ -160,7 +160,7 @@ class LayerStep(NamedTuple):
 
 def layer_to_run(
     weights: LayerWeights,
-    eps: Sequence[float],
+    eps: tuple[float, float, float],
     memory: TokenMemory,
     past: Tensor | None,
     tables: tuple[Tensor, Tensor] | None,
@@ -169,14 +169,14 @@ def layer_to_run(
 
     Args:
         weights: those of the layer.
-        eps: of both norms, and of that of the output gate if there is one.
+        eps: of both norms, and of that of the output gate (any number without one).
         memory: its attention memory, which gets the new tokens.
         past: `[B, (H + 2 Hkv) K, C - 1]` last inputs of the convolution; None without one.
         tables: `[1, K / 2]` cosines and sines that rotate queries and keys; None for no rotation.
     """
     width, inner = weights.down.shape
     sizes = {"width": width, "inner": inner, "num_tokens": 1}
-    norms = dict(zip(("mixer_eps", "mlp_eps", "head_eps"), eps, strict=False))
+    norms = {"mixer_eps": eps[0], "mlp_eps": eps[1], "head_eps": eps[2]}
     call = _Layer(**sizes, **norms, memory=memory.decode, **memory.numbers)
     qkv, gate_up, o, down = (
         Matrix(x, "float32", (x.shape[0], x.shape[1]))
