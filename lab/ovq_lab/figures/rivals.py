@@ -84,7 +84,7 @@ def _lines(
         def config(mixer: str, *gates: str) -> RunConfig:
             found = preset.config(task, mixer, **{f"{gate}_gate": True for gate in gates if gate != "output"})
             found = found if partner is None else beside(partner, found)
-            return with_output_gates(found) if "output" in gates else found
+            return _with_output_gates(found) if "output" in gates else found
 
         return Line(
             label=label,
@@ -114,7 +114,7 @@ def _lines(
     return lines
 
 
-def with_output_gates(config: RunConfig) -> RunConfig:
+def _with_output_gates(config: RunConfig) -> RunConfig:
     """The same run with output gates, and with heads so much smaller that it has no more parameters.
 
     An attention layer has five projections then, in the place of four.

@@ -186,7 +186,7 @@ class OVQConfig(PreTrainedConfig):
 
         Args:
             fields: all other fields, such as sizes. `forget_gate=True` lowers the loss of a language model,
-                `output_gate=True` further; both cost recall far beyond the training length.
+                `output_gate=True` further; each costs recall beyond the training length.
 
         Raises:
             ValueError: as for `OVQConfig`, or if a recommended field is given another value.
