@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ovq.convert import Captures, Option, fitted_bias, probe
-from ovq.convert.captures import capture
+from ovq.convert.captures import _gradient, capture
 from tests.convert.common import KINDS, original, tokens
 
 TENSORS = ("q", "k", "v", "o", "g")
@@ -98,3 +98,15 @@ def test_gradients_are_those_of_one_pass_over_all_tokens(kind):
                 expected = x[0, start:].detach().unflatten(-1, (4, 8)).transpose(0, 1)
                 torch.testing.assert_close(found[0], expected, rtol=1e-3, atol=1e-5)
             assert layer.k.shape[2] == 90
+
+
+def test_tokens_are_sampled_with_the_probabilities_of_the_model():
+    model = original()
+    torch.manual_seed(0)
+    num = 20000
+    hidden = torch.randn(1, 1, model.config.hidden_size).expand(1, num, -1)
+    logits = model.get_output_embeddings()(hidden[0, 0]).detach()
+    gradient = _gradient(model, hidden, torch.arange(num), None, 0)[0].double()
+    # The gradient of a place is the mean embedding minus that of its token: 0 on average.
+    assert (gradient.mean(0).norm() * num**0.5 / gradient.norm(dim=1).mean()) < 2
+    assert len(gradient.unique(dim=0)) > len(logits) / 2

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 
+from ovq.convert.wide_products import wide_products
 from ovq.hf.cache import CACHE_KEY
 from ovq.ops.serialization import write_file
 from ovq.ops.sums import state_dtype
@@ -233,12 +234,13 @@ def capture(
     before, was_training = model.config._attn_implementation, model.training
     needed_grad = [p.requires_grad for p in model.parameters()]
     model.eval().requires_grad_(False).set_attn_implementation(_IMPLEMENTATION)
+    products = wide_products(model)
     try:
         given = {CACHE_KEY: DynamicCache(config=model.config), "use_cache": True}
         if start:
-            with torch.no_grad():
+            with torch.no_grad(), products:
                 model.base_model(ids[:, :start], **given)
-        with torch.enable_grad():
+        with torch.enable_grad(), products:
             embedded = model.get_input_embeddings()(ids[:, start:]).detach().requires_grad_(True)
             hidden = model.base_model(inputs_embeds=embedded, **given).last_hidden_state
             labels = None if mask is None else ids[0, targets + 1]
@@ -266,7 +268,11 @@ def _gradient(
         part = hidden[0, places[index]].requires_grad_(True)
         logits = output(part).float()
         if labels is None:
-            drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+            # `torch.multinomial` draws a number for each token of the vocabulary, in ten times the time.
+            chances = logits.detach().softmax(-1).cumsum(-1)
+            most = chances[:, -1:]
+            levels = torch.rand(most.shape, generator=generator, dtype=most.dtype, device=most.device)
+            drawn = torch.searchsorted(chances, levels * most)[:, 0]
         else:
             drawn = labels[index]
         F.cross_entropy(logits, drawn, reduction="sum").backward()

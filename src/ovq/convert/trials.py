@@ -101,6 +101,8 @@ class _Heads:
 
     def __init__(self, layers: Sequence[Captured], num_sinks: int, settings: dict[str, Any]) -> None:
         self._layers, self._num_sinks = layers, num_sinks
+        # By heads, as checking all their numbers takes as long as a short trial.
+        self._configs: dict[tuple[int, ...], LayerConfig] = {}
         self._chunk_size, self._merge = settings["chunk_size"], settings["merge"]
         self._per_layer = layers[0].k.shape[1]
         self.num, weights = len(layers) * self._per_layer, settings["value_weight"]
@@ -185,9 +187,21 @@ class _Heads:
         return units
 
     def _config(self, heads: Tensor, option: Option) -> LayerConfig:
+        key = tuple(heads.tolist())
+        if key not in self._configs:
+            self._configs[key] = self._checked(key)
+        config = self._configs[key]
+        budgets = tuple(
+            dataclasses.replace(budget, num_slots=option.num_slots, window=option.window)
+            for budget in config.budgets
+        )
+        return dataclasses.replace(config, budgets=budgets)
+
+    def _checked(self, heads: Sequence[int]) -> LayerConfig:
+        """The config of heads, of any sizes."""
         config = MemoryConfig(
-            num_slots=[[option.num_slots] * len(heads)],
-            window=[[option.window] * len(heads)],
+            num_slots=[[1] * len(heads)],
+            window=[[self._chunk_size] * len(heads)],
             num_sinks=self._num_sinks,
             chunk_size=self._chunk_size,
             merge=self._merge,
