@@ -55,6 +55,23 @@ def test_masks_that_do_not_fit_are_refused(shape, steps):
         is_step(converted(), steps, attention_mask=torch.ones(shape))
 
 
+def test_hooks_that_capture_outputs_do_not_count_while_nothing_is_captured(steps):
+    model = converted()
+    _, cache = read(model, IDS[:1, :20])
+    with torch.no_grad():
+        # transformers leaves its hooks in place.
+        model(IDS[:1, 20:21], past_key_values=cache, output_hidden_states=True)
+        steps[:] = 0, 0
+        model(IDS[:1, 21:22], past_key_values=cache)
+        assert steps == [1, 0]
+        found = model(IDS[:1, 22:23], past_key_values=cache, output_hidden_states=True)
+        assert len(found.hidden_states) == model.config.num_hidden_layers + 1
+        # Another hook beside them.
+        model.model.layers[1].register_forward_hook(lambda *args: None)
+        model(IDS[:1, 23:24], past_key_values=cache)
+        assert steps == [1, 2]
+
+
 def test_embeddings_and_several_tokens_and_no_cache(steps):
     model = converted()
     _, cache = read(model, IDS[:1, :20])

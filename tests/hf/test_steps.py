@@ -340,6 +340,27 @@ def test_a_hook_of_a_layer_sees_what_comes_out(monkeypatch, runs):
 
 
 @needs_kernels
+def test_hooks_that_capture_outputs_count_while_they_capture(runs):
+    model, ids = make_model(), random_ids(2, 9)
+    expected, _ = decoded(model, ids)
+    runs.clear()
+    cache = model.make_cache()
+    with torch.no_grad():
+        model(ids[:, :6], past_key_values=cache)
+        # transformers leaves its hooks in place.
+        found = model(ids[:, 6:7], past_key_values=cache, output_hidden_states=True)
+        assert len(found.hidden_states) == model.config.num_hidden_layers + 1
+        torch.testing.assert_close(found.logits, expected[:, :1], rtol=0, atol=2e-5)
+        model(ids[:, 7:8], past_key_values=cache)
+        assert runs == [4]
+        found = model(ids[:, 8:9], past_key_values=cache, output_hidden_states=True)
+        assert len(found.hidden_states) == model.config.num_hidden_layers + 1
+        model.config.output_hidden_states = True
+        assert model(ids[:, :1], past_key_values=cache).hidden_states
+    assert runs == [4]
+
+
+@needs_kernels
 def test_calls_that_are_not_a_token_of_each_row_run_by_modules(runs):
     model, ids = make_model(), random_ids(5, 11)
     cache = decoded(model, ids)[1]

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ovq.hf.block import CAPTURING
 from ovq.layers.products import is_plain
 
 _version = attrgetter("_version")
@@ -55,7 +56,7 @@ class Unchanged:
         """Whether all are the same, and the modules without hooks and not in training."""
         next_hook = RemovableHandle.next_id
         if next_hook != self._next_hook:
-            if not all(map(is_plain, self._modules, self._kinds)):
+            if not all(map(is_plain, self._modules, self._kinds, repeat(CAPTURING))):
                 return False
             self._next_hook = next_hook
         return (

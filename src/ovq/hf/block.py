@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import output_capturing
 
 from ovq.hf.cache import OVQCache
 from ovq.hf.configuration_ovq import OVQConfig
@@ -78,17 +79,23 @@ class OVQBlock(GradientCheckpointingLayer):
         return token_step(self.mixer, around, hidden_states, layout, past_key_values)
 
 
+#: Python module of the hooks of `output_hidden_states`, which transformers leaves on layers after the first
+#: such call. In other calls they do nothing.
+CAPTURING = output_capturing.__name__
+
+
 def with_steps(
     layers: list[OVQBlock], hidden_states: Tensor, layout: SequenceLayout, past_key_values: OVQCache
 ) -> tuple[Tensor, list[OVQBlock]]:
     """Hidden states after as many of the first layers as one kernel call can run, and the remaining layers.
 
-    For calls for which `ovq.layers.token_step.is_token` holds. After a layer that kernels cannot run, it is
-    called again for the layers that follow.
+    For calls that capture no outputs and for which `ovq.layers.token_step.is_token` holds. After a layer that
+    kernels cannot run, it is called again for the layers that follow.
     """
     steps: list[TokenStep] = []
     for layer in layers:
-        step = layer.token_step(hidden_states, layout, past_key_values) if is_plain(layer, OVQBlock) else None
+        is_own = is_plain(layer, OVQBlock, CAPTURING)
+        step = layer.token_step(hidden_states, layout, past_key_values) if is_own else None
         if step is None:
             break
         steps.append(step)

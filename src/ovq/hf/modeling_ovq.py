@@ -136,10 +136,10 @@ class OVQModel(OVQPreTrainedModel):
         )
         if position_ids is not None and cu_seqlens is None:
             _check_positions(position_ids, layout)
-        recorded = None
+        recorded, is_captured = None, kwargs.get("output_hidden_states", self.config.output_hidden_states)
         if past is not None and past.is_recording:
             if num_new > MOST_CROPPED and cu_seqlens is None:
-                if kwargs.get("output_hidden_states", self.config.output_hidden_states):
+                if is_captured:
                     raise ValueError(
                         f"output_hidden_states: expected at most {MOST_CROPPED} tokens at a time with a "
                         f"cache that records what it reads, found {num_new}"
@@ -150,7 +150,7 @@ class OVQModel(OVQPreTrainedModel):
         hidden_states = inputs_embeds
         auxiliary_loss: Tensor | None = None
         layers: list[OVQBlock] = list(self.layers)  # type: ignore[arg-type]  # a ModuleList says Module
-        decoded = past if past is not None and is_token(hidden_states, layout) else None
+        decoded = None if is_captured or past is None or not is_token(hidden_states, layout) else past
         while layers:
             if decoded is not None:
                 hidden_states, layers = with_steps(layers, hidden_states, layout, decoded)

@@ -15,8 +15,10 @@ from ovq.ops.backends.cpu.tokens import can_run
 _HAS_FASTER_PRODUCTS = has_faster_products()
 
 
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+def is_plain(module: nn.Module, kind: type[nn.Module], allowed_hooks: str = "") -> bool:
     """Whether a module is exactly a `kind`, without hooks or replaced `forward`, so a kernel may replace it.
+
+    `allowed_hooks` is the Python module of forward hooks that do not count.
 
     Example:
         >>> is_plain(nn.SiLU(), nn.SiLU), is_plain(nn.SiLU(), nn.Linear)
@@ -27,7 +29,10 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     own = vars(module)
     # Hooks of other libraries may read or change inputs and outputs. No loop: decoding runs this for every
     # module and token.
-    has_hooks = own["_forward_hooks"] or own["_forward_pre_hooks"]
+    hooks = own["_forward_hooks"]
+    if hooks and allowed_hooks:
+        hooks = [hook for hook in hooks.values() if getattr(hook, "__module__", "") != allowed_hooks]
+    has_hooks = hooks or own["_forward_pre_hooks"]
     has_hooks = has_hooks or own["_backward_hooks"] or own["_backward_pre_hooks"]
     # accelerate replaces `forward` on instances.
     return not has_hooks and "forward" not in own
