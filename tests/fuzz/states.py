@@ -74,7 +74,7 @@ class StateProgram(OpProgram):
         ]
         options = drawn_options(rng, ["count", "count", "count", 0.3])
         gates = _drawn_gates(rng) if options["rate"] == "count" else {}
-        can_round = options["rate"] == "count" and gates["forgetting"] == "none" and backend.op != "triton"
+        can_round = options["rate"] == "count" and backend.op != "triton"
         return cls(
             seed=rng.randrange(10**6),
             num_rows=rng.choice([1, 2, 3]),

@@ -87,7 +87,6 @@ def test_fields_that_other_models_have_are_not_taken_for_misspelt_ones():
         ({"ablation": {"rate": 2.0}}, r"rate: expected 'count' or a number in \(0, 1\], found 2.0"),
         ({"merge": "all"}, "merge: expected one of .* found 'all'"),
         ({"state_dtype": "int4"}, "state_dtype: expected one of .* found 'int4'"),
-        ({"state_dtype": "int8", "forget_gate": True}, "expected float32 with forgetting, found int8"),
         (
             {"merge_gate": True, "ablation": {"rate": 0.5}},
             "merge_gate: expected False with a constant rate, found True",

@@ -364,9 +364,10 @@ def test_set_merge_is_the_changed_config(tmp_path, given, left):
     assert torch.equal(model(ids).logits, before)
 
 
+@pytest.mark.parametrize("forget_gate", [False, True])
 @torch.no_grad()
-def test_set_state_dtype_is_the_changed_config(tmp_path):
-    model, ids = make_model(), random_ids(1, 60)
+def test_set_state_dtype_is_the_changed_config(tmp_path, forget_gate):
+    model, ids = make_model(forget_gate=forget_gate), random_ids(1, 60)
     model.save_pretrained(tmp_path / "before")
     before, num_bytes = model(ids).logits, model.state_bytes(60)
     expected = AutoModelForCausalLM.from_pretrained(tmp_path / "before", state_dtype="int8").eval()
@@ -384,8 +385,6 @@ def test_set_state_dtype_is_the_changed_config(tmp_path):
     for made in (model.set_state_dtype, lambda name: make_model(state_dtype=name)):
         with pytest.raises(ValueError, match="state_dtype: expected one of float32, bfloat16, int8, found"):
             made("int4")
-    with pytest.raises(ValueError, match="state_dtype: expected float32 with forgetting, found int8"):
-        make_model(state_dtype="int8", forget_gate=True)
 
 
 def test_set_logn_length_is_the_changed_config(tmp_path):

@@ -115,6 +115,8 @@ def assert_same(found, expected, tolerance=2e-5):
         {"output_gate": True, "forget_gate": True, "merge": "nearest"},
         {"output_gate": True, "num_key_value_heads": 1, "state_dtype": "int8"},
         {"state_dtype": "int8", "merge_gate": True},
+        {"state_dtype": "int8", "forget_gate": True},
+        {"state_dtype": "bfloat16", "forget_gate": True, "merge_gate": True, "merge": "nearest"},
         {"state_dtype": "bfloat16", "merge": "nearest"},
         {"mixer_types": ["sliding_attention", "mamba2", "sliding_attention", "ovq"], "rope_mixers": []},
         # So large that threads share the work.

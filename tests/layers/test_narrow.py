@@ -29,7 +29,16 @@ def read(
 
 
 @pytest.mark.parametrize("state_dtype", ["bfloat16", "int8"])
-@pytest.mark.parametrize("options", [{}, {"merge": "nearest", "merge_gate": True}], ids=["paper", "gate"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"merge": "nearest", "merge_gate": True},
+        {"forget_gate": True},
+        {"merge": "nearest", "merge_gate": True, "forget_gate": True},
+    ],
+    ids=["paper", "gate", "forget", "both"],
+)
 @torch.no_grad()
 def test_outputs_are_those_without_a_cache_however_a_text_is_split(state_dtype, options):
     mixer, x = layer(state_dtype=state_dtype, **options), torch.randn(2, 50, 32)
@@ -51,9 +60,10 @@ def test_outputs_are_those_without_a_cache_however_a_text_is_split(state_dtype, 
     torch.testing.assert_close(packed[0, 50:], whole[1, :21], atol=2e-6, rtol=0)
 
 
+@pytest.mark.parametrize("forget_gate", [False, True])
 @torch.no_grad()
-def test_a_cached_state_is_converted_on_next_use():
-    mixer, x = layer(), torch.randn(1, 40, 32)
+def test_a_cached_state_is_converted_on_next_use(forget_gate):
+    mixer, x = layer(forget_gate=forget_gate), torch.randn(1, 40, 32)
     _, cache = read(mixer, x[:, :30])
     before = cache.layers[0].state
     mixer.set_state_dtype("int8")
@@ -70,10 +80,11 @@ def test_a_cached_state_is_converted_on_next_use():
     assert cache.layers[0].state.key_sum.dtype == torch.float32
 
 
+@pytest.mark.parametrize("forget_gate", [False, True])
 @torch.no_grad()
-def test_rotated_sums_of_rows_that_join_are_rounded_once():
+def test_rotated_sums_of_rows_that_join_are_rounded_once(forget_gate):
     memory = SlotMemory(num_slots=12, chunk_size=8, rope_theta=100.0)
-    _, cache = read(layer(state_dtype="int8"), torch.randn(1, 20, 32))
+    _, cache = read(layer(state_dtype="int8", forget_gate=forget_gate), torch.randn(1, 20, 32))
     state = cache.layers[0].state
     wide = state.to_state_dtype("float32")
     joined, expected = (memory.concatenate([each, each], [0, 5]) for each in (state, wide))
@@ -82,12 +93,10 @@ def test_rotated_sums_of_rows_that_join_are_rounded_once():
     assert not torch.equal(joined.keys[0], joined.keys[1])
 
 
-def test_training_and_forgetting_take_float32():
+def test_training_takes_float32():
     mixer = layer(state_dtype="bfloat16")
     with pytest.raises(ValueError, match=r"gradients: expected sums in float32 .*found bfloat16"):
         mixer(torch.randn(1, 20, 32))
     with pytest.raises(ValueError, match=r"state_dtype: expected one of .*found 'float16'"):
         mixer.set_state_dtype("float16")
     assert mixer.state_dtype == "bfloat16"
-    with pytest.raises(ValueError, match="state_dtype: expected float32 with forgetting, found int8"):
-        layer(state_dtype="int8", forget_gate=True)

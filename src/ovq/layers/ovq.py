@@ -160,9 +160,9 @@ class OVQAttention(AttentionMixer):
         """Set the format of the sums of slots; cached states are converted on next use.
 
         Raises:
-            ValueError: if there is no such format, or a forget gate, which takes float32.
+            ValueError: if there is no such format.
         """
-        check_state_dtype(state_dtype, forgets=self.forget_gate is not None)
+        check_state_dtype(state_dtype)
         self.state_dtype = state_dtype
 
     def extra_repr(self) -> str:
@@ -305,7 +305,7 @@ class OVQAttention(AttentionMixer):
     @classmethod
     def check_config(cls, config: Any) -> None:
         """See `Mixer.check_config`."""
-        check_state_dtype(config.state_dtype, forgets=config.forget_gate)
+        check_state_dtype(config.state_dtype)
 
     @classmethod
     def memory_of(cls, settings: Any, *, rope_theta: float | None = None) -> SlotMemory:

@@ -105,7 +105,6 @@ def checked_call(
         if given is not None and options.ablation.rate != "count":
             raise ValueError(f"{name}: expected none with a constant rate, found some")
     state = _checked_state(initial_state, len(rows), k, v, options)
-    options = rounding_sums(options, state.state_dtype)
     if token_weights is not None:
         token_weights = _checked_numbers("token_weights", token_weights, k, rows, state_dtype(k.dtype))
         state = weighted(state)
@@ -120,6 +119,8 @@ def checked_call(
         state, options = forgetting(state), weighing_chunk(options)
         if token_weights is None:
             token_weights = torch.ones_like(log_forget, dtype=state.wide)
+    # Last, as in `PreparedStep.continues`: equal options are the same object only in the same order.
+    options = rounding_sums(options, state.state_dtype)
     call = Call(
         q=q,
         k=k,
@@ -134,7 +135,6 @@ def checked_call(
     )
     if options.state_dtype != "float32":
         found = {
-            "log_forget": log_forget is not None,
             "rate": options.ablation.rate != "count",
             "gradients": call.wants_gradients,
         }

@@ -45,7 +45,7 @@ def run_of(call: Call, backend: str) -> Run:
     if not any(call.rows.lengths):
         return _nothing_read
     if call.options.state_dtype != "float32" and not (name == "cpu" and call.is_decoding):
-        return functools.partial(_in_wide_dtype, run=run)
+        run = functools.partial(_in_wide_dtype, run=run)
     # Only the "cpu" kernels implement forgetting themselves, for several tokens and without gradients.
     does_forget = name == "cpu" and not call.is_one_token and not call.wants_gradients
     if call.log_forget is None or does_forget:

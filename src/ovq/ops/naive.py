@@ -14,7 +14,7 @@ from torch import Tensor
 from ovq.ops.call import Call
 from ovq.ops.known import Known
 from ovq.ops.naive_pairs import cheapest_clusters, lowest, nearest_clusters, points
-from ovq.ops.narrow import STATE_DTYPES, narrowed, widened
+from ovq.ops.narrow import STATE_DTYPES, rounded_
 from ovq.ops.options import NO_COSINE, NO_WEIGHT, TIE, TINY, Options
 from ovq.ops.precision import full_precision, rounded
 from ovq.ops.random_init import random_priority
@@ -77,13 +77,14 @@ class _Head:
         if self.weight is not None:
             self.weight[slot] = self.weight[slot] + weight
 
-    def round_sums(self, state_dtype: str) -> None:
-        """Round the sums to what their format can hold."""
-        if state_dtype != "float32":
-            self.key_sum, self.value_sum = (
-                list(widened(*narrowed(torch.stack(sums), state_dtype), sums[0].dtype))
-                for sums in (self.key_sum, self.value_sum)
-            )
+    def round_sums(self, options: Options) -> None:
+        """Round the sums to what their format can hold; with forgetting it holds means."""
+        if options.state_dtype == "float32":
+            return
+        for name in ("key_sum", "value_sum"):
+            sums = torch.stack(getattr(self, name))
+            rounded_(sums, options.state_dtype, self.mass if options.weighs_chunk else None)
+            setattr(self, name, list(sums))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +196,7 @@ def _naive_head(
             chunk = _Chunk(chunk_k, chunk_v, weights[start:end], num_merged + end)
             learn = _learn_by_pairs if options.merges_pairs else _learn
             learn(chunk, head, h, options)
-            head.round_sums(options.state_dtype)
+            head.round_sums(options)
     o = torch.stack(outputs) if outputs else q.new_zeros(*q.shape[:2], v.shape[-1])
     return o, head, (k[end:], v[end:], weights[end:])
 

@@ -71,8 +71,10 @@ class Options:
         ablation: changes for ablations.
         value_weight: w, the weight of values relative to keys in the distances of rules that merge pairs.
         mass_power: power of the masses in the priority of edges, see `MASS_POWER`.
-        weighs_chunk: whether tokens of the own chunk are read with the log of their weights, as slots are.
-        state_dtype: format that the sums are rounded to after each chunk, see `narrow.py`.
+        weighs_chunk: whether there is forgetting: tokens of the own chunk are then read with the log of their
+            weights, as slots are.
+        state_dtype: format that the sums, with forgetting the means, are rounded to after each chunk, see
+            `narrow.py`.
     """
 
     num_slots: int

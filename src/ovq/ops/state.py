@@ -34,7 +34,8 @@ class OVQState:
 
     Attributes:
         key_sum: `[B, Hkv, M, K]` sums of the keys assigned to each slot, float32 (float64 for float64
-            inputs), or in the format `state_dtype`.
+            inputs), or in the format `state_dtype`; narrow formats hold means where `pending_forget` is given
+            (`narrow.py`).
         value_sum: `[B, Hkv, M, V]` sums of the values, same dtype.
         count: `[B, Hkv, M]` number of tokens assigned to each slot, int64 to stay exact at any length.
             Spare slots have count 0 and sums 0.
@@ -209,11 +210,19 @@ class OVQState:
         """Dtype in which backends merge: float32, or float64 for float64 inputs."""
         return state_dtype(self.pending_keys.dtype)
 
+    @property
+    def _forgets(self) -> bool:
+        return self.pending_forget is not None
+
     def _sums(self, name: str) -> Tensor:
-        return widened(getattr(self, name), getattr(self, STEPS[name]), self.wide)
+        weight = self.weight if self._forgets else None
+        return widened(getattr(self, name), getattr(self, STEPS[name]), self.wide, weight)
 
     def _slots(self) -> dict[str, Tensor | None]:
         return {name: getattr(self, name) for name in SLOT_TENSORS}
+
+    def _wide_slots(self) -> dict[str, Tensor | None]:
+        return wide_slots(self._slots(), self.wide, forgets=self._forgets)
 
     def to_state_dtype(self, state_dtype: str) -> OVQState:
         """The state with its sums in another format; calls that continue it keep the format.
@@ -222,7 +231,7 @@ class OVQState:
         quarter. They are rounded whenever a chunk is merged into them, and there are no gradients.
 
         Raises:
-            ValueError: if the format is unknown, or the state forgets or has gradients, which take float32.
+            ValueError: if the format is unknown, or the state has gradients, which take float32.
 
         Example:
             >>> import torch
@@ -236,10 +245,10 @@ class OVQState:
         """
         if state_dtype == self.state_dtype:
             return self
-        check_state_dtype(state_dtype, forgets=self.pending_forget is not None)
+        check_state_dtype(state_dtype)
         if torch.is_grad_enabled() and (self.key_sum.requires_grad or self.value_sum.requires_grad):
             raise ValueError(f"gradients: expected sums in float32 (state_dtype), found {state_dtype}")
-        changed: dict[str, Any] = narrow_slots(wide_slots(self._slots(), self.wide), state_dtype)
+        changed: dict[str, Any] = narrow_slots(self._wide_slots(), state_dtype, forgets=self._forgets)
         return dataclasses.replace(self, **changed)
 
     @property
@@ -366,9 +375,9 @@ class OVQState:
             >>> state.resize(8)
             OVQState(rows=1, heads=1, num_seen=64, slots=8 of 8, chunk_size=16, torch.float32 on cpu, ...)
         """
-        wide = {name: x for name, x in wide_slots(self._slots(), self.wide).items() if x is not None}
+        wide = {name: x for name, x in self._wide_slots().items() if x is not None}
         kept = shrunk(wide, num_slots, value_weight=value_weight)
-        changed: dict[str, Any] = narrow_slots(kept, self.state_dtype)
+        changed: dict[str, Any] = narrow_slots(kept, self.state_dtype, forgets=self._forgets)
         return dataclasses.replace(self, **changed, num_slots=num_slots)
 
     def save(self, path: str | os.PathLike) -> None:
@@ -428,7 +437,9 @@ def forgetting(state: OVQState) -> OVQState:
     if state.pending_forget is not None:
         return state
     zeros = torch.zeros(state.count.shape[:2], dtype=torch.float64, device=state.count.device)
-    return dataclasses.replace(state, pending_forget=zeros)
+    # Narrow sums become means.
+    wide = state.to_state_dtype("float32")
+    return dataclasses.replace(wide, pending_forget=zeros).to_state_dtype(state.state_dtype)
 
 
 def with_capacity(state: OVQState, capacity: int) -> OVQState:

@@ -73,11 +73,13 @@ struct Softmax {
 };
 
 /* Mass of rows: their `weight`, or their `count`, or 1 if both are NULL. Means are sums divided by the `divisor`, or by the
-   mass if that is NULL. Quantized sums have scales `key_step` and `value_step`. */
+   mass if that is NULL; `are_means` says that keys and values are means themselves. Quantized ones have scales `key_step` and
+   `value_step`. */
 struct Mass {
     const int64_t *count;
     const float *weight, *divisor;
     const Bfloat16 *key_step, *value_step;
+    int are_means;
 
     /* Whether sums are multiplied by more than exp(score). */
     INLINE_MEMBER int has_shares() const { return weight || divisor || value_step; }
@@ -122,7 +124,7 @@ INLINE void score_rows(const float *query, int64_t dim, const T *keys, const Mas
             continue;
         }
         for (int64_t i = 0; mass->divisor && i < num; i++) d[i] = mass->divisor[j + i];
-        const Vector divisor = mass->divisor ? load(d) : number;
+        const Vector divisor = mass->are_means ? splat(1) : mass->divisor ? load(d) : number;
         Vector own = number, power = {};
         if (weight) own = significand(number, &power);
         store(scores, number > 0.0f ? x / divisor + power * LN_2 : splat(-INFINITY));
@@ -224,18 +226,22 @@ static void decode_stream(const Decode *call, int64_t row, int64_t head) {
     const int64_t begin = call->first_read ? call->first_read[row] : 0, from = first + begin;
     with_type(call->dtype, call->pending_keys, from * k, [=, x = (const float *)queries, y = &softmax[0]](auto *keys) {
         const int64_t num = place + 1 - begin;
-        float weights[num], ones[num];
-        for (int64_t i = 0; call->weighs_chunk && i < num; i++) {
+        float weights[num];
+        for (int64_t i = 0; call->weighs_chunk && i < num; i++)
             weights[i] = fmaxf(call->pending_weights[from + i], 1e-37f);
-            ones[i] = 1;
-        }
-        /* Keys and values of tokens are no sums: their divisor is 1. */
-        const Mass mass = call->weighs_chunk ? Mass{nullptr, weights, ones} : Mass{};
+        Mass mass = {};
+        mass.weight = call->weighs_chunk ? weights : nullptr;
+        mass.are_means = 1;
         absorb(call, x, keys, (decltype(keys))call->pending_values + from * v, mass, num, y);
     });
     const int64_t slots = stream * call->capacity;
-    const Mass mass = {call->count + slots, from_row(call->weight, slots), nullptr, from_row(call->key_step, slots),
-                       from_row(call->value_step, slots)};
+    /* With forgetting, narrow formats hold means. */
+    const Mass mass = {call->count + slots,
+                       from_row(call->weight, slots),
+                       nullptr,
+                       from_row(call->key_step, slots),
+                       from_row(call->value_step, slots),
+                       call->weighs_chunk && call->state_dtype != FLOAT32};
     with_format(call->state_dtype, call->key_sum, slots * k,
                 [=, x = (const float *)queries, y = &softmax[0]](auto *keys) {
                     absorb(call, x, keys, (decltype(keys))call->value_sum + slots * v, mass, call->capacity, y);

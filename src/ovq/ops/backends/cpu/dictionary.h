@@ -36,6 +36,8 @@ struct Dictionary {
 #define TINY 1e-30
 /* Lower bound of the weight of a token of the own chunk in its score, where that includes weights. */
 #define TOKEN_WEIGHT 1e-37f
+/* Products of rounded means and weights that are smaller are 0 (`_LEAST_SUM` of narrow.py). */
+#define LEAST_SUM 0x1p-138f
 
 /* Whether a length is extreme for float32 products, or not finite; zero is neither (`ORDINARY` of options.py). */
 INLINE int is_extreme(double length) { return !(length == 0 || (length >= 1e-15 && length <= 1e15)); }
@@ -226,11 +228,52 @@ static void update_slot(Dictionary *dictionary, const Call *call, int64_t i, con
              mass_of(sums, i));
 }
 
+/* INT8 scale of `dim` sums, as `narrowed` of narrow.py computes it; NaN if a sum is not finite. */
+static float scale_of(const float *sums, int64_t dim) {
+    float most = 0;
+    int is_finite = 1;
+    for (int64_t i = 0; i < dim; i++) {
+        most = fmaxf(most, fabsf(sums[i]));
+        is_finite &= std::isfinite(sums[i]) != 0;
+    }
+    Bfloat16 scale;
+    put(&scale, most / 127);
+    if (!is_finite) return NAN;
+    return as_float(scale) < FLT_MIN ? 0 : as_float(scale);
+}
+
+/* A sum quantized by its scale. */
+INLINE float quantized(float sum, float scale) { return scale > 0 ? nearbyintf(sum / scale) : 0; }
+
+/* Round sums, divided by `divisor`, to what their format can hold, and multiply them by `factor`; `rounded_` of narrow.py. */
+static void round_sums(float *sums, int64_t dim, int64_t format, float divisor, float factor) {
+    for (int64_t i = 0; i < dim; i++) sums[i] /= divisor;
+    const float scale = format == INT8 ? scale_of(sums, dim) : 0;
+    for (int64_t i = 0; i < dim; i++) {
+        Bfloat16 rounded;
+        put(&rounded, sums[i]);
+        const float sum = (format == INT8 ? quantized(sums[i], scale) * scale : as_float(rounded)) * factor;
+        sums[i] = fabsf(sum) < LEAST_SUM ? 0 : sum;
+    }
+}
+
+/* Round the sums of slot i if they are narrow: with forgetting, its means, in the sums of a slot of weight `faded`. */
+static void round_slot(const Call *call, const Sums *sums, int64_t i, float faded) {
+    if (sums->format == FLOAT32) return;
+    const float weight = call->weighs_chunk ? sums->weight[i] : 1, factor = call->weighs_chunk ? faded : 1;
+    const float divisor = weight > 0 ? weight : 1;
+    round_sums(sums->key + i * call->k.dim, call->k.dim, sums->format, divisor, factor);
+    round_sums(sums->value + i * call->v.dim, call->v.dim, sums->format, divisor, factor);
+}
+
 /* Multiply sums and weight of a slot by a factor. */
 INLINE void scale_sums(const Call *call, const Sums *sums, int64_t i, float factor) {
-    for (int64_t j = 0; j < call->k.dim; j++) sums->key[i * call->k.dim + j] *= factor;
-    for (int64_t j = 0; j < call->v.dim; j++) sums->value[i * call->v.dim + j] *= factor;
-    sums->weight[i] *= factor;
+    const float faded = sums->weight[i] * factor;
+    const int is_wide = sums->format == FLOAT32;
+    round_slot(call, sums, i, faded);
+    for (int64_t j = 0; is_wide && j < call->k.dim; j++) sums->key[i * call->k.dim + j] *= factor;
+    for (int64_t j = 0; is_wide && j < call->v.dim; j++) sums->value[i * call->v.dim + j] *= factor;
+    sums->weight[i] = faded;
 }
 
 /* Fade all slots by a factor, as `faded` of fading.py does. */
@@ -305,35 +348,6 @@ static void add_token(const Sums *sums, const Call *call, int64_t i, const Rows 
     sums->count[i] += sign;
 }
 
-/* INT8 scale of `dim` sums, as `steps_of` of narrow.py computes it; NaN if a sum is not finite. */
-static float scale_of(const float *sums, int64_t dim) {
-    float most = 0;
-    int is_finite = 1;
-    for (int64_t i = 0; i < dim; i++) {
-        most = fmaxf(most, fabsf(sums[i]));
-        is_finite &= std::isfinite(sums[i]) != 0;
-    }
-    Bfloat16 scale;
-    put(&scale, most / 127);
-    return is_finite ? as_float(scale) : NAN;
-}
-
-/* A sum quantized by its scale. */
-INLINE float quantized(float sum, float scale) { return scale > 0 ? nearbyintf(sum / scale) : 0; }
-
-/* Round sums to what their format can hold. */
-static void round_sums(float *sums, int64_t dim, int64_t format) {
-    if (format == BFLOAT16)
-        for (int64_t i = 0; i < dim; i++) {
-            Bfloat16 rounded;
-            put(&rounded, sums[i]);
-            sums[i] = as_float(rounded);
-        }
-    if (format != INT8) return;
-    const float scale = scale_of(sums, dim);
-    for (int64_t i = 0; i < dim; i++) sums[i] = quantized(sums[i], scale) * scale;
-}
-
 /* Update the slots of a chunk's tokens from their sums, each once. */
 static void update_slots(Dictionary *dictionary, const Call *call, const Sums *sums, const int32_t *slots, int64_t num,
                          uint8_t *is_done) {
@@ -345,8 +359,7 @@ static void update_slots(Dictionary *dictionary, const Call *call, const Sums *s
     /* In order, as neighbours share cache lines of a panel. */
     for (int64_t i = 0; i < end; i++) {
         if (is_done[i]) {
-            round_sums(sums->key + i * call->k.dim, call->k.dim, sums->format);
-            round_sums(sums->value + i * call->v.dim, call->v.dim, sums->format);
+            round_slot(call, sums, i, mass_of(sums, i));
             update_slot(dictionary, call, i, sums);
         }
         is_done[i] = 0;

@@ -410,7 +410,7 @@ static void read_one(const HeadStream *s) {
     if (num) {
         for (int64_t i = 0; i < size * k; i++) queries[i] *= g->key_unit[stream];
         const Mass mass = {s->sums.count, nullptr, s->sums.weight, from_row(g->key_step, slots),
-                           from_row(g->value_step, slots)};
+                           from_row(g->value_step, slots), 0};
         with_sums(g, slots, [=, call = &shape, x = (const float *)queries, y = &softmax[0]](auto *keys, auto *values) {
             absorb(call, x, keys, values, mass, num, y, g->temperature ? g->temperature + first : nullptr,
                    g->bias ? g->bias + first : nullptr);

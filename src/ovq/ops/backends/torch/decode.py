@@ -123,7 +123,7 @@ def merged_state(
         None if weights is None else weights.transpose(1, 2)[..., None],
     )
     merge(chunks)
-    narrow = narrow_slots(vars(sums), state.state_dtype)
+    narrow = narrow_slots(vars(sums), state.state_dtype, forgets=state.pending_forget is not None)
     changed: dict[str, Any] = {name: x for name, x in narrow.items() if x is not None}
     if not is_all:
         # New tensors, as the old ones belong to earlier states.

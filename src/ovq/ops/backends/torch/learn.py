@@ -12,6 +12,7 @@ from ovq.ops.backends.torch.merge import ChangedSlots, merge_chunk
 from ovq.ops.backends.torch.route import Router
 from ovq.ops.backends.torch.streams import Group, Step, groups_of
 from ovq.ops.fading import bounding_factor
+from ovq.ops.narrow import rounded_
 from ovq.ops.selection import padded_to_blocks
 from ovq.ops.sums import slot_means
 
@@ -40,7 +41,7 @@ def _learn_group(group: Group, chunks: Merging, slots: Tensor, by_chunk: Tensor 
             continue
         chunk = step.complete_chunk(chunks.k, chunks.v, chunks.token_weights, sums.key_sum.dtype)
         if fading is not None:
-            _multiply(sums, step.take(fading[:, None, :, None])[:s, :, 0])
+            _multiply(sums, step.take(fading[:, None, :, None])[:s, :, 0], options.state_dtype)
         missing = padded_to_blocks(capacity) - capacity
         means = torch.nn.functional.pad(slot_means(sums.key_sum[:s], sums.mass[:s]), (0, 0, 0, missing))
         if isinstance(options.ablation.rate, str):
@@ -57,16 +58,21 @@ def _learn_group(group: Group, chunks: Merging, slots: Tensor, by_chunk: Tensor 
             assert sums.weight is not None
             bound = bounding_factor(sums.weight[:s], frees_slots=options.merges_pairs)
             if bound is not None:
-                _multiply(sums, bound)
+                _multiply(sums, bound, options.state_dtype)
         step.put_complete(slots, chosen[..., None])
 
 
-def _multiply(sums: Dictionary, factor: Tensor) -> None:
+def _multiply(sums: Dictionary, factor: Tensor, state_dtype: str) -> None:
     """Multiply weights and sums of the first S streams by factors `[S, 1]` or `[S, M]`, in place."""
     assert sums.weight is not None
-    sums.weight[: len(factor)] *= factor
+    weight = sums.weight[: len(factor)]
+    faded = weight * factor
     for x in (sums.key_sum, sums.value_sum):
-        x[: len(factor)] *= factor[..., None]
+        if state_dtype == "float32":
+            x[: len(factor)] *= factor[..., None]
+        else:
+            rounded_(x[: len(factor)], state_dtype, weight, faded)
+    weight.copy_(faded)
 
 
 def _put_moves(step: Step, by_chunk: Tensor, changed: ChangedSlots) -> None:

@@ -101,8 +101,9 @@ def merge_chunk(
             rows.index_add_(0, target, rows[source])
             rows[source] = 0
     sums.add_(slots, chunk.keys, chunk.values, 1, chunk.weights)
+    weight = sums.mass[: len(slots)] if options.weighs_chunk else None
     for x in (sums.key_sum, sums.value_sum):
-        rounded_(x[: len(slots)], options.state_dtype)
+        rounded_(x[: len(slots)], options.state_dtype, weight)
     return slots, changed
 
 
