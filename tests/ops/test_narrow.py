@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor
 
@@ -63,7 +62,7 @@ def test_backends_round_the_same_sums_however_a_text_is_split(merge, state_dtype
     q, k, v = tokens(60, dtype=dtype)
     gates = logs(60, rate)
     if dtype == torch.float32:
-        gates["token_weights"] = torch.rand(2, 60, 2)
+        gates["token_weights"] = torch.rand(2, 60, 2, generator=torch.Generator().manual_seed(3))
 
     def read(backend: str, *ends: int) -> tuple[Tensor, OVQState]:
         state, outputs = empty(state_dtype, dtype=dtype), []
@@ -151,33 +150,28 @@ def test_a_bfloat16_slot_of_one_token_is_that_token():
     assert torch.equal(state.value_sum, v.transpose(1, 2))
 
 
-@settings(max_examples=200, deadline=None)
-@given(
-    st.sampled_from(NARROW),
-    st.integers(0, 2**32 - 1),
-    st.floats(-125, 60),
-    st.floats(-45, 38),
-)
-def test_means_are_rounded_once_however_little_slots_weigh(state_dtype, seed, log_weight, log_size):
-    """Sums of the rounded means times weights are rounded to the same means."""
-    random = torch.Generator().manual_seed(seed)
-    draw = torch.randn(2, 64, 16, generator=random, dtype=torch.float64)
-    weight = (draw[0, :, 0].abs() * 2.0**log_weight).float()
-    weight[0] = 0
-    means = (draw[1] * 10.0**log_size).float()
-    sums = widened(*narrowed(means * weight[:, None], state_dtype, weight), torch.float32, weight)
-    again = sums.clone()
-    rounded_(again, state_dtype, weight)
-    assert torch.equal(again.nan_to_num(), sums.nan_to_num())
-    assert not bool(sums[0].nan_to_num(0).any())
-    # Weights as low as forgetting lets them be for a while, of means of any usual size.
-    numbers, scales = narrowed(draw[1].float(), state_dtype, torch.ones(64))
-    least = torch.full((64,), LEAST_WEIGHT) * torch.tensor(LEAST_LOG / 2).exp()
-    for faded in (weight.clamp(min=1e-20, max=1e20), least):
-        wide = widened(numbers, scales, torch.float32, faded)
-        found, own = narrowed(wide, state_dtype, faded)
-        assert torch.equal(found, numbers)
+@pytest.mark.parametrize("state_dtype", NARROW)
+def test_means_are_rounded_once_however_little_slots_weigh(state_dtype):
+    random = torch.Generator().manual_seed(0)
+    # Sums of all sizes, those most often that have only a few bits.
+    for power in (*range(-150, -130), *range(-130, 0, 5)):
+        weight = torch.tensor([-125.0, -109, -60, -40, 0, 30]).exp2().repeat_interleave(1500)
+        weight *= 1 + torch.rand(len(weight), generator=random)
+        draw = torch.randn(len(weight), 16, generator=random, dtype=torch.float64)
+        sums = (draw * 2.0**power).float()
+        rounded_(sums, state_dtype, weight)
+        again = sums.clone()
+        rounded_(again, state_dtype, weight)
+        assert torch.equal(again, sums), power
+    # Sums fade with weights, which may become as low for a while; the bits of the means stay.
+    numbers, scales = narrowed(draw, state_dtype)
+    for faded in (weight, torch.full_like(weight, LEAST_WEIGHT * math.exp(LEAST_LOG / 2))):
+        found, own = narrowed(widened(numbers, scales, torch.float32, faded), state_dtype, faded)
+        assert torch.equal(found[weight > 1e-20], numbers[weight > 1e-20])
         assert scales is own is None or torch.equal(own, scales)
+    # A slot without weight holds zeros.
+    rounded_(sums, state_dtype, weight, torch.zeros_like(weight))
+    assert not bool(sums.any())
 
 
 @pytest.mark.parametrize("state_dtype", NARROW)
@@ -255,11 +249,12 @@ def test_rows_join_leave_and_are_saved(state_dtype, rate, tmp_path):
 
 @pytest.mark.parametrize("state_dtype", NARROW)
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
-@pytest.mark.parametrize("rate", [0.0, 0.3, 30.0])
+@pytest.mark.parametrize("rate", [0.0, 0.02])
 @pytest.mark.parametrize("merge", ["existing", "nearest"])
 def test_assignments_are_those_of_the_op(state_dtype, backend, rate, merge):
-    q, k, v = tokens(60)
-    options = {"merge": merge, "backend": backend, **logs(60, rate)}
+    # So many that sums which differ in their last bits would be rounded differently at times.
+    q, k, v = tokens(1000)
+    options = {"merge": merge, "backend": backend, **logs(1000, rate)}
     _, expected = attend(q, k, v, empty(state_dtype), **options)
     found = slot_assignments(k, v, num_slots=N, chunk_size=C, initial_state=empty(state_dtype), **options)
     assert_equal(found.state, expected)

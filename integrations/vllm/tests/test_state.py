@@ -20,6 +20,7 @@ GATES = [
     {"forget_gate": True},
     {"merge": "nearest", "merge_gate": True},
     {"merge": "nearest", "state_dtype": "int8"},
+    {"forget_gate": True, "state_dtype": "bfloat16"},
 ]
 NUM_BLOCKS = 6
 
