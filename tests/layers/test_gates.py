@@ -147,9 +147,10 @@ def test_what_inference_mode_has_read_is_trained_on(gates, num_new):
     assert all(map(torch.equal, found, expected))
 
 
+@pytest.mark.parametrize("state_dtype", ["float32", "int8"])
 @each_gate
-def test_generation_and_contexts_of_a_model(gates, tmp_path):
-    own = model(gates)
+def test_generation_and_contexts_of_a_model(gates, state_dtype, tmp_path):
+    own = model(gates, state_dtype=state_dtype)
     ids = torch.randint(0, 20, (1, 30), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         made = own.generate(ids, max_new_tokens=12, do_sample=False)
@@ -161,7 +162,7 @@ def test_generation_and_contexts_of_a_model(gates, tmp_path):
         after = own(made[:, 30:], past_key_values=loaded.cache()).logits
         torch.testing.assert_close(after, own(made).logits[:, 30:], rtol=1e-8, atol=1e-8)
     with pytest.raises(ValueError, match="_gate=False"):
-        load_context(tmp_path / "context", model({}))
+        load_context(tmp_path / "context", model({}, state_dtype=state_dtype))
 
 
 @each_gate
