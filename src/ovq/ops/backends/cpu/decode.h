@@ -229,6 +229,7 @@ static void decode_stream(const Decode *call, int64_t row, int64_t head) {
         float weights[num];
         for (int64_t i = 0; call->weighs_chunk && i < num; i++)
             weights[i] = fmaxf(call->pending_weights[from + i], 1e-37f);
+        /* Keys and values of tokens are no sums. */
         Mass mass = {};
         mass.weight = call->weighs_chunk ? weights : nullptr;
         mass.are_means = 1;

@@ -266,7 +266,7 @@ static void round_slot(const Call *call, const Sums *sums, int64_t i, float fade
     round_sums(sums->value + i * call->v.dim, call->v.dim, sums->format, divisor, factor);
 }
 
-/* Multiply sums and weight of a slot by a factor. */
+/* Multiply sums and weight of a slot by a factor. Narrow sums are those of the same rounded mean then. */
 INLINE void scale_sums(const Call *call, const Sums *sums, int64_t i, float factor) {
     const float faded = sums->weight[i] * factor;
     const int is_wide = sums->format == FLOAT32;
