@@ -268,11 +268,7 @@ def _gradient(
         part = hidden[0, places[index]].requires_grad_(True)
         logits = output(part).float()
         if labels is None:
-            # `torch.multinomial` draws a number for each token of the vocabulary, in ten times the time.
-            chances = logits.detach().softmax(-1).cumsum(-1)
-            most = chances[:, -1:]
-            levels = torch.rand(most.shape, generator=generator, dtype=most.dtype, device=most.device)
-            drawn = torch.searchsorted(chances, levels * most)[:, 0]
+            drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
         else:
             drawn = labels[index]
         F.cross_entropy(logits, drawn, reduction="sum").backward()
