@@ -2,9 +2,10 @@
 
     python benchmarks/cache_bytes.py --model FOLDER --texts hamlet.txt,argparse.py --out convert_bytes.json
 
-The folder is that of a model of transformers which presets come with. Losses are those of the last 1,024 of
-3,072 tokens and of the last 2,048 of 8,192. A full cache in q8_0 or q4_0 keeps keys, after they are turned,
-and values in blocks of 32 numbers with a float16 factor, rounded as GGUF's are; all else is float32.
+The folder is that of a model of transformers which presets come with; `--presets` are rows of these, or
+folders of `ovq convert --save-preset`. Losses are those of the last 1,024 of 3,072 tokens and the last 2,048
+of 8,192. A full cache in q8_0 or q4_0 keeps keys, after they are turned, and values in blocks of 32 numbers
+with a float16 factor, rounded as GGUF's are; all else of it is float32. Converted models are in `--dtype`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from ovq.convert import attach
-from ovq.convert.presets import find_preset
+from ovq.convert.presets import Preset, find_preset, load_preset
 from ovq.hf.cache import CACHE_KEY
 from ovq.runtime.files import write_atomic
 from ovq_lab.runtime.environment import environment
@@ -31,7 +32,6 @@ SIZES = ((3072, 1024), (8192, 2048))
 BLOCK = 32
 # (largest magnitude of an integer in a block, bits per integer).
 BLOCKS = {"q8_0": (127, 8), "q4_0": (8, 4)}
-ROWS = (256, 768)
 STATE_DTYPES = ("float32", "bfloat16", "int8")
 
 
@@ -76,7 +76,16 @@ def read(model: Any, ids: Tensor, num_targets: int, cache: Any) -> tuple[float, 
     return round(float(loss), 4), cache.nbytes
 
 
-def ways(folder: str) -> Iterator[tuple[str, Any, Any]]:
+def preset_of(model: Any, name: str) -> Preset:
+    """A preset by its rows, or by its folder."""
+    if not name.isdecimal():
+        return load_preset(name)
+    if (preset := find_preset(model, int(name))) is None:
+        raise ValueError(f"--model: expected one that presets of {name} rows come with, found another")
+    return preset
+
+
+def ways(folder: str, presets: str, dtype: str) -> Iterator[tuple[str, Any, Any]]:
     """Yield the name, the model and a cache factory of each way."""
 
     def load(dtype: torch.dtype = torch.float32) -> Any:
@@ -85,16 +94,12 @@ def ways(folder: str) -> Iterator[tuple[str, Any, Any]]:
     model = load()
     for kind in (None, *BLOCKS):
         yield f"full cache, {kind or 'float32'}", model, lambda kind=kind: BlockCache(kind)
-    for rows in ROWS:
+    for name in presets.split(","):
         for state_dtype in STATE_DTYPES:
-            model = load()
-            preset = find_preset(model, rows)
-            if preset is None:
-                raise ValueError(
-                    f"--model: expected one that presets of {rows} rows come with, found {folder}"
-                )
+            model = load(getattr(torch, dtype))
+            preset = preset_of(model, name)
             model = attach(model, config=preset.config, state_dtype=state_dtype)
-            yield f"{rows} rows, slots in {state_dtype}", model, model.make_cache
+            yield f"{preset.rows} rows, slots in {state_dtype}, {dtype} model", model, model.make_cache
 
 
 def main() -> None:
@@ -102,6 +107,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--texts", required=True, help="files, with commas between them")
+    parser.add_argument("--presets", default="256,768", help="rows, or folders, with commas between them")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
@@ -112,7 +119,7 @@ def main() -> None:
         for name in arguments.texts.split(",")
     }
     rows = []
-    for way, model, make_cache in ways(arguments.model):
+    for way, model, make_cache in ways(arguments.model, arguments.presets, arguments.dtype):
         for text, ids in texts.items():
             for length, num_targets in SIZES:
                 loss, num_bytes = read(model, ids[:, : length + 1], num_targets, make_cache())
