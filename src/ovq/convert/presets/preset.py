@@ -198,7 +198,7 @@ def packaged_presets() -> tuple[Preset, ...]:
 
     Example:
         >>> [preset.rows for preset in packaged_presets()]
-        [256, 512, 768]
+        [256, 512, 768, 1100]
     """
     folders = (path.parent for path in Path(__file__).parent.glob(f"*/{_JSON}"))
     return tuple(sorted(map(load_preset, folders), key=lambda preset: (preset.model, preset.rows)))
