@@ -1,5 +1,6 @@
 """`ovq convert`, and `ovq generate` and `ovq context` with what it writes."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -287,6 +288,16 @@ def test_a_gguf_file_is_read_as_it_is(capsys, tmp_path):
     assert torch.equal(load(tmp_path / "wide").model.layers[1].mlp.down_proj.weight, weights)
     missing = fail(capsys, "convert", "--model", tmp_path / "x.gguf", "--out", tmp_path / "o", *SMALL)
     assert "expected a GGUF file, found none in" in missing
+
+
+@pytest.mark.parametrize("package", ["gguf", "accelerate"])
+def test_what_a_gguf_file_needs_is_named(capsys, tmp_path, monkeypatch, package):
+    file, find_spec = write_gguf(tmp_path / "tiny.gguf"), importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == package else find_spec(name, *rest)
+    )
+    error = fail(capsys, "convert", "--model", file, "--out", tmp_path / "converted", *SMALL)
+    assert f"expected the package {package} for a GGUF file, found none: pip install 'ovq[convert]'" in error
 
 
 @pytest.mark.parametrize("size", [3, 500, 24_000])

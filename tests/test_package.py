@@ -95,6 +95,11 @@ def test_the_guide_to_installation_names_every_extra():
     assert {name for each in extras for name in each} == set(named)
 
 
+def test_the_extra_for_gguf_files_has_what_transformers_reads_them_with():
+    extra = PROJECT["project"]["optional-dependencies"]["convert"]
+    assert {re.match(r"\w+", each)[0] for each in extra} == {"gguf", "accelerate"}
+
+
 def test_python_versions_that_are_named_are_tested():
     named = re.findall(r"Python :: (3\.\d+)", "\n".join(PROJECT["project"]["classifiers"]))
     tests = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())

@@ -72,10 +72,13 @@ def _place(name: str, gguf_file: str | None) -> tuple[str, dict[str, str]]:
         name, gguf_file = str(path.parent), path.name
     if gguf_file is None:
         return name, {}
-    if importlib.util.find_spec("gguf") is None:
-        raise ValueError(
-            "--model: expected the package gguf for a GGUF file, found none: pip install 'ovq[convert]'"
-        )
+    # transformers reads GGUF files with both.
+    for package in ("gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(
+                f"--model: expected the package {package} for a GGUF file, found none: "
+                "pip install 'ovq[convert]'"
+            )
     return name, {"gguf_file": gguf_file}
 
 
