@@ -21,7 +21,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 
-from ovq.convert.wide_products import wide_products
 from ovq.hf.cache import CACHE_KEY
 from ovq.ops.serialization import write_file
 from ovq.ops.sums import state_dtype
@@ -234,13 +233,12 @@ def capture(
     before, was_training = model.config._attn_implementation, model.training
     needed_grad = [p.requires_grad for p in model.parameters()]
     model.eval().requires_grad_(False).set_attn_implementation(_IMPLEMENTATION)
-    products = wide_products(model)
     try:
         given = {CACHE_KEY: DynamicCache(config=model.config), "use_cache": True}
         if start:
-            with torch.no_grad(), products:
+            with torch.no_grad():
                 model.base_model(ids[:, :start], **given)
-        with torch.enable_grad(), products:
+        with torch.enable_grad():
             embedded = model.get_input_embeddings()(ids[:, start:]).detach().requires_grad_(True)
             hidden = model.base_model(inputs_embeds=embedded, **given).last_hidden_state
             labels = None if mask is None else ids[0, targets + 1]
