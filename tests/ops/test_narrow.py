@@ -290,7 +290,9 @@ def test_what_narrow_sums_cannot_do_is_refused_by_name():
     state = empty("int8")
     with pytest.raises(ValueError, match="expected one of float32, bfloat16, int8, found 'int4'"):
         state.to_state_dtype("int4")
-    with pytest.raises(ValueError, match=r"gradients: expected sums in float32 .*found int8"):
+    with pytest.raises(
+        ValueError, match=r"gradients: expected sums in float32 .* or torch.no_grad\(\), found int8"
+    ):
         attend(q.requires_grad_(), k, v, state)
     # Integers would drop them without a word.
     _, learned = attend(q, k.requires_grad_(), v, None)

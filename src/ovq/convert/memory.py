@@ -339,7 +339,8 @@ class HeadMemory:
         )
         if has_graph and self.budget.state_dtype != "float32":
             raise ValueError(
-                f"gradients: expected slots in float32 (state_dtype), found {self.budget.state_dtype}"
+                "gradients: expected slots in float32 (state_dtype) or torch.no_grad(), found "
+                f"{self.budget.state_dtype}"
             )
         if not has_graph:
             self._own_all_()

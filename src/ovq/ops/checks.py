@@ -134,15 +134,11 @@ def checked_call(
         log_forget=log_forget,
     )
     if options.state_dtype != "float32":
-        found = {
-            "rate": options.ablation.rate != "count",
-            "gradients": call.wants_gradients,
-        }
-        for what, is_found in found.items():
-            if is_found:
-                raise ValueError(
-                    f"{what}: expected sums in float32 (state_dtype), found {options.state_dtype}"
-                )
+        expected = "expected sums in float32 (state_dtype)"
+        if options.ablation.rate != "count":
+            raise ValueError(f"rate: {expected}, found {options.state_dtype}")
+        if call.wants_gradients:
+            raise ValueError(f"gradients: {expected} or torch.no_grad(), found {options.state_dtype}")
     return call
 
 
