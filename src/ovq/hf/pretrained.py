@@ -262,8 +262,7 @@ class OVQPreTrainedModel(PreTrainedModel):
         layers refuse gradients. Earlier caches remain valid, and are converted when they are next used.
 
         Raises:
-            ValueError: if there is no such format, or the model has no OVQ layers, or a forget gate, whose
-                slots are in float32. Nothing is changed.
+            ValueError: if there is no such format, or the model has no OVQ layers. Nothing is changed.
 
         Example:
             >>> from ovq.hf import OVQModel

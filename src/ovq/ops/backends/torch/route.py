@@ -65,8 +65,9 @@ class Router:
                     is_empty = is_fresh[:, None].clone()
                 is_empty[is_fresh, 0] = weights[is_first] <= 0
         existing = [max(n, 1) for n in before]
-        plain = _Chunk(keys, means, existing, self._scores, is_empty)
-        scored = plain if plain.is_ordinary else _WideChunk(keys, means, existing, is_empty)
+        scored = _Chunk(keys, means, existing, self._scores, is_empty)
+        if not scored.is_ordinary:
+            scored = _Chunk(keys.double(), means.double(), existing, self._scores, is_empty)
         slots = scored.nearest()
         self.is_opener = is_first
         opening = [a - n for a, n in zip(step.after, existing, strict=True)]
@@ -94,10 +95,10 @@ class Router:
 
 
 class _Chunk:
-    """Scores between a chunk's keys and the slot means, in float32, and in float64 for near ties.
+    """Scores between a chunk's keys and the slot means, in their dtype, and in float64 for near ties.
 
     Args:
-        keys: `[S, C, K]`.
+        keys: `[S, C, K]`, in float64 if lengths are not those of float32 products.
         means: `[S, padded, K]`.
         existing: number of slots of each stream, at least 1.
         scratch: memory for the scores.
@@ -110,7 +111,7 @@ class _Chunk:
         streams, tokens, _ = keys.shape
         num, smallest = padded_to_blocks(max(existing)), min(existing)
         self.keys, self.means = keys, means[:, :num]
-        self.scores = scratch[: streams * tokens * num].view(streams, tokens, num)
+        self.scores = scratch[: streams * tokens * num].to(keys.dtype).view(streams, tokens, num)
         torch.bmm(keys, self.means.transpose(1, 2), out=self.scores)
         if smallest == max(existing):
             self.scores[:, :, smallest:] = -torch.inf
@@ -213,43 +214,6 @@ def _are_ordinary(x: Tensor, norm: Tensor) -> bool:
     is_ordinary = (norm >= shortest) & (norm <= longest)
     # A length of zero may come from a non-zero vector whose squares underflow.
     return bool((is_ordinary | is_zero).all()) and not bool(x[is_zero].any())
-
-
-class _WideChunk:
-    """`_Chunk` entirely in float64, for lengths outside `ORDINARY` or non-finite vectors.
-
-    Args:
-        keys: `[S, C, K]`.
-        means: `[S, padded, K]`.
-        existing: number of slots of each stream, at least 1.
-        is_empty: `[S, n]` mask of slots that attract no key, or None.
-    """
-
-    def __init__(self, keys: Tensor, means: Tensor, existing: list[int], is_empty: Tensor | None) -> None:
-        keys, means = keys.double(), means[:, : max(existing)].double()
-        num = torch.tensor(existing, device=keys.device)[:, None, None]
-        is_spare = torch.arange(means.shape[1], device=keys.device) >= num
-        self.scores = torch.bmm(keys, means.transpose(1, 2)).masked_fill_(is_spare, -torch.inf)
-        if is_empty is not None:
-            is_empty = is_empty[:, : means.shape[1]]
-            self.scores[:, :, : is_empty.shape[1]].masked_fill_(is_empty[:, None], -torch.inf)
-        self.key_norm, self.mean_norm = keys.norm(dim=-1), means.norm(dim=-1)
-
-    def nearest(self) -> Tensor:
-        """As in `_Chunk`."""
-        best = self.scores.amax(-1)
-        floor = best - TIE * self.key_norm * self.mean_norm.amax(-1, keepdim=True)
-        slots = (self.scores >= floor[..., None]).byte().argmax(-1)
-        return slots.masked_fill_(~best.isfinite(), 0)
-
-    def novelty(self, opening: list[int], set_apart: Tensor) -> Tensor:
-        """As in `_Chunk`."""
-        cosines = (
-            self.scores / self.key_norm[..., None].clamp(min=TINY) / self.mean_norm[:, None].clamp(min=TINY)
-        )
-        best = cosines.amax(-1)
-        best.masked_fill_(~best.isfinite(), NO_COSINE)
-        return torch.where(set_apart > 0, set_apart.to(best.dtype), best)
 
 
 def _merge_updated(
