@@ -7,7 +7,9 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
+import subprocess
 import sys
 import time
 import types
@@ -225,6 +227,35 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_chat(folders, say, num_read, monke
     assert len(after) == LENGTH
     # The fifth token, the end of the line, and the turn.
     assert num_read[-1] == 2 + len(f"<user>{TURNS[1]}\n<assistant>")
+
+
+def test_ctrl_c_stops_the_reading_of_a_message(folders, say, monkeypatch):
+    """Between two pieces; the message is then as if it had not been."""
+    monkeypatch.setattr(conversation, "_PIECE", 4)
+    stream, whole = streaming.stream_tokens, say(folders / "converted", TURNS[1])
+
+    def interrupted(model, ids, *, is_stopped, **options):
+        def asked():
+            if cache.num_columns == 8 and not done:
+                done.append(signal.raise_signal(signal.SIGINT))
+            return is_stopped()
+
+        cache = options["cache"]
+        yield from stream(model, ids, is_stopped=asked, **options)
+
+    done = []
+    monkeypatch.setattr(streaming, "stream_tokens", interrupted)
+    assert say(folders / "converted", *TURNS[:2]) == f"\n{whole}"
+    assert done == [None]
+
+
+def test_a_chat_does_not_run_the_code_of_a_folder(folders, tmp_path):
+    """In a process that has not imported the model, transformers would ask on standard input whether to."""
+    folder = shutil.copytree(folders / "own", tmp_path / "model")
+    (folder / "modeling_ovq.py").write_text("raise SystemExit('was run')")
+    arguments = [sys.executable, "-m", "ovq", "chat", "--model", folder, "--max-tokens", "4"]
+    done = subprocess.run(arguments, input="y\nHello\n", capture_output=True, text=True)
+    assert (done.returncode, [len(line) for line in done.stdout.splitlines()]) == (0, [4, 4]), done
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 import os
 import signal
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
@@ -55,6 +57,41 @@ def test_a_process_serves_until_it_is_told_to_end(folder, tmp_path, monkeypatch)
             assert [int(word) for word in "".join(texts).split()] == expected
             process.join(60)
             assert process.exitcode == 128 + signal.SIGTERM
+        finally:
+            process.kill()
+        assert "Traceback" not in errors.read()
+
+
+@pytest.mark.parametrize(("seconds", "signals"), [(1, ["SIGTERM"]), (60, ["SIGHUP", "SIGTERM"])], ids=str)
+def test_answers_that_take_too_long_end_with_an_error(folder, tmp_path, seconds, signals):
+    """After `--shutdown-seconds`, or at a second signal: a 503, or an error at the end of a stream."""
+    os.mkfifo(tmp_path / "errors")
+    arguments = ["serve", "--model", folder, "--port", "0", "--shutdown-seconds", seconds]
+    process = command(arguments, output=os.devnull, errors=tmp_path / "errors")
+    process.start()
+    with (tmp_path / "errors").open() as errors, ThreadPoolExecutor() as pool:
+        try:
+            url = next(line for line in errors if line.startswith("ovq serve: ")).split()[2]
+            body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 4096, "ignore_eos": True}
+            whole = pool.submit(httpx.post, f"{url}/completions", json=body, timeout=60)
+            with httpx.stream(
+                "POST", f"{url}/completions", json={**body, "stream": True}, timeout=60
+            ) as answer:
+                lines = answer.iter_lines()
+                next(lines)
+                begun = time.monotonic()
+                for name in signals:
+                    os.kill(process.pid, getattr(signal, name))
+                    time.sleep(0.5)
+                *_, last = [line for line in lines if line]
+            assert (whole.result().status_code, whole.result().json()["error"]["code"]) == (
+                503,
+                "shutting_down",
+            )
+            assert "shutting_down" in last
+            process.join(60)
+            assert time.monotonic() - begun < 30
+            assert process.exitcode == 128 + getattr(signal, signals[0])
         finally:
             process.kill()
         assert "Traceback" not in errors.read()

@@ -210,8 +210,14 @@ def test_calls_and_results_are_read_again(server):
     first = chat(server, tools=TOOLS, tool_choice="required").choices[0].message
     result = {"role": "tool", "tool_call_id": first.tool_calls[0].id, "content": "done"}
     messages = [{"role": "user", "content": "Go"}, first.model_dump(), result]
+    # As helpers of OpenAI's client return it, `parse` and streams.
+    call = first.model_dump()["tool_calls"][0]
+    function = call["function"] | {"parsed_arguments": {"a": 1}}
+    helped = first.model_dump() | {"parsed": None, "tool_calls": [call | {"index": 0, "function": function}]}
+    with_helpers = chat(server, messages=[messages[0], helped, result], tools=TOOLS, max_tokens=3)
     answer = chat(server, messages=messages, tools=TOOLS, max_tokens=3)
     assert answer.usage.prompt_tokens > len(str(TOOLS)) + len(first.tool_calls[0].function.arguments)
+    assert with_helpers.usage == answer.usage
     # Without tools on offer, what has been called is told nevertheless.
     assert chat(server, messages=messages, max_tokens=3).usage.prompt_tokens > 60
 

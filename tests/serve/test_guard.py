@@ -129,8 +129,17 @@ def test_a_body_that_never_ends_is_given_up(service, kind):
 def test_an_upload_that_is_too_large():
     app = create_app(reading_service(limits=Limits(max_upload_bytes=100)))
     headers = {"Content-Type": "application/octet-stream"}
-    answer = ask(app, "POST", "/v1/contexts?name=a", content=b" " * 101, headers=headers)
-    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
+    read = []
+
+    async def body():
+        read.append(1)
+        yield b" " * 101
+
+    # One that says its size is refused before it is read, so that curl does not send it.
+    for own, num_read in (({}, 1), ({"Content-Length": "101"}, 1)):
+        answer = ask(app, "POST", "/v1/contexts?name=a", content=body(), headers=headers | own)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
+        assert len(read) == num_read
 
 
 def test_contexts_beyond_the_limit_are_refused():

@@ -21,18 +21,17 @@ TEXT = random_ids(1, 400, seed=9)[0].tolist()
 
 
 class Rows:
-    """A state that knows what it has read."""
-
-    nbytes = 10
+    """A state that knows what it has read, and takes 1,000 bytes with its key, of four bytes per token."""
 
     def __init__(self, tokens):
         self.tokens = tokens
+        self.nbytes = 1000 - 4 * len(tokens)
 
     def copied(self):
         return Rows(self.tokens)
 
 
-def kept(*prompts, root="root", max_bytes=1000):
+def kept(*prompts, root="root", max_bytes=10**5):
     prefixes = Prefixes(max_bytes)
     for prompt in prompts:
         prefixes.add(root, prompt, Rows(prompt))
@@ -75,34 +74,35 @@ def test_forks_are_told_where_they_are_worth_it():
 
 
 def test_what_was_not_used_for_longest_goes_first():
-    prefixes = kept(TEXT[:40], TEXT[:80], [7, *TEXT[:50]], max_bytes=35)
-    assert (len(prefixes), prefixes.nbytes, prefixes.num_evicted) == (3, 30, 0)
+    prefixes = kept(TEXT[:40], TEXT[:80], [7, *TEXT[:50]], max_bytes=3500)
+    assert (len(prefixes), prefixes.nbytes, prefixes.num_evicted) == (3, 3000, 0)
     prefixes.find("root", TEXT[:41])
     prefixes.add("root", TEXT[:120], Rows(TEXT[:120]))
-    assert (len(prefixes), prefixes.nbytes, prefixes.num_evicted) == (3, 30, 1)
+    assert (len(prefixes), prefixes.nbytes, prefixes.num_evicted) == (3, 3000, 1)
     assert [prefixes.find("root", TEXT[:n]).num_tokens for n in (41, 81, 121)] == [40, 40, 120]
     # The same prompt takes the place of what was there, and what is too large is not kept.
     prefixes.add("root", TEXT[:120], Rows(TEXT[:120]))
-    assert (len(prefixes), prefixes.nbytes) == (3, 30)
-    none = kept(TEXT[:40], max_bytes=9)
+    assert (len(prefixes), prefixes.nbytes) == (3, 3000)
+    none = kept(TEXT[:40], max_bytes=999)
     assert (len(none), none.nbytes, none.roots) == (0, 0, [])
 
 
 def test_nothing_is_left_of_what_is_forgotten():
-    prefixes = kept(TEXT[:40], TEXT[:80], [*TEXT[:60], 0], max_bytes=100)
+    prefixes = kept(TEXT[:40], TEXT[:80], [*TEXT[:60], 0], max_bytes=10_000)
     prefixes.add("other", TEXT[:40], Rows(TEXT[:40]))
     prefixes.forget("root")
-    assert (len(prefixes), prefixes.nbytes, prefixes.roots) == (1, 10, ["other"])
+    assert (len(prefixes), prefixes.nbytes, prefixes.roots) == (1, 1000, ["other"])
     assert prefixes.find("root", TEXT) == Known()
     for _ in range(20):
-        prefixes.add("other", random.sample(range(1000), 50), Rows([]))
-    assert len(prefixes) == prefixes.nbytes // 10 == 10
+        prompt = random.sample(range(1000), 50)
+        prefixes.add("other", prompt, Rows(prompt))
+    assert len(prefixes) == prefixes.nbytes // 1000 == 10
 
 
 def test_prefixes_know_what_a_list_knows():
     """Random prompts with common beginnings, in little room."""
     source = random.Random(0)
-    prefixes, used = Prefixes(60), {}
+    prefixes, used = Prefixes(6000), {}
     for step in range(3000):
         prompt = tuple(source.choices((1, 2), k=source.randint(1, 9)))
         if source.random() < 0.5:

@@ -5,6 +5,9 @@ import json
 import httpx
 import pytest
 
+from ovq.serve.limits import Limits
+from tests.serve.common import reading_service, running
+
 BAD = [
     ({"model": "other"}, 404, "model: expected 'ids'"),
     ({"prompt": None}, 400, "prompt: expected text, a list of token ids, or a list of either, found"),
@@ -109,6 +112,19 @@ def test_likeliest_tokens_without_logprobs(text, logprobs):
     # As many as there are without it.
     answer = httpx.post(f"{text.url}/v1/chat/completions", json=body | {"top_logprobs": 0})
     assert answer.json()["choices"][0]["logprobs"] is None
+
+
+def test_a_default_is_not_above_the_limit():
+    with running(reading_service(limits=Limits(max_tokens=8))) as server:
+        ask = {
+            "model": "ids",
+            "prompt": [1],
+            "ignore_eos": True,
+            "prompt_cache_key": "a",
+            "service_tier": "auto",
+        }
+        answer = httpx.post(f"{server.url}/v1/completions", json=ask)
+    assert (answer.status_code, answer.json()["usage"]["completion_tokens"]) == (200, 8)
 
 
 def test_routes_and_methods_there_are_not(ids):

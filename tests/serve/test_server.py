@@ -111,6 +111,8 @@ def test_several_prompts_and_several_answers(ids):
     assert answer.usage.prompt_tokens == len(PROMPTS[1]) + len(PROMPTS[2])
     words = " ".join(map(str, PROMPTS[1]))
     assert answer_tokens(complete(ids, [words])) == [greedy(model, PROMPTS[1], 12)]
+    # OpenAI's default number of tokens.
+    assert len(answer_tokens(complete(ids, words, max_tokens=None))[0]) == 16
     extra = {"top_k": 1}
     assert answer_tokens(complete(ids, words, temperature=1, extra_body=extra)) == [
         greedy(model, PROMPTS[1], 12)

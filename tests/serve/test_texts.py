@@ -1,9 +1,14 @@
-"""Stop sequences, against the plain definition: the text up to the first of them."""
+"""Tokenizers that threads share; stop sequences, against the plain definition: the text up to the first."""
+
+import copy
+import threading
 
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from ovq.serve.texts import StopSequences
+from ovq.serve import texts
+from ovq.serve.texts import StopSequences, Texts
+from ovq_lab.text import byte_tokenizer
 
 LETTERS = st.text(alphabet="ab", max_size=30)
 
@@ -41,3 +46,34 @@ def test_only_what_may_become_a_stop_sequence_is_held_back(text):
         assert held in ("", "a", "ab")
         assert "abb".startswith(held)
         assert shown + found.finish() == text
+
+
+def test_short_texts_do_not_wait_for_long_ones(monkeypatch):
+    tokenizer, own = byte_tokenizer(), copy.deepcopy(byte_tokenizer())
+    shared = Texts(tokenizer, vocab_size=257)
+    is_begun, may_end, encode = threading.Event(), threading.Event(), texts.encode
+
+    def slow(text, tokenizer, **about):
+        if len(text) > texts._LONG:
+            is_begun.set()
+            assert may_end.wait(30)
+        return encode(text, tokenizer, **about)
+
+    monkeypatch.setattr(texts, "encode", slow)
+    found = []
+    text = "a" * (texts._LONG + 1)
+    thread = threading.Thread(target=lambda: found.append(shared.encode(text, param="p", is_start=True)))
+    thread.start()
+    assert is_begun.wait(30)
+    assert shared.encode("ab", param="p", is_start=True) == own("ab")["input_ids"]
+    may_end.set()
+    thread.join()
+    assert found == [own(text)["input_ids"]]
+
+
+def test_the_bytes_of_a_token_are_looked_up_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr(texts, "token_bytes", lambda tokenizer, token: asked.append(token) or bytes([token]))
+    shared = Texts(byte_tokenizer(), vocab_size=257)
+    assert [shared.token_bytes(token) for token in (1, 2, 1, 2)] == [b"\1", b"\2", b"\1", b"\2"]
+    assert asked == [1, 2]

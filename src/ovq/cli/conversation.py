@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 # answer once it is not the last, so that the next turn continues from the state before that answer.
 _MOST_STATES = 4
 
+# Tokens of a message read at a time, between which Ctrl-C stops it.
+_PIECE = 512
+
 
 class _State(NamedTuple):
     """A cache that has read the first `num_tokens` tokens of the conversation."""
@@ -107,8 +110,8 @@ class Conversation:
     def answer(self, text: str, is_stopped: Callable[[], bool] = lambda: False) -> Iterator[str]:
         """Generate the answer to a message, in pieces of text; then adds both to the messages.
 
-        `is_stopped` is called after every token; True ends the answer. ValueError if the chat template
-        refuses the message.
+        `is_stopped` is called after every token, and while the message is read; True ends the answer. Without
+        a token of it, the message is forgotten. ValueError if the chat template refuses the message.
         """
         import torch
 
@@ -129,6 +132,8 @@ class Conversation:
             sampling=self._sampling,
             eos_token_id=self._model.generation_config.eos_token_id,
             generator=torch.Generator(self._model.device).manual_seed((self._seed + len(messages)) % 2**63),
+            prefill_chunk_size=_PIECE,
+            is_stopped=is_stopped,
         )
         stream = TextStream(self._tokenizer, prompt=ids)
         written: list[int] = []
@@ -140,14 +145,13 @@ class Conversation:
             if piece := stream.push(token):
                 pieces.append(piece)
                 yield piece
-            if is_stopped():
-                break
-        else:
-            self.is_cut = len(written) == self._max_tokens
+        self.num_written = len(written)
+        if not written:
+            return
+        self.is_cut = len(written) == self._max_tokens and not is_stopped()
         if piece := stream.finish():
             pieces.append(piece)
             yield piece
-        self.num_written = len(written)
         # The last token has not been read by the cache.
         self._add_state([*ids, *written[:-1]], cache)
         self.messages = [*messages, {"role": "assistant", "content": "".join(pieces)}]

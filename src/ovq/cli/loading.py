@@ -155,7 +155,8 @@ def load_any_model(
         device = _device()
         on_cpu = weight_dtype if device == "cpu" else None
         with _errors_naming(folder, "a converted model"), _quiet():
-            model: Any = load(folder, weight_dtype=on_cpu, local_files_only=True)
+            options = {"local_files_only": True, "trust_remote_code": False}
+            model: Any = load(folder, weight_dtype=on_cpu, **options)
         return model.to(device).eval()
     _refuse_options("a trained model", hint=": only converted models have it", weight_dtype=weight_dtype)
     if is_ovq_model(folder):
@@ -203,9 +204,12 @@ def load_tokenizer(folder: Path) -> Any | None:
         return None
     from transformers import AutoTokenizer
 
+    # Registers its model type, without which transformers asks whether to run the code in the folder.
+    import ovq.hf  # noqa: F401
+
     # The tokenizers library raises plain exceptions.
     with _errors_naming(folder, "the tokenizer of a model", (Exception,)):
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         # Use it once, as fields of a wrong type only raise errors then.
         tokenizer.decode(tokenizer("a", verbose=False)["input_ids"])
         return tokenizer

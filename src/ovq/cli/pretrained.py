@@ -47,7 +47,9 @@ def load_pretrained(
             wanted = "float32" if is_gguf and dtype == "auto" else dtype
             # mypy does not know that there is a report, too.
             auto: Any = AutoModelForCausalLM
-            model, report = auto.from_pretrained(source, dtype=wanted, output_loading_info=True, **options)
+            model, report = auto.from_pretrained(
+                source, dtype=wanted, output_loading_info=True, trust_remote_code=False, **options
+            )
             check_loaded(name, report, allow_extra=True)
         # Offline, transformers' error does not name the model. A GGUF file may end anywhere.
         except (*FOREIGN_ERRORS, OSError, ValueError, *of_files) as error:
@@ -145,7 +147,7 @@ def _tokenizer(name: str, source: str, options: dict[str, str]) -> Any:
     if not _has_tokenizer(source, options):
         return None
     try:
-        return AutoTokenizer.from_pretrained(source, **options)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
     # The tokenizers library raises plain exceptions.
     except Exception as error:
         raise ValueError(

@@ -160,7 +160,8 @@ def _run(
     app = create_app(service, api_key=key, hosts=hosts)
     log_level = "info" if is_verbose() else "warning"
     config = uvicorn_config(app, service.limits, shutdown_seconds, log_level)
-    Server(config, say_ready).run(sockets=[listener])
+    server = Server(config, on_ready=say_ready, on_end=service.engine.stop, shutdown_seconds=shutdown_seconds)
+    server.run(sockets=[listener])
 
 
 def _context_file(given: str) -> tuple[str, Path]:

@@ -74,7 +74,7 @@ class MemoryConfig:
         token_use: `token_use[layer][head]`, the K + V + 1 coefficients that give tokens their weights in
             merges (`ovq.convert.use`); None for equal weights.
         slot_temperature: per layer and *query* head, factor of the scores of slots with more than one token;
-            None for 1. Nothing here fits it; models trained after conversion have it.
+            None for 1, but in models that `ovq adapt` of earlier versions trained.
         slot_bias: per layer and query head, summand of these scores; None for 0.
         trained_length: once a text is longer than this, far sinks and slots are re-positioned, because a
             model does badly at distances that it was not trained on. None for never; `attach` then fills in

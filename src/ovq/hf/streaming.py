@@ -118,6 +118,7 @@ def stream_tokens(
     eos_token_id: int | Sequence[int] | None = None,
     generator: torch.Generator | None = None,
     prefill_chunk_size: int = 2048,
+    is_stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[int]:
     """Generate tokens after a prompt one by one, without end unless an end token comes.
 
@@ -132,6 +133,7 @@ def stream_tokens(
         eos_token_id: the token, or tokens, that end the text; None to go on for ever.
         generator: source of the random numbers, on the model's device; None for PyTorch's default.
         prefill_chunk_size: tokens of the prompt read at a time, which limits the memory needed.
+        is_stopped: called before each piece of the prompt and each further token; True ends the stream.
 
     Yields:
         Token ids, the same as `model.generate` would give.
@@ -160,6 +162,8 @@ def stream_tokens(
     is_seen = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=model.device)
     is_seen[ids] = True
     for piece in ids.split(prefill_chunk_size):
+        if is_stopped():
+            return
         output = model(piece[None], logits_to_keep=1, **{CACHE_KEY: cache})
     while True:
         logits = output.logits[:, -1].float()
@@ -176,7 +180,7 @@ def stream_tokens(
         is_seen[token] = True
         number = int(token)
         yield number
-        if number in ends:
+        if number in ends or is_stopped():
             return
         output = model(token, logits_to_keep=1, **{CACHE_KEY: cache})
 

@@ -23,7 +23,7 @@ from ovq.serve.contexts import Contexts
 from ovq.serve.engine import Engine
 from ovq.serve.errors import APIError, ClientGone, bad_field, bad_request, failed, shown
 from ovq.serve.grammars import Constraint, Grammars
-from ovq.serve.guard import UPLOAD, Guard, body_pieces, content_type
+from ovq.serve.guard import UPLOAD, Guard, body_pieces, check_size, content_type
 from ovq.serve.jobs import ContextEvent, Generation, Reading
 from ovq.serve.limits import Limits
 from ovq.serve.metrics import Metered, Metrics
@@ -33,6 +33,9 @@ from ovq.serve.responses import EventStream, error_response
 from ovq.serve.schemas import CompletionRequest, ContextRequest, GenerationRequest
 from ovq.serve.texts import Texts
 from ovq.serve.tools import ToolCalls
+
+_COMPLETION_TOKENS = 16
+"""Tokens of a completion that does not give `max_tokens`, as in OpenAI's API; fewer if the limit is lower."""
 
 _GONE = 499
 """Status that servers log for a request whose client has disconnected; it is never sent."""
@@ -150,7 +153,8 @@ class _Routes:
 
         ids = await asyncio.to_thread(encode)
         form = CompletionForm(self._service.texts)
-        return await self._generate(request, fields, ids, fields.max_tokens, form)
+        max_tokens = min(_COMPLETION_TOKENS, self._limits.max_tokens)
+        return await self._generate(request, fields, ids, fields.max_tokens or max_tokens, form)
 
     async def chat(self, request: HTTPRequest) -> Response:
         fields = parsed(ChatRequest, await request.body())
@@ -195,6 +199,7 @@ class _Routes:
     async def _upload(self, request: HTTPRequest) -> str:
         service, name = self._service, request.query_params.get("name", "")
         largest, deadline = self._limits.max_upload_bytes, self._deadline()
+        check_size(request.headers, largest=largest)
         with service.contexts.reserved(name), tempfile.TemporaryDirectory(prefix="ovq-upload-") as folder:
             path = Path(folder) / "upload"
             with path.open("wb") as file:

@@ -13,6 +13,7 @@ from ovq.serve.grammars import grammar_of
 from ovq.serve.schemas import MOST_TOP_LOGPROBS, GenerationRequest
 
 _MOST_TOOLS = 128
+_OF_HELPERS = "added to answers by helpers of clients, and ignored when an answer is sent back"
 
 ToolName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 """Names of tools and schemas, with OpenAI's pattern."""
@@ -30,6 +31,7 @@ class CalledFunction(Request):
 
     name: str
     arguments: str
+    parsed_arguments: Any = Field(None, exclude=True, description=_OF_HELPERS)
 
 
 class Call(Request):
@@ -38,6 +40,7 @@ class Call(Request):
     id: str
     type: Literal["function"]
     function: CalledFunction
+    index: Any = Field(None, exclude=True, description=_OF_HELPERS)
 
 
 class Message(Request):
@@ -50,6 +53,7 @@ class Message(Request):
     name: str | None = None
     tool_calls: list[Call] | None = None
     tool_call_id: str | None = None
+    parsed: Any = Field(None, exclude=True, description=_OF_HELPERS)
 
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
         name: (None, []) for name in ("annotations", "audio", "function_call", "refusal")
@@ -183,7 +187,10 @@ class ChatRequest(GenerationRequest):
         "function_call": (None, "none"),
         "functions": (None, []),
         "modalities": (None, ["text"]),
+        "prediction": (None,),
         "reasoning_effort": (None, "none"),
+        "verbosity": (None, "medium"),
+        "web_search_options": (None,),
     }
     parts: ClassVar[dict[str, type[Request]]] = {"messages": Message}
 

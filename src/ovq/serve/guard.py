@@ -89,9 +89,7 @@ class Guard:
     async def _with_body(self, receive: Any, headers: Headers) -> Any:
         """Read the body; returns a `receive` function that replays it."""
         largest = self._limits.max_body_bytes
-        declared = headers.get("content-length", "0")
-        if declared.isdecimal() and int(declared) > largest:
-            raise _too_large(largest)
+        check_size(headers, largest=largest)
         deadline = asyncio.get_running_loop().time() + self._limits.read_seconds
         body = b"".join([data async for data in body_pieces(receive, largest=largest, deadline=deadline)])
         unread: list[Any] = [{"type": "http.request", "body": body, "more_body": False}]
@@ -105,6 +103,16 @@ class Guard:
 def content_type(headers: Headers) -> str:
     """The content type of a body, without parameters."""
     return headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def check_size(headers: Headers, *, largest: int) -> None:
+    """Raise APIError if a request announces a body of more than `largest` bytes, before any of it is read.
+
+    Clients that wait for `100 Continue` then do not send it.
+    """
+    declared = headers.get("content-length", "0")
+    if declared.isdecimal() and int(declared) > largest:
+        raise _too_large(largest)
 
 
 async def body_pieces(receive: Any, *, largest: int, deadline: float) -> AsyncGenerator[bytes, None]:

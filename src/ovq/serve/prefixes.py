@@ -90,7 +90,8 @@ class Prefixes:
 
     def add(self, root: Hashable, tokens: Sequence[int], rows: Rows) -> None:
         """Keep `rows`, which have read these tokens and must not be changed; evicts others for room."""
-        key, size = _key(tokens), rows.nbytes
+        key = _key(tokens)
+        size = rows.nbytes + len(key)
         if size > self._max_bytes:
             return
         if (root, key) in self._states:

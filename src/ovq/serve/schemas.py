@@ -36,6 +36,9 @@ class GenerationRequest(Request):
     stop: str | list[str] | None = Field(None, description="a sequence or a list of sequences")
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     user: str | None = None
+    # Hints for a cache and for abuse detection, which do not change an answer.
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
     context: str | None = None
     top_k: int = Field(0, ge=0)
     min_p: float = Field(0.0, ge=0, le=1)
@@ -45,8 +48,9 @@ class GenerationRequest(Request):
         "frequency_penalty": (None, 0),
         "presence_penalty": (None, 0),
         "logit_bias": (None, {}),
-        # These concern what happens to an answer afterwards, not its content.
+        # These concern what happens around an answer, not its content.
         "metadata": (None, {}),
+        "service_tier": (None, "default", "auto"),
         "store": (None, False),
     }
 
@@ -97,7 +101,7 @@ class CompletionRequest(GenerationRequest):
     prompt: str | list[int] | list[str] | list[list[int]] = Field(
         description="text, a list of token ids, or a list of either"
     )
-    max_tokens: int = Field(16, ge=1)
+    max_tokens: int | None = Field(None, ge=1)
     logprobs: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS)
 
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {

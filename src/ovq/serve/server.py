@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
+import signal
 import socket
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -45,7 +49,7 @@ def url_of(listener: socket.socket) -> str:
 
 
 _GRACE_SECONDS = 5.0
-"""Seconds that a connection outlives the limits of a request, so that an error response can be sent."""
+"""Seconds beyond the limits of a request or of the shutdown, so that an error response can be sent."""
 
 
 class _Connection(H11Protocol):
@@ -86,14 +90,27 @@ class _Connection(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """Serves until SIGINT or SIGTERM. Running requests are then completed, and new ones are refused.
+    """Serves until SIGINT, SIGTERM or SIGHUP. Running requests are then completed, and new ones are refused.
 
-    `on_ready` is called once the server answers requests.
+    Args:
+        config: see `uvicorn_config`.
+        on_ready: called once the server answers requests.
+        on_end: called in a thread when running requests are to end with an error: `shutdown_seconds` after
+            the signal, or at a second one.
+        shutdown_seconds: as in `uvicorn_config`.
     """
 
-    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        *,
+        on_ready: Callable[[], None],
+        on_end: Callable[[], None],
+        shutdown_seconds: float,
+    ) -> None:
         super().__init__(config)
-        self._on_ready = on_ready
+        self._on_ready, self._on_end, self._shutdown_seconds = on_ready, on_end, shutdown_seconds
+        self._is_hurried = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """See `uvicorn.Server`."""
@@ -101,14 +118,51 @@ class Server(uvicorn.Server):
         if self.started:
             self._on_ready()
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Handle a signal; a third SIGINT leaves without answering."""
+        if self.should_exit and not self._is_hurried:
+            self._is_hurried = True
+        else:
+            super().handle_exit(sig, frame)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:  # type: ignore[override]  # uvicorn names a narrower type
+        """Handle SIGHUP like the signals of uvicorn."""
+        # There is none on Windows.
+        number = getattr(signal, "SIGHUP", None)
+        is_main = threading.current_thread() is threading.main_thread()
+        before = None if number is None else signal.getsignal(number)
+        with super().capture_signals():
+            if number is None or not is_main or before is signal.SIG_IGN:
+                yield
+                return
+            signal.signal(number, self.handle_exit)
+            try:
+                yield
+            finally:
+                signal.signal(number, before)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """See `uvicorn.Server`."""
+        ending = asyncio.create_task(self._end_answers())
+        await super().shutdown(sockets)
+        ending.cancel()
+
+    async def _end_answers(self) -> None:
+        loop = asyncio.get_running_loop()
+        end = loop.time() + self._shutdown_seconds
+        while loop.time() < end and not self._is_hurried:
+            await asyncio.sleep(0.1)
+        await asyncio.to_thread(self._on_end)
+
 
 def uvicorn_config(
     app: Any, limits: Limits, shutdown_seconds: int = 30, log_level: str = "warning"
 ) -> uvicorn.Config:
     """The configuration of uvicorn.
 
-    It waits `shutdown_seconds` for running requests; a second signal ends them at once. The `log_level`
-    `"info"` gives a line per request.
+    After `shutdown_seconds` for running requests, uvicorn cancels what an application has not ended in
+    `_GRACE_SECONDS` more. The `log_level` `"info"` gives a line per request.
     """
     return uvicorn.Config(
         app,
@@ -122,5 +176,5 @@ def uvicorn_config(
         # otherwise meet a connection that the server is closing.
         timeout_keep_alive=75,
         limit_concurrency=limits.max_connections,
-        timeout_graceful_shutdown=shutdown_seconds,
+        timeout_graceful_shutdown=shutdown_seconds + int(_GRACE_SECONDS),
     )

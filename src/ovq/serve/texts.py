@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import copy
 import threading
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -14,6 +15,9 @@ from ovq.hf.streaming import TextStream
 from ovq.prompts import chat_text, check_chat_template, check_ids, encode
 from ovq.serve.errors import bad_request
 from ovq.serve.tools import match_start, tools_as_text
+
+_LONG = 2**16
+"""Characters from which a text is encoded by a tokenizer of its own."""
 
 
 class Offsets:
@@ -47,7 +51,8 @@ class Texts:
     def __init__(self, tokenizer: Any | None, *, vocab_size: int) -> None:
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         # transformers' tokenizers cannot encode in two threads at a time.
-        self._lock = threading.Lock()
+        self._lock, self._lock_of_long = threading.Lock(), threading.Lock()
+        self._bytes: dict[int, bytes] = {}
 
     @property
     def separator(self) -> str:
@@ -67,6 +72,11 @@ class Texts:
             return False
         return with_tool != without
 
+    @cached_property
+    def _tokenizer_of_long(self) -> Any:
+        with self._lock:
+            return copy.deepcopy(self._tokenizer)
+
     @contextlib.contextmanager
     def locked(self) -> Iterator[Any]:
         """The tokenizer, for one thread at a time."""
@@ -80,11 +90,15 @@ class Texts:
             APIError: If there is no token, or one outside the vocabulary; names the field `param`.
         """
         about: dict[str, Any] = {"vocab_size": self._vocab_size, "name": param}
-        with self._lock, _as_api_errors(param):
-            if isinstance(text, str):
-                return encode(text, self._tokenizer, is_start=is_start, **about)
-            check_ids(text, **about)
-            return text
+        with _as_api_errors(param):
+            if not isinstance(text, str):
+                check_ids(text, **about)
+                return text
+            # Megabytes take seconds, for which short texts do not wait.
+            is_long = len(text) > _LONG
+            with self._lock_of_long if is_long else self._lock:
+                tokenizer = self._tokenizer_of_long if is_long else self._tokenizer
+                return encode(text, tokenizer, is_start=is_start, **about)
 
     def chat(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
         """The tokens of a chat prompt, rendered by the model's chat template up to the start of the answer.
@@ -113,7 +127,12 @@ class Texts:
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that a token adds to a text; empty for a special token."""
-        return str(token).encode() if self._tokenizer is None else token_bytes(self._tokenizer, token)
+        if self._tokenizer is None:
+            return str(token).encode()
+        # Answers with logprobs ask for many tokens at each step.
+        if token not in self._bytes:
+            self._bytes[token] = token_bytes(self._tokenizer, token)
+        return self._bytes[token]
 
     def token_text(self, token: int) -> str:
         """The text of a token: replacement characters for parts of characters, names of special tokens."""
