@@ -4,6 +4,7 @@ import copy
 import io
 import multiprocessing
 import pickle
+import sys
 
 import pytest
 import torch
@@ -15,6 +16,10 @@ from transformers import (
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaModel,
     MistralConfig,
     MistralForCausalLM,
 )
@@ -24,7 +29,7 @@ from ovq.convert.attach import _difference
 from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.hf.cache import CACHE_KEY
 from ovq.parallel import ContextParallel
-from tests.convert.common import KINDS, MEMORY, SIZES, converted, original, tokens
+from tests.convert.common import IDS, KINDS, MEMORY, SIZES, converted, original, tokens
 
 TINY = {"atol": 2e-5, "rtol": 0}
 GREEDY = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -199,8 +204,11 @@ def test_bfloat16_models_keep_slots_in_float32():
         (lambda: torch.nn.Linear(1, 1), "a model of transformers"),
         (lambda: OVQForCausalLM(OVQConfig(**SIZES)), "found one of this library"),
         (converted, "not converted yet"),
+        (lambda: LlamaModel(LlamaConfig(**SIZES)), "found one that cannot generate text"),
+        (lambda: LlamaForSequenceClassification(LlamaConfig(**SIZES)), "found one that cannot generate text"),
+        (lambda: original().to("meta"), "found them on the meta device"),
     ],
-    ids=["gemma2", "mistral", "gpt2", "linear", "ovq", "converted"],
+    ids=["gemma2", "mistral", "gpt2", "linear", "ovq", "converted", "base", "classifier", "meta"],
 )
 def test_models_that_do_not_fit_are_refused_and_left_as_they_were(model, message):
     model = model()
@@ -212,6 +220,24 @@ def test_models_that_do_not_fit_are_refused_and_left_as_they_were(model, message
     with pytest.raises(ValueError, match=message):
         attach(model, **MEMORY)
     assert type(model) is kind
+
+
+@torch.no_grad()
+def test_models_that_share_a_config_stay_as_they_are(monkeypatch):
+    config = LlamaConfig(**SIZES)
+    model, other = (LlamaForCausalLM(config).eval() for _ in range(2))
+    fields, before = config.to_dict(), other(IDS).logits
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["ovq.convert.attach"], "_check_equal", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            attach(model, **MEMORY)
+    assert all(module.config is config for module in model.modules() if hasattr(module, "config"))
+    attach(model, **MEMORY)
+    assert all(module.config is model.config for module in model.modules() if hasattr(module, "config"))
+    assert (other.config, config.to_dict(), config._attn_implementation) == (config, fields, "sdpa")
+    assert torch.equal(other(IDS).logits, before)
+    with pytest.raises(ValueError, match="made from the config of such a model: give it attn_implementation"):
+        LlamaForCausalLM(model.config)(IDS)
 
 
 def test_a_model_whose_window_is_taken_away_is_converted():

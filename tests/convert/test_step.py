@@ -328,6 +328,23 @@ def test_a_narrow_copy_is_made_anew_when_weights_change_in_place():
             model.model.layers[1].mlp.down_proj.weight.mul_(0.5)
 
 
+@pytest.mark.parametrize(("weight_dtype", "dtype"), [("bfloat16", torch.float32), (None, torch.bfloat16)])
+@pytest.mark.parametrize("name", ["layers.1.mlp.down_proj", "layers.0.input_layernorm"])
+@torch.no_grad()
+def test_changes_of_data_are_read_by_the_next_cache(name, weight_dtype, dtype):
+    """As adapters and averages of weights make them, without a new version of the parameter."""
+    models = [attach(original().to(dtype), **MEMORY, weight_dtype=weight_dtype) for _ in range(2)]
+    before = read(models[0], IDS[:1, :30])[0]
+    for model in models:
+        weight = model.get_submodule(f"model.{name}").weight
+        version = weight._version
+        weight.data.add_(torch.outer(weight.new_ones(32), weight.data[0] * 3) if weight.dim() == 2 else 2)
+        assert weight._version == version
+    found, expected = (read(model, IDS[:1, :30])[0] for model in models)
+    assert torch.equal(found, expected)
+    assert (found - before).abs().max() > 1e-2
+
+
 def test_models_that_have_written_are_copied_and_pickled(steps):
     model = converted(weight_dtype="int8")
     expected, _ = read(model, IDS[:1, :30])

@@ -40,6 +40,14 @@ def test_prompt_lookup_gives_the_greedy_answer(model, expected, num_tokens):
     assert max(num_tokens) == 7
 
 
+def test_a_model_that_would_draft_by_its_first_layers_stays_as_it_is(model, expected):
+    with pytest.raises(
+        ValueError, match="assistant_early_exit: expected None, as all layers share a cache, found 1"
+    ):
+        answer(model, assistant_early_exit=1)
+    assert torch.equal(answer(model), expected)
+
+
 def test_assistants_give_the_greedy_answer(model, expected, num_tokens):
     assert torch.equal(answer(model, assistant_model=make_model(seed=1)), expected)
     assert max(num_tokens) > 1

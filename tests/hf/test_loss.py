@@ -78,5 +78,10 @@ def test_an_output_layer_with_hooks_or_a_custom_loss_is_called_as_a_whole():
     model = OVQForCausalLM(config)
     assert loss.can_be_pieced(model.lm_head, model.loss_function)
     assert not loss.can_be_pieced(model.lm_head, lambda *args, **kwargs: None)
+    # transformers replaces the layer.
+    model.resize_token_embeddings(11)
+    assert type(model.lm_head) is torch.nn.Linear
+    assert loss.can_be_pieced(model.lm_head, model.loss_function)
+    assert not loss.can_be_pieced(torch.nn.Linear(16, 11), model.loss_function)
     model.lm_head.register_forward_hook(lambda *args: None)
     assert not loss.can_be_pieced(model.lm_head, model.loss_function)

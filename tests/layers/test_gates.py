@@ -109,6 +109,28 @@ def test_a_new_forget_gate_forgets_at_the_pace_of_each_head():
 
 
 @each_gate
+@torch.no_grad()
+def test_a_token_that_is_not_finite_spoils_its_row_alone(gates):
+    """Read whole, and token by token, in a call per layer and in one for the whole model."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 40, 16)
+    made = layer(**gates).float()
+    expected = made(x)[0]
+    for number in (torch.nan, torch.inf, -torch.inf):
+        x[1, 20, 0] = number
+        found = made(x)[0]
+        torch.testing.assert_close(found[0], expected[0])
+        torch.testing.assert_close(found[1, :20], expected[1, :20])
+        own = model(gates).float()
+        embedded = own.get_input_embeddings()(torch.arange(80).view(2, 40) % 20)
+        whole = own(inputs_embeds=embedded).logits
+        embedded[1, 20, 0] = number
+        cache = own.make_cache()
+        steps = [own(inputs_embeds=e, past_key_values=cache).logits for e in embedded.split(1, 1)]
+        torch.testing.assert_close(torch.cat(steps, 1)[0], whole[0], rtol=1e-4, atol=1e-4)
+
+
+@each_gate
 def test_a_padded_batch_in_parts_and_its_bytes(gates):
     mixer = layer(**gates, merge="nearest")
     x = torch.randn(2, 33, 16, dtype=torch.float64)

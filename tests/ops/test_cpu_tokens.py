@@ -32,6 +32,14 @@ def assert_same(function, reference, *inputs, tolerance=2e-5):
         )
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@torch.no_grad()
+def test_what_is_traced_runs_in_pytorch():
+    """`torch.jit.trace` gives sizes as tensors, whose addresses would be taken for numbers."""
+    x, norm = torch.randn(2, 5, 32), RMSNorm(32, eps=1e-6)
+    torch.testing.assert_close(torch.jit.trace(norm, x)(x), norm(x))
+
+
 @pytest.mark.parametrize("dim", [7, 48])
 def test_norm_and_swiglu(dim):
     torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import inspect
@@ -171,7 +172,8 @@ def attach(
         config = dataclasses.replace(config, state_dtype=state_dtype)
     config = with_reach(config, model)
     before = _logits(model)
-    implementation, earlier = model.config._attn_implementation, getattr(model.config, CONFIG_KEY, None)
+    shared = _own_config_(model)
+    implementation = model.config._attn_implementation
     own_class: Any = type(model)
     # The hook is called with the base model only.
     base: Any = model.base_model
@@ -189,9 +191,8 @@ def attach(
         hook.remove()
         model.__class__ = own_class
         model.set_attn_implementation(implementation)
-        setattr(model.config, CONFIG_KEY, earlier)
-        if earlier is None:
-            delattr(model.config, CONFIG_KEY)
+        for module, given in shared:
+            module.config = given
         vars(base).pop("_ovq_memory_config", None)
         for module in attentions:
             vars(module).pop(LAYER_CONFIG, None)
@@ -338,7 +339,24 @@ def kv_heads(model: PreTrainedModel) -> list[int]:
             f"{name}: expected a model whose attention goes through transformers' attention functions, found "
             "one that has its own"
         )
+    if not model.can_generate():
+        raise ValueError(f"{name}: expected a causal language model, found one that cannot generate text")
+    if any(x.is_meta for x in model.parameters()):
+        raise ValueError(f"{name}: expected a model with its weights, found them on the meta device")
     return [heads] * layers
+
+
+def _own_config_(model: Any) -> list[tuple[Any, Any]]:
+    """Give the model and its modules a copy of their config, which other models may share.
+
+    Returns the modules with the configs that they had.
+    """
+    copies: dict[int, Any] = {}
+    copy.deepcopy(model.config, copies)
+    had = [(m, vars(m)["config"]) for m in model.modules() if id(vars(m).get("config")) in copies]
+    for module, given in had:
+        module.config = copies[id(given)]
+    return had
 
 
 def _with_cache(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

@@ -53,6 +53,11 @@ def memory_attention(
     Raises:
         ValueError: an argument that the memory does not support.
     """
+    if not hasattr(module, LAYER_CONFIG):
+        raise ValueError(
+            f"{type(module).__name__}: expected one of a model that ovq.convert.attach has converted, found "
+            "another, made from the config of such a model: give it attn_implementation='sdpa', or convert it"
+        )
     layer: MemoryLayer | None = getattr(key, MARK, None)
     if layer is not None:
         # Received, so that the cache is still of use after an error below.

@@ -71,7 +71,11 @@ def token_output(model: Any, own_class: type, args: tuple, kwargs: dict[str, Any
     `own_class` is the model's class before conversion.
     """
     call = _call_of(model, args, kwargs)
-    if call is None or (step := _step_of(model, own_class)) is None or (stream := step.stream(call)) is None:
+    if (
+        call is None
+        or (step := _step_of(model, own_class, call)) is None
+        or (stream := step.stream(call)) is None
+    ):
         return None
     kept: dict[str, Any] = {CACHE_KEY: call.cache}
     logits = step.logits(stream[:, -call.num_logits :])
@@ -85,7 +89,7 @@ def token_stream(model: Any, own_class: type, **inputs: Any) -> Tensor | None:
     the modules must run.
     """
     call = _call_of(model, (), inputs)
-    if call is None or (step := _step_of(model, own_class)) is None:
+    if call is None or (step := _step_of(model, own_class, call)) is None:
         return None
     return step.stream(call)
 
@@ -146,12 +150,12 @@ def _is_all_real(mask: Any, num_rows: int, num: int) -> bool:
 _STEPS: weakref.WeakKeyDictionary[nn.Module, _Step] = weakref.WeakKeyDictionary()
 
 
-def _step_of(model: Any, own_class: type) -> _Step | None:
+def _step_of(model: Any, own_class: type, call: _Call) -> _Step | None:
     """The step of a model in its current state; None if kernels cannot run it."""
     if _has_any_global_hook() or torch.is_autocast_enabled("cpu") or not is_available():
         return None
     step = _STEPS.get(model)
-    if step is None or not step.is_current():
+    if step is None or not (step.is_current() and step.has_same_numbers(call.cache)):
         # Free the old copy of the weights before another is made.
         _STEPS.pop(model, None)
         step = _made_step(model, own_class)
@@ -250,8 +254,13 @@ class _Step:
             return False
         return "forward" not in vars(base) and bool(self._unchanged)
 
+    def has_same_numbers(self, cache: MemoryCache) -> bool:
+        """Whether samples of the weights are those that were copied; looked at once per cache."""
+        return cache in self._caches or torch.equal(self._samples, self._unchanged.samples())
+
     def pack_(self) -> None:
         """Prepare the weights for the kernels, as copies where the model's own cannot be used."""
+        self._samples = self._unchanged.samples()
         model, format = self._model(), checked_weight_dtype(self._weight_dtype)
 
         def matrix(linear: nn.Linear | PackedLinear, format: str | None = format) -> Matrix:

@@ -7,6 +7,7 @@ from itertools import repeat
 from operator import attrgetter, contains, getitem, is_
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -14,6 +15,8 @@ from ovq.hf.block import CAPTURING
 from ovq.layers.products import is_plain
 
 _version = attrgetter("_version")
+# Numbers of each weight that `Unchanged.samples` reads, at least.
+_SAMPLES = 64
 
 
 class Part(NamedTuple):
@@ -51,6 +54,14 @@ class Unchanged:
         # Tensors made in inference mode have no version counter, so changes cannot be detected.
         self._are_counted = not any(map(Tensor.is_inference, self.weights))
         self._versions = list(map(_version, self.weights)) if self._are_counted else []
+
+    def samples(self) -> Tensor:
+        """Some numbers of each weight, from all its rows and columns.
+
+        Changes of `weight.data`, as adapters and averages of weights make them, count in no version.
+        """
+        # An odd step, as columns are often a power of 2.
+        return torch.cat([x.detach().view(-1)[:: x.numel() // _SAMPLES | 1] for x in self.weights])
 
     def __bool__(self) -> bool:
         """Whether all are the same, and the modules without hooks and not in training."""

@@ -110,9 +110,13 @@ class CachedGeneration:
         """The source of the drafts of assisted decoding.
 
         Raises:
-            ValueError: `input_ids` without the tokens that the cache has read, or drafts of more tokens than
-                the cache can crop.
+            ValueError: `input_ids` without the tokens that the cache has read, drafts of more tokens than the
+                cache can crop, or drafts by the model's own first layers.
         """
+        if (found := generation_config.assistant_early_exit) is not None:
+            raise ValueError(
+                f"assistant_early_exit: expected None, as all layers share a cache, found {found}"
+            )
         model_kwargs = kwargs["model_kwargs"]
         num_columns = _num_columns(generation_config, model_kwargs) or 0
         if input_ids.shape[1] < num_columns and model_kwargs.get("inputs_embeds") is None:

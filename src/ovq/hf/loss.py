@@ -23,7 +23,8 @@ def can_be_pieced(head: nn.Module, loss_function: Callable[..., Tensor]) -> bool
     An output layer with hooks, an adapter or quantized weights must be called once, on all tokens.
     """
     return (
-        is_plain(head, Linear)
+        # transformers makes the latter when it resizes the vocabulary.
+        (is_plain(head, Linear) or (is_plain(head, nn.Linear) and head.bias is None))
         and type(head.weight) in (nn.Parameter, Tensor)
         # Set by DeepSpeed, which shards weights.
         and not hasattr(head.weight, "ds_id")

@@ -36,8 +36,12 @@ class MergeGate(OwnWeights):
         nn.init.zeros_(self.weight)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Weights `[B, T, Hkv]` for inputs `[B, T, hidden_size]`, in float32 (float64 for float64 inputs)."""
-        return 1 + F.elu(_product(hidden_states, self.weight))
+        """Weights `[B, T, Hkv]` for inputs `[B, T, hidden_size]`, in float32 (float64 for float64 inputs).
+
+        They are finite: 1 where inputs are not, as the op takes no others, and such a token would fail all.
+        """
+        weights = 1 + F.elu(_product(hidden_states, self.weight))
+        return torch.where(weights.isfinite(), weights, 1)
 
 
 class ForgetGate(OwnWeights):
@@ -72,8 +76,9 @@ class ForgetGate(OwnWeights):
             self.bias.copy_(-torch.expm1(1 / tokens).log())
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Log forget gates `[B, T, Hkv]`, at most 0, in float32 (float64 for float64 inputs)."""
-        return F.logsigmoid(_product(hidden_states, self.weight, self.bias))
+        """Log forget gates `[B, T, Hkv]`, at most 0, in float32 (float64 for float64 inputs); 0 for NaN."""
+        logs = F.logsigmoid(_product(hidden_states, self.weight, self.bias))
+        return torch.where(logs.isnan(), 0, logs)
 
 
 class OutputGate(nn.Module):

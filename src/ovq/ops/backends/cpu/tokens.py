@@ -24,7 +24,9 @@ def can_run(*tensors: Tensor) -> bool:
     for x in tensors:
         if x.dtype != torch.float32 or not x.is_cpu or not is_memory(x):
             return False
-    return not torch.compiler.is_compiling() and not is_transformed() and is_available()
+    # While a model is traced, sizes are tensors.
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return not is_traced and not is_transformed() and is_available()
 
 
 class _NoContext:
