@@ -204,11 +204,9 @@ def load_tokenizer(folder: Path) -> Any | None:
         return None
     from transformers import AutoTokenizer
 
-    # Registers its model type, without which transformers asks whether to run the code in the folder.
-    import ovq.hf  # noqa: F401
-
     # The tokenizers library raises plain exceptions.
     with _errors_naming(folder, "the tokenizer of a model", (Exception,)):
+        # Else transformers asks on standard input whether to run the code in the folder.
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         # Use it once, as fields of a wrong type only raise errors then.
         tokenizer.decode(tokenizer("a", verbose=False)["input_ids"])
