@@ -386,6 +386,19 @@ def test_an_error_of_several_lines_is_joined(monkeypatch, capsys):
     assert fail(capsys, "train", "recall-ovq") == "expected this, found that"
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (lambda: torch.empty(10**15), "expected enough memory, found too little for 4000000000000000 bytes"),
+        (lambda: b"0" * 10**18, "expected enough memory, found too little"),
+    ],
+    ids=["torch", "python"],
+)
+def test_too_little_memory_is_told_in_one_line(monkeypatch, capsys, error, message):
+    monkeypatch.setattr("ovq_lab.train.recipes.get_recipe", lambda _name: error())
+    assert fail(capsys, "train", "recall-ovq") == message
+
+
 def test_errors_can_be_traced(monkeypatch):
     monkeypatch.setenv("OVQ_TRACEBACK", "1")
     with pytest.raises(ValueError, match="--config: expected"):

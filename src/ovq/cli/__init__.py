@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -45,6 +46,8 @@ _UsageError: type[typer.BadParameter] = typer.BadParameter.__base__  # type: ign
 
 # The code that a shell reports for a program ended by Ctrl-C.
 _INTERRUPTED = 130
+# Size of memory that PyTorch could not get.
+_REFUSED = re.compile(r"tried to allocate ([\d.]+ \w+)", re.IGNORECASE)
 
 # The code for a program ended by SIGPIPE.
 _OUTPUT_CLOSED = 141
@@ -155,6 +158,13 @@ def main(arguments: list[str] | None = None) -> None:
         code = _code_after(error.__context__, pipes)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         code = _code_after(error, pipes)
+    except (MemoryError, RuntimeError) as error:
+        # On a CPU, PyTorch has no class of its own for it.
+        size = _REFUSED.search(str(error))
+        if size is None and not isinstance(error, MemoryError):
+            raise
+        found = "too little" if size is None else f"too little for {size[1]}"
+        code = _code_after(MemoryError(f"expected enough memory, found {found}"), pipes)
     finally:
         pipes.close()
         discard_unwritten()
