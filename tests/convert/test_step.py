@@ -204,6 +204,19 @@ def test_inputs_of_any_size(name):
         ]
 
 
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_long_inputs_are_rounded_a_few_tokens_at_a_time(name):
+    """Their rounded copy is on the stack, 8 MiB for 60,000 numbers of 64 tokens."""
+    torch.manual_seed(0)
+    matrix, norm, x = (
+        packed(torch.randn(3, 60_000), None, name),
+        torch.ones(60_000),
+        torch.randn(64, 1, 60_000),
+    )
+    found = matrix_product(x, matrix, norm, 1e-5)
+    assert torch.equal(found, torch.cat([matrix_product(row[None], matrix, norm, 1e-5) for row in x]))
+
+
 def test_4_bits_keep_blocks_that_were_dequantised():
     torch.manual_seed(0)
     steps, lows = torch.rand(5, 4, 1).half().float(), torch.randn(5, 4, 1).half().float()

@@ -115,6 +115,11 @@ def x():
     return torch.randn(2, 11, 6, dtype=torch.float64)
 
 
+def test_a_convolution_of_one_token_is_refused():
+    with pytest.raises(ValueError, match="conv_size: expected at least 2, found 1"):
+        ShortConvolution(6, conv_size=1)
+
+
 def test_convolution_is_a_causal_depthwise_conv1d(conv, x):
     expected = F.conv1d(F.pad(x.transpose(1, 2), (3, 0)), conv.weight[:, None], groups=6).transpose(1, 2)
     y, state = conv(x)

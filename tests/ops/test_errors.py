@@ -169,6 +169,7 @@ def test_a_state_of_other_shapes(sizes, dtype, expected):
         ("pending_weights", lambda _: None, "pending_weights: .* found NoneType"),
         ("num_seen", Tensor.int, "num_seen: expected .* torch.int64 on cpu, found .* torch.int32"),
         ("num_seen", lambda x: x[:1], r"num_seen: expected \[2\] .* found \[1\]"),
+        ("num_seen", lambda x: x - 100, "num_seen: expected at least 0, found"),
     ],
 )
 def test_a_state_whose_tensors_do_not_fit_each_other(name, change, expected):

@@ -170,6 +170,9 @@ class ShortConvolution(OwnWeights):
         num_channels: D.
         conv_size: kernel size C, at least 2.
 
+    Raises:
+        ValueError: a smaller kernel.
+
     Example:
         >>> conv = ShortConvolution(6, conv_size=3)
         >>> y, state = conv(torch.randn(2, 5, 6))
@@ -179,6 +182,8 @@ class ShortConvolution(OwnWeights):
 
     def __init__(self, num_channels: int, conv_size: int):
         super().__init__()
+        if conv_size < 2:
+            raise ValueError(f"conv_size: expected at least 2, found {conv_size}")
         self.conv_size = conv_size
         # weight[:, i] multiplies the token `conv_size - 1 - i` steps back.
         self.weight = nn.Parameter(torch.empty(num_channels, conv_size))

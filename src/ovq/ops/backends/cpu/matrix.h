@@ -79,10 +79,19 @@ static void multiply_row_tiles(const Matrix *matrix, int64_t first, int64_t end,
     }
 }
 
+/* Inputs that are rounded at a time, at most: some 2.25 bytes each on the stack, of which threads may have 4 MiB alone. */
+enum { MOST_ROUNDED = 1 << 20 };
+
 template <typename Factor, class Format>
 static void multiply_quantized(const Matrix *matrix, int64_t first, int64_t end, int64_t num, int64_t dim, const float *x,
                            const float *added, float *y, int64_t ldy) {
     typedef QuantizedTile<Factor, Format> Tile;
+    if (num > 1 && num * dim > MOST_ROUNDED) {
+        const int64_t half = num / 2, place = half * ldy;
+        multiply_quantized<Factor, Format>(matrix, first, end, half, dim, x, added, y, ldy);
+        return multiply_quantized<Factor, Format>(matrix, first, end, num - half, dim, x + half * dim,
+                                                  added ? added + place : nullptr, y + place, ldy);
+    }
     const int64_t groups = (dim + GROUP - 1) / GROUP;
     typename Format::Quad quads[num * groups][QUADS];
     float scales[num * groups][2];
