@@ -90,6 +90,16 @@ def test_lm_prints_what_the_library_measures(folder, capsys, tmp_path):
     assert "Mamba2" in table
 
 
+def test_slots_that_open_at_random_are_the_same_each_time(folder, capsys, tmp_path):
+    torch.manual_seed(0)
+    OVQForCausalLM(OVQConfig.from_pretrained(folder / "a/ovq", init="random")).save_pretrained(tmp_path)
+    BYTES.save_pretrained(tmp_path)
+    arguments = ["eval", "lm", "--model", tmp_path, "--dataset", folder / "text.txt", "--split", "all"]
+    arguments += ["--lengths", 900, "--windows", 1, "--num-slots", 4, "--json"]
+    losses = [json.loads(run(capsys, *arguments))["rows"][0]["loss"] for _ in range(2)]
+    assert losses[0] == losses[1]
+
+
 def test_models_of_one_mixer_are_called_by_their_folders(folder, capsys):
     arguments = ["eval", "lm", "--dataset", folder / "text.txt", "--split", "all"]
     arguments += ["--lengths", "50", "--windows", 1, "--json"]

@@ -63,6 +63,15 @@ def test_another_dictionary_and_view_and_a_text_that_is_cut(capsys, model, tmp_p
     assert (data["layers"][0]["numSlots"], data["layers"][0]["numReads"]) == ([12, 12], 3)
 
 
+def test_slots_in_fewer_bytes_are_looked_into(capsys, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    places = []
+    for state_dtype in ("float32", "bfloat16"):
+        run(capsys, "inspect", "--model", model, "--prompt", IDS, "--state-dtype", state_dtype)
+        places.append([layer["numSlots"] for layer in data_of(tmp_path / "inspect.html")["layers"]])
+    assert places[0] == places[1]
+
+
 def test_a_converted_model_is_looked_into(capsys, tmp_path):
     converted().save_pretrained(tmp_path / "model")
     ids = " ".join(str(i * 17 % 64) for i in range(90))

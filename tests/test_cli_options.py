@@ -203,7 +203,7 @@ def test_a_recipe_in_a_file_is_the_recipe_with_changes(tmp_path):
     path.write_text(
         "recipe: lm-ovq\n"
         "task: {dataset: books/, held_out: 0.2}\n"
-        "model: {num_slots: 128, slot_rate: 0.1, merge: updated}\n"
+        "model: {num_slots: 128, slot_rate: 0.1, merge: updated, output_gate: true}\n"
         "train:\n  lengths: [64, 128]\n  length_shares: [0.5, 0.5]\n  learning_rate: 1e-3\n"
     )
     assert load_recipe(path) == get_recipe("lm-ovq").override(
@@ -213,6 +213,7 @@ def test_a_recipe_in_a_file_is_the_recipe_with_changes(tmp_path):
             "model.num_slots=128",
             "model.rate=0.1",
             "model.merge=updated",
+            "model.output_gate=true",
             "train.lengths=64,128",
             "train.length_shares=0.5,0.5",
             "train.learning_rate=0.001",

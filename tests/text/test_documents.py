@@ -71,6 +71,32 @@ def test_a_damaged_file_of_rows_is_named(tmp_path, name, content, message):
         list(read_documents(str(tmp_path)))
 
 
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_names_of_files_are_no_patterns(tmp_path, ending):
+    """`datasets` would read other files, which fit them."""
+    folder = tmp_path / "of [2024]"
+    folder.mkdir()
+    for name in ("a[1]", "a1", "a*"):
+        rows = [{"text": f"{name} {i}"} for i in range(2)]
+        if ending == "parquet":
+            datasets.Dataset.from_list(rows).to_parquet(folder / f"{name}.parquet")
+        else:
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = [document.text for document in read_documents(str(folder))]
+    assert found == [f"{name} {i}" for name in ("a*", "a1", "a[1]") for i in range(2)]
+
+
+def test_rows_may_differ_in_their_other_fields(tmp_path):
+    rows = [{"text": "x" * 10_000, "meta": None}] * 200 + [{"text": "y", "meta": {"a": 1}, "more": [2]}]
+    text = "\ufeff" + "\n\n".join(map(json.dumps, rows))
+    (tmp_path / "rows.jsonl").write_text(text, encoding="utf-8")
+    documents = list(read_documents(str(tmp_path)))
+    assert (len(documents), documents[-1].text) == (201, "y")
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n[1]\n')
+    with pytest.raises(ValueError, match=r"none that can be read \(line 2 is no object but list\)"):
+        list(read_documents(str(tmp_path)))
+
+
 def test_a_folder_without_text_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"expected .txt, .jsonl, .parquet files, found none in"):
         list(read_documents(str(tmp_path)))
@@ -158,7 +184,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch):
 def test_without_the_extra_rows_cannot_be_read(monkeypatch, library):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(ValueError, match=r"pip install '\./lab\[text\]'"):
-        list(read_documents(str(library / "rows.jsonl")))
+        list(read_documents(str(library / "rows.parquet")))
     assert len(list(read_documents(str(library / "b")))) == 1
 
 

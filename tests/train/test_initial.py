@@ -105,6 +105,16 @@ def test_what_may_differ_is_said(first, tmp_path):
     assert (model.config.num_slots, model.config.merge) == (8, "nearest")
 
 
+def test_what_is_set_for_evaluation_may_differ(first, tmp_path):
+    model = OVQForCausalLM.from_pretrained(first)
+    model.set_merge("nearest")
+    model.set_logn_length(32)
+    model.set_state_dtype("int8")
+    model.save_pretrained(tmp_path / "set")
+    begun = train(make_config(init_from=tmp_path / "set"), tmp_path / "run", reporter=quiet())
+    assert (begun.config.logn_length, begun.config.state_dtype) == (None, "float32")
+
+
 def test_fields_of_the_mixers_that_there_are_must_agree_or_are_named(tmp_path):
     mixers = {"mixer_types": ("sink_attention", "mamba2")}
     build_model(make_config(model=mixers)).save_pretrained(tmp_path)

@@ -97,6 +97,8 @@ def test_a_run_leaves_its_model_and_configuration(tmp_path):
     for name, weight in model.state_dict().items():
         torch.testing.assert_close(saved.state_dict()[name], weight, rtol=0, atol=0)
     assert saved.config.num_slots == 4
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "run").iterdir() if path.is_file()}
+    assert modes["model.safetensors"] == modes["config.json"]
     with pytest.raises(ValueError, match=r"--out: expected a folder without a run .*found .*run_config.json"):
         loop.train(config, tmp_path / "run", reporter=reporter)
 
@@ -107,6 +109,13 @@ def test_a_model_in_the_folder_is_not_overwritten(tmp_path):
     with quiet() as reporter, pytest.raises(ValueError, match="--out: expected a folder without a model"):
         loop.train(tiny_config(seed=1), tmp_path, reporter=reporter)
     assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
+def test_checkpoints_of_others_are_not_removed(tmp_path):
+    (tmp_path / "checkpoint-500").mkdir()
+    with quiet() as reporter, pytest.raises(ValueError, match="--out: expected a folder without checkpoints"):
+        loop.train(tiny_config(), tmp_path, reporter=reporter)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-500"]
 
 
 def test_the_configuration_is_there_before_training_starts(tmp_path, monkeypatch):

@@ -56,6 +56,8 @@ def evaluate(
     at_lengths = parse_ints(lengths, flag="--lengths")
     tested = dictionaries.parse(num_slots, merge)
     check_model_folder(model)
+    from transformers import set_seed
+
     from ovq_lab.tasks import TextTask
     from ovq_lab.train.config import RunConfig
 
@@ -69,6 +71,7 @@ def evaluate(
     from ovq_lab.eval.accuracy import evaluate as evaluate_model
     from ovq_lab.plots.tables import result_table, slice_table
 
+    set_seed(seed)
     with Reporter() as reporter:
         rows = evaluate_model(
             load_model(model, logn_length=logn_length, state_dtype=state_dtype),

@@ -12,6 +12,7 @@ There is one reader for files, which installed corpora use too, and one for the 
 from __future__ import annotations
 
 import dataclasses
+import glob
 import hashlib
 import importlib.metadata
 import json
@@ -27,9 +28,8 @@ from ovq_lab.text.documents import Document
 Entry = tuple[str, Path]
 """Name of a file, as it occurs in the names of its documents, and its path."""
 
-_PLAIN, _TABLES = ".txt", {".jsonl": "json", ".parquet": "parquet"}
-"""Extension of files with one document; and extensions of files with one document per row, with the names of
-their formats in `datasets`."""
+_PLAIN, _ROWS = ".txt", (".jsonl", ".parquet")
+"""Extension of files with one document; and of files with one document per row."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,7 +137,7 @@ def find_readers(dataset: str, *, text_field: str, subset: str | None, hub_split
             readers.append(INSTALLED[part](subset))
         elif Path(part).exists():
             readers.append(_local(Path(part), text_field))
-        elif Path(part).is_absolute() or part.startswith(".") or part.endswith((_PLAIN, *_TABLES)):
+        elif Path(part).is_absolute() or part.startswith(".") or part.endswith((_PLAIN, *_ROWS)):
             raise ValueError(f"dataset: expected a file or folder, found nothing at {part}")
         else:
             readers.append(HubReader(dataset=part, subset=subset, hub_split=hub_split, text_field=text_field))
@@ -151,7 +151,7 @@ def parts_of(dataset: str) -> list[str]:
 
 def _local(path: Path, text_field: str) -> FileReader:
     """A file of the user, or all files of a folder."""
-    endings = (_PLAIN, *_TABLES)
+    endings = (_PLAIN, *_ROWS)
     if path.is_file():
         entries = [(path.name, path)] if path.suffix in endings else []
     else:
@@ -171,15 +171,37 @@ def _parsed(name: str, path: Path, *, text_field: str) -> Iterator[Document]:
 
 
 def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
-    load_dataset = _load_dataset()
     try:
-        yield from load_dataset(_TABLES[path.suffix], data_files=str(path), split="train", streaming=True)
+        yield from _objects(path) if path.suffix == ".jsonl" else _table(path)
     # An empty file ends the search for its columns.
     except (OSError, RuntimeError, StopIteration, ValueError) as error:
         raise ValueError(
             f"dataset: expected rows of documents in {path}, found none that can be read "
             f"({(str(error) or 'an empty file').splitlines()[0]})"
         ) from error
+
+
+def _table(path: Path) -> Iterator[Mapping[str, Any]]:
+    # A pattern of names for `datasets`.
+    files = glob.escape(str(path))
+    yield from _load_dataset()("parquet", data_files=files, split="train", streaming=True)
+
+
+def _objects(path: Path) -> Iterator[Mapping[str, Any]]:
+    """The JSON objects of a file, one per line; `datasets` would want equal types in all rows."""
+    if not path.stat().st_size:
+        raise ValueError("an empty file")
+    with open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            if line.isspace():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"JSON of line {number}: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number} is no object but {type(row).__name__}")
+            yield row
 
 
 def _whole(name: str, path: Path) -> Iterator[Document]:
@@ -290,7 +312,7 @@ def _load_dataset() -> Callable[..., Any]:
         from datasets import load_dataset
     except ImportError as error:
         raise ValueError(
-            "dataset: expected the package datasets for .jsonl, .parquet and the hub, found it is not "
+            "dataset: expected the package datasets for .parquet and the hub, found it is not "
             "installed: pip install './lab[text]'"
         ) from error
     return load_dataset

@@ -22,6 +22,8 @@ _FREE = {
     "growth",
     "init",
     "merge",
+    "logn_length",
+    "state_dtype",
     "ablation",
     "value_weight",
     "sliding_window",

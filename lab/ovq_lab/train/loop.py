@@ -24,7 +24,7 @@ from ovq.hf.card import CARD_FILE
 from ovq.hf.equal_sizes import equal_sizes
 from ovq.layers.registry import fields_of_mixers
 from ovq.ops.ablation import with_ablation
-from ovq.runtime.files import claimed, read_json
+from ovq.runtime.files import claimed, open_to_others, read_json
 from ovq.runtime.progress import AnyReporter, AnyWork
 from ovq_lab.train.carry import CarryTrainer
 from ovq_lab.train.checkpoints import SealingTrainer, finished_checkpoints, newest_checkpoint, writing
@@ -115,6 +115,9 @@ def train(config: RunConfig, out: Path, *, reporter: AnyReporter, label: str = "
             if (out / CONFIG_NAME).exists():
                 # Its weights would be overwritten.
                 raise ValueError(f"--out: expected a folder without a model, found {out / CONFIG_NAME}")
+            if (found := next(out.glob("checkpoint-*"), None)) is not None:
+                # Only the newest checkpoints stay, of whatever program they are.
+                raise ValueError(f"--out: expected a folder without checkpoints, found {found}")
             # This also checks that the folder can be written, before any work is done.
             config.save(out)
         try:
@@ -217,6 +220,8 @@ def _run(
     with writing(out):
         trainer.save_model()
         trainer.save_state()
+        if is_first_process():
+            open_to_others(out)
     return model.eval()
 
 

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ovq.fields import did_you_mean, with_new_names
+from ovq.fields import did_you_mean, field_types, with_new_names
 from ovq_lab.tasks import task_class
 from ovq_lab.train.config import SECTIONS, ModelArgs, RunConfig, TrainArgs
 from ovq_lab.train.recipes import get_recipe
@@ -79,6 +79,21 @@ def _config(content: Mapping[str, Any]) -> RunConfig:
             raise ValueError(f"{name}: expected fields and their values, found {content[name]!r}")
     fields = {section: dict(content.get(section, {})) for section in SECTIONS}
     fields["model"] = with_new_names(fields["model"])
+    # Those that mixers declare, as `--set` takes them.
+    declared = [name for name in fields["model"] if name not in field_types(ModelArgs)]
+    of_mixers = [f"model.{name}={_as_text(fields['model'].pop(name))}" for name in declared]
+    return _complete(content, fields).override(of_mixers)
+
+
+def _as_text(value: Any) -> str:
+    """A value of YAML or JSON as on the command line."""
+    if isinstance(value, list):
+        return ",".join(map(_as_text, value))
+    return "none" if value is None else json.dumps(value) if isinstance(value, bool) else str(value)
+
+
+def _complete(content: Mapping[str, Any], fields: dict[str, dict[str, Any]]) -> RunConfig:
+    """The configuration with these fields of its sections."""
     name = fields["task"].pop("name", None)
     if "recipe" in content:
         recipe = get_recipe(str(content["recipe"]))

@@ -49,7 +49,9 @@ def layer_memory(
     options = dict(call.options)
     if call.k.shape[0] != 1:
         raise ValueError(f"expected a call of one row, found {call.k.shape[0]}")
-    if options.pop("initial_state") is not None:
+    # Layers with narrow slots begin with an empty state.
+    empty: OVQState | None = options.pop("initial_state")
+    if empty is not None and bool(empty.num_seen.any()):
         raise ValueError("expected a call that begins a text, found one that continues a state")
     if options.pop("attention_mask") is not None:
         raise ValueError("expected a call without padding, found one with a mask")
@@ -68,7 +70,10 @@ def layer_memory(
         positions = torch.arange(start, chunk.stop, device=read.device)
         is_single = None if state is None else state.count[0, :, : int(state.num_open[0])] == 1
         reads.append(reads_of(read, positions, num_reads, is_single=is_single))
-        step = slot_assignments(k, v, initial_state=state, token_weights=weights, log_forget=logs, **options)
+        before_chunk = empty if state is None else state
+        step = slot_assignments(
+            k, v, initial_state=before_chunk, token_weights=weights, log_forget=logs, **options
+        )
         if state is not None:
             to = step.earlier_slots[0].cpu().numpy().astype(np.int32)
             moves.append(moves_of(to, start // size))
