@@ -67,12 +67,13 @@ def test_answers_that_take_too_long_end_with_an_error(folder, tmp_path, seconds,
     """After `--shutdown-seconds`, or at a second signal: a 503, or an error at the end of a stream."""
     os.mkfifo(tmp_path / "errors")
     arguments = ["serve", "--model", folder, "--port", "0", "--shutdown-seconds", seconds]
+    arguments += ["--max-tokens", 10**6]
     process = command(arguments, output=os.devnull, errors=tmp_path / "errors")
     process.start()
     with (tmp_path / "errors").open() as errors, ThreadPoolExecutor() as pool:
         try:
             url = next(line for line in errors if line.startswith("ovq serve: ")).split()[2]
-            body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 4096, "ignore_eos": True}
+            body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 10**6, "ignore_eos": True}
             whole = pool.submit(httpx.post, f"{url}/completions", json=body, timeout=60)
             with httpx.stream(
                 "POST", f"{url}/completions", json={**body, "stream": True}, timeout=60

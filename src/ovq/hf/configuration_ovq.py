@@ -106,8 +106,6 @@ class OVQConfig(PreTrainedConfig):
 
     model_type = "ovq"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
-    # Entries of a derived class alone; trl reads them from every config.
-    auto_map: ClassVar[dict[str, Any]] = {}
 
     vocab_size: int = 32000
     hidden_size: int = 512
@@ -244,15 +242,16 @@ class OVQConfig(PreTrainedConfig):
             folder = Path(save_directory)
             folder.mkdir(parents=True, exist_ok=True)
             write_atomic(folder / MODULE_FILE, MODULE)
-        derived = self.auto_map
-        self.__dict__["auto_map"] = AUTO_MAP | derived
+        derived = getattr(self, "auto_map", None)
+        self.auto_map = AUTO_MAP | (derived or {})
         try:
             super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         finally:
             # The config in memory stays unchanged.
-            del self.__dict__["auto_map"]
-            if derived:
-                self.__dict__["auto_map"] = derived
+            if derived is None:
+                del self.auto_map
+            else:
+                self.auto_map = derived
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:

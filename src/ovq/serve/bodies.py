@@ -43,8 +43,8 @@ def parsed(kind: type[AnyRequest], body: bytes) -> AnyRequest:
 
     Example:
         >>> from ovq.serve.schemas import CompletionRequest
-        >>> parsed(CompletionRequest, b'{"model": "m", "prompt": "a", "echo": false}').max_tokens
-        16
+        >>> parsed(CompletionRequest, b'{"model": "m", "prompt": "a", "echo": false}').prompt
+        'a'
         >>> parsed(CompletionRequest, b'{"model": "m", "prompt": "a", "echo": true}')
         Traceback (most recent call last):
         ovq.serve.errors.APIError: echo: expected False, as nothing else is supported, found True
