@@ -62,13 +62,18 @@ def test_a_process_serves_until_it_is_told_to_end(folder, tmp_path, monkeypatch)
         assert "Traceback" not in errors.read()
 
 
+def hear_hangups():
+    """Handle SIGHUP as usual, also where tests run under `nohup`, which ignores it."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize(("seconds", "signals"), [(1, ["SIGTERM"]), (60, ["SIGHUP", "SIGTERM"])], ids=str)
 def test_answers_that_take_too_long_end_with_an_error(folder, tmp_path, seconds, signals):
     """After `--shutdown-seconds`, or at a second signal: a 503, or an error at the end of a stream."""
     os.mkfifo(tmp_path / "errors")
     arguments = ["serve", "--model", folder, "--port", "0", "--shutdown-seconds", seconds]
     arguments += ["--max-tokens", 10**6]
-    process = command(arguments, output=os.devnull, errors=tmp_path / "errors")
+    process = command(arguments, output=os.devnull, errors=tmp_path / "errors", before=hear_hangups)
     process.start()
     with (tmp_path / "errors").open() as errors, ThreadPoolExecutor() as pool:
         try:
