@@ -117,10 +117,22 @@ class Saved:
         assert len(ties) <= most_ties
 
     def _can_follow(self, prompt, written):
-        """Whether `generate()` can write this after reading a part of it at once, as after a preemption."""
-        return any(
+        """Whether `generate()` can write this after reading the prompt in other pieces, or a part of this at once.
+
+        As in a batch with others, and after a preemption.
+        """
+        return self._greedy_in_steps(prompt, len(written)) == written or any(
             self.greedy([*prompt, *written[:n]], len(written) - n) == written[n:] for n in range(len(written))
         )
+
+    @torch.no_grad()
+    def _greedy_in_steps(self, prompt, num_new):
+        """Greedy continuation of a prompt that was read token by token."""
+        cache, ids = self.model.make_cache(), torch.tensor([prompt])
+        for token in prompt[:-1]:
+            self.model(torch.tensor([[token]]), **{CACHE_KEY: cache})
+        new = self.model.generate(ids, max_new_tokens=num_new, do_sample=False, **{CACHE_KEY: cache})
+        return new[0, len(prompt) :].tolist()
 
 
 @pytest.fixture(scope="session")
