@@ -353,6 +353,19 @@ def test_slots_are_saved_in_the_format_that_was_asked_for(capsys, converted):
         assert load(converted / expected).memory_config.state_dtype == expected
 
 
+def test_code_of_a_folder_is_neither_run_nor_asked_about(capsys, tmp_path, monkeypatch):
+    config = {
+        "model_type": "own",
+        "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"},
+    }
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "own" / "own.py").write_text("raise SystemExit")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks"))
+    message = fail(capsys, "convert", "--model", tmp_path / "own", "--out", tmp_path / "out", "--no-probe")
+    assert message.startswith("--model: expected a causal language model")
+
+
 def test_without_a_probe_it_is_said_what_that_costs(capsys, converted, tmp_path):
     with pytest.raises(SystemExit):
         main(

@@ -221,6 +221,16 @@ def test_a_recipe_in_a_file_is_the_recipe_with_changes(tmp_path):
     )
 
 
+def test_fields_of_mixers_in_a_file_are_named_by_their_section(tmp_path):
+    for text, message in (
+        ("num_slot: 4", "mine.yaml: model.num_slot: expected one of the fields .* did you mean 'num_slots'"),
+        ("output_gate: 3", "mine.yaml: model.output_gate: expected true or false, found '3'"),
+    ):
+        (tmp_path / "mine.yaml").write_text(f"recipe: recall-ovq\nmodel: {{{text}}}\n")
+        with pytest.raises(ValueError, match=message):
+            load_recipe(tmp_path / "mine.yaml")
+
+
 @pytest.mark.parametrize("name", ["recall-ovq", "lm-70m-ovq-mamba2", "mqar-vq", "regression-full"])
 def test_the_configuration_of_a_run_is_a_recipe(tmp_path, name):
     config = get_recipe(name)

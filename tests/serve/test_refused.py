@@ -116,15 +116,22 @@ def test_likeliest_tokens_without_logprobs(text, logprobs):
 
 def test_a_default_is_not_above_the_limit():
     with running(reading_service(limits=Limits(max_tokens=8))) as server:
-        ask = {
-            "model": "ids",
-            "prompt": [1],
-            "ignore_eos": True,
-            "prompt_cache_key": "a",
-            "service_tier": "auto",
-        }
+        ask = {"model": "ids", "prompt": [1], "ignore_eos": True}
         answer = httpx.post(f"{server.url}/v1/completions", json=ask)
     assert (answer.status_code, answer.json()["usage"]["completion_tokens"]) == (200, 8)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        *({"prompt_cache_key": "a"}, {"safety_identifier": "a"}, {"service_tier": "auto"}),
+        *({"prediction": None}, {"verbosity": "medium"}, {"web_search_options": None}),
+    ],
+    ids=str,
+)
+def test_fields_that_change_no_answer_are_ignored(text, field):
+    ask = {"model": "text", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+    assert httpx.post(f"{text.url}/v1/chat/completions", json=ask | field).status_code == 200
 
 
 def test_routes_and_methods_there_are_not(ids):

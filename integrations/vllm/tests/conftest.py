@@ -117,9 +117,9 @@ class Saved:
         assert len(ties) <= most_ties
 
     def _can_follow(self, prompt, written):
-        """Whether `generate()` can write this after reading the prompt in other pieces, or a part of this at once.
+        """Whether `generate()` can write this after reading it in other pieces.
 
-        As in a batch with others, and after a preemption.
+        The prompt, as in a batch with others, or a part of this at once, as after a preemption.
         """
         return self._greedy_in_steps(prompt, len(written)) == written or any(
             self.greedy([*prompt, *written[:n]], len(written) - n) == written[n:] for n in range(len(written))

@@ -375,10 +375,11 @@ class RunConfig:
         """The long-range mixer, which is that of the last layer."""
         return self.model.mixer_types[-1]
 
-    def override(self, assignments: list[str]) -> RunConfig:
+    def override(self, assignments: list[str], *, flag: str = "--set ") -> RunConfig:
         """A copy with some fields set from strings such as `"train.steps=300"`.
 
-        Lists are written with commas (`train.lengths=64,128`), and a missing value as `none`.
+        Lists are written with commas (`train.lengths=64,128`), and a missing value as `none`. Error messages
+        name `flag` before the field.
 
         Raises:
             ValueError: If a string is not an assignment, names no field, or its value is not of the field's
@@ -393,20 +394,20 @@ class RunConfig:
                 raise ValueError(f"--set: expected SECTION.FIELD=VALUE, found {assignment!r}")
             if section not in changes:
                 raise ValueError(
-                    f"--set {path}: expected a section of {', '.join(changes)}, found {section!r}"
+                    f"{flag}{path}: expected a section of {', '.join(changes)}, found {section!r}"
                     f"{did_you_mean(section, changes)}"
                 )
             now = getattr(self, section)
             mixer_types = changes["model"].get("mixer_types", self.model.mixer_types)
             own = _declared(mixer_types) if section == "model" else {}
-            kind = type_of_field(type(now), name, f"--set {path}", own)
-            value = parse_value(text.strip(), kind, f"--set {path}")
+            kind = type_of_field(type(now), name, f"{flag}{path}", own)
+            value = parse_value(text.strip(), kind, f"{flag}{path}")
             if hasattr(now, name):
                 changes[section][name] = value
                 if name == "mixer_fields":
                     own_texts = dict(each.partition("=")[::2] for each in value)
             else:
-                own[name].check(f"--set {path}", value)
+                own[name].check(f"{flag}{path}", value)
                 own_texts[name] = text.strip()
                 changes[section]["mixer_fields"] = tuple(map("=".join, own_texts.items()))
         return dataclasses.replace(

@@ -82,7 +82,7 @@ def _config(content: Mapping[str, Any]) -> RunConfig:
     # Those that mixers declare, as `--set` takes them.
     declared = [name for name in fields["model"] if name not in field_types(ModelArgs)]
     of_mixers = [f"model.{name}={_as_text(fields['model'].pop(name))}" for name in declared]
-    return _complete(content, fields).override(of_mixers)
+    return _complete(content, fields).override(of_mixers, flag="")
 
 
 def _as_text(value: Any) -> str:

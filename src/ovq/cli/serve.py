@@ -160,8 +160,7 @@ def _run(
     app = create_app(service, api_key=key, hosts=hosts)
     log_level = "info" if is_verbose() else "warning"
     config = uvicorn_config(app, service.limits, shutdown_seconds, log_level)
-    server = Server(config, on_ready=say_ready, on_end=service.engine.stop, shutdown_seconds=shutdown_seconds)
-    server.run(sockets=[listener])
+    Server(config, on_ready=say_ready, on_end=service.engine.stop).run(sockets=[listener])
 
 
 def _context_file(given: str) -> tuple[str, Path]:

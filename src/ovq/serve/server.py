@@ -48,7 +48,7 @@ def url_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
 
 
-_GRACE_SECONDS = 5.0
+_GRACE_SECONDS = 5
 """Seconds beyond the limits of a request or of the shutdown, so that an error response can be sent."""
 
 
@@ -95,21 +95,15 @@ class Server(uvicorn.Server):
     Args:
         config: see `uvicorn_config`.
         on_ready: called once the server answers requests.
-        on_end: called in a thread when running requests are to end with an error: `shutdown_seconds` after
-            the signal, or at a second one.
-        shutdown_seconds: as in `uvicorn_config`.
+        on_end: called in a thread when running requests are to end with an error: `shutdown_seconds` of the
+            config after the signal, or at a second one.
     """
 
     def __init__(
-        self,
-        config: uvicorn.Config,
-        *,
-        on_ready: Callable[[], None],
-        on_end: Callable[[], None],
-        shutdown_seconds: float,
+        self, config: uvicorn.Config, *, on_ready: Callable[[], None], on_end: Callable[[], None]
     ) -> None:
         super().__init__(config)
-        self._on_ready, self._on_end, self._shutdown_seconds = on_ready, on_end, shutdown_seconds
+        self._on_ready, self._on_end = on_ready, on_end
         self._is_hurried = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -150,7 +144,8 @@ class Server(uvicorn.Server):
 
     async def _end_answers(self) -> None:
         loop = asyncio.get_running_loop()
-        end = loop.time() + self._shutdown_seconds
+        assert self.config.timeout_graceful_shutdown is not None
+        end = loop.time() + self.config.timeout_graceful_shutdown - _GRACE_SECONDS
         while loop.time() < end and not self._is_hurried:
             await asyncio.sleep(0.1)
         await asyncio.to_thread(self._on_end)
@@ -176,5 +171,5 @@ def uvicorn_config(
         # otherwise meet a connection that the server is closing.
         timeout_keep_alive=75,
         limit_concurrency=limits.max_connections,
-        timeout_graceful_shutdown=shutdown_seconds + int(_GRACE_SECONDS),
+        timeout_graceful_shutdown=shutdown_seconds + _GRACE_SECONDS,
     )
