@@ -186,20 +186,17 @@ static void make_stream(const Layer *layer, int64_t row, int64_t head, float *ch
     make_heads(layer, row, first + num_kv + head, 1, 1, nullptr, channels);
 }
 
-/* The weight of the token of a row in a head, from the gates (docs/method/math.md, sections 8 and 10); as if there were no
-   gate where inputs are not finite. */
+/* The weight of the token of a row in a head, from the gates (docs/method/math.md, sections 8 and 10). */
 static float token_weight(const Layer *layer, const float *x, int64_t stream, int64_t head) {
     float weight = 1;
     if (layer->merge_gate) {
         const float y = long_dot(x, layer->merge_gate + head * layer->width, layer->width);
         weight = y > 0 ? 1 + y : 1 + expm1f(y);
-        if (!(weight < INFINITY)) weight = 1;
     }
     if (layer->forget_gate) {
         const float y = long_dot(x, layer->forget_gate + head * layer->width, layer->width) + layer->forget_bias[head];
         const float log_sigmoid = fminf(y, 0) - log1pf(expf(-fabsf(y)));
-        /* fmin and fmax take the other number in the place of NaN. */
-        const double sum = layer->forgotten[stream] + fmax(fmin(log_sigmoid, 0), layer->least_log);
+        const double sum = layer->forgotten[stream] + fmax(log_sigmoid, layer->least_log);
         layer->forgotten_now[stream] = sum;
         weight *= (float)exp(-sum);
     }
