@@ -219,10 +219,8 @@ class OVQConfig(PreTrainedConfig):
         if (found := config_dict.get("model_type", cls.model_type)) != cls.model_type:
             raise ValueError(f"expected the config of a model of type {cls.model_type!r}, found {found!r}")
         if "auto_map" in config_dict:
-            # `save_pretrained` adds our entries again.
-            config_dict = config_dict | {"auto_map": without_own_entries(config_dict["auto_map"])}
-            if not config_dict["auto_map"]:
-                del config_dict["auto_map"]
+            # Ours as they are saved, without the repository that transformers puts before them.
+            config_dict = config_dict | {"auto_map": AUTO_MAP | without_own_entries(config_dict["auto_map"])}
         # The mixers first, because they determine the fields.
         kwargs = dict(sorted(kwargs.items(), key=lambda item: item[0] != "mixer_types"))
         try:
