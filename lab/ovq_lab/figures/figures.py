@@ -15,7 +15,7 @@ from ovq_lab.figures.fidelity.streams import STREAMS
 from ovq_lab.figures.narrow import narrow
 from ovq_lab.figures.plan import Figure, Line, Panel
 from ovq_lab.figures.presets import TOKENS_PER_SLOT, Preset
-from ovq_lab.figures.text_figures import hybrids, language, longer, needle, of_corpus, partners
+from ovq_lab.figures.text_figures import hybrids, language, longer, needle, of_corpus
 from ovq_lab.mixers.names import MIXER_NAMES
 from ovq_lab.tasks import PositionalRecallTask, RegressionTask, Task
 
@@ -302,7 +302,6 @@ FIGURES: dict[str, Callable[[Preset], Figure]] = {
     **scaled.FIGURES,
     "lm": language,
     "hybrids": hybrids,
-    "partners": partners,
     "needle": needle,
     "long": longer,
     **rivals.FIGURES,
@@ -311,8 +310,8 @@ FIGURES: dict[str, Callable[[Preset], Figure]] = {
 
 
 TEXT_FIGURES = (
-    *("lm", "hybrids", "partners", "needle", "long", "logn-needles"),
-    *("rivals-needles", "rivals-lm", "rivals-lm-mamba2"),
+    *("lm", "hybrids", "needle", "long", "logn-needles", "rivals-needles"),
+    *(name for name in rivals.FIGURES if name.startswith("rivals-lm")),
 )
 """Figures that can be made of any corpus."""
 

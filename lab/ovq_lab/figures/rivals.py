@@ -27,6 +27,9 @@ RIVALS = (
 )
 """The mixers compared, in the order of legends. To compare another, add its name here."""
 
+PARTNERS = ("mamba2", "gated_deltanet", "kda")
+"""Short-range mixers beside which all are compared on text, in addition to windows."""
+
 _FULL = MIXER_NAMES["full_attention"]
 
 _NEEDLES = {
@@ -248,5 +251,9 @@ FIGURES: dict[str, Callable[[Preset], Figure]] = {
     "rivals-mqar": partial(_by_length, name="mqar", title="Multi-query associative recall (Zoology)"),
     "rivals-needles": _needles,
     "rivals-lm": partial(_by_position, name="rivals-lm"),
-    "rivals-lm-mamba2": partial(_by_position, name="rivals-lm-mamba2", partner="mamba2"),
+    **{
+        name: partial(_by_position, name=name, partner=partner)
+        for partner in PARTNERS
+        for name in [f"rivals-lm-{partner.replace('_', '-')}"]
+    },
 }

@@ -23,9 +23,6 @@ _COMPARED = ("full_attention", "ovq", "gated_deltanet", "mamba2", "sliding_atten
 _LOCAL = "mamba2"
 """The short-range mixer of `hybrids`, in place of the windows."""
 
-_PARTNER = "gated_deltanet"
-"""The short-range mixer of `partners`, in place of the windows."""
-
 _MOST_BYTES_PER_TOKEN = 5
 """Bytes of text to join per token of a window if tokens are subwords: enough for every window."""
 
@@ -101,35 +98,6 @@ def hybrids(preset: Preset) -> Figure:
         f"What OVQ stands beside: loss on held-out text ({preset.text_task('lm').dataset}), by position",
         models,
         relative_to=exact,
-    )
-
-
-def partners(preset: Preset) -> Figure:
-    """The loss by position with the mixer of the lowest loss by itself in place of the windows."""
-    slots, near = preset.configs["lm"].model.num_slots, MIXER_NAMES[_PARTNER]
-    alone = f"{near} alone"
-    models = [
-        *(
-            _Model(f"{near} and {MIXER_NAMES[mixer]}", beside(_PARTNER, preset.config("lm", mixer)))
-            for mixer in ("full_attention", "fox")
-        ),
-        *(
-            _Model(
-                f"{near} and OVQ, {gates}, nearest, {slots} slots",
-                beside(_PARTNER, preset.config("lm", forget_gate=True, merge_gate=gates == "both gates")),
-                slots,
-                BEST_MERGE,
-            )
-            for gates in ("forget gate", "both gates")
-        ),
-        _Model(alone, beside(_PARTNER, preset.config("lm", _PARTNER))),
-    ]
-    return _by_position(
-        preset,
-        "partners",
-        f"Beside {near}: loss on held-out text ({preset.text_task('lm').dataset}), by position",
-        models,
-        relative_to=alone,
     )
 
 

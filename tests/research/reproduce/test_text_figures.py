@@ -229,20 +229,3 @@ def test_hybrids_have_another_mixer_in_the_place_of_the_windows(preset):
         for name in ("lm", "hybrids")
     }
     assert len(evaluated["hybrids"] - evaluated["lm"]) == 2
-
-
-def test_partners_have_gated_deltanet_in_the_place_of_the_windows(preset):
-    figure = get_figure("partners", preset)
-    assert {line.label: set(line.config.model.mixer_types) for line in figure.lines} == {
-        "Gated DeltaNet and full attention": {"gated_deltanet", "full_attention"},
-        "Gated DeltaNet and FoX": {"gated_deltanet", "fox"},
-        "Gated DeltaNet and OVQ, forget gate, nearest, 4 slots": {"gated_deltanet", "ovq"},
-        "Gated DeltaNet and OVQ, both gates, nearest, 4 slots": {"gated_deltanet", "ovq"},
-        "Gated DeltaNet alone": {"gated_deltanet"},
-    }
-    forgets = {line.label for line in figure.lines if line.config.model.forget_gate}
-    weighs = {line.label for line in figure.lines if line.config.model.merge_gate}
-    merges = {line.label for line in figure.lines for each in line.evaluations if each.merge == "nearest"}
-    assert weighs == {"Gated DeltaNet and OVQ, both gates, nearest, 4 slots"}
-    assert forgets == merges == weighs | {"Gated DeltaNet and OVQ, forget gate, nearest, 4 slots"}
-    assert figure.panels[1].relative_to == "Gated DeltaNet alone"
