@@ -103,6 +103,17 @@ def test_slots_that_open_at_random_are_the_same_each_time(folder, capsys, tmp_pa
     assert len(losses) == 1
 
 
+def test_json_has_no_number_for_the_loss_of_a_model_that_diverged(folder, capsys, tmp_path):
+    model = OVQForCausalLM.from_pretrained(folder / "a/ovq")
+    torch.nn.init.constant_(model.model.norm.weight, torch.nan)
+    model.save_pretrained(tmp_path)
+    BYTES.save_pretrained(tmp_path)
+    arguments = ["eval", "lm", "--model", tmp_path, "--dataset", folder / "text.txt", "--split", "all"]
+    out = run(capsys, *arguments, "--lengths", 50, "--windows", 1, "--json")
+    [row] = json.loads(out, parse_constant=pytest.fail)["rows"]
+    assert row["loss"] is None
+
+
 def test_models_of_one_mixer_are_called_by_their_folders(folder, capsys):
     arguments = ["eval", "lm", "--dataset", folder / "text.txt", "--split", "all"]
     arguments += ["--lengths", "50", "--windows", 1, "--json"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from operator import attrgetter
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +13,7 @@ from ovq.cli.common import given_options, out_console, parse_ints
 from ovq.cli.loading import check_model_folder, load_model
 from ovq.cli.options import Json, LognLength, StateDtype
 from ovq_lab.cli import dictionaries, eval_harness, eval_lm, eval_needle
+from ovq_lab.cli.results import as_json
 
 app = typer.Typer(invoke_without_command=True, subcommand_metavar="[lm|needle|harness]")
 app.command("lm")(eval_lm.language)
@@ -83,9 +83,7 @@ def evaluate(
             reporter=reporter,
         )
     if json_:
-        typer.echo(
-            json.dumps({"model": str(model), "rows": [dataclasses.asdict(row) for row in rows]}, indent=2)
-        )
+        typer.echo(as_json({"model": str(model), "rows": [dataclasses.asdict(row) for row in rows]}))
         return
     out_console.print(result_table(rows, title=f"{task.name}: share of right answers by length in tokens"))
     in_brackets = ""

@@ -24,6 +24,11 @@ Models = Annotated[
 PieceSize = Annotated[int, typer.Option(min=1, help="Tokens read at a time; fewer need less memory.")]
 
 
+def as_json(content: Any) -> str:
+    """Indented JSON; null in place of NaN and infinity, which JSON lacks: losses of a model that diverged."""
+    return json.dumps(json.loads(json.dumps(content), parse_constant=lambda name: None), indent=2)
+
+
 def show_results(
     about: dict[str, Any],
     rows: Sequence[Any],
@@ -38,7 +43,7 @@ def show_results(
     If there is an output file, the JSON is written there, and figures of the rows are drawn into its folder,
     which is created if necessary.
     """
-    results = json.dumps(about | {"rows": [dataclasses.asdict(row) for row in rows]}, indent=2)
+    results = as_json(about | {"rows": [dataclasses.asdict(row) for row in rows]})
     paths = []
     if out is not None:
         from ovq.runtime.files import write_atomic

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -105,6 +106,7 @@ def train(
     from ovq_lab.train import loop
     from ovq_lab.train.card import save_run_card
     from ovq_lab.train.config import RunConfig
+    from ovq_lab.train.history import History
     from ovq_lab.train.sharding import is_first_process
 
     if resume and loop.has_ended(out):
@@ -122,6 +124,12 @@ def train(
     if is_first_process():
         config = RunConfig.load(out)
         save_run_card(model, config, out, picture=_draw_losses(config, out))
+        diverged = [step for step, loss in History.load(out).training.items() if not math.isfinite(loss)]
+        if diverged:
+            raise ValueError(
+                f"{out}: expected finite losses, found none from step {diverged[0]:,} on; the model is "
+                f"saved as it is: train with less than train.learning_rate={config.train.learning_rate:g}"
+            )
         is_text = config.task.name == TextTask.name
         test = f"ovq eval {'lm ' if is_text else ''}--model {shlex.quote(str(out))}"
         typer.echo(
