@@ -169,7 +169,7 @@ def test_a_run_goes_on_with_the_corpus_it_began_with_or_not_at_all(folder, tmp_p
         loop.train(config, tmp_path / "whole", reporter=reporter)
         stopped = stopped_at(config, 4, tmp_path / "whole", tmp_path / "stopped")
         (folder / "a.txt").write_text("another text")
-        with pytest.raises(ValueError, match=r"corpus.json: expected the corpus this run began with"):
+        with pytest.raises(ValueError, match=r"corpus.json: expected the corpus of this run"):
             loop.resume(stopped, reporter=reporter)
         (stopped / "corpus.json").unlink()
         with pytest.raises(
@@ -193,7 +193,7 @@ def test_a_run_stopped_before_its_first_checkpoint_reads_the_same_corpus_again(f
             assert torch.equal(again.state_dict()[name], weight), name
         (stopped / "trainer_state.json").unlink()
         (folder / "a.txt").write_text("another text")
-        with pytest.raises(ValueError, match=r"corpus.json: expected the corpus this run began with"):
+        with pytest.raises(ValueError, match=r"corpus.json: expected the corpus of this run"):
             loop.resume(stopped, reporter=reporter)
 
 

@@ -26,9 +26,12 @@ from ovq_lab.figures.evaluations import Evaluation
 from ovq_lab.figures.plan import is_same_run, run_name
 from ovq_lab.runtime.environment import environment
 from ovq_lab.runtime.workers import RemoteReporter, RemoteWork
+from ovq_lab.tasks import TextTask
+from ovq_lab.text import get_tokenizer, load_corpus
 from ovq_lab.train import loop
 from ovq_lab.train.checkpoints import fault, newest_checkpoint, seal
 from ovq_lab.train.config import CONFIG_FILE, RunConfig
+from ovq_lab.train.data import CORPUS_FILE, check_corpus
 
 TRAINING_FILE = "training.json"
 """Name of the file with the training time, number of parameters and environment of a run."""
@@ -62,6 +65,11 @@ class RunJob:
                 f"{self.folder}: expected the run of this configuration, found another one, "
                 "trained by an earlier version; move it away, or choose another --out"
             )
+        task = self.config.task
+        # Files may have been changed or added since.
+        if isinstance(task, TextTask) and Path(task.dataset).exists():
+            tokenizer = get_tokenizer(str(self.folder))
+            check_corpus(self.folder / CORPUS_FILE, load_corpus(task, "train", tokenizer=tokenizer))
         return True
 
     def outcomes(self) -> list[dict[str, Any] | None]:

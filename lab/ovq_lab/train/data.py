@@ -73,7 +73,7 @@ def training_data(
         examples = PackedTextDataset(config, corpus, needles)
     is_new = checkpoint is None and not (is_resumed and (out / CORPUS_FILE).exists())
     if not is_new:
-        _check_corpus(out / CORPUS_FILE, corpus)
+        check_corpus(out / CORPUS_FILE, corpus)
     elif is_first_process():
         # Other processes may get here before the first has created the folder.
         write_atomic(out / CORPUS_FILE, json.dumps({"dataset": task.dataset, "digest": corpus.digest}) + "\n")
@@ -87,15 +87,18 @@ def training_data(
     return TrainingData(examples=examples, tokenizer=tokenizer, held_out=held_out)
 
 
-def _check_corpus(path: Path, corpus: Corpus) -> None:
-    """Raise ValueError unless the corpus is the one the run began with: windows are identified by number."""
+def check_corpus(path: Path, corpus: Corpus) -> None:
+    """Raise ValueError unless the corpus is that of the run, whose digest is in `path`.
+
+    Windows are identified by number, so no other corpus will do.
+    """
     try:
         found = dict(read_json(path))["digest"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: expected the digest of the run's corpus, found none ({error})") from error
     if corpus.digest != found:
         raise ValueError(
-            f"{path}: expected the corpus this run began with (digest {found}), "
+            f"{path}: expected the corpus of this run (digest {found}), "
             f"found one that has changed since ({corpus.digest})"
         )
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import shutil
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -229,3 +231,15 @@ def test_hybrids_have_another_mixer_in_the_place_of_the_windows(preset):
         for name in ("lm", "hybrids")
     }
     assert len(evaluated["hybrids"] - evaluated["lm"]) == 2
+
+
+def test_runs_on_files_that_have_changed_since_are_not_taken_over(preset, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = Path(shutil.copytree(preset.configs["lm"].task.dataset, tmp_path / "books"))
+    shop = workshop(tmp_path)
+    job = shop.job(preset.configs["lm"].override([f"task.dataset={folder}"]), (), "run")
+    job.do(shop.reporter)
+    assert job.is_trained()
+    (folder / "new.txt").write_text("A book that came later. " * 100)
+    with pytest.raises(ValueError, match=r"expected the corpus of this run \(digest .* has changed since"):
+        job.is_done()
