@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import math
+import sys
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -156,10 +156,8 @@ def is_finite(value: float) -> bool:
         >>> is_finite(0.5), is_finite(float("nan")), is_finite(10**400)
         (True, False, False)
     """
-    try:
-        return math.isfinite(value)
-    except OverflowError:
-        return False
+    # `math.isfinite` would break graphs of torch.compile in which the number is symbolic.
+    return -sys.float_info.max <= value <= sys.float_info.max
 
 
 def _fits(value: Any, kind: Any) -> bool:

@@ -258,6 +258,11 @@ def test_unknown_keyword_arguments_are_refused(mixer, x):
         mixer(x, output_attentions=True)
 
 
+def test_what_a_model_is_given_may_be_handed_to_its_layers(mixer, x):
+    given = {"num_items_in_batch": 7, "cache_position": torch.arange(TOKENS), "return_dict": True}
+    assert torch.equal(mixer(x, **given)[0], mixer(x)[0])
+
+
 @pytest.mark.parametrize("shape", [(ROWS, TOKENS, HIDDEN + 1), (TOKENS, HIDDEN), (ROWS, 0, HIDDEN)])
 def test_hidden_states_of_another_shape_are_refused(mixer, shape):
     with pytest.raises(ValueError, match=rf"tokens >= 1, {HIDDEN}\], found"):

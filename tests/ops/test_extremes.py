@@ -54,6 +54,18 @@ def test_keys_of_any_length_go_where_the_reference_sends_them(lengths, merge, in
     check(backend, lengths, options, batch=1)
 
 
+@pytest.mark.parametrize("backend", ["torch", *CPU])
+def test_squares_that_vanish_do_not_make_points_equal(backend):
+    """Short keys whose values do not count: the squares of all lengths are 0 in float32."""
+    q, k, v = keys_of_lengths([1e-24], batch=1)
+    options = {"num_slots": 8, "chunk_size": 8, "merge": "nearest"}
+    (_, state), (_, expected) = (attend(q, k, 0 * v, backend=b, **options) for b in (backend, "naive"))
+    assert_same_state(state, expected, tolerance=0)
+    assert torch.equal(
+        state.resize(4).count, attend(q, k * 1e24, 0 * v, backend=backend, **options)[1].resize(4).count
+    )
+
+
 @needs_triton
 # Of the interpreter's NumPy: lengths of float32 overflow here, and are then taken in float64.
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")

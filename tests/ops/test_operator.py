@@ -24,6 +24,18 @@ def whole(function):
     return torch.compile(function, backend="aot_eager", fullgraph=True)
 
 
+@pytest.mark.parametrize("merge", ["existing", "nearest"])
+def test_sizes_and_numbers_of_a_graph_may_be_symbolic(merge):
+    def call(q, scale, value_weight):
+        options = {"num_slots": 4, "chunk_size": 4, "merge": merge, "value_weight": value_weight}
+        return attend(q, q, q, scale=scale, **options)[0]
+
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True, dynamic=True)
+    for length, dim, scale in ((9, 8, 1.5), (14, 16, 1.7), (14, 16, None)):
+        q, given = torch.randn(2, length, 2, dim), (scale, 0.5 if dim == 8 else 0.25)
+        torch.testing.assert_close(compiled(q, *given), call(q, *given), rtol=0, atol=0)
+
+
 def gates(length, *, kv_heads=1):
     generator = torch.Generator().manual_seed(1)
     draw = torch.randn(2, 2, length, kv_heads, dtype=torch.float64, generator=generator)

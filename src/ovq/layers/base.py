@@ -24,6 +24,9 @@ from ovq.layers.sizes import check_conv_size, check_rotary, checked_head_dim
 from ovq.ops.backends.cpu.layer import TokenMemory
 from ovq.ops.parts import StateSpec, check_tensors, of_rows
 
+# Models hand what they are called with to their layers, and layers have no use for these.
+_OF_MODELS = frozenset({"cache_position", "num_items_in_batch", "output_hidden_states", "return_dict"})
+
 
 class Mixer(nn.Module, ABC):
     """A causal sequence mixer with the forward contract of flash-linear-attention's layers.
@@ -216,6 +219,7 @@ class Mixer(nn.Module, ABC):
             use_cache: whether to create a `MixerCache` if none was given.
             output_attentions: must be False, as no mixer forms its attention matrix.
             kwargs: `cu_seqlens` `[R + 1]` for rows packed into one, and the `forward_options` of the mixer.
+                What models are given is ignored: `num_items_in_batch` of the Trainer, and a few more.
 
         Returns:
             `[B, T, hidden_size]` (zero at padding), None, and the cache or None.
@@ -223,6 +227,7 @@ class Mixer(nn.Module, ABC):
         Raises:
             ValueError: if the input has a wrong shape, or a keyword argument is unknown.
         """
+        kwargs = {name: given for name, given in kwargs.items() if name not in _OF_MODELS}
         check_kwargs(kwargs, self.forward_options | {"cu_seqlens"}, output_attentions=output_attentions)
         self._check_hidden_states(hidden_states)
         batch_size, num_new, _ = hidden_states.shape

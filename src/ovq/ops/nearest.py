@@ -161,7 +161,8 @@ class _Clusters:
         size = self._squares.amax(-1)
         if items.keys.dtype == torch.float32:
             is_ordinary = bool(self._is_point.equal(self._has_mass)) and _are_ordinary(size, items.factor)
-            if not is_ordinary:
+            # Squares may be zero though points are not.
+            if not is_ordinary or bool(self._x[size == 0, :, :-1].any()):
                 self._lay_out(torch.float64)
                 size = self._squares.amax(-1)
         self.size = divisor(size, torch.float64)
