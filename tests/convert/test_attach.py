@@ -316,6 +316,13 @@ def test_sizes_are_checked(memory, message):
         converted(**memory)
 
 
+def test_settings_beside_a_config_are_refused():
+    config = converted().memory_config
+    with pytest.raises(ValueError, match="config: expected all settings in it, found window, merge"):
+        attach(original(), config=config, window=512, merge="existing")
+    assert attach(original(), config=config, state_dtype="int8").memory_config.state_dtype == "int8"
+
+
 def test_the_memory_of_a_converted_model_is_fixed():
     model = converted()
     with pytest.raises(AttributeError, match="memory_config"):

@@ -112,6 +112,19 @@ def test_kernels_and_torch_round_sums_alike(state_dtype, merge):
             assert (own.sums(name) == sums).float().mean() > 0.98 or not sums.numel(), name
 
 
+@pytest.mark.parametrize("length", [0.0, 1e-30])
+@torch.no_grad()
+def test_the_unit_of_keys_is_that_of_the_first_that_are_not_as_good_as_zero(length):
+    q, k, v = inputs(160)
+    k[:, :, :75] *= length
+    layer, other = layer_of(), layer_of()
+    found, expected = read(layer, q, k, v, [160]), read_by_torch(other, q, k, v, [9, 70, 81])
+    assert found.isfinite().all()
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    check(layer, other, torch.float32)
+    assert {*layer.memories[0].key_unit.flatten().tolist()} == {8.0}
+
+
 @torch.no_grad()
 def test_a_few_tokens_may_merge_more_than_one_chunk():
     # They are read one by one, in one call.

@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ovq.convert import build_context, context_info, load_context, save_context
+from ovq.hf.context import Context
 from ovq.hf.context_file import digest
 from ovq.hf.streaming import stream_tokens
 from tests.convert.common import converted, tokens
@@ -37,6 +39,24 @@ def test_prompts_after_a_context_get_the_answers_of_the_whole_text(tmp_path):
     assert torch.equal(model.generate(**context.inputs(prompts), **GREEDY), found)
     beams = model.generate(**context.inputs(prompts[:1]), num_beams=2, **GREEDY)
     assert beams.shape == (1, 11)
+
+
+def test_padding_is_no_part_of_a_context():
+    model, cache = converted(), converted().make_cache()
+    mask = torch.ones(1, 30, dtype=torch.long).index_fill(1, torch.arange(4), 0)
+    with torch.no_grad():
+        model(tokens(1, 30), attention_mask=mask, past_key_values=cache)
+    with pytest.raises(ValueError, match=r"a cache of one row .* and no padding, found MemoryCache"):
+        Context.of(model, cache)
+
+
+def test_a_model_whose_weights_are_elsewhere_has_contexts(saved):
+    model, path = saved
+    expected = model.generate(**load_context(path, model).inputs([[3, 9, 1]]), **GREEDY)
+    cpu_offload(model)
+    assert model.device == torch.device("cpu")
+    for context in (load_context(path, model), build_context(model, tokens(70))):
+        assert torch.equal(model.generate(**context.inputs([[3, 9, 1]]), **GREEDY), expected)
 
 
 def test_slots_in_fewer_bytes_are_saved_in_as_few(tmp_path):

@@ -48,6 +48,19 @@ def test_assistants_give_the_greedy_answer(model, expected):
     assert torch.equal(answer(full, assistant_model=model), answer(full))
 
 
+def test_who_decodes_after_drafts_does_not_pay_for_recording(model):
+    done = answer(model, prompt_lookup_num_tokens=6, return_dict_in_generate=True)
+    assert not any(layer.record_past for layer in getattr(done, CACHE_KEY).layers)
+
+
+def test_drafts_are_verified_with_inputs_that_are_not_rounded(steps):
+    model = converted(weight_dtype="int8")
+    model.generation_config.eos_token_id = None
+    assert torch.equal(answer(model, prompt_lookup_num_tokens=31), answer(model))
+    with pytest.raises(ValueError, match=r"prompt_lookup_num_tokens: expected at most 31, .* found 32"):
+        answer(model, prompt_lookup_num_tokens=32)
+
+
 def test_what_a_given_cache_has_read_is_not_read_again(model, expected):
     cache = model.make_cache()
     model(PROMPT[:, :-3], **{CACHE_KEY: cache})

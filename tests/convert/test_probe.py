@@ -47,6 +47,8 @@ def test_the_probe_does_not_depend_on_default_dtype_and_device():
 
     with other_defaults():
         found = results()
+    with torch.inference_mode():
+        assert found == results()
     assert found == results()
 
 

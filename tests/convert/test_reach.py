@@ -207,7 +207,6 @@ def test_models_saved_before_there_was_a_reach_get_one(tmp_path):
 @pytest.mark.parametrize("kind", ["linear", "llama3"])
 def test_the_config_of_a_model_that_turns_keys_otherwise_is_refused(kind):
     config = converted().memory_config
-    assert attach(original().bfloat16(), config=config).memory_config == config
     with pytest.raises(ValueError, match="rotary_frequencies: expected those of this LlamaForCausalLM"):
         attach(scaled(kind), config=config)
     shorter = dataclasses.replace(config, rotary_frequencies=config.rotary_frequencies[:-1])
@@ -215,6 +214,17 @@ def test_the_config_of_a_model_that_turns_keys_otherwise_is_refused(kind):
         attach(original(), config=shorter)
     anew = dataclasses.replace(config, rotary_frequencies=None)
     assert attach(scaled(kind), config=anew).memory_config.reach != config.reach
+
+
+def test_keys_are_turned_by_the_angles_that_the_model_turns_them_by():
+    """Whatever of a model, a config and a cast rounded the frequencies to 16 bits."""
+    exact, rounded = original(), original().bfloat16()
+    config, narrow = attach(original(), **MEMORY).memory_config, attach(rounded, **MEMORY).memory_config
+    assert narrow.rotary_frequencies != config.rotary_frequencies
+    assert attach(exact, config=narrow).memory_config == config
+    assert attach(original().bfloat16(), config=config).memory_config == narrow
+    assert exact.bfloat16().model.rotary_emb.inv_freq.double().tolist() == config.rotary_frequencies
+    assert exact.dtype == torch.bfloat16
 
 
 def test_models_that_do_not_say_how_they_turn_keys_have_no_limit():

@@ -32,7 +32,7 @@ def test_what_was_learned_is_saved(tmp_path):
     config = MemoryConfig.uniform(
         num_layers=2, num_kv_heads=2, num_slots=8, window=16, chunk_size=8, **learned
     )
-    model, ids = converted(config=config), tokens(1, 60)
+    model, ids = attach(original(), config=config), tokens(1, 60)
     model.save_pretrained(tmp_path)
     torch.testing.assert_close(load(tmp_path)(ids).logits, model(ids).logits)
     plain = converted(num_slots=8, window=16, num_sinks=4, max_distance=4096)

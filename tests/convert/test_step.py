@@ -87,6 +87,16 @@ def test_streams_of_tokens_are_written_by_the_kernel(steps):
     assert steps == [4, 1]
 
 
+def test_steps_of_inference_mode_go_on_outside_of_it(steps):
+    model = converted()
+    with torch.inference_mode():
+        cache = read(model, IDS[:1, :40])[1]
+    with torch.no_grad():
+        found = model(IDS[:1, 40:41], past_key_values=cache).logits
+    assert steps[0] == 21
+    assert torch.equal(found, read(model, IDS[:1, :41])[0][:, -1:])
+
+
 def test_biases_of_all_products_and_scaled_rotations(by_modules, steps):
     torch.manual_seed(0)
     rope = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 32}

@@ -9,7 +9,7 @@ import inspect
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,14 +17,15 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ovq.convert.attention import IMPLEMENTATION, LAYER_CONFIG, packed_arguments
 from ovq.convert.cache import MemoryCache
+from ovq.convert.cache_step import MOST_ROWS
 from ovq.convert.config import CONFIG_KEY, MemoryConfig, as_table, check_heads
 from ovq.convert.context import KIND
 from ovq.convert.packed import PACKED, can_pack, pack_
-from ovq.convert.rotary import with_reach
+from ovq.convert.rotary import rotary_buffers, with_reach
 from ovq.convert.step import checked_weight_dtype, token_output
 from ovq.hf.cache import CACHE_KEY, one_of
 from ovq.hf.context_file import digest, weights_of
-from ovq.hf.generation import CachedGeneration
+from ovq.hf.generation import CachedGeneration, execution_device
 from ovq.hf.hub import check_loaded
 from ovq.runtime.files import read_json
 
@@ -46,7 +47,17 @@ class ConvertedMixin(CachedGeneration):
     context_kind = KIND
     weight_dtype: str | None = None
     weights_digest: str | None = None
-    device: torch.device
+
+    @property
+    def device(self) -> torch.device:
+        """Device for inputs, which differs from that of weights offloaded by accelerate."""
+        own: Any = super()
+        return execution_device(self, own.device)
+
+    @property
+    def most_drafts(self) -> int:
+        """As many as are not read like a prompt, whose inputs are rounded where weights are packed."""
+        return super().most_drafts if self.weights_digest is None else MOST_ROWS - 1
 
     @property
     def memory_config(self) -> MemoryConfig:
@@ -66,6 +77,15 @@ class ConvertedMixin(CachedGeneration):
         """Arguments of `forward` for `num_new` tokens of rows that have read `lengths` tokens each."""
         first = torch.tensor(lengths, device=self.device)[:, None]
         return {"position_ids": first + torch.arange(num_new, device=self.device)}
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """Move or cast the model. Rotary frequencies are not rounded, as keys are re-positioned by them."""
+        before, own = rotary_buffers(self), cast("Any", super())
+        own._apply(*args, **kwargs)
+        for module, exact in before:
+            if module.inv_freq.dtype != exact.dtype:
+                module.inv_freq = exact.to(module.inv_freq.device)
+        return self
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Save the model, as transformers does.
@@ -154,19 +174,18 @@ def attach(
     """
     checked_weight_dtype(weight_dtype)
     heads = kv_heads(model)
+    given: dict[str, Any] = {
+        **{"num_slots": num_slots, "window": window, "num_sinks": num_sinks, "chunk_size": chunk_size},
+        **{"merge": merge, "value_weight": value_weight, "max_distance": max_distance},
+    }
     if config is None:
-        config = MemoryConfig(
-            num_slots=as_table("num_slots", num_slots, heads),
-            window=as_table("window", window, heads),
-            num_sinks=num_sinks,
-            chunk_size=chunk_size,
-            merge=merge,
-            value_weight=value_weight,
-            max_distance=max_distance,
-        )
+        tables = {name: as_table(name, given[name], heads) for name in ("num_slots", "window")}
+        config = MemoryConfig(**given | tables)
     elif not isinstance(config, MemoryConfig):
         raise ValueError(f"config: expected a MemoryConfig, found {type(config).__name__}")
     else:
+        if others := [name for name, x in given.items() if x != (attach.__kwdefaults__ or {})[name]]:
+            raise ValueError(f"config: expected all settings in it, found {', '.join(others)} beside it")
         check_heads("config", config.num_slots, heads)
     if state_dtype is not None:
         config = dataclasses.replace(config, state_dtype=state_dtype)

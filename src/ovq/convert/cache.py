@@ -306,7 +306,7 @@ class MemoryLayer(OVQCacheLayer):
             mask: `[B, T]`, which tokens are real; None for all.
 
         Raises:
-            ValueError: heads, rows, sizes or dtypes other than those of the memory.
+            ValueError: heads, rows or sizes other than those of the memory.
         """
         self._check(k, v, q)
         if self.record_past and (cut := q.shape[2] - MOST_CROPPED) > 0:
@@ -320,6 +320,7 @@ class MemoryLayer(OVQCacheLayer):
         parts = self.begin(k, v)
         self.num_columns += k.shape[2]
         lengths = [q.shape[2]] * len(q) if mask is None else mask.sum(-1).tolist()
+        self.has_padding |= min(lengths) < q.shape[2]
         order = None
         if mask is not None:
             # Real tokens first; without padding, this changes nothing.

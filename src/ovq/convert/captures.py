@@ -180,6 +180,7 @@ def captures_of(
     return contextlib.nullcontext(captures)
 
 
+@torch.inference_mode(False)
 def capture(
     model: PreTrainedModel,
     text: Tensor,

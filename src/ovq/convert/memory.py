@@ -25,6 +25,7 @@ from ovq.ops.backends.dictionary import Dictionary
 from ovq.ops.backends.learned import Merging
 from ovq.ops.backends.plan import Plan
 from ovq.ops.narrow import narrowed, widened
+from ovq.ops.options import ORDINARY
 from ovq.ops.sums import added_up, divisor, state_dtype
 
 # Each re-positioning lowers the count of a slot by count // 8, so counts below 8 stay.
@@ -62,7 +63,7 @@ class HeadMemory:
             weighted; only with `use`.
         use: `[B, h, K + V + 1]` coefficients for the next tokens; as given until the first re-positioning.
         key_unit: `[B, h]` root-mean-square length of keys, as a power of 2, by which keys are divided before
-            merging; 0 until the first merge.
+            merging; 0 until the first merge of keys that are not as good as zero.
         filled: per row, number of exact tokens.
         num_merged: per row, number of tokens merged into the slots (dropped if there are no slots).
         observer: is told what is read and where tokens go; None for no observer. Compiled kernels do not
@@ -423,7 +424,8 @@ class HeadMemory:
         self._find_units(index, keys)
         keys = keys[:, :, : self.budget.chunk_size]
         weights = None if self.use is None else token_weights(keys, values, self.use[index]).to(self.wide)
-        keys = keys.to(self.wide) / self.key_unit[index][..., None, None]
+        unit = self.key_unit[index][..., None, None]
+        keys = keys.to(self.wide) / unit.where(unit > 0, 1)
         values = values.to(self.wide)
         # Copies, because the update is in place.
         held = Dictionary(
@@ -468,10 +470,10 @@ class HeadMemory:
 
     @torch.no_grad()
     def _find_units(self, index: Tensor, keys: Tensor) -> None:
-        """Set `key_unit` from keys `[R, h, W, K]` for rows that have not merged yet."""
+        """Set `key_unit` from keys `[R, h, W, K]` for rows whose merged keys all were as good as zero."""
         wide = self.wide
         length = keys.to(wide).square().sum(-1).mean(-1).sqrt()
         # Multiplying by a power of 2 does not round.
-        found = torch.exp2(length.clamp(min=torch.finfo(wide).tiny).log2().round())
+        found = torch.exp2(length.clamp(min=ORDINARY[0]).log2().round()).where(length >= ORDINARY[0], 0)
         unit = self.key_unit[index]
         self._put("key_unit", torch.where(unit == 0, found, unit), index)

@@ -27,19 +27,21 @@ _TOLERANCE_OF_NARROW = 0.05
 def with_reach(config: MemoryConfig, model: PreTrainedModel) -> MemoryConfig:
     """`config` with the `trained_length` and `rotary_frequencies` of a model not converted yet, if known.
 
+    Given frequencies are replaced by those that the model computes with.
+
     Raises:
         ValueError: a length or a distance is given, but the rotary frequencies are not known; or the
             frequencies that are given are those of another model.
     """
     if (given := config.rotary_frequencies) is not None:
         own = _frequencies(model)
-        # The model may hold them in 16 bits.
+        # Either may have been rounded to 16 bits.
         if own is None or len(own) != len(given) or not np.allclose(own, given, rtol=0.02, atol=0):
             raise ValueError(
                 f"rotary_frequencies: expected those of this {type(model).__name__}, found others: the "
                 "config is of another model; leave them and trained_length out (None)"
             )
-        return config
+        return dataclasses.replace(config, rotary_frequencies=own)
     if (length := config.trained_length) is None:
         length = getattr(model.config, "max_position_embeddings", None)
         length = length if isinstance(length, int) and length >= LEAST_LENGTH else None
@@ -81,9 +83,14 @@ def rotary_frequencies(model: PreTrainedModel) -> list[float] | None:
     return found
 
 
+def rotary_buffers(model: Any) -> list[tuple[Any, Tensor]]:
+    """The modules of a model that have rotary frequencies, each with these."""
+    return [(m, m.inv_freq) for m in model.modules() if isinstance(getattr(m, "inv_freq", None), Tensor)]
+
+
 def _frequencies(model: PreTrainedModel) -> list[float] | None:
     """What a model says of these angles, if they are fixed."""
-    modules = [(m, m.inv_freq) for m in model.modules() if isinstance(getattr(m, "inv_freq", None), Tensor)]
+    modules = rotary_buffers(model)
     if len(modules) != 1 or getattr(modules[0][0], "rope_type", "default") in _CHANGING:
         return None
     return torch.as_tensor(modules[0][1]).double().tolist()

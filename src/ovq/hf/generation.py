@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, GenerationMixin
 from transformers.generation import GenerationMode
 
 from ovq.hf.cache import CACHE_KEY, MOST_CROPPED, StateCache, one_of
@@ -17,6 +18,11 @@ class CachedGeneration:
 
     Such models have `make_cache()`, and `checked_cache(cache)`, which raises ValueError for another model's.
     """
+
+    @property
+    def most_drafts(self) -> int:
+        """Largest number of drafts to verify at a time."""
+        return MOST_CROPPED
 
     def _prepare_cache_for_generation(
         self,
@@ -131,11 +137,22 @@ class CachedGeneration:
             ("prompt_lookup_num_tokens", "num_output_tokens"),
             ("num_assistant_tokens", "num_assistant_tokens"),
         ):
-            if (found := getattr(drafts, attribute, 0)) > MOST_CROPPED:
+            if (found := getattr(drafts, attribute, 0)) > self.most_drafts:
                 raise ValueError(
-                    f"{option}: expected at most {MOST_CROPPED}, which a cache can crop, found {found}"
+                    f"{option}: expected at most {self.most_drafts}, to be verified exactly, found {found}"
                 )
         return drafts
+
+    # transformers looks for parameters in the signature.
+    @functools.wraps(GenerationMixin._assisted_decoding)
+    def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate by drafts. Whoever decodes with the cache afterwards need not pay for recording."""
+        own: Any = super()
+        try:
+            return own._assisted_decoding(*args, **kwargs)
+        finally:
+            for layer in getattr(kwargs.get(CACHE_KEY), "layers", ()):
+                layer.record_past = False
 
     # `inputs_embeds` is a named parameter because `generate` looks for it in the signature.
     def prepare_inputs_for_generation(
@@ -151,6 +168,13 @@ class CachedGeneration:
             input_ids = input_ids[:, -num_unread:] if 0 < num_unread < input_ids.shape[1] else input_ids
         own: Any = super()
         return own.prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
+
+
+def execution_device(model: Any, own: torch.device) -> torch.device:
+    """Device on which accelerate runs a model whose weights it may have offloaded; `own` if it has not."""
+    hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
+    found = getattr(hook, "execution_device", None)
+    return own if found is None else torch.device(found)
 
 
 def _num_columns(generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> int | None:

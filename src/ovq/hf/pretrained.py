@@ -19,6 +19,7 @@ from ovq.hf.block import OVQBlock
 from ovq.hf.cache import OVQCache
 from ovq.hf.card import CARD_FILE, model_card, save_card
 from ovq.hf.configuration_ovq import OVQConfig
+from ovq.hf.generation import execution_device
 from ovq.layers import Mixer, OVQAttention
 from ovq.layers.base import AttentionMixer
 from ovq.layers.common import OwnWeights
@@ -167,9 +168,7 @@ class OVQPreTrainedModel(PreTrainedModel):
     @property
     def device(self) -> torch.device:
         """Device for inputs, which differs from that of weights offloaded by accelerate."""
-        hook = getattr(self.get_input_embeddings(), "_hf_hook", None)
-        execution_device = getattr(hook, "execution_device", None)
-        return super().device if execution_device is None else torch.device(execution_device)
+        return execution_device(self, super().device)
 
     def make_cache(self) -> OVQCache:
         """An empty cache of this model."""

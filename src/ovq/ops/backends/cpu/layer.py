@@ -257,7 +257,8 @@ class HeadsStep:
         is_rough: bool = False,
     ) -> None:
         dim = layers[0].head_dim
-        self.cos, self.sin = torch.empty(2, most, dim, dtype=torch.float32, device="cpu")
+        with torch.inference_mode(False):  # A later call may be outside of it.
+            self.cos, self.sin = torch.empty(2, most, dim, dtype=torch.float32, device="cpu")
         self._num_tokens = 0
         self._calls = (_Layer * len(layers))()
         self._kept: list[Any] = [layers, key_factors]

@@ -34,7 +34,7 @@ struct HeadGroup {
     void *key_sum, *value_sum;  /* [R, h, M, ...], keys in units of `key_unit`. */
     Bfloat16 *key_step, *value_step; /* [R, h, M]: scales of INT8 sums. */
     int64_t *count, *position_sum; /* [R, h, M] */
-    float *key_unit;            /* [R, h], 0 before the first merge. */
+    float *key_unit;            /* [R, h], 0 until keys of some length merge. */
     const int64_t *filled, *num_merged; /* [R]: exact tokens before the call, and merged or dropped ones. */
     const int64_t *length;              /* [R]: new tokens. */
     const int64_t *schedule_start;  /* [R] */
@@ -257,18 +257,19 @@ static void read_block(HeadStream *s, int64_t g, int64_t num) {
                       group->value_dim, 1 / sums[t], own->reader.out + t * width);
 }
 
-/* The unit of key lengths: root mean square length of the keys in the first full window, rounded to a power of 2. */
+/* The unit of key lengths: root mean square length of the keys in a full window, rounded to a power of 2; 0 for keys that are as
+   good as zero, which would make an unusable unit for later ones. */
 static float typical_length(const HeadStream *s) {
     const HeadGroup *g = s->group;
     const int64_t window = g->num_exact - g->num_sinks;
     double total = 0;
     float key[g->key_dim];
     for (int64_t i = 0; i < window; i++) {
-        read_exact(s, g->num_sinks + i, 0, 1, key, g->key_dim);
+        read_exact(s, g->num_sinks + window_begin(s) + i, 0, 1, key, g->key_dim);
         total += exact_dot(key, key, g->key_dim);
     }
     const float length = (float)sqrt(total / (double)window);
-    return exp2f(nearbyintf(log2f(length > FLT_MIN ? length : FLT_MIN)));
+    return length >= 1e-15f ? exp2f(nearbyintf(log2f(length))) : 0; /* `ORDINARY` of options.py */
 }
 
 /* The weight of a token, a power of 2, predicted from its key, in units of `unit`, and its value. The predictor is summed in
@@ -289,11 +290,12 @@ static void merge_oldest(HeadStream *s) {
     const int64_t size = g->chunk_size, first = g->num_sinks + window_begin(s);
     float *unit = g->key_unit + s->row * g->num_kv_heads + s->head;
     if (*unit == 0) *unit = typical_length(s);
+    const float divisor = *unit > 0 ? *unit : 1;
     for (int64_t t = 0; t < size; t++) {
-        read_exact(s, first + t, 0, 1 / *unit, own->keys + t * g->key_dim, g->key_dim);
+        read_exact(s, first + t, 0, 1 / divisor, own->keys + t * g->key_dim, g->key_dim);
         read_exact(s, first + t, 1, 1, own->values + t * g->value_dim, g->value_dim);
         if (g->use)
-            own->weights[t] = expected_use(s, own->keys + t * g->key_dim, *unit, own->values + t * g->value_dim);
+            own->weights[t] = expected_use(s, own->keys + t * g->key_dim, divisor, own->values + t * g->value_dim);
     }
     const Chunk chunk = {0, size, s->schedule[s->num_merges], s->schedule[s->num_merges + 1], 1};
     const int64_t num_merged = g->num_merged[s->row] + (s->earlier_merges + s->num_merges) * size;
