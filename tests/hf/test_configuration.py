@@ -10,6 +10,7 @@ from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ovq.hf import OVQConfig, OVQForCausalLM, OVQModel
+from ovq.hf.auto_map import AUTO_MAP
 from ovq_lab.mixers import MIXERS
 from tests.hf.common import BASELINES, SIZES, make_config, random_ids
 
@@ -42,7 +43,7 @@ def test_round_trip_through_json(tmp_path):
     config = make_config(**changes, pad_token_id=0, eos_token_id=[1, 2])
     config.save_pretrained(tmp_path)
     loaded = OVQConfig.from_pretrained(tmp_path)
-    assert loaded.to_dict() == config.to_dict()
+    assert loaded.to_dict() == config.to_dict() | {"auto_map": AUTO_MAP}
     assert all(getattr(loaded, name) == value for name, value in SIZES.items())
 
 

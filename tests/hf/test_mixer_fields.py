@@ -187,7 +187,7 @@ def test_a_model_of_version_02_is_loaded_without_the_fields_of_mixers_that_it_la
     assert (SAVED["mamba_state_size"], SAVED["kvm_sinks"]) == (63, 0)
     config = OVQConfig.from_pretrained(written(tmp_path, SAVED))
     assert config.to_dict() == OVQConfig(**SIZES).to_dict() | {
-        name: getattr(config, name) for name in ("_name_or_path", "architectures")
+        name: getattr(config, name) for name in ("_name_or_path", "architectures", "auto_map")
     } | {"dtype": "float32"}
     config.save_pretrained(tmp_path / "again")
     again = json.loads((tmp_path / "again" / "config.json").read_text())

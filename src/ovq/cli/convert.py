@@ -192,9 +192,9 @@ def convert(
             say(f"Saved what the probe has found in {save_preset} (--preset {save_preset})")
     if tokenizer is None:
         say(f"{model} has no tokenizer: the converted model reads token ids")
-    config = None if chosen is None else chosen.config
-    settings["state_dtype"] = state_dtype
-    converted = attach(original, num_slots=num_slots, window=window, **settings, config=config)
+    alike = {"num_slots": num_slots, "window": window, **settings}
+    memory = alike if chosen is None else {"config": chosen.config}
+    converted = attach(original, **memory, state_dtype=state_dtype)
     card = converted_card(converted, original=model, name=out.name, how=origin)
     _save(converted, tokenizer, card, out)
     average = converted.memory_config.rows_per_head
