@@ -75,7 +75,7 @@ def test_slots_in_fewer_bytes_are_saved_in_as_few(tmp_path):
 def test_contexts_are_only_for_the_model_and_memory_that_made_them(saved):
     model, path = saved
     with pytest.raises(
-        ValueError, match=r"expected a context made with num_slots=.*, as the model has, found"
+        ValueError, match=r"made with num_slots\[0\]\[0\]=8, as the model has, found num_slots\[0\]\[0\]=16"
     ):
         load_context(path, converted(num_slots=8))
     other = converted()

@@ -149,7 +149,8 @@ def _run(
     from ovq.serve.server import Server, is_loopback, url_of, uvicorn_config
 
     # Without a key, the header Host must keep out pages of other sites in a browser on this machine.
-    hosts = ["localhost", "127.0.0.1", "[::1]", host] if key is None and is_loopback(host) else None
+    names = dict.fromkeys(("localhost", "127.0.0.1", "[::1]", host))
+    hosts = [*names] if key is None and is_loopback(host) else None
 
     def say_ready() -> None:
         typer.echo(_summary(service, url_of(listener), has_key=key is not None), err=True)

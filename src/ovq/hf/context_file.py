@@ -239,10 +239,14 @@ def check_fingerprint(where: str, found: Mapping[str, str], expected: Mapping[st
     other = _config_of(where, found, kind, dict)
     # `growth` last: it may differ only because `merge` does, and a user who set `merge` would be puzzled.
     for name in sorted(own.keys() | other.keys(), key=lambda name: (name == "growth", name)):
-        if own.get(name) != other.get(name):
+        ours, theirs = own.get(name), other.get(name)
+        if ours != theirs:
+            while isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
+                place = next(i for i, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1])
+                name, ours, theirs = f"{name}[{place}]", ours[place], theirs[place]
             raise ValueError(
-                f"{where}: expected a context made with {name}={own.get(name)!r:.100}, as the model has, "
-                f"found {name}={other.get(name)!r:.100}"
+                f"{where}: expected a context made with {name}={ours!r:.100}, as the model has, "
+                f"found {name}={theirs!r:.100}"
             )
     if found.get("dtype") != expected["dtype"]:
         raise ValueError(
