@@ -201,7 +201,7 @@ def test_bfloat16_and_float32_keep_their_dtype(tmp_path):
     [
         ({"sliding_window": 6}, "sliding_window=6, as the model has, found sliding_window=5"),
         ({"num_slots": 10}, "num_slots=10, as the model has, found num_slots=9"),
-        ({"mixer_types": ["ovq"] * 4}, "mixer_types="),
+        ({"mixer_types": ["ovq"] * 4}, r"mixer_types\[\d\]="),
         ({"merge": "nearest"}, "merge='nearest', as the model has, found merge='existing'"),
         ({"ablation": {"bias": "count+norm"}}, "ablation={'bias': 'count\\+norm'}, as the model has"),
         ({"ablation": {"rate": 0.5}}, "ablation={'rate': 0.5}, as the model has, found ablation=None"),
