@@ -9,7 +9,7 @@ import inspect
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,7 +80,8 @@ class ConvertedMixin(CachedGeneration):
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         """Move or cast the model. Rotary frequencies are not rounded, as keys are re-positioned by them."""
-        before, own = rotary_buffers(self), cast("Any", super())
+        before = rotary_buffers(self)
+        own: Any = super()
         own._apply(*args, **kwargs)
         for module, exact in before:
             if module.inv_freq.dtype != exact.dtype:
