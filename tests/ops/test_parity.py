@@ -233,6 +233,17 @@ def test_sums_are_added_in_order_of_position(merge, backend):
     assert torch.equal(state.value_sum, expected.value_sum)
 
 
+@pytest.mark.parametrize("merge", CURRENT_MERGES)
+def test_a_short_call_does_not_pay_for_the_length_of_a_chunk(merge):
+    """Buffers for the pending tokens of such a chunk would take 32 TB."""
+    q, k, v = inputs(2, 7, 2, 2, 4, 4)
+    o, expected = (
+        ovq_attention(q, k, v, num_slots=4, chunk_size=size, merge=merge, backend="torch")[0]
+        for size in (2**40, 8)
+    )
+    torch.testing.assert_close(o, expected)
+
+
 def test_signature_is_the_contract():
     parameters = inspect.signature(ovq_attention).parameters
     names = [p.name for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]

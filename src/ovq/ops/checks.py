@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -147,15 +148,23 @@ def _checked_state(state: OVQState | None, num_rows: int, k: Tensor, v: Tensor, 
     if state is not None:
         check_state(state, num_rows, k, v, options)
         return state
-    return OVQState.empty(
+    empty = OVQState.empty(
         batch_size=num_rows,
         num_kv_heads=k.shape[2],
         key_dim=k.shape[3],
         value_dim=v.shape[3],
         num_slots=options.num_slots,
-        chunk_size=options.chunk_size,
+        chunk_size=1,
         dtype=k.dtype,
         device=k.device,
+    )
+    # No token is pending, and zeros for a chunk would take longer than a short call.
+    size = options.chunk_size
+    return dataclasses.replace(
+        empty,
+        chunk_size=size,
+        pending_keys=empty.pending_keys.expand(-1, -1, size, -1),
+        pending_values=empty.pending_values.expand(-1, -1, size, -1),
     )
 
 
