@@ -53,14 +53,14 @@ def run(*arguments):
 def forget():
     """As a new process begins."""
     sys.modules.pop("their_module", None)
-    del MIXERS["mine"], TASKS["few_keys"]
+    del MIXERS["mine"], TASKS["many_keys"]
 
 
 def test_a_task_and_a_mixer_of_the_user_train_and_are_evaluated(module, tmp_path, capsys):
     sets = [word for each in TINY for word in ("--set", each)]
-    assert run("train", "recall-ovq", "--task", "their_module:FewKeys", *sets, "--out", "run") == 0
+    assert run("train", "recall-ovq", "--task", "their_module:ManyKeys", *sets, "--out", "run") == 0
     config = RunConfig.load(tmp_path / "run")
-    assert (config.task.name, config.task.vocab_size, config.mixer) == ("few_keys", 160, "mine")
+    assert (config.task.name, config.task.vocab_size, config.mixer) == ("many_keys", 4096, "mine")
     forget()
     # Told to test it so that it can be.
     assert capsys.readouterr().out.endswith("ovq eval --model run --import their_module\n")
@@ -68,12 +68,12 @@ def test_a_task_and_a_mixer_of_the_user_train_and_are_evaluated(module, tmp_path
     # A name in a file imports nothing.
     assert run(*evaluate) == 2
     assert (
-        "expected a task among mqar, positional, recall, regression, found 'few_keys'"
+        "expected a task among mqar, positional, recall, regression, found 'many_keys'"
         in capsys.readouterr().err
     )
     assert "their_module" not in sys.modules
     assert run(*evaluate, "--import", module) == 0
-    assert "few_keys: share of right" in capsys.readouterr().out
+    assert "many_keys: share of right" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
