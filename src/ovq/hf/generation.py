@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin
+from transformers import GenerationConfig
 from transformers.generation import GenerationMode
 
 from ovq.hf.cache import CACHE_KEY, MOST_CROPPED, StateCache, one_of
@@ -143,13 +142,12 @@ class CachedGeneration:
                 )
         return drafts
 
-    # transformers looks for parameters in the signature.
-    @functools.wraps(GenerationMixin._assisted_decoding)
-    def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
+    # `inputs_tensor` is a named parameter because `generate` looks for it in the signature.
+    def _assisted_decoding(self, *args: Any, inputs_tensor: Tensor | None = None, **kwargs: Any) -> Any:
         """Generate by drafts. Whoever decodes with the cache afterwards need not pay for recording."""
         own: Any = super()
         try:
-            return own._assisted_decoding(*args, **kwargs)
+            return own._assisted_decoding(*args, inputs_tensor=inputs_tensor, **kwargs)
         finally:
             for layer in getattr(kwargs.get(CACHE_KEY), "layers", ()):
                 layer.record_past = False

@@ -187,7 +187,7 @@ class OVQModel(OVQPreTrainedModel):
         return OVQModelOutput(torch.cat([each.last_hidden_state for each in outputs], 1), **kept)
 
 
-class OVQForCausalLM(CachedGeneration, OVQPreTrainedModel, GenerationMixin):  # type: ignore[misc]  # mypy sees no wraps
+class OVQForCausalLM(CachedGeneration, OVQPreTrainedModel, GenerationMixin):
     """The language model: `OVQModel` and an output layer, with loss and `generate`.
 
     Example:
