@@ -32,7 +32,7 @@ def assert_same(function, reference, *inputs, tolerance=2e-5):
         )
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace", "ignore::torch.jit.TracerWarning")
 @torch.no_grad()
 def test_what_is_traced_runs_in_pytorch():
     """`torch.jit.trace` gives sizes as tensors, whose addresses would be taken for numbers."""

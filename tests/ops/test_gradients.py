@@ -11,7 +11,7 @@ from tests.ops.common import BACKENDS, CPU, either_rule, inputs
 
 OPTIONS = {"num_slots": 8, "chunk_size": 4}
 # PyTorch itself uses it for forward-mode differentiation.
-FORWARD_MODE = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+FORWARD_MODE = pytest.mark.filterwarnings("ignore:.*torch.jit.script")
 
 
 def leaves(batch, length, dtype=torch.float32):
