@@ -43,10 +43,10 @@ def test_biases_stay_where_the_equations_hold():
 
 def test_a_fit_goes_on_from_the_biases_there_are(monkeypatch):
     # As above.
-    monkeypatch.setattr("ovq.convert.masses._RIDGE", 0.3)
+    monkeypatch.setattr("ovq.convert.masses._RIDGE", 0.1)
     given = dataclasses.replace(CONFIG, slot_bias=[[0.0, 0.0, 0.5, 0.5], [0.0] * 4])
-    config = fitted_bias(original(), [tokens(150)], given)
-    again = torch.tensor(fitted_bias(original(), [tokens(150)], config).slot_bias)
+    config = fitted_bias(original(), [tokens(450)], given)
+    again = torch.tensor(fitted_bias(original(), [tokens(450)], config).slot_bias)
     bias = torch.tensor(config.slot_bias)
     # A key/value head without slots reads none, and the others lack less than before.
     assert (bias[0, 2:] == again[0, 2:]).all()

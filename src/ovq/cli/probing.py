@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 # Seed of the numbers hidden in a text of the probe.
 _NEEDLE_SEED = 7
 # Measured for SmolLM2-135M and three texts of 3,072 tokens, on one core: docs/results/convert.md, "Presets".
-_SECONDS = {"passes": 86.0, "trials": 55.0}
+_SECONDS = {"passes": 66.0, "trials": 41.0}
 _WEIGHTS, _NUMBERS, _TOKENS, _OPTIONS = 134.5e6, 90 * 64, 3 * 3072, 24
 
 
@@ -124,6 +124,7 @@ def run_probe(
 def _cost_estimate(model: Any, lengths: list[int], num_options: int) -> str:
     """A line with the estimated time and disk space of a probe."""
     from ovq.convert.attach import kv_heads
+    from ovq.convert.captures import LAST_PART
 
     heads = kv_heads(model)
     dim = getattr(model.config, "head_dim", None) or (
@@ -134,10 +135,10 @@ def _cost_estimate(model: Any, lengths: list[int], num_options: int) -> str:
     seconds = _SECONDS["passes"] * weights / _WEIGHTS
     seconds += _SECONDS["trials"] * numbers / _NUMBERS * num_options / _OPTIONS
     seconds *= tokens / _TOKENS
-    # Keys and values of all tokens; float32 queries and outputs, and gradients, of a third of them.
+    # Keys and values of all tokens; float32 queries and outputs, and gradients, of those that count.
     size = model.dtype.itemsize
     per_token = 2 * numbers * size
-    per_token += len(heads) * model.config.num_attention_heads * dim * (2 * 4 + size) / 3
+    per_token += len(heads) * model.config.num_attention_heads * dim * (2 * 4 + size) * LAST_PART
     minutes = max(1, round(seconds / 60))
     return (
         f"The probe reads {len(lengths)} texts, {tokens:,} tokens in all: about {minutes} min of one core "

@@ -29,8 +29,9 @@ from ovq.runtime.files import TemporaryFolder
 _IMPLEMENTATION = "ovq_probe"
 # Tokens whose logits are computed at a time.
 _TOKENS_AT_ONCE = 256
-# Only queries in this last part of a text count: before, little is merged.
-_LAST_PART = 1 / 3
+# Only queries in this last part of a text count: before, less is merged. With a third, a probe takes
+# a quarter longer and finds no better memory (docs/results/convert.md).
+LAST_PART = 1 / 6
 _TENSORS = ("q", "k", "v", "o", "g")
 
 
@@ -57,7 +58,7 @@ class Captures:
 
     They are kept in a temporary folder (see `tempfile.gettempdir`), which is deleted with this object or at
     the end of the `with` block; that of a killed process, when another process makes its own. SmolLM2-135M
-    takes 81 KB per token if the last third of each text counts.
+    takes 52 KB per token if the last sixth of each text counts.
 
     Args:
         model: as for `probe`; unchanged afterwards.
@@ -71,7 +72,7 @@ class Captures:
         >>> with Captures(model) as captures:
         ...     first, second = captures.of(torch.arange(60) % 32)
         >>> first.q.shape, first.k.shape
-        (torch.Size([1, 2, 20, 8]), torch.Size([1, 2, 60, 8]))
+        (torch.Size([1, 2, 10, 8]), torch.Size([1, 2, 60, 8]))
     """
 
     def __init__(self, model: PreTrainedModel, *, progress: Callable[[int], None] | None = None) -> None:
@@ -91,7 +92,7 @@ class Captures:
 
         Args:
             text: `[T]` token ids.
-            mask: `[T]` bool, the tokens whose prediction counts; None for the last third. With a mask, the
+            mask: `[T]` bool, the tokens whose prediction counts; None for the last sixth. With a mask, the
                 loss is on the tokens of the text, otherwise on tokens sampled from the model.
             seed: seed of the sampled tokens.
 
@@ -196,7 +197,7 @@ def capture(
     calls: list[tuple[Tensor, ...]] = []
     ids = text[None].to(model.device)
     num_tokens = ids.shape[1]
-    start = round(num_tokens * (1 - _LAST_PART))
+    start = round(num_tokens * (1 - LAST_PART))
     if mask is None:
         targets = torch.arange(start, num_tokens - 1, device=model.device)
     else:
