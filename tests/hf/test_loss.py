@@ -42,6 +42,20 @@ def test_pieces_add_up_to_the_whole(monkeypatch, num_items, dtype):
     torch.testing.assert_close(grads, torch.autograd.grad(expected, (hidden, weight)), **tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_sums_over_many_tokens_do_not_overflow_in_float16(dtype):
+    """The gradient is divided by their number at the end."""
+    hidden, targets = torch.full((1 << 17, 4), 1.25), torch.zeros(1 << 17, dtype=torch.int64)
+    weight = torch.zeros(16, 4, dtype=dtype, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.float16, enabled=dtype == torch.float32):
+        found = loss.loss_in_pieces(hidden.to(dtype), weight, targets)
+    found.backward()
+    expected = torch.full((16, 4), 1.25 / 16)
+    expected[0] -= 1.25
+    assert weight.grad.dtype == dtype
+    torch.testing.assert_close(weight.grad.float(), expected, rtol=2e-3, atol=0)
+
+
 def test_the_mean_over_no_target_has_gradients_of_zero():
     """As the loss of all logits has: a text without a target must not spoil the output layer."""
     hidden, weight = torch.randn(0, 8, requires_grad=True), torch.randn(13, 8, requires_grad=True)

@@ -101,11 +101,19 @@ def test_transforms_that_a_backend_cannot_run_under_are_refused():
     def attend(q, k, v, backend="auto"):
         return ovq_attention(q, k, v, backend=backend, **OPTIONS)[0]
 
-    with pytest.raises(ValueError, match=r"backend: 'naive', .* expected no torch.func.vmap, found one"):
-        torch.func.vmap(attend)(q[:, None], k[:, None], v[:, None])
     for backend in ("torch", *CPU):
         with pytest.raises(ValueError, match=f"backend: '{backend}': expected no transform of torch.func"):
             torch.func.jvp(lambda v, name=backend: attend(q, k, v, name), (v,), (v,))
         o = attend(q.requires_grad_(), k, v, backend)
         with pytest.raises(RuntimeError, match="expected is_grads_batched=False, found True"):
             torch.autograd.grad(o, q, o.detach().expand(3, *o.shape), is_grads_batched=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("gate", [{}, {"merge_gate": True}, {"forget_gate": True}])
+def test_transforms_that_hide_values_and_sizes_are_refused(gate):
+    layer, x = OVQAttention(16, 2, **OPTIONS, **gate).requires_grad_(False), torch.randn(1, 10, 16)
+    with pytest.raises(ValueError, match=r"^expected no torch.func.vmap, found one"):
+        torch.func.vmap(lambda x: layer(x)[0])(x[None])
+    with pytest.raises(ValueError, match=r"^expected no torch.jit.trace, found one: torch.export"):
+        torch.jit.trace(lambda x: layer(x)[0], x)

@@ -73,7 +73,8 @@ class _SummedLoss(torch.autograd.Function):
         wide = torch.promote_types(hidden_states.dtype, torch.float32)
         total = hidden_states.new_zeros((), dtype=wide)
         of_hidden = torch.empty_like(hidden_states) if wants[0] else None
-        of_weight = torch.zeros_like(weight) if wants[1] else None
+        # Sums over many tokens, which a loss scale and the mean make smaller only later, overflow in float16.
+        of_weight = torch.zeros_like(weight, dtype=_wider(weight.dtype)) if wants[1] else None
         size = max(_ROWS, _PIECE // len(weight))
         for start in range(0, len(targets), size):
             piece, target = hidden_states[start : start + size], targets[start : start + size, None]
@@ -90,10 +91,13 @@ class _SummedLoss(torch.autograd.Function):
             grad = grad.to(narrow)
             if of_hidden is not None:
                 of_hidden[start : start + size] = product(grad, weight.to(narrow))
-            if of_weight is not None and narrow == of_weight.dtype:
-                product(grad.t(), piece.to(narrow), added_to=of_weight)
-            elif of_weight is not None:
-                of_weight += grad.t() @ piece.to(narrow)
+            if of_weight is None:
+                continue
+            left, right = (x.to(_wider(narrow)) for x in (grad.t(), piece.to(narrow)))
+            if left.dtype == of_weight.dtype:
+                product(left, right, added_to=of_weight)
+            else:
+                of_weight += left @ right
         ctx.save_for_backward(of_hidden, of_weight)
         return total
 
@@ -107,3 +111,8 @@ class _SummedLoss(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _wider(dtype: torch.dtype) -> torch.dtype:
+    """float32 for float16."""
+    return torch.float32 if dtype == torch.float16 else dtype

@@ -16,6 +16,7 @@ from ovq.ops.options import Options, rounding_sums, weighing_chunk
 from ovq.ops.parts import spec_of
 from ovq.ops.state import OVQState, forgetting, tensors_of, weighted
 from ovq.ops.sums import DTYPES, state_dtype
+from ovq.ops.transforms import check_transforms
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -44,7 +45,9 @@ def check_kv(k: Tensor, v: Tensor) -> None:
 
 
 def _check_tensors(**tensors: Tensor) -> None:
-    """Raise ValueError unless these are tensors `[B, T, heads, dim]` of one dtype and device."""
+    """Raise ValueError unless these are tensors `[B, T, heads, dim]` of one dtype and device, with values."""
+    if not torch.compiler.is_compiling():
+        check_transforms()
     first: tuple[str, Tensor] | None = None
     for name, x in tensors.items():
         if not isinstance(x, Tensor):

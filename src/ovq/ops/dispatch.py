@@ -10,6 +10,7 @@ from torch import Tensor
 from ovq.ops import backends
 from ovq.ops.call import Call, Run
 from ovq.ops.forget import forgetful_attention
+from ovq.ops.splits import groups_of, has_few_tokens, in_groups, token_by_token
 from ovq.ops.state import OVQState
 
 _used: str | None = None
@@ -44,13 +45,18 @@ def run_of(call: Call, backend: str) -> Run:
     run = backends.BACKENDS[name].run
     if not any(call.rows.lengths):
         return _nothing_read
-    if call.options.state_dtype != "float32" and not (name == "cpu" and call.is_decoding):
+    # Only the "cpu" kernels read narrow sums, in decode steps.
+    has_steps = name == "cpu" and has_few_tokens(call)
+    if call.options.state_dtype != "float32" and not (has_steps or (name == "cpu" and call.is_decoding)):
         run = functools.partial(_in_wide_dtype, run=run)
-    # Only the "cpu" kernels implement forgetting themselves, for several tokens and without gradients.
-    does_forget = name == "cpu" and not call.is_one_token and not call.wants_gradients
-    if call.log_forget is None or does_forget:
-        return run
-    return functools.partial(forgetful_attention, run=run)
+    # They alone implement forgetting themselves, for several tokens and without gradients.
+    does_forget = name == "cpu" and not (has_steps or call.is_one_token or call.wants_gradients)
+    if call.log_forget is not None and not does_forget:
+        run = functools.partial(forgetful_attention, run=run)
+    if has_steps:
+        return functools.partial(token_by_token, run=run)
+    groups = groups_of(call)
+    return run if len(groups) < 2 else functools.partial(in_groups, run=run, groups=groups)
 
 
 def _in_wide_dtype(call: Call, run: Run) -> tuple[Tensor, OVQState | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import torch
 from torch import Tensor
@@ -35,19 +36,22 @@ def forgetful_attention(call: Call, run: Run) -> tuple[Tensor, OVQState]:
     )
     if not aligned.is_sorted:
         state = state.select(aligned.order)
+    # Chunks in the order in which they are run: the i-th ones of all rows that have one.
+    places = [
+        [first + i for first in aligned.first_chunk[: aligned.num_active(i)]]
+        for i in range(aligned.chunks_of(0))
+    ]
+    index = torch.tensor(list(itertools.chain(*places)), device=call.q.device)
     tensors = (call.q, call.k, call.v, weights[..., None], log_forget[..., None])
-    chunks = [aligned.align(x, None) for x in tensors]
+    # Selected at once, as the gradient of each selection is as large as the whole.
+    chunks = [aligned.align(x, None).index_select(0, index).split([*map(len, places)]) for x in tensors]
     outputs: list[Tensor] = []
     finished: list[OVQState] = []
-    places: list[int] = []
-    for i in range(aligned.chunks_of(0)):
-        num = aligned.num_active(i)
+    for i, (q, k, v, of_tokens, logs) in enumerate(zip(*chunks, strict=True)):
+        num = len(q)
         if num < state.batch_size:
             finished.append(state.select(range(num, state.batch_size)))
             state = state.select(range(num))
-        own = [aligned.first_chunk[r] + i for r in range(num)]
-        index = torch.tensor(own, device=call.q.device)
-        q, k, v, of_tokens, logs = (x.index_select(0, index) for x in chunks)
         piece = dataclasses.replace(
             call,
             q=q,
@@ -60,11 +64,9 @@ def forgetful_attention(call: Call, run: Run) -> tuple[Tensor, OVQState]:
         )
         o, state = _piece(piece, run)
         outputs.append(o)
-        places += own
     finished.append(state)
     state = OVQState.concatenate(finished[::-1])
-    order = torch.tensor(sorted(range(len(places)), key=places.__getitem__), device=call.q.device)
-    o = aligned.unalign(torch.cat(outputs).index_select(0, order), *call.q.shape[:2])
+    o = aligned.unalign(torch.cat(outputs).index_select(0, index.argsort()), *call.q.shape[:2])
     return o, state if aligned.is_sorted else state.select(aligned.inverse())
 
 

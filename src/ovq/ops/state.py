@@ -455,6 +455,11 @@ def with_capacity(state: OVQState, capacity: int) -> OVQState:
     return dataclasses.replace(state, **padded)
 
 
+def first_rows(state: OVQState, num: int) -> OVQState:
+    """The first `num` rows of a state, without a copy."""
+    return dataclasses.replace(state._map(lambda t: t[:num]), num_seen=state.num_seen[:num])
+
+
 def advanced(state: OVQState) -> OVQState:
     """The state after one more token per row, whose keys and values the caller has yet to write.
 

@@ -1,4 +1,4 @@
-"""Transforms of PyTorch: which are active, and why a backend cannot run under them."""
+"""Transforms of PyTorch: which are active, and which ones calls and backends cannot run under."""
 
 from __future__ import annotations
 
@@ -18,24 +18,30 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def check_transforms() -> None:
+    """Raise ValueError under `torch.func.vmap` and `torch.jit.trace`.
+
+    There no value or size of a tensor can be read, so no slot can be chosen.
+
+    Example:
+        >>> torch.func.vmap(lambda x: check_transforms() or x)(torch.ones(2))
+        Traceback (most recent call last):
+        ValueError: expected no torch.func.vmap, found one
+    """
+    if torch.jit.is_tracing():
+        raise ValueError("expected no torch.jit.trace, found one: torch.export and torch.compile can do it")
+    if torch._C._are_functorch_transforms_active():
+        functorch = torch._C._functorch
+        if any(each.key() == functorch.TransformType.Vmap for each in functorch.get_interpreter_stack()):
+            raise ValueError("expected no torch.func.vmap, found one")
+
+
 def refused_transform(*, is_plain: bool) -> str | None:
     """Why a backend cannot run under the active transforms; None if it can.
 
     Args:
         is_plain: whether the backend computes in PyTorch's own operations, which have derivatives.
-
-    Example:
-        >>> torch.func.vmap(lambda x: print(refused_transform(is_plain=True)) or x)(torch.ones(2)).tolist()
-        expected no torch.func.vmap, found one
-        [1.0, 1.0]
     """
-    if not is_transformed():
-        return None
-    if torch._C._are_functorch_transforms_active():
-        functorch = torch._C._functorch
-        if any(each.key() == functorch.TransformType.Vmap for each in functorch.get_interpreter_stack()):
-            # No value of a tensor can be read, so no slot can be chosen.
-            return "expected no torch.func.vmap, found one"
-    if is_plain:
+    if is_plain or not is_transformed():
         return None
     return "expected no transform of torch.func and no forward-mode differentiation, found one"
