@@ -5,6 +5,7 @@ import io
 import json
 import shlex
 import shutil
+import os
 import subprocess
 import sys
 
@@ -461,6 +462,17 @@ def test_the_module_runs_as_a_program():
     )
     assert process.returncode == 2
     assert process.stderr.startswith("ovq: error: expected a recipe")
+
+
+def test_a_terminal_without_a_size_shows_something():
+    process = subprocess.run(
+        [sys.executable, "-m", "ovq", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"COLUMNS": "0"},
+    )
+    assert "generate" in process.stdout
 
 
 def test_the_demonstration_ends_with_the_next_command(monkeypatch, capsys, tmp_path):

@@ -15,22 +15,33 @@ tomllib = pytest.importorskip("tomllib")
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = ("pyproject.toml", "CITATION.cff", "mkdocs.yml", "README.md", "SECURITY.md")
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-LABORATORY = tomllib.loads((ROOT / "lab" / "pyproject.toml").read_text())
+FOLDERS = {name: ROOT / name for name in (".", "lab", "integrations/vllm")}
+PROJECTS = {name: tomllib.loads((root / "pyproject.toml").read_text()) for name, root in FOLDERS.items()}
+PROJECT, LABORATORY = PROJECTS["."], PROJECTS["lab"]
 
 
 def test_every_place_names_the_same_version():
     # The changelog has a test of its own, in tests/test_docs.py.
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == ovq.__version__
-    for project, root in ((PROJECT, ROOT), (LABORATORY, ROOT / "lab")):
-        assert "version" in project["project"]["dynamic"]
-        assert (root / project["tool"]["hatch"]["version"]["path"]).resolve() == Path(ovq.__file__)
+    for project, root in FOLDERS.items():
+        assert "version" in PROJECTS[project]["project"]["dynamic"]
+        path = root / PROJECTS[project]["tool"]["hatch"]["version"]["path"]
+        assert path.resolve() == Path(ovq.__file__)
+
+
+@pytest.mark.parametrize("name", ["lab", "integrations/vllm"])
+def test_what_builds_on_the_library_asks_for_its_version_and_has_the_licence(name):
+    major, minor = ovq.__version__.split(".")[:2]
+    project = PROJECTS[name]["project"]
+    assert f"ovq>={major}.{minor},<{major}.{int(minor) + 1}" in project["dependencies"]
+    assert project["license-files"] == ["LICENSE"]
+    assert (ROOT / name / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
 
 
 def test_an_editable_installation_of_the_checkout_has_the_laboratory_and_what_it_needs():
     assert PROJECT["tool"]["hatch"]["build"]["dev-mode-dirs"] == ["src", "lab"]
     project = LABORATORY["project"]
-    needed = {*project["dependencies"]} - {"ovq"}
+    needed = {each for each in project["dependencies"] if not each.startswith("ovq>")}
     for extra in project["optional-dependencies"].values():
         needed |= {*extra}
     assert needed <= {*PROJECT["project"]["optional-dependencies"]["dev"]}

@@ -1,5 +1,6 @@
 """The command `ovq`, also as `python -m ovq`, which `torchrun -m ovq train ...` requires."""
 
+import os
 import signal
 
 
@@ -10,6 +11,9 @@ def main() -> None:
     """
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if os.environ.get("COLUMNS") == "0":
+        # That of terminals without a size; rich would print nothing.
+        del os.environ["COLUMNS"]
     from ovq.cli import main as run
 
     run()
