@@ -3,9 +3,9 @@
 import dataclasses
 import io
 import json
+import os
 import shlex
 import shutil
-import os
 import subprocess
 import sys
 
