@@ -42,13 +42,11 @@ class ModelRow:
     @property
     def label(self) -> str:
         """The model's display name."""
-        return model_label(
-            self.mixer,
-            self.num_slots,
-            merge=self.merge,
-            logn_length=self.logn_length,
-            state_dtype=self.state_dtype,
-        )
+        return self._label()
+
+    def _label(self, name: str = "") -> str:
+        others = {field: getattr(self, field) for field in ("merge", "logn_length", "state_dtype")}
+        return model_label(self.mixer, self.num_slots, name, **others)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,14 +62,7 @@ class NamedRow(ModelRow):
     @property
     def label(self) -> str:
         """The model's display name."""
-        return model_label(
-            self.mixer,
-            self.num_slots,
-            self.name,
-            merge=self.merge,
-            logn_length=self.logn_length,
-            state_dtype=self.state_dtype,
-        )
+        return self._label(self.name)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
