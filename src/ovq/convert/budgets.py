@@ -22,13 +22,6 @@ def allocate(losses: Tensor, rows: Sequence[int], total: float) -> list[int]:
     Raises:
         ValueError: if even the smallest options take more than `total`, or losses do not fit the options or
             are NaN.
-
-    Example:
-        >>> losses = torch.tensor([[9.0, 1.0, 0.0], [1.0, 0.9, 0.8]])
-        >>> allocate(losses, [10, 20, 40], 30)
-        [1, 0]
-        >>> allocate(losses, [10, 20, 40], 50)
-        [2, 0]
     """
     return list(dict(changes(losses, rows, total)).values())
 

@@ -37,17 +37,6 @@ def converted_card(model: Any, *, original: str, name: str, how: str) -> str:
     """The text of the card of the converted model `name`, which tells how rows were allocated to heads.
 
     `original` is the original model's name on the hub, or its folder or file.
-
-    Example:
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> from ovq.convert import attach
-        >>> sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1)
-        >>> model = attach(LlamaForCausalLM(LlamaConfig(num_attention_heads=2, **sizes)).eval())
-        >>> print(converted_card(model, original="a/b", name="c", how="all heads alike"))
-        ---
-        ...
-        base_model: a/b
-        ...
     """
     import ovq
 

@@ -27,12 +27,6 @@ class PackedLinear(nn.Module):
     Args:
         format: `"int8"` or `"int4"`. An output layer is always int8; GGUF files also give it more bits.
         is_output: whether it is the model's output layer.
-
-    Example:
-        >>> linear = nn.Linear(64, 32)
-        >>> x = torch.randn(5, 64)
-        >>> bool((PackedLinear(linear, "int8")(x) - linear(x)).abs().max() < 0.02)
-        True
     """
 
     def __init__(self, linear: nn.Linear, format: str, *, is_output: bool = False) -> None:

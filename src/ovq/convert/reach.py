@@ -27,13 +27,6 @@ class Reach:
         trained_length: length of texts up to which nothing is re-positioned.
         max_distance: beyond that length, largest distance between a query and a sink or slot.
         frequencies: rotation per position, in radians, of each pair of key components (i, i + R) for i < R.
-
-    Example:
-        >>> reach = Reach(trained_length=100, max_distance=32, frequencies=(1.0,))
-        >>> reach.interval, reach.limit
-        (4, 28)
-        >>> reach.until_reposition(0), reach.until_reposition(99), reach.until_reposition(100)
-        (100, 1, 4)
     """
 
     trained_length: int
@@ -70,11 +63,6 @@ class Reach:
             x: `[..., K]`. positions: `[...]`.
             ratio: `[..., R]`, if key components are scaled by factors: factor of component i divided by that
                 of component i + R. None for no factors.
-
-        Example:
-            >>> reach = Reach(trained_length=64, max_distance=16, frequencies=(torch.pi / 4,))
-            >>> reach.turned(torch.tensor([1.0, 0.0, 5.0]), torch.tensor(2)).round(decimals=4)
-            tensor([0., 1., 5.])
         """
         # In float64: angles are large, and their cosines must not depend on the order of sums.
         frequencies = torch.tensor(self.frequencies, dtype=torch.float64, device=x.device)

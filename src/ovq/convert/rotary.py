@@ -61,13 +61,6 @@ def rotary_frequencies(model: PreTrainedModel) -> list[float] | None:
     """Rotary angles per position of a model's keys, in the order of `Reach.frequencies`.
 
     None if there are none, or the keys of some layer do not agree with them.
-
-    Example:
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1)
-        >>> model = LlamaForCausalLM(LlamaConfig(num_attention_heads=4, **sizes))
-        >>> [round(x, 4) for x in rotary_frequencies(model)]
-        [1.0, 0.01]
     """
     if (found := _frequencies(model)) is None:
         return None

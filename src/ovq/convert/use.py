@@ -43,11 +43,6 @@ def token_weights(keys: Tensor, values: Tensor, use: Tensor) -> Tensor:
         keys: `[..., h, T, K]`, as the memory holds them. values: `[..., h, T, V]`.
         use: `[..., h, K + V + 1]` coefficients of the linear function that gives log2 of the weight, the
             constant last.
-
-    Example:
-        >>> keys, values = torch.tensor([[[2.0], [-1.0]]]), torch.zeros(1, 2, 1)
-        >>> token_weights(keys, values, torch.tensor([[1.0, 0.0, 0.6]]))
-        tensor([[8., 1.]], dtype=torch.float64)
     """
     numbers = use.double()
     tokens = torch.cat([keys.detach(), values.detach()], -1).double()

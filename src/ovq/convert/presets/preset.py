@@ -230,15 +230,7 @@ def _as_tensor(value: list[Any]) -> Tensor:
 
 
 def identity(model: PreTrainedModel) -> dict[str, Any]:
-    """The fields of a model's config that identify its heads, as JSON types.
-
-    Example:
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1)
-        >>> found = identity(LlamaForCausalLM(LlamaConfig(num_attention_heads=2, **sizes)))
-        >>> found["model_type"], found["head_dim"], found["rope"]
-        ('llama', 8, {'rope_theta': 10000.0, 'rope_type': 'default'})
-    """
+    """The fields of a model's config that identify its heads, as JSON types."""
     config = model.config
     found = {name: getattr(config, name, None) for name in _IDENTITY}
     found["num_key_value_heads"] = found["num_key_value_heads"] or found["num_attention_heads"]
