@@ -62,15 +62,6 @@ def recording(model: OVQPreTrainedModel) -> Iterator[dict[int, list[RecordedCall
 
     Raises:
         ValueError: if the model has no OVQ layers.
-
-    Example:
-        >>> from ovq.hf import OVQConfig, OVQModel
-        >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
-        >>> model = OVQModel(config)
-        >>> with recording(model) as calls:
-        ...     _ = model(torch.zeros(1, 300, dtype=torch.long))
-        >>> calls[1][0].q.shape
-        torch.Size([1, 300, 2, 8])
     """
     with ExitStack() as stack:
         yield {i: stack.enter_context(layer.recording()) for i, layer in model.ovq_layers().items()}

@@ -91,15 +91,6 @@ def model_card(
         datasets: hub ids of the training data sets.
         has_tokenizer: whether a tokenizer is saved beside the model.
         license: license of the weights, as the hub names it; None to leave it out.
-
-    Example:
-        >>> from ovq.hf import OVQConfig, OVQForCausalLM
-        >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
-        >>> card = model_card(OVQForCausalLM(config), name="tiny")
-        >>> card.data.library_name, card.data.tags
-        ('transformers', ['ovq', 'long-context'])
-        >>> "| slots per head | 1,024 |" in card.text
-        True
     """
     is_generative = model.can_generate()
     auto = "AutoModelForCausalLM" if is_generative else "AutoModel"

@@ -121,14 +121,6 @@ def fingerprint(model: ContextModel) -> dict[str, str]:
     """Everything that a memory depends on: config fields, dtype, and the SHA-256 of the backbone's weights.
 
     The output layer does not affect the memory and is left out.
-
-    Example:
-        >>> from ovq.hf import OVQConfig, OVQModel
-        >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
-        >>> model, other = OVQModel(config), OVQModel(config)
-        >>> one, two = fingerprint(model), fingerprint(other)
-        >>> one["config"] == two["config"], one["weights"] == two["weights"]
-        (True, False)
     """
     return {
         "config": json.dumps(model.memory_fields(), sort_keys=True),

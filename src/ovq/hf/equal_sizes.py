@@ -18,13 +18,6 @@ def equal_sizes(config: Any) -> dict[str, int]:
     `raven_slots`. `"mesanet"` has as many parameters by default, as a layer without an output gate.
     `"sink_attention"` gets a state of as many bytes, and `"kvm"` as many slots and a window of as many tokens
     as a chunk of OVQ.
-
-    Example:
-        >>> from ovq.hf import OVQConfig
-        >>> sizes = {"num_attention_heads": 2, "head_dim": 64, "num_slots": 64, "chunk_size": 64}
-        >>> mixers = ["gated_deltanet", "mamba2", "ovq"]
-        >>> equal_sizes(OVQConfig(**sizes, num_hidden_layers=3, mixer_types=mixers))
-        {'delta_head_dim': 32, 'delta_value_dim': 64, 'mamba_head_dim': 64, 'mamba_state_size': 63}
     """
     mixers = map(mixer_class, dict.fromkeys(config.mixer_types))
     return {name: size for mixer in mixers for name, size in mixer.equal_sizes(config).items()}

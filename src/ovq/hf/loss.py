@@ -46,12 +46,6 @@ def loss_in_pieces(
 
     Returns:
         A scalar in float32 (float64 for float64). Memory is O((N + V) D) and does not depend on N V.
-
-    Example:
-        >>> hidden_states, weight, targets = torch.randn(5, 4), torch.randn(9, 4), torch.arange(5)
-        >>> loss = loss_in_pieces(hidden_states, weight, targets)
-        >>> torch.allclose(loss, nn.functional.cross_entropy(hidden_states @ weight.T, targets))
-        True
     """
     total = _SummedLoss.apply(hidden_states, weight, targets, torch.is_grad_enabled())
     if num_items_in_batch is None:
