@@ -93,19 +93,6 @@ def check_fields(section: DataclassInstance, *, prefix: str = "") -> None:
 
     NaN and Inf are refused, and a bool is not an integer. An integer is accepted for a float, as in JSON, and
     converted, even if the dataclass is frozen.
-
-    Example:
-        >>> @dataclasses.dataclass(frozen=True)
-        ... class Sizes:
-        ...     rate: float = 0.5
-        ...
-        ...     def __post_init__(self):
-        ...         check_fields(self, prefix="sizes.")
-        >>> Sizes(rate=1)
-        Sizes(rate=1.0)
-        >>> Sizes(rate=float("nan"))
-        Traceback (most recent call last):
-        ValueError: sizes.rate: expected a finite number, found nan
     """
     for name, kind in field_types(type(section)).items():
         value = getattr(section, name)
@@ -120,13 +107,6 @@ def with_new_names(fields: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises:
         ValueError: If a field is present under both names, or a removed field has a value that had an effect.
-
-    Example:
-        >>> with_new_names({"num_slots": 64, "slot_rate": 0.1, "window": 0})
-        {'num_slots': 64, 'rate': 0.1}
-        >>> with_new_names({"window": 8})
-        Traceback (most recent call last):
-        ValueError: window was removed; expected 0, found 8
     """
     for name, unused in REMOVED.items():
         if (found := fields.get(name)) not in (None, unused):
