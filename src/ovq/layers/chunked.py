@@ -22,11 +22,6 @@ class DecayRates(OwnWeights):
         num_channels: K, if every channel of a head has its own step; they share `A_log`.
         rate_range: range of the uniform distribution of the initial rates `exp(A_log)`; None: log-uniform
             from 1 to 16.
-
-    Example:
-        >>> step, log_decay = DecayRates(3)(torch.zeros(1, 5, 3))
-        >>> bool((step > 0).all() and (log_decay < 0).all())
-        True
     """
 
     def __init__(

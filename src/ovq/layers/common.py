@@ -42,11 +42,6 @@ class QKNorm(OwnWeights):
 
     Logits are `scale * q.k` with `scale = beta * sqrt(head_dim)` and `beta` initially 1
     (`docs/method/math.md`, section 1).
-
-    Example:
-        >>> norm = QKNorm(num_heads=2, head_dim=16)
-        >>> norm.scale.tolist()
-        [4.0, 4.0]
     """
 
     # The module's name, `qk_norm`, keeps `beta` out of weight decay in transformers' Trainer, like any other
@@ -134,11 +129,6 @@ def rotary_tables(positions: Tensor, dim: int, *, theta: float, like: Tensor) ->
         dim: head size K, even.
         theta: base of the frequencies.
         like: a tensor with the dtype and device of the tables.
-
-    Example:
-        >>> cos, sin = rotary_tables(torch.arange(2), 2, theta=10000.0, like=torch.empty(0))
-        >>> cos[:, 0], sin[:, 0]
-        (tensor([1.0000, 0.5403]), tensor([0.0000, 0.8415]))
     """
     position = positions.to(like.device, torch.float64)
     frequency = theta ** -(torch.arange(0, dim, 2, dtype=torch.float64, device=like.device) / dim)
@@ -147,14 +137,7 @@ def rotary_tables(positions: Tensor, dim: int, *, theta: float, like: Tensor) ->
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs `(i, i + K/2)` of each head of `x` `[B, T, H, K]` by the angles of `rotary_tables`.
-
-    Example:
-        >>> x = torch.randn(1, 4, 2, 8)
-        >>> y = apply_rotary(x, *rotary_tables(torch.arange(4), 8, theta=10000.0, like=x))
-        >>> torch.allclose(x.norm(dim=-1), y.norm(dim=-1)), torch.equal(x[:, 0], y[:, 0])
-        (True, True)
-    """
+    """Rotate the pairs `(i, i + K/2)` of each head of `x` `[B, T, H, K]` by the angles of `rotary_tables`."""
     cos, sin = cos[:, None], sin[:, None]
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)

@@ -50,11 +50,6 @@ class ForgetGate(OwnWeights):
     W is initially zero, and b such that heads forget a factor of e in 4 to 4,096 tokens, evenly spaced in
     logs; a single head in 4,096. The gate is from the Forgetting Transformer (arXiv 2503.02130); the
     initialisation is this project's choice.
-
-    Example:
-        >>> gate = ForgetGate(8, num_kv_heads=3)
-        >>> [round(n) for n in (-1 / gate(torch.randn(1, 1, 8))).flatten().tolist()]
-        [4, 128, 4096]
     """
 
     def __init__(self, hidden_size: int, num_kv_heads: int):
@@ -90,11 +85,6 @@ class OutputGate(nn.Module):
         hidden_size: width D of the input.
         num_heads: heads H of the outputs.
         value_dim: components V of a head.
-
-    Example:
-        >>> gate = OutputGate(8, num_heads=2, value_dim=4)
-        >>> gate(torch.randn(1, 3, 8), torch.randn(1, 3, 8)).shape
-        torch.Size([1, 3, 8])
     """
 
     def __init__(self, hidden_size: int, num_heads: int, value_dim: int):

@@ -42,11 +42,6 @@ def logn_factors(
         length: number of tokens up to which the factor is 1, at least 2.
         like: a tensor with the wanted dtype and device.
         num_seen: as in `SequenceLayout.places`.
-
-    Example:
-        >>> layout = SequenceLayout.of(None, batch_size=1, num_past=14, num_new=2)
-        >>> logn_factors(layout, 4, like=torch.empty(0))
-        tensor([[1.9534, 2.0000]])
     """
     if num_seen is None:
         num_past = layout.num_past

@@ -66,14 +66,7 @@ def _is_of_kernels(x: Tensor, weight: Tensor) -> bool:
 
 
 class Linear(nn.Linear):
-    """`torch.nn.Linear` without bias, using the fastest available product on a CPU.
-
-    Example:
-        >>> layer = Linear(3, 2)
-        >>> x = torch.randn(1, 3)
-        >>> torch.allclose(layer(x), x @ layer.weight.T)
-        True
-    """
+    """`torch.nn.Linear` without bias, using the fastest available product on a CPU."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features, bias=False)
