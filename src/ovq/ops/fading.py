@@ -68,17 +68,7 @@ def ended(state: OVQState, pending_forget: Tensor, is_complete: Tensor, options:
 
 
 def faded(state: OVQState, log_factor: Tensor) -> OVQState:
-    """`state` with all weights and sums multiplied by exp(`log_factor`), `[B, Hkv]` in float64.
-
-    Example:
-        >>> k = torch.ones(1, 4, 1, 2)
-        >>> from ovq.ops import ovq_attention
-        >>> _, state = ovq_attention(k, k, k, num_slots=1, chunk_size=4, output_final_state=True)
-        >>> from ovq.ops.state import forgetting
-        >>> state = faded(forgetting(state), torch.tensor([[0.5]], dtype=torch.float64).log())
-        >>> state.weight, state.keys
-        (tensor([[[2.]]]), tensor([[[[1., 1.]]]]))
-    """
+    """`state` with all weights and sums multiplied by exp(`log_factor`), `[B, Hkv]` in float64."""
     assert state.weight is not None
     assert state.pending_weights is not None
     factor = log_factor.exp().to(state.weight.dtype)[..., None]

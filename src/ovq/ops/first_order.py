@@ -17,15 +17,6 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     Raises:
         RuntimeError: from `backward`, if called with `create_graph=True` or `is_grads_batched=True`.
-
-    Example:
-        >>> from ovq.ops import ovq_attention
-        >>> x = torch.randn(1, 8, 1, 4, requires_grad=True)
-        >>> o, _ = ovq_attention(x, x, x, num_slots=4, chunk_size=4, backend="torch")
-        >>> torch.autograd.grad(o.sum(), x, create_graph=True)
-        Traceback (most recent call last):
-        ...
-        RuntimeError: expected create_graph=False, found True: kernels give no gradients of gradients. ...
     """
 
     @functools.wraps(backward)

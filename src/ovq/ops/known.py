@@ -25,14 +25,6 @@ class Known:
         bias, rate: supported values of `Ablation`; `"number"` stands for any number.
         gates: names of supported per-token gates.
         state_dtype: supported formats of the sums.
-
-    Example:
-        >>> rules = {"growth": ("plateau",), "init": ("novelty",), "merge": ("existing",)}
-        >>> known = Known(dtypes=(torch.float32,), **rules, gates=())
-        >>> options = {"num_slots": 8, "chunk_size": 4, "growth": "plateau", "init": "novelty", "seed": 0}
-        >>> known.refusal(torch.float32, Options(**options, merge="existing"))
-        >>> known.refusal(torch.float32, Options(**options, merge="updated"))
-        "expected merge 'existing', found 'updated'"
     """
 
     dtypes: tuple[torch.dtype, ...]

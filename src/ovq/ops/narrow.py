@@ -91,12 +91,6 @@ def rounded_(
         state_dtype: the format.
         weight: `[...]` of the slots if the format holds means.
         faded: new weights that the sums are to fade to; None to keep them.
-
-    Example:
-        >>> sums = torch.tensor([[254.0, 1.2]])
-        >>> rounded_(sums, "int8")
-        >>> sums
-        tensor([[254.,   2.]])
     """
     if state_dtype != "float32":
         means = narrowed(sums, state_dtype, weight)

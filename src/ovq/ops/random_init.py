@@ -13,12 +13,6 @@ def random_priority(seed: int, head: int, num_seen: int, chunk_size: int) -> Ten
 
     They depend only on the seed, the head and the position, not on the state of a generator, so a stream
     opens the same slots however it is batched or split into calls.
-
-    Example:
-        >>> bool((random_priority(0, 1, 64, 32) == random_priority(0, 1, 64, 32)).all())
-        True
-        >>> bool((random_priority(0, 1, 64, 32) == random_priority(0, 2, 64, 32)).all())
-        False
     """
     mixed = ((seed * _MIX + head) * _MIX + num_seen) * _MIX
     generator = torch.Generator().manual_seed((mixed ^ (mixed >> 31)) & _MASK)

@@ -51,13 +51,6 @@ def write_file(path: str | os.PathLike, tensors: dict[str, Tensor], *, metadata:
 
     Raises:
         OSError: if the file cannot be written.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "file"
-        >>> write_file(path, {"one": torch.ones(1)}, metadata={"format": "an-example", "version": "1"})
-        >>> read_file(path, what="an example", file_format="an-example", version=["1"])[1]
-        {'one': tensor([1.])}
     """
     with atomic_path(path) as temporary:
         try:
@@ -143,12 +136,7 @@ def load_state(path: str | os.PathLike, *, device: torch.device | str) -> dict[s
 
 
 def upgraded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a state or layer from an old file, converted to the current dtypes.
-
-    Example:
-        >>> upgraded({"pending_forget": torch.zeros(1, 2)})["pending_forget"].dtype
-        torch.float64
-    """
+    """Tensors of a state or layer from an old file, converted to the current dtypes."""
     # `pending_forget` used to have the dtype of the sums.
     old = tensors.get("pending_forget")
     if old is None or old.dtype != torch.float32:
@@ -210,11 +198,6 @@ def check_counts(where: str, count: Tensor, *, total: Tensor | int) -> None:
         where: source of the counts, for error messages.
         count: `[B, Hkv, M]` int64.
         total: number of tokens of each head, or `[B]` of the heads of each row.
-
-    Example:
-        >>> check_counts("state", torch.tensor([[[3, 2], [4, 0]]]), total=5)
-        Traceback (most recent call last):
-        ValueError: state: expected counts that add up to the tokens merged, [[5, 5]], found [[5, 4]]
     """
     if count.numel() and (least := int(count.min())) < 0:
         raise ValueError(f"{where}: expected counts of at least 0, found {least}")

@@ -405,15 +405,7 @@ def tensors_of(state: OVQState) -> dict[str, Tensor]:
 
 
 def state_tensors(state: OVQState) -> dict[str, Tensor]:
-    """The tensors of a state as they are saved: detached, contiguous, on the CPU, unused positions zero.
-
-    Example:
-        >>> state = OVQState.empty(
-        ...     batch_size=1, num_kv_heads=1, key_dim=4, value_dim=4, num_slots=8, chunk_size=4
-        ... )
-        >>> sorted(state_tensors(state))
-        ['count', 'key_sum', 'num_seen', 'pending_keys', 'pending_values', 'value_sum']
-    """
+    """The tensors of a state as they are saved: detached, contiguous, on the CPU, unused positions zero."""
     tensors = {name: x.detach().cpu().contiguous() for name, x in tensors_of(state).items()}
     # Positions beyond num_pending may hold tokens of another continuation, which must not reach the file.
     used = torch.arange(state.chunk_size, device="cpu") < state.num_pending[:, None]

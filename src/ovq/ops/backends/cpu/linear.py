@@ -62,11 +62,6 @@ def product(a: Tensor, b: Tensor, *, added_to: Tensor | None = None) -> Tensor:
 
     Returns:
         `[M, N]`: `added_to`, if it is given.
-
-    Example:
-        >>> a, b = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0], [4.0]])
-        >>> product(a, b), product(a, b, added_to=torch.ones(1, 1))
-        (tensor([[11.]]), tensor([[12.]]))
     """
     is_here = has_faster_products() and can_run(a, b) and not torch.is_autocast_enabled("cpu")
     is_dense = added_to is None or added_to.is_contiguous()

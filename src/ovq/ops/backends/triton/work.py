@@ -47,23 +47,6 @@ class Work:
         options: the layer's settings.
         capacity: number of slots allocated for the sums.
         num_kv_heads: Hkv.
-
-    Example:
-        >>> from ovq.ops.backends.alignment import AlignedRows
-        >>> from ovq.ops.call import Rows
-        >>> from ovq.ops.options import Options
-        >>> aligned = AlignedRows(Rows((0, 10), (10, 5)), pending=[0, 0], chunk_size=4, num_tokens=15)
-        >>> options = Options(
-        ...     num_slots=8, chunk_size=4, growth="plateau", init="novelty", merge="existing", seed=0
-        ... )
-        >>> plan = Plan.make(
-        ...     aligned, opened=[0, 0], num_merged=[0, 0], num_kv_heads=1, group_size=1, options=options
-        ... )
-        >>> work = Work(plan, plan.capacity, torch.device("cpu"))
-        >>> work.first, work.num_complete
-        ([0, 2, 4, 5], [2, 1, 0])
-        >>> work.table.tolist()[2:4]
-        [[1, 2, 4, 4, 1], [4, 2, 2, 1, 0]]
     """
 
     def __init__(self, plan: Plan, capacity: int, device: torch.device) -> None:
