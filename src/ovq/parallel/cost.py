@@ -48,15 +48,7 @@ class Cost:
 def handover_bytes(
     mixers: list[Mixer], *, num_tokens: int, num_rows: int = 1, dtype: torch.dtype = torch.bfloat16
 ) -> tuple[int, int]:
-    """Bytes of the states of all layers after `num_tokens` tokens, and of their gradients.
-
-    Example:
-        >>> config = OVQConfig(num_hidden_layers=2, hidden_size=128, num_attention_heads=2, num_slots=64)
-        >>> with torch.device("meta"):
-        ...     mixers = OVQForCausalLM(config).mixers()
-        >>> handover_bytes(mixers, num_tokens=10**6) == handover_bytes(mixers, num_tokens=10**7)
-        True
-    """
+    """Bytes of the states of all layers after `num_tokens` tokens, and of their gradients."""
     specs = [of_rows(mixer.state_spec(num_tokens, dtype), num_rows) for mixer in mixers]
     return sum(map(num_bytes, specs)), sum(num_bytes(floating(spec)) for spec in specs)
 

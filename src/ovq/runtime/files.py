@@ -27,14 +27,6 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Context manager: a temporary path, renamed to `path` if the block succeeds, removed otherwise.
 
     A reader sees the old file or the complete new one, never a part. OSErrors name `path`.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     with atomic_path(Path(folder) / "note.txt") as temporary:
-        ...         _ = temporary.write_text("whole or not at all")
-        ...     (Path(folder) / "note.txt").read_text()
-        'whole or not at all'
     """
     path = Path(path)
     # In the same folder, because a rename is atomic only within a file system; with the same ending, because
@@ -65,16 +57,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Context manager: a temporary path for a folder, renamed to `path` if the block succeeds, else removed.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     with atomic_folder(Path(folder) / "notes") as temporary:
-        ...         temporary.mkdir()
-        ...     (Path(folder) / "notes").is_dir()
-        True
-    """
+    """Context manager: a temporary path for a folder, renamed to `path` on success, else removed."""
     # In the same parent folder, so that the rename is atomic.
     temporary = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
     try:
@@ -103,16 +86,7 @@ def write_atomic(path: str | os.PathLike, text: str) -> None:
 
 @contextlib.contextmanager
 def claimed(folder: Path, *, command: str) -> Iterator[None]:
-    """Context manager that locks a folder for a command of this process; it is created if necessary.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder, claimed(Path(folder), command="ovq train"):
-        ...     with claimed(Path(folder), command="ovq train"):
-        ...         pass
-        Traceback (most recent call last):
-        ValueError: --out: expected a folder that no other `ovq train` is writing to, found ...
-    """
+    """Context manager that locks a folder for a command of this process; it is created if necessary."""
     folder.mkdir(parents=True, exist_ok=True)
     if fcntl is None:
         yield
@@ -136,13 +110,7 @@ def claimed(folder: Path, *, command: str) -> Iterator[None]:
 
 
 class TemporaryFolder(tempfile.TemporaryDirectory):
-    """A temporary folder; creating one also removes those of the same kind that killed processes have left.
-
-    Example:
-        >>> with TemporaryFolder("example") as folder:
-        ...     Path(folder).name.startswith("ovq-example-")
-        True
-    """
+    """A temporary folder; making one also removes those of the same kind that killed processes have left."""
 
     def __init__(self, kind: str) -> None:
         _remove_left(f"ovq-{kind}-")
@@ -195,16 +163,7 @@ def open_to_others(folder: Path) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     write_atomic(Path(folder) / "a.json", "[1, 2")
-        ...     read_json(Path(folder) / "a.json")
-        Traceback (most recent call last):
-        ValueError: ...a.json: expected JSON, found invalid JSON (Expecting ',' delimiter: ...)
-    """
+    """The content of a JSON file."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     # RecursionError for deeply nested content.
