@@ -40,14 +40,6 @@ def parsed(kind: type[AnyRequest], body: bytes) -> AnyRequest:
 
     Raises:
         APIError: If the body is not JSON, or a field is missing, unknown, not supported or out of range.
-
-    Example:
-        >>> from ovq.serve.schemas import CompletionRequest
-        >>> parsed(CompletionRequest, b'{"model": "m", "prompt": "a", "echo": false}').prompt
-        'a'
-        >>> parsed(CompletionRequest, b'{"model": "m", "prompt": "a", "echo": true}')
-        Traceback (most recent call last):
-        ovq.serve.errors.APIError: echo: expected False, as nothing else is supported, found True
     """
     try:
         fields = from_json(body, allow_inf_nan=False)

@@ -20,17 +20,6 @@ class Engine:
     """Runs the jobs of many clients on one model, in a thread of its own, which alone uses the model then.
 
     Other threads may read the counts of its `scheduler`, which need not be consistent.
-
-    Example:
-        >>> import queue
-        >>> from ovq.hf import OVQConfig, OVQForCausalLM
-        >>> from ovq.serve.model import ServedModel
-        >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
-        >>> events = queue.SimpleQueue()
-        >>> with Engine(ServedModel(OVQForCausalLM(config).eval()), Limits()) as engine:
-        ...     engine.submit([Generation(tokens=[1, 2, 3], deliver=events.put, max_tokens=1)])
-        ...     events.get()[-1]
-        FinishEvent(choice=0, reason='length')
     """
 
     def __init__(self, model: ServedModel, limits: Limits) -> None:

@@ -27,13 +27,6 @@ class Limits:
         max_connections: Open connections.
         prefix_bytes: Bytes of states kept, so that later prompts need not be read from the beginning; 0 for
             none.
-
-    Example:
-        >>> Limits(max_rows=8).max_rows
-        8
-        >>> Limits(max_rows=0)
-        Traceback (most recent call last):
-        ValueError: max_rows: expected at least 1, found 0
     """
 
     max_rows: int = 32

@@ -40,19 +40,7 @@ class Known:
 
 
 class Prefixes:
-    """States by the tokens that were read. Only for the thread that runs the model, except for the counts.
-
-    Example:
-        >>> from ovq.hf import OVQConfig, OVQForCausalLM
-        >>> from ovq.hf.rows import Rows
-        >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
-        >>> prompt, rows = [1, 2, 3, 4] * 20, Rows.start(OVQForCausalLM(config).eval())
-        >>> _ = rows.read([prompt])
-        >>> prefixes = Prefixes(max_bytes=10**6)
-        >>> prefixes.add("model", prompt, rows)
-        >>> prefixes.find("model", [*prompt, 5]).num_tokens, prefixes.find("other model", [*prompt, 5])
-        (80, Known(rows=None, num_tokens=0, fork=0))
-    """
+    """States by the tokens that were read. Only for the thread that runs the model, except for the counts."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes

@@ -61,11 +61,6 @@ def next_tokens(logits: Tensor, choices: Sequence[Choice]) -> list[int]:
 
     A row gets the token that `ovq.hf.streaming.stream_tokens` would choose with the same generator; the other
     rows of the batch have no influence.
-
-    Example:
-        >>> job = Generation(tokens=[1], deliver=print, max_tokens=1)
-        >>> next_tokens(torch.tensor([[0.0, 2.0, 1.0]]), choices_of(job, torch.device("cpu")))
-        [1]
     """
     logits = _allowed(logits.float(), choices)
     tokens = logits.argmax(-1)

@@ -68,20 +68,7 @@ class _Started:
 
 
 class Scheduler:
-    """Runs jobs on a model, step by step.
-
-    Example:
-        >>> from ovq.hf import OVQConfig, OVQForCausalLM
-        >>> from ovq.serve.model import ServedModel
-        >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
-        >>> scheduler = Scheduler(ServedModel(OVQForCausalLM(config).eval()), Limits())
-        >>> events = []
-        >>> scheduler.add(Generation(tokens=[1, 2, 3], deliver=events.extend, max_tokens=4))
-        >>> while scheduler.step():
-        ...     pass
-        >>> len(events), events[-1]
-        (5, FinishEvent(choice=0, reason='length'))
-    """
+    """Runs jobs on a model, step by step."""
 
     def __init__(self, model: ServedModel, limits: Limits) -> None:
         self.counts, self.prefixes = Counts(), Prefixes(limits.prefix_bytes)

@@ -166,11 +166,6 @@ def tools_as_text(
 
     Tools are described at the end of the system message, which is added if there is none; calls are in the
     assistant's messages, and results in messages of the user, as in Qwen's template.
-
-    Example:
-        >>> result = {"role": "tool", "content": "3", "tool_call_id": "call_1"}
-        >>> tools_as_text([result], [])
-        [{'role': 'user', 'content': '<tool_response>\\n3\\n</tool_response>'}]
     """
     found: list[dict[str, Any]] = []
     was_result = False
