@@ -22,14 +22,7 @@ Variant = tuple[tuple[str, Any], ...]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trial:
-    """Hyperparameters of a trial: of the optimizer, and optionally of the mixer.
-
-    Example:
-        >>> Trial(learning_rate=0.004).label, Trial(learning_rate=0.008, weight_decay=0.5).label
-        ('0.004', '0.008, decay 0.5')
-        >>> Trial(learning_rate=0.004, variant=(("kvm_growth", "plateau"),)).label
-        '0.004, kvm_growth plateau'
-    """
+    """Hyperparameters of a trial: of the optimizer, and optionally of the mixer."""
 
     learning_rate: float
     weight_decay: float = 0.0
@@ -143,16 +136,6 @@ def run_name(config: RunConfig) -> str:
 
     It depends only on fields that are not at their defaults, so that a new field whose default changes
     nothing does not change the names of existing runs.
-
-    Example:
-        >>> from ovq_lab.train.recipes import get_recipe
-        >>> config = get_recipe("recall-ovq")
-        >>> run_name(config)
-        'recall-ovq-seed0-...'
-        >>> run_name(config.override(["train.log_every=5"])) == run_name(config)
-        True
-        >>> run_name(config.override(["model.num_slots=65"])) == run_name(config)
-        False
     """
     sections = {name: described(getattr(config, name)) for name in ("task", "model", "train")}
     return f"{config.task.name}-{config.mixer}-seed{config.train.seed}-{digest(sections)}"

@@ -71,37 +71,7 @@ _EXPECTED = ("figure", "title", "rows", "panels", "seeds", "command", "environme
 
 
 def save_results(path: Path, results: dict[str, Any]) -> None:
-    """Write the results of a figure, whose `rows` are dicts, atomically.
-
-    Example:
-        >>> import tempfile
-        >>> rows = [{"line": "OVQ", "run": "a", "seed": 0, "length": n, "accuracy": n / 4} for n in (1, 2)]
-        >>> results = dict.fromkeys(("figure", "title", "panels", "seeds", "command", "environments"), "")
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     path = Path(folder) / "recall.json"
-        ...     save_results(path, {**results, "rows": rows})
-        ...     print(path.read_text().partition('"environments": "",')[2])
-        ...     load_results(path)["rows"] == rows
-        <BLANKLINE>
-         "shared": {"run": "a", "seed": 0},
-         "evaluations": [
-          ["length"],
-          [1],
-          [2]
-         ],
-         "rows": [
-          ["evaluation","accuracy"],
-          [1,0.25],
-          [2,0.5]
-         ],
-         "lines": [
-          ["line","first","last"],
-          ["OVQ",1,2]
-         ]
-        }
-        <BLANKLINE>
-        True
-    """
+    """Write the results of a figure, whose `rows` are dicts, atomically."""
     header = {name: value for name, value in results.items() if name != "rows"}
     parts = [
         f" {json.dumps(name)}: {_in_lines(value)}"
