@@ -39,12 +39,6 @@ def dictionaries_to_test(
         config: The model's config. Models without OVQ layers are tested once, with `Dictionary()`.
         num_slots: Numbers of slots; if empty, the model's own.
         merges: Merge rules, as in `OVQConfig.merge`; if empty, the model's own.
-
-    Example:
-        >>> dictionaries_to_test(OVQConfig(num_slots=64), merges=["existing", "nearest"])
-        [Dictionary(num_slots=64, merge='existing'), Dictionary(num_slots=64, merge='nearest')]
-        >>> dictionaries_to_test(OVQConfig(mixer_types=["mamba2"], num_hidden_layers=1), num_slots=[64])
-        [Dictionary(num_slots=None, merge=None)]
     """
     if not isinstance(config, OVQConfig) or "ovq" not in config.mixer_types:
         return [Dictionary()]
@@ -59,17 +53,6 @@ def each_dictionary(model: Any, tested: Sequence[Dictionary]) -> Iterator[Dictio
     """Set a model to one dictionary after the other, in evaluation mode; restore its own at the end.
 
     The model's own merge rule keeps its growth schedule; other rules use their default schedules.
-
-    Example:
-        >>> from ovq.hf import OVQForCausalLM
-        >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
-        >>> model = OVQForCausalLM(config)
-        >>> tested = dictionaries_to_test(config, num_slots=[16, 64], merges=["nearest"])
-        >>> [(found.num_slots, model.config.num_slots, model.config.merge)
-        ...     for found in each_dictionary(model, tested)]
-        [(16, 16, 'nearest'), (64, 64, 'nearest')]
-        >>> model.config.num_slots, model.config.merge
-        (1024, 'existing')
     """
     has_slots = isinstance(model.config, OVQConfig) and "ovq" in model.config.mixer_types
     own = Dictionary(model.config.num_slots, model.config.merge) if has_slots else Dictionary()

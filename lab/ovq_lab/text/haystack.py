@@ -144,14 +144,6 @@ class NeedleBuilder(HiddenValues):
     def repeat_bare(self, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """The shortest text to learn copying from: a needle without the words before its key, twice; returned
         as by `repeat`.
-
-        Example:
-            >>> from ovq_lab.text import byte_tokenizer
-            >>> builder = NeedleBuilder(byte_tokenizer(), value="number")
-            >>> ids, is_answer = builder.repeat_bare(np.random.default_rng(0))
-            >>> print(builder.tokenizer.decode(ids), "|", builder.tokenizer.decode(ids[is_answer]))
-             rapid-mirror is: 5600228.
-            rapid-mirror is: 5600228. |  5600228
         """
         [(key, value)] = self._pairs(random, 1)
         words = _BARE.format(key=key)

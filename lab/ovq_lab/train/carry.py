@@ -95,20 +95,7 @@ def save_lanes(path: Path, lanes: dict[int, OVQCache]) -> None:
 
 
 def load_lanes(path: Path, config: OVQConfig, device: torch.device | str) -> dict[int, OVQCache]:
-    """Load the states of lanes from a file of `save_lanes`.
-
-    Example:
-        >>> import tempfile
-        >>> from ovq.hf import OVQModel
-        >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
-        >>> cache = OVQCache(config)
-        >>> _ = OVQModel(config)(torch.tensor([[1, 2, 3]]), past_key_values=cache)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save_lanes(Path(folder) / "lanes", {5: cache})
-        ...     lanes = load_lanes(Path(folder) / "lanes", config, "cpu")
-        >>> lanes[5].get_seq_length()
-        3
-    """
+    """Load the states of lanes from a file of `save_lanes`."""
     lanes: dict[int, OVQCache] = {}
     with safe_open(path, framework="pt") as file:
         lengths = json.loads(file.metadata()["num_read"])

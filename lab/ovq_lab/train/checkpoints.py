@@ -40,19 +40,6 @@ def seal(folder: Path, *, with_subfolders: bool = False) -> None:
     Args:
         with_subfolders: Whether subfolders are parts of it, as in sharded checkpoints; otherwise their
             contents may change.
-
-    Example:
-        >>> import tempfile
-        >>> folder = Path(tempfile.mkdtemp())
-        >>> _ = (folder / "weights").write_text("0.5")
-        >>> fault(folder)
-        'it was never finished: it has no seal.json'
-        >>> seal(folder)
-        >>> fault(folder) is None
-        True
-        >>> _ = (folder / "weights").write_text("0")
-        >>> fault(folder)
-        'weights: expected 3 bytes, found 1'
     """
     found = folder.rglob("*") if with_subfolders else folder.iterdir()
     paths = sorted(path for path in found if path.is_file() and path.name != SEAL_FILE)

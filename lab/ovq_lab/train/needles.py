@@ -30,23 +30,6 @@ class NeedleWindows:
     its own, uniformly on a logarithmic scale. A text has one needle per 144 tokens, or per 216 if its values
     are uuids. Only the repeated values are predicted; when all tokens were predicted, a small model took
     twice as long to learn to look back.
-
-    Example:
-        >>> from ovq_lab.text import TextSource, byte_tokenizer, load_corpus
-        >>> from ovq_lab.train.recipes import get_recipe
-        >>> corpus = load_corpus(TextSource(dataset="stdlib", subset="json", held_out=0), "train")
-        >>> config, tokenizer = get_recipe("lm-ovq").override(["task.needle_share=0.5"]), byte_tokenizer()
-        >>> windows = NeedleWindows(config, corpus, tokenizer)
-        >>> [len(windows.texts(index)) for index in range(8)]
-        [0, 0, 0, 7, 0, 7, 7, 7]
-        >>> ids, is_answer = windows.texts(3)[0]
-        >>> print(tokenizer.decode(ids).replace(". ", ".\\n "))
-         One of the special magic numbers for clever-harbor is: 3090241.
-         One of the special magic numbers for dusty-kettle is: 6736258.
-        One of the special magic numbers for clever-harbor is: 3090241.
-        One of the special magic numbers for dusty-kettle is: 6736258.
-        >>> tokenizer.decode(ids[is_answer])
-        ' 3090241 6736258'
     """
 
     def __init__(self, config: RunConfig, corpus: Corpus, tokenizer: Any) -> None:
