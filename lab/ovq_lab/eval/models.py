@@ -54,15 +54,7 @@ def branch(cache: Any) -> Any:
 
 @torch.no_grad()
 def state_bytes(model: PreTrainedModel, num_tokens: int) -> int:
-    """Bytes of the cache of one row after `num_tokens` tokens.
-
-    Example:
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> sizes = dict(vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=3)
-        >>> model = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, **sizes))
-        >>> state_bytes(model, 100) == 100 * 3 * 2 * 16 * 4
-        True
-    """
+    """Bytes of the cache of one row after `num_tokens` tokens."""
     if isinstance(model, OVQForCausalLM):
         return model.state_bytes(num_tokens)
     cache = new_cache(model)

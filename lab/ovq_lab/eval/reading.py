@@ -67,14 +67,6 @@ def token_losses(model: PreTrainedModel, ids: np.ndarray, *, piece_size: int = P
 
     Returns:
         `[T - 1]` float32 losses in nats: entry p is the loss on token p + 1 after reading tokens 0 to p.
-
-    Example:
-        >>> from ovq.hf import OVQConfig, OVQForCausalLM
-        >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
-        >>> model, ids = OVQForCausalLM(config).eval(), np.arange(50) % 8
-        >>> whole = model(torch.from_numpy(ids)[None], labels=torch.from_numpy(ids)[None]).loss
-        >>> bool(np.isclose(token_losses(model, ids, piece_size=7).mean(), whole.item(), atol=1e-5))
-        True
     """
     if len(ids) < 2 or ids.min() < 0 or ids.max() >= model.config.vocab_size:
         raise ValueError(
@@ -108,11 +100,6 @@ def token_bytes(tokenizer: Any) -> np.ndarray:
     """The number of bytes of text that each token stands for, `[V]` int64; 0 for special tokens.
 
     Exact for byte-level and BPE tokenizers. For others, it counts the text that a token adds after a word.
-
-    Example:
-        >>> from ovq_lab.text import byte_tokenizer
-        >>> token_bytes(byte_tokenizer())[[65, 195, 256]]
-        array([1, 1, 0])
     """
     from tokenizers.decoders import ByteLevel
 

@@ -153,12 +153,6 @@ def decayed_products(x: Tensor, k: Tensor, total: Tensor) -> Tensor:
 
     Returns:
         `[..., C, C]`, row i, column j: `sum_c x_ic k_jc exp(total_ic - total_jc)`; 0 for j > i.
-
-    Example:
-        >>> ones, decay = torch.ones(2, 2), torch.tensor([[1.0, 1.0], [0.5, 0.25]])
-        >>> decayed_products(ones, ones, decay.log())
-        tensor([[2.0000, 0.0000],
-                [0.7500, 2.0000]])
     """
     products = (x * k).sum(-1)[..., None, None]
     size = 1

@@ -59,12 +59,6 @@ class StaticDictionary(OwnWeights):
 
     A slot that is assigned hardly any keys is dead [ours]: it restarts at a key of the batch, drawn by
     PyTorch's global generator with probability proportional to the key's squared distance from its own slot.
-
-    Example:
-        >>> dictionary = StaticDictionary(2, num_slots=8, head_dim=4, decay=0.99)
-        >>> means, slots = dictionary(torch.randn(3, 2, 5, 4))
-        >>> means.shape, slots.shape
-        (torch.Size([2, 8, 4]), torch.Size([3, 2, 5]))
     """
 
     #: Whether slots are learned in training; None: if the projection of the keys is trained.

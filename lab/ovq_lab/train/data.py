@@ -108,12 +108,6 @@ class CurriculumDataset(Dataset):
 
     An example and its length depend only on its index. A run can therefore resume at any step, and several
     processes that take batches in turn train on the same examples as a single process.
-
-    Example:
-        >>> from ovq_lab.train.recipes import get_recipe
-        >>> data = CurriculumDataset(get_recipe("recall-ovq"))
-        >>> {name: tuple(tensor.shape) for name, tensor in data.__getitems__([0, 1, 2]).items()}
-        {'input_ids': (3, 32), 'labels': (3, 32)}
     """
 
     def __init__(self, config: RunConfig) -> None:

@@ -29,14 +29,6 @@ class PackedTextDataset(Dataset):
     and shuffles the windows. A window may hold parts of several documents; each part is a row of its own in
     `cu_seqlens`, and none sees another. A window depends only on the seed and its index, as in
     `CurriculumDataset`. With needles, texts that contain them replace some of the windows.
-
-    Example:
-        >>> from ovq_lab.text import TextSource, load_corpus
-        >>> from ovq_lab.train.recipes import get_recipe
-        >>> corpus = load_corpus(TextSource(dataset="stdlib", subset="json", held_out=0), "train")
-        >>> data = PackedTextDataset(get_recipe("lm-ovq"), corpus)
-        >>> {name: tuple(tensor.shape) for name, tensor in data.__getitems__([0, 1, 2]).items()}
-        {'input_ids': (1, 6144), 'labels': (1, 6144), 'shift_labels': (1, 6144), 'cu_seqlens': (...,)}
     """
 
     def __init__(self, config: RunConfig, corpus: Corpus, needles: NeedleWindows | None = None) -> None:
@@ -103,13 +95,6 @@ class HeldOutWindows(Dataset):
 
     The documents are concatenated in order and cut into windows, of which `num_windows` (or all, if fewer)
     are taken at even distances. If all documents together are shorter than `length`, so is the window.
-
-    Example:
-        >>> from ovq_lab.text import TextSource, load_corpus
-        >>> corpus = load_corpus(TextSource(dataset="stdlib", subset="json", held_out=0), "train")
-        >>> data = HeldOutWindows(corpus, length=512, num_windows=4)
-        >>> len(data), data.__getitems__([3])["input_ids"].shape
-        (4, torch.Size([1, 512]))
     """
 
     def __init__(self, corpus: Corpus, *, length: int, num_windows: int) -> None:
@@ -141,15 +126,6 @@ class CarriedTextDataset(Dataset):
     from its first window to its last, which may be shorter. Window i belongs to lane `i % batch_size`. The
     next document of the epoch goes to the lane that has the least left to read. Lanes depend only on the
     seed, not on the processes that share them.
-
-    Example:
-        >>> from ovq_lab.text import TextSource, load_corpus
-        >>> from ovq_lab.train.recipes import get_recipe
-        >>> corpus = load_corpus(TextSource(dataset="stdlib", subset="json", held_out=0), "train")
-        >>> data = CarriedTextDataset(get_recipe("lm-ovq").override(["train.batch_size=2"]), corpus)
-        >>> batch = data.__getitems__([2])
-        >>> tuple(batch["input_ids"].shape), batch["lane"], batch["num_read"], batch["is_last"]
-        ((1, 2048), 0, 2048, False)
     """
 
     def __init__(self, config: RunConfig, corpus: Corpus) -> None:

@@ -44,11 +44,6 @@ def fidelity_rows(
         the memory when full, and `error`: the root mean squared difference to exact attention over 256
         queries, divided by the root mean square of exact attention, so that an output of 0 has an error of 1.
         For the figure, the memory is the `line` and the stream the `group`.
-
-    Example:
-        >>> rows = fidelity_rows(0, lengths=[128, 256], streams=["random"], num_slots=16, head_dim=8)
-        >>> len(rows), rows[0]["memory"], rows[0]["length"], rows[0]["bytes"]
-        (16, 'OVQ', 128, 1152)
     """
     scale = head_dim**0.5
     # A key, a value, and a count of 64 bits.
