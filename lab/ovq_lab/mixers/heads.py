@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ovq.layers.base import Mixer
@@ -53,14 +52,3 @@ class HeadsMixer(Mixer):
         """Queries `[B, T, H, K]`, keys and values `[B, T, Hkv, K]`."""
         sizes = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
         return channels.unflatten(-1, (-1, self.head_dim)).split(sizes, dim=2)
-
-
-def decayed_sums(state: Tensor, kept: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
-    """A state before each chunk, `[B, H, n, ...]`, and after the last; each chunk multiplies it by its entry
-    of `kept` and adds that of `added`, both `[B, H, n, ...]`."""
-    before = []
-    # `unbind`, because the gradient of an index is a tensor as large as all chunks together.
-    for share, new in zip(kept.unbind(2), added.unbind(2), strict=True):
-        before.append(state)
-        state = state * share + new
-    return torch.stack(before, dim=2), state

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from ovq.fields import ConfigField
 from ovq.layers.cache import LayerCache
-from ovq.layers.chunked import can_use_fla, decay_between, from_chunks, to_chunks
+from ovq.layers.chunked import can_use_fla, decay_between, decayed_sums, from_chunks, to_chunks
 from ovq.layers.common import OwnWeights, l2_normalize
 from ovq.layers.constant import ConstantStateMixer, sum_dtype, without_autocast
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.memory import StateSpec
 from ovq.ops.first_order import first_order
-from ovq_lab.mixers.heads import HeadsMixer, decayed_sums
+from ovq_lab.mixers.heads import HeadsMixer
 from ovq_lab.mixers.norms import WideRMSNorm
 
 STEPS = 30

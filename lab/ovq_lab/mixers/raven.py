@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from ovq.fields import ConfigField
 from ovq.layers.cache import LayerCache
-from ovq.layers.chunked import DecayRates, from_chunks, to_chunks
+from ovq.layers.chunked import DecayRates, decayed_sums, from_chunks, to_chunks
 from ovq.layers.constant import ConstantStateMixer, sum_dtype, without_autocast
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.memory import StateSpec
 from ovq.layers.sizes import checked_head_dim, num_projected
-from ovq_lab.mixers.heads import HeadsMixer, decayed_sums
+from ovq_lab.mixers.heads import HeadsMixer
 from ovq_lab.mixers.norms import WideRMSNorm
 
 NOISE = True

@@ -87,6 +87,17 @@ def decay_between(total: Tensor) -> Tensor:
     return (total[..., :, None] - total[..., None, :]).masked_fill(is_later, -torch.inf).exp()
 
 
+def decayed_sums(state: Tensor, kept: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+    """A state before each chunk, `[B, H, n, ...]`, and after the last; each chunk multiplies it by its entry
+    of `kept` and adds that of `added`, both `[B, H, n, ...]`."""
+    before = []
+    # `unbind`, because the gradient of an index is a tensor as large as all chunks together.
+    for share, new in zip(kept.unbind(2), added.unbind(2), strict=True):
+        before.append(state)
+        state = state * share + new
+    return torch.stack(before, dim=2), state
+
+
 def delta_rule_in_chunks(
     v: Tensor,
     rate: Tensor,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ovq.fields import ConfigField
 from ovq.layers.base import Mixer
 from ovq.layers.cache import LayerCache
-from ovq.layers.chunked import DecayRates, decay_between, from_chunks, to_chunks
+from ovq.layers.chunked import DecayRates, decay_between, decayed_sums, from_chunks, to_chunks
 from ovq.layers.common import OwnWeights
 from ovq.layers.constant import ConstantStateMixer, sum_dtype, without_autocast
 from ovq.layers.layout import SequenceLayout
@@ -154,9 +154,6 @@ def state_space_scan(
     within = (c @ b.transpose(-1, -2) * decay_between(total)) @ x
     since_start, to_end = total.exp()[..., None], (total[..., -1:] - total).exp()[..., None]
     added = b.transpose(-1, -2) @ (x * to_end)
-    states = []
-    for i in range(x.shape[2]):
-        states.append(state)
-        state = state * since_start[:, :, i, -1:] + added[:, :, i]
-    from_state = c @ torch.stack(states, 2) * since_start
+    before, state = decayed_sums(state, since_start[..., -1:, :], added)
+    from_state = c @ before * since_start
     return from_chunks(within + from_state, num_tokens), state
