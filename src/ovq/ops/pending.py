@@ -21,12 +21,6 @@ class PendingBuffers:
         written: number of tokens written in each row.
         weights: `[B, Hkv, C]`; None without token weights.
         num_seen: `num_seen` of the state that the last step made; None before the first step.
-
-    Example:
-        >>> buffers = PendingBuffers.copied(torch.zeros(1, 1, 4, 2), torch.zeros(1, 1, 4, 2), [0])
-        >>> own = buffers.keys, buffers.values
-        >>> buffers.take(*own, [0]), buffers.take(*own, [1]), buffers.take(*own, [1])
-        (True, True, False)
     """
 
     keys: Tensor

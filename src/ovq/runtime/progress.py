@@ -44,12 +44,6 @@ class Reporter:
     Args:
         console: Where to report; None for standard error, or nowhere after `set_quiet`.
         is_long: Replace a full bar by a line, for more pieces of work than fit on a screen.
-
-    Example:
-        >>> with Reporter(Console(quiet=True)) as reporter:
-        ...     work = reporter.start("counting", total=2)
-        ...     work.update(1, note="one")
-        ...     work.update(2, note="two")
     """
 
     def __init__(self, console: Console | None = None, *, is_long: bool = False) -> None:

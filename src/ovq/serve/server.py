@@ -19,12 +19,7 @@ from ovq.serve.limits import Limits
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address can only be reached from this machine.
-
-    Example:
-        >>> is_loopback("localhost"), is_loopback("::1"), is_loopback("0.0.0.0")
-        (True, True, False)
-    """
+    """Whether an address can only be reached from this machine."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

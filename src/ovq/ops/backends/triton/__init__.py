@@ -60,16 +60,7 @@ def learn(chunks: Merging) -> Learned:
 
 
 def missing(q: Tensor, v: Tensor, options: Options) -> str | None:
-    """Missing requirement to run a supported call (Triton, a GPU, sizes within bounds); None if none.
-
-    Example:
-        >>> x = torch.zeros(1, 4, 1, 512)
-        >>> options = Options(
-        ...     num_slots=8, chunk_size=4, growth="plateau", init="novelty", merge="existing", seed=0
-        ... )
-        >>> missing(x, x, options) is None
-        False
-    """
+    """Missing requirement to run a supported call (Triton, a GPU, sizes within bounds); None if none."""
     if not HAS_TRITON:
         return "expected the package triton to be installed (pip install 'ovq[triton]'), found none"
     is_interpreted = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
