@@ -26,6 +26,7 @@ from ovq_lab.mixers import (
     RavenAttention,
     VQAttention,
 )
+from tests.written import Written
 
 HIDDEN, TOKENS, ROWS = 24, 23, 3
 MAKERS = {
@@ -428,3 +429,18 @@ def test_the_names_of_weights_are_those_of_saved_models(name):
     }.get(name, {"qk_norm.beta"})
     expected = {"qkv_proj.weight", "qkv_conv.weight", "o_proj.weight"} | own
     assert set(MIXERS[name](HIDDEN, 4).state_dict()) == expected
+
+
+@pytest.mark.parametrize("name", [name for name in MIXERS if name not in ("full_attention", "fox")])
+def test_training_with_a_bounded_state_is_linear_in_tokens(name):
+    """The gradient of an index, taken once per chunk, would be as large as the whole each time."""
+    # Few slots, so that the state is as large in either case.
+    mixer = MIXERS[name](HIDDEN, 4, **{"num_slots": 64} if name in ("ovq", "kvm", "vq") else {})
+
+    def written(length):
+        x = torch.randn(1, length, HIDDEN, requires_grad=True)
+        with Written() as mode:
+            mixer(x)[0].sum().backward()
+        return mode.numel
+
+    assert written(2048) < 2.2 * written(1024)

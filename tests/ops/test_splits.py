@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ovq.ops import ovq_attention
 from ovq.ops.ablation import Ablation
@@ -11,25 +9,13 @@ from ovq.ops.checks import checked_call, checked_scale
 from ovq.ops.options import options_of
 from ovq.ops.splits import groups_of
 from tests.ops.common import BACKENDS, CPU, assert_same_state, attend, either_rule, inputs
+from tests.written import Written
 
 OPTIONS = {"num_slots": 24, "chunk_size": 4}
 LENGTHS = [70, 3, 0, 4, 3, 20, 5, 2, 1, 3, 3, 2]
 GATES = ({}, {"token_weights": 1.0}, {"log_forget": -1.0})
 gated = pytest.mark.parametrize("gate", GATES, ids=["none", "token_weights", "log_forget"])
 backends = pytest.mark.parametrize("backend", [*BACKENDS, *CPU])
-
-
-class Written(TorchDispatchMode):
-    """Counts the elements of the tensors that operations return."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        # Views write nothing.
-        if all(a.alias_info is None or a.alias_info.is_write for a in function._schema.returns):
-            self.numel += sum(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))
-        return out
 
 
 def of_tokens(gate, x):

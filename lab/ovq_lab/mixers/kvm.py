@@ -240,22 +240,21 @@ class KVMAttention(HeadsMixer, OwnWeights):
             normalize=self._normalized,
         )
         outputs = []
-        # While the window is not full, nothing leaves it.
-        for start in (0, *range(schedule.window_size, end, schedule.chunk_size)):
-            stop = min(end, start + schedule.chunk_size if start else schedule.window_size)
-            oldest = start + schedule.chunk_size - schedule.window_size if start else 0
-            if start:
-                slots = self._updated(slots, tokens, start, seen, ends)
-            if stop > first:
-                own = slice(max(0, start - first), stop - first)
-                window = slice(oldest, stop)
-                o = slots.read(
-                    q_slots[:, :, own],
-                    q_window[:, :, own],
-                    keys[:, :, window],
-                    tokens["values"][:, :, window],
-                )
-                outputs.append(o)
+        # Columns after which a chunk leaves the window: none while it is not full.
+        stops = [*range(schedule.window_size, end, schedule.chunk_size), end]
+        # Split, because the gradient of a slice is as large as all tokens together.
+        chunks = {name: x.split(schedule.chunk_size, 2) for name, x in tokens.items()}
+        sizes = [max(0, stop - max(first, start)) for start, stop in zip([0, *stops], stops, strict=False)]
+        queries = zip(q_slots.split(sizes, 2), q_window.split(sizes, 2), strict=True)
+        rotated = keys.split(schedule.chunk_size, 2)
+        for i, (of_slots, of_window) in enumerate(queries):
+            if i:
+                leaving = {name: x[i - 1] for name, x in chunks.items()}
+                slots = self._updated(slots, leaving, stops[i - 1], seen, ends)
+            if sizes[i]:
+                window = slice(i, i + schedule.window_chunks)
+                k, v = (torch.cat(x[window], dim=2) for x in (rotated, chunks["values"]))
+                outputs.append(slots.read(of_slots, of_window, k, v))
         o = cut(torch.cat(outputs, dim=2), offsets, [q.shape[2]] * len(offsets))
         # Before there are slots, weights that only slots use get a zero gradient instead of None: distributed
         # training waits for the gradient of every weight.
@@ -269,12 +268,11 @@ class KVMAttention(HeadsMixer, OwnWeights):
         return o, state | {"num_seen": torch.tensor(num_seen)}
 
     def _updated(
-        self, slots: Slots, tokens: dict[str, Tensor], start: int, seen: list[int], ends: list[int]
+        self, slots: Slots, leaving: dict[str, Tensor], start: int, seen: list[int], ends: list[int]
     ) -> Slots:
-        """The slots for queries from column `start` on: the chunk that has left the window is in them."""
+        """The slots for queries from column `start` on, with the chunk that has left the window then."""
         schedule = self.schedule
-        leaving = slice(start - schedule.window_size, start - schedule.window_size + schedule.chunk_size)
-        k, v, gate = (tokens[name][:, :, leaving] for name in WINDOW_TENSORS)
+        k, v, gate = (leaving[name] for name in WINDOW_TENSORS)
         is_active = [start < end for end in ends]
         num_open = [
             schedule.num_open(schedule.num_left(n) + start + 1) if active else num

@@ -329,38 +329,32 @@ def vq_read(
     Returns:
         `[R, H, T, V]`, and `count` and `value_sum` including these tokens.
     """
-    num_tokens, num_kv_heads = q.shape[2], k.shape[1]
-    q = q.unflatten(1, (num_kv_heads, -1))
     belongs = F.one_hot(slots, means.shape[1])
     belongs = belongs if is_token is None else belongs * is_token
-    outputs, begin = [], 0
-    for start in range(0, num_tokens, chunk_size):
-        own = slice(start, min(start + chunk_size, num_tokens))
-        recent = slice(begin, own.stop)
-        queries = q[:, :, :, own]
+    # Split, because the gradient of a slice is as large as all tokens together.
+    chunks = [x.split(chunk_size, -2) for x in (q.unflatten(1, (k.shape[1], -1)), k, v, belongs)]
+    outputs = []
+    last_k, last_v, last_belongs = k[:, :, :0], v[:, :, :0], belongs[:, :, :0]
+    for queries, own_k, own_v, own_belongs in zip(*chunks, strict=True):
+        recent_k, recent_v = torch.cat([last_k, own_k], 2), torch.cat([last_v, own_v], 2)
         to_slots = queries.flatten(2, 3) @ means.transpose(-1, -2) + count.to(q.dtype).log()[:, :, None]
-        place = torch.arange(begin, own.stop, device=q.device)
-        is_later = (place > place[start - begin :, None]).repeat(queries.shape[2], 1)
-        to_tokens = queries.flatten(2, 3) @ k[:, :, recent].transpose(-1, -2)
+        place = torch.arange(recent_k.shape[2], device=q.device)
+        is_later = (place > place[last_k.shape[2] :, None]).repeat(queries.shape[2], 1)
+        to_tokens = queries.flatten(2, 3) @ recent_k.transpose(-1, -2)
         weights = torch.cat([to_slots, to_tokens.masked_fill(is_later, -torch.inf)], dim=-1).softmax(-1)
         from_slots, from_tokens = weights.split([means.shape[1], to_tokens.shape[-1]], dim=-1)
         value_means = value_sum / count.clamp(min=1).to(value_sum.dtype)[..., None]
-        o = from_slots @ value_means + from_tokens @ v[:, :, recent]
+        o = from_slots @ value_means + from_tokens @ recent_v
         outputs.append(o.unflatten(2, (queries.shape[2], -1)))
-        if start:
-            count, value_sum = _merged(count, value_sum, belongs, v, slice(begin, start))
-        begin = start
-    count, value_sum = _merged(count, value_sum, belongs, v, slice(begin, num_tokens))
+        count, value_sum = _merged(count, value_sum, last_belongs, last_v)
+        last_k, last_v, last_belongs = own_k, own_v, own_belongs
+    count, value_sum = _merged(count, value_sum, last_belongs, last_v)
     return torch.cat(outputs, dim=3).flatten(1, 2), count, value_sum
 
 
-def _merged(
-    count: Tensor, value_sum: Tensor, belongs: Tensor, v: Tensor, chunk: slice
-) -> tuple[Tensor, Tensor]:
+def _merged(count: Tensor, value_sum: Tensor, belongs: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Counts and sums including the tokens of a chunk."""
-    belongs = belongs[:, :, chunk]
-    added = belongs.transpose(-1, -2).to(v.dtype) @ v[:, :, chunk]
-    return count + belongs.sum(2), value_sum + added
+    return count + belongs.sum(2), value_sum + belongs.transpose(-1, -2).to(v.dtype) @ v
 
 
 def _mean_distance(k: Tensor, nearest: Tensor, mask: Tensor | None) -> Tensor:
