@@ -58,11 +58,11 @@ class PositionalRecallTask(StoredPairsTask):
         >>> print(*(label if label != -100 else "." for label in labels[0]))
         . . . . . . . . . . . . . 15 11
 
-        The slices group the asked tokens by which occurrence of the key they ask for, and by how many tokens
-        lie between the query and the pair it asks for:
+        The slices group the asked tokens by which occurrence of the key they ask for, by whether an earlier
+        question has repeated it, and by how many tokens lie between the query and the pair of the context:
 
-        >>> {name: int(mask.sum()) for name, mask in slices.items()}
-        {'occurrence 1': 1, 'occurrence 2': 1, 'distance 2-3': 1, 'distance 4-7': 0, 'distance 8-15': 1}
+        >>> {name: int(mask.sum()) for name, mask in slices.items() if mask.any()}
+        {'occurrence 1': 1, 'occurrence 2': 1, 'asking first': 2, 'distance 2-3': 1, 'distance 8-15': 1}
     """
 
     name: ClassVar[str] = "positional"
@@ -119,7 +119,7 @@ class PositionalRecallTask(StoredPairsTask):
             mask[:, self.query_positions + self.key_length + occurrence] = True
             slices[f"occurrence {occurrence + 1}"] = mask
         distances = self.query_positions[:, None] - starts[rows, asked]
-        slices |= distance_masks(
+        slices |= self.askings(labels, self.num_keys) | distance_masks(
             distances.reshape(len(indices), self.num_queries * self.num_occurrences),
             labels != IGNORE_INDEX,
             smallest=self.pair_length + 1,

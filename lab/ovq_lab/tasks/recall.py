@@ -104,6 +104,16 @@ class StoredPairsTask(Task):
         """`[Q]` the first token of each query."""
         return self.context_length + 1 + np.arange(self.num_queries) * self.query_length
 
+    def askings(self, labels: np.ndarray, num_keys: int) -> dict[str, np.ndarray]:
+        """The slices of the first round of questions, for each of `num_keys` keys once, and of later rounds.
+
+        Of the latter, the input holds the answer again, in an earlier question.
+        """
+        first, later = labels != IGNORE_INDEX, labels != IGNORE_INDEX
+        end = self.context_length + 1 + num_keys * self.query_length
+        first[:, end:], later[:, :end] = False, False
+        return {"asking first": first, "asking later": later}
+
     def tokens_of(
         self, pairs: np.ndarray, starts: np.ndarray, queries: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -128,7 +138,8 @@ class RecallTask(StoredPairsTask):
     An example is `context, separator, queries`. The context holds `num_pairs` pairs, each of `key_length` key
     tokens and then `value_length` value tokens. They lie at random places in a random order, and the
     remaining tokens are fillers. A query repeats a pair, and the model has to predict the value. No key is
-    asked a second time before every key was asked once. Ids: 0 is the filler, 1 the separator, then come the
+    asked a second time before every key was asked once; with the defaults each is asked about five times, and
+    the answers stay in the input. Ids: 0 is the filler, 1 the separator, then come the
     key tokens, and the upper half are value tokens.
 
     Attributes:
@@ -157,10 +168,11 @@ class RecallTask(StoredPairsTask):
         >>> print(*(label if label != -100 else "." for label in labels[0]))
         . . . . . . . . . . . . . . . 12 . . 9
 
-        The slices group the asked tokens by how many tokens lie between the query and the pair it asks for:
+        The slices group the asked tokens by whether an earlier question has repeated the pair, and by how
+        many tokens lie between the query and the pair of the context:
 
         >>> {name: int(mask.sum()) for name, mask in slices.items()}
-        {'distance 4-7': 0, 'distance 8-15': 2, 'distance 16-31': 0}
+        {'asking first': 2, 'asking later': 0, 'distance 4-7': 0, 'distance 8-15': 2, 'distance 16-31': 0}
     """
 
     name: ClassVar[str] = "recall"
@@ -208,7 +220,7 @@ class RecallTask(StoredPairsTask):
         inputs, labels = self.tokens_of(pairs, starts, queries=pairs[rows, asked])
         distances = self.query_positions - starts[rows, asked]
         # The shortest distance is from the first query to the last pair, with the separator between.
-        slices = distance_masks(
+        slices = self.askings(labels, self.num_stored) | distance_masks(
             np.repeat(distances, self.value_length, axis=1),
             labels != IGNORE_INDEX,
             smallest=self.pair_length + 1,
