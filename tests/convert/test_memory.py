@@ -11,6 +11,7 @@ from ovq.convert.memory import HeadMemory
 from ovq.ops import options, ovq_attention
 from ovq.ops.narrow import narrowed, widened
 from ovq.ops.options import default_growth
+from tests.written import Written
 
 SIZES = {"num_slots": 12, "window": 16, "num_sinks": 3, "chunk_size": 8, "value_weight": 0.7}
 
@@ -173,3 +174,18 @@ def test_gradients_need_slots_in_float32():
     expected = r"gradients: expected slots in float32 \(state_dtype\) or torch.no_grad\(\), found int8"
     with pytest.raises(ValueError, match=expected):
         memory.attend(q.requires_grad_(), k, v, [90, 90])
+
+
+def test_the_cost_of_gradients_is_linear_in_tokens():
+    budget = Budget(
+        heads=(0,), num_slots=8, window=16, num_sinks=2, chunk_size=8, merge="nearest", value_weight=1.0
+    )
+
+    def written(length):
+        k = torch.randn(1, 1, length, 8, requires_grad=True)
+        with Written() as mode:
+            o = HeadMemory(budget, k, k).attend(k, k, k, [length])
+            o.sum().backward()
+        return mode.numel
+
+    assert written(1024) < 2.2 * written(512)

@@ -10,6 +10,7 @@ complete:
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
 import itertools
@@ -225,7 +226,7 @@ def _check_names(names: list[str]) -> None:
     if not names:
         raise ValueError("dataset: expected at least one document that is not empty, found none")
     if len(set(names)) < len(names):
-        twice = next(name for i, name in enumerate(names) if name in names[:i])
+        twice = next(name for name, num in collections.Counter(names).items() if num > 1)
         raise ValueError(f"dataset: expected unique names of documents, found {twice!r} twice")
 
 

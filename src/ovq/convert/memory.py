@@ -334,7 +334,6 @@ class HeadMemory:
             temperature: `[h * G]` factor of the scores of slots with several tokens. bias: `[h * G]` summand
                 of these scores.
         """
-        o = None if q is None else q.new_zeros(*q.shape[:3], v.shape[3])
         has_graph = torch.is_grad_enabled() and any(
             x is not None and x.requires_grad for x in (q, k, v, temperature, bias)
         )
@@ -345,6 +344,10 @@ class HeadMemory:
             )
         if not has_graph:
             self._own_all_()
+        slots = {"temperature": temperature, "bias": bias}
+        if len({*zip(lengths, self.filled, strict=True)}) == 1:
+            return self._attend_alike(q, k, v, lengths[0], has_graph, **slots)
+        o = None if q is None else q.new_zeros(*q.shape[:3], v.shape[3])
         done, every = [0] * len(lengths), slice(None)
         while done != list(lengths):
             # Up to the next merge of each row.
@@ -352,33 +355,51 @@ class HeadMemory:
                 min(n - d, self.budget.num_exact - f)
                 for n, d, f in zip(lengths, done, self.filled, strict=True)
             ]
-            if has_graph:
-                # What autograd has saved must not change.
-                self.recent_keys, self.recent_values = self.recent_keys.clone(), self.recent_values.clone()
-                self._has_graph = True
             # Indices of the tokens among the new ones, and of their places.
-            new: tuple[Any, ...]
-            places: tuple[Any, ...]
-            is_even = len({*zip(now, done, self.filled, strict=True)}) == 1
-            if is_even:
-                new, places = ((every, every, slice(x[0], x[0] + now[0])) for x in (done, self.filled))
-            else:
-                triples = [(b, done[b] + i, i) for b, n in enumerate(now) for i in range(n)]
-                rows, source, step = torch.tensor(triples, device=k.device).T
-                filled = torch.tensor(self.filled, device=k.device)[rows]
-                new, places = (rows, every, source), (rows, every, filled + step)
-            self.recent_keys[places], self.recent_values[places] = k[new], v[new]
-            if q is not None and o is not None and is_even:
-                o[new] = self._read(q[new], temperature, bias)
-            elif q is not None and o is not None:
+            triples = [(b, done[b] + i, i) for b, n in enumerate(now) for i in range(n)]
+            rows, source, step = torch.tensor(triples, device=k.device).T
+            filled = torch.tensor(self.filled, device=k.device)[rows]
+            new = rows, every, source
+            self._store((rows, every, filled + step), k[new], v[new], has_graph)
+            if q is not None and o is not None:
                 queries = q.new_zeros(*q.shape[:2], max(now), q.shape[3])
                 queries[rows, :, step] = q[new]
-                o[new] = self._read(queries, temperature, bias)[rows, :, step]
+                o[new] = self._read(queries, **slots)[rows, :, step]
             done = [d + n for d, n in zip(done, now, strict=True)]
-            self.filled = [f + n for f, n in zip(self.filled, now, strict=True)]
-            if full := [b for b, f in enumerate(self.filled) if f == self.budget.num_exact]:
-                self._merge(full)
+            self._count(now)
         return o
+
+    def _attend_alike(
+        self, q: Tensor | None, k: Tensor, v: Tensor, num: int, has_graph: bool, **slots: Tensor | None
+    ) -> Tensor | None:
+        """`attend` for rows that merge at the same time, of `num` tokens each; `slots` are as in `_read`."""
+        first, size = min(num, self.budget.num_exact - self.filled[0]), self.budget.chunk_size
+        sizes = [first, *(min(size, num - i) for i in range(first, num, size)), k.shape[2] - num]
+        # Split, because the gradient of a slice is as large as all tokens together.
+        *tokens, _ = zip(*(x.split(sizes, 2) for x in (k, v, k if q is None else q)), strict=True)
+        outputs = []
+        for own_k, own_v, own_q in tokens if num else ():
+            now = own_k.shape[2]
+            places = slice(None), slice(None), slice(self.filled[0], self.filled[0] + now)
+            self._store(places, own_k, own_v, has_graph)
+            if q is not None:
+                outputs.append(self._read(own_q, **slots).to(q.dtype))
+            self._count([now] * len(self.filled))
+        return q if q is None else torch.cat([*outputs, q.new_zeros(*q.shape[:2], sizes[-1], v.shape[3])], 2)
+
+    def _store(self, places: tuple[Any, ...], k: Tensor, v: Tensor, has_graph: bool) -> None:
+        """Keep tokens exactly, at these places."""
+        if has_graph:
+            # What autograd has saved must not change.
+            self.recent_keys, self.recent_values = self.recent_keys.clone(), self.recent_values.clone()
+            self._has_graph = True
+        self.recent_keys[places], self.recent_values[places] = k, v
+
+    def _count(self, now: Sequence[int]) -> None:
+        """Count stored tokens, and merge in rows that are full."""
+        self.filled = [f + n for f, n in zip(self.filled, now, strict=True)]
+        if full := [b for b, f in enumerate(self.filled) if f == self.budget.num_exact]:
+            self._merge(full)
 
     def _read(self, q: Tensor, temperature: Tensor | None, bias: Tensor | None) -> Tensor:
         """Outputs `[B, h * G, n, V]` of queries; the first belongs to exact token number `filled`."""
