@@ -66,10 +66,10 @@ class PreparedStep:
 
     def continues(self, state: OVQState, options: Options) -> bool:
         """Whether this step serves the next token of a state: same options and tensors, no gradient."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
         # The options of a call do not have the format of the state.
         if rounding_sums(options, self.options.state_dtype) is not self.options:
-            return False
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
         if is_transformed():
             return False
