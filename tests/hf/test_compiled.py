@@ -128,19 +128,3 @@ def test_projections_in_a_graph_are_those_of_the_kernels(monkeypatch):
         ]
         torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
     assert any("ovq.linear" in name for name in names)
-
-
-@pytest.mark.filterwarnings("error:.*Silent incorrectness:UserWarning")
-@torch.no_grad()
-def test_decoding_with_narrow_slots_warns_of_nothing():
-    model, ids = make_model(**MIXERS).eval(), random_ids(1, 20)
-    model.set_state_dtype("int8")
-    compiled, caches, logits = (
-        torch.compile(model, backend="eager"),
-        [OVQCache(model.config) for _ in "ab"],
-        [],
-    )
-    for run, cache in zip((compiled, model), caches, strict=True):
-        parts = ids.split([8] + [1] * 12, 1)
-        logits.append(torch.cat([run(part, **{CACHE_KEY: cache}).logits for part in parts], 1))
-    torch.testing.assert_close(logits[0], logits[1])
