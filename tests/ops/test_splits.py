@@ -59,6 +59,18 @@ def test_rows_of_very_different_lengths_are_those_alone(backend, merge, gate):
     torch.testing.assert_close(grads, expected, rtol=1e-4, atol=1e-4)
 
 
+@backends
+def test_rows_that_continue_pending_tokens_are_not_mixed_up(backend):
+    """Their states have no slots yet."""
+    q, k, v = inputs(1, sum(LENGTHS), dtype=torch.float32)
+    ends = torch.tensor([0, *LENGTHS]).cumsum(0)
+    before = inputs(len(LENGTHS), 3, dtype=torch.float32, seed=1)
+    _, state = attend(*before, **OPTIONS, backend=backend)
+    given = {"initial_state": state, "cu_seqlens": ends, "backend": backend, **OPTIONS}
+    o, _ = ovq_attention(q, k, v, **given)
+    torch.testing.assert_close(o, attend(q, k, v, **given)[0])
+
+
 @pytest.mark.parametrize("backend", ["torch", *CPU])
 @gated
 def test_short_rows_beside_a_long_one_cost_no_more_than_alone(backend, gate):

@@ -49,7 +49,7 @@ def groups_of(call: Call) -> list[list[int]]:
     """
     rows, options = call.rows.lengths, call.options
     together = [list(range(len(rows)))]
-    if call.wants_state or call.state.count.shape[2] or max(rows, default=0) < options.chunk_size:
+    if call.wants_state or bool(call.state.num_seen.any()) or max(rows, default=0) < options.chunk_size:
         return together
     slots = [slots_by_chunk(0, 0, n // options.chunk_size, **options.schedule)[-1] for n in rows]
     if len(rows) * max(slots) <= _LEAST_SAVED * sum(slots):
