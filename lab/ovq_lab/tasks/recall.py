@@ -139,8 +139,8 @@ class RecallTask(StoredPairsTask):
     tokens and then `value_length` value tokens. They lie at random places in a random order, and the
     remaining tokens are fillers. A query repeats a pair, and the model has to predict the value. No key is
     asked a second time before every key was asked once; with the defaults each is asked about five times, and
-    the answers stay in the input. Ids: 0 is the filler, 1 the separator, then come the
-    key tokens, and the upper half are value tokens.
+    the answers stay in the input. Ids: 0 is the filler, 1 the separator, then come the key tokens, and the
+    upper half are value tokens.
 
     Attributes:
         length: Tokens per example, T.
