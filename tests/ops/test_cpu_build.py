@@ -4,6 +4,7 @@ import _ctypes
 import concurrent.futures
 import contextlib
 import ctypes
+import multiprocessing
 import os
 import re
 import select
@@ -384,6 +385,17 @@ def test_threads_that_start_at_once_compile_once(compiler, fresh):
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
         assert len({id(library) for library in pool.map(lambda _: build.load(), range(6))}) == 1
     assert len(compiler.calls) == 2, "once compiled, once linked"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks on this system")
+def test_a_process_forked_while_a_thread_builds_does_not_wait_for_it():
+    forked = multiprocessing.get_context("fork").Process(target=build.origin)
+    with build._lock:
+        forked.start()
+        forked.join(timeout=60)
+        is_waiting = forked.is_alive()
+        forked.kill()
+    assert not is_waiting
 
 
 @needs_compiler

@@ -173,31 +173,34 @@ def test_a_folder_is_claimed_by_one_at_a_time(tmp_path, monkeypatch):
             pass
 
 
-def _folder_of_a_process_that_is_killed(pipe):
-    folder = TemporaryFolder("killed")
+def _folder_of_a_process_that_is_killed(pipe, place):
+    folder = TemporaryFolder("killed", place)
     pipe.send(folder.name)
     time.sleep(60)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no locks on this system")
-def test_a_temporary_folder_of_a_process_that_was_killed_goes_with_the_next_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_temporary_folder_of_a_killed_process_goes_with_the_next_one(tmp_path, monkeypatch, in_place):
+    place = tmp_path if in_place else None
+    if not in_place:
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     ours, theirs = multiprocessing.Pipe()
     process = multiprocessing.get_context("fork").Process(
-        target=_folder_of_a_process_that_is_killed, args=(theirs,)
+        target=_folder_of_a_process_that_is_killed, args=(theirs, place)
     )
     process.start()
     left = Path(ours.recv())
     (left / "captures").write_bytes(b"much")
     old = time.time() - 3600
     os.utime(left, (old, old))
-    with TemporaryFolder("killed"):
+    with TemporaryFolder("killed", place):
         # It is at work.
         assert left.exists()
     process.kill()
     process.join()
-    with TemporaryFolder("other"):
+    with TemporaryFolder("other", place):
         assert left.exists()
-    with TemporaryFolder("killed") as folder:
+    with TemporaryFolder("killed", place) as folder:
         assert list(tmp_path.iterdir()) == [Path(folder)]
     assert not list(tmp_path.iterdir())

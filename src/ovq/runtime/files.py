@@ -110,11 +110,14 @@ def claimed(folder: Path, *, command: str) -> Iterator[None]:
 
 
 class TemporaryFolder(tempfile.TemporaryDirectory):
-    """A temporary folder; making one also removes those of the same kind that killed processes have left."""
+    """A temporary folder, among other temporary files or in `place`.
 
-    def __init__(self, kind: str) -> None:
-        _remove_left(f"ovq-{kind}-")
-        super().__init__(prefix=f"ovq-{kind}-", ignore_cleanup_errors=True)
+    Making one also removes those of the same kind that killed processes have left there.
+    """
+
+    def __init__(self, kind: str, place: Path | None = None) -> None:
+        _remove_left(Path(tempfile.gettempdir()) if place is None else place, f"ovq-{kind}-")
+        super().__init__(prefix=f"ovq-{kind}-", dir=place, ignore_cleanup_errors=True)
         with contextlib.suppress(OSError):
             weakref.finalize(self, os.close, _lock(self.name))
 
@@ -123,9 +126,9 @@ class TemporaryFolder(tempfile.TemporaryDirectory):
 _SECONDS_TO_LOCK = 60.0
 
 
-def _remove_left(prefix: str) -> None:
-    """Remove the temporary folders with this prefix that no process has locked."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+def _remove_left(place: Path, prefix: str) -> None:
+    """Remove the folders in `place` with this prefix that no process has locked."""
+    for folder in place.glob(f"{prefix}*"):
         # Folders of other users cannot be opened.
         with contextlib.suppress(OSError):
             is_new = time.time() - folder.lstat().st_mtime < _SECONDS_TO_LOCK

@@ -15,7 +15,6 @@ import functools
 import hashlib
 import logging
 import os
-import tempfile
 import threading
 import warnings
 from collections.abc import Iterator
@@ -28,7 +27,7 @@ from filelock import FileLock, Timeout
 from ovq.ops.backends.cpu import compiler
 from ovq.ops.backends.cpu.compiler import Level, Unavailable
 from ovq.ops.backends.cpu.mirrors import check_mirrors
-from ovq.runtime.files import atomic_path, cache_folder, private_folder
+from ovq.runtime.files import TemporaryFolder, atomic_path, cache_folder, private_folder
 
 _logger = logging.getLogger(__name__)
 
@@ -92,6 +91,16 @@ def warn_once(error: Unavailable) -> None:
 
 _lock = threading.Lock()
 _is_warned = False
+
+
+def _renew_lock() -> None:
+    """Free the lock in a forked process: the thread that holds it is not in it."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 def _outcome() -> Kernels:
@@ -274,7 +283,7 @@ def _compiled(command: list[str], flags: tuple[str, ...], folder: Path) -> bytes
         Unavailable: if the compiler fails.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".build-") as place:
+    with TemporaryFolder("build", folder) as place:
         _check_disk_space(Path(place), folder)
         _logger.info("compiling the CPU kernels to %s", folder)
         return compiler.compile_kernels(command, flags, Path(place))
