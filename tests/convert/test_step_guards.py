@@ -154,6 +154,10 @@ def shortened(model):
     model.config.num_hidden_layers = 1
 
 
+def normless(model):
+    model.model.norm = nn.Identity()
+
+
 def half_wide(model):
     model.lm_head.bfloat16()
 
@@ -171,7 +175,7 @@ def windowed(model):
     model.model.layers[0].self_attn.sliding_window = 4
 
 
-CHANGES = [hooked, pre_hooked, replaced, overridden, of_another_class, swapped, activated, strided]
+CHANGES = [hooked, pre_hooked, replaced, overridden, of_another_class, swapped, activated, strided, normless]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda x: x.__name__)
@@ -182,6 +186,20 @@ def test_changed_models_take_their_modules(change, has_written, steps):
         assert is_step(model, steps)
     change(model)
     assert not is_step(model, steps)
+
+
+def test_a_bias_that_is_added_counts(steps):
+    model = converted()
+    assert is_step(model, steps)
+    for layer in (model.model.layers[0].mlp.down_proj, model.lm_head):
+        layer.bias = nn.Parameter(torch.linspace(-1, 1, layer.out_features))
+        _, cache = read(model, IDS[:1, :20])
+        steps[:] = 0, 0
+        with torch.no_grad():
+            found = model(IDS[:1, 20:21], past_key_values=cache).logits
+            expected = model(IDS[:1, :21]).logits[:, -1:]
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        assert steps[0] == 1
 
 
 @pytest.mark.parametrize("change", [shortened, half_wide, attending, windowed], ids=lambda x: x.__name__)

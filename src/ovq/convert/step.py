@@ -219,7 +219,7 @@ class _Step:
         self._model: Callable[[], Any] = weakref.ref(model)
         self._base = model.model
         self._unchanged = Unchanged(parts)
-        self._weight_dtype, self._dtype = model.weight_dtype, model.model.norm.weight.dtype
+        self._weight_dtype, self._dtype = model.weight_dtype, self._unchanged.weights[0].dtype
         self._caches: weakref.WeakKeyDictionary[MemoryCache, CacheStep] = weakref.WeakKeyDictionary()
 
     def fits(self) -> bool:

@@ -40,15 +40,11 @@ class Unchanged:
         self._attributes = [vars(module) for module in self._modules]
         # If this is still the id of the next hook, none has been registered anywhere since.
         self._next_hook = -1
-        found = [
-            (module._parameters, name, x)
-            for module in self._modules
-            for name, x in module._parameters.items()
-            if x is not None
-        ]
-        self._owners = [owner for owner, _, _ in found]
-        self._own_names = [name for _, name, _ in found]
-        self.weights: list[Tensor] = [x for _, _, x in found]
+        found = [(x._parameters, name) for x in self._modules for name in x._parameters]
+        self._owners, self._own_names = (list(x) for x in zip(*found, strict=True))
+        # With None where there is none, such as a bias that may be added later.
+        self._parameters = list(map(getitem, self._owners, self._own_names))
+        self.weights: list[Tensor] = [x for x in self._parameters if x is not None]
         """All parameters of the modules."""
         self._places = list(map(Tensor.data_ptr, self.weights))
         # Tensors made in inference mode have no version counter, so changes cannot be detected.
@@ -76,7 +72,7 @@ class Unchanged:
             and all(map(is_, map(type, self._modules), self._kinds))
             and not any(map(contains, self._attributes, repeat("forward")))
             and not any(map(getitem, self._attributes, repeat("training")))
-            and all(map(is_, map(dict.get, self._owners, self._own_names), self.weights))
+            and all(map(is_, map(dict.get, self._owners, self._own_names), self._parameters))
             and list(map(Tensor.data_ptr, self.weights)) == self._places
             and list(map(_version, self.weights)) == self._versions
         )
