@@ -10,7 +10,7 @@ from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATION
 
 from ovq.hf import OVQCache
 from ovq.hf.cache import CACHE_KEY
-from tests.hf.common import is_greedy, left_padded, make_model, random_ids
+from tests.hf.common import enable_checkpointing, is_greedy, left_padded, make_model, random_ids
 
 NEW = 6
 GREEDY = {"do_sample": False, "max_new_tokens": NEW, "pad_token_id": 0}
@@ -31,6 +31,13 @@ def test_greedy_decoding_of_padded_prompts_equals_that_of_each_alone(model, batc
         assert torch.equal(out[row, width - len(prompt) : width], prompt)
         assert is_greedy(model, out[row, width - len(prompt) :], NEW)
     assert len({tuple(row[width:].tolist()) for row in out}) == 3, "a model that repeats itself shows nothing"
+
+
+def test_in_training_with_gradient_checkpointing_it_goes_without_a_cache(batch):
+    model = make_model()
+    expected = model.generate(**batch, **GREEDY)
+    enable_checkpointing(model.train(), use_reentrant=False)
+    assert torch.equal(model.generate(**batch, **GREEDY), expected)
 
 
 @pytest.mark.parametrize(

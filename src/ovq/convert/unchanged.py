@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import repeat
 from operator import attrgetter, contains, getitem, is_
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ class Unchanged:
         found = [(x._parameters, name) for x in self._modules for name in x._parameters]
         self._owners, self._own_names = (list(x) for x in zip(*found, strict=True))
         # With None where there is none, such as a bias that may be added later.
-        self._parameters = list(map(getitem, self._owners, self._own_names))
+        self._parameters: list[Any] = list(map(getitem, self._owners, self._own_names))
         self.weights: list[Tensor] = [x for x in self._parameters if x is not None]
         """All parameters of the modules."""
         self._places = list(map(Tensor.data_ptr, self.weights))

@@ -50,6 +50,9 @@ class CachedGeneration:
         if given is not None and generation_config.use_cache is False:
             # Every step would read the whole text again, after what the cache has read.
             raise ValueError("use_cache: expected True with a cache that is given, found False")
+        if given is None and model.training and model.base_model.gradient_checkpointing:
+            # Not every layer would get it.
+            generation_config.use_cache = False
         if generation_config.use_cache is not False:
             cache = model.make_cache() if given is None else model.checked_cache(given)
             model_kwargs[CACHE_KEY] = cache
