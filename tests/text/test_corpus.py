@@ -1,12 +1,16 @@
 """Corpora as tokens: splits, volumes, and the cache they are kept in."""
 
+import itertools
 import os
+import tracemalloc
 
 import numpy as np
 import pytest
 
+from ovq_lab.eval.language import take_windows
 from ovq_lab.text import TextSource, byte_tokenizer, corpus, load_corpus, split_of, train_tokenizer
 from ovq_lab.text.documents import Document
+from ovq_lab.train.text import HeldOutWindows
 
 TEXTS = {f"{i:02}.txt": f"{i} " * (i + 1) for i in range(40)}
 
@@ -61,6 +65,34 @@ def test_volumes_are_joined_within_a_split(folder):
     assert load_corpus(source_of(folder, join_to=1), "train").names == alone.names
     # One volume takes all that there is.
     assert len(load_corpus(source_of(folder, join_to=10**6), "train")) == 1
+
+
+def test_a_part_of_a_volume_is_read_alone(folder):
+    for fields in ({}, {"join_to": 100}):
+        loaded = load_corpus(source_of(folder, **fields), "train")
+        for i, whole in enumerate(loaded):
+            for start, stop in itertools.combinations(range(len(whole) + 2), 2):
+                assert np.array_equal(loaded.tokens(i, start, stop), whole[start:stop])
+
+
+def bytes_copied(read):
+    """The most bytes that arrays have taken at once."""
+    tracemalloc.start()
+    try:
+        read()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_windows_of_a_volume_copy_no_more_than_they_hold(folder):
+    for name in TEXTS:
+        (folder / name).write_text(name * 10_000)
+    [whole] = joined = load_corpus(source_of(folder, join_to=10**9), "train")
+    assert len(whole) > 10**6
+    held_out = HeldOutWindows(joined, length=100, num_windows=5)
+    assert bytes_copied(lambda: held_out.__getitems__(range(5))) < 10**5
+    assert bytes_copied(lambda: take_windows(joined, 100, 5, first_token=0)) < 10**5
 
 
 def test_other_tokenizers_count_bytes_as_well(folder, tmp_path):

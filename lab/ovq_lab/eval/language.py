@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
@@ -25,6 +25,7 @@ from ovq_lab.eval.models import (
 )
 from ovq_lab.eval.reading import PIECE_SIZE, token_losses
 from ovq_lab.eval.rows import NamedRow, model_label
+from ovq_lab.text import Corpus
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,7 @@ class LanguageRow(NamedRow):
 
 
 def take_windows(
-    documents: Sequence[np.ndarray], length: int, most: int, *, first_token: int | None = None
+    documents: Sequence[np.ndarray] | Corpus, length: int, most: int, *, first_token: int | None = None
 ) -> list[np.ndarray]:
     """Non-overlapping windows of documents: first the beginnings, then the parts that follow.
 
@@ -80,25 +81,30 @@ def take_windows(
     if length < 2 or most < 1:
         raise ValueError(f"expected at least 1 window of at least 2 tokens, found {most} of {length}")
     before = np.array([] if first_token is None else [first_token], dtype=np.int64)
-    longest = max((len(before) + len(document) for document in documents), default=0)
+    if isinstance(documents, Corpus):
+        # Only the windows are read.
+        sizes, read = documents.num_tokens.tolist(), documents.tokens
+    else:
+        sizes, read = [*map(len, documents)], lambda index, start, stop: documents[index][start:stop]
+    longest = max((len(before) + size for size in sizes), default=0)
     if longest < length:
         raise ValueError(
             f"length: expected at most {longest}, the tokens of the longest document, found {length}"
         )
     windows = (
-        np.concatenate([before, document[: length - len(before)]])
+        np.concatenate([before, read(i, 0, length - len(before))])
         if first == 0
-        else document[first - len(before) : first - len(before) + length]
+        else read(i, first - len(before), first - len(before) + length)
         for first in range(0, longest - length + 1, length)
-        for document in documents
-        if len(before) + len(document) >= first + length
+        for i, size in enumerate(sizes)
+        if len(before) + size >= first + length
     )
     return list(itertools.islice(windows, most))
 
 
 def evaluate_language(
     model: PreTrainedModel,
-    documents: Iterable[np.ndarray],
+    documents: Sequence[np.ndarray] | Corpus,
     *,
     lengths: Sequence[int],
     num_slots: Sequence[int] = (),
@@ -137,7 +143,6 @@ def evaluate_language(
             "expected lengths, and a block_size and a piece_size of at least 1, "
             f"found {list(lengths)}, {block_size} and {piece_size}"
         )
-    documents = list(documents)
     by_length = {
         length: take_windows(documents, length, num_windows, first_token=first_token) for length in lengths
     }

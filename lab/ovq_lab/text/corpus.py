@@ -80,12 +80,23 @@ class Corpus:
 
     def __getitem__(self, index: int) -> np.ndarray:
         """Tokens of a document, `[T]` of an unsigned type: read-only, and loaded from disk only when used."""
+        return self.tokens(index, 0, int(self.num_tokens[index]))
+
+    def tokens(self, index: int, start: int, stop: int) -> np.ndarray:
+        """Tokens `start` to `stop - 1` of a document: `self[index][start:stop]` without copying the rest."""
         group = self._groups[index]
         if len(group) == 1:
-            return self._stored.document(group[0])
-        parts = [self._stored.document(group[0])]
-        for i in group[1:]:
-            parts += [self._separator, self._stored.document(i)]
+            return self._stored.document(group[0])[start:stop]
+        stop = min(stop, int(self.num_tokens[index]))
+        ends = (self._stored.num_tokens[group] + len(self._separator)).cumsum()
+        parts = []
+        first, last = np.searchsorted(ends, [start + 1, stop])
+        for place in range(first, last + 1):
+            document = self._stored.document(group[place])
+            begin = int(ends[place]) - len(self._separator) - len(document)
+            for part in (document, self._separator):
+                parts.append(part[max(0, start - begin) : max(0, stop - begin)])
+                begin += len(part)
         return np.concatenate(parts)
 
     def __iter__(self) -> Iterator[np.ndarray]:

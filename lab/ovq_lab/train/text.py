@@ -192,28 +192,27 @@ def _pieces(ends: np.ndarray, start: int, stop: int) -> list[tuple[int, int, int
 
 def _answers(tokens: np.ndarray, is_answer: np.ndarray, end_of_text: int) -> tuple[np.ndarray, np.ndarray]:
     """Inputs and targets of a text; targets outside of answers are ignored."""
-    inputs, targets = positions(tokens, end_of_text)
+    inputs, targets = _positions(tokens, end_of_text)
     return inputs, np.where(np.append(is_answer, False), targets, IGNORE_INDEX)
 
 
 def read_positions(corpus: Corpus, document: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
     """Inputs and targets of a range of positions of a document, `[stop - start]` int64 each."""
-    return positions(corpus[document], corpus.end_of_text, start, stop)
+    is_whole = start == 0, stop > corpus.num_tokens[document]
+    return _positions(corpus.tokens(document, max(start - 1, 0), stop), corpus.end_of_text, *is_whole)
 
 
-def positions(
-    tokens: np.ndarray, end_of_text: int, start: int = 0, stop: int | None = None
+def _positions(
+    tokens: np.ndarray, end_of_text: int, is_first: bool = True, is_last: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs and targets of a range of positions of a text; by default all of them.
+    """Inputs and targets of tokens that begin a text, or end it, or both.
 
     Example:
-        >>> inputs, targets = positions(np.array([7, 8]), 256)
+        >>> inputs, targets = _positions(np.array([7, 8]), 256)
         >>> inputs.tolist(), targets.tolist()
         ([256, 7, 8], [7, 8, 256])
     """
-    stop = len(tokens) + 1 if stop is None else stop
-    end = [end_of_text]
-    parts = [end if start == 0 else [], tokens[max(start - 1, 0) : stop], end if stop > len(tokens) else []]
+    parts = [[end_of_text] if is_first else [], tokens, [end_of_text] if is_last else []]
     read = np.concatenate([np.asarray(part, dtype=np.int64) for part in parts])
     return read[:-1], read[1:]
 
