@@ -21,6 +21,13 @@ CASES = [
     (f"{ADD}\n{NOW} done", " done", [("add", {"a": [1, 2.5]}), ("now", {})]),
     (QUOTED, "", [("add", {"a": "</tool_call> né"})]),
     (LIST, "", [("now", {}), ("add", {"a": 1})]),
+    # Strings that end where they seem not to, and openers far from their strings.
+    (
+        rf'<tool_call>{{{" " * 30}"name": "add", "arguments": {{"a": ["\\", "\"\u0041</tool_call>,", ":"]}}}}'
+        "</tool_call>!",
+        "!",
+        [("add", {"a": ["\\", '"A</tool_call>,', ":"]})],
+    ),
     # Without its end, but complete.
     ('x <tool_call>{"name": "now"}\n', "x", [("now", {})]),
     # Cut off, of another tool, no JSON, no object, no number of JSON, half a character.
@@ -40,7 +47,17 @@ CASES = [
             '<tool_call>{"name": ["add"]}</tool_call>',
         )
     ),
-    (f"<tool_call>oh</tool_call> {NOW}", "<tool_call>oh</tool_call>", [("now", {})]),
+    # One that is no call hides no other.
+    *(
+        (f"<tool_call>{wrong}</tool_call> {NOW}", f"<tool_call>{wrong}</tool_call>", [("now", {})])
+        for wrong in (
+            "oh",
+            "\\",
+            'he said "oh',
+            '{"name": "add, "arguments": {"a": "1"}}',
+            '{"name": "add" "',
+        )
+    ),
 ]
 
 
@@ -80,6 +97,17 @@ def test_one_call_is_the_end_where_only_one_is_wanted(places):
     for text in (f"a{ADD}{NOW}b", f"a{LIST}b"):
         shown, found = pushed(ToolCalls(["add", "now"], is_single=True), cut(text, places))
         assert (shown, len(found)) == ("a", 1)
+
+
+def test_a_call_is_parsed_once_whatever_its_strings_hold(monkeypatch):
+    parsed, parse = [], json.loads
+    monkeypatch.setattr(json, "loads", lambda text, **options: parsed.append(text) or parse(text, **options))
+    for strings in (["</tool_call>" * 50], ["</tool_call>"] * 50):
+        text = json.dumps({"name": "add", "arguments": {"a": strings}})
+        _, [call] = pushed(ToolCalls(["add"]), list(f"<tool_call>{text}</tool_call>"))
+        assert parse(call.arguments) == {"a": strings}
+        assert parsed.pop() == text
+        assert not parsed
 
 
 def test_only_what_may_become_a_call_is_held_back():

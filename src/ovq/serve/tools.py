@@ -11,11 +11,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import secrets
 from collections.abc import Collection, Sequence
 from typing import Any
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
+
+# In JSON, a string begins after one of four characters; other quotes outside of strings open none.
+_MARKS = re.compile(rf'\\["\\]|(?P<opener>[{{\[,:]\s*)?"|{CLOSE}')
 
 _TOOL_PROMPT = """# Tools
 
@@ -68,6 +72,8 @@ class ToolCalls:
         # A tuple, because a model may write an unhashable value as a name.
         self._names, self._is_single = tuple(names), is_single
         self._held = ""
+        # Of the JSON in what is held, so that a text is scanned once, however it comes.
+        self._num_scanned, self._is_in_string = 0, False
         self.num_calls = 0
 
     @property
@@ -103,13 +109,17 @@ class ToolCalls:
 
     def _first_call(self, begin: int) -> tuple[int | None, list[ToolCall]]:
         """End of the call whose JSON starts at `begin` (None if incomplete), and its calls, if valid."""
-        end = self._held.find(CLOSE, begin)
-        while end >= 0:
-            value = _json(self._held[begin:end])
+        end = begin + self._num_scanned
+        for mark in _MARKS.finditer(self._held, end):
+            end = mark.end()
+            if mark[0].endswith('"') and mark[0][0] != "\\":
+                self._is_in_string = not self._is_in_string and mark["opener"] is not None
             # A closing tag inside a string of the arguments does not count.
-            if value is not _UNFINISHED:
-                return end + len(CLOSE), self._named(value)
-            end = self._held.find(CLOSE, end + 1)
+            elif mark[0] == CLOSE and not self._is_in_string:
+                self._num_scanned = 0
+                return end, self._named(_json(self._held[begin : mark.start()]))
+        # The end may be the beginning of a mark.
+        self._num_scanned = max(end, len(self._held.rstrip()) - len(CLOSE)) - begin
         return None, []
 
     def _named(self, value: Any) -> list[ToolCall]:
@@ -134,15 +144,10 @@ class ToolCalls:
         return found
 
 
-_UNFINISHED = object()
-
-
 def _json(text: str) -> Any:
-    """The JSON value in a text; None if it is invalid, `_UNFINISHED` if it ends within a string."""
+    """The JSON value in a text; None if it is invalid."""
     try:
         return json.loads(text, strict=False)
-    except json.JSONDecodeError as error:
-        return _UNFINISHED if error.msg.startswith("Unterminated string") else None
     except (ValueError, RecursionError):
         return None
 
