@@ -5,7 +5,9 @@ import io
 import pytest
 from PIL import Image
 from rich.console import Console
+from rich.table import Table
 
+from ovq.cli.common import print_table
 from ovq.runtime.progress import Reporter
 from ovq_lab.eval.rows import ResultRow
 from ovq_lab.plots.draw import save_demo_figures
@@ -44,6 +46,19 @@ def printed(table):
     console = Console(record=True, width=120, file=io.StringIO())
     console.print(table)
     return console.export_text()
+
+
+def test_tables_lose_no_digits_in_a_narrow_terminal(monkeypatch, capsys):
+    monkeypatch.setattr("ovq.cli.common.out_console", Console(width=30, force_terminal=True))
+    # A column that does not wrap takes all the room.
+    table = Table("name", "recall", "bytes", title="all of it")
+    table.columns[0].no_wrap = True
+    table.add_row("one model of a long name", "0.123456789", "123,456,789 in all")
+    print_table(table)
+    lines = capsys.readouterr().out.splitlines()
+    [row] = [line for line in lines if "model" in line]
+    assert [part.strip() for part in row.split("│")[1:3]] == ["one model of a long name", "0.123456789"]
+    assert any("123,456,789" in line for line in lines)
 
 
 def test_the_result_table_has_a_row_for_each_model():

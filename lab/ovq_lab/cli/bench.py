@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ovq.cli.common import check_folder, flag_of, given_options, out_console, parse_ints, read_text
+from ovq.cli.common import (
+    check_folder,
+    flag_of,
+    given_options,
+    out_console,
+    parse_ints,
+    print_table,
+    read_text,
+)
 from ovq.cli.loading import is_converted as has_memory
 from ovq.cli.loading import load_tokenizer
 from ovq.cli.options import Json
@@ -226,8 +234,7 @@ def _measure(run: Callable[[WorkReporter], dict], out: Path, *, as_json: bool) -
         highlight=False,
     )
     for table in tables(report):
-        # Wide enough for all columns when the output goes to a file or a pipe.
-        out_console.print(table, width=None if out_console.is_terminal else 150)
+        print_table(table)
     for sentence in sentences(report):
         out_console.print(sentence, highlight=False)
     written = ", ".join(str(path) for path in (out / "bench.json", *paths))

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ovq.cli.common import given_options, out_console, parse_ints
+from ovq.cli.common import given_options, parse_ints, print_table
 from ovq.cli.loading import check_model_folder, load_model
 from ovq.cli.options import Json, LognLength, StateDtype
 from ovq_lab.cli import dictionaries, eval_harness, eval_lm, eval_needle
@@ -85,10 +85,10 @@ def evaluate(
     if json_:
         typer.echo(as_json({"model": str(model), "rows": [dataclasses.asdict(row) for row in rows]}))
         return
-    out_console.print(result_table(rows, title=f"{task.name}: share of right answers by length in tokens"))
+    print_table(result_table(rows, title=f"{task.name}: share of right answers by length in tokens"))
     in_brackets = ""
     if task.error_name is not None:
-        out_console.print(
+        print_table(
             result_table(
                 rows,
                 title=f"{task.name}: {task.error_name} by length in tokens",
@@ -97,4 +97,4 @@ def evaluate(
         )
         in_brackets = f" ({task.error_name})"
     title = f"{task.name} at {max(at_lengths)} tokens, by slice: share of right answers{in_brackets}"
-    out_console.print(slice_table(rows, title=title))
+    print_table(slice_table(rows, title=title))

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ovq.cli.common import check_model_path, out_console
+from ovq.cli.common import check_model_path, print_table
 
 
 def reproduce(
@@ -140,4 +140,4 @@ def _print_list(figures: list[Any], *, num_seeds: int) -> None:
     table.add_column("models to train", justify="right")
     for figure in figures:
         table.add_row(figure.name, figure.title, f"{count_runs(figure, num_seeds)}")
-    out_console.print(table)
+    print_table(table)

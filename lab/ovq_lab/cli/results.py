@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
-from ovq.cli.common import out_console
+from ovq.cli.common import print_table
 from ovq.cli.loading import load_any_config, load_tokenizer
 
 if TYPE_CHECKING:
@@ -54,10 +53,8 @@ def show_results(
     if is_json:
         print(results)
         return
-    # Wide enough for all columns when the output goes to a file or a pipe.
-    console = out_console if out_console.is_terminal else Console(width=140, markup=False, emoji=False)
     for table in tables:
-        console.print(table)
+        print_table(table)
     if paths:
         typer.echo(f"Wrote {', '.join(map(str, paths))}")
 

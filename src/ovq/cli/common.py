@@ -6,12 +6,28 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 out_console = Console(markup=False, emoji=False)
-"""For tables on standard output. Lines with paths are printed by `typer.echo`, which does not wrap them."""
+"""For text on standard output. Lines with paths are printed by `typer.echo`, which does not wrap them."""
+
+
+def print_table(table: Table) -> None:
+    """Print a table on standard output; its lines are wider than a terminal in which it would lose digits."""
+    for column in table.columns:
+        text = "\n".join(map(str, [column.header, *column.cells]))
+        column.min_width = max(map(cell_len, text.split("\n" if column.no_wrap else None)), default=0)
+    # Wide enough for all columns when the output goes to a file or a pipe.
+    width = out_console.width if out_console.is_terminal else 150
+    least = out_console.measure(table, options=out_console.options.update(max_width=10**6)).minimum
+    Console(width=max(width, least), markup=False, emoji=False).print(table, crop=False)
 
 
 def given_options(context: typer.Context) -> set[str]:

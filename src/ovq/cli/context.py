@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ovq.cli import options
-from ovq.cli.common import check_file, check_model_path, out_console, read_text
+from ovq.cli.common import check_file, check_model_path, print_table, read_text
 from ovq.cli.loading import check_generating_folder, load_any_model, load_tokenizer
 from ovq.prompts import encode
 
@@ -119,7 +119,7 @@ def info(
                 f"{layer['effective_slots']:.1f}",
             ]
         table.add_row(*cells)
-    out_console.print(table)
+    print_table(table)
     typer.echo(f"Of a model in {found.dtype.removeprefix('torch.')} with weights of SHA-256 {found.weights}.")
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ovq.cli import options
-from ovq.cli.common import as_text, check_file, check_folder, out_console, read_text
+from ovq.cli.common import as_text, check_file, check_folder, print_table, read_text
 from ovq.cli.loading import (
     check_generating_folder,
     is_converted,
@@ -108,7 +108,7 @@ def inspect(
     if figures is not None:
         figures.mkdir(parents=True, exist_ok=True)
         written += map(str, save_figures(found, figures, layer=layer, head=head))
-    out_console.print(_table(found))
+    print_table(_table(found))
     if found.num_given > found.num_tokens:
         typer.echo(f"Read the first {found.num_tokens:,} of {found.num_given:,} tokens (--max-tokens).")
     typer.echo(f"Wrote {', '.join(written)}")

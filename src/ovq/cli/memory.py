@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ovq.cli import options
-from ovq.cli.common import out_console, parse_ints
+from ovq.cli.common import parse_ints, print_table
 from ovq.cli.loading import is_converted, load_config
 from ovq.plugins import from_laboratory
 
@@ -44,7 +44,7 @@ def memory(
     for row in rows:
         ours, full = row["state_bytes"], row["full_attention_bytes"]
         table.add_row(f"{row['length']}", format_bytes(ours), format_bytes(full), f"{full / ours:.1f}")
-    out_console.print(table)
+    print_table(table)
 
 
 def _load_config(name: str) -> Any:
