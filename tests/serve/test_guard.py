@@ -1,6 +1,7 @@
 """What is refused before a request is looked at, without a network."""
 
 import asyncio
+import re
 
 import httpx
 import pytest
@@ -107,6 +108,21 @@ def test_bodies_that_browsers_send_without_asking_are_refused(service, kind, pat
     answer = ask(create_app(service), "POST", path, content=b"{}", headers={"Content-Type": kind})
     assert answer.status_code == 415
     assert answer.json()["error"]["message"] == f"Content-Type: expected application/json, found {kind!r}"
+
+
+@pytest.mark.parametrize("kind", ["application/json", "application/octet-stream", "text/plain"])
+def test_a_method_that_a_route_has_not_is_refused_before_the_body(service, kind):
+    app = create_app(service)
+    paths = {route.path for route in app.routes}
+    for path in paths:
+        allow = {method for route in app.routes if route.path == path for method in route.methods}
+        assert allow
+        for method in {"GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"} - allow:
+            headers = {"Content-Type": kind}
+            answer = ask(app, method, re.sub("{.*}", "a", path), content=b"{", headers=headers)
+            assert (answer.status_code, set(answer.headers["allow"].split(", "))) == (405, allow)
+            assert f"expected {answer.headers['allow'].replace(', ', ' or ')}" in answer.text
+    assert len(paths) > 6
 
 
 @pytest.mark.parametrize("kind", ["application/json", "application/octet-stream"])

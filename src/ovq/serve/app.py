@@ -101,7 +101,7 @@ def create_app(
         app.add_api_route(path, call, methods=[method], response_model=None)
     for kind in (APIError, HTTPException, ClientGone, Exception):
         app.add_exception_handler(kind, _answer_to_error)
-    app.add_middleware(Guard, limits=service.limits, api_key=api_key, hosts=hosts)
+    app.add_middleware(Guard, routes=app.routes, limits=service.limits, api_key=api_key, hosts=hosts)
     # Added last, it is the outermost.
     app.add_middleware(Metered, metrics=service.metrics)
     return app

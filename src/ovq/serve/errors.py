@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 _MOST_SHOWN = 80
@@ -15,7 +16,7 @@ class APIError(Exception):
     """An error response with the HTTP status, and `type` (the `kind`), `param` and `code` in the body.
 
     `retry` says whether the same request may succeed later. OpenAI's clients retry after some statuses unless
-    told not to.
+    told not to. `allow` are the methods of the route, for status 405.
 
     Example:
         >>> APIError(404, "no such thing", code="not_found").body
@@ -32,10 +33,11 @@ class APIError(Exception):
         param: str | None = None,
         code: str | None = None,
         retry: bool = False,
+        allow: Sequence[str] = (),
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.kind = status, message, kind
-        self.param, self.code, self.retry = param, code, retry
+        self.param, self.code, self.retry, self.allow = param, code, retry, allow
 
     @property
     def body(self) -> dict[str, Any]:
@@ -44,13 +46,15 @@ class APIError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """Headers about retries, the connection and authentication."""
+        """Headers about retries, the connection, authentication and methods."""
         headers = {"x-should-retry": "true" if self.retry else "false"}
         if self.retry:
             headers["retry-after"] = "1"
         if self.status in (408, 413):
             # The rest of the body has not been read, so the connection cannot be reused.
             headers["connection"] = "close"
+        if self.allow:
+            headers["allow"] = ", ".join(self.allow)
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
         return headers

@@ -1,4 +1,4 @@
-"""`Guard`: refuses requests with a wrong key, a foreign host or a too large body before they are parsed."""
+"""`Guard`: refuses requests with a wrong key, method or host, or a too large body, before they are parsed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from starlette.datastructures import Headers
+from starlette.routing import Match
 
 from ovq.serve.errors import APIError, ClientGone, shown
 from ovq.serve.limits import Limits
@@ -25,6 +26,7 @@ class Guard:
 
     Args:
         app: The application.
+        routes: Its routes.
         limits: `max_body_bytes` and `read_seconds` are for every request except uploads, whatever its route,
             method and type.
         api_key: Key that clients must send as `Authorization: Bearer KEY`; None for no key.
@@ -32,8 +34,16 @@ class Guard:
             reach a server on the same machine (DNS rebinding), but not under these names.
     """
 
-    def __init__(self, app: Any, *, limits: Limits, api_key: str | None, hosts: Sequence[str] | None) -> None:
-        self._app, self._limits, self._hosts = app, limits, hosts
+    def __init__(
+        self,
+        app: Any,
+        *,
+        routes: Sequence[Any],
+        limits: Limits,
+        api_key: str | None,
+        hosts: Sequence[str] | None,
+    ) -> None:
+        self._app, self._routes, self._limits, self._hosts = app, routes, limits, hosts
         self._key = None if api_key is None else api_key.encode()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -47,6 +57,7 @@ class Guard:
             # Health checks come from programs without a key.
             if scope["path"] != "/health":
                 self._check_key(headers)
+            self._check_method(scope)
             kind = content_type(headers)
             if kind != UPLOAD or (scope["method"], scope["path"]) != _UPLOAD_ROUTE:
                 if scope["method"] in ("POST", "PUT", "PATCH") and kind != _JSON:
@@ -85,6 +96,13 @@ class Guard:
             raise APIError(
                 401, "expected the API key of this server as a bearer token", code="invalid_api_key"
             )
+
+    def _check_method(self, scope: Any) -> None:
+        found = [route for route in self._routes if route.matches(scope)[0] is not Match.NONE]
+        allow = sorted({method for route in found for method in route.methods})
+        if allow and scope["method"] not in allow:
+            path, method = shown(scope["path"]), shown(scope["method"])
+            raise APIError(405, f"expected {' or '.join(allow)} for {path}, found {method}", allow=allow)
 
     async def _with_body(self, receive: Any, headers: Headers) -> Any:
         """Read the body; returns a `receive` function that replays it."""
