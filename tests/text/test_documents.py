@@ -1,6 +1,7 @@
 """Documents come whole, in order and under names that do not move, from files, packages and the hub."""
 
 import json
+from pathlib import Path
 
 import datasets
 import pytest
@@ -47,8 +48,10 @@ def test_several_corpora_are_read_one_after_the_other(library):
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [
-        ("./nowhere", r"expected a file or folder, found nothing at ./nowhere"),
-        ("books.txt", r"expected a file or folder, found nothing at books.txt"),
+        # With the folder where it was looked for.
+        ("./nowhere", rf"expected a file or folder, found nothing at {Path.cwd()}/nowhere"),
+        ("books/", rf"expected a file or folder, found nothing at {Path.cwd()}/books"),
+        ("books.txt", rf"expected a file or folder, found nothing at {Path.cwd()}/books.txt"),
         ("sotu+", r"expected names with \+ between them, found 'sotu\+'"),
     ],
 )
@@ -177,7 +180,8 @@ def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch):
         raise ConnectionError(f"Couldn't reach {path!r} on the Hub\nand more")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(ValueError, match=r"this machine can reach, found 'some/set' \(Couldn't [^\n]*\)$"):
+    message = rf"folder in {Path.cwd()}, .* can reach, found 'some/set' \(Couldn't [^\n]*\)$"
+    with pytest.raises(ValueError, match=message):
         list(read_documents("some/set"))
 
 

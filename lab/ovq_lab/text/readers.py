@@ -87,8 +87,8 @@ class HubReader:
         # Includes connection errors and missing files; other errors are bugs and not caught.
         except (OSError, RuntimeError, ValueError) as error:
             raise ValueError(
-                f"dataset: expected a file, a folder, one of {', '.join(INSTALLED)}, or a data set that the "
-                f"hub has and this machine can reach, found {self.dataset!r} "
+                f"dataset: expected a file or folder in {Path.cwd()}, one of {', '.join(INSTALLED)}, or a "
+                f"data set that the hub has and this machine can reach, found {self.dataset!r} "
                 f"({(str(error) or type(error).__name__).splitlines()[0]})"
                 f"{did_you_mean(self.dataset, INSTALLED)}"
             ) from error
@@ -137,8 +137,9 @@ def find_readers(dataset: str, *, text_field: str, subset: str | None, hub_split
             readers.append(INSTALLED[part](subset))
         elif Path(part).exists():
             readers.append(_local(Path(part), text_field))
-        elif Path(part).is_absolute() or part.startswith(".") or part.endswith((_PLAIN, *_ROWS)):
-            raise ValueError(f"dataset: expected a file or folder, found nothing at {part}")
+        elif Path(part).is_absolute() or part.startswith(".") or part.endswith(("/", _PLAIN, *_ROWS)):
+            # A run may be evaluated in another folder than that of its training.
+            raise ValueError(f"dataset: expected a file or folder, found nothing at {Path(part).absolute()}")
         else:
             readers.append(HubReader(dataset=part, subset=subset, hub_split=hub_split, text_field=text_field))
     return readers
