@@ -256,6 +256,8 @@ def test_a_chat_does_not_run_the_code_of_a_folder(folders, tmp_path):
     arguments = [sys.executable, "-m", "ovq", "chat", "--model", folder, "--max-tokens", "4"]
     done = subprocess.run(arguments, input="y\nHello\n", capture_output=True, text=True)
     assert (done.returncode, [len(line) for line in done.stdout.splitlines()]) == (0, [4, 4]), done
+    # The type of the model is known, too.
+    assert not done.stderr
 
 
 @pytest.mark.parametrize(
@@ -341,7 +343,7 @@ class Terminal:
         end = time.monotonic() + 60
         while text not in self._seen:
             assert select.select([self._own], [], [], max(0, end - time.monotonic()))[0], self._seen
-            self._seen += os.read(self._own, 4096).decode()
+            self._seen += os.read(self._own, 4096).decode(errors="replace")
         found, _, self._seen = self._seen.partition(text)
         return found
 
@@ -352,7 +354,7 @@ class Terminal:
         self.type("\x03")
 
     def type(self, keys):
-        os.write(self._own, keys.encode())
+        os.write(self._own, keys if isinstance(keys, bytes) else keys.encode())
 
 
 def test_a_terminal_shows_prompts_and_notes(folders, say, tmp_path):
@@ -362,6 +364,10 @@ def test_a_terminal_shows_prompts_and_notes(folders, say, tmp_path):
     assert "/help lists commands" in terminal.until("> ")
     terminal.type("/nothing\n")
     assert "error: expected one of /save FILE" in terminal.until("'/nothing'")
+    terminal.until("> ")
+    # As of a terminal in Latin-1.
+    terminal.type(b"\xe9\n")
+    terminal.until("error: expected text in UTF-8, found other bytes")
     terminal.until("> ")
     terminal.type("Hello\n")
     # Without an end, it writes until Ctrl-C.

@@ -173,6 +173,9 @@ class _Terminal:
             except EOFError:
                 print()
                 return
+            except UnicodeDecodeError:
+                self._notes.print("error: expected text in UTF-8, found other bytes")
+                continue
             except KeyboardInterrupt as error:
                 print()
                 is_begun = isinstance(error, _LineInterrupted)

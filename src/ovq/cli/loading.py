@@ -204,6 +204,9 @@ def load_tokenizer(folder: Path) -> Any | None:
         return None
     from transformers import AutoTokenizer
 
+    # Registers the type of the model, of which AutoTokenizer else warns.
+    import ovq.hf  # noqa: F401
+
     # The tokenizers library raises plain exceptions.
     with _errors_naming(folder, "the tokenizer of a model", (Exception,)):
         # Else transformers asks on standard input whether to run the code in the folder.
