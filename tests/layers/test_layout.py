@@ -81,6 +81,28 @@ def test_packed_rows():
 
 
 @pytest.mark.parametrize(
+    ("arguments", "calls"),
+    [
+        ({"cu_seqlens": torch.tensor([0, 1, 1, 91, 93, 100])}, [[1, 2], [90], [7]]),
+        ({"cu_seqlens": torch.tensor([0, 20, 40, 43, 100])}, [[20, 20, 3, 57]]),
+        ({"mask": torch.ones(9, 100).tril(), "batch_size": 9}, [list(range(1, 10))]),
+        ({}, [None]),
+    ],
+)
+def test_only_packed_rows_of_very_different_lengths_run_in_groups(arguments, calls):
+    found, x, seen = layout(num_new=100, **arguments), torch.arange(900.0).view(9, 100), []
+
+    def run(columns, part):
+        seen.append(part.bounds and part.bounds.bounds[1].tolist())
+        return 2 * columns
+
+    x = x[: arguments.get("batch_size", 1)]
+    assert torch.equal(found.in_groups(run, x), 2 * x)
+    assert seen == calls
+    assert found.to("meta").in_groups(run, x.to("meta")).is_meta
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"mask": torch.ones(1, 3)}, r"shape \[batch, cached \+ new\] = \[1, 4\].*found \[1, 3\]"),

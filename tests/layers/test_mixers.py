@@ -16,6 +16,7 @@ from ovq.layers import (
     SlidingWindowAttention,
 )
 from ovq.ops.parts import of_rows
+from ovq.ops.splits import alike
 from ovq_lab.mixers import (
     MIXERS,
     ForgettingAttention,
@@ -158,6 +159,18 @@ def test_packed_rows_equal_separate_ones(mixer, x):
     o, _, _ = mixer(x[:1], cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
     rows = [x[:1, a:b] for a, b in itertools.pairwise(bounds) if a < b]
     torch.testing.assert_close(o, torch.cat([mixer(row)[0] for row in rows], 1), **TOLERANCE)
+
+
+def test_packed_rows_of_very_different_lengths_and_their_gradients_are_those_alone(mixer):
+    lengths = [3, 70, 1, 0, 2, 9, 1, 4, 1, 3, 1, 1, 0, 17, 2]
+    assert len(alike(lengths)) == 5
+    x = torch.randn(1, sum(lengths), HIDDEN, dtype=torch.float64, requires_grad=True)
+    o, _, _ = mixer(x, cu_seqlens=torch.tensor([0, *lengths]).cumsum(0))
+    expected = torch.cat([mixer(row)[0] for row in x.split(lengths, 1) if row.shape[1]], 1)
+    torch.testing.assert_close(o, expected, **TOLERANCE)
+    leaves = [x, *mixer.parameters()]
+    grads = [torch.autograd.grad(out.square().sum(), leaves) for out in (o, expected)]
+    torch.testing.assert_close(*grads, atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.parametrize("changed", [1, 4, 13])
@@ -444,3 +457,16 @@ def test_training_with_a_bounded_state_is_linear_in_tokens(name):
         return mode.numel
 
     assert written(2048) < 2.2 * written(1024)
+
+
+@pytest.mark.parametrize("name", [n for n in MIXERS if n not in ("ovq", "full_attention", "fox")])
+def test_packed_rows_beside_a_long_one_cost_no_more_than_without_it(name):
+    mixer = MIXERS[name](HIDDEN, 4, **{"num_slots": 64} if name in ("kvm", "vq") else {})
+
+    def written(lengths):
+        x = torch.randn(1, sum(lengths), HIDDEN, requires_grad=True)
+        with Written() as mode:
+            mixer(x, cu_seqlens=torch.tensor([0, *lengths]).cumsum(0))[0].sum().backward()
+        return mode.numel
+
+    assert written([512] + 60 * [5]) < 1.3 * (written([512]) + written(60 * [5]))

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from ovq.hf import OVQForCausalLM
+from ovq.layers import LayerCache, SequenceLayout
 from ovq_lab.mixers import VQAttention
 from ovq_lab.mixers.vq import StaticDictionary, vq_read
 from tests.hf.common import enable_checkpointing, make_config, random_ids
@@ -104,6 +105,28 @@ def test_evaluation_leaves_the_slots_alone_and_training_moves_them():
         layer.train()(x, auxiliary_losses=losses)
         distances.append(float(losses[0].detach()))
     assert distances[-1] < distances[0] / 2
+
+
+def test_packed_rows_are_learned_from_together():
+    """Those of very different lengths, too, whose reads are apart."""
+    found = []
+    for ends in (None, torch.tensor([0, 60, *range(61, 81)])):
+        torch.manual_seed(0)
+        layer, losses = VQAttention(8, 1, num_slots=4, chunk_size=4, conv_size=0), []
+        layer(torch.randn(1, 80, 8), cu_seqlens=ends, auxiliary_losses=losses)
+        found.append([layer.dictionary.next_key_sum, layer.dictionary.next_count, *losses])
+    torch.testing.assert_close(*found)
+    assert len(losses) == 1
+
+
+@torch.no_grad()
+def test_rows_that_leave_a_state_are_read_together():
+    """As an engine has them."""
+    layer, ends = VQAttention(8, 1, num_slots=4, chunk_size=4), torch.tensor([0, 60, *range(61, 81)])
+    x, cache = torch.randn(1, 80, 8), LayerCache(layer.memory)
+    layout = SequenceLayout.of(None, batch_size=1, num_past=0, num_new=80, cu_seqlens=ends)
+    layer.mix(layer.qkv_proj(x), x, layout, cache)
+    assert cache.state["count"].sum((1, 2)).tolist() == ends.diff().tolist()
 
 
 def make_model(**changes):

@@ -73,6 +73,7 @@ class KVMAttention(HeadsMixer, OwnWeights):
     """
 
     supports_rope = False
+    runs_in_groups = True
     config_fields = HeadsMixer.config_fields | {
         "rope_theta": "rope_theta",
         "num_slots": "num_slots",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, MutableSequence
 from dataclasses import dataclass
 from typing import Any
@@ -214,6 +215,8 @@ class VQAttention(ConstantStateMixer, AttentionMixer):
     }
     state_kind = "counts and sums of values of static slots"
     supports_logn = False
+    # Its dictionary sees all tokens of a call at once; only reading is by rows.
+    runs_in_groups = False
     trained_on_whole_batches = (
         "its dictionary is a moving average over all tokens of a training step, wherever they are"
     )
@@ -281,21 +284,37 @@ class VQAttention(ConstantStateMixer, AttentionMixer):
     ) -> Tensor:
         """See `AttentionMixer.attend`. The commitment loss is appended to `auxiliary_losses` (list or deque);
         `step` is the result of `begin_step`, which is called here if it is None."""
-        rows = layout.rows()
         step = self.begin_step() if step is None else step
         q = q * scale[:, None]
-        q, k, wide_v = (rows.take(x).transpose(1, 2) for x in (q, k, v.to(q.dtype)))
-        before = self.state_before(cache, len(q), v)
         with without_autocast(q):
-            means, slots = self.dictionary(k, rows.mask, step)
-            nearest = means[torch.arange(self.num_kv_heads, device=k.device)[:, None], slots]
+            means, slots = self.dictionary(k.transpose(1, 2), layout.new_mask, step)
+            slots = slots.transpose(1, 2)
+            nearest = means[torch.arange(self.num_kv_heads, device=k.device), slots]
             if auxiliary_losses is not None:
-                auxiliary_losses.append(self.commitment_weight * _mean_distance(k, nearest, rows.mask))
+                auxiliary_losses.append(self.commitment_weight * _mean_distance(k, nearest, layout.new_mask))
             straight = k + (nearest - k).detach()
-            is_token = None if rows.mask is None else rows.mask[:, None, :, None]
-            o, count, value_sum = vq_read(
-                q, straight, wide_v, slots, means, **before, is_token=is_token, chunk_size=self.chunk_size
-            )
+            read, tokens = functools.partial(self._read, means=means, cache=cache), (q, straight, v, slots)
+            return layout.in_groups(read, *tokens) if cache is None else read(*tokens, layout)
+
+    def _read(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        slots: Tensor,
+        layout: SequenceLayout,
+        *,
+        means: Tensor,
+        cache: LayerCache | None,
+    ) -> Tensor:
+        """`attend` with k and their slots `[B, T, Hkv]` of the `means` given."""
+        rows = layout.rows()
+        q, k, wide_v, slots = (rows.take(x).transpose(1, 2) for x in (q, k, v.to(q.dtype), slots))
+        before = self.state_before(cache, len(q), v)
+        is_token = None if rows.mask is None else rows.mask[:, None, :, None]
+        o, count, value_sum = vq_read(
+            q, k, wide_v, slots, means, **before, is_token=is_token, chunk_size=self.chunk_size
+        )
         if cache is not None:
             cache.set_state({"count": count, "value_sum": value_sum}, layout.num_new)
         return rows.put(o.transpose(1, 2)).to(v.dtype)
@@ -362,7 +381,7 @@ def _mean_distance(k: Tensor, nearest: Tensor, mask: Tensor | None) -> Tensor:
     distance = (k - nearest.detach()).square().sum(-1)
     if mask is None:
         return distance.mean()
-    return (distance * mask[:, None]).sum() / (mask.sum() * k.shape[1]).clamp(min=1)
+    return distance.masked_fill(~mask[..., None], 0).sum() / (mask.sum() * k.shape[2]).clamp(min=1)
 
 
 def check_vq(num_slots: int, chunk_size: int, vq_decay: float, commitment_weight: float) -> None:

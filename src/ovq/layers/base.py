@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -55,6 +56,8 @@ class Mixer(nn.Module, ABC):
     }
     #: Whether the mixer supports rotary embedding.
     supports_rope: bool = True
+    #: Whether packed rows of very different lengths are mixed in several calls (`SequenceLayout.in_groups`).
+    runs_in_groups: ClassVar[bool] = False
     #: Reason, for an error message, why a training step must process all its tokens in one call; None if not.
     trained_on_whole_batches: ClassVar[str | None] = None
 
@@ -250,7 +253,9 @@ class Mixer(nn.Module, ABC):
                 channels, None if cache is None else cache.conv_state, layout
             )
         if cache is None:
-            o = self.mix(channels, hidden_states, layout, None, **kwargs)
+            mix: Callable[..., Tensor] = functools.partial(self.mix, cache=None, **kwargs)
+            tokens = channels, hidden_states
+            o = layout.in_groups(mix, *tokens) if self.runs_in_groups else mix(*tokens, layout)
             return self.projected(o, hidden_states, layout.new_mask), None, None
         before = cache.state, cache.num_columns
         try:

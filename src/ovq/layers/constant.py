@@ -23,6 +23,7 @@ class ConstantStateMixer(Mixer):
     #: Description of the state, for error messages.
     state_kind: str
     supports_rope = False
+    runs_in_groups = True
 
     @abstractmethod
     def constant_spec(self, dtype: torch.dtype) -> StateSpec:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ovq.ops.call import RowBounds
 from ovq.ops.checks import checked_mask, masked_bounds, row_bounds
+from ovq.ops.splits import alike
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +186,7 @@ class SequenceLayout:
         return columns + 1 if self.mask is None else columns + 1 - self.mask.int().argmax(1)[:, None]
 
     def rows(self) -> LeftAlignedRows:
-        """Left-aligned new tokens of each row, for mixers that process whole rows."""
+        """Left-aligned new tokens of each row, for mixers of whole rows, which set `runs_in_groups`."""
         if self.cu_seqlens is not None:
             assert self.bounds is not None, "they come with the offsets of packed rows"
             lengths = self.cu_seqlens.diff()
@@ -202,6 +203,45 @@ class SequenceLayout:
         source = row + (first[:, None] + column).clamp(max=self.num_new - 1)
         target = row + (column - first[:, None]).clamp(min=0)
         return LeftAlignedRows(column < lengths[:, None], source, target)
+
+    def in_groups(self, run: Callable[..., Tensor], *tokens: Tensor) -> Tensor:
+        """`run(*tokens, self)`, or with packed rows of very different lengths several such calls.
+
+        In one call, `rows` would give each of them as many columns as the longest has. Not for calls with a
+        cache.
+
+        Args:
+            run: maps tokens and their layout to outputs `[B, T, ...]`, each row by itself.
+            tokens: `[B, T, ...]` each.
+        """
+        device = None if self.cu_seqlens is None else self.cu_seqlens.device
+        groups = self.once(("groups", device), self._groups)
+        if groups is None:
+            return run(*tokens, self)
+        order, layouts = groups
+        # Split, because the gradient of an index, taken once per group, would be as large as all tokens.
+        parts = (x.index_select(1, order).split([part.num_new for part in layouts], 1) for x in tokens)
+        outputs = [run(*own) for own in zip(*parts, layouts, strict=True)]
+        return torch.cat(outputs, 1).index_select(1, order.argsort())
+
+    def _groups(self) -> tuple[Tensor, list[SequenceLayout]] | None:
+        """Columns `[T]` in the order of the groups of `in_groups`, and their layouts; None for one call."""
+        if self.cu_seqlens is None or self.bounds is None or torch.compiler.is_compiling():
+            return None
+        lengths = self.bounds.bounds[1]
+        groups, device = alike(lengths.tolist()), self.cu_seqlens.device
+        if len(groups) == 1:
+            return None
+        columns = torch.arange(self.num_new).split(lengths.tolist())
+        order = torch.cat([columns[row] for group in groups for row in group])
+        layouts = []
+        for group in groups:
+            ends = F.pad(lengths[group].cumsum(0), (1, 0))
+            # No row of the group of rows without tokens is anywhere in the order.
+            if num_new := int(ends[-1]):
+                part = SequenceLayout.of(None, batch_size=1, num_past=0, num_new=num_new, cu_seqlens=ends)
+                layouts.append(part.to(device))
+        return order.to(device), layouts
 
     def row_index(self) -> Tensor:
         """Packed row of each new column, `[T]` int64 (only with `cu_seqlens`)."""

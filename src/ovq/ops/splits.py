@@ -15,7 +15,7 @@ from ovq.ops.state import OVQState, first_rows
 
 # Tokens per row that are read one by one: decode steps read a dictionary in place, other calls copy it.
 _FEW_TOKENS = 16
-# Rows are grouped if this many times as many slots would be allocated without groups.
+# Rows are grouped if more than this many times as much would be allocated without groups.
 _LEAST_SAVED = 4
 
 
@@ -48,15 +48,26 @@ def groups_of(call: Call) -> list[list[int]]:
     and after, rows may have as many as they need, within a factor of 4.
     """
     rows, options = call.rows.lengths, call.options
-    together = [list(range(len(rows)))]
     if call.wants_state or bool(call.state.num_seen.any()) or max(rows, default=0) < options.chunk_size:
-        return together
-    slots = [slots_by_chunk(0, 0, n // options.chunk_size, **options.schedule)[-1] for n in rows]
-    if len(rows) * max(slots) <= _LEAST_SAVED * sum(slots):
-        return together
+        return [list(range(len(rows)))]
+    return alike([slots_by_chunk(0, 0, n // options.chunk_size, **options.schedule)[-1] for n in rows])
+
+
+def alike(sizes: Sequence[int]) -> list[list[int]]:
+    """Indices of sizes in groups to run separately, if each takes as much room as the largest of its group.
+
+    One group unless that takes over 4 times as much as the sizes; else those of a group are within a factor
+    of 4.
+
+    Example:
+        >>> alike([1, 3, 100, 2, 1, 1, 2, 80]), alike([1, 3, 100])
+        ([[0, 1, 3, 4, 5, 6], [2, 7]], [[0, 1, 2]])
+    """
+    if len(sizes) * max(sizes, default=0) <= _LEAST_SAVED * sum(sizes):
+        return [list(range(len(sizes)))]
     groups: dict[int, list[int]] = collections.defaultdict(list)
-    for row, num in enumerate(slots):
-        groups[(num.bit_length() + 1) // 2].append(row)
+    for i, size in enumerate(sizes):
+        groups[(size.bit_length() + 1) // 2].append(i)
     return list(groups.values())
 
 
