@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from ovq.layers import SinkAttention
 from ovq.layers.sinks import sink_read
+from tests.written import Written
 
 
 def dense(q, k, v, num_sinks, window):
@@ -51,3 +52,11 @@ def test_a_token_sees_the_first_tokens_and_its_window():
 def test_impossible_sizes_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         SinkAttention(8, 1, **arguments)
+
+
+@torch.no_grad()
+def test_rows_shorter_than_the_window_do_not_pay_for_it():
+    layer, ends = SinkAttention(8, 2, sink_window=1000), torch.arange(0, 501, 5)
+    with Written() as mode:
+        layer(torch.randn(1, 500, 8), cu_seqlens=ends)
+    assert mode.numel < 100 * 1000 * 8

@@ -46,8 +46,9 @@ class ConstantStateMixer(Mixer):
         """
         spec = self.constant_spec(like.dtype)
         if cache is None or cache.state is None:
+            # Expanded, as windows of many short rows would take more than their tokens.
             return {
-                name: torch.zeros(num_rows, *shape, dtype=dtype, device=like.device)
+                name: torch.zeros((), dtype=dtype, device=like.device).expand(num_rows, *shape)
                 for name, (shape, dtype) in spec.items()
             }
         for name, (shape, dtype) in spec.items():
