@@ -11,6 +11,7 @@ from ovq.layers import LayerCache, SequenceLayout
 from ovq_lab.mixers import VQAttention
 from ovq_lab.mixers.vq import StaticDictionary, vq_read
 from tests.hf.common import enable_checkpointing, make_config, random_ids
+from tests.written import Written
 
 N, C = 6, 4
 
@@ -127,6 +128,14 @@ def test_rows_that_leave_a_state_are_read_together():
     layout = SequenceLayout.of(None, batch_size=1, num_past=0, num_new=80, cu_seqlens=ends)
     layer.mix(layer.qkv_proj(x), x, layout, cache)
     assert cache.state["count"].sum((1, 2)).tolist() == ends.diff().tolist()
+
+
+@torch.no_grad()
+def test_no_tensor_has_a_number_for_each_token_and_slot():
+    layer = VQAttention(8, 2, num_slots=64, chunk_size=16)
+    with Written() as mode:
+        layer(torch.randn(1, 4096, 8))
+    assert mode.largest < 2 * 4096 * 64 / 2
 
 
 def make_model(**changes):

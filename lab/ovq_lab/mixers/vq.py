@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ovq.fields import ConfigField, is_finite
@@ -118,7 +117,10 @@ class StaticDictionary(OwnWeights):
     @torch.no_grad()
     def nearest(k: Tensor, means: Tensor) -> Tensor:
         """The slot nearest to each key, `[R, Hkv, T]` int64; `k` `[R, Hkv, T, K]`, `means` `[Hkv, N, K]`."""
-        return (k @ means.transpose(-1, -2) - means.square().sum(-1)[:, None] / 2).argmax(-1)
+        half = means.square().sum(-1)[:, None] / 2
+        # Of all tokens at once, their products with the slots would be the largest tensor of a call.
+        parts = k.split(1024, 2)
+        return torch.cat([(part @ means.transpose(-1, -2) - half).argmax(-1) for part in parts], 2)
 
     @torch.no_grad()
     @uncompiled
@@ -311,9 +313,8 @@ class VQAttention(ConstantStateMixer, AttentionMixer):
         rows = layout.rows()
         q, k, wide_v, slots = (rows.take(x).transpose(1, 2) for x in (q, k, v.to(q.dtype), slots))
         before = self.state_before(cache, len(q), v)
-        is_token = None if rows.mask is None else rows.mask[:, None, :, None]
         o, count, value_sum = vq_read(
-            q, k, wide_v, slots, means, **before, is_token=is_token, chunk_size=self.chunk_size
+            q, k, wide_v, slots, means, **before, is_token=rows.mask, chunk_size=self.chunk_size
         )
         if cache is not None:
             cache.set_state({"count": count, "value_sum": value_sum}, layout.num_new)
@@ -342,20 +343,20 @@ def vq_read(
         means: `[Hkv, N, K]`.
         count: `[R, Hkv, N]` number of earlier tokens in each slot.
         value_sum: `[R, Hkv, N, V]` sum of their values.
-        is_token: `[R, 1, T, 1]` bool, False for positions that are not counted. None: all are tokens.
+        is_token: `[R, T]` bool, False for positions that are not counted, whose v is 0. None: all are tokens.
         chunk_size: C.
 
     Returns:
         `[R, H, T, V]`, and `count` and `value_sum` including these tokens.
     """
-    belongs = F.one_hot(slots, means.shape[1])
-    belongs = belongs if is_token is None else belongs * is_token
+    counted = torch.ones_like(slots) if is_token is None else is_token[:, None].expand_as(slots).long()
     # Split, because the gradient of a slice is as large as all tokens together.
-    chunks = [x.split(chunk_size, -2) for x in (q.unflatten(1, (k.shape[1], -1)), k, v, belongs)]
+    chunks = [x.split(chunk_size, -2) for x in (q.unflatten(1, (k.shape[1], -1)), k, v)]
+    chunks += [x.split(chunk_size, -1) for x in (slots, counted)]
     outputs = []
-    last_k, last_v, last_belongs = k[:, :, :0], v[:, :, :0], belongs[:, :, :0]
-    for queries, own_k, own_v, own_belongs in zip(*chunks, strict=True):
-        recent_k, recent_v = torch.cat([last_k, own_k], 2), torch.cat([last_v, own_v], 2)
+    last_k, *last = (x[:, :, :0] for x in (k, v, slots, counted))
+    for queries, own_k, *own in zip(*chunks, strict=True):
+        recent_k, recent_v = torch.cat([last_k, own_k], 2), torch.cat([last[0], own[0]], 2)
         to_slots = queries.flatten(2, 3) @ means.transpose(-1, -2) + count.to(q.dtype).log()[:, :, None]
         place = torch.arange(recent_k.shape[2], device=q.device)
         is_later = (place > place[last_k.shape[2] :, None]).repeat(queries.shape[2], 1)
@@ -365,15 +366,18 @@ def vq_read(
         value_means = value_sum / count.clamp(min=1).to(value_sum.dtype)[..., None]
         o = from_slots @ value_means + from_tokens @ recent_v
         outputs.append(o.unflatten(2, (queries.shape[2], -1)))
-        count, value_sum = _merged(count, value_sum, last_belongs, last_v)
-        last_k, last_v, last_belongs = own_k, own_v, own_belongs
-    count, value_sum = _merged(count, value_sum, last_belongs, last_v)
+        count, value_sum = _merged(count, value_sum, *last)
+        last_k, last = own_k, own
+    count, value_sum = _merged(count, value_sum, *last)
     return torch.cat(outputs, dim=3).flatten(1, 2), count, value_sum
 
 
-def _merged(count: Tensor, value_sum: Tensor, belongs: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _merged(
+    count: Tensor, value_sum: Tensor, v: Tensor, slots: Tensor, counted: Tensor
+) -> tuple[Tensor, Tensor]:
     """Counts and sums including the tokens of a chunk."""
-    return count + belongs.sum(2), value_sum + belongs.transpose(-1, -2).to(v.dtype) @ v
+    value_sum = value_sum.scatter_add(2, slots[..., None].expand_as(v), v)
+    return count.scatter_add(2, slots, counted), value_sum
 
 
 def _mean_distance(k: Tensor, nearest: Tensor, mask: Tensor | None) -> Tensor:
