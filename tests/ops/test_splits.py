@@ -60,6 +60,15 @@ def test_rows_of_very_different_lengths_are_those_alone(backend, merge, gate):
 
 
 @backends
+@gated
+def test_rows_without_tokens_beside_one_with_many(backend, gate):
+    q, k, v = inputs(1, 9, dtype=torch.float32)
+    options = OPTIONS | {"backend": backend, **of_tokens(gate, k)}
+    o, _ = ovq_attention(q, k, v, cu_seqlens=torch.tensor([0] * 6 + [9]), **options)
+    torch.testing.assert_close(o, ovq_attention(q, k, v, **options)[0])
+
+
+@backends
 def test_rows_that_continue_pending_tokens_are_not_mixed_up(backend):
     """Their states have no slots yet."""
     q, k, v = inputs(1, sum(LENGTHS), dtype=torch.float32)

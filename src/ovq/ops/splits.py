@@ -76,6 +76,9 @@ def in_groups(call: Call, run: Run, groups: Sequence[Sequence[int]]) -> tuple[Te
     o: Tensor | None = None
     for group in groups:
         starts, lengths = (tuple(x[row] for row in group) for x in (call.rows.starts, call.rows.lengths))
+        # Backends run no call without tokens.
+        if not any(lengths):
+            continue
         # All rows of the state are empty.
         state = first_rows(call.state, len(group))
         # Zero at the tokens of other groups.
