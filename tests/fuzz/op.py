@@ -42,6 +42,8 @@ SPECIAL = {
     "nan value": (2, torch.nan),
     "inf value": (2, torch.inf),
 }
+#: Rows of which one may be so much longer than the others that they run in groups, at least.
+MANY = 5
 PADDINGS = {"zeros": 0.0, "noise": 3.0, "nan": torch.nan}
 
 
@@ -100,7 +102,8 @@ class OpCall(OpProgram):
             mask_dtype=rng.choice(["int64", "bool", "float32"]),
             padding=rng.choice(list(PADDINGS)),
             has_state=rng.random() < 0.5,
-            wants_state=rng.random() < 0.85,
+            # Only rows that leave no state run in groups of similar lengths.
+            wants_state=rng.random() < (0.85 if len(rows) < MANY else 0.4),
             has_gradients=rng.random() < (0.1 if backend.is_slow else 0.25),
             dtype=rng.choice(backend.dtypes),
             num_kv_heads=rng.choice([1, 1, 2]),
@@ -409,6 +412,11 @@ def _drawn_rows(rng: Random, layout: str, chunk_size: int, longest: int) -> tupl
     for _ in range(num_rows):
         left = rng.choice([0, 0, 1, rng.randrange(longest)]) if layout == "mask" else 0
         rows.append((length() if has_seen else 0, left, new if layout == "dense" else length()))
+    if layout != "dense" and rng.random() < 0.1:
+        # One row beside many that are shorter than a chunk.
+        short = [(length() if has_seen else 0, 0, rng.randrange(chunk_size)) for _ in range(MANY)]
+        long = length() if has_seen else 0, 0, max(longest, chunk_size)
+        return (*short, long)[:: rng.choice([1, -1])]
     # Batches that share memory between rows need equal ones.
     return (rows[0],) * num_rows if layout == "dense" and rng.random() < 0.3 else tuple(rows)
 

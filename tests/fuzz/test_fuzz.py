@@ -36,7 +36,7 @@ def test_random_programs(kind, backend):
 def test_kernels_run_where_they_should(backend, runs):
     if reason := BACKENDS[backend].missing():
         pytest.skip(reason)
-    run("op", backend, calls=20, seed=0)
+    run("op", backend, calls=30, seed=0)
     assert set(runs) == ({"ovq_forward", "ovq_backward"} if backend == "cpu" else set())
 
 
