@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
+from ovq.convert.cache import MemoryLayer
 from ovq.convert.compiled import advance
-from ovq.convert.config import Budget
+from ovq.convert.config import Budget, MemoryConfig
 from ovq.convert.memory import HeadMemory
 from ovq.ops import options, ovq_attention
 from ovq.ops.narrow import narrowed, widened
@@ -176,16 +177,19 @@ def test_gradients_need_slots_in_float32():
         memory.attend(q.requires_grad_(), k, v, [90, 90])
 
 
-def test_the_cost_of_gradients_is_linear_in_tokens():
-    budget = Budget(
-        heads=(0,), num_slots=8, window=16, num_sinks=2, chunk_size=8, merge="nearest", value_weight=1.0
-    )
+@pytest.mark.parametrize("padding", [0, 5])
+@pytest.mark.parametrize("trained_length", [None, 64])
+def test_the_cost_of_gradients_is_linear_in_tokens(padding, trained_length):
+    sizes = {"num_layers": 1, "num_kv_heads": 1, "num_slots": 8, "window": 16, "chunk_size": 8}
+    reach = {"trained_length": trained_length, "rotary_frequencies": [1.0]}
+    config = MemoryConfig.uniform(**sizes, **reach).layer(0)
 
     def written(length):
-        k = torch.randn(1, 1, length, 8, requires_grad=True)
+        k = torch.randn(2, 1, length, 8, requires_grad=True)
+        # Rows that merge and are re-positioned at different tokens.
+        mask = torch.arange(length) >= torch.tensor([[0], [padding]])
         with Written() as mode:
-            o = HeadMemory(budget, k, k).attend(k, k, k, [length])
-            o.sum().backward()
+            MemoryLayer(config).attend(k, k, k, mask).sum().backward()
         return mode.numel
 
     assert written(1024) < 2.2 * written(512)

@@ -6,19 +6,21 @@ from transformers import DataCollatorWithFlattening
 
 from ovq.hf.cache import CACHE_KEY
 from tests.convert.common import KINDS, converted, tokens
+from tests.written import Written
 
-BOUNDS = torch.tensor([0, 61, 62, 90])
+# The last two are read together.
+BOUNDS = torch.tensor([0, 61, 62, 90, 118])
 POSITIONS = torch.cat([torch.arange(n) for n in BOUNDS.diff()])[None]
 PACKINGS = {
     "cu_seqlens": {"cu_seqlens": BOUNDS},
-    "an empty row": {"cu_seqlens": torch.tensor([0, 61, 61, 62, 90])},
+    "an empty row": {"cu_seqlens": torch.tensor([0, 61, 61, 62, 90, 118])},
     "positions": {"position_ids": POSITIONS},
     "positions from 2": {"position_ids": POSITIONS + 2},
     "flash attention": {"cu_seq_lens_q": BOUNDS.int(), "cu_seq_lens_k": BOUNDS.int(), "max_length_q": 61},
-    "row of each token": {"seq_idx": torch.arange(3).repeat_interleave(BOUNDS.diff())[None]},
+    "row of each token": {"seq_idx": torch.arange(4).repeat_interleave(BOUNDS.diff())[None]},
     "all of trl": {"position_ids": POSITIONS, "cu_seq_lens_q": BOUNDS.int(), "use_cache": False},
 }
-IDS = tokens(1, 90)
+IDS = tokens(1, 118)
 
 
 def alone(model, first=0):
@@ -57,7 +59,7 @@ def test_losses_and_gradients_of_a_flattened_batch_are_those_of_its_rows():
     def gradients(batches):
         model.zero_grad()
         for batch in batches:
-            model(**batch, num_items_in_batch=torch.tensor(87)).loss.backward()
+            model(**batch, num_items_in_batch=torch.tensor(114)).loss.backward()
         return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
     packed = DataCollatorWithFlattening(return_flash_attn_kwargs=True)(
@@ -67,18 +69,33 @@ def test_losses_and_gradients_of_a_flattened_batch_are_those_of_its_rows():
     torch.testing.assert_close(gradients([packed]), expected)
 
 
+@torch.no_grad()
+def test_rows_cost_what_they_can_fill():
+    row, num = tokens(1, 30), 300
+
+    def written(num_slots):
+        model = converted(num_slots=num_slots)
+        expected = model(row).logits.expand(num, -1, -1)
+        with Written() as mode:
+            found = model(row.repeat(1, num), cu_seqlens=torch.arange(num + 1) * row.shape[1]).logits
+        torch.testing.assert_close(found.view(expected.shape), expected)
+        return mode.numel
+
+    assert written(4096) == written(32)
+
+
 def test_what_packed_rows_cannot_have_is_refused():
     model = converted()
-    for name, given in (("attention_mask", torch.ones(1, 90)), (CACHE_KEY, model.make_cache())):
+    for name, given in (("attention_mask", torch.ones(1, 118)), (CACHE_KEY, model.make_cache())):
         with pytest.raises(ValueError, match=f"{name}: expected None in a call with packed rows, found one"):
             model(IDS, cu_seq_lens_q=BOUNDS, **{name: given})
     with pytest.raises(ValueError, match=f"{CACHE_KEY}: expected None in a call with packed rows"):
         model(IDS, position_ids=POSITIONS, **{CACHE_KEY: model.make_cache()})
     with pytest.raises(ValueError, match="to pack the same rows as cu_seqlens"):
-        model(IDS, cu_seqlens=torch.tensor([0, 9, 90]), position_ids=POSITIONS)
+        model(IDS, cu_seqlens=torch.tensor([0, 9, 118]), position_ids=POSITIONS)
     with pytest.raises(ValueError, match="cu_seqlens: expected packed rows in a batch of 1"):
-        model(tokens(2, 90), cu_seqlens=BOUNDS)
+        model(tokens(2, 118), cu_seqlens=BOUNDS)
     with pytest.raises(ValueError, match="packed rows in a batch of 1, found positions that start again"):
-        model(tokens(2, 90), position_ids=POSITIONS.expand(2, -1))
+        model(tokens(2, 118), position_ids=POSITIONS.expand(2, -1))
     with pytest.raises(ValueError, match="cu_seqlens: expected"):
         model(IDS, cu_seqlens=torch.tensor([0, 9, 80]))

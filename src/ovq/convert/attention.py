@@ -26,6 +26,9 @@ LAYER_CONFIG = "_ovq_layer_config"
 #: Keyword argument of `memory_attention` with the number of tokens of each packed row.
 ROW_LENGTHS = "_ovq_row_lengths"
 
+# Most tokens of packed rows of equal lengths that are read together, which bounds the memory for scores.
+_TOKENS = 4096
+
 
 def memory_attention(
     module: nn.Module,
@@ -87,8 +90,17 @@ def memory_attention(
             layer.detach_()
         return o.transpose(1, 2), None
     lengths = kwargs.get(ROW_LENGTHS, [query.shape[2]])
-    config, rows = getattr(module, LAYER_CONFIG), (x.split(lengths, 2) for x in (query, key, value))
-    parts = [MemoryLayer(config).attend(q, k, v, attention_mask) for q, k, v in zip(*rows, strict=True)]
+    groups: dict[int, list[int]] = {}
+    for row, num in enumerate(lengths):
+        groups.setdefault(num, []).append(row)
+    rows, parts = [x.split(lengths, 2) for x in (query, key, value)], [query] * len(lengths)
+    for num, alike in groups.items():
+        most = max(1, _TOKENS // max(1, num))
+        for some in (alike[i : i + most] for i in range(0, len(alike), most)):
+            q, k, v = (torch.cat([x[row] for row in some]) for x in rows)
+            o = MemoryLayer(getattr(module, LAYER_CONFIG), num).attend(q, k, v, attention_mask)
+            for row, part in zip(some, o.split(len(query)), strict=True):
+                parts[row] = part
     return torch.cat(parts, 2).transpose(1, 2), None
 
 

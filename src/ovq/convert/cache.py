@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from ovq.convert.compiled import advance
 from ovq.convert.config import Budget, LayerConfig, MemoryConfig
 from ovq.convert.memory import HeadMemory
+from ovq.convert.pieces import Pieces
 from ovq.convert.reading import Observer
 from ovq.hf.cache import MOST_CROPPED, OVQCacheLayer, StateCache, not_croppable
 from ovq.layers.memory import Memory, StateSpec
@@ -34,18 +35,20 @@ class HeadMemories(Memory):
 
     Attributes:
         observer: makes the observer of each new memory, see `HeadMemory`.
+        num_tokens: most tokens that a new memory will read, see `HeadMemory`.
     """
 
     kind: str = "sinks, windows and slots"
     config: LayerConfig = dataclasses.field(compare=False)
     observer: Callable[[Budget], Observer] | None = dataclasses.field(default=None, compare=False)
+    num_tokens: int | None = dataclasses.field(default=None, compare=False)
 
     def empty(self, k: Tensor, v: Tensor) -> list[HeadMemory]:
         """Empty memories for keys like `k` `[B, Hkv, T, K]` and values like `v` (sizes, dtype, device)."""
         made = []
         for budget in self.config.budgets:
             own_k, own_v = (x[:, : len(budget.heads)] for x in (k, v))
-            made.append(HeadMemory(budget, own_k, own_v, self._use(budget)))
+            made.append(HeadMemory(budget, own_k, own_v, self._use(budget), self.num_tokens))
             made[-1].observer = None if self.observer is None else self.observer(budget)
         return made
 
@@ -118,12 +121,12 @@ class Recorded:
 
 
 class MemoryLayer(OVQCacheLayer):
-    """The memory of one layer of a converted model."""
+    """The memory of one layer of a converted model, which will read at most `num_tokens` per row."""
 
     memory: HeadMemories
 
-    def __init__(self, config: LayerConfig) -> None:
-        super().__init__(HeadMemories(config=config))
+    def __init__(self, config: LayerConfig, num_tokens: int | None = None) -> None:
+        super().__init__(HeadMemories(config=config, num_tokens=num_tokens))
         # Whether keys were passed on that the attention function has not received yet.
         self.has_staged = False
         # Whether another layer shares the memories.
@@ -293,9 +296,9 @@ class MemoryLayer(OVQCacheLayer):
         self.num_columns += k.shape[2]
         if (factors := self.config.key_factors(k)) is not None:
             k = k * factors
-        for done, now in self._parts([k.shape[2]] * len(k)):
-            part = slice(done[0], done[0] + now[0])
-            advance(parts, k[:, :, part], v[:, :, part], now)
+        sizes = self._sizes([k.shape[2]] * len(k))
+        for now, own_k, own_v in zip(sizes, *map(Pieces(sizes, k.device).split, (k, v)), strict=True):
+            advance(parts, own_k, own_v, now)
             self.reposition(now)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -342,19 +345,12 @@ class MemoryLayer(OVQCacheLayer):
         if max(lengths) < self.until_reposition():
             o = outputs(lengths, q, k, v)
         else:
-            o = q.new_zeros(*q.shape[:3], v.shape[3])
-            for done, now in self._parts(lengths):
-                if len({*zip(done, now, strict=True)}) == 1:
-                    part = slice(done[0], done[0] + now[0])
-                    o[:, :, part] = outputs(now, *(x[:, :, part] for x in (q, k, v)))
-                else:
-                    first = torch.tensor(done, device=q.device)[:, None]
-                    places = first + torch.arange(max(now), device=q.device)
-                    places = places.clamp(max=q.shape[2] - 1)
-                    found = outputs(now, *(_take(x, places) for x in (q, k, v)))
-                    for row, (start, num) in enumerate(zip(done, now, strict=True)):
-                        o[row, :, start : start + num] = found[row, :, :num]
+            sizes = self._sizes(lengths)
+            pieces, found = Pieces(sizes, q.device), []
+            for now, *own in zip(sizes, *map(pieces.split, (q, k, v)), strict=True):
+                found.append(outputs(now, *own))
                 self.reposition(now)
+            o = pieces.join(found, q.new_zeros(*q.shape[:3], v.shape[3]))
         return o if order is None else _take(o, order.argsort(-1))
 
     def _check(self, k: Tensor, v: Tensor, q: Tensor | None = None) -> None:
@@ -398,16 +394,18 @@ class MemoryLayer(OVQCacheLayer):
             return math.inf
         return min(reach.until_reposition(self.state[0].num_read(row)) for row in range(self.num_rows))
 
-    def _parts(self, lengths: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
-        """Pairs, per row, of the tokens done and the next tokens up to a re-positioning."""
-        reach, done = self.config.reach, [0] * len(lengths)
-        while done != list(lengths):
-            now = [n - d for n, d in zip(lengths, done, strict=True)]
+    def _sizes(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Tokens that each row reads up to its next re-positioning, then to the one after, and so on."""
+        reach, left, sizes = self.config.reach, list(lengths), []
+        num_read = [self.state[0].num_read(row) for row in range(len(left))]
+        while any(left):
+            now = left
             if reach is not None:
-                first = self.state[0]
-                now = [min(n, reach.until_reposition(first.num_read(row))) for row, n in enumerate(now)]
-            yield done, now
-            done = [d + n for d, n in zip(done, now, strict=True)]
+                now = [min(n, reach.until_reposition(d)) for n, d in zip(left, num_read, strict=True)]
+            sizes.append(now)
+            left = [n - num for n, num in zip(left, now, strict=True)]
+            num_read = [d + num for d, num in zip(num_read, now, strict=True)]
+        return sizes
 
     def reposition(self, now: Sequence[int]) -> None:
         """Re-position sinks and slots that are too far away, in rows that have just read `now` tokens."""

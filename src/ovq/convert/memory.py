@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ovq.convert.config import Budget
+from ovq.convert.pieces import Pieces
 from ovq.convert.reach import Reach
 from ovq.convert.reading import Exact, Observer, Slots, read
 from ovq.convert.use import token_weights, use_from
@@ -45,6 +46,7 @@ class HeadMemory:
         k: `[B, h, *, K]` tensor that gives sizes, dtype and device. v: `[B, h, *, V]`, likewise.
         use: `[h, K + V + 1]` float32 coefficients of the token weights in merges, see `use.py`; None for
             weights of 1.
+        num_tokens: most tokens that a row will read, which may need fewer slots; None for no bound.
 
     Attributes:
         recent_keys: `[B, h, S + W, K]` keys of the first S tokens, then of the last, in the model's dtype;
@@ -72,7 +74,9 @@ class HeadMemory:
 
     observer: Observer | None = None
 
-    def __init__(self, budget: Budget, k: Tensor, v: Tensor, use: Tensor | None = None) -> None:
+    def __init__(
+        self, budget: Budget, k: Tensor, v: Tensor, use: Tensor | None = None, num_tokens: int | None = None
+    ) -> None:
         self.budget = budget
         # Without slots nothing is merged.
         self._given_use = use.to(k.device) if use is not None and budget.num_slots else None
@@ -80,12 +84,17 @@ class HeadMemory:
         if budget.state_dtype == "int8":
             self._names = (*self._names, "key_step", "value_step")
         batch, heads = k.shape[:2]
+        num_exact, num_slots = budget.num_exact, budget.num_slots
+        if num_tokens is not None:
+            # One place more, as full ones are merged.
+            num_exact = min(num_exact, max(num_tokens + 1, budget.num_sinks))
+            num_slots = budget.num_open(budget.num_merges(num_tokens) * budget.chunk_size)
         self.wide = wide = state_dtype(k.dtype)
         for name, x in (("keys", k), ("values", v)):
-            setattr(self, f"recent_{name}", x.new_zeros(batch, heads, budget.num_exact, x.shape[3]))
+            setattr(self, f"recent_{name}", x.new_zeros(batch, heads, num_exact, x.shape[3]))
         for name, x in (("key", k), ("value", v)):
-            self._put_sums(f"{name}_sum", x.new_zeros(batch, heads, budget.num_slots, x.shape[3], dtype=wide))
-        self.count = k.new_zeros(batch, heads, budget.num_slots, dtype=torch.int64)
+            self._put_sums(f"{name}_sum", x.new_zeros(batch, heads, num_slots, x.shape[3], dtype=wide))
+        self.count = k.new_zeros(batch, heads, num_slots, dtype=torch.int64)
         self.position_sum = torch.zeros_like(self.count)
         self.key_unit = k.new_zeros(batch, heads, dtype=wide)
         self.use: Tensor | None = None
@@ -344,55 +353,35 @@ class HeadMemory:
             )
         if not has_graph:
             self._own_all_()
-        slots = {"temperature": temperature, "bias": bias}
-        if len({*zip(lengths, self.filled, strict=True)}) == 1:
-            return self._attend_alike(q, k, v, lengths[0], has_graph, **slots)
-        o = None if q is None else q.new_zeros(*q.shape[:3], v.shape[3])
-        done, every = [0] * len(lengths), slice(None)
-        while done != list(lengths):
+        left, room = list(lengths), [self.budget.num_exact - filled for filled in self.filled]
+        sizes: list[list[int]] = []
+        while any(left):
             # Up to the next merge of each row.
-            now = [
-                min(n - d, self.budget.num_exact - f)
-                for n, d, f in zip(lengths, done, self.filled, strict=True)
-            ]
-            # Indices of the tokens among the new ones, and of their places.
-            triples = [(b, done[b] + i, i) for b, n in enumerate(now) for i in range(n)]
-            rows, source, step = torch.tensor(triples, device=k.device).T
-            filled = torch.tensor(self.filled, device=k.device)[rows]
-            new = rows, every, source
-            self._store((rows, every, filled + step), k[new], v[new], has_graph)
-            if q is not None and o is not None:
-                queries = q.new_zeros(*q.shape[:2], max(now), q.shape[3])
-                queries[rows, :, step] = q[new]
-                o[new] = self._read(queries, **slots)[rows, :, step]
-            done = [d + n for d, n in zip(done, now, strict=True)]
-            self._count(now)
-        return o
-
-    def _attend_alike(
-        self, q: Tensor | None, k: Tensor, v: Tensor, num: int, has_graph: bool, **slots: Tensor | None
-    ) -> Tensor | None:
-        """`attend` for rows that merge at the same time, of `num` tokens each; `slots` are as in `_read`."""
-        first, size = min(num, self.budget.num_exact - self.filled[0]), self.budget.chunk_size
-        sizes = [first, *(min(size, num - i) for i in range(first, num, size)), k.shape[2] - num]
-        # Split, because the gradient of a slice is as large as all tokens together.
-        *tokens, _ = zip(*(x.split(sizes, 2) for x in (k, v, k if q is None else q)), strict=True)
-        outputs = []
-        for own_k, own_v, own_q in tokens if num else ():
-            now = own_k.shape[2]
-            places = slice(None), slice(None), slice(self.filled[0], self.filled[0] + now)
-            self._store(places, own_k, own_v, has_graph)
+            sizes.append([min(pair) for pair in zip(left, room, strict=True)])
+            left = [num - now for num, now in zip(left, sizes[-1], strict=True)]
+            room = [self.budget.chunk_size] * len(left)
+        pieces, outputs = Pieces(sizes, k.device), []
+        tokens = map(pieces.split, (k, v, k if q is None else q))
+        for now, own_k, own_v, own_q in zip(sizes, *tokens, strict=True):
+            self._store(own_k, own_v, now, has_graph)
             if q is not None:
-                outputs.append(self._read(own_q, **slots).to(q.dtype))
-            self._count([now] * len(self.filled))
-        return q if q is None else torch.cat([*outputs, q.new_zeros(*q.shape[:2], sizes[-1], v.shape[3])], 2)
+                outputs.append(self._read(own_q, temperature, bias).to(q.dtype))
+            self._count(now)
+        return None if q is None else pieces.join(outputs, q.new_zeros(*q.shape[:3], v.shape[3]))
 
-    def _store(self, places: tuple[Any, ...], k: Tensor, v: Tensor, has_graph: bool) -> None:
-        """Keep tokens exactly, at these places."""
+    def _store(self, k: Tensor, v: Tensor, now: Sequence[int], has_graph: bool) -> None:
+        """Keep the first `now` tokens of each row exactly."""
         if has_graph:
             # What autograd has saved must not change.
             self.recent_keys, self.recent_values = self.recent_keys.clone(), self.recent_values.clone()
             self._has_graph = True
+        pairs = [*zip(self.filled, now, strict=True)]
+        places: tuple[Any, ...] = ..., slice(pairs[0][0], sum(pairs[0])), slice(None)
+        if len({*pairs}) > 1:
+            triples = [(b, filled + i, i) for b, (filled, num) in enumerate(pairs) for i in range(num)]
+            rows, place, step = torch.tensor(triples, device=k.device).T
+            places = rows, slice(None), place
+            k, v = k[rows, :, step], v[rows, :, step]
         self.recent_keys[places], self.recent_values[places] = k, v
 
     def _count(self, now: Sequence[int]) -> None:
@@ -472,7 +461,7 @@ class HeadMemory:
             of_tokens = None if weights is None else weights.transpose(1, 2)[..., None]
             chunk = Merging(keys.transpose(1, 2), values.transpose(1, 2), after, plan, of_tokens)
             # [R, h, N + C]: the slot that each of the N old slots and C tokens goes to.
-            homes = learn(chunk).homes(self.budget.num_slots)
+            homes = learn(chunk).homes(after.count.shape[2])
             if self.observer is not None:
                 self.observer.on_merge(homes)
             first = torch.tensor(num_merged, device=homes.device)[:, None, None] + self.budget.num_sinks
