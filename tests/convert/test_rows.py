@@ -100,3 +100,14 @@ def test_caches_that_do_not_fit_are_refused():
         other(STREAMS[:1, :3], **{CACHE_KEY: caches[-1]})
     with pytest.raises(ValueError, match="memories of different sizes or settings"):
         MemoryCache.concatenate(caches)
+
+
+@torch.no_grad()
+def test_a_cache_goes_on_after_its_model_was_cast():
+    model, streams = converted().double(), STREAMS[:2]
+    # Rows that merge at different tokens.
+    mask = torch.arange(110) >= torch.tensor([[0], [5]])
+    expected, cache = model(streams, mask, use_cache=False).logits, model.make_cache()
+    model(streams[:, :50], mask[:, :50], **{CACHE_KEY: cache})
+    found = model.float()(streams[:, 50:], mask, **{CACHE_KEY: cache}).logits
+    torch.testing.assert_close(found.double(), expected[:, 50:], atol=1e-3, rtol=0)

@@ -381,7 +381,8 @@ class HeadMemory:
             triples = [(b, filled + i, i) for b, (filled, num) in enumerate(pairs) for i in range(num)]
             rows, place, step = torch.tensor(triples, device=k.device).T
             places = rows, slice(None), place
-            k, v = k[rows, :, step], v[rows, :, step]
+            # After a cast of the model, a memory keeps its dtype.
+            k, v = (x[rows, :, step].to(self.recent_keys.dtype) for x in (k, v))
         self.recent_keys[places], self.recent_values[places] = k, v
 
     def _count(self, now: Sequence[int]) -> None:
