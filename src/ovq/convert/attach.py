@@ -27,6 +27,7 @@ from ovq.hf.cache import CACHE_KEY, one_of
 from ovq.hf.context_file import digest, weights_of
 from ovq.hf.generation import CachedGeneration, execution_device
 from ovq.hf.hub import check_loaded
+from ovq.ops.uncompiled import uncompiled
 from ovq.runtime.files import read_json
 
 # Tokens on which the model is compared before and after, and tolerances: the root mean square of the logit
@@ -379,6 +380,7 @@ def _own_config_(model: Any) -> list[tuple[Any, Any]]:
     return had
 
 
+@uncompiled
 def _with_cache(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Forward pre-hook of the base model: check the given cache, or make a `MemoryCache` if one is used."""
     names = list(inspect.signature(module.forward).parameters)
@@ -394,7 +396,13 @@ def _with_cache(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple
         given.pop("past_key_values", None)
         given.pop("cache", None)
         return (), {**given, CACHE_KEY: MemoryCache(module._ovq_memory_config)}
-    return args, kwargs
+    inputs, positions = given.get("input_ids"), given.get("position_ids")
+    inputs = given.get("inputs_embeds") if inputs is None else inputs
+    is_plain = positions is None or bool((positions.diff() == 1).all())
+    if is_plain and inputs is not None and given.get("attention_mask") is None:
+        # Under torch.compile, transformers takes rows without a mask for packed ones.
+        given["attention_mask"] = torch.ones(inputs.shape[:2], dtype=torch.int64, device=inputs.device)
+    return (), given
 
 
 def _checked(cache: Any, config: MemoryConfig) -> MemoryCache:

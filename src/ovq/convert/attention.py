@@ -16,6 +16,7 @@ from transformers.masking_utils import causal_mask_function
 from ovq.convert.cache import MARK, MemoryLayer
 from ovq.hf.packing import PACKING_KWARGS, packed_offsets
 from ovq.ops.checks import row_bounds
+from ovq.ops.uncompiled import uncompiled
 
 #: Name under which the functions are registered with transformers.
 IMPLEMENTATION = "ovq_memory"
@@ -30,6 +31,7 @@ ROW_LENGTHS = "_ovq_row_lengths"
 _TOKENS = 4096
 
 
+@uncompiled
 def memory_attention(
     module: nn.Module,
     query: Tensor,
@@ -104,6 +106,7 @@ def memory_attention(
     return torch.cat(parts, 2).transpose(1, 2), None
 
 
+@uncompiled
 def memory_mask(
     batch_size: int,
     q_length: int,

@@ -30,6 +30,7 @@ from ovq.hf.cache import CACHE_KEY
 from ovq.ops.backends.cpu.kernels import DTYPES, is_available
 from ovq.ops.backends.cpu.layer import HeadsLayer
 from ovq.ops.backends.cpu.weights import Matrix, matrix_product, packed
+from ovq.ops.uncompiled import uncompiled
 
 #: Formats of the weights for decoding, as `attach` takes them.
 WEIGHT_DTYPES = ("float32", "bfloat16", "int8", "int4")
@@ -65,6 +66,7 @@ def checked_weight_dtype(weight_dtype: str | None) -> str | None:
     return weight_dtype
 
 
+@uncompiled
 def token_output(model: Any, own_class: type, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Output of a converted model's `forward` from the kernel; None if the modules must run.
 
