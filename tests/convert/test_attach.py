@@ -30,6 +30,7 @@ from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.hf.cache import CACHE_KEY
 from ovq.parallel import ContextParallel
 from tests.convert.common import IDS, KINDS, MEMORY, SIZES, converted, original, tokens
+from tests.hf.common import enable_checkpointing
 
 TINY = {"atol": 2e-5, "rtol": 0}
 GREEDY = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -186,6 +187,25 @@ def test_gradients_reach_the_tokens_of_the_window():
         m(short, labels=short).loss.backward()
     for (name, p), q in zip(before.named_parameters(), after.parameters(), strict=True):
         torch.testing.assert_close(q.grad, p.grad, msg=name, atol=1e-4, rtol=1e-4)
+
+
+def test_gradient_checkpointing_goes_without_a_cache():
+    model, ids = converted(), tokens(1, 60)
+    cache = model(ids).past_key_values
+    (expected := model(ids, labels=ids)).loss.backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    enable_checkpointing(model.train(), use_reentrant=False)
+    found = model(ids, labels=ids)
+    found.loss.backward()
+    assert found.past_key_values is None
+    torch.testing.assert_close(found.loss, expected.loss)
+    torch.testing.assert_close([p.grad for p in model.parameters()], grads)
+    with pytest.raises(ValueError, match="no cache while training with gradient checkpointing"):
+        model(ids, past_key_values=cache)
+    assert cache.num_columns == 60
+    generated = model.generate(ids, **GREEDY)
+    assert torch.equal(generated, model.eval().generate(ids, **GREEDY))
 
 
 def test_bfloat16_models_keep_slots_in_float32():

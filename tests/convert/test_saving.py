@@ -27,6 +27,19 @@ def test_a_saved_model_is_loaded_with_its_memory(kind, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [type(plain).__name__]
 
 
+def test_a_model_with_weights_on_the_disk_is_loaded_with_its_memory(tmp_path):
+    model, ids = converted(), tokens(1, 60)
+    model.save_pretrained(tmp_path)
+    places = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.norm"), "cpu")
+    places |= {"model.layers.1": "disk", "lm_head": "cpu"}
+    again = load(tmp_path, device_map=places, offload_folder=tmp_path / "offloaded")
+    assert any(parameter.is_meta for parameter in again.parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, model(ids).logits)
+    options = {"max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(again.generate(ids, **options), model.generate(ids, **options))
+
+
 def test_what_was_learned_is_saved(tmp_path):
     learned = {"slot_temperature": [[1.5] * 4, [1.0] * 4], "slot_bias": [[0.0] * 4, [-0.5] * 4]}
     config = MemoryConfig.uniform(

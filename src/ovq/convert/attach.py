@@ -95,13 +95,26 @@ class ConvertedMixin(CachedGeneration):
         Raises:
             ValueError: weights that are packed.
         """
-        if self.weights_digest is not None:
-            raise ValueError(
-                f"save_pretrained: expected a model with its own weights, found them rounded to "
-                f"{self.weight_dtype}: load it without weight_dtype"
-            )
+        self._check_not_packed("save_pretrained")
         own: Any = super()
         own.save_pretrained(*args, **kwargs)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """Change the size of the vocabulary, as transformers does.
+
+        Raises:
+            ValueError: weights that are packed.
+        """
+        self._check_not_packed("resize_token_embeddings")
+        own: Any = super()
+        return own.resize_token_embeddings(*args, **kwargs)
+
+    def _check_not_packed(self, what: str) -> None:
+        if self.weights_digest is not None:
+            raise ValueError(
+                f"{what}: expected a model with its own weights, found them rounded to "
+                f"{self.weight_dtype}: load it without weight_dtype"
+            )
 
     def checked_cache(self, cache: Any) -> MemoryCache:
         """`cache`; ValueError unless it is a `MemoryCache` for the same numbers of layers and heads."""
@@ -362,7 +375,8 @@ def kv_heads(model: PreTrainedModel) -> list[int]:
         )
     if not model.can_generate():
         raise ValueError(f"{name}: expected a causal language model, found one that cannot generate text")
-    if any(x.is_meta for x in model.parameters()):
+    # Hooks of accelerate load weights that it has offloaded.
+    if any(x.is_meta for m in model.modules() if not hasattr(m, "_hf_hook") for x in m.parameters(False)):
         raise ValueError(f"{name}: expected a model with its weights, found them on the meta device")
     return [heads] * layers
 
@@ -388,11 +402,15 @@ def _with_cache(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple
     if (packed := packed_arguments(given)) is not None:
         return (), packed
     found = one_of(given.get("past_key_values"), given.get("cache"))
+    is_checkpointing = module.training and module.gradient_checkpointing
     if found is not None:
+        if is_checkpointing:
+            # transformers would run the layers without it.
+            raise ValueError("expected no cache while training with gradient checkpointing, found one")
         _checked(found, module._ovq_memory_config)
         return args, kwargs
     use_cache = given.get("use_cache")
-    if module.config.use_cache if use_cache is None else use_cache:
+    if (module.config.use_cache if use_cache is None else use_cache) and not is_checkpointing:
         given.pop("past_key_values", None)
         given.pop("cache", None)
         return (), {**given, CACHE_KEY: MemoryCache(module._ovq_memory_config)}
