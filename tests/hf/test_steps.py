@@ -277,6 +277,11 @@ def with_strided_gate(model):
     gate.bias = nn.Parameter(torch.stack([gate.bias.detach()] * 2, 1)[:, 0])
 
 
+def with_bias(model):
+    down = model.model.layers[1].mlp.down_proj
+    down.bias = nn.Parameter(torch.linspace(-1, 1, down.out_features))
+
+
 def parametrized(model):
     nn.utils.parametrize.register_parametrization(model.model.layers[1].mixer.o_proj, "weight", nn.Identity())
 
@@ -305,6 +310,7 @@ def with_mixer(**attributes):
         of_class("model.layers.1.mixer.qkv_proj", OtherLinear),
         of_class("model.layers.1.mixer", OtherMixer),
         with_transposed_weight,
+        with_bias,
         with_narrow_gate,
         with_strided_gate,
         parametrized,

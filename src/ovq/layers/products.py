@@ -39,13 +39,14 @@ def is_plain(module: nn.Module, kind: type[nn.Module], allowed_hooks: str = "") 
 
 
 def plain_parameter(module: nn.Module, kind: type[nn.Module], name: str = "weight") -> Tensor | None:
-    """A contiguous parameter of a module that `is_plain`; None if missing or not contiguous.
+    """A contiguous parameter of a module that `is_plain`, without a bias; None if there is no such.
 
     Example:
-        >>> plain_parameter(nn.Linear(2, 3), nn.Linear).shape, plain_parameter(nn.SiLU(), nn.SiLU)
-        (torch.Size([3, 2]), None)
+        >>> plain_parameter(nn.Linear(2, 3, bias=False), nn.Linear).shape
+        torch.Size([3, 2])
+        >>> plain_parameter(nn.Linear(2, 3), nn.Linear)
     """
-    if not is_plain(module, kind):
+    if not is_plain(module, kind) or module._parameters.get("bias") is not None:
         return None
     found = module._parameters.get(name)
     return found if found is not None and found.is_contiguous() else None
@@ -66,16 +67,16 @@ def _is_of_kernels(x: Tensor, weight: Tensor) -> bool:
 
 
 class Linear(nn.Linear):
-    """`torch.nn.Linear` without bias, using the fastest available product on a CPU."""
+    """`torch.nn.Linear` without bias unless one is assigned, by the fastest available product on a CPU."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in_features]` to `[..., out_features]`."""
-        if x.shape[-1:] != self.weight.shape[1:]:
-            # PyTorch says what is wrong; a kernel would read beyond the input.
-            return F.linear(x, self.weight)
+        if self.bias is not None or x.shape[-1:] != self.weight.shape[1:]:
+            # PyTorch says what is wrong with a shape; a kernel would read beyond the input.
+            return F.linear(x, self.weight, self.bias)
         if can_multiply(x, self.weight):
             has_graph = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
             num = math.prod(x.shape[:-1])
