@@ -30,7 +30,7 @@ OF_MIXERS = {
     for mixer, cls in MIXERS.items()
     for name in cls.own_fields().keys() - MIXERS["ovq"].own_fields().keys()
 }
-NEW = {"delta_head_dim", "kda_head_dim"}
+NEW = {"delta_head_dim"}
 SMALL = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "vocab_size": 8}
 KVM = SMALL | {"mixer_types": ["sliding_attention", "kvm"]}
 
@@ -65,7 +65,7 @@ def test_a_config_has_no_field_of_its_own_that_a_mixer_declares():
     own = OVQConfig.field_defaults()
     assert len(own) < 30
     assert not own.keys() & OF_MIXERS
-    assert len(OF_MIXERS) == len(fields_of_mixers(MIXERS)) - 2 == 21
+    assert len(OF_MIXERS) == len(fields_of_mixers(MIXERS)) - 2 == 20
 
 
 @pytest.mark.parametrize("mixer", MIXERS)

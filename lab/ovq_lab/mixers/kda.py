@@ -46,10 +46,7 @@ class KimiDeltaAttention(DeltaRuleMixer):
 
     state_kind = "the matrices of Kimi Delta Attention"
     config_fields = HeadsMixer.config_fields | {
-        "head_dim": ConfigField(
-            int | None, None, "components of a key; None: `head_dim`", name="kda_head_dim", at_least=1
-        ),
-        "kda_value_dim": ConfigField(int | None, None, "components of a value; None: of a key", at_least=1),
+        "kda_value_dim": ConfigField(int | None, None, "components of a value; None: `head_dim`", at_least=1),
     }
 
     def __init__(
@@ -77,21 +74,15 @@ class KimiDeltaAttention(DeltaRuleMixer):
 
     @classmethod
     def equal_sizes(cls, config: Any) -> dict[str, int]:
-        """Head sizes for equally many parameters: values as wide as keys, or keys of a given width.
+        """`kda_value_dim` at which the layer has as many parameters: the root of a quadratic equation in V.
 
-        V is the root of a quadratic equation: `gate_up_proj` has `H V^2` weights and `H V` biases,
-        `decay_up_proj` `H K V` weights.
+        `gate_up_proj` has `H V^2` weights and `H V` biases, `decay_up_proj` `H K V` weights.
         """
-        width, num_heads, head_dim = config.hidden_size, config.num_attention_heads, config.kda_head_dim
-        weights = width * (num_projected(config) - num_heads)
-        square, linear = num_heads, width * (2 * num_heads + 2) + num_heads
-        of_keys = 2 * width * config.num_key_value_heads
-        if head_dim is None:
-            square, linear = 2 * square, linear + of_keys + num_heads
-        else:
-            weights, linear = weights - of_keys * head_dim, linear + num_heads * head_dim
-        value_dim = max(1, round((math.sqrt(linear**2 + 4 * square * weights) - linear) / (2 * square)))
-        return {"kda_head_dim": head_dim or value_dim, "kda_value_dim": value_dim}
+        width, num_heads, head_dim = config.hidden_size, config.num_attention_heads, config.head_dim
+        linear = width * (2 * num_heads + 2) + num_heads * (head_dim + 1)
+        weights = width * (num_projected(config) - 2 * config.num_key_value_heads * head_dim - num_heads)
+        root = (math.sqrt(linear**2 + 4 * num_heads * weights) - linear) / (2 * num_heads)
+        return {"kda_value_dim": max(1, round(root))}
 
     def gates(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `DeltaRuleMixer.gates`."""

@@ -315,9 +315,9 @@ class OVQConfig(PreTrainedConfig):
         known = cls.field_defaults(mixer_types)
         changes = {name: value for name, value in changes.items() if name in known}
         config = cls(**given | changes)
-        for name in {"delta_head_dim", "kda_head_dim"} & is_open:
-            # Keys of these mixers were as wide as those of the others.
-            setattr(config, name, config.head_dim)
+        if "delta_head_dim" in is_open:
+            # Keys of Gated DeltaNet were as wide as those of the other mixers.
+            config.delta_head_dim = config.head_dim
         sizes = equal_sizes(config)
         return fields | {name: size for name, size in sizes.items() if name in is_open}
 

@@ -45,12 +45,6 @@ class DeltaRuleMixer(ConstantStateMixer):
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.head_dim, self.value_dim = head_dim, value_dim
 
-    @classmethod
-    def arguments_of(cls, config: Any) -> dict[str, Any]:
-        """See `Mixer.arguments_of`."""
-        arguments = super().arguments_of(config)
-        return arguments | {"head_dim": arguments["head_dim"] or config.head_dim}
-
     @abstractmethod
     def gates(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Output gates, log decays and rates for inputs `[B, T, D]`.

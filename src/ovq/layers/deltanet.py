@@ -86,6 +86,12 @@ class GatedDeltaNet(DeltaRuleMixer):
         self.out_norm = nn.RMSNorm(value_dim, eps=1e-6)
 
     @classmethod
+    def arguments_of(cls, config: Any) -> dict[str, Any]:
+        """See `Mixer.arguments_of`."""
+        arguments = super().arguments_of(config)
+        return arguments | {"head_dim": arguments["head_dim"] or config.head_dim}
+
+    @classmethod
     def equal_sizes(cls, config: Any) -> dict[str, int]:
         """Head sizes for equally many parameters: values twice as wide as keys, or keys of a given width."""
         num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
