@@ -56,6 +56,16 @@ def test_without_a_target_the_loss_of_a_micro_batch_is_zero():
     assert model.lm_head.weight.grad.abs().max() == 0
 
 
+def test_a_bias_that_is_assigned_to_the_output_layer_counts():
+    torch.manual_seed(0)
+    model, ids = OVQForCausalLM(CONFIG).eval(), torch.randint(11, (2, 8))
+    model.lm_head.bias = torch.nn.Parameter(torch.randn(11))
+    losses = [model(ids, labels=ids, skip_logits=skip_logits).loss for skip_logits in (False, True)]
+    torch.testing.assert_close(losses[1], losses[0])
+    losses[1].backward()
+    assert model.lm_head.bias.grad.abs().max() > 0
+
+
 def test_logits_that_are_needed_are_not_skipped():
     model, ids = OVQForCausalLM(CONFIG), torch.zeros(1, 4, dtype=torch.long)
     with pytest.raises(ValueError, match="skip_logits: expected False without labels, found True"):

@@ -24,7 +24,8 @@ def can_be_pieced(head: nn.Module, loss_function: Callable[..., Tensor]) -> bool
     """
     return (
         # transformers makes the latter when it resizes the vocabulary.
-        (is_plain(head, Linear) or (is_plain(head, nn.Linear) and head.bias is None))
+        (is_plain(head, Linear) or is_plain(head, nn.Linear))
+        and head.bias is None
         and type(head.weight) in (nn.Parameter, Tensor)
         # Set by DeepSpeed, which shards weights.
         and not hasattr(head.weight, "ds_id")
