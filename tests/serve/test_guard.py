@@ -5,6 +5,9 @@ import re
 
 import httpx
 import pytest
+from starlette.applications import Starlette
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
 
 from ovq.serve.app import create_app
 from ovq.serve.limits import Limits
@@ -123,6 +126,11 @@ def test_a_method_that_a_route_has_not_is_refused_before_the_body(service, kind)
             assert (answer.status_code, set(answer.headers["allow"].split(", "))) == (405, allow)
             assert f"expected {answer.headers['allow'].replace(', ', ' or ')}" in answer.text
     assert len(paths) > 6
+    counted = ask(app, "GET", "/metrics").text
+    assert 'ovq_requests_total{route="/v1/completions",status="405"}' in counted
+    # An application that was added gets what is below its path.
+    app.mount("/more", Starlette(routes=[Route("/{rest:path}", lambda request: PlainTextResponse("more"))]))
+    assert ask(app, "GET", "/more/a").text == "more"
 
 
 @pytest.mark.parametrize("kind", ["application/json", "application/octet-stream"])

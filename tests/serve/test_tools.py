@@ -56,6 +56,7 @@ CASES = [
             'he said "oh',
             '{"name": "add, "arguments": {"a": "1"}}',
             '{"name": "add" "',
+            """{'name': 'add', "a: 1}""",
         )
     ),
 ]
@@ -99,15 +100,17 @@ def test_one_call_is_the_end_where_only_one_is_wanted(places):
         assert (shown, len(found)) == ("a", 1)
 
 
-def test_a_call_is_parsed_once_whatever_its_strings_hold(monkeypatch):
+def test_a_call_is_parsed_twice_at_most_whatever_its_strings_hold(monkeypatch):
     parsed, parse = [], json.loads
     monkeypatch.setattr(json, "loads", lambda text, **options: parsed.append(text) or parse(text, **options))
     for strings in (["</tool_call>" * 50], ["</tool_call>"] * 50):
         text = json.dumps({"name": "add", "arguments": {"a": strings}})
         _, [call] = pushed(ToolCalls(["add"]), list(f"<tool_call>{text}</tool_call>"))
         assert parse(call.arguments) == {"a": strings}
+        # Once more at the first closing tag inside a string.
         assert parsed.pop() == text
-        assert not parsed
+        assert len(parsed) == 1
+        parsed.clear()
 
 
 def test_only_what_may_become_a_call_is_held_back():

@@ -98,11 +98,19 @@ class Guard:
             )
 
     def _check_method(self, scope: Any) -> None:
-        found = [route for route in self._routes if route.matches(scope)[0] is not Match.NONE]
-        allow = sorted({method for route in found for method in route.methods})
-        if allow and scope["method"] not in allow:
+        allow: set[str] = set()
+        for route in self._routes:
+            match, of_route = route.matches(scope)
+            if match is Match.FULL:
+                return
+            if match is Match.PARTIAL:
+                allow |= route.methods
+                # For the metrics.
+                scope.update(of_route)
+        if allow:
             path, method = shown(scope["path"]), shown(scope["method"])
-            raise APIError(405, f"expected {' or '.join(allow)} for {path}, found {method}", allow=allow)
+            names = sorted(allow)
+            raise APIError(405, f"expected {' or '.join(names)} for {path}, found {method}", allow=names)
 
     async def _with_body(self, receive: Any, headers: Headers) -> Any:
         """Read the body; returns a `receive` function that replays it."""

@@ -74,6 +74,8 @@ class ToolCalls:
         self._held = ""
         # Of the JSON in what is held, so that a text is scanned once, however it comes.
         self._num_scanned, self._is_in_string = 0, False
+        # Whether the JSON up to a closing tag inside a string was right.
+        self._is_right = False
         self.num_calls = 0
 
     @property
@@ -114,10 +116,14 @@ class ToolCalls:
             end = mark.end()
             if mark[0].endswith('"') and mark[0][0] != "\\":
                 self._is_in_string = not self._is_in_string and mark["opener"] is not None
-            # A closing tag inside a string of the arguments does not count.
-            elif mark[0] == CLOSE and not self._is_in_string:
-                self._num_scanned = 0
-                return end, self._named(_json(self._held[begin : mark.start()]))
+            elif mark[0] == CLOSE:
+                text = self._held[begin : mark.start()]
+                # A closing tag inside a string of the arguments does not count.
+                if self._is_in_string and (self._is_right or _ends_in_string(text)):
+                    self._is_right = True
+                    continue
+                self._num_scanned, self._is_in_string, self._is_right = 0, False, False
+                return end, self._named(_json(text))
         # The end may be the beginning of a mark.
         self._num_scanned = max(end, len(self._held.rstrip()) - len(CLOSE)) - begin
         return None, []
@@ -142,6 +148,15 @@ class ToolCalls:
                 break
         self.num_calls += len(found)
         return found
+
+
+def _ends_in_string(text: str) -> bool:
+    """Whether a text is the beginning of JSON that ends within a string."""
+    try:
+        json.loads(text, strict=False)
+    except (ValueError, RecursionError) as error:
+        return getattr(error, "msg", "").startswith("Unterminated string")
+    return False
 
 
 def _json(text: str) -> Any:
