@@ -89,7 +89,7 @@ class Corpus:
             return self._stored.document(group[0])[start:stop]
         stop = min(stop, int(self.num_tokens[index]))
         ends = (self._stored.num_tokens[group] + len(self._separator)).cumsum()
-        parts = []
+        parts = [self._separator[:0]]
         first, last = np.searchsorted(ends, [start + 1, stop])
         for place in range(first, last + 1):
             document = self._stored.document(group[place])
