@@ -402,7 +402,7 @@ def _with_cache(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple
     if (packed := packed_arguments(given)) is not None:
         return (), packed
     found = one_of(given.get("past_key_values"), given.get("cache"))
-    is_checkpointing = module.training and module.gradient_checkpointing
+    is_checkpointing = module.training and getattr(module, "gradient_checkpointing", False)
     if found is not None:
         if is_checkpointing:
             # transformers would run the layers without it.

@@ -18,7 +18,7 @@ from torch import Tensor
 from ovq.convert.compiled import advance
 from ovq.convert.config import Budget, LayerConfig, MemoryConfig
 from ovq.convert.memory import HeadMemory
-from ovq.convert.pieces import Pieces
+from ovq.convert.pieces import Pieces, piece_sizes
 from ovq.convert.reading import Observer
 from ovq.hf.cache import MOST_CROPPED, OVQCacheLayer, StateCache, not_croppable
 from ovq.layers.memory import Memory, StateSpec
@@ -396,16 +396,12 @@ class MemoryLayer(OVQCacheLayer):
 
     def _sizes(self, lengths: Sequence[int]) -> list[list[int]]:
         """Tokens that each row reads up to its next re-positioning, then to the one after, and so on."""
-        reach, left, sizes = self.config.reach, list(lengths), []
-        num_read = [self.state[0].num_read(row) for row in range(len(left))]
-        while any(left):
-            now = left
-            if reach is not None:
-                now = [min(n, reach.until_reposition(d)) for n, d in zip(left, num_read, strict=True)]
-            sizes.append(now)
-            left = [n - num for n, num in zip(left, now, strict=True)]
-            num_read = [d + num for d, num in zip(num_read, now, strict=True)]
-        return sizes
+        reach, first = self.config.reach, self.state[0]
+
+        def room(row: int, done: int) -> float:
+            return math.inf if reach is None else reach.until_reposition(first.num_read(row) + done)
+
+        return piece_sizes(lengths, room)
 
     def reposition(self, now: Sequence[int]) -> None:
         """Re-position sinks and slots that are too far away, in rows that have just read `now` tokens."""

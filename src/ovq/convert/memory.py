@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ovq.convert.config import Budget
-from ovq.convert.pieces import Pieces
+from ovq.convert.pieces import Pieces, piece_sizes
 from ovq.convert.reach import Reach
 from ovq.convert.reading import Exact, Observer, Slots, read
 from ovq.convert.use import token_weights, use_from
@@ -353,13 +353,12 @@ class HeadMemory:
             )
         if not has_graph:
             self._own_all_()
-        left, room = list(lengths), [self.budget.num_exact - filled for filled in self.filled]
-        sizes: list[list[int]] = []
-        while any(left):
-            # Up to the next merge of each row.
-            sizes.append([min(pair) for pair in zip(left, room, strict=True)])
-            left = [num - now for num, now in zip(left, sizes[-1], strict=True)]
-            room = [self.budget.chunk_size] * len(left)
+        filled, budget = list(self.filled), self.budget
+
+        def until_merge(row: int, done: int) -> int:
+            return budget.chunk_size if done else budget.num_exact - filled[row]
+
+        sizes = piece_sizes(lengths, until_merge)
         pieces, outputs = Pieces(sizes, k.device), []
         tokens = map(pieces.split, (k, v, k if q is None else q))
         for now, own_k, own_v, own_q in zip(sizes, *tokens, strict=True):

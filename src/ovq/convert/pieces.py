@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+
+def piece_sizes(lengths: Sequence[int], room: Callable[[int, int], float]) -> list[list[int]]:
+    """Tokens of each row in each piece, of `lengths` tokens in all.
+
+    Args:
+        lengths: tokens of each row.
+        room: most tokens of a row in its next piece, from the row and its tokens in earlier pieces.
+
+    Example:
+        >>> piece_sizes([5, 2], lambda row, done: 3 - row)
+        [[3, 2], [2, 0]]
+    """
+    done, sizes = [0] * len(lengths), []
+    while done != list(lengths):
+        left = enumerate(zip(lengths, done, strict=True))
+        sizes.append([int(min(num - before, room(row, before))) for row, (num, before) in left])
+        done = [before + now for before, now in zip(done, sizes[-1], strict=True)]
+    return sizes
 
 
 class Pieces:

@@ -50,7 +50,8 @@ class CachedGeneration:
         if given is not None and generation_config.use_cache is False:
             # Every step would read the whole text again, after what the cache has read.
             raise ValueError("use_cache: expected True with a cache that is given, found False")
-        if given is None and model.training and model.base_model.gradient_checkpointing:
+        is_checkpointing = model.training and getattr(model.base_model, "gradient_checkpointing", False)
+        if given is None and is_checkpointing:
             # Not every layer would get it.
             generation_config.use_cache = False
         if generation_config.use_cache is not False:

@@ -186,7 +186,7 @@ class SequenceLayout:
         return columns + 1 if self.mask is None else columns + 1 - self.mask.int().argmax(1)[:, None]
 
     def rows(self) -> LeftAlignedRows:
-        """Left-aligned new tokens of each row, for mixers of whole rows, which set `runs_in_groups`."""
+        """Left-aligned new tokens of each row, for mixers of whole rows; they run `in_groups`."""
         if self.cu_seqlens is not None:
             assert self.bounds is not None, "they come with the offsets of packed rows"
             lengths = self.cu_seqlens.diff()
@@ -218,14 +218,15 @@ class SequenceLayout:
         groups = self.once(("groups", device), self._groups)
         if groups is None:
             return run(*tokens, self)
-        order, layouts = groups
+        order, places, layouts = groups
         # Split, because the gradient of an index, taken once per group, would be as large as all tokens.
         parts = (x.index_select(1, order).split([part.num_new for part in layouts], 1) for x in tokens)
         outputs = [run(*own) for own in zip(*parts, layouts, strict=True)]
-        return torch.cat(outputs, 1).index_select(1, order.argsort())
+        return torch.cat(outputs, 1).index_select(1, places)
 
-    def _groups(self) -> tuple[Tensor, list[SequenceLayout]] | None:
-        """Columns `[T]` in the order of the groups of `in_groups`, and their layouts; None for one call."""
+    def _groups(self) -> tuple[Tensor, Tensor, list[SequenceLayout]] | None:
+        """Columns `[T]` in the order of the groups of `in_groups`, the place of each there, and the groups'
+        layouts; None for one call."""
         if self.cu_seqlens is None or self.bounds is None or torch.compiler.is_compiling():
             return None
         lengths = self.bounds.bounds[1]
@@ -237,11 +238,11 @@ class SequenceLayout:
         layouts = []
         for group in groups:
             ends = F.pad(lengths[group].cumsum(0), (1, 0))
-            # No row of the group of rows without tokens is anywhere in the order.
+            # A group of empty rows has no columns.
             if num_new := int(ends[-1]):
                 part = SequenceLayout.of(None, batch_size=1, num_past=0, num_new=num_new, cu_seqlens=ends)
                 layouts.append(part.to(device))
-        return order.to(device), layouts
+        return order.to(device), order.argsort().to(device), layouts
 
     def row_index(self) -> Tensor:
         """Packed row of each new column, `[T]` int64 (only with `cu_seqlens`)."""
