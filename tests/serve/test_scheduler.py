@@ -221,7 +221,9 @@ def test_what_waits_behind_a_wide_request_is_counted():
         job = Generation(tokens=[1], deliver=Log(), max_tokens=10**6, choices=range(num_answers))
         engine.submit([job])
 
-    with Engine(ServedModel(MODELS["ovq"]), Limits(max_rows=4, max_queue=2)) as engine:
+    engine = Engine(ServedModel(MODELS["ovq"]), Limits(max_rows=4, max_queue=2))
+    engine.start()
+    try:
         ask(3)
         until(lambda: engine.scheduler.num_rows == 3)
         ask(4)
@@ -229,6 +231,8 @@ def test_what_waits_behind_a_wide_request_is_counted():
         until(lambda: len(engine.scheduler.waiting) == 2)
         with pytest.raises(APIError, match="at most 2 waiting prompts, found 3"):
             ask(1)
+    finally:
+        engine.stop()
 
 
 def test_a_prompt_that_fails_fails_alone():

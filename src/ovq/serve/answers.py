@@ -120,8 +120,6 @@ class Answers:
                     if isinstance(event, FailEvent):
                         raise _as_api_error(event.error)
                     yield event
-                if self._end is not None:
-                    raise self._end
         finally:
             timer.cancel()
             disconnect.cancel()
@@ -138,10 +136,9 @@ class Answers:
         self._finish(ClientGone())
 
     def _finish(self, reason: Exception) -> None:
-        """End the events with an exception."""
         self._end = self._end or reason
-        # Wake `events`.
-        self._queue.put_nowait([])
+        # Wakes `events`.
+        self._queue.put_nowait([FailEvent(error=reason)])
 
 
 class _Answer:

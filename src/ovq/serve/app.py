@@ -118,8 +118,6 @@ async def _answer_to_error(request: HTTPRequest, error: Exception) -> Response:
 
 
 class _Routes:
-    """One method per route."""
-
     def __init__(self, service: Service) -> None:
         self._service, self._limits = service, service.limits
 
@@ -146,15 +144,11 @@ class _Routes:
             prompts = [prompts]
         if len(prompts) > (most := self._limits.max_queue):
             raise bad_field("prompt", f"expected at most {most} prompts, found {len(prompts)}")
-
-        def encode() -> list[list[int]]:
-            texts = self._service.texts
-            return [texts.encode(prompt, param="prompt", is_start=is_start) for prompt in prompts]
-
-        ids = await asyncio.to_thread(encode)
-        form = CompletionForm(self._service.texts)
-        max_tokens = min(_COMPLETION_TOKENS, self._limits.max_tokens)
-        return await self._generate(request, fields, ids, fields.max_tokens or max_tokens, form)
+        texts = self._service.texts
+        encode = functools.partial(texts.encode, param="prompt", is_start=is_start)
+        ids = await asyncio.to_thread(lambda: [encode(prompt) for prompt in prompts])
+        max_tokens = fields.max_tokens or min(_COMPLETION_TOKENS, self._limits.max_tokens)
+        return await self._generate(request, fields, ids, max_tokens, CompletionForm(texts))
 
     async def chat(self, request: HTTPRequest) -> Response:
         fields = parsed(ChatRequest, await request.body())
@@ -169,14 +163,9 @@ class _Routes:
         given = [n for n in (fields.max_tokens, fields.max_completion_tokens) if n is not None]
         max_tokens = min(given, default=self._limits.max_tokens)
         form = ChatForm(self._service.texts)
+        make_calls = functools.partial(ToolCalls, fields.offered.keys(), is_single=is_single)
         return await self._generate(
-            request,
-            fields,
-            [ids],
-            max_tokens,
-            form,
-            constraint=constraint,
-            make_calls=functools.partial(ToolCalls, fields.offered.keys(), is_single=is_single),
+            request, fields, [ids], max_tokens, form, constraint=constraint, make_calls=make_calls
         )
 
     async def contexts(self) -> Response:
@@ -251,9 +240,8 @@ class _Routes:
         self._check_sizes(fields, prompts, max_tokens, param=form.param)
         context = None if fields.context is None else service.contexts.get(fields.context)
         answers = Answers(service.engine, request.receive, self._deadline())
-        ends = frozenset() if fields.ignore_eos else service.served.ends
-        if constraint is not None:
-            ends = constraint.ends
+        # A constraint excludes `ignore_eos`.
+        ends = frozenset() if fields.ignore_eos else (constraint or service.served).ends
         jobs = [
             Generation(
                 tokens=prompt,
@@ -272,10 +260,10 @@ class _Routes:
         usage = Usage(
             prompt_tokens=sum(map(len, prompts)), context_tokens=0 if context is None else context.num_tokens
         )
-        stops = fields.stops
+        found = pieces(answers, jobs, service.texts, fields.stops, usage, make_calls)
         choices = range(len(prompts) * fields.n)
         answers.submit(jobs)
-        timed = service.metrics.timed(pieces(answers, jobs, service.texts, stops, usage, make_calls))
+        timed = service.metrics.timed(found)
         if fields.stream:
             events = stream(
                 timed, form, choices, usage, model=service.name, includes_usage=fields.includes_usage

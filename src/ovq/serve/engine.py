@@ -31,15 +31,6 @@ class Engine:
         self._is_stopped = False
         self._thread = threading.Thread(target=self._run, name="ovq-engine", daemon=True)
 
-    def __enter__(self) -> Engine:
-        """Start the thread."""
-        self.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Stop the thread."""
-        self.stop()
-
     def start(self) -> None:
         """Start running jobs."""
         self._thread.start()

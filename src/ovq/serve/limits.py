@@ -43,7 +43,6 @@ class Limits:
     prefix_bytes: int = 2**29
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
         check_fields(self)
         for name, value in vars(self).items():
             least = 0 if name == "prefix_bytes" else 1

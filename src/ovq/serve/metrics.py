@@ -18,11 +18,34 @@ from ovq.serve.engine import Engine
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 
 
-class _Numbers(Collector):
-    """Collects the current numbers of the engine and the contexts."""
+class Metrics(Collector):
+    """The metrics of one server."""
 
     def __init__(self, engine: Engine, contexts: Contexts) -> None:
         self._engine, self._contexts = engine, contexts
+        # A registry of its own: servers and tests in one process must not share numbers.
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+        ProcessCollector(registry=self._registry)
+        self._requests = Counter(
+            "ovq_requests",
+            "Requests by route and status, 499 for clients that went away.",
+            ["route", "status"],
+            registry=self._registry,
+        )
+        self._seconds = Histogram(
+            "ovq_request_seconds",
+            "Time until a request was answered completely.",
+            ["route"],
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+        self._first_token = Histogram(
+            "ovq_first_token_seconds",
+            "Time until the first token of an answer.",
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
 
     def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
         """All metrics that are not counted by requests."""
@@ -57,35 +80,6 @@ class _Numbers(Collector):
             ("context_bytes", "Bytes of the memories of contexts.", self._contexts.nbytes),
         ):
             yield GaugeMetricFamily(f"ovq_{name}", text, value=value)
-
-
-class Metrics:
-    """The metrics of one server."""
-
-    def __init__(self, engine: Engine, contexts: Contexts) -> None:
-        # A registry of its own: servers and tests in one process must not share numbers.
-        self._registry = CollectorRegistry()
-        self._registry.register(_Numbers(engine, contexts))
-        ProcessCollector(registry=self._registry)
-        self._requests = Counter(
-            "ovq_requests",
-            "Requests by route and status, 499 for clients that went away.",
-            ["route", "status"],
-            registry=self._registry,
-        )
-        self._seconds = Histogram(
-            "ovq_request_seconds",
-            "Time until a request was answered completely.",
-            ["route"],
-            buckets=_SECONDS,
-            registry=self._registry,
-        )
-        self._first_token = Histogram(
-            "ovq_first_token_seconds",
-            "Time until the first token of an answer.",
-            buckets=_SECONDS,
-            registry=self._registry,
-        )
 
     def text(self) -> bytes:
         """All metrics in Prometheus' text format."""

@@ -229,25 +229,19 @@ class Scheduler:
         try:
             logits = self._rows.read([[choice.tokens[-1]] for choice in self._choices])
             unfinished = self._choose(logits, self._choices)
-            self._cache_complete(unfinished)
+            for place in sorted(set(range(len(self._choices))) - set(unfinished)):
+                choice = self._choices[place]
+                # The last token of an answer is never read.
+                read = choice.tokens[:-1]
+                if self.prefixes.is_worth_keeping(len(read)):
+                    self._cache_state(choice.job, [*choice.job.tokens, *read], self._rows.taken(place))
         except Exception as error:
             self._fail_running(error)
             return
         self.counts.steps += 1
         self._keep_rows(unfinished)
 
-    def _cache_complete(self, unfinished: Sequence[int]) -> None:
-        """Cache the states of rows whose answers are complete."""
-        assert self._rows is not None
-        for place in sorted(set(range(len(self._choices))) - set(unfinished)):
-            choice = self._choices[place]
-            # The last token of an answer is never read.
-            read = choice.tokens[:-1]
-            if self.prefixes.is_worth_keeping(len(read)):
-                self._cache_state(choice.job, [*choice.job.tokens, *read], self._rows.taken(place))
-
     def _cache_state(self, job: Generation, tokens: Sequence[int], rows: Rows) -> None:
-        """Cache the state of a row that has read these tokens, unless its context was deleted."""
         if job.context not in self._deleted:
             self.prefixes.add(self._root(job), tokens, rows)
 
@@ -314,7 +308,6 @@ class Scheduler:
         return unfinished
 
     def _keep_rows(self, places: list[int]) -> None:
-        """Keep only the running answers at these indices."""
         if len(places) == len(self._choices):
             return
         self._choices = [self._choices[place] for place in places]
@@ -325,7 +318,6 @@ class Scheduler:
             self._rows = None
 
     def _fail_running(self, error: Exception) -> None:
-        """Fail the running answers with an error."""
         self._fail({choice.job: None for choice in self._choices}, error)
         self._choices, self._rows = [], None
 

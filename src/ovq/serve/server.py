@@ -120,12 +120,11 @@ class Server(uvicorn.Server):
         # There is none on Windows.
         number = getattr(signal, "SIGHUP", None)
         is_main = threading.current_thread() is threading.main_thread()
-        before = None if number is None else signal.getsignal(number)
         with super().capture_signals():
-            if number is None or not is_main or before is signal.SIG_IGN:
+            if number is None or not is_main or signal.getsignal(number) is signal.SIG_IGN:
                 yield
                 return
-            signal.signal(number, self.handle_exit)
+            before = signal.signal(number, self.handle_exit)
             try:
                 yield
             finally:

@@ -195,7 +195,8 @@ def tools_as_text(
             content = f"<tool_response>\n{message['content']}\n</tool_response>"
             message = {"role": "user", "content": content}
         if calls := message.pop("tool_calls", None):
-            texts = [f"{OPEN}\n{json.dumps(_called(call), ensure_ascii=False)}\n{CLOSE}" for call in calls]
+            called = [json.dumps(call["function"], ensure_ascii=False) for call in calls]
+            texts = [f"{OPEN}\n{text}\n{CLOSE}" for text in called]
             message["content"] = "\n".join(filter(None, [message["content"], *texts]))
         if is_result and was_result:
             found[-1]["content"] += f"\n{message['content']}"
@@ -211,7 +212,3 @@ def tools_as_text(
         else:
             found.insert(0, {"role": "system", "content": description})
     return found
-
-
-def _called(call: dict[str, Any]) -> dict[str, Any]:
-    return {name: call["function"][name] for name in ("name", "arguments")}
