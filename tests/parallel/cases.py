@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from ovq.hf import OVQCache
 from ovq.parallel import ContextParallel
+from ovq.parallel.transfer import FORTH
 from tests.hf.common import make_model, random_ids
 
 
@@ -135,13 +136,14 @@ def run(rank, folder):
 
 def recorded(neighbours):
     """A list that gets what this rank sends to the next."""
-    sent, send = [], neighbours.send_state
+    sent, send = [], neighbours.send
 
-    def recording(tensors, spec):
-        sent.append({name: t.detach() for name, t in tensors.items()})
-        send(tensors, spec)
+    def recording(tensors, spec, way):
+        if way == FORTH:
+            sent.append({name: t.detach() for name, t in tensors.items()})
+        send(tensors, spec, way)
 
-    neighbours.send_state = recording
+    neighbours.send = recording
     return sent
 
 

@@ -26,7 +26,7 @@ from ovq.layers import SequenceLayout
 from ovq.ops.parts import StateSpec, of_rows
 from ovq.parallel.schedule import steps_of_rank
 from ovq.parallel.segment import Segment
-from ovq.parallel.transfer import Neighbours, floating
+from ovq.parallel.transfer import BACK, FORTH, Neighbours, floating
 
 IGNORED = -100
 """The label of a position that is not predicted, as in transformers."""
@@ -185,12 +185,12 @@ class _PartRun:
         self._embedded = hidden = self._model.model.embed_tokens(self._ids)
         before, after = self._specs(self._start), self._specs(stop)
         for i, block in enumerate(self._model.model.layers):
-            state = {} if self._neighbours.is_first else self._neighbours.receive_state(next(before))
+            state = {} if self._neighbours.is_first else self._neighbours.receive(next(before), FORTH)
             segment = Segment(block, i, self._model.config, hidden, state, layout, recompute=self._recompute)
             hidden, state = segment.forward()
             self._segments.append(segment)
             if not self._neighbours.is_last:
-                self._neighbours.send_state(state, next(after))
+                self._neighbours.send(state, next(after), FORTH)
         top = hidden.detach().requires_grad_()
         logits = self._model.lm_head(self._model.model.norm(top))
         loss = self._model.loss_function(
@@ -212,10 +212,10 @@ class _PartRun:
         layers = list(zip(self._segments, *specs, strict=True))
         for segment, before, after in reversed(layers):
             has_next = not self._neighbours.is_last
-            grads = self._neighbours.receive_gradient(floating(after)) if has_next else {}
+            grads = self._neighbours.receive(floating(after), BACK) if has_next else {}
             grad, grads = segment.backward(grad, grads)
             if not self._neighbours.is_first:
-                self._neighbours.send_gradient(grads, floating(before))
+                self._neighbours.send(grads, floating(before), BACK)
         # Embeddings may be frozen.
         if self._embedded.requires_grad:
             self._embedded.backward(grad)

@@ -75,7 +75,6 @@ class Segment:
         }
 
     def _run(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """Run the layer, from the state before it to the state after it."""
         cache = OVQCache(self._config)
         if self._state:
             cache.layers[self._layer_idx].restore(self._state, self._layout.num_past)

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from ovq.layers.memory import StateSpec, num_bytes
 
+FORTH, BACK = 1, -1
+"""The ways of a message: a state to the next rank, or its gradient to the previous one."""
+
 
 def floating(spec: StateSpec) -> StateSpec:
     """The entries of floating-point tensors, which have gradients.
@@ -49,7 +52,7 @@ def unpack(message: Tensor, spec: StateSpec) -> dict[str, Tensor]:
 class Neighbours:
     """The ranks before and after this one in `group`; None for all ranks.
 
-    States and gradients go through separate process groups. Some backends run the requests between two ranks
+    Each way has a process group of its own. Some backends run the requests between two ranks
     of a group in order; a state that waits to be received would then block a gradient that must arrive first.
     """
 
@@ -58,45 +61,30 @@ class Neighbours:
         self.rank, self.num_ranks = self._ranks.index(dist.get_rank()), len(self._ranks)
         self.is_first, self.is_last = self.rank == 0, self.rank == self.num_ranks - 1
         self.group, self._device = group, device
-        self._forth = dist.new_group(self._ranks, use_local_synchronization=True)
-        self._back = dist.new_group(self._ranks, use_local_synchronization=True)
+        self._groups = {
+            way: dist.new_group(self._ranks, use_local_synchronization=True) for way in (FORTH, BACK)
+        }
         self._sent: list[tuple[dist.Work, Tensor]] = []
         self.num_bytes_sent = 0
 
-    def send_state(self, tensors: Mapping[str, Tensor], spec: StateSpec) -> None:
-        """Send to the next rank, without waiting for it."""
-        self._send(tensors, spec, self._ranks[self.rank + 1], self._forth)
+    def send(self, tensors: Mapping[str, Tensor], spec: StateSpec, way: int) -> None:
+        """Send to the neighbour that way, without waiting for it."""
+        message = pack(tensors, spec, self._device)
+        # The bytes must stay in memory until they have been sent.
+        self._sent = [(work, sent) for work, sent in self._sent if not work.is_completed()]
+        work = dist.isend(message, self._ranks[self.rank + way], self._groups[way])
+        assert work is not None, "None is for ranks outside of the group"
+        self._sent.append((work, message))
+        self.num_bytes_sent += len(message)
 
-    def receive_state(self, spec: StateSpec) -> dict[str, Tensor]:
-        """Wait for the state that the previous rank sends."""
-        return self._receive(spec, self._ranks[self.rank - 1], self._forth)
-
-    def send_gradient(self, tensors: Mapping[str, Tensor], spec: StateSpec) -> None:
-        """Send to the previous rank, without waiting for it."""
-        self._send(tensors, spec, self._ranks[self.rank - 1], self._back)
-
-    def receive_gradient(self, spec: StateSpec) -> dict[str, Tensor]:
-        """Wait for the gradient that the next rank sends."""
-        return self._receive(spec, self._ranks[self.rank + 1], self._back)
+    def receive(self, spec: StateSpec, way: int) -> dict[str, Tensor]:
+        """Wait for a message on its way from the other neighbour."""
+        message = torch.empty(num_bytes(spec), dtype=torch.uint8, device=self._device)
+        dist.recv(message, self._ranks[self.rank - way], self._groups[way])
+        return unpack(message, spec)
 
     def finish(self) -> None:
         """Wait until all sent messages have been received."""
         for work, _ in self._sent:
             work.wait()
         self._sent.clear()
-
-    def _send(
-        self, tensors: Mapping[str, Tensor], spec: StateSpec, to: int, group: dist.ProcessGroup
-    ) -> None:
-        message = pack(tensors, spec, self._device)
-        # The bytes must stay in memory until they have been sent.
-        self._sent = [(work, sent) for work, sent in self._sent if not work.is_completed()]
-        work = dist.isend(message, to, group)
-        assert work is not None, "None is for ranks outside of the group"
-        self._sent.append((work, message))
-        self.num_bytes_sent += len(message)
-
-    def _receive(self, spec: StateSpec, source: int, group: dist.ProcessGroup) -> dict[str, Tensor]:
-        message = torch.empty(num_bytes(spec), dtype=torch.uint8, device=self._device)
-        dist.recv(message, source, group)
-        return unpack(message, spec)
