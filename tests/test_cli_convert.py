@@ -240,9 +240,9 @@ def test_without_texts_the_probe_reads_those_of_the_package(capsys, reading, tmp
 def test_what_cannot_be_converted_ends_in_one_line(capsys, converted, tmp_path, monkeypatch):
     command = ["convert", "--model", converted / "llama", "--out", tmp_path / "out"]
     assert "window: expected a multiple of chunk_size" in fail(capsys, *command, "--window", 100)
-    assert "--dtype: expected auto, float32," in fail(capsys, *command, "--dtype", "x")
+    assert "--dtype: expected one of auto, float32," in fail(capsys, *command, "--dtype", "x")
     assert "merge: expected one of" in fail(capsys, *command, "--merge", "best")
-    assert "state_dtype: expected one of" in fail(capsys, *command, "--state-dtype", "int3")
+    assert "--state-dtype: expected one of" in fail(capsys, *command, "--state-dtype", "int3")
     nowhere = ["convert", "--model", tmp_path / "no", "--out", tmp_path / "out"]
     assert "--model: expected the folder of a model or a name on the hub, found" in fail(capsys, *nowhere)
     (tmp_path / "a.txt").write_text("one")

@@ -156,7 +156,6 @@ class _Terminal:
                     self._notes.print(f"error: {error}", soft_wrap=True)
 
     def _lines(self) -> Iterator[str]:
-        """The lines of standard input."""
         if not self._is_interactive:
             try:
                 for line in sys.stdin:

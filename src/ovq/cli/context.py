@@ -124,7 +124,6 @@ def info(
 
 
 def _layers(found: ContextInfo) -> list[dict[str, Any]]:
-    """Statistics of the memory of each layer."""
     from ovq.ops import OVQState
 
     rows = []

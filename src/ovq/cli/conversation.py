@@ -115,7 +115,7 @@ class Conversation:
         """
         import torch
 
-        from ovq.hf.streaming import TextStream, stream_tokens
+        from ovq.hf.streaming import stream_text, stream_tokens
 
         messages = [*self.messages, {"role": "user", "content": text}]
         ids = self._ids(messages)
@@ -135,23 +135,23 @@ class Conversation:
             prefill_chunk_size=_PIECE,
             is_stopped=is_stopped,
         )
-        stream = TextStream(self._tokenizer, prompt=ids)
         written: list[int] = []
         pieces: list[str] = []
-        for token in islice(tokens, self._max_tokens or None):
-            if not written:
-                self._add_state(ids, cache.snapshot())
-            written.append(token)
-            if piece := stream.push(token):
-                pieces.append(piece)
-                yield piece
+
+        def noted() -> Iterator[int]:
+            for token in islice(tokens, self._max_tokens or None):
+                if not written:
+                    self._add_state(ids, cache.snapshot())
+                written.append(token)
+                yield token
+
+        for piece in stream_text(noted(), self._tokenizer, prompt=ids):
+            pieces.append(piece)
+            yield piece
         self.num_written = len(written)
         if not written:
             return
         self.is_cut = len(written) == self._max_tokens and not is_stopped()
-        if piece := stream.finish():
-            pieces.append(piece)
-            yield piece
         # The last token has not been read by the cache.
         self._add_state([*ids, *written[:-1]], cache)
         self.messages = [*messages, {"role": "assistant", "content": "".join(pieces)}]

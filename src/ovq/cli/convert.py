@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ovq.cli import options
 from ovq.cli.common import check_new_folder, flag_of, given_options, read_text
 from ovq.cli.pretrained import DTYPES, load_pretrained
 from ovq.cli.probing import run_probe
@@ -61,7 +62,10 @@ def convert(
         ),
     ] = 1.0,
     state_dtype: Annotated[
-        str, typer.Option(help="Data type of the slots: float32, bfloat16, or int8 with a scale per slot.")
+        str,
+        options.one_of(
+            options.STATE_DTYPES, "Data type of the slots: float32, bfloat16, or int8 with a scale per slot."
+        ),
     ] = "float32",
     preset: Annotated[
         str,
@@ -108,9 +112,10 @@ def convert(
     ] = None,
     dtype: Annotated[
         str,
-        typer.Option(
-            help="Data type of the weights: float32, bfloat16, float16, or auto: the model's own, or 16 "
-            "bits if that loses nothing."
+        options.one_of(
+            DTYPES,
+            "Data type of the weights: float32, bfloat16, float16, or auto: the model's own, or 16 bits if "
+            "that loses nothing.",
         ),
     ] = "auto",
 ) -> None:
@@ -121,8 +126,6 @@ def convert(
 
     Example: [bold]ovq convert --model HuggingFaceTB/SmolLM2-135M-Instruct --out smol --rows 768[/bold]
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"--dtype: expected {', '.join(DTYPES[:-1])} or {DTYPES[-1]}, found {dtype!r}")
     given = given_options(context)
     if preset in ("auto", "none"):
         given.discard("preset")
@@ -154,16 +157,14 @@ def convert(
     from ovq.convert import MemoryConfig, attach
     from ovq.convert.card import converted_card
     from ovq.convert.presets import save_preset as write_preset
+    from ovq.runtime.files import atomic_folder
     from ovq.runtime.progress import Reporter
 
     say = Reporter().say
     settings: dict[str, Any] = {"num_sinks": num_sinks, "chunk_size": chunk_size, "merge": merge}
     settings["value_weight"] = value_weight
     # Refuse values out of range before the model is loaded.
-    checked = MemoryConfig.uniform(
-        num_layers=1, num_kv_heads=1, num_slots=num_slots, window=window, **settings
-    )
-    dataclasses.replace(checked, state_dtype=state_dtype)
+    MemoryConfig.uniform(num_layers=1, num_kv_heads=1, num_slots=num_slots, window=window, **settings)
     original, tokenizer = load_pretrained(model, gguf_file=gguf_file, dtype=dtype, say=say)
     chosen, origin = None, "all heads alike"
     if no_probe:
@@ -196,7 +197,11 @@ def convert(
     memory = alike if chosen is None else {"config": chosen.config}
     converted = attach(original, **memory, state_dtype=state_dtype)
     card = converted_card(converted, original=model, name=out.name, how=origin)
-    _save(converted, tokenizer, card, out)
+    with atomic_folder(out) as temporary:
+        converted.save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
     average = converted.memory_config.rows_per_head
     typer.echo(
         f"Saved a model that keeps {average:.0f} rows per head on average in {out}. Next:\n"
@@ -257,17 +262,6 @@ def _folder_of(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=["preset.*", "README.md"]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise ValueError(f"expected a folder or a name on the hub, found {name} ({error})") from error
-
-
-def _save(model: Any, tokenizer: Any, card: str, out: Path) -> None:
-    """Write the folder of a converted model atomically."""
-    from ovq.runtime.files import atomic_folder
-
-    with atomic_folder(out) as temporary:
-        model.save_pretrained(temporary)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
-        (temporary / "README.md").write_text(card, encoding="utf-8")
 
 
 def _prompt(tokenizer: Any) -> str:

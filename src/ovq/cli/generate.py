@@ -16,9 +16,7 @@ from ovq.cli.loading import check_generating_folder, load_any_model, load_tokeni
 from ovq.prompts import chat_text, check_chat_template, encode
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ovq.hf import Context, OVQCache, OVQForCausalLM
+    from ovq.hf import Context, OVQForCausalLM
 
 
 def generate(
@@ -161,7 +159,6 @@ def generate(
 
 
 def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:
-    """The prompt, from the option, the file or standard input."""
     if prompt is not None and prompt_file is None:
         return as_text(prompt, flag="--prompt")
     if prompt is None and prompt_file is not None:
@@ -173,11 +170,9 @@ def _search(model: OVQForCausalLM, ids: list[int], document: Context | None, **o
     """The tokens of beam search after a prompt."""
     import torch
 
-    inputs: dict[str, Tensor | OVQCache]
-    if document is None:
-        prompt = torch.tensor([ids], device=model.device)
-        inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
-    else:
+    prompt = torch.tensor([ids], device=model.device)
+    inputs: dict[str, Any] = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
+    if document is not None:
         inputs = document.inputs([ids])
     return model.generate(**inputs, **options)[0, len(ids) :].tolist()
 

@@ -19,9 +19,8 @@ if TYPE_CHECKING:
 MOST_TOKENS = 2**31 - 1
 """Largest limit of an answer's tokens."""
 
-_WEIGHT_DTYPES = ("auto", "float32", "bfloat16", "int8", "int4")
 # Those of `ovq.ops.narrow`, which is heavy to import.
-_STATE_DTYPES = ("float32", "bfloat16", "int8")
+STATE_DTYPES = ("float32", "bfloat16", "int8")
 
 
 def check_merge_rule(rule: str | None) -> str | None:
@@ -43,7 +42,7 @@ def check_merge_rule(rule: str | None) -> str | None:
     return rule
 
 
-def _one_of(choices: tuple[str, ...], about: str) -> Any:
+def one_of(choices: tuple[str, ...], about: str) -> Any:
     """An option that is one of these names, or not given."""
 
     def check(param: typer.CallbackParam, found: str | None) -> str | None:
@@ -122,16 +121,16 @@ LognLength = Annotated[
 ]
 StateDtype = Annotated[
     str | None,
-    _one_of(
-        _STATE_DTYPES,
+    one_of(
+        STATE_DTYPES,
         "Format of the slots, instead of the model's own: float32, bfloat16 or int8; at equal bytes, "
         "narrow ones are more (--num-slots).",
     ),
 ]
 WeightDtype = Annotated[
     str | None,
-    _one_of(
-        _WEIGHT_DTYPES,
+    one_of(
+        ("auto", "float32", "bfloat16", "int8", "int4"),
         "Data type of a converted model's weights on a CPU: float32, bfloat16, int8 or int4; "
         "default: as saved.",
     ),

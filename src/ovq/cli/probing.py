@@ -75,8 +75,9 @@ def run_probe(
         weights.append(needle_weight)
         read.append({"text": f"numbers hidden in {read[0]['text']}", "tokens": len(ids[-1])})
     length = max(map(len, ids))
-    sizes = {"num_sinks": settings["num_sinks"], "chunk_size": settings["chunk_size"]}
-    options = default_options(rows, **sizes, length=length)
+    options = default_options(
+        rows, num_sinks=settings["num_sinks"], chunk_size=settings["chunk_size"], length=length
+    )
     if not options:
         raise ValueError(
             f"--probe-tokens: expected fewer rows than the {length} tokens of the longest text, found {rows}"

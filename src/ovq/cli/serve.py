@@ -143,7 +143,6 @@ def serve(
 def _run(
     service: Service, listener: socket.socket, *, host: str, key: str | None, shutdown_seconds: int
 ) -> None:
-    """Serve until a signal comes."""
     from ovq.runtime.verbosity import is_verbose
     from ovq.serve.app import create_app
     from ovq.serve.server import Server, is_loopback, url_of, uvicorn_config
@@ -165,7 +164,6 @@ def _run(
 
 
 def _context_file(given: str) -> tuple[str, Path]:
-    """Name and file of a `--context`."""
     from ovq.serve.contexts import NAME, NAME_RULE
 
     name, separator, file = given.partition("=")

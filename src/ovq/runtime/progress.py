@@ -62,13 +62,12 @@ class Reporter:
 
     def __enter__(self) -> Reporter:
         """Start drawing."""
-        # Up to rich 14, a progress display that was never drawn ends with an empty line.
-        if not self._progress.disable:
-            self._progress.start()
+        self._progress.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         """Stop drawing, which restores the terminal's cursor."""
+        # Up to rich 14, a progress display that was never drawn ends with an empty line.
         if not self._progress.disable:
             self._progress.stop()
 
