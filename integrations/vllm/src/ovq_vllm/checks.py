@@ -75,9 +75,33 @@ def weight_dtype_of(vllm_config: VllmConfig) -> str | None:
 
 def check_engine(vllm_config: VllmConfig) -> None:
     """Raise ValueError for unsupported engine settings; turn off prefix caching unless in mode `align`."""
-    if wrong := refusals(vllm_config):
+    cache, wrong = vllm_config.cache_config, []
+    for name, reason in (
+        ("tensor_parallel_size", "the heads of the library's layers are not split over processes"),
+        ("pipeline_parallel_size", "each process has all layers"),
+    ):
+        if (found := getattr(vllm_config.parallel_config, name)) > 1:
+            wrong.append(f"{name}: expected 1, found {found}: {reason}")
+    if vllm_config.speculative_config is not None:
+        wrong.append(
+            "speculative_config: expected none, found one: rejected tokens cannot be taken out of a state"
+        )
+    if vllm_config.quant_config is not None or vllm_config.model_config.quantization:
+        wrong.append("quantization: expected none, found some: the layers are those of the library")
+    if vllm_config.lora_config is not None:
+        wrong.append("lora_config: expected none, found one: the layers are those of the library")
+    if cache.enable_prefix_caching and cache.prefix_match_unit is not None:
+        wrong.append(
+            f"prefix_match_unit: expected none, found {cache.prefix_match_unit}: states are kept only at the "
+            "ends of blocks"
+        )
+    if cache.cache_dtype not in ("auto", "float16", "bfloat16", "float32"):
+        wrong.append(
+            f"kv_cache_dtype: expected 'auto', found {cache.cache_dtype!r}: narrower keys are untested, and "
+            "states are float32 anyway"
+        )
+    if wrong:
         raise ValueError("; ".join(wrong))
-    cache = vllm_config.cache_config
     if cache.enable_prefix_caching and cache.mamba_cache_mode != "align":
         cache.enable_prefix_caching = False
         logger.info(
@@ -99,38 +123,3 @@ def check_model(config: OVQConfig) -> None:
             f"expected at least one layer 'ovq', found mixer_types {config.mixer_types}: what other layers "
             "keep besides keys is kept with the states of OVQ layers"
         )
-
-
-def refusals(vllm_config: VllmConfig) -> list[str]:
-    """Error messages for the unsupported settings of the engine."""
-    parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
-    wrong = []
-    if parallel.tensor_parallel_size > 1:
-        wrong.append(
-            f"tensor_parallel_size: expected 1, found {parallel.tensor_parallel_size}: the heads of the "
-            "library's layers are not split over processes"
-        )
-    if parallel.pipeline_parallel_size > 1:
-        wrong.append(
-            f"pipeline_parallel_size: expected 1, found {parallel.pipeline_parallel_size}: each process has "
-            "all layers"
-        )
-    if vllm_config.speculative_config is not None:
-        wrong.append(
-            "speculative_config: expected none, found one: rejected tokens cannot be taken out of a state"
-        )
-    if vllm_config.quant_config is not None or vllm_config.model_config.quantization:
-        wrong.append("quantization: expected none, found some: the layers are those of the library")
-    if vllm_config.lora_config is not None:
-        wrong.append("lora_config: expected none, found one: the layers are those of the library")
-    if cache.enable_prefix_caching and cache.prefix_match_unit is not None:
-        wrong.append(
-            f"prefix_match_unit: expected none, found {cache.prefix_match_unit}: states are kept only at the "
-            "ends of blocks"
-        )
-    if cache.cache_dtype not in ("auto", "float16", "bfloat16", "float32"):
-        wrong.append(
-            f"kv_cache_dtype: expected 'auto', found {cache.cache_dtype!r}: narrower keys are untested, and "
-            "states are float32 anyway"
-        )
-    return wrong

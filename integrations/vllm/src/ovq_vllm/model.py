@@ -114,7 +114,6 @@ class OVQForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsMambaPrefixCach
 
 
 def _guest(mixer: Mixer, name: str, host: OVQLayer, index: int) -> ConstantLayer | ExactLayer:
-    """Wrap the mixer of a layer without slots."""
     if isinstance(mixer, ConstantStateMixer):
         return ConstantLayer(mixer, host, index)
     return ExactLayer(mixer, name, host, index)

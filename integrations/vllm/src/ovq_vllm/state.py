@@ -47,7 +47,11 @@ def block_spec(config: OVQConfig, dtype: torch.dtype) -> StateSpec:
     with torch.device("meta"):
         mixers = [build_mixer(config, i) for i in range(len(config.mixer_types))]
     for mixer, (_, index) in zip(mixers, hosts(config.mixer_types), strict=True):
-        spec |= {part_name(mixer, name, index): part for name, part in parts_beside(mixer, dtype).items()}
+        is_constant = isinstance(mixer, ConstantStateMixer)
+        for name, part in mixer.state_spec(1, dtype).items():
+            # Slots are above, and keys and values in pages.
+            if is_constant or name == "conv_state":
+                spec[part_name(mixer, name, index)] = part
     spec = dict(sorted(spec.items(), key=lambda item: -item[1][1].itemsize))
     if missing := -num_bytes(spec) % 8:
         spec["padding"] = ((missing,), torch.uint8)
@@ -71,14 +75,6 @@ def hosts(mixer_types: Sequence[str]) -> list[tuple[int, int]]:
         places.append((own[num_guests % len(own)], 1 + num_guests // len(own)))
         num_guests += 1
     return places
-
-
-def parts_beside(mixer: Mixer, dtype: torch.dtype) -> StateSpec:
-    """What a layer stores in blocks besides slots: the last inputs of its convolution, and a state of
-    constant size. (Keys and values are in pages.)"""
-    is_constant = isinstance(mixer, ConstantStateMixer)
-    spec = mixer.state_spec(1, dtype)
-    return {name: part for name, part in spec.items() if is_constant or name == "conv_state"}
 
 
 def part_name(mixer: Mixer, name: str, index: int) -> str:
