@@ -1,13 +1,14 @@
 """Tokens in answers: their bytes give the text, and it is said where in it they are."""
 
 import asyncio
+import dataclasses
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from ovq.serve.answers import Piece, Usage, pieces
-from ovq.serve.jobs import BeginEvent, FinishEvent, Generation, TokenEvent, TokenLogprobs
+from ovq.serve.jobs import BeginEvent, Generation, TokenEvent, TokenLogprobs
 from ovq.serve.replies import ChatForm, CompletionForm, whole
 from ovq.serve.texts import Texts
 from ovq_lab.text import Document, byte_tokenizer, train_tokenizer
@@ -55,12 +56,16 @@ class Answers:
         self._tokens, self._end, self._reason = tokens, end, reason
 
     async def events(self):
+        found = []
         for token in self._tokens:
-            yield TokenEvent(choice=0, token=token, logprobs=TokenLogprobs(logprob=-1.0, top=[(token, -1.0)]))
+            logprobs = TokenLogprobs(logprob=-1.0, top=[(token, -1.0)])
+            found.append(TokenEvent(choice=0, token=token, logprobs=logprobs))
         if self._end is not None:
             logprobs = TokenLogprobs(logprob=-2.0, top=[])
-            yield TokenEvent(choice=0, token=self._end, is_end=True, logprobs=logprobs)
-        yield FinishEvent(choice=0, reason=self._reason)
+            found.append(TokenEvent(choice=0, token=self._end, is_end=True, logprobs=logprobs))
+        found[-1] = dataclasses.replace(found[-1], finish_reason=self._reason)
+        for event in found:
+            yield event
 
     def cancel(self, *, choice=None):
         pass
@@ -153,7 +158,7 @@ def test_known_tokens_of_all_prompts_are_added_up():
         async def events(self):
             for choice in (0, 1):
                 yield BeginEvent(num_known=16 + choice)
-                yield FinishEvent(choice=choice, reason="length")
+                yield TokenEvent(choice=choice, token=1, finish_reason="length")
 
     texts, usage = Texts(None, vocab_size=500), Usage()
     jobs = [Generation(tokens=[1], deliver=print, max_tokens=2, choices=(choice,)) for choice in (0, 1)]

@@ -13,7 +13,7 @@ from ovq.hf.streaming import TextStream
 from ovq.serve.engine import Engine
 from ovq.serve.errors import APIError, ClientGone, bad_request, failed
 from ovq.serve.grammars import GrammarFault
-from ovq.serve.jobs import BeginEvent, Event, FailEvent, FinishEvent, Generation, Job, TokenEvent
+from ovq.serve.jobs import BeginEvent, Event, FailEvent, Generation, Job, TokenEvent
 from ovq.serve.texts import StopSequences, Texts
 from ovq.serve.tools import ToolCall, ToolCalls
 
@@ -199,13 +199,16 @@ async def pieces(
                 usage.known_tokens += event.num_known
             elif isinstance(event, TokenEvent) and event.choice in unfinished:
                 usage.completion_tokens += 1
-                piece = unfinished[event.choice].push(event)
+                answer = unfinished[event.choice]
+                piece = answer.push(event)
                 yield piece
                 if piece.finish_reason is not None:
                     answers.cancel(choice=event.choice)
-                    del unfinished[event.choice]
-            elif isinstance(event, FinishEvent) and event.choice in unfinished:
-                yield unfinished.pop(event.choice).finish(event.reason)
+                elif event.finish_reason is not None:
+                    yield answer.finish(event.finish_reason)
+                else:
+                    continue
+                del unfinished[event.choice]
             if not unfinished:
                 return
 

@@ -25,12 +25,17 @@ class TokenLogprobs:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenEvent:
-    """The next token of the answer with index `choice`. An end token (`is_end`) adds no text."""
+    """The next token of the answer with index `choice`. An end token (`is_end`) adds no text.
+
+    The last token has a `finish_reason`: `"length"` after `max_tokens` tokens, `"stop"` for an end token, or
+    at the end of a constraint's grammar.
+    """
 
     choice: int
     token: int
     is_end: bool = False
     logprobs: TokenLogprobs | None = None
+    finish_reason: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,15 +43,6 @@ class BeginEvent:
     """The first `num_known` tokens of a prompt are not read, as their state was cached."""
 
     num_known: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FinishEvent:
-    """A choice is complete: `"length"` after `max_tokens` tokens, `"stop"` after an end token, or at the end
-    of a constraint's grammar."""
-
-    choice: int
-    reason: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,7 +59,7 @@ class FailEvent:
     error: Exception
 
 
-Event = BeginEvent | TokenEvent | FinishEvent | ContextEvent | FailEvent
+Event = BeginEvent | TokenEvent | ContextEvent | FailEvent
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)

@@ -18,16 +18,7 @@ from torch import Tensor
 from ovq.hf.context import Context
 from ovq.hf.rows import Rows
 from ovq.serve.grammars import GrammarFault
-from ovq.serve.jobs import (
-    BeginEvent,
-    ContextEvent,
-    Event,
-    FailEvent,
-    FinishEvent,
-    Generation,
-    Job,
-    TokenEvent,
-)
+from ovq.serve.jobs import BeginEvent, ContextEvent, Event, FailEvent, Generation, Job, TokenEvent
 from ovq.serve.limits import Limits
 from ovq.serve.model import ServedModel
 from ovq.serve.prefixes import Prefixes
@@ -297,13 +288,15 @@ class Scheduler:
                     self._fail([job], error)
                     continue
                 is_last = choice.constraint.is_complete
-            events = self._events[job]
-            events.append(TokenEvent(choice=choice.index, token=token, is_end=is_end, logprobs=logprobs))
-            if is_last or len(choice.tokens) >= job.max_tokens:
-                events.append(FinishEvent(choice=choice.index, reason="stop" if is_last else "length"))
-                self.counts.finished += 1
-            else:
+            reason = "stop" if is_last else "length" if len(choice.tokens) >= job.max_tokens else None
+            event = TokenEvent(
+                choice=choice.index, token=token, is_end=is_end, logprobs=logprobs, finish_reason=reason
+            )
+            self._events[job].append(event)
+            if reason is None:
                 unfinished.append(place)
+            else:
+                self.counts.finished += 1
         self.counts.generated_tokens += len(choices)
         return unfinished
 
