@@ -147,28 +147,22 @@ def peak_bytes(server: psutil.Process) -> int:
     return 1024 * sum(map(int, kib))
 
 
-class Prompts:
-    """Prompts from real texts, as the amount of merging depends on the tokens.
+def real_tokens(folder: Path) -> list[int]:
+    """Tokens of real texts, as the amount of merging depends on them; `folder` has the tokenizer."""
+    texts = [path.read_text(encoding="utf-8") for path in sorted(TEXTS.rglob("*.md"))]
+    return AutoTokenizer.from_pretrained(folder)("\n".join(texts), add_special_tokens=False)["input_ids"]
 
-    Args:
-        folder: folder of the model, with its tokenizer.
-    """
 
-    def __init__(self, folder: Path) -> None:
-        texts = [path.read_text(encoding="utf-8") for path in sorted(TEXTS.rglob("*.md"))]
-        tokens = AutoTokenizer.from_pretrained(folder)("\n".join(texts), add_special_tokens=False)
-        self._tokens: list[int] = tokens["input_ids"]
-
-    def draw(self, num_tokens: int, draw: random.Random) -> list[int]:
-        """A random piece of the texts after 8 random tokens, so that no two prompts share a prefix."""
-        begin = draw.randrange(len(self._tokens) - num_tokens)
-        return [*draw.sample(self._tokens, 8), *self._tokens[begin : begin + num_tokens - 8]]
+def prompt_of(tokens: list[int], length: int, draw: random.Random) -> list[int]:
+    """A random piece of the texts after 8 random tokens, so that no two prompts share a prefix."""
+    begin = draw.randrange(len(tokens) - length)
+    return [*draw.sample(tokens, 8), *tokens[begin : begin + length - 8]]
 
 
 async def load(
     address: str,
     server: psutil.Process,
-    prompts: Prompts,
+    tokens: list[int],
     num_new: int,
     length: int,
     num_clients: int,
@@ -179,7 +173,7 @@ async def load(
     Args:
         address: address of the server.
         server: its process.
-        prompts: source of the prompts.
+        tokens: what prompts are cut from.
         num_new: tokens per answer.
         length: tokens per prompt.
         num_clients: number of concurrent clients.
@@ -188,21 +182,18 @@ async def load(
     draw = random.Random(f"{num_clients} {length}")
     seconds: list[float] = []
 
-    async def ask(http: httpx.AsyncClient, prompt: list[int]) -> None:
-        body = {"model": "lm", "prompt": prompt, "max_tokens": num_new, "temperature": 0, "ignore_eos": True}
-        start = time.perf_counter()
-        answer = await http.post(f"{address}/v1/completions", json=body)
-        answer.raise_for_status()
-        seconds.append(time.perf_counter() - start)
-        assert answer.json()["usage"]["completion_tokens"] == num_new
-        assert answer.json()["usage"]["prompt_tokens"] == length
-
-    async def client(http: httpx.AsyncClient, own: list[list[int]]) -> None:
-        for prompt in own:
-            await ask(http, prompt)
+    async def client(http: httpx.AsyncClient, prompts: list[list[int]]) -> None:
+        body = {"model": "lm", "max_tokens": num_new, "temperature": 0, "ignore_eos": True}
+        for prompt in prompts:
+            start = time.perf_counter()
+            answer = await http.post(f"{address}/v1/completions", json=body | {"prompt": prompt})
+            answer.raise_for_status()
+            seconds.append(time.perf_counter() - start)
+            assert answer.json()["usage"]["completion_tokens"] == num_new
+            assert answer.json()["usage"]["prompt_tokens"] == length
 
     async with httpx.AsyncClient(timeout=None) as http:
-        asked = [[prompts.draw(length, draw) for _ in range(num_requests)] for _ in range(num_clients)]
+        asked = [[prompt_of(tokens, length, draw) for _ in range(num_requests)] for _ in range(num_clients)]
         start, before = time.perf_counter(), cpu_seconds(server)
         await asyncio.gather(*(client(http, own) for own in asked))
         elapsed, computed = time.perf_counter() - start, cpu_seconds(server) - before
@@ -223,12 +214,12 @@ async def load(
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """One row per server, prompt length (its index as `prompts`), number of clients and round (`seed`)."""
     rows = []
-    prompts = Prompts(arguments.model)
+    tokens = real_tokens(arguments.model)
     # In turns, so that other jobs affect all servers alike.
     for number in range(arguments.rounds):
         for name, (command, folder) in servers(arguments).items():
             with serving(command, folder, arguments) as (address, server):
-                ask = functools.partial(load, address, server, prompts, arguments.new_tokens)
+                ask = functools.partial(load, address, server, tokens, arguments.new_tokens)
                 # Warm-up: compilation and allocations on first use.
                 asyncio.run(ask(min(arguments.prompt_tokens), 2, 1))
                 lengths = enumerate(arguments.prompt_tokens)
