@@ -282,3 +282,22 @@ def test_after_a_step_that_fails_others_are_served():
     scheduler.add(Generation(tokens=PROMPTS[2], deliver=good, max_tokens=5))
     run(scheduler)
     assert good.tokens() == expected_of(2)[:5]
+
+
+def test_a_prompt_outlives_a_step_from_which_no_row_can_leave(monkeypatch):
+    def fail(rows, places):
+        raise RuntimeError("out of memory")
+
+    scheduler, logs = Scheduler(ServedModel(MODELS["ovq"]), Limits()), [Log(), Log(), Log()]
+    for place in (1, 2):
+        scheduler.add(Generation(tokens=PROMPTS[place], deliver=logs[place], max_tokens=3 * place - 1))
+    scheduler.step()
+    scheduler.add(Generation(tokens=PROMPTS[0], deliver=logs[0], max_tokens=5))
+    with monkeypatch.context() as patch:
+        patch.setattr(Rows, "keep", fail)
+        scheduler.step()
+    run(scheduler)
+    assert [event.finish_reason for event in logs[1].events] == [None, "length"]
+    assert isinstance(logs[2].events[-1], FailEvent)
+    assert logs[0].tokens() == expected_of(0)[:5]
+    assert scheduler.num_rows == 0

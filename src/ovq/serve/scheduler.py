@@ -226,11 +226,11 @@ class Scheduler:
                 read = choice.tokens[:-1]
                 if self.prefixes.is_worth_keeping(len(read)):
                     self._cache_state(choice.job, [*choice.job.tokens, *read], self._rows.taken(place))
+            self._keep_rows(unfinished)
         except Exception as error:
             self._fail_running(error)
             return
         self.counts.steps += 1
-        self._keep_rows(unfinished)
 
     def _cache_state(self, job: Generation, tokens: Sequence[int], rows: Rows) -> None:
         if job.context not in self._deleted:
