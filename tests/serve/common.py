@@ -109,6 +109,11 @@ def running(service, **options):
         server.socket.close()
 
 
+def is_idle(server):
+    engine = server.service.engine
+    return (engine.scheduler.num_rows, engine.num_waiting, engine.scheduler.state_bytes) == (0, 0, 0)
+
+
 def until(condition, seconds=30):
     """Wait for something that another thread does."""
     end = time.monotonic() + seconds

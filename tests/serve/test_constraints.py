@@ -18,7 +18,7 @@ from ovq.serve.limits import Limits
 from ovq.serve.scheduler import Scheduler
 from ovq.serve.texts import Texts
 from ovq_lab.text import byte_tokenizer
-from tests.serve.common import running, text_service, until
+from tests.serve.common import is_idle, running, text_service, until
 
 
 class Closed(BaseModel):
@@ -70,11 +70,6 @@ def json_schema(schema):
 def server():
     with running(text_service()) as server:
         yield server
-
-
-def is_idle(server):
-    engine = server.service.engine
-    return (engine.scheduler.num_rows, engine.num_waiting, engine.scheduler.state_bytes) == (0, 0, 0)
 
 
 def chat(server, text="Go", **options):

@@ -20,6 +20,7 @@ from tests.serve.common import (
     converted_service,
     greedy,
     greedy_batch,
+    is_idle,
     reading_service,
     running,
     sampled,
@@ -54,11 +55,6 @@ def complete(server, prompt, **options):
 
 def answer_tokens(answer):
     return [[int(word) for word in choice.text.split()] for choice in answer.choices]
-
-
-def is_idle(server):
-    engine = server.service.engine
-    return (engine.scheduler.num_rows, engine.num_waiting, engine.scheduler.state_bytes) == (0, 0, 0)
 
 
 def test_the_models_that_there_are(ids):
