@@ -22,7 +22,6 @@ from ovq.prompts import check_chat_template, encode
 
 if TYPE_CHECKING:
     from ovq.hf import Context
-    from ovq.hf.cache import StateCache
 
 # Small enough that progress visibly moves: a converted model reads some hundred tokens per second.
 _PIECE = 512
@@ -259,23 +258,12 @@ def _input_line(prompt: str) -> str:
 
 
 def _memory_summary(conversation: Conversation) -> str:
-    """Text about the model's memory, for `/memory`."""
+    """Text about the model's memory, for `/memory`; rows are summed over all layers and heads."""
+    from ovq.convert import MemoryCache
+    from ovq.ops import OVQState
     from ovq.runtime.units import format_bytes
 
     cache = conversation.cache
-    num_exact, num_open, num_slots = _count_rows(cache)
-    size = format_bytes(cache.nbytes)
-    return (
-        f"{cache.num_columns:,} tokens read, {conversation.num_before:,} of them before the chat; {size}\n"
-        f"rows of all heads: {num_exact:,} exact, {num_open:,} of {num_slots:,} slots in use"
-    )
-
-
-def _count_rows(cache: StateCache) -> tuple[int, int, int]:
-    """Numbers of exact tokens, slots in use, and slots, summed over all layers and heads."""
-    from ovq.convert import MemoryCache
-    from ovq.ops import OVQState
-
     exact = used = slots = 0
     for layer in cache.layers:
         if layer.state is None:
@@ -290,4 +278,8 @@ def _count_rows(cache: StateCache) -> tuple[int, int, int]:
             used, slots = used + summary.num_open[0] * num_heads, slots + summary.num_slots * num_heads
         elif layer.keys is not None:
             exact += layer.keys.shape[1] * layer.keys.shape[2]
-    return exact, used, slots
+    size = format_bytes(cache.nbytes)
+    return (
+        f"{cache.num_columns:,} tokens read, {conversation.num_before:,} of them before the chat; {size}\n"
+        f"rows of all heads: {exact:,} exact, {used:,} of {slots:,} slots in use"
+    )

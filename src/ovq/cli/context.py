@@ -17,7 +17,6 @@ from ovq.prompts import encode
 if TYPE_CHECKING:
     from ovq.convert.memory import HeadMemory
     from ovq.hf import ContextInfo
-    from ovq.ops import OVQState
 
 app = typer.Typer(help="Read a document once and continue from it any number of times.", no_args_is_help=True)
 
@@ -131,7 +130,15 @@ def _layers(found: ContextInfo) -> list[dict[str, Any]]:
     for i, (name, layer) in enumerate(zip(mixers, found.cache.layers, strict=True)):
         row = {"layer": i, "mixer": name, "memory": layer.memory.kind, "bytes": layer.nbytes}
         if isinstance(layer.state, OVQState):
-            row |= _summary(layer.state)
+            summary = layer.state.summary()
+            row |= {
+                "num_open": summary.num_open[0],
+                "num_slots": summary.num_slots,
+                "num_pending": summary.num_pending[0],
+                "largest_count": summary.largest_count,
+                "single_share": summary.single_share,
+                "effective_slots": summary.effective_slots[0],
+            }
         elif name == "converted":
             row |= _heads(layer.state)
         rows.append(row)
@@ -151,17 +158,4 @@ def _heads(memories: list[HeadMemory]) -> dict[str, Any]:
         "largest_count": max(used, default=0),
         "single_share": used.count(1) / max(1, len(used)),
         "effective_slots": statistics.fmean(effective),
-    }
-
-
-def _summary(state: OVQState) -> dict[str, Any]:
-    """Statistics of a state of one row."""
-    summary = state.summary()
-    return {
-        "num_open": summary.num_open[0],
-        "num_slots": summary.num_slots,
-        "num_pending": summary.num_pending[0],
-        "largest_count": summary.largest_count,
-        "single_share": summary.single_share,
-        "effective_slots": summary.effective_slots[0],
     }
