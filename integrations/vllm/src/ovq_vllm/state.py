@@ -66,15 +66,9 @@ def hosts(mixer_types: Sequence[str]) -> list[tuple[int, int]]:
         [(1, 1), (1, 0), (3, 1), (3, 0), (1, 2)]
     """
     own = [i for i, name in enumerate(mixer_types) if name == "ovq"]
-    places, num_guests = [], 0
-    for i, name in enumerate(mixer_types):
-        if name == "ovq":
-            places.append((i, 0))
-            continue
-        # Guests are dealt to the hosts in turn.
-        places.append((own[num_guests % len(own)], 1 + num_guests // len(own)))
-        num_guests += 1
-    return places
+    # Guests are dealt to the hosts in turn.
+    guests = ((host, index) for index in range(1, len(mixer_types)) for host in own)
+    return [(i, 0) if name == "ovq" else next(guests) for i, name in enumerate(mixer_types)]
 
 
 def part_name(mixer: Mixer, name: str, index: int) -> str:
