@@ -48,6 +48,7 @@ class _Started:
         num_read: Number of the job's tokens read so far, or known from a cached state.
         known: Number of tokens after which the last state was cached or taken from the cache.
         fork: Number of tokens after which to cache a state on the way; 0 for none.
+        logits: Those after the last token of a `Generation`.
     """
 
     job: Job
@@ -56,6 +57,7 @@ class _Started:
     num_read: int = 0
     known: int = 0
     fork: int = 0
+    logits: Tensor | None = None
 
 
 class Scheduler:
@@ -65,9 +67,7 @@ class Scheduler:
         self.counts, self.prefixes = Counts(), Prefixes(limits.prefix_bytes)
         self._model, self._limits = model, limits
         self._waiting: deque[Job] = deque()
-        self._started: deque[_Started] = deque()
-        # Stored as a number, because other threads read it.
-        self._num_started_rows = 0
+        self._started: list[_Started] = []
         self._rows: Rows | None = None
         self._choices: list[Choice] = []
         self._events: defaultdict[Job, list[Event]] = defaultdict(list)
@@ -82,7 +82,8 @@ class Scheduler:
     @property
     def num_rows(self) -> int:
         """Number of rows of running answers, and of those that started jobs will take."""
-        return len(self._choices) + self._num_started_rows
+        # A copy, as in `waiting`.
+        return len(self._choices) + sum(started.job.num_rows for started in list(self._started))
 
     @property
     def state_bytes(self) -> int:
@@ -110,10 +111,10 @@ class Scheduler:
         """
         self._drop_cancelled()
         self._admit()
-        finished = self._prefill()
+        self._prefill()
         # Running answers first, so that completed rows leave before new ones join.
         self._decode()
-        self._join_batch(finished)
+        self._join_batch()
         self._deliver()
         return bool(self._waiting or self._started or self._choices)
 
@@ -122,16 +123,14 @@ class Scheduler:
         self._fail([*self._waiting, *(started.job for started in self._started)], error)
         self._waiting.clear()
         self._started.clear()
-        self._num_started_rows = 0
         self._fail_running(error)
         self._deliver()
 
     def _drop_cancelled(self) -> None:
         kept = deque(job for job in self._waiting if not job.is_cancelled)
-        started = deque(started for started in self._started if not started.job.is_cancelled)
+        started = [started for started in self._started if not started.job.is_cancelled]
         self.counts.cancelled += len(self._waiting) - len(kept) + len(self._started) - len(started)
         self._waiting, self._started = kept, started
-        self._num_started_rows = sum(item.job.num_rows for item in started)
         if any(choice.is_cancelled for choice in self._choices):
             jobs = {choice.job for choice in self._choices if choice.job.is_cancelled}
             self.counts.cancelled += len(jobs)
@@ -140,39 +139,33 @@ class Scheduler:
     def _admit(self) -> None:
         """Start jobs in order of arrival, as long as there is room for their rows."""
         while self._waiting and self.num_rows + self._waiting[0].num_rows <= self._limits.max_rows:
-            job = self._waiting.popleft()
-            self._num_started_rows += job.num_rows
-            self._started.append(_Started(job))
+            self._started.append(_Started(self._waiting.popleft()))
 
-    def _prefill(self) -> list[tuple[_Started, Tensor]]:
-        """Read a piece of each started job in turn, up to `step_tokens` tokens; returns the generations whose
-        prompts are complete, with the logits after them."""
-        complete: list[tuple[_Started, Tensor]] = []
+    def _prefill(self) -> None:
+        """Read a piece of each started job in turn, up to `step_tokens` tokens."""
         num_left = self._limits.step_tokens
-        for _ in range(len(self._started)):
+        for started in list(self._started):
             if num_left <= 0:
                 break
-            started = self._started.popleft()
             try:
                 if started.num_read == 0:
                     self._begin_prefill(started)
                 before = started.num_read
-                logits = self._prefill_piece(started, num_left)
+                self._prefill_piece(started, num_left)
             except Exception as error:
                 # No error of one job may end the answers of others.
                 self._fail([started.job], error)
-                self._num_started_rows -= started.job.num_rows
+                self._started.remove(started)
                 continue
             num_left -= max(1, started.num_read - before)
             self.counts.prompt_tokens += started.num_read - before
+            if started.logits is not None:
+                # It stays until its rows join the batch.
+                continue
+            self._started.remove(started)
             if started.num_read < len(started.job.tokens):
                 # Long documents take turns with jobs that came later.
                 self._started.append(started)
-            elif logits is not None:
-                complete.append((started, logits))
-            else:
-                self._num_started_rows -= started.job.num_rows
-        return complete
 
     def _begin_prefill(self, started: _Started) -> None:
         """Set where reading of a job starts: at the longest cached prefix, or at the beginning."""
@@ -188,8 +181,8 @@ class Scheduler:
         if found.num_tokens:
             self._events[job].append(BeginEvent(num_known=found.num_tokens))
 
-    def _prefill_piece(self, started: _Started, num_tokens: int) -> Tensor | None:
-        """Read the next tokens of a job; returns the logits after them for a generation, else None."""
+    def _prefill_piece(self, started: _Started, num_tokens: int) -> None:
+        """Read the next tokens of a job: at most `num_tokens` of a prompt."""
         job = started.job
         if isinstance(job, Generation):
             assert started.rows is not None
@@ -202,7 +195,9 @@ class Scheduler:
             if is_last or end == started.fork:
                 self._cache_state(job, job.tokens[:end], started.rows.copied())
                 started.known = end
-            return logits
+            if end == len(job.tokens):
+                started.logits = logits
+            return
         assert started.document is not None
         started.num_read = next(started.document)
         if started.num_read == len(job.tokens):
@@ -210,7 +205,6 @@ class Scheduler:
                 next(started.document)
             except StopIteration as end:
                 self._events[job].append(ContextEvent(context=end.value))
-        return None
 
     def _decode(self) -> None:
         """One step of the running answers: read the last chosen token of each, and choose the next."""
@@ -240,16 +234,18 @@ class Scheduler:
         """The `root` of `Prefixes.find`."""
         return self._model.settings, job.context
 
-    def _join_batch(self, complete: Sequence[tuple[_Started, Tensor]]) -> None:
+    def _join_batch(self) -> None:
         """Choose the first tokens of answers whose prompts are complete; their rows join the batch."""
         parts = [] if self._rows is None else [self._rows]
-        for started, logits in complete:
+        for started in list(self._started):
+            if started.logits is None:
+                continue
             assert started.rows is not None
             assert isinstance(started.job, Generation)
-            self._num_started_rows -= started.job.num_rows
+            self._started.remove(started)
             try:
                 choices = choices_of(started.job, self._model.device)
-                unfinished = self._choose(logits.expand(len(choices), -1), choices)
+                unfinished = self._choose(started.logits.expand(len(choices), -1), choices)
                 if not unfinished:
                     continue
                 if unfinished != [0]:
