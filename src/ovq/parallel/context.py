@@ -176,21 +176,21 @@ class _PartRun:
         self._model, self._recompute = parallel.model, parallel.recompute
         self._ids, self._targets, self._start = ids, targets, start
         self._segments: list[Segment] = []
+        # What this part gets and passes on, by layer.
+        self._before, self._after = (list(self._specs(n)) for n in (start, start + ids.shape[1]))
 
     def forward(self, num_targets: int) -> Tensor:
         """This part's share of the loss. Also runs the backward of the output layer, so that the large logits
         need not be kept."""
-        stop = self._start + self._ids.shape[1]
         layout = SequenceLayout(num_past=self._start, num_new=self._ids.shape[1])
         self._embedded = hidden = self._model.model.embed_tokens(self._ids)
-        before, after = self._specs(self._start), self._specs(stop)
         for i, block in enumerate(self._model.model.layers):
-            state = {} if self._neighbours.is_first else self._neighbours.receive(next(before), FORTH)
+            state = {} if self._neighbours.is_first else self._neighbours.receive(self._before[i], FORTH)
             segment = Segment(block, i, self._model.config, hidden, state, layout, recompute=self._recompute)
             hidden, state = segment.forward()
             self._segments.append(segment)
             if not self._neighbours.is_last:
-                self._neighbours.send(state, next(after), FORTH)
+                self._neighbours.send(state, self._after[i], FORTH)
         top = hidden.detach().requires_grad_()
         logits = self._model.lm_head(self._model.model.norm(top))
         loss = self._model.loss_function(
@@ -208,8 +208,7 @@ class _PartRun:
     def backward(self) -> None:
         """Run the backward of all layers."""
         grad = self._grad
-        specs = [list(self._specs(n)) for n in (self._start, self._start + self._ids.shape[1])]
-        layers = list(zip(self._segments, *specs, strict=True))
+        layers = list(zip(self._segments, self._before, self._after, strict=True))
         for segment, before, after in reversed(layers):
             has_next = not self._neighbours.is_last
             grads = self._neighbours.receive(floating(after), BACK) if has_next else {}
