@@ -131,10 +131,8 @@ class Scheduler:
         started = [started for started in self._started if not started.job.is_cancelled]
         self.counts.cancelled += len(self._waiting) - len(kept) + len(self._started) - len(started)
         self._waiting, self._started = kept, started
-        if any(choice.is_cancelled for choice in self._choices):
-            jobs = {choice.job for choice in self._choices if choice.job.is_cancelled}
-            self.counts.cancelled += len(jobs)
-            self._keep_rows([place for place, choice in enumerate(self._choices) if not choice.is_cancelled])
+        self.counts.cancelled += len({choice.job for choice in self._choices if choice.job.is_cancelled})
+        self._keep_rows([place for place, choice in enumerate(self._choices) if not choice.is_cancelled])
 
     def _admit(self) -> None:
         """Start jobs in order of arrival, as long as there is room for their rows."""
