@@ -24,7 +24,7 @@ def memory_and_tokens(*, merge="nearest", dtype=torch.float64, num_tokens=90, **
 
 
 def learn(memory, k, v):
-    advance([(memory, memory.budget.heads)], k, v, [k.shape[2]] * len(k))
+    advance([memory], k, v, [k.shape[2]] * len(k))
 
 
 @pytest.mark.parametrize("merge", ["nearest", "updated", "existing"])

@@ -18,7 +18,7 @@ from torch import Tensor
 from ovq.convert.compiled import advance
 from ovq.convert.config import Budget, LayerConfig, MemoryConfig
 from ovq.convert.memory import HeadMemory
-from ovq.convert.pieces import Pieces, piece_sizes
+from ovq.convert.pieces import in_pieces
 from ovq.convert.reading import Observer
 from ovq.hf.cache import MOST_CROPPED, OVQCacheLayer, StateCache, not_croppable
 from ovq.layers.memory import Memory, StateSpec
@@ -207,16 +207,20 @@ class MemoryLayer(OVQCacheLayer):
         """Record the copies `before` with the last `num_new` tokens, which a kernel has read since."""
         if not before:
             return
-        heads = [head for memory in self.state for head in memory.budget.heads]
-        order = torch.tensor(heads, device="cpu").argsort()
-        k, v = (
-            torch.cat([getattr(x, name)[:, :, x.filled[0] - num_new : x.filled[0]] for x in self.state], 1)
-            for name in ("recent_keys", "recent_values")
-        )
-        k, v = k[:, order], v[:, order]
+        k, v = self.last_tokens(num_new)
         if (factors := self.config.key_factors(k)) is not None:
             k = k / factors
         self._recorded = dataclasses.replace(self._recorded, before=before, tokens=(k, v))
+
+    def last_tokens(self, num: int) -> tuple[Tensor, Tensor]:
+        """Keys and values `[1, Hkv, num, D]` of the last exact tokens of one row, as memories hold them."""
+        heads = [head for memory in self.state for head in memory.budget.heads]
+        order = torch.tensor(heads, device="cpu").argsort()
+        k, v = (
+            torch.cat([getattr(x, name)[:, :, x.filled[0] - num : x.filled[0]] for x in self.state], 1)
+            for name in ("recent_keys", "recent_values")
+        )
+        return k[:, order], v[:, order]
 
     def _changes_after(self, num_new: int) -> bool:
         """Whether `num_new` tokens cause a merge or re-positioning, which `HeadMemory.drop_` cannot undo."""
@@ -224,8 +228,8 @@ class MemoryLayer(OVQCacheLayer):
             max(memory.filled) + num_new >= memory.budget.num_exact for memory in self.state
         )
 
-    def _record(self, k: Tensor, v: Tensor, num_new: int) -> None:
-        """Keep what is needed to crop the tokens `[1, Hkv, T, K]` of `num_new` new columns."""
+    def _record(self, k: Tensor, v: Tensor) -> None:
+        """Keep what is needed to crop the real tokens `[1, Hkv, T, K]` of the next columns."""
         recorded = self._recorded
         if recorded.tokens is not None:
             keys, values = recorded.tokens
@@ -234,7 +238,7 @@ class MemoryLayer(OVQCacheLayer):
                 self._recorded = dataclasses.replace(recorded, tokens=tokens)
                 return
             earlier = dataclasses.replace(recorded, earlier=None)
-            recorded = self._recorded = Recorded(self.num_columns - num_new, earlier=earlier)
+            recorded = self._recorded = Recorded(self.num_columns, earlier=earlier)
         if self._changes_after(k.shape[2]):
             before = [memory.clone() for memory in self.state]
             self._recorded = dataclasses.replace(recorded, before=before, tokens=(k, v))
@@ -292,14 +296,7 @@ class MemoryLayer(OVQCacheLayer):
     def learn(self, k: Tensor, v: Tensor) -> None:
         """`attend` for keys `[B, Hkv, T, K]` and values `[B, Hkv, T, V]` of real tokens, without queries."""
         self._check(k, v)
-        parts = self.begin(k, v)
-        self.num_columns += k.shape[2]
-        if (factors := self.config.key_factors(k)) is not None:
-            k = k * factors
-        sizes = self._sizes([k.shape[2]] * len(k))
-        for now, own_k, own_v in zip(sizes, *map(Pieces(sizes, k.device).split, (k, v)), strict=True):
-            advance(parts, own_k, own_v, now)
-            self.reposition(now)
+        self._read(None, k, v, [k.shape[2]] * len(k))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Attention outputs `[B, H, T, V]` of new tokens, which are added to the memory.
@@ -320,8 +317,7 @@ class MemoryLayer(OVQCacheLayer):
             self.activate_past_recording()
             last = self.attend(q[:, :, cut:], k[:, :, cut:], v[:, :, cut:], masks[1])
             return torch.cat([first, last], 2)
-        parts = self.begin(k, v)
-        self.num_columns += k.shape[2]
+        self.begin(k, v)
         lengths = [q.shape[2]] * len(q) if mask is None else mask.sum(-1).tolist()
         self.has_padding |= min(lengths) < q.shape[2]
         order = None
@@ -330,28 +326,34 @@ class MemoryLayer(OVQCacheLayer):
             order = (~mask).byte().argsort(dim=-1, stable=True)
             q, k, v = (_take(x, order) for x in (q, k, v))
         if self.record_past and len(k) == 1:
-            self._record(k[:, :, : lengths[0]], v[:, :, : lengths[0]], q.shape[2])
+            self._record(k[:, :, : lengths[0]], v[:, :, : lengths[0]])
+        o = self._read(q, k, v, lengths)
+        assert o is not None
+        return o if order is None else _take(o, order.argsort(-1))
+
+    def _read(self, q: Tensor | None, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor | None:
+        """`attend` for checked tokens, of which each row's first `lengths` are real; None without queries."""
+        self.num_columns += k.shape[2]
+        memories = self.begin(k, v)
         if (factors := self.config.key_factors(k)) is not None:
             # The factors are powers of 2, so scores stay bit-identical.
-            q, k = q / factors.repeat_interleave(q.shape[1] // k.shape[1], 0), k * factors
-        temperature, bias = (self.config.tensor(f"slot_{x}", q.device) for x in ("temperature", "bias"))
+            q = q if q is None else q / factors.repeat_interleave(q.shape[1] // k.shape[1], 0)
+            k = k * factors
+        temperature, bias = (self.config.tensor(f"slot_{x}", k.device) for x in ("temperature", "bias"))
 
-        def outputs(lengths: Sequence[int], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            """Outputs of tokens up to the next re-positioning."""
-            o = advance(parts, k, v, lengths, q=q, temperature=temperature, bias=bias)
-            assert o is not None
+        def read(now: Sequence[int], k: Tensor, v: Tensor, q: Tensor | None = None) -> Tensor | None:
+            o = advance(memories, k, v, now, q=q, temperature=temperature, bias=bias)
+            self.reposition(now)
             return o
 
-        if max(lengths) < self.until_reposition():
-            o = outputs(lengths, q, k, v)
-        else:
-            sizes = self._sizes(lengths)
-            pieces, found = Pieces(sizes, q.device), []
-            for now, *own in zip(sizes, *map(pieces.split, (q, k, v)), strict=True):
-                found.append(outputs(now, *own))
-                self.reposition(now)
-            o = pieces.join(found, q.new_zeros(*q.shape[:3], v.shape[3]))
-        return o if order is None else _take(o, order.argsort(-1))
+        reach = self.config.reach
+        if reach is None or max(lengths) < self.until_reposition():
+            return read(lengths, k, v, q)
+
+        def room(row: int, done: int) -> int:
+            return reach.until_reposition(memories[0].num_read(row) + done)
+
+        return in_pieces(read, lengths, room, k, v, q)
 
     def _check(self, k: Tensor, v: Tensor, q: Tensor | None = None) -> None:
         """Raise ValueError unless heads, rows and sizes of the tokens are those of the memory.
@@ -381,11 +383,11 @@ class MemoryLayer(OVQCacheLayer):
                 f"found {found}: the cache is of another model or another batch"
             )
 
-    def begin(self, k: Tensor, v: Tensor) -> list[tuple[HeadMemory, tuple[int, ...]]]:
-        """The memories with their heads, created on first use with the sizes of `k` and `v`."""
+    def begin(self, k: Tensor, v: Tensor) -> list[HeadMemory]:
+        """The memories, created on first use with the sizes of `k` and `v`."""
         if self.state is None:
             self.set_state(self.memory.empty(k, v), 0)
-        return [(memory, memory.budget.heads) for memory in self.own_()]
+        return self.own_()
 
     def until_reposition(self) -> float:
         """Fewest tokens until a row is re-positioned; inf if that never happens."""
@@ -393,15 +395,6 @@ class MemoryLayer(OVQCacheLayer):
         if reach is None or self.state is None:
             return math.inf
         return min(reach.until_reposition(self.state[0].num_read(row)) for row in range(self.num_rows))
-
-    def _sizes(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Tokens that each row reads up to its next re-positioning, then to the one after, and so on."""
-        reach, first = self.config.reach, self.state[0]
-
-        def room(row: int, done: int) -> float:
-            return math.inf if reach is None else reach.until_reposition(first.num_read(row) + done)
-
-        return piece_sizes(lengths, room)
 
     def reposition(self, now: Sequence[int]) -> None:
         """Re-position sinks and slots that are too far away, in rows that have just read `now` tokens."""

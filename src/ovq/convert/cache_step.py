@@ -155,7 +155,6 @@ def _groups(layer: MemoryLayer, of: HeadsLayer, num: int) -> list[HeadGroup]:
         memory.group(
             lengths,
             _now_and_next(memory) if num == 1 else memory.schedule(lengths),
-            heads=memory.budget.heads,
             **given,
         )
         for memory in layer.state

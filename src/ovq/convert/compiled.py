@@ -32,7 +32,7 @@ def is_compiled(memories: Sequence[HeadMemory], k: Tensor, v: Tensor, *tensors: 
 
 
 def advance(
-    parts: Sequence[tuple[HeadMemory, Sequence[int]]],
+    memories: Sequence[HeadMemory],
     k: Tensor,
     v: Tensor,
     lengths: Sequence[int],
@@ -44,14 +44,14 @@ def advance(
     """`HeadMemory.attend` for all memories of a layer at once: `[B, H, T, V]`; None without queries.
 
     Args:
-        parts: memories with the indices of their key/value heads, which partition those of k and v.
+        memories: the heads of their budgets partition those of k and v.
         k: `[B, Hkv, T, K]`. v: `[B, Hkv, T, V]`. q: `[B, H, T, K]`, scaled; None for no outputs.
         lengths: real tokens of each row, which come first.
         temperature: `[H]`, see `HeadMemory.attend`. bias: `[H]`.
     """
-    can_compile = is_compiled([memory for memory, _ in parts], k, v, q, temperature, bias)
-    if not can_compile and len(parts) == 1:
-        return parts[0][0].attend(q, k, v, lengths, temperature=temperature, bias=bias)
+    can_compile = is_compiled(memories, k, v, q, temperature, bias)
+    if not can_compile and len(memories) == 1:
+        return memories[0].attend(q, k, v, lengths, temperature=temperature, bias=bias)
     o = None if q is None else q.new_zeros(*q.shape[:3], v.shape[3])
     if can_compile:
         # Kernels read along the last dimension.
@@ -62,15 +62,16 @@ def advance(
         )
         given: dict[str, Any] = {"k": k, "v": v, "q": q, "o": o, "temperature": temperature, "bias": bias}
         groups = []
-        for memory, heads in parts:
+        for memory in memories:
             memory.own_()
-            groups.append(memory.group(lengths, memory.schedule(lengths), heads=heads, **given))
+            groups.append(memory.group(lengths, memory.schedule(lengths), **given))
             memory.count_tokens(lengths)
         advance_memory(groups)
         return o
-    for memory, heads in parts:
+    for memory in memories:
         per_head = 0 if q is None else q.shape[1] // k.shape[1]
-        own, of_queries = list(heads), [h * per_head + i for h in heads for i in range(per_head)]
+        own = list(memory.budget.heads)
+        of_queries = [h * per_head + i for h in own for i in range(per_head)]
         found = memory.attend(
             None if q is None else q[:, of_queries],
             k[:, own],

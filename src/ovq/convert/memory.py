@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ovq.convert.config import Budget
-from ovq.convert.pieces import Pieces, piece_sizes
+from ovq.convert.pieces import in_pieces
 from ovq.convert.reach import Reach
 from ovq.convert.reading import Exact, Observer, Slots, read
 from ovq.convert.use import token_weights, use_from
@@ -173,6 +173,7 @@ class HeadMemory:
             num_merged=self.num_merged,
             lengths=lengths,
             schedule=schedule,
+            heads=budget.heads,
             **given,
         )
 
@@ -353,20 +354,20 @@ class HeadMemory:
             )
         if not has_graph:
             self._own_all_()
-        filled, budget = list(self.filled), self.budget
+        budget = self.budget
 
         def until_merge(row: int, done: int) -> int:
-            return budget.chunk_size if done else budget.num_exact - filled[row]
+            return budget.chunk_size if done else budget.num_exact - self.filled[row]
 
-        sizes = piece_sizes(lengths, until_merge)
-        pieces, outputs = Pieces(sizes, k.device), []
-        tokens = map(pieces.split, (k, v, k if q is None else q))
-        for now, own_k, own_v, own_q in zip(sizes, *tokens, strict=True):
-            self._store(own_k, own_v, now, has_graph)
-            if q is not None:
-                outputs.append(self._read(own_q, temperature, bias).to(q.dtype))
-            self._count(now)
-        return None if q is None else pieces.join(outputs, q.new_zeros(*q.shape[:3], v.shape[3]))
+        def read_piece(now: Sequence[int], k: Tensor, v: Tensor, q: Tensor | None = None) -> Tensor | None:
+            self._store(k, v, now, has_graph)
+            o = None if q is None else self._read(q, temperature, bias).to(q.dtype)
+            self.filled = [f + n for f, n in zip(self.filled, now, strict=True)]
+            if full := [b for b, f in enumerate(self.filled) if f == budget.num_exact]:
+                self._merge(full)
+            return o
+
+        return in_pieces(read_piece, lengths, until_merge, k, v, q)
 
     def _store(self, k: Tensor, v: Tensor, now: Sequence[int], has_graph: bool) -> None:
         """Keep the first `now` tokens of each row exactly."""
@@ -383,12 +384,6 @@ class HeadMemory:
             # After a cast of the model, a memory keeps its dtype.
             k, v = (x[rows, :, step].to(self.recent_keys.dtype) for x in (k, v))
         self.recent_keys[places], self.recent_values[places] = k, v
-
-    def _count(self, now: Sequence[int]) -> None:
-        """Count stored tokens, and merge in rows that are full."""
-        self.filled = [f + n for f, n in zip(self.filled, now, strict=True)]
-        if full := [b for b, f in enumerate(self.filled) if f == self.budget.num_exact]:
-            self._merge(full)
 
     def _read(self, q: Tensor, temperature: Tensor | None, bias: Tensor | None) -> Tensor:
         """Outputs `[B, h * G, n, V]` of queries; the first belongs to exact token number `filled`."""

@@ -80,19 +80,20 @@ def trials(
 
 
 def with_window(longer: MemoryLayer, config: LayerConfig) -> MemoryLayer:
-    """The memory of a layer, of one row, as if it had had the shorter windows of `config` from the start.
+    """The memory of a layer, of one row, as if it had had the shorter window of `config` from the start.
 
-    Units of keys must be the same. `longer` does not change.
+    All heads have the same window. Units of keys must be the same. `longer` does not change.
     """
     layer = longer.branch(config)
-    for memory, budget in zip(layer.own_(), config.budgets, strict=True):
-        k, v = (x[:, :, : memory.filled[0]] for x in (memory.recent_keys, memory.recent_values))
-        # Read sinks and last tokens once more, with fewer places.
+    memories = layer.own_()
+    # Read sinks and last tokens once more, with fewer places.
+    k, v = layer.last_tokens(memories[0].filled[0])
+    for memory, budget in zip(memories, config.budgets, strict=True):
         memory.budget, memory.filled = budget, [0]
         memory.recent_keys, memory.recent_values = (
-            x.new_zeros(*x.shape[:2], budget.num_exact, x.shape[3]) for x in (k, v)
+            x.new_zeros(1, len(budget.heads), budget.num_exact, x.shape[3]) for x in (k, v)
         )
-        advance([(memory, range(k.shape[1]))], k, v, [k.shape[2]])
+    advance(memories, k, v, [k.shape[2]])
     return layer
 
 
