@@ -61,14 +61,11 @@ class ForgetGate(OwnWeights):
     def reset_parameters(self) -> None:
         """Set W to 0 and b to the initial rate of forgetting of each head."""
         nn.init.zeros_(self.weight)
-        fastest, slowest = FORGET_TOKENS
-        num = len(self.bias)
-        # A single head gets the slowest rate.
-        tokens = torch.logspace(math.log10(fastest), math.log10(slowest), max(2, num), dtype=torch.float64)
-        tokens = tokens[-num:]
+        num, (start, end) = len(self.bias), map(math.log10, FORGET_TOKENS)
+        tokens = torch.logspace(start, end, max(2, num), dtype=torch.float64)
         with torch.no_grad():
-            # log sigmoid(b) = -1 / tokens.
-            self.bias.copy_(-torch.expm1(1 / tokens).log())
+            # log sigmoid(b) = -1 / tokens. A single head gets the slowest rate.
+            self.bias.copy_(-torch.expm1(1 / tokens[-num:]).log())
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Log forget gates `[B, T, Hkv]`, at most 0, in float32 (float64 for float64 inputs); 0 for NaN."""

@@ -81,9 +81,12 @@ class FullAttention(AttentionMixer):
 
     def softmax_read(self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout) -> Tensor:
         """Attention of scaled `q [B,H,T,K]` over `k, v [B,Hkv,S,K]`; the last T keys are the queries' own."""
-        if layout.cu_seqlens is not None:
-            return _read_packed(q, k, v, layout.cu_seqlens)
-        return causal_read(q, k, v, layout.segments(k.shape[2]))
+        if layout.cu_seqlens is None:
+            return causal_read(q, k, v, layout.segments(k.shape[2]))
+        # Row by row, which costs the sum of squared lengths, not the square of their sum.
+        rows = [slice(a, b) for a, b in itertools.pairwise(layout.cu_seqlens.tolist()) if a < b]
+        outputs = [softmax_attention(q[:, :, r], k[:, :, r], v[:, :, r], is_causal=True) for r in rows]
+        return torch.cat(outputs, dim=2)
 
     def num_kept(self, num_tokens: int) -> int:
         """Number of keys and values kept after `num_tokens` tokens: those that later queries may see."""
@@ -282,15 +285,6 @@ def _allowed(
         own = segments[:, num_keys - num_queries :, None]
         allowed = (allowed & (own == segments[:, None, :]))[:, None]
     return allowed
-
-
-def _read_packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Causal attention for each packed row; costs the sum of squared lengths, not the square of their sum."""
-    offsets = cu_seqlens.tolist()
-    rows = [slice(a, b) for a, b in itertools.pairwise(offsets) if a < b]
-    return torch.cat(
-        [softmax_attention(q[:, :, r], k[:, :, r], v[:, :, r], is_causal=True) for r in rows], dim=2
-    )
 
 
 def softmax_attention(

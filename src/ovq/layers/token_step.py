@@ -121,26 +121,21 @@ def _tables_of_block(block: int, dim: int, theta: float) -> list[tuple[Tensor, .
 
 def _weights(mixer: AttentionMixer, around: AroundMixer) -> LayerWeights | None:
     """The weights of a layer if all its modules are plain and the weights contiguous, else None."""
-    found = [
-        plain_parameter(around.mixer_norm, RMSNorm),
-        plain_parameter(mixer.qkv_proj, Linear),
-        plain_parameter(mixer.qk_norm, QKNorm, "beta"),
-        plain_parameter(mixer.o_proj, Linear),
-        plain_parameter(around.mlp_norm, RMSNorm),
-        plain_parameter(around.gate_up_proj, Linear),
-        plain_parameter(around.down_proj, Linear),
-    ]
+    found = {
+        "mixer_norm": plain_parameter(around.mixer_norm, RMSNorm),
+        "qkv": plain_parameter(mixer.qkv_proj, Linear),
+        "beta": plain_parameter(mixer.qk_norm, QKNorm, "beta"),
+        "o": plain_parameter(mixer.o_proj, Linear),
+        "mlp_norm": plain_parameter(around.mlp_norm, RMSNorm),
+        "gate_up": plain_parameter(around.gate_up_proj, Linear),
+        "down": plain_parameter(around.down_proj, Linear),
+    }
     if mixer.qkv_conv is not None:
-        found.append(plain_parameter(mixer.qkv_conv, ShortConvolution))
-    weights = [weight for weight in found if weight is not None]
-    if len(weights) < len(found):
-        return None
-    made, gate = LayerWeights(*weights), mixer.output_gate
-    if gate is None:
-        return made
-    if not is_plain(gate, OutputGate):
-        return None
-    product, norm = plain_parameter(gate.proj, Linear), plain_parameter(gate.norm, RMSNorm)
-    if product is None or norm is None:
-        return None
-    return made._replace(output_gate=product, output_norm=norm)
+        found["taps"] = plain_parameter(mixer.qkv_conv, ShortConvolution)
+    if (gate := mixer.output_gate) is not None:
+        if not is_plain(gate, OutputGate):
+            return None
+        found["output_gate"] = plain_parameter(gate.proj, Linear)
+        found["output_norm"] = plain_parameter(gate.norm, RMSNorm)
+    weights = {name: weight for name, weight in found.items() if weight is not None}
+    return LayerWeights(**weights) if len(weights) == len(found) else None
