@@ -20,6 +20,7 @@ from ovq.hf.configuration_ovq import OVQConfig
 from ovq.ops.ablation import Ablation
 from ovq.ops.options import BEST_MERGE, can_merge_best
 from ovq.runtime.files import write_atomic
+from ovq.runtime.units import format_bytes
 
 CARD_FILE = "README.md"
 """Name of the card in the folder of a model."""
@@ -199,17 +200,13 @@ def _memory(model: Model) -> str:
     rows = [
         (
             f"{length:,}",
-            _bytes(model.state_bytes(length)),
-            _bytes(config.num_hidden_layers * per_token * length),
+            format_bytes(model.state_bytes(length)),
+            format_bytes(config.num_hidden_layers * per_token * length),
         )
         for length in _LENGTHS
     ]
     title = ("tokens read", "state of one sequence", "keys and values of all tokens in all layers")
     return markdown_table(title, rows)
-
-
-def _bytes(number: int) -> str:
-    return f"{number / 2**10:,.1f} KiB" if number < 2**20 else f"{number / 2**20:,.1f} MiB"
 
 
 def markdown_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -240,16 +240,10 @@ class OVQConfig(PreTrainedConfig):
             folder = Path(save_directory)
             folder.mkdir(parents=True, exist_ok=True)
             write_atomic(folder / MODULE_FILE, MODULE)
-        derived = getattr(self, "auto_map", None)
-        self.auto_map = AUTO_MAP | (derived or {})
-        try:
-            super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-        finally:
-            # The config in memory stays unchanged.
-            if derived is None:
-                del self.auto_map
-            else:
-                self.auto_map = derived
+        # A copy, as the config in memory stays unchanged.
+        saved = copy.copy(self)
+        saved.auto_map = AUTO_MAP | (getattr(self, "auto_map", None) or {})
+        super(OVQConfig, saved).save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:

@@ -297,8 +297,7 @@ class OVQPreTrainedModel(PreTrainedModel):
             >>> model.config.logn_length
             256
         """
-        mixers = [mixer for mixer in self.mixers() if isinstance(mixer, AttentionMixer)]
-        layers = [mixer for mixer in mixers if mixer.supports_logn]
+        layers = [x for x in self.mixers() if isinstance(x, AttentionMixer) and x.supports_logn]
         if not layers:
             raise ValueError(
                 "expected layers with log-n scaling, such as 'ovq' and 'full_attention', "

@@ -63,20 +63,17 @@ class Sampling:
     def __post_init__(self) -> None:
         """Check the ranges."""
         check_fields(self)
-        for name in ("temperature", "top_k"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected at least 0, found {getattr(self, name)}")
-        if 0 < self.temperature < _MIN_TEMPERATURE:
-            # Logits divided by it could overflow.
-            raise ValueError(
-                f"temperature: expected 0 or at least {_MIN_TEMPERATURE}, found {self.temperature}"
-            )
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p: expected a number above 0 and at most 1, found {self.top_p}")
-        if not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p: expected a number from 0 to 1, found {self.min_p}")
-        if self.repetition_penalty <= 0:
-            raise ValueError(f"repetition_penalty: expected more than 0, found {self.repetition_penalty}")
+        for name, is_right, expected in (
+            ("temperature", self.temperature >= 0, "at least 0"),
+            ("top_k", self.top_k >= 0, "at least 0"),
+            # Logits divided by a smaller one could overflow.
+            ("temperature", not 0 < self.temperature < _MIN_TEMPERATURE, f"0 or at least {_MIN_TEMPERATURE}"),
+            ("top_p", 0 < self.top_p <= 1, "a number above 0 and at most 1"),
+            ("min_p", 0 <= self.min_p <= 1, "a number from 0 to 1"),
+            ("repetition_penalty", self.repetition_penalty > 0, "more than 0"),
+        ):
+            if not is_right:
+                raise ValueError(f"{name}: expected {expected}, found {getattr(self, name)}")
         for name, neutral in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)):
             if self.temperature == 0 and getattr(self, name) != neutral:
                 raise ValueError(
