@@ -143,7 +143,10 @@ def check_texts(
     `[T]` or None for each if there are `masks`."""
     embeddings: Any = model.get_input_embeddings()
     most = embeddings.num_embeddings - 1
-    for i, text in enumerate(texts):
+    masks = [None] * len(texts) if masks is None else masks
+    if len(masks) != len(texts):
+        raise ValueError(f"targets: expected one for each of {len(texts)} texts, found {len(masks)}")
+    for i, (text, mask) in enumerate(zip(texts, masks, strict=True)):
         if not isinstance(text, Tensor) or text.dtype not in (torch.int64, torch.int32):
             found = text.dtype if isinstance(text, Tensor) else type(text).__name__
             raise ValueError(
@@ -154,11 +157,6 @@ def check_texts(
         for token in (int(text.min()), int(text.max())):
             if not 0 <= token <= most:
                 raise ValueError(f"texts: expected token ids from 0 to {most}, found {token} in text {i}")
-    if masks is None:
-        return
-    if len(masks) != len(texts):
-        raise ValueError(f"targets: expected one for each of {len(texts)} texts, found {len(masks)}")
-    for i, (text, mask) in enumerate(zip(texts, masks, strict=True)):
         given = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         if mask is not None and given != text.shape:
             raise ValueError(

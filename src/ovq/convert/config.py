@@ -158,7 +158,6 @@ class MemoryConfig:
         cls, *, num_layers: int, num_kv_heads: int, num_slots: int, window: int, **fields: Any
     ) -> MemoryConfig:
         """A config with the same sizes for every head; `fields` are the other attributes."""
-
         slots, windows = ([[num] * num_kv_heads for _ in range(num_layers)] for num in (num_slots, window))
         return cls(num_slots=slots, window=windows, **fields)
 
@@ -258,8 +257,8 @@ class Budget:
         """Number of slots in use after `num_merged` merged tokens."""
         if not self.num_slots or not num_merged:
             return 0
-        sizes = {"num_slots": self.num_slots, "chunk_size": num_merged}
-        return grown_slots(0, num_merged, **sizes, growth=self.options.growth)
+        growth = self.options.growth
+        return grown_slots(0, num_merged, num_slots=self.num_slots, chunk_size=num_merged, growth=growth)
 
     @functools.cached_property
     def options(self) -> Options:

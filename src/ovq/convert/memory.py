@@ -90,9 +90,8 @@ class HeadMemory:
             num_exact = min(num_exact, max(num_tokens + 1, budget.num_sinks))
             num_slots = budget.num_open(budget.num_merges(num_tokens) * budget.chunk_size)
         self.wide = wide = state_dtype(k.dtype)
-        for name, x in (("keys", k), ("values", v)):
-            setattr(self, f"recent_{name}", x.new_zeros(batch, heads, num_exact, x.shape[3]))
         for name, x in (("key", k), ("value", v)):
+            setattr(self, f"recent_{name}s", x.new_zeros(batch, heads, num_exact, x.shape[3]))
             self._put_sums(f"{name}_sum", x.new_zeros(batch, heads, num_slots, x.shape[3], dtype=wide))
         self.count = k.new_zeros(batch, heads, num_slots, dtype=torch.int64)
         self.position_sum = torch.zeros_like(self.count)

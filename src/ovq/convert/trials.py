@@ -190,24 +190,19 @@ class _Heads:
     def _config(self, heads: Tensor, option: Option) -> LayerConfig:
         key = tuple(heads.tolist())
         if key not in self._configs:
-            self._configs[key] = self._checked(key)
+            self._configs[key] = MemoryConfig(
+                num_slots=[[1] * len(key)],
+                window=[[self._chunk_size] * len(key)],
+                num_sinks=self._num_sinks,
+                chunk_size=self._chunk_size,
+                merge=self._merge,
+                value_weight=[[self._weights[h] for h in key]],
+                key_exponents=None if self._exponents is None else [[self._exponents[h] for h in key]],
+                token_use=None if self._uses is None else [[self._uses[h] for h in key]],
+            ).layer(0)
         config = self._configs[key]
         budgets = tuple(
             dataclasses.replace(budget, num_slots=option.num_slots, window=option.window)
             for budget in config.budgets
         )
         return dataclasses.replace(config, budgets=budgets)
-
-    def _checked(self, heads: Sequence[int]) -> LayerConfig:
-        """The config of heads, of any sizes."""
-        config = MemoryConfig(
-            num_slots=[[1] * len(heads)],
-            window=[[self._chunk_size] * len(heads)],
-            num_sinks=self._num_sinks,
-            chunk_size=self._chunk_size,
-            merge=self._merge,
-            value_weight=[[self._weights[h] for h in heads]],
-            key_exponents=None if self._exponents is None else [[self._exponents[h] for h in heads]],
-            token_use=None if self._uses is None else [[self._uses[h] for h in heads]],
-        )
-        return config.layer(0)
