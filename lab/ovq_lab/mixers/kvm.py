@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from ovq.layers.cache import LayerCache
 from ovq.layers.common import OwnWeights, apply_rotary, rotary_tables
 from ovq.layers.constant import sum_dtype, without_autocast
 from ovq.layers.layout import SequenceLayout
-from ovq.layers.memory import StateSpec, check_num_seen
+from ovq.layers.memory import StateSpec
 from ovq.ops.parts import of_rows
 from ovq.ops.uncompiled import uncompiled
 from ovq_lab.mixers.heads import HeadsMixer
@@ -154,13 +153,6 @@ class KVMAttention(HeadsMixer, OwnWeights):
             "gate": ((*window, 1), wide),
             "num_seen": ((), torch.int64),
         }
-
-    def check_state(
-        self, where: str, tensors: Mapping[str, Tensor], *, num_tokens: int, dtype: torch.dtype
-    ) -> None:
-        """See `Mixer.check_state`."""
-        super().check_state(where, tensors, num_tokens=num_tokens, dtype=dtype)
-        check_num_seen(where, tensors, num_tokens)
 
     def mix(
         self,

@@ -19,7 +19,7 @@ from ovq.layers.common import QKNorm, ShortConvolution, check_kwargs, rotary_tab
 from ovq.layers.gates import OutputGate
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.logn import check_logn_length, logn_factors
-from ovq.layers.memory import Memory, num_bytes
+from ovq.layers.memory import Memory, check_num_seen, num_bytes
 from ovq.layers.products import Linear
 from ovq.layers.sizes import check_conv_size, check_rotary, checked_head_dim
 from ovq.ops.backends.cpu.layer import TokenMemory
@@ -202,6 +202,8 @@ class Mixer(nn.Module, ABC):
         They are those of `state_spec` for these arguments, of one row.
         """
         check_tensors(where, tensors, of_rows(self.state_spec(num_tokens, dtype), 1))
+        if "num_seen" in tensors:
+            check_num_seen(where, tensors, num_tokens)
 
     def forward(
         self,
@@ -313,14 +315,11 @@ class Mixer(nn.Module, ABC):
         return layers[idx]
 
     def _check_hidden_states(self, hidden_states: Tensor) -> None:
-        width = self.hidden_size
-        if not isinstance(hidden_states, Tensor):
-            raise ValueError(f"expected hidden_states to be a tensor, found {type(hidden_states).__name__}")
-        if hidden_states.dim() != 3 or hidden_states.shape[-1] != width or hidden_states.shape[1] == 0:
-            raise ValueError(
-                f"expected hidden_states of shape [batch, tokens >= 1, {width}], "
-                f"found {list(hidden_states.shape)}"
-            )
+        is_tensor, width = isinstance(hidden_states, Tensor), self.hidden_size
+        shape = list(hidden_states.shape) if is_tensor else []
+        if len(shape) != 3 or shape[2] != width or shape[1] == 0:
+            found = shape if is_tensor else type(hidden_states).__name__
+            raise ValueError(f"expected hidden_states of shape [batch, tokens >= 1, {width}], found {found}")
 
 
 class AttentionMixer(Mixer):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from ovq.layers.base import AttentionMixer
 from ovq.layers.cache import LayerCache
 from ovq.layers.constant import ConstantStateMixer
 from ovq.layers.layout import SequenceLayout
-from ovq.layers.memory import check_num_seen, num_bytes
+from ovq.layers.memory import num_bytes
 from ovq.layers.softmax import fold, softmax_attention
 from ovq.ops.options import check_sizes
 from ovq.ops.parts import StateSpec, slot_spec
@@ -90,13 +89,6 @@ class SinkAttention(ConstantStateMixer, AttentionMixer):
         window = (self.num_kv_heads, self.sink_window - 1, self.head_dim)
         tensors = {"sink_keys": sinks, "sink_values": sinks, "keys": window, "values": window}
         return {name: (shape, dtype) for name, shape in tensors.items()} | {"num_seen": ((), torch.int64)}
-
-    def check_state(
-        self, where: str, tensors: Mapping[str, Tensor], *, num_tokens: int, dtype: torch.dtype
-    ) -> None:
-        """See `Mixer.check_state`."""
-        super().check_state(where, tensors, num_tokens=num_tokens, dtype=dtype)
-        check_num_seen(where, tensors, num_tokens)
 
     def attend(
         self,
