@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from ovq.hf.block import OVQBlock, with_steps
+from ovq.hf.block import OVQBlock, is_token, with_steps
 from ovq.hf.cache import CACHE_KEY, MOST_CROPPED, OVQCache, one_cache
 from ovq.hf.configuration_ovq import OVQConfig
 from ovq.hf.generation import CachedGeneration
@@ -25,7 +25,6 @@ from ovq.hf.pretrained import OVQPreTrainedModel
 from ovq.layers import SequenceLayout
 from ovq.layers.common import RMSNorm, check_kwargs
 from ovq.layers.products import Linear
-from ovq.layers.token_step import is_token
 
 # Keyword arguments of `forward` that transformers passes and its decorators use.
 _TRANSFORMERS_KWARGS = frozenset({"output_hidden_states", "output_attentions", "return_dict"})
