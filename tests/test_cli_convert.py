@@ -192,7 +192,7 @@ def test_what_a_probe_has_found_serves_others_as_a_preset(capsys, reading, tmp_p
     assert load(tmp_path / "given").memory_config == found
     # As if it came with the package: for this model and about so many rows, no probe is needed.
     mine = load_preset(tmp_path / "mine")
-    monkeypatch.setattr("ovq.convert.presets.preset.packaged_presets", lambda: (mine,))
+    monkeypatch.setattr("ovq.convert.presets.packaged_presets", lambda: (mine,))
     monkeypatch.setattr("ovq.cli.convert.run_probe", lambda *_, **__: pytest.fail("probed"))
     unsized = [*bare, *SIZED[4:]]
     run(capsys, *unsized, "--out", tmp_path / "auto", "--rows", 25, "--save-preset", tmp_path / "again")

@@ -85,7 +85,7 @@ def test_the_nearest_number_of_rows_is_taken(monkeypatch):
         )
         for n in (100, 104, 200)
     }
-    monkeypatch.setattr("ovq.convert.presets.preset.packaged_presets", lambda: tuple(sizes.values()))
+    monkeypatch.setattr("ovq.convert.presets.packaged_presets", lambda: tuple(sizes.values()))
     expected = {101: "100", 103: "104", 150: None, 189: None, 195: "200", 210: "200", 211: None}
     for rows, name in expected.items():
         assert getattr(find_preset(original(), rows), "name", None) == name, rows
