@@ -392,7 +392,7 @@ class MemoryLayer(OVQCacheLayer):
     def until_reposition(self) -> float:
         """Fewest tokens until a row is re-positioned; inf if that never happens."""
         reach = self.config.reach
-        if reach is None or self.state is None:
+        if reach is None:
             return math.inf
         return min(reach.until_reposition(self.state[0].num_read(row)) for row in range(self.num_rows))
 

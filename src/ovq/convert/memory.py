@@ -391,8 +391,7 @@ class HeadMemory:
         if num_open:
             slots = Slots(*(x[:, :, :num_open] for x in (self.slot_keys, self.slot_values, self.count)))
         exact = Exact(self.recent_keys, self.recent_values, self.filled)
-        wide, observer = self.wide, self.observer
-        return read(q, exact, slots, dtype=wide, temperature=temperature, bias=bias, observer=observer)
+        return read(q, exact, slots, temperature=temperature, bias=bias, observer=self.observer)
 
     def _merge(self, rows: list[int]) -> None:
         """Merge the oldest tokens of full `rows` and move the others up.

@@ -8,6 +8,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ovq.ops.sums import state_dtype
+
 # Queries read at a time, which bounds the memory for their scores.
 _QUERIES = 256
 
@@ -53,16 +55,16 @@ def read(
     exact: Exact,
     slots: Slots | None,
     *,
-    dtype: torch.dtype,
     temperature: Tensor | None,
     bias: Tensor | None,
     observer: Observer | None = None,
 ) -> Tensor:
     """Attention outputs `[B, h * G, n, V]` of scaled queries `[B, h * G, n, K]` of consecutive tokens.
 
-    Computed in `dtype`. `temperature` and `bias` `[h * G]` are as in `HeadMemory.attend`.
+    Computed in float32 or better. `temperature` and `bias` `[h * G]` are as in `HeadMemory.attend`.
     """
     batch, heads, outputs = len(q), exact.keys.shape[1], []
+    dtype = state_dtype(exact.keys.dtype)
     for start, block in zip(range(0, q.shape[2], _QUERIES), q.split(_QUERIES, dim=2), strict=True):
         num_queries = block.shape[2]
         used = min(max(exact.filled) + start + num_queries, exact.keys.shape[2])

@@ -226,16 +226,14 @@ class _Step:
 
     def fits(self) -> bool:
         """Whether the kernels support the model's sizes, dtypes and attention."""
-        model = self._model()
-        dtype, blocks = self._dtype, model.model.layers
-        for x in self._unchanged.weights:
-            if type(x) is not nn.Parameter or not (x.is_cpu and x.is_contiguous()):
-                return False
-            if x.dtype != dtype or x.dtype not in DTYPES:
-                return False
+        model, weights = self._model(), self._unchanged.weights
+        blocks = model.model.layers
         attentions = [block.self_attn for block in blocks]
         return (
-            len(blocks) == model.config.num_hidden_layers
+            all(type(x) is nn.Parameter and x.is_cpu and x.is_contiguous() for x in weights)
+            and all(x.dtype == self._dtype for x in weights)
+            and self._dtype in DTYPES
+            and len(blocks) == model.config.num_hidden_layers
             and [x.layer_idx for x in attentions] == list(range(len(blocks)))
             and all(getattr(x, "sliding_window", None) is None for x in attentions)
             and len({(x.head_dim, x.q_proj.out_features, x.k_proj.out_features) for x in attentions}) == 1

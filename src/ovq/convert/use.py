@@ -80,7 +80,6 @@ class ExpectedUse:
 
     def start(self, k: Tensor, v: Tensor, *, num_targets: int, num_sinks: int, weight: float = 1.0) -> None:
         """Begin a text of this weight, see `Distances.start`; the first `num_sinks` tokens are ignored."""
-        self._num_sinks = num_sinks
         self._tokens.append(torch.cat([k[0], v[0]], -1)[:, num_sinks:].cpu())
         self._squares.append(self._tokens[-1].new_zeros(self._tokens[-1].shape[:2], dtype=torch.float64))
         self._factors.append(weight / num_targets)
