@@ -61,6 +61,23 @@ def test_drafts_are_verified_with_inputs_that_are_not_rounded(steps):
         answer(model, prompt_lookup_num_tokens=32)
 
 
+@pytest.mark.parametrize("num", [1, 5])
+def test_drafts_beside_a_prompt_are_read_as_in_a_call_of_their_own(steps, num):
+    model, prompt = converted(weight_dtype="int8"), PROMPT[:, :-num]
+    first, second = model.make_cache(), model.make_cache()
+    asked = {"output_hidden_states": True, "attention_mask": torch.ones_like(PROMPT)}
+    with torch.no_grad():
+        first.activate_past_recording()
+        both = model(input_ids=PROMPT, logits_to_keep=num + 1, **asked, **{CACHE_KEY: first})
+        before = model(prompt, output_hidden_states=True, **{CACHE_KEY: second})
+        drafts = model(PROMPT[:, -num:], **asked, **{CACHE_KEY: second})
+    assert torch.equal(both.logits, torch.cat([before.logits[:, -1:], drafts.logits], 1))
+    for found, *pair in zip(both.hidden_states, before.hidden_states, drafts.hidden_states, strict=True):
+        assert torch.equal(found, torch.cat(pair, 1))
+    first.crop(-num)
+    assert first.num_columns == prompt.shape[1]
+
+
 def test_what_a_given_cache_has_read_is_not_read_again(model, expected):
     cache = model.make_cache()
     model(PROMPT[:, :-3], **{CACHE_KEY: cache})

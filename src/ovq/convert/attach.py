@@ -22,7 +22,7 @@ from ovq.convert.config import CONFIG_KEY, MemoryConfig, as_table, check_heads
 from ovq.convert.context import KIND
 from ovq.convert.packed import PACKED, can_pack, pack_
 from ovq.convert.rotary import rotary_buffers, with_reach
-from ovq.convert.step import checked_weight_dtype, token_output
+from ovq.convert.step import checked_weight_dtype, num_drafts, read_apart, token_output
 from ovq.hf.cache import CACHE_KEY, one_of
 from ovq.hf.context_file import digest, weights_of
 from ovq.hf.generation import CachedGeneration, execution_device
@@ -316,6 +316,8 @@ def _converted_class(own_class: type[PreTrainedModel]) -> type:
         # Versions of transformers differ in the name of the cache argument; both are accepted.
         if kwargs.keys() & {"past_key_values", "cache"}:
             kwargs[CACHE_KEY] = one_of(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
+        if num := num_drafts(self, kwargs):
+            return read_apart(self, num, kwargs)
         done = token_output(self, own_class, args, kwargs)
         if done is not None:
             return done

@@ -84,6 +84,40 @@ def token_output(model: Any, own_class: type, args: tuple, kwargs: dict[str, Any
     return CausalLMOutputWithPast(logits=logits, **kept)  # type: ignore[arg-type]  # a float tensor
 
 
+def num_drafts(model: Any, kwargs: dict[str, Any]) -> int:
+    """How many of the last tokens of a call are drafts beside a prompt; 0 if they need no call of their own.
+
+    Assisted decoding begins with both in one call. Packed weights round the inputs of prompts, but drafts
+    must be read as single tokens are.
+    """
+    tokens, cache, num_logits = (kwargs.get(x) for x in ("input_ids", CACHE_KEY, "logits_to_keep"))
+    if model.weights_digest is None or kwargs.get("return_dict") is False:
+        return 0
+    if not (isinstance(tokens, Tensor) and isinstance(cache, MemoryCache) and isinstance(num_logits, int)):
+        return 0
+    if tokens.numel() <= MOST_ROWS:
+        return 0
+    return num_logits - 1 if cache.is_croppable and num_logits < tokens.shape[1] else 0
+
+
+def read_apart(model: Any, num: int, kwargs: dict[str, Any]) -> Any:
+    """Output of `forward` for a prompt and then for its `num` drafts; its logits are those requested."""
+    both = [x for x in ("input_ids", "position_ids") if kwargs.get(x) is not None]
+    mask, layers = kwargs.get("attention_mask"), kwargs[CACHE_KEY].layers
+    prompt = kwargs | {x: kwargs[x][:, :-num] for x in both} | {"logits_to_keep": 1}
+    for layer in layers:
+        layer.record_past = False
+    first = model.forward(**prompt | {"attention_mask": None if mask is None else mask[:, :-num]})
+    for layer in layers:
+        layer.activate_past_recording()
+    found = model.forward(**kwargs | {x: kwargs[x][:, -num:] for x in both})
+    found.logits = torch.cat([first.logits, found.logits], 1)
+    if found.hidden_states is not None:
+        states = zip(first.hidden_states, found.hidden_states, strict=True)
+        found.hidden_states = tuple(torch.cat(pair, 1) for pair in states)
+    return found
+
+
 def token_stream(model: Any, own_class: type, **inputs: Any) -> Tensor | None:
     """Input `[B, T, D]` of a converted model's final norm, for engines that compute logits themselves.
 
