@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from transformers import (
     DynamicCache,
     Gemma2Config,
@@ -206,6 +207,18 @@ def test_gradient_checkpointing_goes_without_a_cache():
     assert cache.num_columns == 60
     generated = model.generate(ids, **GREEDY)
     assert torch.equal(generated, model.eval().generate(ids, **GREEDY))
+
+
+def test_layers_may_be_checkpointed_from_outside_the_model():
+    """As FSDP does."""
+    ids, grads = tokens(1, 60), []
+    for is_wrapped in (False, True):
+        model = converted().train()
+        if is_wrapped:
+            apply_activation_checkpointing(model, check_fn=lambda x: hasattr(x, "self_attn"))
+        model(ids, labels=ids).loss.backward()
+        grads.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*grads)
 
 
 def test_bfloat16_models_keep_slots_in_float32():

@@ -411,8 +411,10 @@ def _with_cache(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple
             raise ValueError("expected no cache while training with gradient checkpointing, found one")
         _checked(found, module._ovq_memory_config)
         return args, kwargs
-    use_cache = given.get("use_cache")
-    if (module.config.use_cache if use_cache is None else use_cache) and not is_checkpointing:
+    if given.get("use_cache") is None:
+        # None in training: checkpointing from outside, as of FSDP, calls layers again, which would add to it.
+        given["use_cache"] = module.config.use_cache and not (module.training and torch.is_grad_enabled())
+    if given["use_cache"] and not is_checkpointing:
         given.pop("past_key_values", None)
         given.pop("cache", None)
         return (), {**given, CACHE_KEY: MemoryCache(module._ovq_memory_config)}
