@@ -10,9 +10,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from ovq.ops.backends.chunks import Chunks
-
-# When kernels are loaded, their structures are compared with those of all these modules (`mirrors.py`).
-from ovq.ops.backends.cpu import convolution, layer, memory, tokens, weights, window  # noqa: F401
 from ovq.ops.backends.cpu.decode import PreparedStep
 from ovq.ops.backends.cpu.kernels import (
     DTYPES,

@@ -22,10 +22,10 @@ from typing import NamedTuple
 
 FOLDER = Path(__file__).parent
 SOURCES = sorted(path for path in FOLDER.iterdir() if path.suffix in (".cpp", ".h"))
-# The structures that Python passes to kernels (`mirrors.py`).
+# The structures that Python passes to kernels (`mirrors.py`), after those that they contain.
 MIRRORED = (
-    *("Call", "Convolution", "Decode", "HeadGroup", "Heads"),
-    *("Layer", "Matrix", "Strided", "Strides", "Tokens", "Window"),
+    *("Convolution", "Decode", "Heads", "Matrix", "Strided", "Strides", "Tokens"),
+    *("Call", "HeadGroup", "Layer", "Window"),
 )
 # Arithmetic follows IEEE 754; only errno, traps and C++ exceptions are given up. Some vectors are wider than
 # the registers of some processors. Only inline functions pass them, so the warnings about that do not apply.

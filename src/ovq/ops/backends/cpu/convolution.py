@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ovq.ops.backends.cpu import build
-from ovq.ops.backends.cpu.mirrors import Mirror, fields_of
+from ovq.ops.backends.cpu.mirrors import MIRRORS
 from ovq.ops.backends.cpu.tokens import call_kernel
 from ovq.ops.first_order import first_order
 
@@ -53,14 +53,8 @@ class CompiledConvolution(torch.autograd.Function):
         return grad_x, grad_past, grad_taps.sum(0).t(), None
 
 
-class _Convolution(Mirror, of="Convolution"):
-    """`Convolution` of convolution.h."""
-
-    _fields_ = fields_of("Convolution")
-
-
 def _run(name: str, *, x: Tensor, taps: Tensor, **others: Tensor | None) -> None:
-    call = _Convolution(*x.shape, len(taps), torch.get_num_threads())
+    call = MIRRORS["Convolution"](*x.shape, len(taps), torch.get_num_threads())
     call.point(x=x, taps=taps, **others)
     getattr(build.load(), name)(ctypes.byref(call))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ovq.ops.backends.cpu import build
 from ovq.ops.backends.cpu.kernels import DTYPES, FORMATS, dense, merge
-from ovq.ops.backends.cpu.mirrors import Mirror, fields_of
+from ovq.ops.backends.cpu.mirrors import MIRRORS, Mirror
 from ovq.ops.backends.torch.decode import merged_state
 from ovq.ops.options import Options, rounding_sums
 from ovq.ops.state import OVQState
@@ -49,8 +49,8 @@ class PreparedStep:
         self.options, self.shapes, self.dtype = options, shapes, dtype
         self._sums, self._pending = _sums_of(after), _pending_of(after)
         (rows, _, heads, dim), (kv_heads, value_dim) = shapes[0], shapes[2][2:]
-        sizes = (after.chunk_size, after.count.shape[2], dim, value_dim)
-        self._call = call = Decode(rows, kv_heads, heads // kv_heads, *sizes, 1, DTYPES.index(dtype))
+        sizes = (rows, kv_heads, heads // kv_heads, after.chunk_size, after.count.shape[2], dim, value_dim)
+        self._call = call = MIRRORS["Decode"](*sizes, num_threads=1, dtype=DTYPES.index(dtype))
         call.state_dtype = FORMATS.index(options.state_dtype)
         call.weighs_chunk = options.weighs_chunk
         # Strides of contiguous tensors.
@@ -132,7 +132,7 @@ class PreparedStep:
         build.load().ovq_decode(ctypes.byref(call))
         return o, self.leading_to(with_merged_chunks(after, completed(after), self.options))
 
-    def call_of(self, after: OVQState, num_seen: Tensor) -> tuple[Decode, tuple[PreparedStep, Tensor]]:
+    def call_of(self, after: OVQState, num_seen: Tensor) -> tuple[Mirror, tuple[PreparedStep, Tensor]]:
         """Kernel arguments of the step, except queries and the new token, and what to keep alive meanwhile.
 
         Args:
@@ -140,7 +140,7 @@ class PreparedStep:
             num_seen: `[B]` tokens before the new one.
         """
         step = self._of(after)
-        call = Decode.from_buffer_copy(step._call)
+        call = MIRRORS["Decode"].from_buffer_copy(step._call)
         num_seen = num_seen.contiguous()
         call.num_seen, call.num_threads = num_seen.data_ptr(), torch.get_num_threads()
         return call, (step, num_seen)
@@ -168,9 +168,3 @@ def completed(after: OVQState) -> list[int]:
 def with_merged_chunks(after: OVQState, rows: list[int], options: Options) -> OVQState:
     """The state with the complete chunks of `rows` merged."""
     return merged_state(after, rows, options, merge) if rows else after
-
-
-class Decode(Mirror, of="Decode"):
-    """`Decode` of decode.h."""
-
-    _fields_ = fields_of("Decode")

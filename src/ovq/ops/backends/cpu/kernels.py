@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ovq.ops.backends.cpu import build
-from ovq.ops.backends.cpu.mirrors import Mirror, fields_of
+from ovq.ops.backends.cpu.mirrors import MIRRORS, Mirror
 from ovq.ops.backends.dictionary import Dictionary
 from ovq.ops.backends.learned import Learned, Merging
 from ovq.ops.backends.plan import Plan
@@ -186,19 +186,15 @@ def _empty_changes(k: Tensor, v: Tensor, plan: Plan, *, has_weights: bool) -> li
     return [*changes, k.new_empty(shape, dtype=torch.float32)] if has_weights else changes
 
 
-class _Tokens(Mirror, of="Tokens"):
-    _fields_ = fields_of("Tokens")
-
-
-class _Arguments(Mirror, of="Call"):
+class _Arguments(Mirror):
     """`Call` of call.h."""
 
-    _fields_ = fields_of("Call")
+    _fields_ = MIRRORS["Call"]._fields_
 
     def set_tokens(self, **tensors: Tensor) -> None:
         for name, x in tensors.items():
             strides = (ctypes.c_int64 * 3)(*x.stride()[:3])
-            setattr(self, name, _Tokens(self.place(x), strides, x.shape[-1]))
+            setattr(self, name, MIRRORS["Tokens"](self.place(x), strides, x.shape[-1]))
 
     def pass_changes(self, changes: Sequence[Tensor]) -> None:
         """Pass the tensors of `_empty_changes`, which the forward writes and the backward reads."""

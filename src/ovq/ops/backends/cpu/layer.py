@@ -15,14 +15,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ovq.ops.backends.cpu.decode import Decode, PreparedStep, completed, with_merged_chunks
+from ovq.ops.backends.cpu.decode import PreparedStep, completed, with_merged_chunks
 from ovq.ops.backends.cpu.kernels import DTYPES
 from ovq.ops.backends.cpu.memory import HeadGroup
-from ovq.ops.backends.cpu.mirrors import Mirror, fields_of
+from ovq.ops.backends.cpu.mirrors import MIRRORS, Mirror
 from ovq.ops.backends.cpu.tokens import call_kernel
 from ovq.ops.backends.cpu.weights import Matrix
 from ovq.ops.fading import LEAST_LOG, ended, faded
 from ovq.ops.state import OVQState, advanced
+
+_Layer = MIRRORS["Layer"]
 
 
 class LayerWeights(NamedTuple):
@@ -63,7 +65,7 @@ class TokenMemory(NamedTuple):
         numbers: more fields of `Layer`.
     """
 
-    decode: Decode
+    decode: Mirror
     finished: Callable[[], Any]
     kept: Sequence[Any]
     tensors: dict[str, Tensor | None]
@@ -131,8 +133,8 @@ def memory_of_window(
     room = num_before + 1
     new_keys, new_values = (keys.new_empty(rows, num_kv_heads, room, dim) for _ in range(2))
     num_seen = (ctypes.c_int64 * rows)(*[num_before] * rows)
-    threads, dtype = torch.get_num_threads(), DTYPES.index(keys.dtype)
-    decode = Decode(rows, num_kv_heads, num_heads // num_kv_heads, room, 0, dim, dim, threads, dtype)
+    sizes = (rows, num_kv_heads, num_heads // num_kv_heads, room, 0, dim, dim)
+    decode = MIRRORS["Decode"](*sizes, torch.get_num_threads(), DTYPES.index(keys.dtype))
     decode.point(pending_keys=new_keys, pending_values=new_values, first_read=first)
     decode.num_seen = ctypes.addressof(num_seen)
     numbers = {"keys_before": keys.data_ptr(), "values_before": values.data_ptr(), "num_before": num_before}
@@ -152,7 +154,7 @@ class LayerStep(NamedTuple):
         weights: those of the layer.
     """
 
-    call: _Layer
+    call: Mirror
     memory: TokenMemory
     conv_state: Tensor | None
     weights: LayerWeights
@@ -177,7 +179,7 @@ def layer_to_run(
     width, inner = weights.down.shape
     sizes = {"width": width, "inner": inner, "num_tokens": 1}
     norms = {"mixer_eps": eps[0], "mlp_eps": eps[1], "head_eps": eps[2]}
-    call = _Layer(**sizes, **norms, memory=memory.decode, **memory.numbers)
+    call = MIRRORS["Layer"](**sizes, **norms, memory=memory.decode, **memory.numbers)
     qkv, gate_up, o, down = (
         Matrix(x, "float32", (x.shape[0], x.shape[1]))
         for x in (weights.qkv, weights.gate_up, weights.o, weights.down)
@@ -273,7 +275,7 @@ class HeadsStep:
             call.point(**norms, cos=self.cos, sin=self.sin, key_factors=factors)
             num_kv_heads, group_size = layer.k.shape[0] // dim, layer.q.shape[0] // layer.k.shape[0]
             sizes = {"num_rows": num_rows, "num_kv_heads": num_kv_heads, "group_size": group_size}
-            call.memory, call.angle_row = Decode(**sizes, key_dim=dim, value_dim=dim), dim
+            call.memory, call.angle_row = MIRRORS["Decode"](**sizes, key_dim=dim, value_dim=dim), dim
             call.num_groups, call.groups = len(own), ctypes.addressof(array)
             call.score_scale = layer.score_scale
 
@@ -294,7 +296,7 @@ class HeadsStep:
         The groups of `after` count tokens as they are after x. Either both x and y have more than `FEW_ROWS`
         tokens, or neither.
         """
-        calls: list[_Layer] = []
+        calls: list[Mirror] = []
         for step, tokens in ((self, x), (after, y)):
             step._set_length(tokens.shape[1])
             calls += step._calls
@@ -328,7 +330,7 @@ def run_layers(x: Tensor, layers: Sequence[LayerStep]) -> Tensor | None:
 _INVALID_WEIGHT, _OUT_OF_MEMORY = 1, 2
 
 
-def _run(x: Tensor, calls: ctypes.Array[_Layer], num_lanes: int = 1) -> Tensor | None:
+def _run(x: Tensor, calls: ctypes.Array[Mirror], num_lanes: int = 1) -> Tensor | None:
     y = x.clone(memory_format=torch.contiguous_format)
     num, place = len(calls), ctypes.addressof(calls)
     size = num_lanes * call_kernel("ovq_layers_scratch", num, place)
@@ -339,9 +341,3 @@ def _run(x: Tensor, calls: ctypes.Array[_Layer], num_lanes: int = 1) -> Tensor |
     if outcome == _OUT_OF_MEMORY:
         raise MemoryError("ovq_layers_step: no memory for the kernel's scratch")
     return None if outcome == _INVALID_WEIGHT else y
-
-
-class _Layer(Mirror, of="Layer"):
-    """`Layer` of step.h."""
-
-    _fields_ = fields_of("Layer")

@@ -21,7 +21,7 @@ struct Strides {
     int64_t row, head, token;
 };
 
-/* Heads of equal sizes. Mirrored by `HeadGroup` in memory.py. */
+/* Heads of equal sizes. Mirrored in memory.py. */
 struct HeadGroup {
     int64_t num_rows, num_kv_heads, group_size, chunk_size, capacity, num_exact, num_sinks, key_dim, value_dim;
     int64_t dtype, query_dtype, state_dtype, merges_pairs, num_parts;

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ovq.ops.backends.cpu import build
 from ovq.ops.backends.cpu.kernels import DTYPES, FORMATS
-from ovq.ops.backends.cpu.mirrors import Mirror, fields_of
+from ovq.ops.backends.cpu.mirrors import MIRRORS, Mirror
 from ovq.ops.narrow import state_dtype_of
 from ovq.ops.options import NUM_PARTS, TIE, Options
 
@@ -23,14 +23,10 @@ def advance_memory(groups: Sequence[HeadGroup]) -> None:
     build.load().ovq_memory(array, ctypes.c_int64(len(groups)), ctypes.c_int64(torch.get_num_threads()))
 
 
-class _Strides(Mirror, of="Strides"):
-    _fields_ = fields_of("Strides")
-
-
-class HeadGroup(Mirror, of="HeadGroup"):
+class HeadGroup(Mirror):
     """`HeadGroup` of memory.h."""
 
-    _fields_ = fields_of("HeadGroup")
+    _fields_ = MIRRORS["HeadGroup"]._fields_
 
     @classmethod
     def of(
@@ -110,7 +106,7 @@ class HeadGroup(Mirror, of="HeadGroup"):
             if x is not None:
                 assert x.stride(-1) == 1, name
                 setattr(group, name, group.place(x))
-                setattr(group, f"{name}_at", _Strides(*x.stride()[:3]))
+                setattr(group, f"{name}_at", MIRRORS["Strides"](*x.stride()[:3]))
         return group
 
     _numbers: dict[str, Any]

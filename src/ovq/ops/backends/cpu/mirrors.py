@@ -14,26 +14,11 @@ from torch import Tensor
 from ovq.ops.backends.cpu import compiler
 from ovq.ops.backends.cpu.compiler import Unavailable
 
-MIRRORS: dict[str, type[ctypes.Structure]] = {}
-"""The ctypes structures, by the names of those in C++ that they mirror."""
 _KINDS: dict[str, Any] = {"int64_t": ctypes.c_int64, "double": ctypes.c_double, "*": ctypes.c_void_p}
 
 
-def fields_of(name: str) -> list[tuple[str, Any]]:
-    """The ctypes fields of a structure. Structures among them must be mirrored already."""
-    fields = []
-    for field, kind, length in compiler.fields_of(name):
-        own = _KINDS.get(kind) or MIRRORS[kind]
-        fields.append((field, own * length if length else own))
-    return fields
-
-
 class Mirror(ctypes.Structure):
-    """A ctypes structure that mirrors the C++ structure `of` (`MIRRORED` of compiler.py)."""
-
-    def __init_subclass__(cls, *, of: str, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        MIRRORS[of] = cls
+    """A ctypes structure that mirrors a structure in C++."""
 
     def point(self, **tensors: Tensor | None) -> None:
         """Let fields point to contiguous tensors, which are kept alive; None leaves a field as it is."""
@@ -46,6 +31,16 @@ class Mirror(ctypes.Structure):
         """The address of a tensor's data; the tensor is kept alive as long as this structure."""
         self.__dict__.setdefault("kept", []).append(x)
         return x.data_ptr()
+
+
+MIRRORS: dict[str, Any] = {}
+"""The `Mirror` of each structure in `MIRRORED` of compiler.py."""
+for _name in compiler.MIRRORED:
+    _fields = []
+    for _field, _kind, _length in compiler.fields_of(_name):
+        _type = _KINDS.get(_kind) or MIRRORS[_kind]
+        _fields.append((_field, _type * _length if _length else _type))
+    MIRRORS[_name] = type(_name, (Mirror,), {"_fields_": _fields})
 
 
 class _Place(ctypes.Structure):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ovq.ops.backends.cpu import build
 from ovq.ops.backends.cpu.kernels import is_available, is_memory
-from ovq.ops.backends.cpu.mirrors import Mirror, fields_of
+from ovq.ops.backends.cpu.mirrors import MIRRORS
 from ovq.ops.first_order import first_order
 from ovq.ops.transforms import is_transformed
 
@@ -140,13 +140,7 @@ class CompiledHeads(torch.autograd.Function):
         return grad, None, None, None, None
 
 
-class _Heads(Mirror, of="Heads"):
-    """`Heads` of tokens.h."""
-
-    _fields_ = fields_of("Heads")
-
-
 def _run(name: str, *, q: Tensor, k: Tensor, **others: Tensor | None) -> None:
-    call = _Heads(torch.get_num_threads(), *q.shape[:3], k.shape[2], q.shape[3])
+    call = MIRRORS["Heads"](torch.get_num_threads(), *q.shape[:3], k.shape[2], q.shape[3])
     call.point(q=q, k=k, **others)
     getattr(build.load(), name)(ctypes.byref(call))

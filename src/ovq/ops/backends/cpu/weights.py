@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ovq.ops.backends.cpu.kernels import DTYPES
-from ovq.ops.backends.cpu.mirrors import Mirror, fields_of
+from ovq.ops.backends.cpu.mirrors import MIRRORS, Mirror
 from ovq.ops.backends.cpu.tokens import call_kernel
 
 #: Formats of weights: dtypes, and quantized ones with scales, `INT8` and `UINT4` of the headers.
@@ -65,7 +65,7 @@ class Matrix(NamedTuple):
             scales, minima = factors[..., None].unbind(3)
         return (numbers * scales + minima).flatten(1)[: self.shape[0], : self.shape[1]]
 
-    def call(self, first: int = 0, *, is_rough: bool = False) -> _Matrix:
+    def call(self, first: int = 0, *, is_rough: bool = False) -> Mirror:
         """The matrix as an argument of kernels; its tensors must be kept alive.
 
         Args:
@@ -74,17 +74,11 @@ class Matrix(NamedTuple):
         """
         assert not first or self.factors is None
         # Formats with int8 inputs follow in the same order.
-        call = _Matrix(format=FORMATS.index(self.format) + is_rough * len(_MOST))
+        call = MIRRORS["Matrix"](format=FORMATS.index(self.format) + is_rough * len(_MOST))
         for name in ("weight", "factors", "bias"):
             if (x := getattr(self, name)) is not None:
                 setattr(call, name, x.data_ptr() + first * x.stride(0) * x.element_size())
         return call
-
-
-class _Matrix(Mirror, of="Matrix"):
-    """`Matrix` of matrix.h."""
-
-    _fields_ = fields_of("Matrix")
 
 
 @torch.no_grad()

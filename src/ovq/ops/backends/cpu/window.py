@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ovq.ops.backends.cpu import build
 from ovq.ops.backends.cpu.kernels import dense
-from ovq.ops.backends.cpu.mirrors import Mirror, fields_of
+from ovq.ops.backends.cpu.mirrors import MIRRORS, Mirror
 from ovq.ops.first_order import first_order
 
 
@@ -50,35 +50,25 @@ class CompiledWindow(torch.autograd.Function):
         )
         grad_scale = scale.new_zeros(num_rows, q.shape[2], dtype=torch.float64)
         call = _call(ctx.window, q, k, v, scale, first, o, lse)
-        call.grad_o, call.grad_q = _Strided.of(grad_o), _Strided.of(grad_q)
+        call.grad_o, call.grad_q = _strided(grad_o), _strided(grad_q)
         call.point(grad_k=grad_k, grad_v=grad_v, grad_scale=grad_scale)
         build.load().ovq_window_backward(ctypes.byref(call))
         grad_k, grad_v = grad_k[..., : k.shape[3]].transpose(1, 2), grad_v[..., : v.shape[3]].transpose(1, 2)
         return grad_q, grad_k, grad_v, grad_scale.sum(0).to(scale.dtype), None, None
 
 
-class _Strided(Mirror, of="Strided"):
-    _fields_ = fields_of("Strided")
-
-    @classmethod
-    def of(cls, x: Tensor) -> _Strided:
-        """`[B, T, heads, dim]`, each vector dense."""
-        return cls(x.data_ptr(), *x.stride()[:3])
-
-
-class _Window(Mirror, of="Window"):
-    """`Window` of window.h."""
-
-    _fields_ = fields_of("Window")
+def _strided(x: Tensor) -> Mirror:
+    """`[B, T, heads, dim]`, each vector dense."""
+    return MIRRORS["Strided"](x.data_ptr(), *x.stride()[:3])
 
 
 def _call(
     window: int, q: Tensor, k: Tensor, v: Tensor, scale: Tensor, first: Tensor | None, o: Tensor, lse: Tensor
-) -> _Window:
+) -> Mirror:
     """Arguments of a forward; the caller keeps q, k, v and o alive."""
     num_rows, num_tokens, num_heads, dim = q.shape
     sizes = (num_rows, num_tokens, k.shape[1], num_heads, k.shape[2], dim, v.shape[3], window)
-    call = _Window(torch.get_num_threads(), *sizes)
+    call = MIRRORS["Window"](torch.get_num_threads(), *sizes)
     call.point(scale=scale, first=first, lse=lse)
-    call.q, call.k, call.v, call.o = map(_Strided.of, (q, k, v, o))
+    call.q, call.k, call.v, call.o = map(_strided, (q, k, v, o))
     return call
