@@ -97,6 +97,11 @@ static void *take_bytes(Arena *arena, size_t bytes) {
 
 #define TAKE(arena, type, num) ((type *)take_bytes(arena, sizeof(type) * (size_t)(num)))
 
+/* Lets each pointer point to a piece of `num` of its type, in this order. */
+template <typename... Types> static void take_each(Arena *arena, int64_t num, Types **...pointers) {
+    ((*pointers = TAKE(arena, Types, num)), ...);
+}
+
 /* Calls take(arena) twice: to add up how much it takes, then to take it from zeroed memory. Returns the memory, which the
    caller frees, or NULL if there is none. */
 template <typename Take> static char *allocate(const Take &take) {

@@ -117,9 +117,7 @@ static Dictionary take_dictionary(Arena *arena, const Call *call, int is_backwar
     Dictionary dictionary;
     const int64_t num = padded(call->capacity, NR);
     dictionary.rows = take_rows(arena, call, num, is_backward, !is_backward);
-    dictionary.is_open = TAKE(arena, float, num);
-    dictionary.norm = TAKE(arena, double, num);
-    dictionary.inverse = TAKE(arena, float, num);
+    take_each(arena, num, &dictionary.is_open, &dictionary.norm, &dictionary.inverse);
     return dictionary;
 }
 

@@ -22,12 +22,8 @@ struct Learner {
 
 static Learner take_learner(Arena *arena, const Call *call) {
     Learner learner;
-    learner.slot = TAKE(arena, int32_t, call->chunk_size);
-    learner.priority = TAKE(arena, double, call->chunk_size);
-    learner.ranked = TAKE(arena, double, call->chunk_size);
-    learner.opens = TAKE(arena, uint8_t, call->chunk_size);
-    learner.is_done = TAKE(arena, uint8_t, padded(call->capacity, NR));
-    learner.near = TAKE(arena, int32_t, padded(call->capacity, NR));
+    take_each(arena, call->chunk_size, &learner.slot, &learner.priority, &learner.ranked, &learner.opens);
+    take_each(arena, padded(call->capacity, NR), &learner.is_done, &learner.near);
     return learner;
 }
 

@@ -33,8 +33,7 @@ static Reader take_reader(Arena *arena, const Call *call) {
     const int64_t columns = padded(call->capacity, NR) + padded(call->width, NR) + joined;
     reader.scores = TAKE(arena, float, QUERIES * columns);
     reader.out = TAKE(arena, float, QUERIES * value_ld(call));
-    reader.near = TAKE(arena, int32_t, columns + 1);
-    reader.exact = TAKE(arena, double, columns + 1);
+    take_each(arena, columns + 1, &reader.near, &reader.exact);
     reader.blocks = TAKE(arena, Vector, call->merges_pairs ? QUERIES * num_blocks(columns) : 0);
     return reader;
 }

@@ -51,13 +51,10 @@ static int64_t most_keys(const Window *call) {
 static WindowScratch take_scratch(Arena *arena, const Window *call) {
     const int64_t n = most_keys(call), lk = padded(call->key_dim, NR), lv = padded(call->value_dim, NR);
     WindowScratch own;
-    own.key_columns = TAKE(arena, float, n * lk);
-    own.keys = TAKE(arena, float, n * lk);
-    own.value_columns = TAKE(arena, float, n * lv);
-    own.values = TAKE(arena, float, n * lv);
+    take_each(arena, n * lk, &own.key_columns, &own.keys);
+    take_each(arena, n * lv, &own.value_columns, &own.values);
     own.queries = TAKE(arena, float, TOGETHER * lk);
-    own.scores = TAKE(arena, float, TOGETHER * n);
-    own.grads = TAKE(arena, float, TOGETHER * n);
+    take_each(arena, TOGETHER * n, &own.scores, &own.grads);
     own.outs = TAKE(arena, float, TOGETHER * (lk > lv ? lk : lv));
     own.grad_outs = TAKE(arena, float, TOGETHER * lv);
     own.inner = TAKE(arena, float, TOGETHER);
