@@ -47,8 +47,7 @@ static Gradients take_gradients(Arena *arena, const Call *call) {
     const int64_t pairs = HAS_PAIRS ? call->group_size * num_pairs(call->width) : 0;
     all.query_pairs = TAKE(arena, uint32_t, pairs * key_ld(call));
     all.grad_o_pairs = TAKE(arena, uint32_t, pairs * value_ld(call));
-    all.lse = TAKE(arena, float, queries);
-    all.inner = TAKE(arena, float, queries);
+    take_each(arena, queries, &all.lse, &all.inner);
     all.grad_k = TAKE(arena, float, call->width * key_ld(call));
     all.grad_v = TAKE(arena, float, call->width * value_ld(call));
     all.is_done = TAKE(arena, uint8_t, padded(call->capacity, NR));
@@ -61,25 +60,17 @@ static Share take_share(Arena *arena, const Call *call) {
     share.grad_q = TAKE(arena, float, call->group_size * call->width * key_ld(call));
     share.grad_k = TAKE(arena, float, SLOTS * key_ld(call));
     share.grad_v = TAKE(arena, float, SLOTS * value_ld(call));
-    share.probs = TAKE(arena, float, READERS * SLOTS);
-    share.grads = TAKE(arena, float, READERS * SLOTS);
+    take_each(arena, READERS * SLOTS, &share.probs, &share.grads);
     share.sums = call->token_weights ? TAKE(arena, float, SLOTS) : nullptr;
-    const int64_t pairs = HAS_PAIRS ? READERS / 2 : 0;
-    share.prob_pairs = TAKE(arena, uint32_t, pairs * SLOTS);
-    share.grad_pairs = TAKE(arena, uint32_t, pairs * SLOTS);
+    take_each(arena, HAS_PAIRS ? READERS / 2 * SLOTS : 0, &share.prob_pairs, &share.grad_pairs);
     return share;
 }
 
 /* Gradients of a stream's sums. */
-struct Deposits {
-    float *key, *value;
-    float *weight; /* NULL where tokens have none. */
-};
-
-INLINE Deposits deposits_of(const Call *call, int64_t row, int64_t head) {
+INLINE Sums deposits_of(const Call *call, int64_t row, int64_t head) {
     const int64_t first = (row * call->num_kv_heads + head) * call->capacity;
-    return {call->key_deposit + first * call->k.dim, call->value_deposit + first * call->v.dim,
-            from_row(call->weight_deposit, first)};
+    return {call->key_deposit + first * call->k.dim, call->value_deposit + first * call->v.dim, nullptr,
+            from_row(call->weight_deposit, first), nullptr, FLOAT32};
 }
 
 /* Load the queries of a chunk and the gradients of their outputs, for query head g of the group. */
@@ -112,26 +103,18 @@ static void load_queries(const Call *call, const Chunk *chunk, int64_t head, int
 }
 
 /* Restore the slots that the forward saved. Each part of a merged sum gets the gradient of that sum. */
-static void part_slots(const Call *call, const Chunk *chunk, int64_t head, const Sums *sums, const Deposits *deposits,
+static void part_slots(const Call *call, const Chunk *chunk, int64_t head, const Sums *sums, const Sums *deposits,
                        Dictionary *dictionary) {
-    const int64_t k = call->k.dim, v = call->v.dim;
     const Merged merged = merged_of(call, chunk->index, head);
     for (int64_t i = 0; i < call->num_noted && merged.slot[i] >= 0; i++) {
         const int64_t b = merged.slot[i], a = merged.into[i];
         if (!sums->weight) {
-            add_sums(call, sums->key + a * k, sums->value + a * v, merged.key + i * k, merged.value + i * v, -1);
-            sums->count[a] -= merged.count[i];
+            add_slot(call, &merged.before, i, sums, a, -1);
             update_slot(dictionary, call, a, sums);
         }
-        memcpy(sums->key + b * k, merged.key + i * k, sizeof(float) * k);
-        memcpy(sums->value + b * v, merged.value + i * v, sizeof(float) * v);
-        sums->count[b] = merged.count[i];
-        if (sums->weight) sums->weight[b] = merged.weight[i];
+        copy_slot(call, &merged.before, i, sums, b);
         update_slot(dictionary, call, b, sums);
-        if (a == b) continue;
-        memcpy(deposits->key + b * k, deposits->key + a * k, sizeof(float) * k);
-        memcpy(deposits->value + b * v, deposits->value + a * v, sizeof(float) * v);
-        if (sums->weight) deposits->weight[b] = deposits->weight[a];
+        if (a != b) copy_slot(call, deposits, a, deposits, b);
     }
 }
 
@@ -150,8 +133,7 @@ static void weigh_gradients(const Call *call, const Chunk *chunk, int64_t head, 
 /* Give the chunk's tokens the gradient of the sums they were added to, and subtract them from the sums. */
 static void rewind_chunk(const Call *call, const Chunk *chunk, int64_t row, int64_t head, const Rows *tokens,
                          Dictionary *dictionary, Gradients *all) {
-    const Sums sums = sums_of(call, row, head);
-    const Deposits deposits = deposits_of(call, row, head);
+    const Sums sums = sums_of(call, row, head), deposits = deposits_of(call, row, head);
     for (int64_t t = 0; t < chunk->num; t++) {
         const int64_t place = chunk->index * call->width + t;
         const int32_t slot = all->slot[t] = call->slots[place * call->num_kv_heads + head];
@@ -166,11 +148,8 @@ static void rewind_chunk(const Call *call, const Chunk *chunk, int64_t row, int6
         const int64_t slot = all->slot[t];
         if (sums.count[slot]) continue;
         /* The chunk opened this slot: clear it, and the rounding errors left in its sums. */
-        memset(sums.key + slot * call->k.dim, 0, sizeof(float) * call->k.dim);
-        memset(sums.value + slot * call->v.dim, 0, sizeof(float) * call->v.dim);
-        memset(deposits.key + slot * call->k.dim, 0, sizeof(float) * call->k.dim);
-        memset(deposits.value + slot * call->v.dim, 0, sizeof(float) * call->v.dim);
-        if (sums.weight) sums.weight[slot] = deposits.weight[slot] = 0;
+        clear_slot(call, &sums, slot);
+        clear_slot(call, &deposits, slot);
     }
     update_slots(dictionary, call, &sums, all->slot, chunk->num, all->is_done);
     if (call->merged_slot) part_slots(call, chunk, head, &sums, &deposits, dictionary);
@@ -307,8 +286,7 @@ INLINE void deposit(float *out, const float *x, float factor, int64_t dim) {
 static void collect_rows(const Call *call, const Rows *slots, const Rows *tokens, const Chunk *chunk, int64_t row,
                          int64_t head, int64_t at, int64_t num_rows, int is_tokens, Gradients *all,
                          const Share *share) {
-    const Sums sums = sums_of(call, row, head);
-    const Deposits deposits = deposits_of(call, row, head);
+    const Sums sums = sums_of(call, row, head), deposits = deposits_of(call, row, head);
     for (int64_t i = at; i < least(at + SLOTS, num_rows); i++) {
         const float *grad_k = share->grad_k + (i - at) * key_ld(call);
         const float *grad_v = share->grad_v + (i - at) * value_ld(call);

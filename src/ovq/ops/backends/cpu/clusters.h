@@ -65,5 +65,8 @@ static void move_slots(const Call *call, const Sums *sums, const int32_t *moved,
         }
         end_notes(call, &merged, place, learner->is_done);
     }
-    for (int64_t i = 0; i < num_moved; i++) merge_slot(call, sums, moved[i], learner->near[i]);
+    for (int64_t i = 0; i < num_moved; i++) {
+        add_slot(call, sums, moved[i], sums, learner->near[i], 1);
+        clear_slot(call, sums, moved[i]);
+    }
 }

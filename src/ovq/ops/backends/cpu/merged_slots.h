@@ -7,28 +7,49 @@
 
 #include "dictionary.h"
 
-/* Slots as they were before the chunk. */
 struct Merged {
     int32_t *slot, *into; /* [num_noted]: the slot, and the one it was merged into, or itself; -1 after the last. */
-    float *key, *value;   /* [num_noted, K], [num_noted, V]: sums. */
-    int64_t *count;       /* [num_noted] */
-    float *weight;        /* [num_noted], or NULL. */
+    Sums before;          /* [num_noted]: the slots before the chunk. */
 };
 
 INLINE Merged merged_of(const Call *call, int64_t chunk, int64_t head) {
     const int64_t first = (chunk * call->num_kv_heads + head) * call->num_noted;
-    return {call->merged_slot + first, call->merged_into + first, call->merged_key + first * call->k.dim,
-            call->merged_value + first * call->v.dim, call->merged_count + first, from_row(call->merged_weight, first)};
+    const Sums before = {call->merged_key + first * call->k.dim, call->merged_value + first * call->v.dim,
+                         call->merged_count + first, from_row(call->merged_weight, first), nullptr, FLOAT32};
+    return {call->merged_slot + first, call->merged_into + first, before};
+}
+
+/* Copies slot i of `from` to slot j of `to`. */
+static void copy_slot(const Call *call, const Sums *from, int64_t i, const Sums *to, int64_t j) {
+    const int64_t k = call->k.dim, v = call->v.dim;
+    memcpy(to->key + j * k, from->key + i * k, sizeof(float) * k);
+    memcpy(to->value + j * v, from->value + i * v, sizeof(float) * v);
+    if (from->count) to->count[j] = from->count[i];
+    if (from->weight) to->weight[j] = from->weight[i];
+}
+
+/* Adds slot i of `from` to slot j of `to`, or takes it back. */
+static void add_slot(const Call *call, const Sums *from, int64_t i, const Sums *to, int64_t j, int sign) {
+    const int64_t k = call->k.dim, v = call->v.dim;
+    add_sums(call, to->key + j * k, to->value + j * v, from->key + i * k, from->value + i * v, sign);
+    to->count[j] += sign * from->count[i];
+    if (from->position) to->position[j] += sign * from->position[i];
+    if (from->weight) to->weight[j] += sign * from->weight[i];
+}
+
+static void clear_slot(const Call *call, const Sums *sums, int64_t i) {
+    memset(sums->key + i * call->k.dim, 0, sizeof(float) * call->k.dim);
+    memset(sums->value + i * call->v.dim, 0, sizeof(float) * call->v.dim);
+    if (sums->count) sums->count[i] = 0;
+    if (sums->position) sums->position[i] = 0;
+    if (sums->weight) sums->weight[i] = 0;
 }
 
 static void note_slot(const Call *call, const Sums *sums, int64_t slot, int64_t into, const Merged *merged,
                       int64_t place) {
     merged->slot[place] = (int32_t)slot;
     merged->into[place] = (int32_t)into;
-    memcpy(merged->key + place * call->k.dim, sums->key + slot * call->k.dim, sizeof(float) * call->k.dim);
-    memcpy(merged->value + place * call->v.dim, sums->value + slot * call->v.dim, sizeof(float) * call->v.dim);
-    merged->count[place] = sums->count[slot];
-    if (sums->weight) merged->weight[place] = sums->weight[slot];
+    copy_slot(call, sums, slot, &merged->before, place);
 }
 
 /* Saves those of n slots that are among the first `num`, each once; `is_noted` marks saved ones. Returns the next place. */
@@ -46,21 +67,4 @@ static int64_t note_slots(const Call *call, const Sums *sums, const int32_t *slo
 static void end_notes(const Call *call, const Merged *merged, int64_t place, uint8_t *is_noted) {
     for (int64_t i = 0; i < place; i++) is_noted[merged->slot[i]] = 0;
     if (place < call->num_noted) merged->slot[place] = -1;
-}
-
-/* Merge slot b into slot a, leaving it empty. */
-static void merge_slot(const Call *call, const Sums *sums, int64_t b, int64_t a) {
-    float *key = sums->key + b * call->k.dim, *value = sums->value + b * call->v.dim;
-    add_sums(call, sums->key + a * call->k.dim, sums->value + a * call->v.dim, key, value, 1);
-    sums->count[a] += sums->count[b];
-    memset(key, 0, sizeof(float) * call->k.dim);
-    memset(value, 0, sizeof(float) * call->v.dim);
-    sums->count[b] = 0;
-    if (sums->position) {
-        sums->position[a] += sums->position[b];
-        sums->position[b] = 0;
-    }
-    if (!sums->weight) return;
-    sums->weight[a] += sums->weight[b];
-    sums->weight[b] = 0;
 }
