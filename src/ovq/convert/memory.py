@@ -445,9 +445,8 @@ class HeadMemory:
             num_merged = [self.num_merged[b] for b in rows]
             # The same plan as for a chunk of `ovq_attention`.
             plan = Plan.of_chunks(
-                num_merged,
-                [self.budget.num_open(n) for n in num_merged],
-                [self.budget.num_open(n + self.budget.chunk_size) for n in num_merged],
+                opened=[self.budget.num_open(n) for n in num_merged],
+                num_merged=num_merged,
                 num_kv_heads=keys.shape[1],
                 options=self.budget.options,
             )

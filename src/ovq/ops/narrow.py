@@ -12,8 +12,6 @@ round to the same means, as the two float32 roundings are far smaller than half 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
@@ -95,28 +93,3 @@ def rounded_(
     if state_dtype != "float32":
         means = narrowed(sums, state_dtype, weight)
         sums.copy_(widened(*means, sums.dtype, weight if faded is None else faded))
-
-
-def narrow_slots(
-    slots: Mapping[str, Tensor | None], state_dtype: str, *, forgets: bool
-) -> dict[str, Tensor | None]:
-    """Tensors of slots by name, with `key_sum` and `value_sum` narrowed, and their scales or None."""
-    changed = dict(slots)
-    for name, step in STEPS.items():
-        sums = slots[name]
-        assert sums is not None
-        changed[name], changed[step] = narrowed(sums, state_dtype, slots["weight"] if forgets else None)
-    return changed
-
-
-def wide_slots(
-    slots: Mapping[str, Tensor | None], dtype: torch.dtype, *, forgets: bool
-) -> dict[str, Tensor | None]:
-    """Tensors of slots by name, with `key_sum` and `value_sum` in the wide `dtype`, and no scales."""
-    changed = dict(slots)
-    for name, step in STEPS.items():
-        sums = slots[name]
-        assert sums is not None
-        weight = slots["weight"] if forgets else None
-        changed[name], changed[step] = widened(sums, slots.get(step), dtype, weight), None
-    return changed

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ovq.ops.narrow import STEPS, check_state_dtype, narrow_slots, state_dtype_of, wide_slots, widened
+from ovq.ops.narrow import STEPS, check_state_dtype, narrowed, state_dtype_of, widened
 from ovq.ops.nearest import shrunk
 from ovq.ops.options import VALUE_WEIGHT, check_sizes
 from ovq.ops.parts import of_rows, slot_spec
@@ -211,18 +211,12 @@ class OVQState:
         return state_dtype(self.pending_keys.dtype)
 
     @property
-    def _forgets(self) -> bool:
-        return self.pending_forget is not None
+    def _mean_weight(self) -> Tensor | None:
+        """The weights of the slots if narrow formats hold means, else None."""
+        return None if self.pending_forget is None else self.weight
 
     def _sums(self, name: str) -> Tensor:
-        weight = self.weight if self._forgets else None
-        return widened(getattr(self, name), getattr(self, STEPS[name]), self.wide, weight)
-
-    def _slots(self) -> dict[str, Tensor | None]:
-        return {name: getattr(self, name) for name in SLOT_TENSORS}
-
-    def _wide_slots(self) -> dict[str, Tensor | None]:
-        return wide_slots(self._slots(), self.wide, forgets=self._forgets)
+        return widened(getattr(self, name), getattr(self, STEPS[name]), self.wide, self._mean_weight)
 
     def to_state_dtype(self, state_dtype: str) -> OVQState:
         """The state with its sums in another format; calls that continue it keep the format.
@@ -248,7 +242,9 @@ class OVQState:
         check_state_dtype(state_dtype)
         if torch.is_grad_enabled() and (self.key_sum.requires_grad or self.value_sum.requires_grad):
             raise ValueError(f"gradients: expected sums in float32 (state_dtype), found {state_dtype}")
-        changed: dict[str, Any] = narrow_slots(self._wide_slots(), state_dtype, forgets=self._forgets)
+        changed: dict[str, Any] = {}
+        for name, step in STEPS.items():
+            changed[name], changed[step] = narrowed(self._sums(name), state_dtype, self._mean_weight)
         return dataclasses.replace(self, **changed)
 
     @property
@@ -375,10 +371,9 @@ class OVQState:
             >>> state.resize(8)
             OVQState(rows=1, heads=1, num_seen=64, slots=8 of 8, chunk_size=16, torch.float32 on cpu, ...)
         """
-        wide = {name: x for name, x in self._wide_slots().items() if x is not None}
-        kept = shrunk(wide, num_slots, value_weight=value_weight)
-        changed: dict[str, Any] = narrow_slots(kept, self.state_dtype, forgets=self._forgets)
-        return dataclasses.replace(self, **changed, num_slots=num_slots)
+        wide = self.to_state_dtype("float32")
+        kept: dict[str, Any] = shrunk(slots_of(wide), num_slots, value_weight=value_weight)
+        return dataclasses.replace(wide, **kept, num_slots=num_slots).to_state_dtype(self.state_dtype)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the state to a safetensors file, atomically: if writing fails, an existing file is unchanged.
@@ -397,6 +392,11 @@ class OVQState:
                 `device` is not a device.
         """
         return OVQState(**load_state(path, device=checked_device(device)))
+
+
+def slots_of(state: OVQState) -> dict[str, Tensor]:
+    """The tensors of the slots of a state that are not None, by name."""
+    return {name: x for name in SLOT_TENSORS if (x := getattr(state, name)) is not None}
 
 
 def tensors_of(state: OVQState) -> dict[str, Tensor]:
@@ -441,8 +441,7 @@ def with_capacity(state: OVQState, capacity: int) -> OVQState:
         return state
     padded: dict[str, Any] = {
         name: torch.nn.functional.pad(x, (0, 0) * (x.dim() - 3) + (0, missing))
-        for name, x in state._slots().items()
-        if x is not None
+        for name, x in slots_of(state).items()
     }
     return dataclasses.replace(state, **padded)
 

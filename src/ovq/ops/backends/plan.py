@@ -51,26 +51,19 @@ class Plan:
     @classmethod
     def of_chunks(
         cls,
-        num_merged: list[int],
-        before: list[int],
-        after: list[int],
         *,
+        opened: list[int],
+        num_merged: list[int],
         num_kv_heads: int,
         options: Options,
     ) -> Plan:
-        """The plan for merging one complete chunk per row without computing attention.
-
-        Args:
-            num_merged: number of tokens that each row has merged before.
-            before: number of slots of each row before the chunk. after: number of slots after it.
-            num_kv_heads: Hkv.
-            options: the layer's settings.
-        """
-        size, num = options.chunk_size, len(before)
-        one_chunk_each = Rows(tuple(range(0, num * size, size)), (size,) * num)
-        return cls(
-            aligned=AlignedRows(one_chunk_each, pending=[0] * num, chunk_size=size, num_tokens=num * size),
-            slots=[list(sizes) for sizes in zip(before, after, strict=True)],
+        """The plan for merging one complete chunk per row without computing attention; see `make`."""
+        size, num = options.chunk_size, len(opened)
+        rows = Rows(tuple(range(0, num * size, size)), (size,) * num)
+        aligned = AlignedRows(rows, pending=[0] * num, chunk_size=size, num_tokens=num * size)
+        return cls.make(
+            aligned,
+            opened=opened,
             num_merged=num_merged,
             num_kv_heads=num_kv_heads,
             group_size=1,

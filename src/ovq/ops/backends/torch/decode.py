@@ -19,10 +19,8 @@ from ovq.ops.backends.learned import Merging
 from ovq.ops.backends.plan import Plan
 from ovq.ops.backends.torch.learn import learn
 from ovq.ops.call import Call
-from ovq.ops.narrow import narrow_slots
 from ovq.ops.options import Options
-from ovq.ops.schedule import grown_slots
-from ovq.ops.state import OVQState, advanced, with_capacity
+from ovq.ops.state import OVQState, advanced, slots_of, with_capacity
 from ovq.ops.sums import divisor, log_mass, log_token_weights
 
 
@@ -107,26 +105,26 @@ def merged_state(
     # Rows often complete their chunks together; no selection is needed then.
     is_all = len(complete) == state.batch_size
     rows = state if is_all else state.select(complete)
-    before, seen = rows.num_open.tolist(), rows.num_seen.tolist()
-    after = [grown_slots(n, t, **options.schedule) for n, t in zip(before, seen, strict=True)]
-    given, state = state, with_capacity(state, max(after))
+    plan = Plan.of_chunks(
+        opened=rows.num_open.tolist(),
+        num_merged=[n - options.chunk_size for n in rows.num_seen.tolist()],
+        num_kv_heads=rows.count.shape[1],
+        options=options,
+    )
+    given, state = state, with_capacity(state, plan.capacity)
     rows = state if is_all else with_capacity(rows, state.count.shape[2])
     # Copies, as merging is in place; selected rows and rows with added capacity are copies already.
-    wide = Dictionary.of(rows.to_state_dtype("float32"))
-    sums = wide.map(dense_copy if rows is given else Tensor.contiguous)
-    merged, weights = [t - options.chunk_size for t in seen], rows.pending_weights
-    chunks = Merging(
-        rows.pending_keys.transpose(1, 2),
-        rows.pending_values.transpose(1, 2),
-        sums,
-        Plan.of_chunks(merged, before, after, num_kv_heads=rows.count.shape[1], options=options),
-        None if weights is None else weights.transpose(1, 2)[..., None],
-    )
-    merge(chunks)
-    narrow = narrow_slots(vars(sums), state.state_dtype, forgets=state.pending_forget is not None)
-    changed: dict[str, Any] = {name: x for name, x in narrow.items() if x is not None}
-    if not is_all:
-        # New tensors, as the old ones belong to earlier states.
-        index = torch.tensor(complete, device=state.count.device)
-        changed = {name: getattr(state, name).index_copy(0, index, x) for name, x in changed.items()}
+    wide = rows.to_state_dtype("float32")
+    sums = Dictionary.of(wide).map(dense_copy if rows is given else Tensor.contiguous)
+    keys, values, weights = rows.pending_keys, rows.pending_values, rows.pending_weights
+    of_tokens = None if weights is None else weights.transpose(1, 2)[..., None]
+    merge(Merging(keys.transpose(1, 2), values.transpose(1, 2), sums, plan, of_tokens))
+    merged = dataclasses.replace(wide, **vars(sums)).to_state_dtype(state.state_dtype)
+    if is_all:
+        return merged
+    # New tensors, as the old ones belong to earlier states.
+    index = torch.tensor(complete, device=state.count.device)
+    changed: dict[str, Any] = {
+        name: getattr(state, name).index_copy(0, index, x) for name, x in slots_of(merged).items()
+    }
     return dataclasses.replace(state, **changed)
