@@ -46,31 +46,28 @@ class AlignedRows:
         self.pending = [pending[r] for r in self.order]
         self.starts = [rows.starts[r] for r in self.order]
         self.chunk_size = chunk_size
-        self.width = max(1, min(chunk_size, self.lengths[0] if self.lengths else 1))
+        # That of the longest row.
+        self._length = length = max(totals, default=0)
+        self.width = max(1, min(chunk_size, length))
         self.first_chunk: list[int] = []
         self.num_chunks = 0
         for n in self.lengths:
             self.first_chunk.append(self.num_chunks)
             self.num_chunks += -(-n // self.width)
         self.num_tokens = num_tokens
-        new = [n - p for n, p in zip(self.lengths, self.pending, strict=True)]
+        self._new = [n - p for n, p in zip(self.lengths, self.pending, strict=True)]
         # If rows fill the input exactly, the layout is a view or needs one padding. Pending tokens exclude
         # this, as they are not in the input: the same number of padding columns would be taken for them.
-        length = self.lengths[0] if self.lengths else 0
         self.is_dense = (
             not any(self.pending)
             and all(n == length for n in self.lengths)
             and self.starts == [r * length for r in range(len(self.lengths))]
             and len(self.lengths) * length == num_tokens
         )
-        self._new = new
 
     def inverse(self) -> list[int]:
         """Sorted position of each row of the call."""
-        places = [0] * len(self.order)
-        for place, row in enumerate(self.order):
-            places[row] = place
-        return places
+        return sorted(range(len(self.order)), key=self.order.__getitem__)
 
     def num_active(self, i: int) -> int:
         """Number of rows that have an i-th chunk, complete or not."""
@@ -107,9 +104,8 @@ class AlignedRows:
                 whose pending positions are never used.
         """
         if self.is_dense:
-            batch, length = len(self.lengths), self.lengths[0] if self.lengths else 0
-            x = x.reshape(batch, length, *x.shape[2:])
-            missing = -length % self.width
+            x = x.reshape(len(self.lengths), self._length, *x.shape[2:])
+            missing = -self._length % self.width
             x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x
             return x.reshape(self.num_chunks, self.width, *x.shape[2:])
         source, place = self._places(x.device)
@@ -128,10 +124,8 @@ class AlignedRows:
     def unalign(self, chunks: Tensor, batch: int, length: int) -> Tensor:
         """Chunks `[num_chunks, width, H, D]` of outputs as `[batch, length, H, D]`, zero at padding."""
         if self.is_dense:
-            rows = len(self.lengths)
-            own = self.lengths[0] if rows else 0
-            columns = self.chunks_of(0) * self.width if rows else 0
-            x = chunks.reshape(rows, columns, *chunks.shape[2:])[:, :own]
+            columns = -(-self._length // self.width) * self.width
+            x = chunks.reshape(len(self.lengths), columns, *chunks.shape[2:])[:, : self._length]
             return x.reshape(batch, length, *chunks.shape[2:])
         source, place = self._places(chunks.device)
         flat = chunks.reshape(-1, *chunks.shape[2:])
