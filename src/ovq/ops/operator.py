@@ -7,8 +7,7 @@ tensors, with room for all N slots, and the backward (`ovq::call_backward`) runs
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from ovq.ops.options import Options
 from ovq.ops.parts import of_rows, slot_spec
 from ovq.ops.state import OVQState, with_capacity
 
-# Names of the differentiable inputs, in the order of the operator.
+# Names of the differentiable inputs.
 _OF_TOKENS = ("q", "k", "v", "scale", "token_weights", "log_forget")
 _OF_STATE = (
     "key_sum",
@@ -33,7 +32,7 @@ _OF_STATE = (
     "pending_weights",
     "pending_forget",
 )
-_NUM_DIFFERENTIABLE = len(_OF_TOKENS) + len(_OF_STATE)
+_DIFFERENTIABLE = (*_OF_TOKENS, *_OF_STATE)
 # All tensors of a state. The operator returns the outputs, then these tensors of the final state.
 _PIECES = (*_OF_STATE, "count", "num_seen")
 _NUM_GRADS = 1 + len(_OF_STATE)
@@ -44,10 +43,13 @@ _INPUTS = (
     + ", Tensor? bounds, int num_slots, int chunk_size, str growth, str merge, str bias, str rate, "
     "float value_weight, bool wants_state, str backend"
 )
+# Names of the arguments; `bounds` is the last tensor, and settings follow.
+_NAMES = [argument.split()[1] for argument in _INPUTS.split(", ")]
+_NUM_TENSORS = _NAMES.index("bounds") + 1
 _GRADS = ", ".join(f"Tensor? grad_{name}" for name in ("o", *_OF_STATE))
 _LIBRARY = torch.library.Library("ovq", "FRAGMENT")
 _LIBRARY.define(f"call({_INPUTS}) -> ({', '.join(['Tensor'] * (1 + len(_PIECES)))})")
-_LIBRARY.define(f"call_backward({_GRADS}, {_INPUTS}) -> ({', '.join(['Tensor'] * _NUM_DIFFERENTIABLE)})")
+_LIBRARY.define(f"call_backward({_GRADS}, {_INPUTS}) -> ({', '.join(['Tensor'] * len(_DIFFERENTIABLE))})")
 
 
 def attention(
@@ -112,58 +114,36 @@ def _pieces(state: OVQState) -> list[Tensor | None]:
     return [getattr(state, name) for name in _PIECES]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Inputs:
-    """The arguments of `ovq::call`: differentiable tensors, other tensors of the state, and settings."""
+def _named(arguments: Sequence[Any]) -> dict[str, Any]:
+    """The arguments of `ovq::call` by name."""
+    return dict(zip(_NAMES, arguments, strict=True))
 
-    tensors: tuple[Tensor | None, ...]
-    count: Tensor | None
-    num_seen: Tensor | None
-    bounds: Tensor | None
-    options: Options
-    wants_state: bool
-    backend: str
 
-    @classmethod
-    def of(cls, arguments: Sequence[Any]) -> _Inputs:
-        count, num_seen, bounds, *rest = arguments[_NUM_DIFFERENTIABLE:]
-        num_slots, chunk_size, growth, merge, bias, rate, value_weight, wants_state, backend = rest
-        options = Options(
-            num_slots=num_slots,
-            chunk_size=chunk_size,
-            growth=growth,
-            init="novelty",
-            merge=merge,
-            seed=0,
-            ablation=Ablation(bias=bias, rate=rate if rate == "count" else float(rate)),
-            value_weight=value_weight,
-        )
-        tensors = tuple(arguments[:_NUM_DIFFERENTIABLE])
-        return cls(tensors, count, num_seen, bounds, options, wants_state, backend)
-
-    def run(self) -> list[Tensor | None]:
-        """Outputs, and the tensors of the final state if `wants_state`."""
-        q, k, v, scale, token_weights, log_forget, *memory = self.tensors
-        state = None
-        if self.count is not None:
-            pieces: dict[str, Any] = dict(zip(_PIECES, (*memory, self.count, self.num_seen), strict=True))
-            state = OVQState(num_slots=self.options.num_slots, chunk_size=self.options.chunk_size, **pieces)
-        call = checked_call(
-            q=q,  # type: ignore[arg-type]  # the first four are there
-            k=k,  # type: ignore[arg-type]
-            v=v,  # type: ignore[arg-type]
-            scale=scale,  # type: ignore[arg-type]
-            options=self.options,
-            initial_state=state,
-            wants_state=self.wants_state,
-            attention_mask=None if self.bounds is None else RowBounds(self.bounds),
-            token_weights=token_weights,
-            log_forget=log_forget,
-        )
-        o, state = dispatch.run_of(call, self.backend)(call)
-        if state is None or not self.wants_state:
-            return [o]
-        return [o, *_pieces(with_capacity(state, self.options.num_slots))]
+def _run(given: Mapping[str, Any]) -> list[Tensor | None]:
+    """Outputs of a call with these arguments, and the tensors of the final state if `wants_state`."""
+    sizes = {name: given[name] for name in ("num_slots", "chunk_size")}
+    rate = given["rate"]
+    options = Options(
+        **sizes,
+        growth=given["growth"],
+        init="novelty",
+        merge=given["merge"],
+        seed=0,
+        ablation=Ablation(bias=given["bias"], rate=rate if rate == "count" else float(rate)),
+        value_weight=given["value_weight"],
+    )
+    has_state, bounds = given["count"] is not None, given["bounds"]
+    call = checked_call(
+        **{name: given[name] for name in _OF_TOKENS},
+        options=options,
+        initial_state=OVQState(**sizes, **{name: given[name] for name in _PIECES}) if has_state else None,
+        wants_state=given["wants_state"],
+        attention_mask=None if bounds is None else RowBounds(bounds),
+    )
+    o, state = dispatch.run_of(call, given["backend"])(call)
+    if state is None or not call.wants_state:
+        return [o]
+    return [o, *_pieces(with_capacity(state, options.num_slots))]
 
 
 def _own(x: Tensor | None, arguments: Sequence[Any], like: Tensor) -> Tensor:
@@ -176,29 +156,28 @@ def _own(x: Tensor | None, arguments: Sequence[Any], like: Tensor) -> Tensor:
 
 
 def _call(*arguments: Any) -> tuple[Tensor, ...]:
-    found = _Inputs.of(arguments).run()
+    found = _run(_named(arguments))
     missing = [None] * (1 + len(_PIECES) - len(found))
     return tuple(_own(x, arguments, arguments[0]) for x in (*found, *missing))
 
 
 def _fake_call(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs = _Inputs.of(arguments)
-    q, k, v, _, token_weights, log_forget, *memory = arguments[:_NUM_DIFFERENTIABLE]
+    given = _named(arguments)
+    q, k, v, bounds = (given[name] for name in ("q", "k", "v", "bounds"))
     o = q.new_empty(*q.shape[:3], v.shape[3])
-    if not inputs.wants_state:
+    if not given["wants_state"]:
         return o, *(q.new_empty(0) for _ in _PIECES)
-    of_state = dict(zip(_OF_STATE, memory, strict=True))
     spec = slot_spec(
-        inputs.options.num_slots,
+        given["num_slots"],
         num_kv_heads=k.shape[2],
         head_dim=k.shape[3],
         value_dim=v.shape[3],
-        chunk_size=inputs.options.chunk_size,
+        chunk_size=given["chunk_size"],
         dtype=q.dtype,
-        has_weights=token_weights is not None or of_state["weight"] is not None,
-        forgets=log_forget is not None or of_state["pending_forget"] is not None,
+        has_weights=given["token_weights"] is not None or given["weight"] is not None,
+        forgets=given["log_forget"] is not None or given["pending_forget"] is not None,
     )
-    spec = of_rows(spec, q.shape[0] if inputs.bounds is None else inputs.bounds.shape[1])
+    spec = of_rows(spec, q.shape[0] if bounds is None else bounds.shape[1])
     pieces = []
     for name in _PIECES:
         shape, dtype = spec.get(name, ((0,), q.dtype))
@@ -207,51 +186,48 @@ def _fake_call(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _call_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    grads, inputs = arguments[:_NUM_GRADS], _Inputs.of(arguments[_NUM_GRADS:])
-    leaves = [None if x is None else x.detach().requires_grad_() for x in inputs.tensors]
+    grads, given = arguments[:_NUM_GRADS], _named(arguments[_NUM_GRADS:])
+    leaves = {name: x.detach().requires_grad_() for name in _DIFFERENTIABLE if (x := given[name]) is not None}
     with torch.enable_grad():
-        outputs = dataclasses.replace(inputs, tensors=tuple(leaves)).run()
+        outputs = _run(given | leaves)
     pairs = [
         (x, grad)
         for x, grad in zip(outputs, grads, strict=False)
         if x is not None and grad is not None and x.requires_grad
     ]
-    found = iter(
-        torch.autograd.grad(
-            [x for x, _ in pairs],
-            [x for x in leaves if x is not None],
-            [grad for _, grad in pairs],
-            materialize_grads=True,
-        )
+    of_leaves = torch.autograd.grad(
+        [x for x, _ in pairs],
+        [*leaves.values()],
+        [grad for _, grad in pairs],
+        materialize_grads=True,
     )
-    return tuple(_own(None if x is None else next(found), arguments, arguments[_NUM_GRADS]) for x in leaves)
+    found = dict(zip(leaves, of_leaves, strict=True))
+    return tuple(_own(found.get(name), arguments, given["q"]) for name in _DIFFERENTIABLE)
 
 
 def _fake_call_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    q, *rest = arguments[_NUM_GRADS : _NUM_GRADS + _NUM_DIFFERENTIABLE]
+    q, *rest = arguments[_NUM_GRADS : _NUM_GRADS + len(_DIFFERENTIABLE)]
     return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (q, *rest))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.is_tensor = [isinstance(x, Tensor) for x in inputs]
-    ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
-    ctx.others = [x for x in inputs if not isinstance(x, Tensor)]
+    ctx.save_for_backward(*inputs[:_NUM_TENSORS])
+    ctx.settings = inputs[_NUM_TENSORS:]
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    tensors, others = iter(ctx.saved_tensors), iter(ctx.others)
-    arguments = [next(tensors) if is_tensor else next(others) for is_tensor in ctx.is_tensor]
+    arguments = (*ctx.saved_tensors, *ctx.settings)
     found = torch.ops.ovq.call_backward(*grads[:_NUM_GRADS], *arguments)
-    own = [grad if is_tensor else None for grad, is_tensor in zip(found, ctx.is_tensor, strict=False)]
+    own = [None if x is None else grad for x, grad in zip(arguments, found, strict=False)]
     return *own, *[None] * (len(arguments) - len(own))
 
 
 # Not `torch.library.custom_op`: autograd records nothing inside one, but `ovq::call_backward` needs a graph.
-for _name, _run, _fake in (
+for _name, _function, _fake in (
     ("call", _call, _fake_call),
     ("call_backward", _call_backward, _fake_call_backward),
 ):
-    _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"ovq::{_name}", _fake, lib=_LIBRARY)
 torch.library.register_autograd("ovq::call", _backward, setup_context=_setup_context, lib=_LIBRARY)
