@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 
 import torch
 from torch import Tensor
@@ -17,36 +18,31 @@ class PendingBuffers:
     tensors, from the caller or the op, the first step copies them. Code that makes states can ignore this.
 
     Attributes:
-        keys: `[B, Hkv, C, K]`. values: `[B, Hkv, C, V]`.
+        tensors: keys `[B, Hkv, C, K]`, values `[B, Hkv, C, V]`, and weights `[B, Hkv, C]` or None.
         written: number of tokens written in each row.
-        weights: `[B, Hkv, C]`; None without token weights.
         num_seen: `num_seen` of the state that the last step made; None before the first step.
     """
 
-    keys: Tensor
-    values: Tensor
+    tensors: tuple[Tensor | None, ...]
     written: list[int]
-    weights: Tensor | None = None
     num_seen: Tensor | None = None
 
     @classmethod
-    def copied(
-        cls, keys: Tensor, values: Tensor, places: list[int], weights: Tensor | None = None
-    ) -> PendingBuffers:
+    def copied(cls, tensors: tuple[Tensor | None, ...], places: list[int]) -> PendingBuffers:
         """Contiguous copies, with the tokens of row r in the first `places[r]` positions."""
         dense = {"memory_format": torch.contiguous_format}
-        own_weights = None if weights is None else weights.clone(**dense)
-        return cls(keys.clone(**dense), values.clone(**dense), list(places), own_weights)
+        return cls(tuple(None if x is None else x.clone(**dense) for x in tensors), places)
 
-    def are(self, keys: Tensor, values: Tensor, weights: Tensor | None = None) -> bool:
+    def are(self, tensors: tuple[Tensor | None, ...]) -> bool:
         """Whether these tensors are the buffers themselves."""
-        return keys is self.keys and values is self.values and weights is self.weights
+        return all(map(operator.is_, tensors, self.tensors))
 
-    def take(self, keys: Tensor, values: Tensor, places: list[int], weights: Tensor | None = None) -> bool:
+    def take(self, tensors: tuple[Tensor | None, ...], places: list[int]) -> bool:
         """Reserve position `places[r]` of each row; False if it is taken or these are other tensors."""
-        if not self.are(keys, values, weights) or places != self.written:
+        if not self.are(tensors) or places != self.written:
             return False
-        if keys.is_inference() and not torch.is_inference_mode_enabled():
+        keys = tensors[0]
+        if keys is not None and keys.is_inference() and not torch.is_inference_mode_enabled():
             return False  # PyTorch forbids writing to inference tensors.
         self.written = [p + 1 for p in places]
         return True

@@ -7,6 +7,7 @@ A state is a value: no operation modifies its input state, so keeping a referenc
 from __future__ import annotations
 
 import dataclasses
+import operator
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,7 +26,10 @@ from ovq.ops.summary import StateSummary, effective_slots
 from ovq.ops.sums import DTYPES, slot_means, state_dtype
 
 SLOT_TENSORS = ("key_sum", "value_sum", "count", "weight", "key_step", "value_step")
-_ROW_TENSORS = (*SLOT_TENSORS, "pending_keys", "pending_values", "pending_weights", "pending_forget")
+PENDING_TENSORS = ("pending_keys", "pending_values", "pending_weights")
+_ROW_TENSORS = (*SLOT_TENSORS, *PENDING_TENSORS, "pending_forget")
+# The slots, and the pending tokens, of a state.
+slots_in, pending_in = operator.attrgetter(*SLOT_TENSORS), operator.attrgetter(*PENDING_TENSORS)
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -88,8 +92,7 @@ class OVQState:
     def __post_init__(self) -> None:
         # `dataclasses.replace` also copies the buffers of the earlier state; a state with other pending
         # tensors must not keep them alive.
-        own = self.pending_keys, self.pending_values, self.pending_weights
-        if self._buffers is not None and not self._buffers.are(*own):
+        if self._buffers is not None and not self._buffers.are(pending_in(self)):
             self._buffers = None
 
     def __repr__(self) -> str:
@@ -288,12 +291,7 @@ class OVQState:
         selected = dataclasses.replace(self, **picked, num_seen=self.num_seen[host])
         # Indexing has already copied, so decoding with beam search, which selects rows at every step, need
         # not copy again.
-        selected._buffers = PendingBuffers(
-            selected.pending_keys,
-            selected.pending_values,
-            selected.num_pending.tolist(),
-            selected.pending_weights,
-        )
+        selected._buffers = PendingBuffers(pending_in(selected), selected.num_pending.tolist())
         return selected
 
     def reorder(self, index: Tensor) -> OVQState:
@@ -457,7 +455,7 @@ def advanced(state: OVQState) -> OVQState:
     The caller writes the token of row r to position `state.num_pending[r]` of the result's pending buffers.
     They are contiguous, and only the result and states derived from it read that position.
     """
-    buffers, own = state._buffers, (state.pending_keys, state.pending_values, state.pending_weights)
+    buffers, own = state._buffers, pending_in(state)
     if (
         buffers is not None
         and buffers.num_seen is state.num_seen
@@ -467,18 +465,12 @@ def advanced(state: OVQState) -> OVQState:
     else:
         # `num_pending` as Python numbers.
         places = [n % state.chunk_size for n in state.num_seen.tolist()]
-    if buffers is not None and buffers.take(*own[:2], places, own[2]):
+    if buffers is not None and buffers.take(own, places):
         # Equivalent to `dataclasses.replace` below, in a fraction of the time.
         after = object.__new__(OVQState)
         buffers.num_seen = num_seen = state.num_seen + 1
         after.__dict__.update(state.__dict__, num_seen=num_seen, _step=None)
         return after
-    buffers = PendingBuffers.copied(*own[:2], [p + 1 for p in places], own[2])
-    return dataclasses.replace(
-        state,
-        pending_keys=buffers.keys,
-        pending_values=buffers.values,
-        pending_weights=buffers.weights,
-        num_seen=state.num_seen + 1,
-        _buffers=buffers,
-    )
+    buffers = PendingBuffers.copied(own, [p + 1 for p in places])
+    pending: dict[str, Any] = dict(zip(PENDING_TENSORS, buffers.tensors, strict=True))
+    return dataclasses.replace(state, **pending, num_seen=state.num_seen + 1, _buffers=buffers)

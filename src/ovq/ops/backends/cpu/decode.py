@@ -14,12 +14,8 @@ from ovq.ops.backends.cpu.kernels import DTYPES, FORMATS, dense, merge
 from ovq.ops.backends.cpu.mirrors import MIRRORS, Mirror
 from ovq.ops.backends.torch.decode import merged_state
 from ovq.ops.options import Options, rounding_sums
-from ovq.ops.state import OVQState
+from ovq.ops.state import PENDING_TENSORS, SLOT_TENSORS, OVQState, pending_in, slots_in
 from ovq.ops.transforms import is_transformed
-
-_SUMS = ("key_sum", "value_sum", "count", "weight", "key_step", "value_step")
-_PENDING = ("pending_keys", "pending_values", "pending_weights")
-_sums_of, _pending_of = operator.attrgetter(*_SUMS), operator.attrgetter(*_PENDING)
 
 
 class PreparedStep:
@@ -47,7 +43,7 @@ class PreparedStep:
         after: OVQState,
     ) -> None:
         self.options, self.shapes, self.dtype = options, shapes, dtype
-        self._sums, self._pending = _sums_of(after), _pending_of(after)
+        self._sums, self._pending = slots_in(after), pending_in(after)
         (rows, _, heads, dim), (kv_heads, value_dim) = shapes[0], shapes[2][2:]
         sizes = (rows, kv_heads, heads // kv_heads, after.chunk_size, after.count.shape[2], dim, value_dim)
         self._call = call = MIRRORS["Decode"](*sizes, num_threads=1, dtype=DTYPES.index(dtype))
@@ -56,9 +52,9 @@ class PreparedStep:
         # Strides of contiguous tensors.
         call.q_row, call.k_row, call.v_row = heads * dim, kv_heads * dim, kv_heads * value_dim
         call.q_head, call.k_head, call.v_head = dim, dim, value_dim
-        call.point(**dict(zip(_PENDING, self._pending, strict=True)))
+        call.point(**dict(zip(PENDING_TENSORS, self._pending, strict=True)))
         sums = (x if x is None else x.contiguous() for x in self._sums)
-        call.point(**dict(zip(_SUMS, sums, strict=True)))
+        call.point(**dict(zip(SLOT_TENSORS, sums, strict=True)))
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         # It holds addresses of tensors, and a copy has other tensors: a copied state has no step.
@@ -73,7 +69,7 @@ class PreparedStep:
             return False
         if is_transformed():
             return False
-        return all(map(operator.is_, self._sums, _sums_of(state)))
+        return all(map(operator.is_, self._sums, slots_in(state)))
 
     def fits(
         self,
@@ -152,7 +148,7 @@ class PreparedStep:
 
     def _of(self, after: OVQState) -> PreparedStep:
         """This step with the tensors of a state."""
-        own, found = (*self._sums, *self._pending), (*_sums_of(after), *_pending_of(after))
+        own, found = (*self._sums, *self._pending), (*slots_in(after), *pending_in(after))
         if all(map(operator.is_, own, found)):
             return self
         return PreparedStep(self.options, self.shapes, self.dtype, after)
