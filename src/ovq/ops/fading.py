@@ -91,13 +91,9 @@ def bounding_factor(weight: Tensor, *, frees_slots: bool) -> Tensor | None:
 
 def _with_slots_times(state: OVQState, factor: Tensor) -> OVQState:
     assert state.weight is not None
+    after = dataclasses.replace(state, weight=state.weight * factor)
     if state.state_dtype != "float32":
         # Means do not fade. In the wide dtype and back, as those of slots that lose all weight become 0.
-        after = dataclasses.replace(state, weight=state.weight * factor)
         return after.to_state_dtype("float32").to_state_dtype(state.state_dtype)
-    return dataclasses.replace(
-        state,
-        key_sum=state.key_sum * factor[..., None],
-        value_sum=state.value_sum * factor[..., None],
-        weight=state.weight * factor,
-    )
+    of_sums = factor[..., None]
+    return dataclasses.replace(after, key_sum=state.key_sum * of_sums, value_sum=state.value_sum * of_sums)

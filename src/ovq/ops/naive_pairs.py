@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ovq.ops.options import NO_DISTANCE, NUM_PARTS, TIE, Options
+from ovq.ops.options import COUNT_POWERS, NO_DISTANCE, NUM_PARTS, TIE, Options
 from ovq.ops.sums import divisor
 
 
@@ -35,7 +35,7 @@ def cheapest_clusters(x: Tensor, mass: Tensor, num_merges: int, options: Options
         By "ward", the growth of the sum of squared distances to means; by "ward-sqrt", counts matter less.
         """
         squared = (x - x[a]).square().sum(-1)
-        weight = (c * c[a] / divisor(c + c[a], c.dtype)) ** options.count_power
+        weight = (c * c[a] / divisor(c + c[a], c.dtype)) ** COUNT_POWERS[options.merge]
         costs = torch.where(squared.isfinite(), weight * squared, torch.inf)
         # Costs within rounding of zero count as zero.
         return costs.masked_fill(costs <= tie, 0)

@@ -114,11 +114,6 @@ class Options:
         """Whether the rule merges pairs of slots and tokens, instead of keys into slots."""
         return self.merge in PAIR_MERGES
 
-    @property
-    def count_power(self) -> float:
-        """Power of c_a c_b / (c_a + c_b) in the merging cost of the greedy rules."""
-        return COUNT_POWERS[self.merge]
-
 
 def options_of(
     *,
