@@ -17,6 +17,7 @@ from ovq.ops.backends.triton.common import (
     dot,
     put_rows,
     rows,
+    traced,
 )
 
 
@@ -171,13 +172,6 @@ def grad_slots(
             tl.store(grad_weights + snap_at, own_bias, mask=is_used)
 
 
-@triton.jit
-def _traced(x, weights):
-    """Rows of `x` in float32, with non-finite entries set to 0 where the weight is 0."""
-    x = x.to(tl.float32)
-    return tl.where((weights > 0)[:, None] | (tl.abs(x) < float("inf")), x, 0.0)
-
-
 @triton.jit(do_not_specialize=["first"])
 def grad_tokens(
     q, k, v, scale, table, grad_o, lse, delta, deposit_keys, deposit_values, grad_k, grad_v,
@@ -214,8 +208,8 @@ def grad_tokens(
         if token_weights is not None:
             weights = tl.load(token_weights + place, mask=is_token, other=0.0)
             of_weights = tl.load(deposit_weights + source, mask=was_added, other=0.0)
-            of_weights += tl.sum(own_keys * _traced(keys, weights), 1)
-            of_weights += tl.sum(own_values * _traced(values, weights), 1)
+            of_weights += tl.sum(own_keys * traced(keys, weights), 1)
+            of_weights += tl.sum(own_values * traced(values, weights), 1)
             own_keys *= weights[:, None]
             own_values *= weights[:, None]
         bias = tl.where(is_token, 0.0, -float("inf"))

@@ -83,6 +83,13 @@ def are_extreme(x, lengths):
 
 
 @triton.jit
+def traced(x, weights):
+    """Rows of `x` in float32, with non-finite entries set to 0 where the weight is 0."""
+    x = x.to(tl.float32)
+    return tl.where((weights > 0)[:, None] | (tl.abs(x) < float("inf")), x, 0.0)
+
+
+@triton.jit
 def divisors(mass):
     """Counts or weights in float32 to divide by; 1 where they are 0, as the sums there are zero."""
     return tl.where(mass > 0, mass, 1).to(tl.float32)

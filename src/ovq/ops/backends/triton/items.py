@@ -19,6 +19,7 @@ from ovq.ops.backends.triton.common import (
     place_of,
     put_rows,
     rows,
+    traced,
 )
 from ovq.ops.backends.triton.recurrence import add_tokens, keep_rows
 
@@ -165,9 +166,7 @@ def prepare(
         if token_weights is not None:
             mass = tl.load(token_weights + place, mask=t < C, other=0.0)
             # Non-finite entries of tokens of weight 0 must leave no trace.
-            is_traced = (mass > 0)[:, None]
-            keys = tl.where(is_traced | (tl.abs(keys) < float("inf")), keys, 0.0)
-            values = tl.where(is_traced | (tl.abs(values) < float("inf")), values, 0.0)
+            keys, values = traced(keys, mass), traced(values, mass)
         column = columns + PS + t
         put_rows(item_keys, column, keys, t < C, K, BK)
         put_rows(item_values, column, values, t < C, V, BV)

@@ -57,14 +57,10 @@ class MergedSlots(NamedTuple):
         """Buffers for all chunks of a call if `is_kept`, else for one step."""
         num = work.first[-1] if is_kept else work.num_active[0]
         shape = (num, work.num_kv_heads, work.options.chunk_size)
-
-        def empty(*dims: int, dtype: torch.dtype) -> Tensor:
-            return torch.empty(*shape, *dims, dtype=dtype, device=k.device)
-
-        slot, into = empty(dtype=torch.int32), empty(dtype=torch.int32)
-        keys, values = (empty(x.shape[-1], dtype=torch.float32) for x in (k, v))
-        weight = empty(dtype=torch.float32) if has_weights else None
-        return cls(slot, into, empty(dtype=torch.int64), keys, values, weight)
+        slot, into = (k.new_empty(shape, dtype=torch.int32) for _ in range(2))
+        keys, values = (x.new_empty(*shape, x.shape[-1], dtype=torch.float32) for x in (k, v))
+        weight = k.new_empty(shape, dtype=torch.float32) if has_weights else None
+        return cls(slot, into, k.new_empty(shape, dtype=torch.int64), keys, values, weight)
 
 
 class Steps(ABC):

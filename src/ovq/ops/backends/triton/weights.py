@@ -37,12 +37,9 @@ class ChangedSlots(NamedTuple):
     def empty(cls, work: Work, k: Tensor, v: Tensor) -> ChangedSlots:
         """Room for all chunks of a call."""
         shape = (work.first[-1], work.num_kv_heads, work.options.chunk_size)
-
-        def empty(*dims: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.empty(*shape, *dims, dtype=dtype, device=k.device)
-
-        slot = empty(dtype=torch.int32) if work.options.merges_pairs else None
-        return cls(empty(k.shape[-1]), empty(v.shape[-1]), empty(), slot)
+        keys, values = (x.new_empty(*shape, x.shape[-1], dtype=torch.float32) for x in (k, v))
+        slot = k.new_empty(shape, dtype=torch.int32) if work.options.merges_pairs else None
+        return cls(keys, values, k.new_empty(shape, dtype=torch.float32), slot)
 
 
 @dataclasses.dataclass(frozen=True)
