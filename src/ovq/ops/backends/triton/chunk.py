@@ -54,7 +54,7 @@ class ChunkAttention(torch.autograd.Function):
             for segment in segments:
                 first = work.first[segment.start]
                 for i in segment:
-                    recurrence.step(i, snapshots, work.at(i, first))
+                    recurrence.step(i, snapshots, first)
                 read[(work.entries(segment) * query_blocks, num_heads)](
                     q, k, v, scale, work.table, *snapshots, own_bias, o, lse, first,
                     width, num_heads, num_heads // work.num_kv_heads, dim, v.shape[-1], work.capacity,

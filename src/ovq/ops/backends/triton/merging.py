@@ -20,7 +20,7 @@ from ovq.ops.backends.dictionary import Dictionary
 from ovq.ops.backends.triton import common
 from ovq.ops.backends.triton.items import INT_FIELDS, INTO, advance_items, keep, prepare, settle
 from ovq.ops.backends.triton.weights import Weights
-from ovq.ops.backends.triton.work import StepEntries, Work
+from ovq.ops.backends.triton.work import Work
 from ovq.ops.nearest import Items, movers, nearest_roots
 from ovq.ops.precision import full_precision
 
@@ -83,13 +83,13 @@ class Steps(ABC):
         self._chunk_size = work.options.chunk_size
         self._fused = common.FUSED if weights is None else common.UNFUSED
 
-    def step(self, i: int, snapshots: Sequence[Tensor] | None = None, at: StepEntries | None = None) -> None:
+    def step(self, i: int, snapshots: Sequence[Tensor] | None = None, base: int = 0) -> None:
         """Merge chunk i - 1, write the dictionary that chunk i reads, and assign the tokens of chunk i.
 
         Args:
             i: the step. Either chunk may be missing; one extra step merges the last chunks.
             snapshots: receives the means and log2 masses; None if nothing is read.
-            at: entries of the step; None: the step's own entries, with `snapshots` starting at entry 0.
+            base: the entry at which `snapshots` start.
         """
         work, into = self.work, self.into
         has_next = i < work.num_steps
@@ -97,22 +97,23 @@ class Steps(ABC):
         num_rows = max(work.num_complete[i - 1] if i else 0, num_next)
         if not (num_rows and work.capacity):
             return
-        at = work.at(i) if at is None else at
+        # The first row's chunk to merge, its chunk to assign, the first stored dictionary; rows to assign.
+        entries = (work.first[i - 1] if i else 0, work.first[i], base, num_next)
         parts = (into.key_sum, into.value_sum, into.count)
         flags = {"HAS_PREVIOUS": i > 0, "HAS_NEXT": has_next, "HAS_READ": snapshots is not None}
         tables = (*parts, work.table, *(snapshots or parts))
-        self._advance(num_rows * work.num_kv_heads, tables, at, num_next, flags)
+        self._advance(num_rows * work.num_kv_heads, tables, entries, flags)
         if has_next and work.num_complete[i]:
-            self._assign(i, at)
+            self._assign(i)
 
     @abstractmethod
     def _advance(
-        self, streams: int, tables: tuple[Tensor, ...], at: StepEntries, num_next: int, flags: dict[str, bool]
+        self, streams: int, tables: tuple[Tensor, ...], entries: tuple[int, ...], flags: dict[str, bool]
     ) -> None:
         """Merge the previous chunks and prepare the inputs of `_assign`, for this number of streams."""
 
     @abstractmethod
-    def _assign(self, i: int, at: StepEntries) -> None:
+    def _assign(self, i: int) -> None:
         """Assign the tokens of the complete chunks of a step to slots."""
 
 
@@ -146,7 +147,7 @@ class PairRecurrence(Steps):
         return torch.empty(streams, *shape, dtype=dtype, device=self.k.device)
 
     def _advance(
-        self, streams: int, tables: tuple[Tensor, ...], at: StepEntries, num_next: int, flags: dict[str, bool]
+        self, streams: int, tables: tuple[Tensor, ...], entries: tuple[int, ...], flags: dict[str, bool]
     ) -> None:
         """As in `Steps`; writes the slot means as items."""
         work, k, v, kept = self.work, self.k, self.v, self._kept
@@ -154,12 +155,12 @@ class PairRecurrence(Steps):
         kept_slots = (None,) * 4 if kept is None else (kept.slot, kept.keys, kept.values, kept.weight)
         advance_items[(streams, triton.cdiv(work.capacity, block))](
             k, v, self.slots, *tables, *self._merged, self._tokens, self.into.weight, *kept_slots,
-            *self._items, self._masses, *at, num_next, 0 if self._is_kept else at.previous,
+            *self._items, self._masses, *entries, 0 if self._is_kept else entries[0],
             k.shape[1], self._chunk_size, work.num_kv_heads, *self._dims, work.capacity, self._columns,
             BN=block, BT=common.score_block(k), **flags, **self._padded, **self._fused, num_warps=8,
         )  # fmt: skip
 
-    def _assign(self, i: int, at: StepEntries) -> None:
+    def _assign(self, i: int) -> None:
         """As in `Steps`; also lists the slots merged into others and copies their sums."""
         work, merged, entry = self.work, self._merged, self.work.first[i]
         heads, width, size = work.num_kv_heads, self.k.shape[1], self._chunk_size

@@ -29,7 +29,7 @@ from ovq.ops.backends.triton.recurrence import advance
 from ovq.ops.backends.triton.rewind import deposit, rewind
 from ovq.ops.backends.triton.route import nearest, open_slots
 from ovq.ops.backends.triton.weights import Weights
-from ovq.ops.backends.triton.work import StepEntries, Work
+from ovq.ops.backends.triton.work import Work
 from ovq.ops.options import LEAST_READ
 
 # Keys of a chunk per program, whatever the head size.
@@ -88,19 +88,19 @@ class Recurrence(Steps):
         self._sizes = {"BN": self._block, "BK": common.padded(k.shape[-1]), **self._fused}
 
     def _advance(
-        self, streams: int, tables: tuple[Tensor, ...], at: StepEntries, num_next: int, flags: dict[str, bool]
+        self, streams: int, tables: tuple[Tensor, ...], entries: tuple[int, ...], flags: dict[str, bool]
     ) -> None:
         """As in `Steps`; scores the keys of the next chunks against each block of slots."""
         work, k, v, kept = self.work, self.k, self.v, self._kept
         kept_slots = (None, None, None) if kept is None else (kept.keys, kept.values, kept.weight)
         advance[(streams, self._num_blocks)](
-            k, v, self.slots, *tables, self._tokens, self.into.weight, *kept_slots, *self._found, *at,
-            num_next, k.shape[1], self._chunk_size, work.num_kv_heads, k.shape[-1], v.shape[-1],
+            k, v, self.slots, *tables, self._tokens, self.into.weight, *kept_slots, *self._found, *entries,
+            k.shape[1], self._chunk_size, work.num_kv_heads, k.shape[-1], v.shape[-1],
             work.capacity, self._num_blocks, PARTS=self._parts, BT=common.score_block(k),
             BV=common.padded(v.shape[-1]), **flags, **self._sizes, num_warps=8,
         )  # fmt: skip
 
-    def _assign(self, i: int, at: StepEntries) -> None:
+    def _assign(self, i: int) -> None:
         """As in `Steps`, including the keys that open slots."""
         work, k, into, size = self.work, self.k, self.into, self._chunk_size
         rounding = ROUNDING if self._parts == 1 else ROUNDING_SPLIT
@@ -111,12 +111,12 @@ class Recurrence(Steps):
         given = (k, self._tokens, into.key_sum, into.mass, work.table)
         shape = (k.shape[1], size, work.num_kv_heads, k.shape[-1], work.capacity, self._num_blocks)
         nearest[(streams, triton.cdiv(size, TOKEN_BLOCK))](
-            *given, *self._found, self.slots, self._novelty, at.current, *shape,
+            *given, *self._found, self.slots, self._novelty, work.first[i], *shape,
             ROUNDING=rounding, BT=TOKEN_BLOCK, **self._sizes,
         )  # fmt: skip
         if work.num_opening[i] > 0:
             open_slots[(streams,)](
-                *given, self._found[3], self.slots, self._novelty, at.current, *shape,
+                *given, self._found[3], self.slots, self._novelty, work.first[i], *shape,
                 ROUNDING=rounding, BC=triton.next_power_of_2(size), **self._sizes,
             )  # fmt: skip
 

@@ -2,28 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
 from ovq.ops.backends.plan import Plan
 
 # Maximum bytes for the dictionaries of a segment, one for each chunk.
 SEGMENT_BYTES = 256 << 20
-
-
-class StepEntries(NamedTuple):
-    """Entries of the table for a step.
-
-    Attributes:
-        previous: entry of the first row's chunk to merge.
-        current: entry of the first row's chunk to route.
-        base: first entry of the stored dictionaries.
-    """
-
-    previous: int
-    current: int
-    base: int
 
 
 class Work:
@@ -81,10 +65,6 @@ class Work:
         self.capacity = capacity
         self.num_kv_heads = plan.num_kv_heads
         self.num_steps = num_steps
-
-    def at(self, i: int, base: int = 0) -> StepEntries:
-        """The entries of step i; `base` is the first entry of its segment."""
-        return StepEntries(self.first[i - 1] if i else 0, self.first[i], base)
 
     def merged_before(self, i: int) -> list[int]:
         """Number of tokens merged before step i in each row whose i-th chunk is complete."""
