@@ -144,36 +144,33 @@ static void keep_panels(const Rows *rows, const Call *call, int64_t num) {
 
 /* Set all layouts of row i from its key and value in `keys` and `values`. */
 static void set_row(Rows *rows, const Call *call, int64_t i, float bias) {
+    const float *key = rows->keys + i * key_ld(call), *value = rows->values + i * value_ld(call);
     const int is_exact = !rows->is_exact || *rows->is_exact;
-    if (rows->key_panels && (is_exact || rows->reads_keys))
-        put_column(rows->key_panels, call->k.dim, i, rows->keys + i * key_ld(call));
-    if (rows->value_panels && is_exact)
-        put_column(rows->value_panels, call->v.dim, i, rows->values + i * value_ld(call));
+    if (rows->key_panels && (is_exact || rows->reads_keys)) put_column(rows->key_panels, call->k.dim, i, key);
+    if (rows->value_panels && is_exact) put_column(rows->value_panels, call->v.dim, i, value);
     if (rows->words) {
         uint32_t words[row_words(call)];
         /* With `bytes`, the scales are theirs. */
         float *of_key = rows->bytes ? nullptr : from_row(rows->of_keys.size, i);
-        round_key(call, rows->keys + i * key_ld(call), words, of_key);
-        if (row_words(call) > key_words(call))
-            round_row(rows->values + i * value_ld(call), value_ld(call), words + key_words(call));
+        round_key(call, key, words, of_key);
+        if (row_words(call) > key_words(call)) round_row(value, value_ld(call), words + key_words(call));
         put_words(rows->words, row_words(call), i, words);
     }
 #if HAS_BYTES
     if (rows->bytes) {
         uint32_t bytes[item_bytes(call)];
-        round_to_bytes(rows->keys + i * key_ld(call), key_ld(call), bytes, rows->of_keys, i);
-        round_to_bytes(rows->values + i * value_ld(call), value_ld(call), bytes + byte_words(call->k.dim),
-                       rows->of_values, i);
+        round_to_bytes(key, key_ld(call), bytes, rows->of_keys, i);
+        round_to_bytes(value, value_ld(call), bytes + byte_words(call->k.dim), rows->of_values, i);
         put_words(rows->bytes, item_bytes(call), i, bytes);
     }
 #endif
     if (rows->key_pairs) {
         uint32_t words[value_words(call)];
-        round_row(rows->values + i * value_ld(call), value_ld(call), words);
+        round_row(value, value_ld(call), words);
         put_words(rows->value_words, value_words(call), i, words);
-        put_pair(rows->key_pairs, key_ld(call), i, rows->keys + i * key_ld(call));
+        put_pair(rows->key_pairs, key_ld(call), i, key);
     }
-    if (rows->value_pairs) put_pair(rows->value_pairs, value_ld(call), i, rows->values + i * value_ld(call));
+    if (rows->value_pairs) put_pair(rows->value_pairs, value_ld(call), i, value);
     rows->bias[i] = bias;
 }
 

@@ -21,6 +21,10 @@ struct Strides {
     int64_t row, head, token;
 };
 
+INLINE int64_t place_in(const Strides &at, int64_t row, int64_t head, int64_t token) {
+    return row * at.row + head * at.head + token * at.token;
+}
+
 /* Heads of equal sizes. Mirrored in memory.py. */
 struct HeadGroup {
     int64_t num_rows, num_kv_heads, group_size, chunk_size, capacity, num_exact, num_sinks, key_dim, value_dim;
@@ -85,8 +89,7 @@ INLINE void read_exact(const HeadStream *s, int64_t token, int is_value, float f
         read_numbers(g->dtype, is_value ? g->recent_values : g->recent_keys, (own + token) * dim, dim, factor, out, ld);
     else
         read_numbers(g->dtype, is_value ? g->v : g->k,
-                     s->row * at.row + g->heads[s->head] * at.head + (s->start + token - s->before) * at.token, dim,
-                     factor, out, ld);
+                     place_in(at, s->row, g->heads[s->head], s->start + token - s->before), dim, factor, out, ld);
 }
 
 static Call learning_call(const HeadGroup *g) {
@@ -222,9 +225,8 @@ static void read_block(HeadStream *s, int64_t g, int64_t num) {
     const int64_t n = sinks + slots + columns;
     float *scores = own->reader.scores, sums[QUERIES], best;
     for (int64_t t = 0; t < num; t++)
-        read_numbers(group->query_dtype, group->q,
-                     s->row * group->q_at.row + query_head * group->q_at.head + (s->done + t) * group->q_at.token,
-                     group->key_dim, 1, own->queries + t * ld, ld);
+        read_numbers(group->query_dtype, group->q, place_in(group->q_at, s->row, query_head, s->done + t), group->key_dim, 1,
+                     own->queries + t * ld, ld);
     if (sinks) score(call, &own->sinks, sinks, own->queries, num, scores, n);
     Rows window = {};
     window.key_panels = own->window.key_panels + from * group->key_dim;
@@ -252,9 +254,8 @@ static void read_block(HeadStream *s, int64_t g, int64_t num) {
     if (slots) weigh(call, &own->dictionary.rows, slots, scores + sinks, n, num, own->reader.out);
     weigh(call, &window, columns, scores + sinks + slots, n, num, own->reader.out);
     for (int64_t t = 0; t < num; t++)
-        write_numbers(group->query_dtype, group->o,
-                      s->row * group->o_at.row + query_head * group->o_at.head + (s->done + t) * group->o_at.token,
-                      group->value_dim, 1 / sums[t], own->reader.out + t * width);
+        write_numbers(group->query_dtype, group->o, place_in(group->o_at, s->row, query_head, s->done + t), group->value_dim,
+                      1 / sums[t], own->reader.out + t * width);
 }
 
 /* The unit of key lengths: root mean square length of the keys in a full window, rounded to a power of 2; 0 for keys that are as
@@ -327,8 +328,7 @@ static void put_recent(const HeadStream *s, int64_t first, int64_t end) {
         const int64_t dim = is_value ? g->value_dim : g->key_dim;
         const Strides at = is_value ? g->v_at : g->k_at;
         char *out = (char *)(is_value ? g->recent_values : g->recent_keys) + stream * g->num_exact * dim * size;
-        const char *from = (const char *)(is_value ? g->v : g->k) +
-                           (s->row * at.row + g->heads[s->head] * at.head + s->start * at.token) * size;
+        const char *from = (const char *)(is_value ? g->v : g->k) + place_in(at, s->row, g->heads[s->head], s->start) * size;
         for (int64_t i = first; i < end; i++) {
             const int64_t token = i < g->num_sinks ? i : i + window_begin(s);
             const char *x = token < s->before ? out + token * dim * size : from + (token - s->before) * at.token * size;
@@ -398,9 +398,7 @@ static void read_one(const HeadStream *s) {
     Softmax softmax[size];
     memset(out, 0, sizeof(out));
     for (int64_t i = 0; i < size; i++) {
-        read_numbers(g->query_dtype, g->q,
-                     s->row * g->q_at.row + (first + i) * g->q_at.head + s->done * g->q_at.token, k, 1, queries + i * k,
-                     k);
+        read_numbers(g->query_dtype, g->q, place_in(g->q_at, s->row, first + i, s->done), k, 1, queries + i * k, k);
         softmax[i] = {-INFINITY, 0, out + i * v};
     }
     with_type(g->dtype, g->recent_keys, stream * g->num_exact * k,
@@ -419,9 +417,8 @@ static void read_one(const HeadStream *s) {
         });
     }
     for (int64_t i = 0; i < size; i++)
-        write_numbers(g->query_dtype, g->o,
-                      s->row * g->o_at.row + (first + i) * g->o_at.head + s->done * g->o_at.token, v,
-                      1 / softmax[i].total, out + i * v);
+        write_numbers(g->query_dtype, g->o, place_in(g->o_at, s->row, first + i, s->done), v, 1 / softmax[i].total,
+                      out + i * v);
 }
 
 /* Allocates a head's scratch for layouts and merging; returns 1 if out of memory. */
