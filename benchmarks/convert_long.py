@@ -23,7 +23,6 @@ before. Such a row has the mean loss of all these tokens, and that of the last `
 from __future__ import annotations
 
 import argparse
-import copy
 import itertools
 import json
 import random
@@ -37,7 +36,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from ovq.convert import MemoryCache, load
 from ovq.runtime.files import write_atomic
-from ovq_lab.eval.reading import read_pieces, target_losses
+from ovq_lab.eval.models import branch
+from ovq_lab.eval.reading import read_losses, read_pieces, target_losses
 from ovq_lab.runtime.environment import environment
 
 METHODS = ["converted", "full"]
@@ -206,12 +206,7 @@ class Reader:
 
     def follow(self, ids: torch.Tensor, num_last: int) -> dict[str, float]:
         """Mean loss on all tokens of a text but the first, and on the last `num_last` tokens."""
-        parts = []
-        for place in range(0, len(ids) - 1, self.piece):
-            part = ids[place : place + self.piece + 1]
-            [hidden] = read_pieces(self.model, part[:-1], self.cache, piece_size=self.piece)
-            parts.append(target_losses(self.model, hidden, part[1:])[0])
-        losses = torch.cat(parts)
+        losses = read_losses(self.model, ids, self.cache, piece_size=self.piece)
         return {
             "loss": round(float(losses.mean()), 4),
             "loss_of_last": round(float(losses[-num_last:].mean()), 4),
@@ -230,20 +225,15 @@ class Reader:
         and whether all its digits are; leaves the cache unchanged.
         """
         ids = torch.cat([question, answer])
-        logits = self.model(ids[None, :-1], past_key_values=self.copied()).logits[0]
+        logits = self.model(ids[None, :-1], past_key_values=branch(self.cache)).logits[0]
         is_first = logits[-len(answer) :].argmax(-1) == answer
         return {"found": bool(is_first.all()), "digits": bool(is_first[digits].all())}
-
-    def copied(self) -> Any:
-        """A copy of the cache."""
-        is_constant = isinstance(self.cache, MemoryCache)
-        return self.cache.snapshot() if is_constant else copy.deepcopy(self.cache)
 
     @torch.no_grad()
     def decode(self, ids: torch.Tensor, *, is_first: bool) -> float:
         """Processor seconds of a decode step on a copy of the cache, made if `is_first`."""
         if is_first:
-            self.copy = self.copied()
+            self.copy = branch(self.cache)
         begun = time.process_time()
         self.model(ids[None], past_key_values=self.copy)
         return time.process_time() - begun

@@ -39,7 +39,7 @@ from ovq.convert import (
     probe,
 )
 from ovq.runtime.files import write_atomic
-from ovq_lab.eval.reading import read_pieces, target_losses
+from ovq_lab.eval.reading import read_losses, read_pieces, target_losses
 from ovq_lab.plots.canvas import NullLocator
 from ovq_lab.plots.panels import new_panels, save
 from ovq_lab.plots.style import MIXER_STYLES, PAIRS, PALETTE
@@ -153,12 +153,8 @@ class Lab:
         start = len(ids) * 2 // 3
         for _ in read_pieces(model, ids[: start - 1], cache, piece_size=PIECE):
             pass
-        losses = []
-        for place in range(start - 1, len(ids) - 1, PIECE):
-            end = min(place + PIECE, len(ids) - 1)
-            [hidden] = read_pieces(model, ids[place:end], cache, piece_size=PIECE)
-            losses.append(target_losses(model, hidden, ids[place + 1 : end + 1])[0])
-        return {"loss": float(torch.cat(losses).mean()), **about}
+        losses = read_losses(model, ids[start - 1 :], cache, piece_size=PIECE)
+        return {"loss": float(losses.mean()), **about}
 
     def needle(self, key: dict[str, Any]) -> dict[str, float]:
         """Whether greedy generation gives the number, the share of its tokens that are the argmax, and

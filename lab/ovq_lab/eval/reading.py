@@ -57,6 +57,19 @@ def target_losses(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> tu
     return torch.cat(losses), torch.cat(is_first)
 
 
+def read_losses(model: PreTrainedModel, ids: Tensor, cache: Any, *, piece_size: int = PIECE_SIZE) -> Tensor:
+    """The loss `[T - 1]` on every token `[T]` of a text except the first, after those in the cache.
+
+    The last token is not read. For `cache` see `read_pieces`.
+    """
+    losses: list[Tensor] = []
+    num_read = 0
+    for hidden in read_pieces(model, ids[:-1], cache, piece_size=piece_size):
+        losses.append(target_losses(model, hidden, ids[num_read + 1 :][: len(hidden)])[0])
+        num_read += len(hidden)
+    return torch.cat(losses)
+
+
 def token_losses(model: PreTrainedModel, ids: np.ndarray, *, piece_size: int = PIECE_SIZE) -> np.ndarray:
     """The loss on every token of a document except the first, given all tokens before it.
 
@@ -74,14 +87,9 @@ def token_losses(model: PreTrainedModel, ids: np.ndarray, *, piece_size: int = P
             f"found {len(ids)} in {ids.min(initial=0)}..{ids.max(initial=0)}"
         )
     tokens = torch.from_numpy(np.asarray(ids, dtype=np.int64)).to(model.device)
-    cache = new_cache(model)
-    pieces: list[np.ndarray] = []
-    for hidden in read_pieces(model, tokens[:-1], cache, piece_size=piece_size):
-        done = sum(map(len, pieces))
-        losses, _ = target_losses(model, hidden, tokens[done + 1 : done + 1 + len(hidden)])
-        # Moving the losses to the CPU synchronises with the device, so callers can time this function.
-        pieces.append(losses.cpu().numpy())
-    return np.concatenate(pieces)
+    losses = read_losses(model, tokens, new_cache(model), piece_size=piece_size)
+    # Moving the losses to the CPU synchronises with the device, so callers can time this function.
+    return losses.cpu().numpy()
 
 
 def start_token(tokenizer: Any) -> int | None:
