@@ -169,17 +169,10 @@ def rules() -> Iterator[Row]:
 
 def profile() -> Iterator[Row]:
     """Time of each kernel in a forward and a backward."""
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     for merge in RULES:
-        call = _calls(merge, 16384)["forward_backward"]
-        call()
-        torch.cuda.synchronize()
-        with torch.profiler.profile(activities=activities) as seen:
-            call()
-            torch.cuda.synchronize()
-        on_device = [e for e in seen.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
-        total = sum(e.self_device_time_total for e in on_device)
-        for event in sorted(on_device, key=lambda e: -e.self_device_time_total)[:12]:
+        events = gpu.kernel_events(_calls(merge, 16384)["forward_backward"])
+        total = sum(event.self_device_time_total for event in events)
+        for event in events[:12]:
             seconds = event.self_device_time_total / 1e6
             row = {"merge": merge, "kernel": event.key[:60], "launches": event.count, "seconds": seconds}
             yield row | {"share": event.self_device_time_total / total}

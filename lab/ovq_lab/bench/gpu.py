@@ -42,7 +42,7 @@ def measure(
                 rows.append(row | {"peak_bytes": peak})
                 continue
             function = getattr(workload, part)("cuda")
-            kernels.append(kernel_names(function))
+            kernels.append([event.key for event in kernel_events(function)])
         except _REFUSALS as error:
             [reason, *_] = str(error).strip().splitlines() or [""]
             found = {name: row[name] for name in ("label", "what", "length", "dtype")}
@@ -122,20 +122,21 @@ def copy_rate() -> float:
     return 2 * size / min(flushed_times([lambda: target.copy_(source)], seconds=1.0)[0])
 
 
-def kernel_names(function: Callable[[], object]) -> list[str]:
-    """Names of the kernels that a call runs, slowest first."""
+def kernel_events(function: Callable[[], object]) -> list:
+    """The profiler's averages of the kernels that a call runs, slowest first."""
     function()
+    torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         function()
         torch.cuda.synchronize()
-    return names_by_time(profile.key_averages())
+    return slowest_first(profile.key_averages())
 
 
-def names_by_time(events: Iterable) -> list[str]:
-    """Names of the profiler's averages that ran on the device, slowest first."""
+def slowest_first(events: Iterable) -> list:
+    """The profiler's averages that ran on the device, slowest first."""
     on_device = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
-    return [e.key for e in sorted(on_device, key=lambda e: -e.self_device_time_total)]
+    return sorted(on_device, key=lambda e: -e.self_device_time_total)
 
 
 def runs_intended(names: Sequence[str], pattern: str) -> bool:

@@ -48,7 +48,7 @@ def test_kernels_of_a_trace_are_those_of_the_device_longest_first():
         SimpleNamespace(key="add", device_type=kinds.CUDA, self_device_time_total=1),
         SimpleNamespace(key="flash_fwd", device_type=kinds.CUDA, self_device_time_total=5),
     ]
-    assert gpu.names_by_time(events) == ["flash_fwd", "add"]
+    assert [event.key for event in gpu.slowest_first(events)] == ["flash_fwd", "add"]
 
 
 @pytest.fixture
@@ -57,7 +57,11 @@ def as_if_on_a_gpu(monkeypatch):
     for part in ("forward", "decode"):
         original = getattr(Workload, part)
         monkeypatch.setattr(Workload, part, lambda self, device, original=original: original(self, "cpu"))
-    monkeypatch.setattr(gpu, "kernel_names", lambda function: [str(type(function())), "flash_fwd"])
+    monkeypatch.setattr(
+        gpu,
+        "kernel_events",
+        lambda function: [SimpleNamespace(key=key) for key in (str(type(function())), "flash_fwd")],
+    )
     monkeypatch.setattr(gpu, "flushed_times", lambda functions, **_: [[2.0, 1.0, 3.0] for _ in functions])
     monkeypatch.setattr(gpu, "copy_rate", lambda: 1e9)
     monkeypatch.setattr("ovq_lab.bench.suite.matrix_rate", lambda *_, **__: 1e9)
