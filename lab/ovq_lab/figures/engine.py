@@ -161,8 +161,7 @@ def _check_data(jobs: Iterable[RunJob]) -> None:
     missing = {
         dataclasses.replace(evaluation, seed=0, num_slots=None)
         for job in jobs
-        for evaluation, outcome in zip(job.evaluations, job.outcomes(), strict=True)
-        if outcome is None
+        for evaluation in job.missing()
     }
     for evaluation in missing:
         evaluation.check()

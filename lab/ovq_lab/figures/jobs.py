@@ -53,7 +53,7 @@ class RunJob:
 
     def is_done(self) -> bool:
         """Whether the model is trained, and all evaluations are finished."""
-        return self.is_trained() and None not in self.outcomes()
+        return self.is_trained() and not self.missing()
 
     def is_trained(self) -> bool:
         """Whether the folder holds the complete trained model."""
@@ -76,6 +76,10 @@ class RunJob:
         """Outcomes of the evaluations; None for those that are not finished."""
         return [self._outcome(evaluation) for evaluation in self.evaluations]
 
+    def missing(self) -> list[Evaluation]:
+        """The evaluations that are not finished."""
+        return [evaluation for evaluation in self.evaluations if self._outcome(evaluation) is None]
+
     def training_record(self) -> dict[str, Any]:
         """The content of `TRAINING_FILE` of the trained run."""
         return read_json(self.folder / TRAINING_FILE)
@@ -86,12 +90,7 @@ class RunJob:
         disable_progress_bar()
         if not self.is_trained():
             self._train(reporter)
-        missing = [
-            evaluation
-            for evaluation, outcome in zip(self.evaluations, self.outcomes(), strict=True)
-            if outcome is None
-        ]
-        if missing:
+        if missing := self.missing():
             self._evaluate(missing, reporter)
 
     def _train(self, reporter: RemoteReporter) -> None:
