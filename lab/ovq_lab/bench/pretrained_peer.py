@@ -179,8 +179,7 @@ def main(kind: str, model: str, tokens: str, lengths: list[int], num_written: in
 
 
 KINDS: dict[str, Callable[..., Peer]] = {
-    **{"llama_cpp": llama_cpp, "openvino": openvino},
-    **{"transformers": transformers, "ovq": ovq},
+    kind.__name__: kind for kind in (llama_cpp, openvino, transformers, ovq)
 }
 
 if __name__ == "__main__":

@@ -5,15 +5,12 @@ from __future__ import annotations
 import shlex
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from ovq.cli.common import check_new_folder
 from ovq.cli.loading import check_model_folder, load_model, load_tokenizer
-
-if TYPE_CHECKING:
-    from ovq_lab.train.config import RunConfig
 
 _PICTURE = "loss.png"
 
@@ -48,14 +45,18 @@ def publish(
         raise ValueError(f"--license: expected a licence as the hub names it, found {license_!r}")
     check_model_folder(model)
     check_new_folder("--out", out)
-    # Validated before anything is loaded.
-    config = _config(model)
+    from transformers.trainer import TRAINER_STATE_NAME
+
+    from ovq_lab.train.config import CONFIG_FILE, RunConfig
+
+    config = RunConfig.load(model)
+    if not (model / TRAINER_STATE_NAME).is_file():
+        raise ValueError(f"--model: expected a run that has ended, found none in {model}")
 
     from ovq.hf.card import CARD_FILE, is_untouched
     from ovq.runtime.files import atomic_folder
     from ovq_lab.eval.report import results_as_markdown
     from ovq_lab.train.card import save_run_card
-    from ovq_lab.train.config import CONFIG_FILE
 
     card = model / CARD_FILE
     is_edited = card.is_file() and not is_untouched(card.read_text(encoding="utf-8", errors="replace"))
@@ -89,14 +90,3 @@ def publish(
         typer.echo(f"{card} was edited and is copied as it is.{to_add}\n{tables}")
     names = [shlex.quote(name) for name in (f"YOU/{out.resolve().name}", str(out))]
     typer.echo(f"Made {out}. Upload it: hf upload {' '.join(names)}")
-
-
-def _config(model: Path) -> RunConfig:
-    from transformers.trainer import TRAINER_STATE_NAME
-
-    from ovq_lab.train.config import RunConfig
-
-    config = RunConfig.load(model)
-    if not (model / TRAINER_STATE_NAME).is_file():
-        raise ValueError(f"--model: expected a run that has ended, found none in {model}")
-    return config

@@ -54,11 +54,7 @@ def evaluate(
         raise ValueError(
             f"expected lengths and at least one example for each, found {list(lengths)} and {num_examples}"
         )
-    if task.vocab_size > model.config.vocab_size:
-        raise ValueError(
-            f"expected a task of at most {model.config.vocab_size} token ids, as the model knows, "
-            f"found {task.vocab_size}"
-        )
+    check_vocabulary(model, task)
     tasks = [task.at_length(length) for length in lengths]
     if "ovq" not in model.config.mixer_types and (num_slots or merges):
         raise ValueError(
@@ -101,6 +97,15 @@ def evaluate(
                 )
             )
     return rows
+
+
+def check_vocabulary(model: OVQForCausalLM, task: Task) -> None:
+    """Raise ValueError unless the model knows all tokens of the task."""
+    if task.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"expected a task of at most {model.config.vocab_size} token ids, as the model knows, "
+            f"found {task.vocab_size}"
+        )
 
 
 def _means(batches: Sequence[np.ndarray], masks: dict[str, np.ndarray]) -> tuple[float, dict[str, float]]:

@@ -22,7 +22,7 @@ from ovq.layers.ovq import RecordedCall
 from ovq.ops import SlotAssignments
 from ovq.ops.options import current_merge
 from ovq.runtime.progress import WorkReporter
-from ovq_lab.eval.accuracy import TOKENS_PER_BATCH, answers_of
+from ovq_lab.eval.accuracy import TOKENS_PER_BATCH, answers_of, check_vocabulary
 from ovq_lab.eval.dictionaries import Dictionary, each_dictionary
 from ovq_lab.eval.models import long_range_mixer
 from ovq_lab.tasks import IGNORE_INDEX, RecallTask
@@ -108,11 +108,7 @@ def evaluate_kept(
     Raises:
         ValueError: If the model has no OVQ layers, or does not know all tokens of the task.
     """
-    if task.vocab_size > model.config.vocab_size:
-        raise ValueError(
-            f"expected a task of at most {model.config.vocab_size} token ids, as the model knows, "
-            f"found {task.vocab_size}"
-        )
+    check_vocabulary(model, task)
     merge = current_merge(merge)
     work = reporter.start("what is kept", total=num_examples)
     batch_size = max(1, TOKENS_PER_BATCH // task.length)

@@ -42,11 +42,8 @@ class ModelRow:
     @property
     def label(self) -> str:
         """The model's display name."""
-        return self._label()
-
-    def _label(self, name: str = "") -> str:
         others = {field: getattr(self, field) for field in ("merge", "logn_length", "state_dtype")}
-        return model_label(self.mixer, self.num_slots, name, **others)
+        return model_label(self.mixer, self.num_slots, getattr(self, "name", ""), **others)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,11 +55,6 @@ class NamedRow(ModelRow):
     """
 
     name: str = ""
-
-    @property
-    def label(self) -> str:
-        """The model's display name."""
-        return self._label(self.name)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

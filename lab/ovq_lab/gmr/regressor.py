@@ -211,14 +211,7 @@ class GaussianMixtureRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         """Keys `[T, K]` and values `[T, V]` in float64; the first call determines the valid shapes."""
         self._check_arguments()
         keys, targets = validate_data(
-            self,
-            X,
-            y,
-            reset=is_first,
-            multi_output=True,
-            y_numeric=True,
-            dtype=np.float64,
-            ensure_min_samples=1,
+            self, X, y, reset=is_first, multi_output=True, y_numeric=True, dtype=np.float64
         )
         values = targets.astype(np.float64).reshape(len(targets), -1)
         if is_first:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -60,10 +61,10 @@ def _slots_figure(memory: LayerMemory, kv_head: int, names: Sequence[str], path:
     counts, kept = memory.counts()[kv_head], memory.kept[kv_head]
     edges = _edges(memory.num_tokens)
     level = levels(counts)
-    of_part = [np.bincount(level[a:b], minlength=len(names)) / (b - a) for a, b in _pairs(edges)]
+    of_part = [np.bincount(level[a:b], minlength=len(names)) / (b - a) for a, b in pairwise(edges.tolist())]
     _stack(shares, edges, np.array(of_part), LEVEL_COLORS[: len(names)], names)
     middle = (edges[:-1] + edges[1:]) / 2
-    means = [float(kept[a:b].mean()) for a, b in _pairs(edges)]
+    means = [float(kept[a:b].mean()) for a, b in pairwise(edges.tolist())]
     shares.plot(middle, means, color="black", linewidth=1.6, label="share of the values kept")
     shares.set_ylabel("share of the tokens")
     shares.set_title("what became of tokens, by position, at the end of the text", fontsize=11)
@@ -74,7 +75,7 @@ def _reads_figure(memory: LayerMemory, head: int, path: Path, *, title: str) -> 
     """Draw the attention on exact tokens, on slots of one token and on shared slots, by query position."""
     figure, [axes] = new_panels(1)
     edges = _edges(memory.num_tokens)
-    of_part = [memory.shares[head, a:b].mean(0) for a, b in _pairs(edges)]
+    of_part = [memory.shares[head, a:b].mean(0) for a, b in pairwise(edges.tolist())]
     names = ("exact tokens", "slots of one token", "slots of several tokens")
     _stack(axes, edges, np.array(of_part), (LEVEL_COLORS[0], LEVEL_COLORS[1], LEVEL_COLORS[4]), names)
     axes.set_ylabel("share of the weight")
@@ -220,7 +221,3 @@ def _counts_figure(memory: LayerMemory, path: Path, *, title: str) -> None:
         axes.set_ylim(bottom=0)
         axes.set_ylabel("slots")
     save(figure, path, title=title)
-
-
-def _pairs(edges: np.ndarray) -> list[tuple[int, int]]:
-    return list(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True))
