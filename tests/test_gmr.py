@@ -42,12 +42,15 @@ def test_scikit_learn_takes_it_for_an_estimator(assignment):
     check_estimator(GaussianMixtureRegressor(assignment=assignment), on_skip=None)
 
 
-@pytest.mark.parametrize("bias", BIASES)
-def test_predict_equals_the_read(bias):
+@pytest.mark.parametrize(
+    ("bias", "merge"), [*((bias, "existing") for bias in BIASES), ("count+norm", "ward")]
+)
+def test_predict_equals_the_read(bias, merge):
     """Slots, and the tokens of the chunk up to the query as components of count 1."""
     tensors, (queries, keys, values) = stream(61)
-    o, _ = ovq_attention(*tensors, scale=SCALE, ablation={"bias": bias}, backend="naive", **OPTIONS)
-    model = GaussianMixtureRegressor(precision=SCALE, bias=bias, **OPTIONS)
+    options = {"merge": merge, **OPTIONS}
+    o, _ = ovq_attention(*tensors, scale=SCALE, ablation={"bias": bias}, backend="naive", **options)
+    model = GaussianMixtureRegressor(precision=SCALE, bias=bias, **options)
     for t in range(61):
         model.partial_fit(keys[t : t + 1], values[t : t + 1])
         if len(model.pending_keys_):  # the last token of a chunk is read before the chunk is merged
@@ -65,22 +68,27 @@ def test_of_means_of_equal_norm_the_default_read_is_the_conditional_mean():
     assert is_equal == [True, False]
 
 
-@pytest.mark.parametrize("growth", GROWTHS)
-@pytest.mark.parametrize("cuts", [[], [5, 8, 31], list(range(1, 70))], ids=str)
-def test_partial_fit_equals_the_update(growth, cuts):
-    tensors, (_, keys, values) = stream(70)
-    model = GaussianMixtureRegressor(growth=growth, **OPTIONS)
+def check_updates(tokens, cuts, backend="auto", **options):
+    """What the estimator has learned after each part of a stream is what the op has."""
+    tensors, (_, keys, values) = tokens
+    model = GaussianMixtureRegressor(**options)
     seen, state = 0, None
     for k, v in zip(np.split(keys, cuts), np.split(values, cuts), strict=True):
         model.partial_fit(k, v)
-        tokens = [t[:, seen : seen + len(k)] for t in tensors]
-        _, state = attend(*tokens, growth=growth, initial_state=state, **OPTIONS)
+        part = [t[:, seen : seen + len(k)] for t in tensors]
+        _, state = attend(*part, initial_state=state, backend=backend, **options)
         seen += len(k)
         np.testing.assert_array_equal(model.count_, state.count[0, 0])
         np.testing.assert_allclose(model.key_sum_, state.key_sum[0, 0], atol=1e-12)
         np.testing.assert_allclose(model.value_sum_, state.value_sum[0, 0], atol=1e-12)
         np.testing.assert_array_equal(model.pending_keys_, state.pending_keys[0, 0, : seen % CHUNK])
     np.testing.assert_allclose(model.values_, state.values[0, 0], atol=1e-12)
+
+
+@pytest.mark.parametrize("growth", GROWTHS)
+@pytest.mark.parametrize("cuts", [[], [5, 8, 31], list(range(1, 70))], ids=str)
+def test_partial_fit_equals_the_update(growth, cuts):
+    check_updates(stream(70), cuts, growth=growth, **OPTIONS)
 
 
 def newton_step(loss, means):

@@ -5,11 +5,10 @@ import pytest
 from sklearn.cluster import AgglomerativeClustering
 from sklearn.utils.estimator_checks import check_estimator
 
-from ovq.ops import ovq_attention
 from ovq_lab.gmr import GaussianMixtureRegressor
 from ovq_lab.gmr.ward import ward_clusters
-from tests.ops.common import attend, by_turns
-from tests.test_gmr import CHUNK, OPTIONS, SCALE, blobs, stream
+from tests.ops.common import by_turns
+from tests.test_gmr import OPTIONS, blobs, check_updates, stream
 
 WARD = {"merge": "ward", **OPTIONS}
 
@@ -41,29 +40,7 @@ def squared_error(model, keys, values):
     ),
 )
 def test_partial_fit_equals_the_update(make, options, cuts, merge):
-    tensors, (_, keys, values) = make(70)
-    model = GaussianMixtureRegressor(**OPTIONS, merge=merge, **options)
-    seen, state, given = 0, None, {**OPTIONS, "merge": merge, "backend": "naive", **options}
-    for k, v in zip(np.split(keys, cuts), np.split(values, cuts), strict=True):
-        model.partial_fit(k, v)
-        tokens = [t[:, seen : seen + len(k)] for t in tensors]
-        _, state = attend(*tokens, initial_state=state, **given)
-        seen += len(k)
-        np.testing.assert_array_equal(model.count_, state.count[0, 0])
-        np.testing.assert_allclose(model.key_sum_, state.key_sum[0, 0], atol=1e-12)
-        np.testing.assert_allclose(model.value_sum_, state.value_sum[0, 0], atol=1e-12)
-        np.testing.assert_array_equal(model.pending_keys_, state.pending_keys[0, 0, : seen % CHUNK])
-
-
-def test_predict_equals_the_read():
-    """Slots, and the tokens of the chunk up to the query as components of count 1."""
-    tensors, (queries, keys, values) = stream(61)
-    o, _ = ovq_attention(*tensors, scale=SCALE, ablation={"bias": "count+norm"}, backend="naive", **WARD)
-    model = GaussianMixtureRegressor(precision=SCALE, **WARD)
-    for t in range(61):
-        model.partial_fit(keys[t : t + 1], values[t : t + 1])
-        if len(model.pending_keys_):  # the last token of a chunk is read before the chunk is merged
-            np.testing.assert_allclose(model.predict(queries[t : t + 1])[0], o[0, t, 0], atol=1e-12)
+    check_updates(make(70), cuts, "naive", merge=merge, **OPTIONS, **options)
 
 
 @pytest.mark.parametrize("value_weight", [0.0, 0.5, 2.0])
