@@ -1,14 +1,13 @@
 """Weights of tokens in the compiled kernels: against the reference, by every rule of merging."""
 
 import dataclasses
-import itertools
 
 import pytest
 import torch
 
-from ovq.ops import backend_used, ovq_attention, slot_assignments
+from ovq.ops import backend_used, slot_assignments
 from tests.ops.common import CPU, KERNEL_MERGES, assert_same_state, attend, by_turns, either_rule, inputs
-from tests.ops.test_merge_weights import token_weights
+from tests.ops.test_merge_weights import check_rewinding, check_rows, check_zeros, token_weights
 
 pytestmark = pytest.mark.skipif(not CPU, reason="no compiled kernels")
 
@@ -195,25 +194,9 @@ def test_a_step_unlike_the_last_one_is_checked():
 
 @pytest.mark.parametrize("merge", ["existing", "nearest"])
 def test_rows_alone_padded_and_packed(merge):
-    lengths, options = [22, 5, 13], {"num_slots": 6, "chunk_size": 4, "merge": merge, "backend": "cpu"}
-    rows = [call((1, n, 2, 1, 5, 3), "some zero", seed=n) for n in lengths]
-    alone = [attend(**row, **options) for row in rows]
-    packed = {name: torch.cat([row[name] for row in rows], 1) for name in rows[0]}
-    bounds = [0, *itertools.accumulate(lengths)]
-    o, state = attend(**packed, **options, cu_seqlens=torch.tensor(bounds))
-    mask = torch.zeros(3, 24)
-    padded = {name: x.new_full((3, 24, *x.shape[2:]), torch.nan) for name, x in packed.items()}
-    for r, n in enumerate(lengths):
-        mask[r, 24 - n :] = 1
-        for name, x in padded.items():
-            x[r, 24 - n :] = rows[r][name][0]
-    o_padded, padded_state = attend(**padded, **options, attention_mask=mask)
-    for r, (expected, final) in enumerate(alone):
-        torch.testing.assert_close(o[:, bounds[r] : bounds[r + 1]], expected)
-        torch.testing.assert_close(o_padded[r, 24 - lengths[r] :], expected[0])
-        for each in (state, padded_state):
-            assert_same_state(each.select([r]), final, tolerance=0)
-            assert torch.equal(each.select([r]).weight[..., : final.weight.shape[2]], final.weight)
+    options = {"num_slots": 6, "chunk_size": 4, "merge": merge, "backend": "cpu"}
+    rows = [call((1, n, 2, 1, 5, 3), "some zero", seed=n) for n in (22, 5, 13)]
+    check_rows(rows, options, 1.3e-6, 0)
 
 
 @either_rule
@@ -244,34 +227,10 @@ def test_weights_of_one_change_nothing(merge):
 
 @either_rule
 def test_a_weight_of_zero_leaves_no_trace(merge):
-    """Other keys and values of such tokens change nothing once they are merged, to the last bit."""
     options = {"num_slots": 9, "chunk_size": 4, "merge": merge, "backend": "cpu"}
-    tensors = call((1, 40, 2, 1, 5, 3), "some zero")
-    is_zero = tensors["token_weights"][0, :, 0] == 0
-    assert 5 < int(is_zero[:36].sum()) < 31
-    is_zero[36:] = False
-    changed = tensors | {name: tensors[name].clone() for name in ("k", "v")}
-    for name in ("k", "v"):
-        changed[name][:, is_zero] = 3 - changed[name][:, is_zero]
-    (o, state), (other, other_state) = (attend(**each, **options) for each in (tensors, changed))
-    assert torch.equal(o[:, 36:], other[:, 36:])
-    assert not torch.equal(o[:, :36], other[:, :36])
-    for name in ("key_sum", "value_sum", "weight"):
-        assert torch.equal(getattr(state, name), getattr(other_state, name))
+    check_zeros(call((1, 40, 2, 1, 5, 3), "some zero"), options, 36)
 
 
-def test_rewinding_slots_of_little_weight_loses_nothing():
-    """Beside a weight of 1e-9, the rounding of a float32 sum would be all there is."""
-    q, k, v = inputs(1, 24, 1, 1, 4, 3)
-    weights = torch.full((1, 24, 1), 1.0)
-    weights[:, :4] = 1e-9
-    for merge in KERNEL_MERGES:
-        grads = []
-        for dtype, backend in ((torch.float32, "cpu"), (torch.float64, "torch")):
-            leaves = [x.to(dtype).requires_grad_() for x in (q, k, v, weights)]
-            options = {"num_slots": 1, "chunk_size": 4, "merge": merge, "backend": backend}
-            o, _ = ovq_attention(*leaves[:3], token_weights=leaves[3], **options)
-            grads.append(torch.autograd.grad(o[:, 4:8].sum(), leaves[:3]))
-        for grad, reference in zip(*grads, strict=True):
-            assert bool(reference.any())
-            torch.testing.assert_close(grad.double(), reference, rtol=1e-4, atol=1e-5)
+@either_rule
+def test_rewinding_slots_of_little_weight_loses_nothing(merge):
+    check_rewinding("cpu", merge)

@@ -6,7 +6,8 @@ import torch
 from ovq.ops import backend_used, backends, ovq_attention
 from ovq.ops.checks import checked_call
 from ovq.ops.options import Options
-from tests.ops.common import KERNEL_MERGES, assert_same_state, attend, inputs
+from tests.ops.common import KERNEL_MERGES, assert_same_state, attend
+from tests.ops.test_merge_weights import check_rewinding
 from tests.ops.test_token_weights import BOUNDS, KINDS, assert_equal_results, call, results
 
 pytest.importorskip("triton", reason="the extra ovq[triton] is not installed")
@@ -155,19 +156,7 @@ def test_a_stream_that_begins_without_weight():
     "merge", [x if x == "existing" else pytest.param(x, marks=pytest.mark.slow) for x in RULES]
 )
 def test_rewinding_slots_of_little_weight_loses_nothing(merge):
-    """Beside a weight of 1e-9, the rounding of a float32 sum would be all there is."""
-    q, k, v = inputs(1, 12, 1, 1, 4, 3)
-    weights = torch.full((1, 12, 1), 1.0)
-    weights[:, :4] = 1e-9
-    grads = []
-    for dtype, backend in ((torch.float32, "triton"), (torch.float64, "torch")):
-        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v, weights)]
-        options = {"num_slots": 1, "chunk_size": 4, "merge": merge, "backend": backend}
-        o, _ = ovq_attention(*leaves[:3], token_weights=leaves[3], **options)
-        grads.append(torch.autograd.grad(o[:, 4:8].sum(), leaves[:3]))
-    for grad, reference in zip(*grads, strict=True):
-        assert bool(reference.any())
-        torch.testing.assert_close(grad.double(), reference, rtol=1e-4, atol=1e-5)
+    check_rewinding("triton", merge, length=12)
 
 
 def test_rows_are_kept_only_for_a_backward(monkeypatch):
