@@ -4,6 +4,15 @@ import functools
 import itertools
 
 import numpy as np
+import torch
+
+
+def assert_recounted(state, head, slots, k, v):
+    """A head of a state of one row holds the tokens of `slots`, lists of token indices, and no others."""
+    assert state.count[0, head].tolist() == [len(members) for members in slots]
+    for sums, tokens in ((state.key_sum, k), (state.value_sum, v)):
+        expected = torch.stack([tokens[0, members, head].sum(0) for members in slots])
+        torch.testing.assert_close(sums[0, head], expected, rtol=1e-12, atol=1e-12)
 
 
 def recount(keys, values, num_slots, chunk_size):

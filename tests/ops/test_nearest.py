@@ -10,7 +10,7 @@ from ovq.ops import OVQState, backend_used, nearest
 from ovq.ops.options import Options
 from ovq.ops.schedule import GROWTHS
 from tests.ops.common import CPU, assert_same_state, attend, by_turns, inputs
-from tests.ops.recount import recount_by_edges
+from tests.ops.recount import assert_recounted, recount_by_edges
 from tests.ops.streams import LENGTH, PARTS, STREAMS, check_equal, gradients_from, stream, tokens_of
 
 NEAREST = {"merge": "nearest"}
@@ -46,10 +46,7 @@ def test_the_reference_is_what_the_definition_says(kind, growth, value_weight, n
     _, state = attend(k, k, v, **NEAREST, **options, backend="naive")
     for head in range(2):
         slots = recount_by_edges(*(x[0, :, head].numpy() for x in (k, v)), **options)
-        assert state.count[0, head].tolist() == [len(members) for members in slots]
-        for sums, tokens in ((state.key_sum, k), (state.value_sum, v)):
-            expected = torch.stack([tokens[0, members, head].sum(0) for members in slots])
-            torch.testing.assert_close(sums[0, head], expected, rtol=1e-12, atol=1e-12)
+        assert_recounted(state, head, slots, k, v)
 
 
 @pytest.mark.parametrize("backend", CPU)

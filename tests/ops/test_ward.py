@@ -9,7 +9,7 @@ from ovq.ops import backend_used, slot_assignments
 from ovq.ops.options import COUNT_POWERS, Options
 from ovq.ops.schedule import GROWTHS
 from tests.ops.common import CPU, assert_same_state, attend, by_turns, inputs
-from tests.ops.recount import recount_by_likelihood
+from tests.ops.recount import assert_recounted, recount_by_likelihood
 from tests.ops.streams import stream, tokens_of
 
 WARD = {"merge": "ward", "backend": "naive"}
@@ -65,10 +65,7 @@ def test_the_reference_is_what_the_definition_says(rule, kind, growth, value_wei
     for head in range(2):
         keys, values = (x[0, :, head].numpy() for x in (k, v))
         slots = recount_by_likelihood(keys, values, **options, count_power=power)
-        assert state.count[0, head].tolist() == [len(members) for members in slots]
-        for sums, tokens in ((state.key_sum, k), (state.value_sum, v)):
-            expected = torch.stack([tokens[0, members, head].sum(0) for members in slots])
-            torch.testing.assert_close(sums[0, head], expected, rtol=1e-12, atol=1e-12)
+        assert_recounted(state, head, slots, k, v)
 
 
 def test_slots_count_in_the_length_of_values_by_their_tokens():
