@@ -5,6 +5,7 @@ import torch
 
 from ovq_lab.mixers import LinearAttention
 from ovq_lab.mixers.linear import CHUNK, linear_attention
+from tests.layers.common import assert_alike_with_gradients
 
 
 def quadratic(q, k, v):
@@ -34,13 +35,10 @@ def test_chunks_equal_the_quadratic_form_and_its_gradients(num_tokens, num_kv_he
     empty = torch.zeros(2, num_kv_heads, 5, 4, dtype=torch.float64)
     found, kv_sum = linear_attention(*inputs, empty)
     expected = quadratic(*inputs)
-    torch.testing.assert_close(found, expected)
     _, k, v = inputs
     v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
     torch.testing.assert_close(kv_sum, torch.einsum("bthk,bthv->bhkv", k, v))
-    upstream = torch.randn(found.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    grads = [torch.autograd.grad(o, inputs, upstream, retain_graph=True) for o in (found, expected)]
-    torch.testing.assert_close(*grads)
+    assert_alike_with_gradients(inputs, (found, expected))
 
 
 def test_features_are_a_softmax_with_the_temperature_of_the_head():

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from ovq.layers import SinkAttention
 from ovq.layers.sinks import sink_read
+from tests.layers.common import assert_alike_with_gradients
 from tests.written import Written
 
 
@@ -28,10 +29,7 @@ def test_reading_equals_masked_attention_and_its_gradients(num_tokens, num_sinks
     sinks = [F.pad(x[:, :, :num_sinks], fill) for x in (k, v)]
     found = sink_read(q, k, v, *sinks, torch.zeros(2, dtype=torch.long), window=window)
     expected = dense(q, k, v, num_sinks, window)
-    torch.testing.assert_close(found, expected)
-    upstream = torch.randn(found.shape, dtype=torch.float64, generator=generator)
-    grads = [torch.autograd.grad(o, (q, k, v), upstream, retain_graph=True) for o in (found, expected)]
-    torch.testing.assert_close(*grads)
+    assert_alike_with_gradients((q, k, v), (found, expected))
 
 
 def test_a_token_sees_the_first_tokens_and_its_window():
