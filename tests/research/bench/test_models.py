@@ -1,12 +1,10 @@
 """`ovq bench --what model`: the models are what they are called, and the report is whole."""
 
 import json
-import re
 
 import pytest
 import torch
 
-from ovq.cli import main
 from ovq_lab.bench import model_suite
 from ovq_lab.bench.measure import matrix_rate
 from ovq_lab.bench.model_suite import ModelSuite, run_models
@@ -65,22 +63,3 @@ def test_the_roof_is_not_below_the_products_of_pytorch(monkeypatch):
     monkeypatch.setattr(of_measure + "product_loop", lambda: (lambda: None, 1e30))
     monkeypatch.setattr(of_measure + "interleaved", lambda functions, **options: [[1.0]])
     assert matrix_rate("float32") == 1e30
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        (["--models", "gpt"], "--models: expected some of llama, .* found gpt"),
-        (["--sizes", "1T"], "--sizes: expected some of 2M, .* found 1T"),
-        (["--prompts", "1"], "--prompts: expected at least 2 tokens, found 1"),
-        (["--device", "cuda"], "--device: expected cpu with --what model, found cuda"),
-        (["--dtypes", "bfloat16"], "--dtypes: expected none with --what model, found bfloat16"),
-    ],
-)
-def test_bad_arguments_are_one_line(arguments, expected, capsys, tmp_path):
-    with pytest.raises(SystemExit) as stop:
-        main(["bench", "--what", "model", *arguments, "--out", str(tmp_path / "out")])
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert re.search(expected, error)

@@ -18,6 +18,7 @@ from ovq_lab.bench.workloads import Workload
 from tests.progress import Seen
 
 SMALL = {"chunk_size": 16, "num_heads": 2, "head_dim": 8}
+WHOLE = ["--what", "model"]
 
 
 def test_the_workloads_compute_what_they_are_called():
@@ -110,6 +111,11 @@ def test_a_report_is_whole_and_can_be_shown(tmp_path, monkeypatch):
         (["--merge", "existing,wart"], "--merge: expected rules among .* found 'wart'"),
         (["--lengths", "many"], "--lengths: expected positive integers .* found 'many'"),
         (["--device", "tpu"], "--device: expected cpu or cuda, found 'tpu'"),
+        ([*WHOLE, "--models", "gpt"], "--models: expected some of llama, .* found gpt"),
+        ([*WHOLE, "--sizes", "1T"], "--sizes: expected some of 2M, .* found 1T"),
+        ([*WHOLE, "--prompts", "1"], "--prompts: expected at least 2 tokens, found 1"),
+        ([*WHOLE, "--device", "cuda"], "--device: expected cpu with --what model, found cuda"),
+        ([*WHOLE, "--dtypes", "bfloat16"], "--dtypes: expected none with --what model, found bfloat16"),
     ],
 )
 def test_bad_arguments_are_one_line(arguments, expected, capsys, tmp_path):
