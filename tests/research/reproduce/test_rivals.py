@@ -17,7 +17,7 @@ from ovq_lab.figures.rivals import RIVALS
 from ovq_lab.plots.draw import points
 from ovq_lab.train.config import RunConfig
 from ovq_lab.train.loop import model_config
-from tests.research.reproduce.common import TINY, run_here, undrawn, workshop
+from tests.research.reproduce.common import TINY, books, run_here, undrawn, workshop
 from tests.test_cli import fail, run
 
 FIGURES = GROUPS["rivals"]
@@ -125,18 +125,8 @@ def test_one_name_stands_for_all(capsys, tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """One mixer on needles and on text, one seed, and where the results are."""
-    folder = tmp_path_factory.mktemp("books")
-    for number in range(24):
-        words = (f"{number * word % 97} is {word}." for word in range(600))
-        (folder / f"{number}.txt").write_text(" ".join(words))
-    changes = [
-        f"task.dataset={folder}",
-        "task.held_out=0.5",
-        "train.steps=1",
-        "train.warmup_steps=0",
-        "train.save_every=0",
-        "model.mixer_types=sliding_attention,ovq",
-    ]
+    changes = books(tmp_path_factory.mktemp("books"))
+    changes += ["train.steps=1", "train.warmup_steps=0", "model.mixer_types=sliding_attention,ovq"]
     configs = {name: TINY.configs[name].override(changes) for name in ("lm", "needles")}
     text = dataclasses.replace(TINY.text, length=1024, num_windows=1, num_needles=1)
     preset, out = dataclasses.replace(TINY, configs=configs, text=text), tmp_path_factory.mktemp("made")

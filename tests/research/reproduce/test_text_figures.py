@@ -15,7 +15,7 @@ from ovq_lab.figures.plan import run_name
 from ovq_lab.figures.presets import CPU
 from ovq_lab.plots.draw import points
 from ovq_lab.train.config import RunConfig
-from tests.research.reproduce.common import TINY, run_here, undrawn, workshop
+from tests.research.reproduce.common import TINY, books, run_here, undrawn, workshop
 
 LENGTH = 2048
 NUM_SEEDS = {"lm": 2, "needle": 1}
@@ -24,11 +24,7 @@ NUM_SEEDS = {"lm": 2, "needle": 1}
 @pytest.fixture(scope="module")
 def preset(tmp_path_factory):
     """The tiny preset on a corpus of a few files."""
-    folder = tmp_path_factory.mktemp("books")
-    for number in range(24):
-        words = (f"{number * word % 97} is {word}." for word in range(600))
-        (folder / f"{number}.txt").write_text(" ".join(words))
-    changes = [f"task.dataset={folder}", "task.held_out=0.5", "train.steps=2", "train.save_every=0"]
+    changes = [*books(tmp_path_factory.mktemp("books")), "train.steps=2"]
     return dataclasses.replace(
         TINY,
         configs={name: TINY.configs[name].override(changes) for name in ("lm", "needle")},
