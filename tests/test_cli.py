@@ -11,16 +11,15 @@ import sys
 
 import pytest
 import torch
-from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ovq.cli import main
-from ovq.hf import OVQConfig, OVQForCausalLM
-from ovq.runtime.progress import Reporter
+from ovq.hf import OVQForCausalLM
 from ovq_lab.eval.accuracy import evaluate
 from ovq_lab.train.config import RunConfig
-from tests.tiny import TINY
+from tests.progress import Seen
+from tests.tiny import TINY, tiny_model
 
 
 def run(capsys, *arguments):
@@ -112,17 +111,16 @@ def test_eval_prints_what_the_library_measures(trained, capsys):
     arguments = ["--model", trained, "--lengths", "24,48", "--num-slots", "4,8"]
     arguments += ["--merge", "nearest,existing", "--examples", 30, "--seed", 1]
     rows = json.loads(run(capsys, "eval", *arguments, "--json"))["rows"]
-    with Reporter(Console(quiet=True)) as reporter:
-        expected = evaluate(
-            OVQForCausalLM.from_pretrained(trained),
-            RunConfig.load(trained).task,
-            lengths=[24, 48],
-            num_slots=[4, 8],
-            merges=["nearest", "existing"],
-            num_examples=30,
-            seed=1,
-            reporter=reporter,
-        )
+    expected = evaluate(
+        OVQForCausalLM.from_pretrained(trained),
+        RunConfig.load(trained).task,
+        lengths=[24, 48],
+        num_slots=[4, 8],
+        merges=["nearest", "existing"],
+        num_examples=30,
+        seed=1,
+        reporter=Seen(),
+    )
     assert rows == [dataclasses.asdict(row) for row in expected]
     # The option may also be repeated.
     one_by_one = ["existing" if each == "nearest,existing" else each for each in arguments]
@@ -186,11 +184,9 @@ def test_generate_searches_and_samples(trained, capsys, tmp_path):
 
 
 def test_generate_with_another_dictionary(capsys, tmp_path):
-    sizes = {"vocab_size": 60, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    fields = {"num_attention_heads": 2, "mixer_types": ["ovq"], "num_slots": 1, "chunk_size": 4}
-    torch.manual_seed(0)
     # Large weights, so that what is remembered shows in what is said.
-    OVQForCausalLM(OVQConfig(**sizes, **fields, initializer_range=1.0)).save_pretrained(tmp_path)
+    fields = {"vocab_size": 60, "num_slots": 1, "chunk_size": 4, "initializer_range": 1.0}
+    tiny_model(mixer_types=["ovq"], **fields).save_pretrained(tmp_path)
     prompt = " ".join(map(str, range(2, 60)))
     arguments = ["generate", "--model", tmp_path, "--prompt", prompt, "--max-new-tokens", 20]
     one = run(capsys, *arguments, "--num-slots", 1)
@@ -216,11 +212,7 @@ def test_generate_reads_text_where_there_is_a_tokenizer(capsys, tmp_path):
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(tmp_path)
-    config = OVQConfig(
-        vocab_size=5, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
-    )
-    torch.manual_seed(0)
-    OVQForCausalLM(config).save_pretrained(tmp_path)
+    tiny_model(vocab_size=5, num_hidden_layers=1).save_pretrained(tmp_path)
     names = {i: word for word, i in words.items() if i}
     expected = [names[i] for i in greedy(tmp_path, [1, 2], 5) if i]
     out = run(capsys, "generate", "--model", tmp_path, "--prompt", "one two", "--max-new-tokens", 5)

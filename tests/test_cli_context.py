@@ -12,19 +12,17 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from ovq.cli import main
-from ovq.hf import OVQConfig, OVQForCausalLM
 from tests.disks import full_disk
 from tests.test_cli import fail, run
+from tests.tiny import tiny_model
 
 DOCUMENT = " ".join(str(i * 17 % 48) for i in range(1, 90))
 
 
 def save_model(folder, seed=0, **changes):
-    sizes = {"vocab_size": 48, "hidden_size": 24, "intermediate_size": 16, "num_hidden_layers": 2}
     # Large weights, so that what is remembered shows in what is said.
-    fields = {"num_attention_heads": 2, "num_slots": 8, "chunk_size": 4, "initializer_range": 0.5}
-    torch.manual_seed(seed)
-    OVQForCausalLM(OVQConfig(**{**sizes, **fields, "sliding_window": 4, **changes})).save_pretrained(folder)
+    fields = {"vocab_size": 48, "hidden_size": 24, "num_slots": 8, "chunk_size": 4, "initializer_range": 0.5}
+    tiny_model(seed, **{**fields, "sliding_window": 4, **changes}).save_pretrained(folder)
     return folder
 
 

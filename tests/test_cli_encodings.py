@@ -5,12 +5,10 @@ import os
 import sys
 
 import pytest
-import torch
 
 from ovq.cli import main
-from ovq.hf import OVQConfig, OVQForCausalLM
-from ovq_lab.text import byte_tokenizer
 from tests.test_cli import fail
+from tests.tiny import save_reader
 
 PROMPT = "Où? 日本"
 
@@ -18,12 +16,7 @@ PROMPT = "Où? 日本"
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A model whose text of the same prompt has characters outside of ASCII, its folder's name too."""
-    folder = tmp_path_factory.mktemp("müdel")
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 257, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
-    OVQForCausalLM(OVQConfig(**sizes, num_hidden_layers=1, mixer_types=["ovq"])).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
+    return save_reader(tmp_path_factory.mktemp("müdel"), mixer_types=["ovq"])
 
 
 def spoken(monkeypatch, encoding, *arguments, errors="strict", text="", of_text=None):

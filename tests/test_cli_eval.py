@@ -7,30 +7,25 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 
 from ovq.hf import OVQConfig, OVQForCausalLM
-from ovq.runtime.progress import Reporter
 from ovq_lab.eval.language import evaluate_language
 from ovq_lab.eval.needle import evaluate_needle
 from ovq_lab.eval.reading import token_bytes
 from ovq_lab.text import byte_tokenizer
 from ovq_lab.text.haystack import NeedleBuilder, essay_texts
 from ovq_lab.train.recipes import get_recipe
+from tests.progress import Seen
 from tests.test_cli import fail, run
+from tests.tiny import save_reader
 
 BYTES = byte_tokenizer()
 TEXT = " ".join(f"This is sentence {i} of a text that is made up." for i in range(60))
 
 
-def save_model(folder, mixer, **changes):
-    sizes = {"vocab_size": 257, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
-    fields = {"num_attention_heads": 2, "mixer_types": ["sliding_attention", mixer], "num_slots": 4}
-    fields |= {"chunk_size": 16, "sliding_window": 8, "initializer_range": 0.3}
-    torch.manual_seed(0)
-    OVQForCausalLM(OVQConfig(**sizes, **fields)).save_pretrained(folder)
-    BYTES.save_pretrained(folder)
-    return folder
+def save_model(folder, mixer):
+    fields = {"num_slots": 4, "chunk_size": 16, "sliding_window": 8, "initializer_range": 0.3}
+    return save_reader(folder, mixer_types=["sliding_attention", mixer], **fields)
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +50,7 @@ def load(folder):
 
 
 def quiet(evaluate, *arguments, **options):
-    with Reporter(Console(quiet=True)) as reporter:
-        return [dataclasses.asdict(row) for row in evaluate(*arguments, reporter=reporter, **options)]
+    return [dataclasses.asdict(row) for row in evaluate(*arguments, reporter=Seen(), **options)]
 
 
 def without_speed(rows):

@@ -3,22 +3,17 @@
 import tempfile
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
-from ovq.hf import OVQConfig, OVQForCausalLM
-from ovq_lab.text import byte_tokenizer
 from tests.test_cli import fail
+from tests.tiny import save_reader
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A model that reads bytes, a text, what is no text, and a file in the place of a folder."""
     folder = tmp_path_factory.mktemp("files")
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 257, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
-    OVQForCausalLM(OVQConfig(**sizes, num_hidden_layers=2)).save_pretrained(folder / "model")
-    byte_tokenizer().save_pretrained(folder / "model")
+    save_reader(folder / "model")
     (folder / "text.txt").write_text("one two three " * 400)
     (folder / "latin.txt").write_bytes("Où est-ce?".encode("latin-1"))
     (folder / "file").write_text("")

@@ -6,13 +6,12 @@ import re
 import sys
 
 import pytest
-import torch
 from PIL import Image
 
-from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.inspect import layer
 from tests.convert.common import converted
 from tests.test_cli import fail, run
+from tests.tiny import tiny_model
 
 IDS = " ".join(str(i * 17 % 48) for i in range(1, 90))
 
@@ -20,10 +19,8 @@ IDS = " ".join(str(i * 17 % 48) for i in range(1, 90))
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 48, "hidden_size": 24, "intermediate_size": 16, "num_hidden_layers": 2}
-    fields = {"num_attention_heads": 2, "num_slots": 8, "chunk_size": 4, "sliding_window": 4}
-    OVQForCausalLM(OVQConfig(**sizes, **fields)).save_pretrained(folder)
+    fields = {"vocab_size": 48, "hidden_size": 24, "num_slots": 8, "chunk_size": 4, "sliding_window": 4}
+    tiny_model(**fields).save_pretrained(folder)
     return folder
 
 
@@ -141,14 +138,7 @@ def test_bad_input_costs_one_line(arguments, message, capsys, model, tmp_path, m
 
 
 def test_a_model_without_dictionaries_is_refused(capsys, tmp_path):
-    config = OVQConfig(
-        vocab_size=8,
-        hidden_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        mixer_types=["full_attention"],
-    )
-    OVQForCausalLM(config).save_pretrained(tmp_path)
+    tiny_model(mixer_types=["full_attention"]).save_pretrained(tmp_path)
     capsys.readouterr()  # Saving shows a bar, unless a test before has turned bars off.
     said = fail(capsys, "inspect", "--model", tmp_path, "--prompt", "1")
     assert said == "--model: expected one with 'ovq' layers, found mixer_types ['full_attention']"

@@ -17,7 +17,7 @@ from ovq_lab.train.recipe_file import load_recipe
 from ovq_lab.train.recipes import get_recipe
 from tests.processes import command
 from tests.test_cli import fail, run
-from tests.tiny import TINY
+from tests.tiny import TINY, save_reader
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -38,13 +38,8 @@ def _same_logging_after():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A model that reads bytes, with a tokenizer."""
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 257, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
-    config = OVQConfig(**sizes, num_hidden_layers=2, num_slots=6, chunk_size=4, initializer_range=0.5)
-    OVQForCausalLM(config).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
+    fields = {"num_slots": 6, "chunk_size": 4, "initializer_range": 0.5}
+    return save_reader(tmp_path_factory.mktemp("model"), **fields)
 
 
 @pytest.mark.parametrize(("group", "shown"), [((), "reproduce"), (("context",), "build")])

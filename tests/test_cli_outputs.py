@@ -6,11 +6,10 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from ovq.cli import main
-from ovq.hf import OVQConfig, OVQForCausalLM
 from tests.processes import command
+from tests.tiny import tiny_model
 
 BROKEN, REFUSED = 141, 2
 
@@ -19,11 +18,7 @@ BROKEN, REFUSED = 141, 2
 def model(tmp_path_factory):
     """The folder of a tiny model."""
     folder = tmp_path_factory.mktemp("model")
-    config = OVQConfig(
-        vocab_size=60, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
-    )
-    torch.manual_seed(0)
-    OVQForCausalLM(config).save_pretrained(folder)
+    tiny_model(vocab_size=60, num_hidden_layers=1).save_pretrained(folder)
     return folder
 
 

@@ -3,11 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 from tests.progress import Seen
+from tests.tiny import tiny_model
 
-from ovq.hf import OVQConfig, OVQForCausalLM
-from ovq.runtime.progress import Reporter
+from ovq.hf import OVQConfig
 from ovq_lab.eval import accuracy
 from ovq_lab.eval.accuracy import evaluate
 from ovq_lab.eval.dictionaries import Dictionary, dictionaries_to_test, each_dictionary
@@ -18,26 +17,13 @@ TASK = RecallTask(vocab_size=20, key_length=2, pair_share=0.5, query_share=0.6)
 
 
 def build_model(*mixer_types):
-    torch.manual_seed(0)
-    config = OVQConfig(
-        vocab_size=20,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=len(mixer_types),
-        num_attention_heads=2,
-        mixer_types=list(mixer_types),
-        sliding_window=4,
-        num_slots=4,
-        chunk_size=4,
-        # Large weights, so that an untrained model has opinions.
-        initializer_range=1.0,
-    )
-    return OVQForCausalLM(config).eval()
+    # Large weights, so that an untrained model has opinions.
+    sizes = {"vocab_size": 20, "sliding_window": 4, "num_slots": 4, "chunk_size": 4, "initializer_range": 1.0}
+    return tiny_model(mixer_types=list(mixer_types), **sizes)
 
 
 def run(model, **arguments):
-    with Reporter(Console(quiet=True)) as reporter:
-        return evaluate(model, TASK, reporter=reporter, **arguments)
+    return evaluate(model, TASK, reporter=Seen(), **arguments)
 
 
 def test_accuracy_is_the_share_of_right_tokens_among_those_asked():
@@ -71,8 +57,7 @@ def test_a_model_that_knows_the_answers_scores_one(monkeypatch):
 def test_errors_are_averaged_in_all_and_by_slice_for_tasks_that_have_them():
     task = RegressionTask(vocab_size=20, max_slope=1, max_offset=1, max_x=1)
     model = build_model("ovq")
-    with Reporter(Console(quiet=True)) as reporter:
-        [row] = evaluate(model, task, lengths=[60], num_examples=9, reporter=reporter)
+    [row] = evaluate(model, task, lengths=[60], num_examples=9, reporter=Seen())
     batch = task.at_length(60).build(0, indices=range(9), split="test")
     with torch.no_grad():
         predicted = model(torch.from_numpy(batch.inputs)).logits.argmax(-1).numpy()[:, :-1]
@@ -182,11 +167,9 @@ def test_what_cannot_be_tested_is_refused(arguments, message):
 
 
 def test_a_task_with_unknown_tokens_is_refused():
-    with (
-        Reporter(Console(quiet=True)) as reporter,
-        pytest.raises(ValueError, match=r"at most 20 token ids.*found 40"),
-    ):
-        evaluate(build_model("ovq"), RecallTask(vocab_size=40, num_pairs=2), lengths=[16], reporter=reporter)
+    task = RecallTask(vocab_size=40, num_pairs=2)
+    with pytest.raises(ValueError, match=r"at most 20 token ids.*found 40"):
+        evaluate(build_model("ovq"), task, lengths=[16], reporter=Seen())
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ import pytest
 import torch
 from tests.convert.common import SIZES
 from tests.test_cli import fail, run
+from tests.tiny import tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ovq.convert import attach
-from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.hf.streaming import stream_tokens
 from ovq_lab.eval.harness import evaluate_tasks
 from ovq_lab.eval.report import results_as_markdown
@@ -45,10 +45,7 @@ YAML = {
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 257, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
-    fields = {"num_attention_heads": 2, "num_slots": 6, "chunk_size": 4, "sliding_window": 4}
-    model = OVQForCausalLM(OVQConfig(**sizes, **fields, initializer_range=0.5)).double().eval()
+    model = tiny_model(num_slots=6, chunk_size=4, sliding_window=4, initializer_range=0.5).double()
     with torch.no_grad():
         # It says characters that are seen alone, so that text gives its tokens back.
         model.lm_head.weight[:33] = model.lm_head.weight[127:] = 0

@@ -5,10 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
+from tests.progress import Seen
+from tests.tiny import tiny_model
 
-from ovq.hf import OVQConfig, OVQForCausalLM, model_assignments
-from ovq.runtime.progress import Reporter
+from ovq.hf import model_assignments
 from ovq_lab.eval import kept
 from ovq_lab.eval.accuracy import evaluate
 from ovq_lab.eval.kept import COUNT_NAMES, evaluate_kept
@@ -19,26 +19,14 @@ CHUNK = 4
 
 
 def build_model(*mixer_types, **changes):
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
-    config = OVQConfig(
-        num_hidden_layers=len(mixer_types),
-        mixer_types=list(mixer_types),
-        sliding_window=4,
-        num_slots=4,
-        chunk_size=CHUNK,
-        # Large weights, so that an untrained model has opinions.
-        initializer_range=1.0,
-        **sizes,
-        **changes,
-    )
-    return OVQForCausalLM(config).eval()
+    # Large weights, so that an untrained model has opinions.
+    sizes = {"vocab_size": 20, "sliding_window": 4, "num_slots": 4, "initializer_range": 1.0}
+    return tiny_model(mixer_types=list(mixer_types), chunk_size=CHUNK, **sizes, **changes)
 
 
 def run(model, task=TASK, **arguments):
-    with Reporter(Console(quiet=True)) as reporter:
-        options = {"num_slots": 12, "merge": "nearest", "num_examples": 5, "seed": 3, "reporter": reporter}
-        return evaluate_kept(model, task, **options | arguments)
+    options = {"num_slots": 12, "merge": "nearest", "num_examples": 5, "seed": 3, "reporter": Seen()}
+    return evaluate_kept(model, task, **options | arguments)
 
 
 def test_places_of_pairs_hold_the_pairs():
@@ -124,17 +112,8 @@ def test_a_question_is_right_if_all_its_tokens_are(monkeypatch):
 def test_the_accuracy_is_that_of_an_evaluation():
     model = build_model("sliding_attention", "ovq")
     row = run(model)
-    with Reporter(Console(quiet=True)) as reporter:
-        [usual] = evaluate(
-            model,
-            TASK,
-            lengths=[90],
-            num_slots=[12],
-            merges=["nearest"],
-            num_examples=5,
-            seed=3,
-            reporter=reporter,
-        )
+    options = {"lengths": [90], "num_slots": [12], "merges": ["nearest"], "num_examples": 5, "seed": 3}
+    [usual] = evaluate(model, TASK, **options, reporter=Seen())
     assert (row.accuracy, row.num_questions) == (usual.accuracy, usual.num_questions)
     assert (row.mixer, row.num_slots, row.merge, row.length) == ("ovq", 12, "nearest", 90)
     assert (model.config.num_slots, model.config.merge) == (4, "existing")

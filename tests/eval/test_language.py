@@ -10,11 +10,10 @@ import pytest
 import torch
 from rich.console import Console
 from tests.progress import Seen
+from tests.tiny import tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from ovq.hf import OVQConfig, OVQForCausalLM
-from ovq.runtime.progress import Reporter
 from ovq_lab.eval.dictionaries import Dictionary, each_dictionary
 from ovq_lab.eval.language import LanguageRow, evaluate_language, take_windows
 from ovq_lab.eval.reading import token_bytes, token_losses
@@ -23,13 +22,8 @@ from ovq_lab.text import Document, byte_tokenizer, train_tokenizer
 
 
 def make_model(*mixers, **changes):
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 30, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
-    fields = {"num_slots": 5, "chunk_size": 8, "sliding_window": 6, "initializer_range": 0.3}
-    config = OVQConfig(
-        **{**sizes, **fields, "num_hidden_layers": len(mixers), "mixer_types": list(mixers), **changes}
-    )
-    return OVQForCausalLM(config).double().eval()
+    fields = {"vocab_size": 30, "mixer_types": list(mixers), "num_slots": 5, "chunk_size": 8}
+    return tiny_model(**fields | {"sliding_window": 6, "initializer_range": 0.3} | changes).double()
 
 
 def random_ids(length, seed=0, vocab_size=30):
@@ -37,8 +31,7 @@ def random_ids(length, seed=0, vocab_size=30):
 
 
 def measure(model, documents, **options):
-    with Reporter(Console(quiet=True)) as reporter:
-        return evaluate_language(model, documents, reporter=reporter, **options)
+    return evaluate_language(model, documents, reporter=Seen(), **options)
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,8 @@ import pytest
 import torch
 from rich.console import Console
 from tests.progress import Seen
+from tests.tiny import tiny_model
 
-from ovq.hf import OVQConfig, OVQForCausalLM
-from ovq.runtime.progress import Reporter
 from ovq_lab.eval.needle import NeedleRow, ask, evaluate_needle
 from ovq_lab.plots.draw import AXIS_NAMES
 from ovq_lab.plots.needle import SCORES, needle_table, save_needle_figures
@@ -160,19 +159,7 @@ def test_essays_need_a_text():
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    config = OVQConfig(
-        vocab_size=257,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_slots=8,
-        chunk_size=16,
-        sliding_window=8,
-        initializer_range=0.5,
-    )
-    return OVQForCausalLM(config).double().eval()
+    return tiny_model(num_slots=8, chunk_size=16, sliding_window=8, initializer_range=0.5).double()
 
 
 def by_hand(model, needle):
@@ -241,8 +228,7 @@ def test_a_value_is_found_wherever_it_is_said(model, monkeypatch, said, is_found
 
 
 def measure(model, builder, **options):
-    with Reporter(Console(quiet=True)) as reporter:
-        return evaluate_needle(model, builder, reporter=reporter, **options)
+    return evaluate_needle(model, builder, reporter=Seen(), **options)
 
 
 def test_rows_hold_the_means_of_the_scores(model, monkeypatch):

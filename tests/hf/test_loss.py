@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ovq.hf import OVQConfig, OVQForCausalLM, loss
+from tests.tiny import tiny_model
 
 
 class Largest(TorchDispatchMode):
@@ -67,16 +68,8 @@ def test_the_mean_over_no_target_has_gradients_of_zero():
 
 def test_logits_of_all_tokens_never_exist():
     vocab_size, num_tokens = 3000, 1000
-    config = OVQConfig(
-        vocab_size=vocab_size,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_slots=8,
-        chunk_size=8,
-    )
-    model, ids = OVQForCausalLM(config), torch.randint(vocab_size, (1, num_tokens))
+    model = tiny_model(vocab_size=vocab_size, num_slots=8, chunk_size=8).train()
+    ids = torch.randint(vocab_size, (1, num_tokens))
     largest = {}
     for skip_logits in (False, True):
         with Largest() as seen:

@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 
-from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.inspect import DROPPED, inspect_text
 from ovq.layers import OVQAttention
+from tests.tiny import tiny_model
 
 
 def recorded(num_tokens, *, seed=0, **options):
@@ -37,17 +37,11 @@ def looked_into(
     pieces, *, num_heads=2, num_kv_heads=None, max_tokens=4096, num_reads=8, work=None, **changes
 ):
     """A text of these pieces, read by a tiny model with random weights."""
-    torch.manual_seed(0)
-    config = OVQConfig(
-        vocab_size=48,
-        hidden_size=24,
-        intermediate_size=16,
-        num_attention_heads=num_heads,
-        num_key_value_heads=num_kv_heads or num_heads,
-        **{"num_hidden_layers": 2, "num_slots": 8, "chunk_size": 4, "initializer_range": 0.5} | changes,
-    )
+    fields = {"vocab_size": 48, "hidden_size": 24, "num_attention_heads": num_heads}
+    fields |= {"num_key_value_heads": num_kv_heads or num_heads}
+    fields |= {"num_slots": 8, "chunk_size": 4, "initializer_range": 0.5}
     return inspect_text(
-        OVQForCausalLM(config).eval(),
+        tiny_model(**fields | changes),
         [17 * i % 48 for i in range(len(pieces))],
         pieces,
         model_name="tiny",

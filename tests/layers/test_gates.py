@@ -11,6 +11,7 @@ from ovq.layers.gates import ForgetGate
 from ovq.parallel.segment import Segment
 from ovq_lab.mixers import MIXERS
 from ovq_lab.train.recipes import get_recipe
+from tests.tiny import tiny_model
 
 GATES = {
     "merge": {"merge_gate": True},
@@ -39,21 +40,8 @@ def _move_gates(module):
 
 def model(gates, **fields):
     """A small model in float64, likewise."""
-    torch.manual_seed(0)
-    config = OVQConfig(
-        vocab_size=20,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_slots=8,
-        chunk_size=4,
-        sliding_window=4,
-        initializer_range=0.3,
-        merge="nearest",
-        **gates | fields,
-    )
-    made = OVQForCausalLM(config).double().eval()
+    sizes = {"vocab_size": 20, "num_slots": 8, "chunk_size": 4, "sliding_window": 4, "initializer_range": 0.3}
+    made = tiny_model(merge="nearest", **sizes, **gates | fields).double()
     _move_gates(made)
     return made
 
