@@ -272,24 +272,18 @@ class _Tally:
     """Statistics of questions and slots, collected over batches."""
 
     def __init__(self) -> None:
-        self._right: list[np.ndarray] = []
-        self._own: list[np.ndarray] = []
-        self._clean: list[np.ndarray] = []
+        self._questions: list[tuple[np.ndarray, ...]] = []
         self._num_heads = 0
-        self._counts: list[np.ndarray] = []
-        self._ages: list[tuple[np.ndarray, np.ndarray]] = []
-        self._effective: list[float] = []
-        self._largest: list[float] = []
+        # Of each head of each row: numbers of tokens in its slots, their oldest and their mean positions.
+        self._slots: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
     def add_questions(self, is_right: np.ndarray, own: np.ndarray, clean: np.ndarray) -> None:
-        for found, each in ((self._right, is_right), (self._own, own), (self._clean, clean)):
-            found.append(each.ravel())
+        self._questions.append((is_right.ravel(), own.ravel(), clean.ravel()))
 
     def add_memory(self, slots: Tensor, num_tokens: int) -> None:
         """Add the slots `[B, H, T]` of a batch after `num_tokens` tokens."""
-        rows = slots.flatten(0, 1).cpu().numpy()
         self._num_heads = slots.shape[1]
-        for of_head in rows:
+        for of_head in slots.flatten(0, 1).cpu().numpy():
             position = np.nonzero(of_head >= 0)[0]
             if not len(position):
                 continue
@@ -297,19 +291,16 @@ class _Tally:
             total = np.bincount(of_head[position], weights=position)
             oldest = np.full(len(count), num_tokens)
             np.minimum.at(oldest, of_head[position], position)
-            is_used = count > 0
-            self._counts.append(count[is_used])
-            self._ages.append((oldest[is_used] / num_tokens, total[is_used] / count[is_used] / num_tokens))
-            shares = count[is_used] / count.sum()
-            self._effective.append(float(np.exp(-(shares * np.log(shares)).sum())))
-            self._largest.append(float(shares.max()))
+            used = count > 0
+            mean = total[used] / count[used] / num_tokens
+            self._slots.append((count[used], oldest[used] / num_tokens, mean))
 
     def fields(self) -> dict[str, Any]:
         """The fields of a `KeptRow` that follow from the statistics."""
-        right, own, clean = (np.concatenate(x) for x in (self._right, self._own, self._clean))
-        counts = np.concatenate(self._counts)
+        right, own, clean = (np.concatenate(x) for x in zip(*self._questions, strict=True))
+        counts, oldest, mean_position = (np.concatenate(x) for x in zip(*self._slots, strict=True))
         octave = np.minimum(np.ceil(np.log2(counts)), len(COUNT_NAMES) - 1).astype(int)
-        oldest, mean_position = (np.concatenate(x) for x in zip(*self._ages, strict=True))
+        shares = [count / count.sum() for count, _, _ in self._slots]
         return {
             "num_questions": len(right),
             "accuracy": float(right.mean()),
@@ -321,8 +312,8 @@ class _Tally:
             "slot_counts": _shares(octave, COUNT_NAMES),
             "oldest": _by_part(oldest),
             "mean_position": _by_part(mean_position),
-            "effective_slots": float(np.mean(self._effective)),
-            "largest_share": float(np.mean(self._largest)),
+            "effective_slots": float(np.mean([np.exp(-(x * np.log(x)).sum()) for x in shares])),
+            "largest_share": float(np.mean([x.max() for x in shares])),
         }
 
 
