@@ -127,19 +127,17 @@ class RunJob:
         (self.folder / "evaluations").mkdir(exist_ok=True)
         total = sum(evaluation.num_steps for evaluation in evaluations)
         work = reporter.start(f"evaluate {self.label}", total=total)
-        done = 0
+        done, use_bfloat16 = 0, self.config.train.precision == "bfloat16"
         for evaluation in evaluations:
             # For models that open slots at random.
             set_seed(evaluation.seed)
             begun = time.monotonic()
-            use_bfloat16 = self.config.train.precision == "bfloat16"
-            mixed = torch.autocast(device, torch.bfloat16, enabled=use_bfloat16)
             # Models are trained without.
             if evaluation.logn_length != model.config.logn_length:
                 model.set_logn_length(evaluation.logn_length)
             if evaluation.state_dtype != getattr(model.config, "state_dtype", None):
                 model.set_state_dtype(evaluation.state_dtype or "float32")
-            with mixed:
+            with torch.autocast(device, torch.bfloat16, enabled=use_bfloat16):
                 found = evaluation.evaluate(model, self.folder, _PartReporter(work, done))
             done += evaluation.num_steps
             outcome = {
