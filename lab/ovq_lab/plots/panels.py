@@ -61,12 +61,9 @@ def save(figure: Figure, path: Path, *, title: str = "", first: Sequence[str] = 
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             # For a line with error bars, show only the line.
             handles.setdefault(label, getattr(handle, "lines", (handle,))[0])
-    order = [
-        *(label for label in first if label in handles),
-        *(each for each in handles if each not in first),
-    ]
     if handles:
-        _add_legend(figure, {label: handles[label] for label in order}, wrapped(title))
+        in_order = {label: handles[label] for label in (*first, *handles) if label in handles}
+        _add_legend(figure, in_order, wrapped(title))
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=_DPI)
         _shrink(temporary)

@@ -179,12 +179,9 @@ class _LogAtCheckpoints(TrainerCallback):
 
 def _by_step(out: Path) -> list[Path]:
     """All checkpoint folders, earliest step first."""
-    steps = {
-        path: path.name.removeprefix("checkpoint-") for path in out.glob("checkpoint-*") if path.is_dir()
-    }
-    return sorted(
-        (path for path, step in steps.items() if step.isdecimal()), key=lambda path: int(steps[path])
-    )
+    folders = (path for path in out.glob("checkpoint-*") if path.is_dir())
+    by_step = {path.name.removeprefix("checkpoint-"): path for path in folders}
+    return [by_step[step] for step in sorted(filter(str.isdecimal, by_step), key=int)]
 
 
 def _digest(path: Path) -> str:
