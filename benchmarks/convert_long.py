@@ -240,21 +240,18 @@ class Reader:
 
     def row(self) -> dict[str, Any]:
         """Mean loss and milliseconds per token since the last row, and bytes of the cache."""
+        if isinstance(self.cache, MemoryCache):
+            num_bytes = self.cache.nbytes
+        else:
+            num_bytes = sum(x.nbytes for layer in self.cache.layers for x in (layer.keys, layer.values))
         found = {
             "loss": round(float(torch.cat(self.losses).mean()), 4),
             "num_read": self.num_read,
             "ms_per_token": round(1000 * self.seconds / self.num_read, 3),
-            "bytes": num_bytes(self.cache),
+            "bytes": num_bytes,
         }
         self.losses, self.seconds, self.num_read = [], 0.0, 0
         return found
-
-
-def num_bytes(cache: Any) -> int:
-    """Bytes of a cache."""
-    if isinstance(cache, MemoryCache):
-        return cache.nbytes
-    return sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
 
 
 if __name__ == "__main__":
