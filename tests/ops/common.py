@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import normalize
 from torch.overrides import TorchFunctionMode
 
-from ovq.ops import OVQState, cpu_kernels, ovq_attention
+from ovq.ops import OVQState, backend_used, cpu_kernels, ovq_attention
 from ovq.ops.ablation import Ablation
 from ovq.ops.options import CURRENT_MERGES, INITS
 
@@ -71,6 +71,26 @@ def inputs(batch, length, heads=2, kv_heads=1, key_dim=6, value_dim=5, *, dtype=
 def attend(q, k, v, **options):
     """`ovq_attention` with the final state."""
     return ovq_attention(q, k, v, output_final_state=True, **options)
+
+
+def read_in_pieces(tensors, pieces, state=None, **options):
+    """Outputs and state of a stream, tensors by name, that is read in pieces of these lengths.
+
+    Each is run by the backend that the options name, if they do.
+    """
+    outputs, start = [], 0
+    for piece in pieces:
+        part = {name: x[:, start : start + piece] for name, x in tensors.items()}
+        o, state = attend(**part, initial_state=state, **options)
+        assert options.get("backend", "auto") in ("auto", backend_used())
+        outputs.append(o)
+        start += piece
+    return torch.cat(outputs, 1), state
+
+
+def decoded(tensors, state, backend, **options):
+    """Outputs of token after token, and the state after the last."""
+    return read_in_pieces(tensors, [1] * tensors["q"].shape[1], state, backend=backend, **options)
 
 
 def assert_same_state(actual: OVQState, expected: OVQState, *, tolerance=1e-9):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.ops.common import BACKENDS, CPU, attend, by_turns, inputs
+from tests.ops.common import BACKENDS, CPU, attend, by_turns, inputs, read_in_pieces
 
 LENGTH, CHUNK = 40, 8
 
@@ -16,13 +16,8 @@ def drawn(dtype=torch.float32, seed=0):
 
 def decoded(tensors, given, options):
     """Outputs token by token."""
-    outputs, state = [], None
-    for t in range(LENGTH):
-        part = slice(t, t + 1)
-        own = {name: x[:, part] for name, x in given.items()}
-        o, state = attend(*(x[:, part] for x in tensors), **own, initial_state=state, **options)
-        outputs.append(o)
-    return torch.cat(outputs, 1)
+    by_name = dict(zip("qkv", tensors, strict=True)) | given
+    return read_in_pieces(by_name, [1] * LENGTH, **options)[0]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from ovq.ops.backends import BACKENDS as BY_NAME
 from ovq.ops.fading import LEAST_LOG, LEAST_WEIGHT
 from ovq.ops.serialization import upgraded
 from ovq.ops.state import state_tensors
-from tests.ops.common import BACKENDS, CPU, assert_same_state, attend, inputs, with_rules
+from tests.ops.common import BACKENDS, CPU, assert_same_state, attend, inputs, read_in_pieces, with_rules
 
 CHUNK = 4
 MERGES = ("existing", "nearest")
@@ -34,13 +34,7 @@ def arguments(batch, length, *, seed=0, rate=1.0, num_slots=8, weights=False, dt
 
 def run(tensors, options, pieces=None):
     """Outputs and state of a call, or of one for each piece."""
-    outputs, state, start = [], None, 0
-    for piece in pieces or [tensors["q"].shape[1]]:
-        part = {name: x[:, start : start + piece] for name, x in tensors.items()}
-        o, state = attend(**part, **options, initial_state=state)
-        outputs.append(o)
-        start += piece
-    return torch.cat(outputs, 1), state
+    return read_in_pieces(tensors, pieces or [tensors["q"].shape[1]], **options)
 
 
 def gradients(tensors, options, pieces=None):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ovq.ops import OVQState, backend_used, ovq_attention, slot_assignments
 from ovq.ops.options import CURRENT_MERGES
 from ovq.ops.state import with_capacity
-from tests.ops.common import assert_same_state, attend, inputs
+from tests.ops.common import assert_same_state, attend, inputs, read_in_pieces
 
 CHUNK = 4
 OPTIONS = {
@@ -49,14 +49,7 @@ def arguments(batch, length, heads=2, kv_heads=1, *, seed=0, num_slots=8, weight
 
 def run(tensors, options, pieces=None, **more):
     """Outputs and state of a call, or of one for each piece."""
-    length = tensors["q"].shape[1]
-    outputs, state, start = [], None, 0
-    for piece in pieces or [length]:
-        part = {name: x[:, start : start + piece] for name, x in tensors.items()}
-        o, state = attend(**part, **options, initial_state=state, **more)
-        outputs.append(o)
-        start += piece
-    return torch.cat(outputs, 1), state
+    return read_in_pieces(tensors, pieces or [tensors["q"].shape[1]], **options, **more)
 
 
 def gradients(tensors, options, pieces=None, **more):

@@ -5,8 +5,18 @@ import dataclasses
 import pytest
 import torch
 
-from ovq.ops import backend_used, slot_assignments
-from tests.ops.common import CPU, KERNEL_MERGES, assert_same_state, attend, by_turns, either_rule, inputs
+from ovq.ops import slot_assignments
+from tests.ops.common import (
+    CPU,
+    KERNEL_MERGES,
+    assert_same_state,
+    attend,
+    by_turns,
+    decoded,
+    either_rule,
+    inputs,
+    read_in_pieces,
+)
 from tests.ops.test_merge_weights import check_rewinding, check_rows, check_zeros, token_weights
 
 pytestmark = pytest.mark.skipif(not CPU, reason="no compiled kernels")
@@ -34,14 +44,9 @@ def results(backend, tensors, options, pieces):
     """Outputs, state, and gradients of a loss of both, of a stream read in pieces."""
     leaves = {name: x.clone().requires_grad_() for name, x in tensors.items()}
     leaves["scale"] = torch.linspace(1, 4, tensors["q"].shape[2], requires_grad=True)
-    outputs, state, start = [], None, 0
-    for piece in pieces:
-        part = {name: x[:, start : start + piece] for name, x in leaves.items() if name != "scale"}
-        o, state = attend(**part, scale=leaves["scale"], initial_state=state, backend=backend, **options)
-        assert backend_used() == backend
-        outputs.append(o)
-        start += piece
-    o = torch.cat(outputs, 1)
+    scale = leaves["scale"]
+    tokens = {name: x for name, x in leaves.items() if name != "scale"}
+    o, state = read_in_pieces(tokens, pieces, scale=scale, backend=backend, **options)
     loss = (o.float() * torch.linspace(-1, 1, o.numel()).view_as(o)).sum()
     for name in ("key_sum", "value_sum", "weight"):
         loss = loss + getattr(state, name).sin().sum()
@@ -125,15 +130,8 @@ def test_token_by_token(dtype, merge):
     tensors = call((2, 60, 4, 2, 7, 20), "some zero", dtype=dtype)
     mask = torch.arange(40) < torch.tensor([40, 33])[:, None]
     start = attend(**{name: x[:, :40] for name, x in tensors.items()}, attention_mask=mask, **options)[1]
-    found = []
-    for backend in ("torch", "cpu"):
-        outputs, state = [], start
-        for t in range(40, 60):
-            step = {name: x[:, t : t + 1] for name, x in tensors.items()}
-            o, state = attend(**step, initial_state=state, backend=backend, **options)
-            assert backend_used() == backend
-            outputs.append(o)
-        found.append((torch.cat(outputs, 1), state))
+    rest = {name: x[:, 40:] for name, x in tensors.items()}
+    found = [decoded(rest, start, backend, **options) for backend in ("torch", "cpu")]
     bound = BOUNDS[dtype]
     torch.testing.assert_close(found[1][0], found[0][0], rtol=bound, atol=bound)
     assert_same_state(found[1][1], found[0][1], tolerance=0)

@@ -3,21 +3,9 @@
 import pytest
 import torch
 
-from ovq.ops import backend_used
-from tests.ops.common import assert_same_state, attend, inputs
+from tests.ops.common import assert_same_state, attend, decoded, inputs
 
 pytest.importorskip("triton", reason="the extra ovq[triton] is not installed")
-
-
-def decoded(q, k, v, state, backend, **options):
-    """Outputs `[B, T, H, V]` of token after token, and the state after the last."""
-    outputs = []
-    for t in range(q.shape[1]):
-        token = (x[:, t : t + 1] for x in (q, k, v))
-        o, state = attend(*token, initial_state=state, backend=backend, **options)
-        assert backend_used() == backend
-        outputs.append(o)
-    return torch.cat(outputs, 1), state
 
 
 @pytest.mark.parametrize(("heads", "dtype"), [((3, 1), torch.bfloat16), ((2, 2), torch.float32)], ids=str)
@@ -25,7 +13,7 @@ def test_token_after_token_equals_one_call(heads, dtype):
     q, k, v = inputs(1, 8, *heads, 7, 5, dtype=dtype)
     options = {"num_slots": 8, "chunk_size": 3, "scale": torch.linspace(1, 4, 2 * heads[0])[::2]}
     o_ref, state_ref = attend(q, k, v, backend="naive", **options)
-    o, state = decoded(q, k, v, None, "triton", **options)
+    o, state = decoded({"q": q, "k": k, "v": v}, None, "triton", **options)
     tolerance = 1e-5 if dtype == torch.float32 else 0.02
     torch.testing.assert_close(o, o_ref, rtol=tolerance, atol=tolerance)
     assert_same_state(state, state_ref, tolerance=0)
@@ -38,9 +26,9 @@ def test_rows_whose_chunks_end_at_different_tokens():
     lengths = torch.tensor([21, 18, 20])
     mask = (torch.arange(21) < lengths[:, None]).long()
     _, state = attend(q[:, :21], k[:, :21], v[:, :21], attention_mask=mask, backend="naive", **options)
-    rest = [x[:, 21:24] for x in (q, k, v)]
-    o, after = decoded(*rest, state, "triton", **options)
-    o_ref, after_ref = decoded(*rest, state, "naive", **options)
+    rest = {name: x[:, 21:24] for name, x in (("q", q), ("k", k), ("v", v))}
+    o, after = decoded(rest, state, "triton", **options)
+    o_ref, after_ref = decoded(rest, state, "naive", **options)
     torch.testing.assert_close(o, o_ref, rtol=1e-5, atol=1e-5)
     assert_same_state(after, after_ref, tolerance=0)
 

@@ -4,11 +4,10 @@ import pytest
 import torch
 
 from ovq.ops import backend_used
-from tests.ops.common import assert_same_state, attend, inputs
+from tests.ops.common import assert_same_state, attend, decoded, inputs
 from tests.ops.streams import STREAMS, assert_same_sums, gradients_from, stream
 from tests.ops.test_nearest import tight
 from tests.ops.test_parity import gradients
-from tests.ops.triton.test_decode import decoded
 from tests.ops.triton.test_kernels import assert_parity
 
 pytest.importorskip("triton", reason="the extra ovq[triton] is not installed")
@@ -142,9 +141,9 @@ def test_token_after_token():
     options = {"merge": "nearest", "num_slots": 6, "chunk_size": 4}
     _, state = attend(q[:, :14], k[:, :14], v[:, :14], attention_mask=mask, backend="naive", **options)
     kept = state.clone()
-    rest = [x[:, 14:] for x in (q, k, v)]
-    o, after = decoded(*rest, state, "triton", **options)
-    o_ref, expected = decoded(*rest, state, "naive", **options)
+    rest = {name: x[:, 14:] for name, x in (("q", q), ("k", k), ("v", v))}
+    o, after = decoded(rest, state, "triton", **options)
+    o_ref, expected = decoded(rest, state, "naive", **options)
     torch.testing.assert_close(o, o_ref, rtol=1e-5, atol=1e-5)
     assert_same_state(after, expected, tolerance=0)
     assert_same_state(state, kept, tolerance=0)

@@ -6,7 +6,7 @@ import torch
 from ovq.ops import backend_used, backends, ovq_attention
 from ovq.ops.checks import checked_call
 from ovq.ops.options import Options
-from tests.ops.common import KERNEL_MERGES, assert_same_state, attend
+from tests.ops.common import KERNEL_MERGES, assert_same_state, attend, decoded
 from tests.ops.test_merge_weights import check_rewinding
 from tests.ops.test_token_weights import BOUNDS, KINDS, assert_equal_results, call, results
 
@@ -86,17 +86,6 @@ def test_weights_of_any_size(merge, factor):
     states = [attend(**tensors, backend=name, **options)[1] for name in ("triton", "naive")]
     assert_same_state(*states, tolerance=0)
     assert torch.equal(states[0].weight, states[1].weight)
-
-
-def decoded(tensors, state, backend, **options):
-    """Outputs of token after token, and the state after the last."""
-    outputs = []
-    for t in range(tensors["q"].shape[1]):
-        step = {name: x[:, t : t + 1] for name, x in tensors.items()}
-        o, state = attend(**step, initial_state=state, backend=backend, **options)
-        assert backend_used() == backend
-        outputs.append(o)
-    return torch.cat(outputs, 1), state
 
 
 @pytest.mark.parametrize(
