@@ -19,6 +19,7 @@ from tests.ops.common import (
     by_turns,
     either_rule,
     inputs,
+    read_in_pieces,
 )
 from tests.ops.recount import recount, recount_by_edges
 
@@ -116,13 +117,8 @@ def test_any_split_into_calls(backend, pieces, merge, init, variant):
     options = {**OPTIONS, "merge": merge, "init": init, **variant, "backend": backend}
     whole, final = whole_call(tuple(options.items()))
     options["generator"] = torch.Generator().manual_seed(1)
-    outputs, state, start = [], None, 0
-    for piece in pieces:
-        part = slice(start, start + piece)
-        o, state = attend(q[:, part], k[:, part], v[:, part], initial_state=state, **options)
-        outputs.append(o)
-        start += piece
-    torch.testing.assert_close(torch.cat(outputs, 1), whole, rtol=1e-9, atol=1e-9)
+    o, state = read_in_pieces({"q": q, "k": k, "v": v}, pieces, **options)
+    torch.testing.assert_close(o, whole, rtol=1e-9, atol=1e-9)
     assert_same_state(state, final)
 
 

@@ -9,7 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from ovq.ops import OVQState, backend_used, nearest
 from ovq.ops.options import Options
 from ovq.ops.schedule import GROWTHS
-from tests.ops.common import CPU, assert_same_state, attend, by_turns, inputs
+from tests.ops.common import CPU, assert_same_state, attend, by_turns, inputs, read_in_pieces
 from tests.ops.recount import assert_recounted, recount_by_edges
 from tests.ops.streams import LENGTH, PARTS, STREAMS, check_equal, gradients_from, stream, tokens_of
 
@@ -254,9 +254,7 @@ def test_any_split_leaves_the_same_bits(pieces, kind, backend):
     tokens = stream(kind, torch.float32)
     options = {**NEAREST, "num_slots": 20, "chunk_size": 12, "backend": backend}
     _, whole = attend(*tokens, **options)
-    state = None
-    for part in torch.arange(LENGTH).split(pieces):
-        _, state = attend(*(x[:, part] for x in tokens), initial_state=state, **options)
+    _, state = read_in_pieces(dict(zip("qkv", tokens, strict=True)), pieces, **options)
     assert_same_state(state, whole, tolerance=0)
 
 

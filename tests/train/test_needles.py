@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from tests.train.text_common import END, quiet, tiny_config
+from tests.train.text_common import END, quiet, tiny_config, write_texts
 
 from ovq_lab.tasks import IGNORE_INDEX, TextTask
 from ovq_lab.tasks.text import SHORTEST_NEEDLE_TEXT
@@ -23,11 +23,8 @@ WINDOW = 1200
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    folder = tmp_path / "texts"
-    folder.mkdir()
-    (folder / "a.txt").write_text(" ".join(f"This is sentence {i}." for i in range(400)))
-    return folder
+    text = " ".join(f"This is sentence {i}." for i in range(400))
+    return write_texts(tmp_path, monkeypatch, {"a.txt": text})
 
 
 @pytest.fixture

@@ -16,12 +16,12 @@ TEXTS = {
 }
 
 
-def write_texts(tmp_path, monkeypatch):
-    """The texts in a folder, and a cache of their own."""
+def write_texts(tmp_path, monkeypatch, texts=TEXTS):
+    """Texts by the names of their files in a folder, and a cache of their own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = tmp_path / "texts"
     folder.mkdir()
-    for name, text in TEXTS.items():
+    for name, text in texts.items():
         (folder / name).write_text(text)
     return folder
 
