@@ -22,7 +22,7 @@ struct Learner {
 
 static Learner take_learner(Arena *arena, const Call *call) {
     Learner learner;
-    take_each(arena, call->chunk_size, &learner.slot, &learner.priority, &learner.ranked, &learner.opens);
+    take_each(arena, call->width, &learner.slot, &learner.priority, &learner.ranked, &learner.opens);
     take_each(arena, padded(call->capacity, NR), &learner.is_done, &learner.near);
     return learner;
 }

@@ -68,7 +68,7 @@ struct Nearest {
 
 static Nearest take_nearest(Arena *arena, const Call *call) {
     Nearest nearest = {};
-    const int64_t size = padded(call->chunk_size, NR), slots = padded(call->capacity, NR);
+    const int64_t size = padded(call->width, NR), slots = padded(call->capacity, NR);
     const int64_t n = nearest.num_columns = slots + 2 * size + VL;
     nearest.is_rough = HAS_ROUGH;
     take_each(arena, slots, &nearest.key_square, &nearest.value_square);

@@ -29,7 +29,7 @@ static Reader take_reader(Arena *arena, const Call *call) {
     reader.queries = TAKE(arena, float, QUERIES * key_ld(call));
     reader.words = HAS_PAIRS || HAS_SHORTS ? TAKE(arena, uint32_t, QUERIES * key_words(call)) : nullptr;
     reader.scales = HAS_SHORTS ? TAKE(arena, float, QUERIES) : nullptr;
-    const int64_t joined = call->merges_pairs ? padded(call->chunk_size, NR) + VL : 0;
+    const int64_t joined = call->merges_pairs ? padded(call->width, NR) + VL : 0;
     const int64_t columns = padded(call->capacity, NR) + padded(call->width, NR) + joined;
     reader.scores = TAKE(arena, float, QUERIES * columns);
     reader.out = TAKE(arena, float, QUERIES * value_ld(call));
