@@ -55,7 +55,7 @@ static void round_to_bytes(const float *x, int64_t n, uint32_t *words, const Sca
     scales.size[i] = rounding.size;
     /* A thousandth more covers the float32 roundings of this sum. */
     scales.error[i] = sqrtf(total(total_error)) * 1.001f;
-    scales.begin[i] = -BYTE_ZERO * (int32_t)total(total_number);
+    scales.begin[i] = -BYTE_ZERO * whole_total(total_number);
 }
 
 /* Words [n] of column j of a matrix cut into panels, made unsigned for the left side of a product. */

@@ -125,7 +125,7 @@ static void round_inputs(const QuantizedInputs<Format> *in, int64_t num, int64_t
                 Format::put(in->quads[at], i, numbers);
             }
             in->scales[at][half] = rounding.size + total(non_finite);
-            in->sums[at][half] = (int32_t)total(sum);
+            in->sums[at][half] = whole_total(sum);
         }
     }
 }

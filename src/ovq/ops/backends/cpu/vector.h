@@ -84,6 +84,12 @@ template <int half = VL / 2, class Function> INLINE float folded(Vector x, Funct
 INLINE float highest(Vector x) { return folded(x, [](Vector a, Vector b) { return higher_of(a, b); }); }
 INLINE float total(Vector x) { return folded(x, [](Vector a, Vector b) { return a + b; }); }
 
+/* The sum of whole numbers; 0 if they are not all finite. */
+INLINE int32_t whole_total(Vector x) {
+    const float sum = total(x);
+    return std::isfinite(sum) ? (int32_t)sum : 0;
+}
+
 /* Bit i is set if lane i of x is at least that of y. */
 INLINE uint32_t lanes_at_least(Vector x, Vector y) {
 #if defined(__AVX512F__)
