@@ -145,15 +145,19 @@ def ovq_attention(
         "token_weights": token_weights,
         "log_forget": log_forget,
     }
-    # A compiled graph would keep the seed it was traced with, and passes no scales of sums.
-    is_narrow = isinstance(initial_state, OVQState) and initial_state.state_dtype != "float32"
-    if torch.compiler.is_compiling() and options.init != "random" and not is_narrow:
+    if torch.compiler.is_compiling():
+        narrow = isinstance(initial_state, OVQState) and initial_state.state_dtype != "float32"
+        if options.init == "random" or narrow:
+            # A compiled graph would keep the seed it was traced with, and passes no scales of sums.
+            return _uncompiled(given, backend)
         return operator.attention(**given, backend=backend)
-    return _run(given, backend)
+    call = checked_call(**given)
+    o, state = dispatch.run_of(call, backend)(call)
+    return o, state if output_final_state else None
 
 
 @uncompiled
-def _run(given: dict[str, Any], backend: str) -> tuple[Tensor, OVQState | None]:
+def _uncompiled(given: dict[str, Any], backend: str) -> tuple[Tensor, OVQState | None]:
     call = checked_call(**given)
     o, state = dispatch.run_of(call, backend)(call)
     return o, state if call.wants_state else None
