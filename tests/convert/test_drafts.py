@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import sys
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from ovq.convert.step import _are_drafts
 from ovq.hf.cache import CACHE_KEY
 from tests.convert.common import IDS, converted, original, tokens
 
+ATTACH = sys.modules[attach.__module__]
 GREEDY = {"do_sample": False, "max_new_tokens": 40}
 PROMPT = tokens(1, 25, seed=3).repeat(1, 2)
 
@@ -65,8 +67,10 @@ def test_drafts_are_verified_with_inputs_that_are_not_rounded(steps):
 def test_drafts_beside_a_prompt_are_read_as_in_a_call_of_their_own(steps, num):
     model, prompt = converted(weight_dtype="int8"), PROMPT[:, :-num]
     first, second = model.make_cache(), model.make_cache()
+    first.num_prompt = prompt.shape[1]
     asked = {"output_hidden_states": True, "attention_mask": torch.ones_like(PROMPT)}
     with torch.no_grad():
+        # As in assisted decoding.
         first.activate_past_recording()
         both = model(input_ids=PROMPT, logits_to_keep=num + 1, **asked, **{CACHE_KEY: first})
         before = model(prompt, output_hidden_states=True, **{CACHE_KEY: second})
@@ -76,6 +80,27 @@ def test_drafts_beside_a_prompt_are_read_as_in_a_call_of_their_own(steps, num):
         assert torch.equal(found, torch.cat(pair, 1))
     first.crop(-num)
     assert first.num_columns == prompt.shape[1]
+
+
+def test_assisted_decoding_reads_the_first_drafts_apart(monkeypatch):
+    model, nums, real = converted(weight_dtype="int8"), [], ATTACH.read_apart
+    model.generation_config.eos_token_id = None
+
+    def noted(model, num, kwargs):
+        nums.append((num, kwargs[CACHE_KEY]))
+        return real(model, num, kwargs)
+
+    monkeypatch.setattr(ATTACH, "read_apart", noted)
+    answer(model, prompt_lookup_num_tokens=6)
+    ((num, cache),) = nums
+    assert (num, cache.num_prompt) == (6, None)
+    # Others who record what they read may crop all of it.
+    cache = model.make_cache()
+    cache.activate_past_recording()
+    for num_logits in (0, 2):
+        model(input_ids=PROMPT, logits_to_keep=num_logits, **{CACHE_KEY: cache})
+        cache.crop(-PROMPT.shape[1])
+    assert len(nums) == 1
 
 
 def test_what_a_given_cache_has_read_is_not_read_again(model, expected):

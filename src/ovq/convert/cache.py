@@ -333,8 +333,8 @@ class MemoryLayer(OVQCacheLayer):
 
     def _read(self, q: Tensor | None, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor | None:
         """`attend` for checked tokens, of which each row's first `lengths` are real; None without queries."""
-        self.num_columns += k.shape[2]
         memories = self.begin(k, v)
+        self.num_columns += k.shape[2]
         if (factors := self.config.key_factors(k)) is not None:
             # The factors are powers of 2, so scores stay bit-identical.
             q = q if q is None else q / factors.repeat_interleave(q.shape[1] // k.shape[1], 0)
@@ -392,7 +392,7 @@ class MemoryLayer(OVQCacheLayer):
     def until_reposition(self) -> float:
         """Fewest tokens until a row is re-positioned; inf if that never happens."""
         reach = self.config.reach
-        if reach is None:
+        if reach is None or self.state is None:
             return math.inf
         return min(reach.until_reposition(self.state[0].num_read(row)) for row in range(self.num_rows))
 

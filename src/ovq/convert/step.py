@@ -90,18 +90,17 @@ def num_drafts(model: Any, kwargs: dict[str, Any]) -> int:
     Assisted decoding begins with both in one call. Packed weights round the inputs of prompts, but drafts
     must be read as single tokens are.
     """
-    tokens, cache, num_logits = (kwargs.get(x) for x in ("input_ids", CACHE_KEY, "logits_to_keep"))
-    if model.weights_digest is None or kwargs.get("return_dict") is False:
+    tokens, cache = kwargs.get("input_ids"), kwargs.get(CACHE_KEY)
+    if model.weights_digest is None or not isinstance(tokens, Tensor) or not isinstance(cache, MemoryCache):
         return 0
-    if not (isinstance(tokens, Tensor) and isinstance(cache, MemoryCache) and isinstance(num_logits, int)):
+    if cache.num_prompt is None or tokens.numel() <= MOST_ROWS:
         return 0
-    if tokens.numel() <= MOST_ROWS:
-        return 0
-    return num_logits - 1 if cache.is_croppable and num_logits < tokens.shape[1] else 0
+    num = cache.get_seq_length() + tokens.shape[1] - cache.num_prompt
+    return num if 0 < num < tokens.shape[1] else 0
 
 
 def read_apart(model: Any, num: int, kwargs: dict[str, Any]) -> Any:
-    """Output of `forward` for a prompt and then for its `num` drafts; its logits are those requested."""
+    """Output of `forward` for a prompt and then for its `num` drafts, which alone can be cropped."""
     both = [x for x in ("input_ids", "position_ids") if kwargs.get(x) is not None]
     mask, layers = kwargs.get("attention_mask"), kwargs[CACHE_KEY].layers
     prompt = kwargs | {x: kwargs[x][:, :-num] for x in both} | {"logits_to_keep": 1}

@@ -152,8 +152,9 @@ def is_token(hidden_states: Tensor, layout: SequenceLayout) -> bool:
     """Whether `with_steps` applies to a call: one token for each of a few rows, without gradients."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or layout.num_new != 1:
         return False
-    has_padding = layout.new_mask is not None or layout.cu_seqlens is not None
-    return not has_padding and len(hidden_states) <= FEW_TOKENS and not _has_any_global_hook()
+    if layout.new_mask is not None or layout.cu_seqlens is not None or _has_any_global_hook():
+        return False
+    return len(hidden_states) <= FEW_TOKENS
 
 
 #: Python module of the hooks of `output_hidden_states`, which transformers leaves on layers after the first

@@ -132,6 +132,8 @@ class StateCache(Cache):
     """Base class of `OVQCache` and of the cache of converted models: one state per layer."""
 
     layers: list[OVQCacheLayer]  # type: ignore[assignment]  # transformers' may be of other kinds
+    #: Columns of the prompt, during assisted decoding.
+    num_prompt: int | None = None
 
     def __repr__(self) -> str:
         return (

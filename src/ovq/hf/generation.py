@@ -150,11 +150,16 @@ class CachedGeneration:
     def _assisted_decoding(self, *args: Any, inputs_tensor: Tensor | None = None, **kwargs: Any) -> Any:
         """Generate by drafts. Whoever decodes with the cache afterwards need not pay for recording."""
         own: Any = super()
+        cache = kwargs.get(CACHE_KEY)
+        if isinstance(cache, StateCache):
+            cache.num_prompt = args[0].shape[1]
         try:
             return own._assisted_decoding(*args, inputs_tensor=inputs_tensor, **kwargs)
         finally:
-            for layer in getattr(kwargs.get(CACHE_KEY), "layers", ()):
-                layer.record_past = False
+            if isinstance(cache, StateCache):
+                cache.num_prompt = None
+                for layer in cache.layers:
+                    layer.record_past = False
 
     # `inputs_embeds` is a named parameter because `generate` looks for it in the signature.
     def prepare_inputs_for_generation(

@@ -199,7 +199,8 @@ class Mixer(nn.Module, ABC):
     ) -> None:
         """Raise ValueError, naming the file `where`, unless its `tensors` are a valid state of this layer.
 
-        They are those of `state_spec` for these arguments, of one row.
+        They are those of `state_spec` for these arguments, of one row; `num_seen`, if it is among them, is
+        `num_tokens`.
         """
         check_tensors(where, tensors, of_rows(self.state_spec(num_tokens, dtype), 1))
         if "num_seen" in tensors:
