@@ -212,9 +212,10 @@ def test_generate_reads_text_where_there_is_a_tokenizer(capsys, tmp_path):
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(tmp_path)
-    tiny_model(vocab_size=5, num_hidden_layers=1).save_pretrained(tmp_path)
-    names = {i: word for word, i in words.items() if i}
-    expected = [names[i] for i in greedy(tmp_path, [1, 2], 5) if i]
+    tiny_model(1, vocab_size=5, num_hidden_layers=1).save_pretrained(tmp_path)
+    names, said = {i: word for word, i in words.items() if i}, greedy(tmp_path, [1, 2], 5)
+    assert 0 in said
+    expected = [names[i] for i in said if i]
     out = run(capsys, "generate", "--model", tmp_path, "--prompt", "one two", "--max-new-tokens", 5)
     assert out.split() == expected
 

@@ -167,6 +167,8 @@ def test_a_state_of_other_shapes(sizes, dtype, expected):
         ("weight", lambda x: x[..., 1:], r"weight: expected \[2, 1, 4\] .* found \[2, 1, 3\]"),
         ("weight", lambda _: None, "pending_weights: expected none without weight"),
         ("pending_weights", lambda _: None, "pending_weights: .* found NoneType"),
+        ("key_sum", lambda _: None, "key_sum: expected a tensor of 4 dimensions, found NoneType"),
+        ("key_step", lambda _: torch.zeros(2), "key_step: expected none without sums in int8"),
         ("num_seen", Tensor.int, "num_seen: expected .* torch.int64 on cpu, found .* torch.int32"),
         ("num_seen", lambda x: x[:1], r"num_seen: expected \[2\] .* found \[1\]"),
         ("num_seen", lambda x: x - 100, "num_seen: expected at least 0, found"),

@@ -49,6 +49,7 @@ def publish(
 
     from ovq_lab.train.config import CONFIG_FILE, RunConfig
 
+    # Validated before anything is loaded.
     config = RunConfig.load(model)
     if not (model / TRAINER_STATE_NAME).is_file():
         raise ValueError(f"--model: expected a run that has ended, found none in {model}")

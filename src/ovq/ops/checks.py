@@ -343,6 +343,9 @@ def _check_parts(state: OVQState, dtype: torch.dtype) -> None:
         for name in ("pending_weights", "pending_forget"):
             if getattr(state, name) is not None:
                 raise ValueError(f"initial_state: {name}: expected none without weight, found some")
+    for name in ("key_step", "value_step"):
+        if state.state_dtype != "int8" and getattr(state, name) is not None:
+            raise ValueError(f"initial_state: {name}: expected none without sums in int8, found some")
     for name, (shape, kind) in spec_of(tensors_of(state), state.chunk_size, dtype).items():
         x = getattr(state, name)
         place = torch.device("cpu") if name == "num_seen" else state.count.device

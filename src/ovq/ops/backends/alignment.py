@@ -46,7 +46,7 @@ class AlignedRows:
         self.pending = [pending[r] for r in self.order]
         self.starts = [rows.starts[r] for r in self.order]
         self.chunk_size = chunk_size
-        # That of the longest row.
+        # The longest row's.
         self._length = length = max(totals, default=0)
         self.width = max(1, min(chunk_size, length))
         self.first_chunk: list[int] = []

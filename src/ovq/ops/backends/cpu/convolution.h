@@ -8,7 +8,7 @@
 #include "vector.h"
 #include "workers.h"
 
-/* Mirrored in convolution.py. Tensors are dense; `taps` are [num_taps, channels], the last one for the
+/* Mirrored by mirrors.py. Tensors are dense; `taps` are [num_taps, channels], the last one for the
    token itself; `past` are [rows, num_taps - 1, channels], the tokens before the first, or NULL for zeros; `offset` is the
    number of tokens of the same sequence before each token of a row, or NULL if that is all of them. */
 struct Convolution {

@@ -7,7 +7,7 @@
 #include "numbers.h"
 #include "workers.h"
 
-/* Mirrored in decode.py. Tensors are dense but for the strides given. */
+/* Mirrored by mirrors.py. Tensors are dense but for the strides given. */
 struct Decode {
     int64_t num_rows, num_kv_heads, group_size, chunk_size, capacity, key_dim, value_dim, num_threads, dtype;
     int64_t state_dtype;                 /* Format of the sums. */

@@ -12,10 +12,10 @@
 #define NO_WEIGHT 3.0
 
 struct Learner {
-    int32_t *slot;     /* [C]: the slot each key goes to. */
-    double *priority;  /* [C]: best cosine of each key; the lowest open slots. */
-    double *ranked;    /* [C]: scratch. */
-    uint8_t *opens;    /* [C] */
+    int32_t *slot;     /* [width]: the slot each key goes to. */
+    double *priority;  /* [width]: best cosine of each key; the lowest open slots. */
+    double *ranked;    /* [width]: scratch. */
+    uint8_t *opens;    /* [width] */
     uint8_t *is_done;  /* [M]: scratch, zero between uses. */
     int32_t *near;     /* [M]: scratch. */
 };

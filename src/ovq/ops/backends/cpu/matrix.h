@@ -9,7 +9,7 @@
    Mirrored by `FORMATS` in weights.py. */
 enum { UINT4 = INT8 + 1, ROUGH_INT8, ROUGH_UINT4 };
 
-/* Mirrored in weights.py: rows of numbers, or quantized weights in the layout of quantized.h. */
+/* Mirrored by mirrors.py: rows of numbers, or quantized weights in the layout of quantized.h. */
 struct Matrix {
     const void *weight, *factors;
     const float *bias; /* [rows], or NULL. */

@@ -25,7 +25,7 @@ INLINE int64_t place_in(const Strides &at, int64_t row, int64_t head, int64_t to
     return row * at.row + head * at.head + token * at.token;
 }
 
-/* Heads of equal sizes. Mirrored in memory.py. */
+/* Heads of equal sizes. Mirrored by mirrors.py. */
 struct HeadGroup {
     int64_t num_rows, num_kv_heads, group_size, chunk_size, capacity, num_exact, num_sinks, key_dim, value_dim;
     int64_t dtype, query_dtype, state_dtype, merges_pairs, num_parts;

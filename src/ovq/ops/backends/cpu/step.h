@@ -88,7 +88,7 @@ extern "C" void ovq_convolution_step(int64_t num_rows, int64_t num_channels, int
     }
 }
 
-/* Mirrored in layer.py: a layer of attention and MLP, for one token of each row; in a converted model, for
+/* Mirrored by mirrors.py: a layer of attention and MLP, for one token of each row; in a converted model, for
    `num_tokens` of each. Tensors are dense but for the strides given. The kernel sets q, k, v, o, their strides, the scale and
    the token weights of `memory`. */
 struct Layer {

@@ -121,7 +121,7 @@ extern "C" void ovq_swiglu_backward(int64_t num_threads, int64_t num, int64_t di
     });
 }
 
-/* Mirrored in tokens.py: channels [rows, tokens, (q heads + 2 kv heads) dim] and what they are split into, all
+/* Mirrored by mirrors.py: channels [rows, tokens, (q heads + 2 kv heads) dim] and what they are split into, all
    dense: q [rows, tokens, q heads, dim], k and v [rows, tokens, kv heads, dim]. Queries and keys are normalised to length 1,
    with factors `rates` [rows, tokens, q heads + kv heads], then rotated by the angles of their token (cos, sin [tokens, dim /
    2]; NULL for none). */

@@ -13,7 +13,7 @@ struct Strided {
     int64_t row, token, head;
 };
 
-/* Mirrored in window.py. q [rows, tokens, heads, dim] attends to k and v [rows, tokens before + tokens, kv
+/* Mirrored by mirrors.py. q [rows, tokens, heads, dim] attends to k and v [rows, tokens before + tokens, kv
    heads, ...]: token t to the keys from t - window + 1, or from `first` [rows, tokens] if later, to t. `lse` [rows, heads,
    tokens] is kept for the backward, whose `grad_k` and `grad_v` [rows, kv heads, keys, padded to whole vectors] are zero
    before. */

@@ -97,7 +97,6 @@ class Steps(ABC):
         num_rows = max(work.num_complete[i - 1] if i else 0, num_next)
         if not (num_rows and work.capacity):
             return
-        # The first row's chunk to merge, its chunk to assign, the first stored dictionary; rows to assign.
         entries = (work.first[i - 1] if i else 0, work.first[i], base, num_next)
         parts = (into.key_sum, into.value_sum, into.count)
         flags = {"HAS_PREVIOUS": i > 0, "HAS_NEXT": has_next, "HAS_READ": snapshots is not None}
@@ -110,7 +109,11 @@ class Steps(ABC):
     def _advance(
         self, streams: int, tables: tuple[Tensor, ...], entries: tuple[int, ...], flags: dict[str, bool]
     ) -> None:
-        """Merge the previous chunks and prepare the inputs of `_assign`, for this number of streams."""
+        """Merge the previous chunks and prepare the inputs of `_assign`, for this number of streams.
+
+        `entries` are those of the first row: its chunk to merge, its chunk to assign and its dictionary among
+        the stored ones; then the number of rows to assign.
+        """
 
     @abstractmethod
     def _assign(self, i: int) -> None:
