@@ -128,6 +128,15 @@ def test_tokens_are_never_written_into_the_tensors_of_a_caller():
     assert torch.equal(state.pending_values, before[1])
 
 
+def test_weights_are_never_written_into_the_tensor_of_a_caller():
+    state, ones = prefilled(4, 9), torch.ones(4, 1, 2)
+    _, state = attend(*token(9), initial_state=state, token_weights=ones, **OPTIONS)
+    given = state.pending_weights.clone()
+    other, before = dataclasses.replace(state, pending_weights=given), given.clone()
+    attend(*token(10), initial_state=other, token_weights=3 * ones, **OPTIONS)
+    assert torch.equal(given, before)
+
+
 def test_pending_tokens_are_copied_once_per_chunk():
     states = [prefilled(4, 16)]
     for t in range(16):
