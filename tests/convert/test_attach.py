@@ -113,7 +113,7 @@ def test_the_memory_has_constant_bytes():
     _, short = read(model, tokens(1, 30), 30)
     assert cache.nbytes == short.nbytes
     assert cache.layers[0].memories[0].num_merged == [384]
-    counts = [m.count.sum(-1) for layer in cache.layers for m in layer.memories if m.budget.num_slots]
+    counts = [m.state.count.sum(-1) for layer in cache.layers for m in layer.memories if m.budget.num_slots]
     assert all((count == 384).all() for count in counts)
 
 
@@ -126,8 +126,9 @@ def test_slots_are_the_means_of_what_was_merged():
     _, cache = read(model, ids, 66)
     memory, rows = cache.layers[0].memories[0], exact.layers[0].memories[0]
     merged = slice(2, 2 + memory.num_merged[0])
-    for mean, row in ((memory.slot_keys, rows.recent_keys), (memory.slot_values, rows.recent_values)):
-        total = (mean * memory.count[..., None]).sum(2)
+    state, exact = memory.state, rows.state
+    for mean, row in ((state.keys, exact.pending_keys), (state.values, exact.pending_values)):
+        total = (mean * state.count[..., None]).sum(2)
         torch.testing.assert_close(total, row[:, :, merged].sum(2), atol=1e-4, rtol=0)
 
 
@@ -225,7 +226,7 @@ def test_bfloat16_models_keep_slots_in_float32():
     model = attach(original().to(torch.bfloat16), **MEMORY)
     _, cache = read(model, tokens(1, 90), 90)
     memory = cache.layers[0].memories[0]
-    assert (memory.recent_keys.dtype, memory.slot_keys.dtype) == (torch.bfloat16, torch.float32)
+    assert (memory.state.pending_keys.dtype, memory.state.keys.dtype) == (torch.bfloat16, torch.float32)
 
 
 @pytest.mark.parametrize(

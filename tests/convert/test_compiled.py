@@ -12,6 +12,7 @@ from ovq.convert.cache import MemoryLayer
 from ovq.convert.compiled import is_compiled
 from ovq.convert.config import MemoryConfig
 from ovq.ops import cpu_kernels
+from ovq.ops.state import tensors_of
 from tests.convert.common import converted, tokens
 
 pytestmark = pytest.mark.skipif(
@@ -100,16 +101,17 @@ def test_kernels_and_torch_round_sums_alike(state_dtype, merge):
     layer, other = layer_of(merge, state_dtype=state_dtype), layer_of(merge, state_dtype=state_dtype)
     found, expected = read(layer, q, k, v, sizes), read_by_torch(other, q, k, v, sizes)
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
-    for own, memory in zip(layer.memories, other.memories, strict=True):
-        for name in {"count", "position_sum", "weight"} & set(memory.tensors()):
-            assert torch.equal(getattr(own, name), getattr(memory, name)), name
+    states = ([memory.state for memory in x.memories] for x in (layer, other))
+    for own, state in zip(*states, strict=True):
+        for name in {"count", "position_sum", "weight"} & tensors_of(state).keys():
+            assert torch.equal(getattr(own, name), getattr(state, name)), name
         for name in ("key_sum", "value_sum"):
             assert getattr(own, name).dtype == getattr(torch, state_dtype)
             # The order of terms may tell which way a sum is rounded.
-            sums = memory.sums(name)
+            sums = state.wide_sums(name)
             step = sums.abs().amax(-1, keepdim=True) / (127 if state_dtype == "int8" else 128)
-            assert ((own.sums(name) - sums).abs() <= 1.01 * step).all(), name
-            assert (own.sums(name) == sums).float().mean() > 0.98 or not sums.numel(), name
+            assert ((own.wide_sums(name) - sums).abs() <= 1.01 * step).all(), name
+            assert (own.wide_sums(name) == sums).float().mean() > 0.98 or not sums.numel(), name
 
 
 @pytest.mark.parametrize("length", [0.0, 1e-30])
@@ -122,7 +124,7 @@ def test_the_unit_of_keys_is_that_of_the_first_that_are_not_as_good_as_zero(leng
     assert found.isfinite().all()
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     check(layer, other, torch.float32)
-    assert {*layer.memories[0].key_unit.flatten().tolist()} == {8.0}
+    assert {*layer.memories[0].state.key_unit.flatten().tolist()} == {8.0}
 
 
 @torch.no_grad()

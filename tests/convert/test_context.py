@@ -96,17 +96,16 @@ def test_contexts_are_only_for_the_model_and_memory_that_made_them(saved):
             lambda t: t.update({"layers.7.0.count": t["layers.1.0.count"].clone()}),
             "tensors of 2 layers, found 'layers.7",
         ),
-        (lambda t: t["layers.0.0.num_merged"].add_(8), r"layer 0: expected 70 tokens read, found \[78\]"),
-        (lambda t: moved(t, 10_000), "layer 0: expected 56 tokens merged, found"),
-        (lambda t: moved(t, -8), r"layer 0: expected 56 tokens merged, found \[64\]"),
-        (lambda t: t["layers.1.0.count"].neg_(), "layer 1: expected counts of 56 tokens at most"),
-        (lambda t: t["layers.1.0.count"].fill_(2**62), "layer 1: expected counts of 56 tokens at most"),
+        (lambda t: t["layers.0.0.num_seen"].add_(8), r"layer 0: expected num_seen \[70\], found \[78\]"),
+        (lambda t: t["layers.1.0.count"].neg_(), "layer 1: expected counts of at least 0, found"),
+        (lambda t: t["layers.1.0.count"].add_(7), "layer 1: expected counts that add up to at most the"),
+        (lambda t: t["layers.1.0.count"].fill_(2**62), "layer 1: expected counts that add up within int64"),
         (lambda t: t["layers.0.0.key_sum"].fill_(torch.nan), "expected finite values in 0.key_sum"),
         (
             lambda t: t.update(
-                {"layers.0.0.recent_keys": t["layers.0.0.recent_keys"][:, :, 1:].contiguous()}
+                {"layers.0.0.pending_keys": t["layers.0.0.pending_keys"][:, :, 1:].contiguous()}
             ),
-            "expected 0.recent_keys of shape",
+            "expected 0.pending_keys of shape",
         ),
     ],
 )
@@ -139,15 +138,21 @@ def test_a_config_with_impossible_values_is_refused(saved, field, value):
 
 def test_empty_keys_do_not_claim_a_size(saved):
     _, path = saved
-    rewrite(path, lambda t: t.update({"layers.0.0.recent_keys": torch.zeros(1, 1, 0, 2**62)}))
-    with pytest.raises(ValueError, match=r"expected 0\.recent_keys of shape"):
+    rewrite(path, lambda t: t.update({"layers.0.0.pending_keys": torch.zeros(1, 1, 0, 2**62)}))
+    with pytest.raises(ValueError, match=r"expected 0\.key_sum of shape \[1, 1, 16, 0\]"):
         context_info(path)
 
 
-def moved(tensors, num):
-    """Let a head have so many more exact tokens and fewer merged ones."""
-    tensors["layers.0.0.filled"].add_(num)
-    tensors["layers.0.0.num_merged"].sub_(num)
+def rename_as_before(tensors):
+    """Give the tensors the names of version 0.2, in place."""
+    for name in list(tensors):
+        group, _, own = name.rpartition(".")
+        if own == "num_seen":
+            num_seen, num_merged = tensors.pop(name), torch.tensor([56])
+            tensors |= {f"{group}.filled": num_seen - num_merged, f"{group}.num_merged": num_merged}
+        elif own in ("pending_keys", "pending_values", "token_use"):
+            old = own.removeprefix("token_").replace("pending", "recent")
+            tensors[f"{group}.{old}"] = tensors.pop(name)
 
 
 def rewrite(path, change, **header):
@@ -162,7 +167,7 @@ def test_contexts_of_earlier_versions_go_on_loading(tmp_path):
     model, path = converted(), tmp_path / "book.ctx"
     context = build_context(model, tokens(70))
     save_context(context, path)
-    rewrite(path, lambda t: None, format="ovq-converted-context", version="2", kind="")
+    rewrite(path, rename_as_before, format="ovq-converted-context", version="2", kind="")
     inputs = [load.inputs([[3, 9, 1]]) for load in (load_context(path, model), context)]
     found, expected = (model.generate(**given, **GREEDY) for given in inputs)
     assert torch.equal(found, expected)
@@ -189,7 +194,7 @@ def test_a_file_tells_what_it_holds_without_the_model(tmp_path):
     memories = [layer.memories for layer in info.cache.layers]
     assert info.cache.nbytes == info.nbytes == context.nbytes
     # Behind 2 sinks, 8 of 68 tokens at a time are merged once a window of 16 is full; one head has no slots.
-    counts = [torch.cat([memory.count.flatten() for memory in of_layer]) for of_layer in memories]
+    counts = [torch.cat([memory.state.count.flatten() for memory in of_layer]) for of_layer in memories]
     assert [int(count.sum()) for count in counts] == [56, 2 * 56]
     assert [int((count > 0).sum()) for count in counts] == [16, 8 + 16]
     save_file({}, tmp_path / "other.ctx", metadata={"format": "ovq-converted-context", "version": "1"})

@@ -59,7 +59,7 @@ def test_tokens_are_merged_where_keys_differ_in_what_does_not_matter():
         layer = MemoryLayer(config.layer(0))
         layer.learn(keys, torch.ones(1, 1, 8, 2))
         factor = torch.tensor([1.0, 1.0 if exponents is None else 8.0])
-        means[exponents is None] = (layer.memories[0].slot_keys[0, 0] / factor).tolist()
+        means[exponents is None] = (layer.memories[0].state.keys[0, 0] / factor).tolist()
     assert sorted(means[True]) == [[0.0, 1.0], [3.0, 1.0]]
     assert sorted(means[False]) == [[1.5, 0.0], [1.5, 2.0]]
 

@@ -53,7 +53,7 @@ def keys_at(model, place):
     cache = model.make_cache()
     with torch.no_grad():
         model(torch.tensor([[5]]), position_ids=torch.tensor([[place]]), **{CACHE_KEY: cache})
-    return [m.recent_keys[:, :, :1] for layer in cache.layers for m in layer.memories]
+    return [m.state.pending_keys[:, :, :1] for layer in cache.layers for m in layer.memories]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -125,11 +125,11 @@ def test_slots_know_the_mean_positions_of_their_tokens():
             for memory in layer.memories:
                 if not memory.budget.num_slots:
                     continue
-                first, merged = sum(range(2, 2 + memory.num_merged[0])), memory.position_sum.sum(-1)
+                first, merged = sum(range(2, 2 + memory.num_merged[0])), memory.state.position_sum.sum(-1)
                 if done == 44:
                     assert (merged == first).all()
                     continue
-                means = memory.position_sum / memory.count
+                means = memory.state.position_sum / memory.state.count
                 assert means.min() == 150 - 35
                 assert means.max() < 150 - memory.budget.window + memory.budget.chunk_size
 
@@ -144,12 +144,13 @@ def test_what_was_brought_nearer_counts_less_each_time():
     layer.learn(k[:, :, :63], v[:, :, :63])
     memory = layer.memories[0]
     expected = v[:, :, 3:51].mean(2, keepdim=True)
-    assert (memory.num_merged, int(memory.count)) == ([48], 48)
-    torch.testing.assert_close(memory.slot_values, expected)
+    assert (memory.num_merged, int(memory.state.count)) == ([48], 48)
+    torch.testing.assert_close(memory.state.values, expected)
     # Its first turn is after 64 tokens.
     layer.learn(k[:, :, 63:64], v[:, :, 63:64])
-    assert (memory.num_merged, int(memory.count), int(memory.position_sum)) == ([48], 42, 42 * (64 - 28))
-    torch.testing.assert_close(memory.slot_values, expected)
+    state = memory.state
+    assert (memory.num_merged, int(state.count), int(state.position_sum)) == ([48], 42, 42 * (64 - 28))
+    torch.testing.assert_close(state.values, expected)
 
 
 @pytest.mark.parametrize("exponents", [None, [[[3, -2, 0, 0, 1, 4, -1]]]], ids=["plain", "scaled"])
@@ -163,21 +164,21 @@ def test_tokens_are_weighed_as_if_the_text_began_later_and_old_weights_fade(expo
     k, v = (torch.randn(1, 1, 64, dim, generator=generator) for dim in (7, 5))
     layer.learn(k[:, :, :63], v[:, :, :63])
     memory = layer.memories[0]
-    weight, values = memory.weight.clone(), memory.slot_values.clone()
+    weight, values = memory.state.weight.clone(), memory.state.values.clone()
     # Rows are first turned after 64 tokens, those that are further away than 28, and nothing is merged there.
-    is_far = memory.position_sum < memory.count * (64 - 28)
+    is_far = memory.state.position_sum < memory.state.count * (64 - 28)
     layer.learn(k[:, :, 63:], v[:, :, 63:])
     assert is_far.any()
-    assert torch.equal(memory.weight, torch.where(is_far, weight / 2, weight))
-    torch.testing.assert_close(memory.slot_values, values)
+    assert torch.equal(memory.state.weight, torch.where(is_far, weight / 2, weight))
+    torch.testing.assert_close(memory.state.values, values)
     reach, places = layer.config.reach, torch.arange(68, 80)
     key = torch.randn(12, 7, generator=generator, dtype=torch.float64)
     factor = torch.exp2(torch.tensor(exponents[0][0] if exponents else 0.0))
-    found = (reach.turned(key, places) * factor) @ memory.use[0, 0, :7].double()
+    found = (reach.turned(key, places) * factor) @ memory.state.token_use[0, 0, :7].double()
     torch.testing.assert_close(
         found, (reach.turned(key, places - 36) * factor) @ given[:7], atol=1e-5, rtol=1e-5
     )
-    torch.testing.assert_close(memory.use[0, 0, 7:], given[7:].float())
+    torch.testing.assert_close(memory.state.token_use[0, 0, 7:], given[7:].float())
 
 
 @torch.no_grad()

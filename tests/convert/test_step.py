@@ -174,7 +174,7 @@ def test_models_in_narrow_formats(dtype, steps, by_modules):
     wide = attach(original().to(dtype).float(), **MEMORY)
     found, cache = read(model, IDS[:, :40])
     assert steps[0] == 20
-    assert found.dtype == cache.layers[0].state[0].recent_keys.dtype == dtype
+    assert found.dtype == cache.layers[0].state[0].state.pending_keys.dtype == dtype
     expected, rounded = read(wide, IDS[:, :40])[0], by_modules(read, model, IDS[:, :40])[0]
     error, most = (float((x - expected).square().mean().sqrt()) for x in (found, rounded))
     assert 0 < error < most

@@ -5,6 +5,7 @@ import torch
 
 from ovq.convert import compiled
 from ovq.ops import backends
+from ovq.ops.state import tensors_of
 from tests.convert.test_compiled import inputs, layer_of, read
 
 pytest.importorskip("triton", reason="the extra ovq[triton] is not installed")
@@ -37,5 +38,5 @@ def test_the_kernels_for_gpus_merge_what_leaves_the_windows(merge, state_dtype, 
     assert calls == ["torch"] * num_merges + ["triton"] * num_merges
     assert torch.equal(*outputs)
     for own, other in zip(*(layer.memories for layer in layers), strict=True):
-        tensors = other.tensors()
-        assert all(torch.equal(x, tensors[name]) for name, x in own.tensors().items())
+        tensors = tensors_of(other.state)
+        assert all(torch.equal(x, tensors[name]) for name, x in tensors_of(own.state).items())

@@ -109,9 +109,9 @@ def test_means_are_weighted_and_slots_are_read_by_their_counts():
     # Weights of 1 and 4.
     layer.learn(torch.tensor([[[[0.0], [1.0]]]]), torch.tensor([[[[5.0], [10.0]]]]))
     [memory] = layer.memories
-    assert memory.slot_values.item() == 9
-    assert memory.slot_keys.item() == pytest.approx(0.8)
-    assert memory.count.item() == 2
+    assert memory.state.values.item() == 9
+    assert memory.state.keys.item() == pytest.approx(0.8)
+    assert memory.state.count.item() == 2
     # Two tokens with the mean's score, and one with a score of 0.
     q = torch.full((1, 1, 1, 1), 1.25)
     found = layer.attend(q, torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), None)

@@ -97,7 +97,7 @@ def test_the_memories_are_those_of_an_ordinary_call(kind):
                     continue
                 found = np.bincount(slots[slots >= 0], minlength=budget.num_slots)
                 # What was brought nearer counts for fewer tokens; up to 7 stay as they are.
-                expected = of_heads.count[0, i].numpy()
+                expected = of_heads.state.count[0, i].numpy()
                 assert ((found == expected) | ((expected < found) & (found > 7))).all()
                 assert (memory.kept[head][found[slots] == 1] == 1).all()
 

@@ -397,7 +397,8 @@ def set_counts(tensors, counts, heads=2, clear=("key_sum", "value_sum")):
         # What fades weighs something.
         (lambda t: t.update(pending_forget=torch.zeros(2, 2).double()), {}, "expected tensors .*'weight'"),
         (lambda t: t.update(extra=torch.zeros(1)), {}, "expected tensors"),
-        (lambda t: None, {"version": "5"}, "expected version '1' or '2' or '3' or '4', found '5'"),
+        (lambda t: None, {"version": "6"}, "expected version '1' or .* '4' or '5', found '6'"),
+        (lambda t: None, {"version": "5"}, "expected tensors .*'position_sum'"),
         (lambda t: None, {"version": "2", "window": "8"}, "window was removed; expected 0, found 8"),
         (lambda t: None, {"version": "2", "num_sinks": "1"}, "num_sinks was removed; expected 0, found 1"),
         (lambda t: None, {"num_slots": "3"}, "at most 3 slots, found 6"),

@@ -259,24 +259,16 @@ def _input_line(prompt: str) -> str:
 
 def _memory_summary(conversation: Conversation) -> str:
     """Text about the model's memory, for `/memory`; rows are summed over all layers and heads."""
-    from ovq.convert import MemoryCache
-    from ovq.ops import OVQState
     from ovq.runtime.units import format_bytes
 
     cache = conversation.cache
     exact = used = slots = 0
     for layer in cache.layers:
-        if layer.state is None:
-            continue
-        if isinstance(cache, MemoryCache):
-            for memory in layer.state:
-                exact += memory.filled[0] * len(memory.budget.heads)
-                used, slots = used + int((memory.count > 0).sum()), slots + memory.count.numel()
-        elif isinstance(layer.state, OVQState):
-            summary, num_heads = layer.state.summary(), layer.state.count.shape[1]
+        for state in layer.slot_states:
+            summary, num_heads = state.summary(), state.count.shape[1]
             exact += summary.num_pending[0] * num_heads
             used, slots = used + summary.num_open[0] * num_heads, slots + summary.num_slots * num_heads
-        elif layer.keys is not None:
+        if layer.state is not None and not layer.slot_states and layer.keys is not None:
             exact += layer.keys.shape[1] * layer.keys.shape[2]
     size = format_bytes(cache.nbytes)
     return (

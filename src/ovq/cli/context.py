@@ -15,8 +15,8 @@ from ovq.cli.loading import check_generating_folder, load_any_model, load_tokeni
 from ovq.prompts import encode
 
 if TYPE_CHECKING:
-    from ovq.convert.memory import HeadMemory
     from ovq.hf import ContextInfo
+    from ovq.ops import OVQState
 
 app = typer.Typer(help="Read a document once and continue from it any number of times.", no_args_is_help=True)
 
@@ -123,14 +123,14 @@ def info(
 
 
 def _layers(found: ContextInfo) -> list[dict[str, Any]]:
-    from ovq.ops import OVQState
-
     rows = []
     mixers = getattr(found.config, "mixer_types", None) or ["converted"] * len(found.cache.layers)
     for i, (name, layer) in enumerate(zip(mixers, found.cache.layers, strict=True)):
         row = {"layer": i, "mixer": name, "memory": layer.memory.kind, "bytes": layer.nbytes}
-        if isinstance(layer.state, OVQState):
-            summary = layer.state.summary()
+        if name == "converted":
+            row |= _heads(layer.slot_states)
+        for state in layer.slot_states if name != "converted" else []:
+            summary = state.summary()
             row |= {
                 "num_open": summary.num_open[0],
                 "num_slots": summary.num_slots,
@@ -139,19 +139,17 @@ def _layers(found: ContextInfo) -> list[dict[str, Any]]:
                 "single_share": summary.single_share,
                 "effective_slots": summary.effective_slots[0],
             }
-        elif name == "converted":
-            row |= _heads(layer.state)
         rows.append(row)
     return rows
 
 
-def _heads(memories: list[HeadMemory]) -> dict[str, Any]:
+def _heads(states: list[OVQState]) -> dict[str, Any]:
     """Statistics of all heads of a converted layer together, as their budgets differ."""
     from ovq.ops.summary import effective_slots
 
-    counts = [count for memory in memories for count in memory.count.flatten().tolist()]
+    counts = [count for state in states for count in state.count.flatten().tolist()]
     used = [count for count in counts if count]
-    effective = [slots for memory in memories for slots in effective_slots(memory.count).flatten().tolist()]
+    effective = [x for state in states for x in effective_slots(state.count).flatten().tolist()]
     return {
         "num_open": len(used),
         "num_slots": len(counts),

@@ -185,7 +185,7 @@ def attach(
         >>> cache = model.make_cache()
         >>> _ = model(torch.arange(200)[None] % 32, past_key_values=cache)
         >>> cache
-        MemoryCache(layers=2, rows=1, columns=200, 3,752 bytes)
+        MemoryCache(layers=2, rows=1, columns=200, 3,736 bytes)
     """
     checked_weight_dtype(weight_dtype)
     heads = kv_heads(model)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from ovq.convert.pieces import in_pieces
 from ovq.convert.reading import Observer
 from ovq.hf.cache import MOST_CROPPED, OVQCacheLayer, StateCache, not_croppable
 from ovq.layers.memory import Memory, StateSpec
+from ovq.ops import OVQState
+from ovq.ops.state import state_tensors, tensors_of
 
 #: Attribute of passed keys that holds their `MemoryLayer`.
 MARK = "_ovq_memory_layer"
@@ -48,7 +50,7 @@ class HeadMemories(Memory):
         made = []
         for budget in self.config.budgets:
             own_k, own_v = (x[:, : len(budget.heads)] for x in (k, v))
-            made.append(HeadMemory(budget, own_k, own_v, self._use(budget), self.num_tokens))
+            made.append(HeadMemory.empty(budget, own_k, own_v, self._use(budget), self.num_tokens))
             made[-1].observer = None if self.observer is None else self.observer(budget)
         return made
 
@@ -58,15 +60,15 @@ class HeadMemories(Memory):
 
     def tensors(self, state: list[HeadMemory]) -> dict[str, Tensor]:
         """See `Memory.tensors`."""
-        return {
-            f"{i}.{name}": tensor
-            for i, memory in enumerate(state)
-            for name, tensor in memory.tensors().items()
-        }
+        return _numbered(tensors_of(memory.state) for memory in state)
+
+    def saved(self, state: list[HeadMemory]) -> dict[str, Tensor]:
+        """See `Memory.saved`."""
+        return _numbered(state_tensors(memory.state) for memory in state)
 
     def spec(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> StateSpec:
         """Shapes and dtypes of one row's tensors; the sizes K and V are taken from `tensors`."""
-        found = [tensors.get(f"0.recent_{name}") for name in ("keys", "values")]
+        found = [tensors.get(f"0.pending_{name}") for name in ("keys", "values")]
         # Empty ones could claim any size.
         sizes = [0 if x is None or x.dim() != 4 or not x.numel() else x.shape[3] for x in found]
         heads = self.config.num_kv_heads
@@ -76,15 +78,22 @@ class HeadMemories(Memory):
     def restored(self, tensors: Mapping[str, Tensor], device: torch.device | str | None) -> list[HeadMemory]:
         """See `Memory.restored`."""
         found = []
-        for i, budget in enumerate(self.config.budgets):
-            prefix = f"{i}."
-            own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-            found.append(HeadMemory.restored(budget, own, device, self._use(budget)))
+        for budget, own in zip(self.config.budgets, self.by_group(tensors), strict=True):
+            moved: dict[str, Any] = {
+                name: x.to("cpu" if name == "num_seen" else device).contiguous() for name, x in own.items()
+            }
+            use = self._use(budget) if "token_use" in own else None
+            found.append(HeadMemory(budget, OVQState(**moved, **budget.sizes), use))
         return found
+
+    def by_group(self, tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+        """The tensors of each group of heads from the result of `tensors`, by their names in `OVQState`."""
+        prefixes = [f"{i}." for i in range(len(self.config.budgets))]
+        return [{n.removeprefix(p): t for n, t in tensors.items() if n.startswith(p)} for p in prefixes]
 
     def select(self, state: list[HeadMemory], rows: Tensor) -> list[HeadMemory]:
         """See `Memory.select`."""
-        return [memory.selected(rows) for memory in state]
+        return [memory.with_state(memory.state.select(rows)) for memory in state]
 
     def to(self, state: list[HeadMemory], device: torch.device | str) -> list[HeadMemory]:
         """See `Memory.to`."""
@@ -92,11 +101,14 @@ class HeadMemories(Memory):
 
     def detach(self, state: list[HeadMemory]) -> list[HeadMemory]:
         """See `Memory.detach`."""
-        return [memory.detached() for memory in state]
+        return [memory.with_state(memory.state.detach()) for memory in state]
 
     def concatenate(self, states: Sequence[list[HeadMemory]], num_missing: Sequence[int]) -> list[HeadMemory]:
         """See `Memory.concatenate`. Padding does not matter: memories hold no padding columns."""
-        return [HeadMemory.joined(memories) for memories in zip(*states, strict=True)]
+        return [
+            first.with_state(OVQState.concatenate([memory.state for memory in (first, *others)]))
+            for first, *others in zip(*states, strict=True)
+        ]
 
     def without_columns(self, state: list[HeadMemory], num_dropped: int, num_left: int) -> list[HeadMemory]:
         """See `Memory.without_columns`."""
@@ -142,6 +154,11 @@ class MemoryLayer(OVQCacheLayer):
     def memories(self) -> list[HeadMemory] | None:
         """The memory of each group of heads with equal budgets; None before the first token."""
         return self.state
+
+    @property
+    def slot_states(self) -> list[OVQState]:
+        """See `OVQCacheLayer.slot_states`."""
+        return [memory.state for memory in self.state or []]
 
     @property
     def num_rows(self) -> int:
@@ -217,8 +234,8 @@ class MemoryLayer(OVQCacheLayer):
         heads = [head for memory in self.state for head in memory.budget.heads]
         order = torch.tensor(heads, device="cpu").argsort()
         k, v = (
-            torch.cat([getattr(x, name)[:, :, x.filled[0] - num : x.filled[0]] for x in self.state], 1)
-            for name in ("recent_keys", "recent_values")
+            torch.cat([getattr(x.state, name)[:, :, x.filled[0] - num : x.filled[0]] for x in self.state], 1)
+            for name in ("pending_keys", "pending_values")
         )
         return k[:, order], v[:, order]
 
@@ -375,8 +392,8 @@ class MemoryLayer(OVQCacheLayer):
             raise ValueError(wrong)
         if self.state is None:
             return
-        kept = self.state[0]
-        expected = self.num_rows, kept.recent_keys.shape[3], kept.recent_values.shape[3]
+        kept = self.state[0].state
+        expected = self.num_rows, kept.pending_keys.shape[3], kept.pending_values.shape[3]
         if (found := (k.shape[0], k.shape[3], v.shape[3])) != expected:
             raise ValueError(
                 f"expected keys and values of as many rows and components as the cache has, {expected}, "
@@ -404,7 +421,7 @@ class MemoryLayer(OVQCacheLayer):
         rows = [row for row, num in enumerate(now) if num and reach.is_reposition_due(first.num_read(row))]
         if not rows:
             return
-        factors, num = self.config.key_factors(first.key_unit), len(reach.frequencies)
+        factors, num = self.config.key_factors(first.state.key_unit), len(reach.frequencies)
         for memory in self.state:
             own = None if factors is None else factors[list(memory.budget.heads), 0]
             ratio = None if own is None else own[:, :num] / own[:, num : 2 * num]
@@ -464,6 +481,11 @@ class MemoryCache(StateCache):
         if any(cache.config != caches[0].config for cache in caches):
             raise ValueError("expected caches of one model, found memories of different sizes or settings")
         return super().concatenate(caches)
+
+
+def _numbered(groups: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of all groups of heads by names that begin with the group's number."""
+    return {f"{i}.{name}": x for i, own in enumerate(groups) for name, x in own.items()}
 
 
 def _take(x: Tensor, order: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ class CacheStep:
             memory.own_()
             if memory is not own:
                 return False
-            fields = vars(memory)
+            fields = vars(memory.state)
             for name, x in tensors.items():
                 if fields[name] is not x:
                     return False
@@ -143,7 +143,7 @@ def _groups(layer: MemoryLayer, of: HeadsLayer, num: int) -> list[HeadGroup]:
     config, dim = layer.config, of.head_dim
     lengths = [num] * layer.num_rows
     # Placeholders: the kernel computes queries, keys and values itself.
-    k = layer.state[0].recent_keys.new_empty(layer.num_rows, config.num_kv_heads, 1, dim)
+    k = layer.state[0].state.pending_keys.new_empty(layer.num_rows, config.num_kv_heads, 1, dim)
     given: dict[str, Any] = {
         "k": k,
         "v": k,

@@ -24,7 +24,7 @@ def is_compiled(memories: Sequence[HeadMemory], k: Tensor, v: Tensor, *tensors: 
     given = [x for x in (k, v, *tensors) if x is not None]
     return (
         all(x.device.type == "cpu" for x in given)
-        and {v.dtype, memories[0].recent_keys.dtype, memories[0].recent_values.dtype} == {k.dtype}
+        and {v.dtype, memories[0].state.pending_keys.dtype} == {k.dtype}
         and all(x.dtype in DTYPES for x in given)
         and not (torch.is_grad_enabled() and any(x.requires_grad for x in given))
         and is_available()

@@ -22,7 +22,7 @@ from ovq.ops.options import (
     current_merge,
     default_growth,
 )
-from ovq.ops.schedule import grown_slots
+from ovq.ops.schedule import grown_slots, tokens_merged
 
 #: Field of a model's config in which a `MemoryConfig` is saved.
 CONFIG_KEY = "ovq_memory"
@@ -249,9 +249,15 @@ class Budget:
         """Number of rows for sinks and window."""
         return self.num_sinks + self.window
 
-    def num_merges(self, num_exact: int) -> int:
-        """How often exact tokens are merged where so many are to be kept or come."""
-        return max(0, num_exact - self.num_exact + self.chunk_size) // self.chunk_size
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """The sizes of states, by the names that `OVQState` has."""
+        return {name: getattr(self, name) for name in ("num_slots", "chunk_size", "num_sinks", "window")}
+
+    def num_merged(self, num_read: int) -> int:
+        """Number of tokens merged once `num_read` were read."""
+        sizes = {"num_sinks": self.num_sinks, "window": self.window}
+        return tokens_merged(num_read, chunk_size=self.chunk_size, **sizes)
 
     def num_open(self, num_merged: int) -> int:
         """Number of slots in use after `num_merged` merged tokens."""

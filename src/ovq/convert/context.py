@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from ovq.convert.cache import HeadMemories, MemoryCache
 from ovq.convert.config import MemoryConfig
 from ovq.hf.context_file import KINDS, Kind, Tensors, check_names
+from ovq.layers.memory import check_num_seen
 from ovq.ops.parts import check_tensors, of_rows
+from ovq.ops.serialization import check_state_tensors
 
 #: Name of this kind of contexts.
 KIND = "converted"
+
+_RENAMED = {"recent_keys": "pending_keys", "recent_values": "pending_values", "use": "token_use"}
 
 
 def _check(
@@ -21,26 +26,31 @@ def _check(
     """Raise ValueError unless the tensors can be memories of layers that have read `num_tokens` tokens."""
     for i, tensors in enumerate(layers):
         place = f"{where}: layer {i}"
-        spec = of_rows(HeadMemories(config=config.layer(i)).spec(tensors, dtype), 1)
+        memory = HeadMemories(config=config.layer(i))
+        spec = of_rows(memory.spec(tensors, dtype), 1)
         check_names(place, tensors, spec)
         check_tensors(place, tensors, spec)
-        for group, budget in enumerate(config.layer(i).budgets):
-            filled, num_merged, count = (
-                tensors[f"{group}.{name}"] for name in ("filled", "num_merged", "count")
-            )
-            if (num_read := filled + num_merged).tolist() != [num_tokens]:
-                raise ValueError(f"{place}: expected {num_tokens} tokens read, found {num_read.tolist()}")
-            # Kernels write where these say.
-            expected = budget.num_merges(num_tokens) * budget.chunk_size
-            if num_merged.tolist() != [expected]:
-                raise ValueError(f"{place}: expected {expected} tokens merged, found {num_merged.tolist()}")
-            # Those that were re-positioned count for fewer. Sums of others may leave int64.
-            if bool((count < 0).any()) or bool((count.double().sum(-1) > expected).any()):
-                raise ValueError(f"{place}: expected counts of {expected} tokens at most, found others")
+        for budget, own in zip(config.layer(i).budgets, memory.by_group(tensors), strict=True):
+            check_num_seen(place, own, num_tokens)
+            check_state_tensors(place, own, **budget.sizes)
+
+
+def _upgraded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a layer from an old file, which had names of their own for heads of converted models."""
+    found = {}
+    for name, x in tensors.items():
+        group, _, own = name.partition(".")
+        if own == "filled":
+            # The number of merged tokens follows from this.
+            found[f"{group}.num_seen"] = x + tensors.get(f"{group}.num_merged", 0)
+        elif own != "num_merged":
+            found[f"{group}.{_RENAMED.get(own, own)}"] = x
+    return found
 
 
 KINDS[KIND] = Kind(
     upgraded=lambda fields: MemoryConfig.from_dict(fields).to_dict(),
+    tensors=_upgraded,
     config=MemoryConfig.from_dict,
     cache=MemoryCache,
     check=_check,

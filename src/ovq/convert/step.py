@@ -379,8 +379,9 @@ class _Step:
             return False
         like = torch.empty(num_rows, num_heads, 1, dim, dtype=self._dtype, device="cpu")
         return layer.state is None or all(
-            memory.recent_keys.shape == (num_rows, len(memory.budget.heads), memory.budget.num_exact, dim)
-            and memory.recent_values.shape == memory.recent_keys.shape
+            memory.state.pending_keys.shape
+            == memory.state.pending_values.shape
+            == (num_rows, len(memory.budget.heads), memory.budget.num_exact, dim)
             and is_compiled([memory], like, like)
             and all(x.is_cpu for x in memory.kernel_tensors().values())
             for memory in layer.state

@@ -86,14 +86,19 @@ def with_window(longer: MemoryLayer, config: LayerConfig) -> MemoryLayer:
     """
     layer = longer.branch(config)
     memories = layer.own_()
-    # Read sinks and last tokens once more, with fewer places.
     k, v = layer.last_tokens(memories[0].filled[0])
+    num_kept = 0
     for memory, budget in zip(memories, config.budgets, strict=True):
-        memory.budget, memory.filled = budget, [0]
-        memory.recent_keys, memory.recent_values = (
-            x.new_zeros(1, len(budget.heads), budget.num_exact, x.shape[3]) for x in (k, v)
-        )
-    advance(memories, k, v, [k.shape[2]])
+        # What the shorter window held after the last merge; the later tokens are read once more.
+        num_kept = min(k.shape[2], budget.num_exact - budget.chunk_size)
+        kept = memory.state.num_merged + num_kept
+        pending: dict[str, Any] = {
+            name: getattr(memory.state, name)[:, :, : budget.num_exact].contiguous()
+            for name in ("pending_keys", "pending_values")
+        }
+        memory.budget = budget
+        memory.hold(dataclasses.replace(memory.state, **pending, **budget.sizes, num_seen=kept))
+    advance(memories, k[:, :, num_kept:], v[:, :, num_kept:], [k.shape[2] - num_kept])
     return layer
 
 
@@ -184,7 +189,8 @@ class _Heads:
         layer.learn(*self._tokens(heads, slice(self._num_sinks + option.window)))
         units = torch.zeros(len(heads), dtype=torch.float64, device="cpu")
         for memory in layer.memories or []:
-            units[list(memory.budget.heads)] = memory.key_unit[0].double().cpu()
+            assert memory.state.key_unit is not None
+            units[list(memory.budget.heads)] = memory.state.key_unit[0].double().cpu()
         return units
 
     def _config(self, heads: Tensor, option: Option) -> LayerConfig:

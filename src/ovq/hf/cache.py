@@ -20,6 +20,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from ovq.hf.configuration_ovq import OVQConfig
 from ovq.layers import LayerCache, mixer_class
+from ovq.ops import OVQState
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -75,6 +76,11 @@ class OVQCacheLayer(LayerCache, CacheLayerMixin):
     def is_initialized(self) -> bool:  # type: ignore[override]  # an attribute in transformers
         """Whether there is a state."""
         return self.state is not None
+
+    @property
+    def slot_states(self) -> list[OVQState]:
+        """The states with slots; in converted models one for each group of heads with equal budgets."""
+        return [self.state] if isinstance(self.state, OVQState) else []
 
     # `keys` and `values` are transformers' names.
     @property

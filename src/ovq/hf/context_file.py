@@ -21,7 +21,7 @@ from ovq.hf.cache import OVQCache, StateCache
 from ovq.hf.configuration_ovq import OVQConfig
 from ovq.hf.modeling_ovq import OVQModel
 from ovq.hf.pretrained import WITHOUT_EFFECT
-from ovq.ops.serialization import format_of, positive_int, read_file, upgraded
+from ovq.ops.serialization import format_of, read_file, upgraded, whole_number
 from ovq.ops.sums import DTYPES
 
 FORMAT = "ovq-context"
@@ -67,6 +67,7 @@ class Kind:
 
     Attributes:
         upgraded: returns the `memory_fields` in a file with current names and defaults.
+        tensors: returns the tensors of a layer in a file with current names and dtypes.
         config: makes the config from these fields.
         cache: makes an empty cache from the config.
         check: raises ValueError, naming the file, unless the tensors of each layer can be the memory of a
@@ -74,6 +75,7 @@ class Kind:
     """
 
     upgraded: Callable[[dict[str, Any]], dict[str, Any]]
+    tensors: Callable[[dict[str, Tensor]], dict[str, Tensor]]
     config: Callable[[dict[str, Any]], Any]
     cache: Callable[[Any], StateCache]
     check: Callable[[str, Sequence[Tensors], Any, torch.dtype, int], None]
@@ -111,6 +113,7 @@ def _check_states(
 
 KINDS["ovq"] = Kind(
     upgraded=_upgraded_fields,
+    tensors=upgraded,
     config=lambda fields: OVQConfig(**fields),
     cache=OVQCache,
     check=_check_states,
@@ -155,7 +158,7 @@ def read_context(path: str | os.PathLike) -> tuple[dict[str, str], dict[str, Ten
     file_format = found if found in _FORMATS else FORMAT
     version, kind = _FORMATS[file_format]
     metadata, tensors = read_file(path, what="a saved context", file_format=file_format, version=[version])
-    num_tokens = positive_int(path, metadata, "num_tokens")
+    num_tokens = whole_number(path, metadata, "num_tokens")
     if (content := digest(tensors)) != metadata.get("content"):
         raise ValueError(
             f"{path}: expected tensors of SHA-256 {metadata.get('content')}, found {content}: it is damaged"
@@ -278,6 +281,6 @@ def checked_layers(
         if found is None or int(found[1]) >= num_layers:
             raise ValueError(f"{where}: expected tensors of {num_layers} layers, found {name!r}")
         layers[int(found[1])][found[2]] = tensor
-    layers = [upgraded(own) for own in layers]
+    layers = [kind.tensors(own) for own in layers]
     kind.check(where, layers, config, dtype, num_tokens)
     return layers

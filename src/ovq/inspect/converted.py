@@ -112,7 +112,7 @@ def _joined(number: int, layer: MemoryLayer) -> LayerMemory:
         own[:, 1] = np.array(observer.budget.heads)[own[:, 1]]
         moves.append(own)
         values = torch.cat(observer.values, 1)
-        kept.append(kept_share(values, memory.slot_values[0], memory.count[0] == 1, observer.places))
+        kept.append(kept_share(values, memory.state.values[0], memory.state.count[0] == 1, observer.places))
         reads.append(Reads.joined(observer.reads))
     order = np.argsort(list(budgets))
     per_head = len(reads[0].entries) // len(observers[0].budget.heads)

@@ -14,7 +14,7 @@ from ovq.ops.call import Call, RowBounds, Rows
 from ovq.ops.fading import LEAST_LOG
 from ovq.ops.options import Options, rounding_sums, weighing_chunk
 from ovq.ops.parts import spec_of
-from ovq.ops.state import OVQState, forgetting, tensors_of, weighted
+from ovq.ops.state import HEAD_TENSORS, OVQState, forgetting, tensors_of, weighted
 from ovq.ops.sums import DTYPES, state_dtype
 from ovq.ops.transforms import check_transforms
 
@@ -322,6 +322,8 @@ def check_state(state: OVQState, num_rows: int, k: Tensor, v: Tensor, options: O
         ("rows", num_rows, state.batch_size),
         ("num_slots", options.num_slots, state.num_slots),
         ("chunk_size", options.chunk_size, state.chunk_size),
+        ("window", None, state.window),
+        ("num_sinks", 0, state.num_sinks),
         ("key/value heads", k.shape[2], state.count.shape[1]),
         ("key dimension", k.shape[3], state.key_sum.shape[3]),
         ("value dimension", v.shape[3], state.value_sum.shape[3]),
@@ -343,6 +345,9 @@ def _check_parts(state: OVQState, dtype: torch.dtype) -> None:
         for name in ("pending_weights", "pending_forget"):
             if getattr(state, name) is not None:
                 raise ValueError(f"initial_state: {name}: expected none without weight, found some")
+    for name in HEAD_TENSORS:
+        if getattr(state, name) is not None:
+            raise ValueError(f"initial_state: {name}: expected none outside of converted models, found some")
     for name in ("key_step", "value_step"):
         if state.state_dtype != "int8" and getattr(state, name) is not None:
             raise ValueError(f"initial_state: {name}: expected none without sums in int8, found some")

@@ -25,6 +25,8 @@ def slot_spec(
     has_weights: bool = False,
     forgets: bool = False,
     state_dtype: str = "float32",
+    num_sinks: int | None = None,
+    window: int | None = None,
 ) -> StateSpec:
     """The tensors of an `OVQState` of one row with `num_slots` slots per head.
 
@@ -38,6 +40,8 @@ def slot_spec(
         has_weights: whether tokens have weights.
         forgets: whether the state has `pending_forget`, and then weights, too.
         state_dtype: format of the sums.
+        num_sinks: S; None for states of `ovq_attention`. Others are those of heads of converted models.
+        window: W; None for C.
 
     Example:
         >>> slot_spec(5, num_kv_heads=2, head_dim=8, chunk_size=4, dtype=torch.bfloat16)["key_sum"]
@@ -45,7 +49,8 @@ def slot_spec(
     """
     wide, value_dim = wide_dtype(dtype), head_dim if value_dim is None else value_dim
     own = {"bfloat16": torch.bfloat16, "int8": torch.int8}.get(state_dtype, wide)
-    slots, tokens = (num_kv_heads, num_slots), (num_kv_heads, chunk_size)
+    num_exact = (num_sinks or 0) + (chunk_size if window is None else window)
+    slots, tokens = (num_kv_heads, num_slots), (num_kv_heads, num_exact)
     spec: StateSpec = {
         "key_sum": ((*slots, head_dim), own),
         "value_sum": ((*slots, value_dim), own),
@@ -55,7 +60,16 @@ def slot_spec(
         "num_seen": ((), torch.int64),
     }
     if has_weights or forgets:
-        spec |= {"weight": (slots, wide), "pending_weights": (tokens, wide)}
+        spec["weight"] = slots, wide
+        if num_sinks is None:
+            spec["pending_weights"] = tokens, wide
+        else:
+            # Merges predict the weights of tokens.
+            spec["token_use"] = (num_kv_heads, head_dim + value_dim + 1), torch.float32
+    if num_sinks is not None:
+        spec["position_sum"] = slots, torch.int64
+        spec["key_unit"] = (num_kv_heads,), wide
+        spec["sink_keys"] = (num_kv_heads, num_sinks, head_dim), dtype
     if forgets:
         spec["pending_forget"] = ((num_kv_heads,), torch.float64)
     if state_dtype == "int8":
@@ -63,13 +77,21 @@ def slot_spec(
     return spec
 
 
-def spec_of(tensors: Mapping[str, Tensor], chunk_size: int, dtype: torch.dtype) -> StateSpec:
+def spec_of(
+    tensors: Mapping[str, Tensor],
+    chunk_size: int,
+    dtype: torch.dtype,
+    *,
+    num_sinks: int = 0,
+    window: int | None = None,
+) -> StateSpec:
     """The specification that the tensors of a state should match, for their own sizes and optional tensors.
 
     Args:
         tensors: by name; sizes are taken from `count`, `key_sum` and `value_sum`.
         chunk_size: C.
         dtype: dtype of the inputs.
+        num_sinks, window: S and W of a head of a converted model; W is None in others.
     """
     num_rows, num_kv_heads, num_slots = tensors["count"].shape
     # With a wrong number of dimensions they match no specification, so 0 will do.
@@ -85,6 +107,8 @@ def spec_of(tensors: Mapping[str, Tensor], chunk_size: int, dtype: torch.dtype) 
         has_weights="weight" in tensors,
         forgets="pending_forget" in tensors,
         state_dtype=state_dtype_of(tensors["key_sum"].dtype),
+        num_sinks=None if window is None else num_sinks,
+        window=window,
     )
     return of_rows(spec, num_rows)
 

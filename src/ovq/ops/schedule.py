@@ -4,7 +4,15 @@ The schedule depends only on the number of tokens seen, so a stream opens the sa
 however it is split into calls.
 """
 
+from __future__ import annotations
+
+from typing import TypeVar
+
+from torch import Tensor
+
 GROWTHS = ("plateau", "linear", "immediate")
+
+_Number = TypeVar("_Number", int, Tensor)
 
 
 def scheduled_slots(num_seen: int, *, num_slots: int, growth: str = "plateau") -> int:
@@ -77,3 +85,25 @@ def slots_by_chunk(
         seen = num_merged + i * chunk_size
         sizes.append(grown_slots(sizes[-1], seen, num_slots=num_slots, chunk_size=chunk_size, growth=growth))
     return sizes
+
+
+def tokens_merged(
+    num_seen: _Number, *, chunk_size: int, num_sinks: int = 0, window: int | None = None
+) -> _Number:
+    """Number of tokens of a row that were merged once it has seen `num_seen`.
+
+    Args:
+        num_seen: one number, or a tensor of numbers.
+        chunk_size: C, the number of tokens merged at a time.
+        num_sinks: S, first tokens that are never merged.
+        window: W, places for the tokens after them; tokens are merged when these are full. None for C.
+
+    Example:
+        >>> [tokens_merged(t, chunk_size=8) for t in (7, 8, 20)]
+        [0, 8, 16]
+        >>> [tokens_merged(t, chunk_size=8, num_sinks=4, window=16) for t in (19, 20, 28)]
+        [0, 8, 16]
+    """
+    beyond = num_seen - num_sinks - (chunk_size if window is None else window) + chunk_size
+    beyond = beyond * (beyond > 0)
+    return beyond - beyond % chunk_size

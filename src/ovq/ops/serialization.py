@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ovq.ops.narrow import state_dtype_of
 from ovq.ops.parts import check_tensors, slot_spec, spec_of
+from ovq.ops.schedule import tokens_merged
 from ovq.ops.sums import DTYPES
 from ovq.runtime.files import atomic_path
 
@@ -28,22 +29,25 @@ WITH_WEIGHTS = "2"
 WITH_FORGETTING = "3"
 # File version of states whose sums are in another format than float32 (`narrow.py`), likewise.
 NARROW = "4"
+# File version of states of heads of converted models, with sinks and a window.
+WINDOWED = "5"
 MAX_TOKENS = 2**62
 """Maximum number of tokens of a row in a file; with more, its int64 counts could overflow later."""
 
 
-def save_state(
-    path: str | os.PathLike, tensors: dict[str, Tensor], *, num_slots: int, chunk_size: int
-) -> None:
+def save_state(path: str | os.PathLike, tensors: dict[str, Tensor], sizes: Mapping[str, int | None]) -> None:
     """Write the tensors of a state to `path`; see `OVQState.save`."""
-    if state_dtype_of(tensors["key_sum"].dtype) != "float32":
+    if sizes["window"] is not None:
+        version = WINDOWED
+    elif state_dtype_of(tensors["key_sum"].dtype) != "float32":
         version = NARROW
     elif "pending_forget" in tensors:
         version = WITH_FORGETTING
     else:
         version = WITH_WEIGHTS if "weight" in tensors else VERSION
-    sizes = {"num_slots": str(num_slots), "chunk_size": str(chunk_size)}
-    write_file(path, tensors, metadata={"format": FORMAT, "version": version, **sizes})
+    names = list(sizes) if version == WINDOWED else ["num_slots", "chunk_size"]
+    written = {name: str(sizes[name]) for name in names}
+    write_file(path, tensors, metadata={"format": FORMAT, "version": version, **written})
 
 
 def write_file(path: str | os.PathLike, tensors: dict[str, Tensor], *, metadata: dict[str, str]) -> None:
@@ -110,8 +114,9 @@ def load_state(path: str | os.PathLike, *, device: torch.device | str) -> dict[s
         path,
         what="a saved OVQ state",
         file_format=FORMAT,
-        version=(VERSION, WITH_WEIGHTS, WITH_FORGETTING, NARROW),
+        version=(VERSION, WITH_WEIGHTS, WITH_FORGETTING, NARROW, WINDOWED),
     )
+    is_windowed = metadata["version"] == WINDOWED
     tensors = upgraded(tensors)
     # Only the names are used here, so the sizes do not matter.
     sizes: dict[str, Any] = {"num_kv_heads": 0, "head_dim": 0, "chunk_size": 0, "dtype": torch.float32}
@@ -122,14 +127,18 @@ def load_state(path: str | os.PathLike, *, device: torch.device | str) -> dict[s
         has_weights="weight" in tensors,
         forgets="pending_forget" in tensors,
         state_dtype="float32" if sums is None else state_dtype_of(sums.dtype),
+        num_sinks=0 if is_windowed else None,
     ).keys()
     if tensors.keys() != names:
         raise ValueError(f"{path}: expected tensors {sorted(names)}, found {sorted(tensors)}")
-    # Earlier versions wrote these fields if they were not 0.
+    names_of_sizes = {"num_slots": 1, "chunk_size": 1}
+    if is_windowed:
+        names_of_sizes = {"num_slots": 0, "chunk_size": 1, "num_sinks": 0, "window": 1}
     for name in ("window", "num_sinks"):
-        if name in metadata:
+        # Version 0.1 wrote these fields, with another meaning, if they were not 0.
+        if name in metadata and not is_windowed:
             raise ValueError(f"{path}: {name} was removed; expected 0, found {metadata[name][:40]}")
-    sizes = {name: positive_int(path, metadata, name) for name in ("num_slots", "chunk_size")}
+    sizes = {name: whole_number(path, metadata, name, least=least) for name, least in names_of_sizes.items()}
     check_state_tensors(str(path), tensors, **sizes)
     moved = {name: t if name == "num_seen" else t.to(device) for name, t in tensors.items()}
     return moved | sizes
@@ -144,25 +153,33 @@ def upgraded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors | {"pending_forget": old.double()}
 
 
-def positive_int(path: str | os.PathLike, metadata: dict[str, str], name: str) -> int:
-    """A positive integer from the metadata of a file.
+def whole_number(path: str | os.PathLike, metadata: dict[str, str], name: str, *, least: int = 1) -> int:
+    """An integer of at least `least` from the metadata of a file.
 
     Raises:
         ValueError: if it is missing, not an integer, or out of range.
 
     Example:
-        >>> positive_int("file", {"num_slots": "8"}, "num_slots")
+        >>> whole_number("file", {"num_slots": "8"}, "num_slots")
         8
     """
     text = metadata.get(name, "")
     # The length is limited, as `int` raises another error for thousands of digits.
-    if not (text.isdecimal() and len(text) < 20 and 1 <= int(text) <= MAX_TOKENS):
-        raise ValueError(f"{path}: expected {name} to be an integer from 1 to 2^62, found {text[:40]!r}")
+    if not (text.isdecimal() and len(text) < 20 and least <= int(text) <= MAX_TOKENS):
+        raise ValueError(
+            f"{path}: expected {name} to be an integer from {least} to 2^62, found {text[:40]!r}"
+        )
     return int(text)
 
 
 def check_state_tensors(
-    where: str, tensors: Mapping[str, Tensor], *, num_slots: int, chunk_size: int
+    where: str,
+    tensors: Mapping[str, Tensor],
+    *,
+    num_slots: int,
+    chunk_size: int,
+    num_sinks: int = 0,
+    window: int | None = None,
 ) -> None:
     """Raise ValueError unless `tensors` are a valid state: shapes, dtypes, finite values, right counts."""
 
@@ -176,14 +193,16 @@ def check_state_tensors(
     is_shaped = count.dim() == 3 and count.shape[1] > 0
     expect(is_shaped, "count of shape [B, Hkv, M], Hkv at least 1", tuple(count.shape))
     expect(count.shape[2] <= num_slots, f"at most {num_slots} slots", count.shape[2])
-    spec = spec_of(tensors, chunk_size, dtype)
+    spec = spec_of(tensors, chunk_size, dtype, num_sinks=num_sinks, window=window)
     check_tensors(where, tensors, spec)
     is_countable = bool(((num_seen >= 0) & (num_seen <= MAX_TOKENS)).all())
     expect(is_countable, "num_seen from 0 to 2^62", num_seen.tolist())
-    check_counts(where, count, total=num_seen // chunk_size * chunk_size)
+    merged = tokens_merged(num_seen, chunk_size=chunk_size, num_sinks=num_sinks, window=window)
+    # Re-positioned slots count for fewer tokens.
+    check_counts(where, count, total=merged, is_most=window is not None)
     _check_open_slots(where, tensors)
     if "weight" in spec:
-        for name in ("weight", "pending_weights"):
+        for name in {"weight", "pending_weights"} & spec.keys():
             expect(not bool((tensors[name] < 0).any()), f"numbers of at least 0 in {name}", "others")
         expect(not bool(tensors["weight"][count == 0].any()), "a weight of 0 for spare slots", "others")
     if "pending_forget" in spec:
@@ -191,13 +210,14 @@ def check_state_tensors(
         expect(is_log, "numbers of at most 0 in pending_forget", "others")
 
 
-def check_counts(where: str, count: Tensor, *, total: Tensor | int) -> None:
+def check_counts(where: str, count: Tensor, *, total: Tensor | int, is_most: bool = False) -> None:
     """Raise ValueError unless the counts of each head are at least 0 and add up to `total`.
 
     Args:
         where: source of the counts, for error messages.
         count: `[B, Hkv, M]` int64.
         total: number of tokens of each head, or `[B]` of the heads of each row.
+        is_most: whether they may add up to less.
     """
     if count.numel() and (least := int(count.min())) < 0:
         raise ValueError(f"{where}: expected counts of at least 0, found {least}")
@@ -208,9 +228,10 @@ def check_counts(where: str, count: Tensor, *, total: Tensor | int) -> None:
         )
     merged = torch.as_tensor(total).view(-1, 1).expand(count.shape[:2])
     found = count.sum(-1)
-    if not torch.equal(found, merged):
+    if bool((found > merged).any() if is_most else (found != merged).any()):
         raise ValueError(
-            f"{where}: expected counts that add up to the tokens merged, {merged.tolist()}, "
+            f"{where}: expected counts that add up to {'at most ' if is_most else ''}the tokens merged, "
+            f"{merged.tolist()}, "
             f"found {found.tolist()}"
         )
 

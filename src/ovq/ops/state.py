@@ -21,20 +21,27 @@ from ovq.ops.options import VALUE_WEIGHT, check_sizes
 from ovq.ops.parts import of_rows, slot_spec
 from ovq.ops.pending import PendingBuffers
 from ovq.ops.rows import checked_device, checked_rows
+from ovq.ops.schedule import tokens_merged
 from ovq.ops.serialization import load_state, save_state
-from ovq.ops.summary import StateSummary, effective_slots
+from ovq.ops.summary import StateSummary
 from ovq.ops.sums import DTYPES, slot_means, state_dtype
 
 SLOT_TENSORS = ("key_sum", "value_sum", "count", "weight", "key_step", "value_step")
 PENDING_TENSORS = ("pending_keys", "pending_values", "pending_weights")
-_ROW_TENSORS = (*SLOT_TENSORS, *PENDING_TENSORS, "pending_forget")
+# Only in heads of converted models.
+HEAD_TENSORS = ("position_sum", "key_unit", "sink_keys", "token_use")
+_ROW_TENSORS = (*SLOT_TENSORS, *PENDING_TENSORS, "pending_forget", *HEAD_TENSORS)
+_SIZES = ("num_slots", "chunk_size", "num_sinks", "window")
 # The slots, and the pending tokens, of a state.
 slots_in, pending_in = operator.attrgetter(*SLOT_TENSORS), operator.attrgetter(*PENDING_TENSORS)
 
 
 @dataclasses.dataclass(eq=False, repr=False)
 class OVQState:
-    """The dictionary of every row and key/value head, and the pending tokens of the incomplete last chunk.
+    """The dictionary of every row and key/value head, and the pending tokens, which are still exact.
+
+    In a state of `ovq_attention` these are the tokens of the incomplete last chunk. Heads of converted models
+    (`ovq.convert`) also keep the first tokens, their *sinks*, and a longer window of last tokens exactly.
 
     Attributes:
         key_sum: `[B, Hkv, M, K]` sums of the keys assigned to each slot, float32 (float64 for float64
@@ -43,8 +50,8 @@ class OVQState:
         value_sum: `[B, Hkv, M, V]` sums of the values, same dtype.
         count: `[B, Hkv, M]` number of tokens assigned to each slot, int64 to stay exact at any length.
             Spare slots have count 0 and sums 0.
-        pending_keys: `[B, Hkv, C, K]` keys of the pending tokens, in the dtype of the inputs. Row b uses its
-            first `num_pending[b]` positions; the rest is undefined.
+        pending_keys: `[B, Hkv, P, K]` keys of the pending tokens, in the dtype of the inputs. P is C; with a
+            window S + W, sinks first. Row b uses its first `num_pending[b]` places; others are undefined.
         pending_values: `[B, Hkv, C, V]` values of the pending tokens, likewise.
         num_seen: `[B]` tokens seen by each row, int64, always on the CPU: the schedule is host control flow.
         num_slots: N, the maximum number of slots per head.
@@ -57,6 +64,17 @@ class OVQState:
             a pending token is divided by the forget factors of the chunk up to it (math.md, (29)).
         key_step: `[B, Hkv, M]` bfloat16 scales of `key_sum` in int8; None in other formats. value_step:
             likewise.
+        num_sinks: S, the number of first tokens that are never merged.
+        window: W, the number of tokens after the sinks of which the oldest C are merged; None for C.
+
+    Only in heads of converted models, None in others:
+        position_sum: `[B, Hkv, M]` int64 sum of the positions of the tokens in each slot. Slots that were
+            re-positioned (`ovq.convert`) have lower counts, and the positions that they were moved to.
+        key_unit: `[B, Hkv]` root-mean-square length of keys, as a power of 2; `key_sum` is in this unit. 0
+            until the first merge of keys that are not as good as zero.
+        sink_keys: `[B, Hkv, S, K]` original keys of the sinks once `pending_keys` are re-positioned, else 0.
+        token_use: `[B, Hkv, K + V + 1]` float32 coefficients of token weights in merges (`convert/use.py`);
+            None for weights of 1.
 
     Example:
         >>> import torch
@@ -84,6 +102,12 @@ class OVQState:
     pending_forget: Tensor | None = None
     key_step: Tensor | None = None
     value_step: Tensor | None = None
+    num_sinks: int = 0
+    window: int | None = None
+    position_sum: Tensor | None = None
+    key_unit: Tensor | None = None
+    sink_keys: Tensor | None = None
+    token_use: Tensor | None = None
     # Buffers that decode steps write pending tokens to, if this state comes from decoding (`advanced`).
     _buffers: PendingBuffers | None = dataclasses.field(default=None, repr=False)
     # The decode step that made this state, if it can be run again (`PreparedStep` in `backends/cpu`).
@@ -101,9 +125,10 @@ class OVQState:
         seen = sorted({*self.num_seen.tolist()})
         tokens = f"{seen[0]}..{seen[-1]}" if len(seen) > 1 else "".join(map(str, seen)) or "none"
         rows, heads, slots = self.count.shape
+        exact = "" if self.window is None else f"sinks={self.num_sinks}, window={self.window}, "
         return (
             f"OVQState(rows={rows}, heads={heads}, num_seen={tokens}, slots={slots} of {self.num_slots}, "
-            f"chunk_size={self.chunk_size}, {self.pending_keys.dtype} on {self.count.device}, "
+            f"{exact}chunk_size={self.chunk_size}, {self.pending_keys.dtype} on {self.count.device}, "
             f"{'' if self.state_dtype == 'float32' else f'slots in {self.state_dtype}, '}"
             f"{self.nbytes:,} bytes)"
         )
@@ -112,23 +137,11 @@ class OVQState:
         """Summary statistics: tokens, slots, bytes, and the distribution of tokens over slots.
 
         Example:
-            >>> OVQState.empty(
-            ...     batch_size=1, num_kv_heads=2, key_dim=4, value_dim=4, num_slots=8, chunk_size=4
-            ... ).summary().num_open
+            >>> sizes = {"num_kv_heads": 2, "key_dim": 4, "value_dim": 4, "num_slots": 8, "chunk_size": 4}
+            >>> OVQState.empty(batch_size=1, **sizes).summary().num_open
             (0,)
         """
-        count = self.count
-        total_open = int((count > 0).sum())
-        return StateSummary(
-            num_seen=tuple(self.num_seen.tolist()),
-            num_pending=tuple(self.num_pending.tolist()),
-            num_open=tuple(self.num_open.tolist()),
-            num_slots=self.num_slots,
-            nbytes=self.nbytes,
-            largest_count=int(count.max()) if total_open else 0,
-            single_share=int((count == 1).sum()) / max(1, total_open),
-            effective_slots=tuple(effective_slots(count).mean(-1).tolist()),
-        )
+        return StateSummary.of(self)
 
     @classmethod
     def empty(
@@ -179,9 +192,16 @@ class OVQState:
         return self.count.shape[0]
 
     @property
+    def num_merged(self) -> Tensor:
+        """`[B]` number of tokens of each row that were merged into the slots (dropped if it has none)."""
+        return tokens_merged(
+            self.num_seen, chunk_size=self.chunk_size, num_sinks=self.num_sinks, window=self.window
+        )
+
+    @property
     def num_pending(self) -> Tensor:
-        """`[B]` number of pending tokens of each row, those of the incomplete chunk."""
-        return self.num_seen % self.chunk_size
+        """`[B]` number of tokens of each row that were not merged; sinks never are."""
+        return self.num_seen % self.chunk_size if self.window is None else self.num_seen - self.num_merged
 
     @property
     def mass(self) -> Tensor:
@@ -196,12 +216,13 @@ class OVQState:
     @property
     def keys(self) -> Tensor:
         """`[B, Hkv, M, K]` mean key of each slot, zero for spare slots."""
-        return slot_means(self._sums("key_sum"), self.mass)
+        means = slot_means(self.wide_sums("key_sum"), self.mass)
+        return means if self.key_unit is None else means * self.key_unit[..., None, None]
 
     @property
     def values(self) -> Tensor:
         """`[B, Hkv, M, V]` mean value of each slot, zero for spare slots."""
-        return slot_means(self._sums("value_sum"), self.mass)
+        return slot_means(self.wide_sums("value_sum"), self.mass)
 
     @property
     def state_dtype(self) -> str:
@@ -218,7 +239,8 @@ class OVQState:
         """The weights of the slots if narrow formats hold means, else None."""
         return None if self.pending_forget is None else self.weight
 
-    def _sums(self, name: str) -> Tensor:
+    def wide_sums(self, name: str) -> Tensor:
+        """`key_sum` or `value_sum`, by `name`, in the dtype `wide`."""
         return widened(getattr(self, name), getattr(self, STEPS[name]), self.wide, self._mean_weight)
 
     def to_state_dtype(self, state_dtype: str) -> OVQState:
@@ -247,7 +269,7 @@ class OVQState:
             raise ValueError(f"gradients: expected sums in float32 (state_dtype), found {state_dtype}")
         changed: dict[str, Any] = {}
         for name, step in STEPS.items():
-            changed[name], changed[step] = narrowed(self._sums(name), state_dtype, self._mean_weight)
+            changed[name], changed[step] = narrowed(self.wide_sums(name), state_dtype, self._mean_weight)
         return dataclasses.replace(self, **changed)
 
     @property
@@ -289,9 +311,10 @@ class OVQState:
             name: (t := getattr(self, name)).index_select(0, host.to(t.device)) for name in self._names
         }
         selected = dataclasses.replace(self, **picked, num_seen=self.num_seen[host])
-        # Indexing has already copied, so decoding with beam search, which selects rows at every step, need
-        # not copy again.
-        selected._buffers = PendingBuffers(pending_in(selected), selected.num_pending.tolist())
+        if self.window is None:
+            # Indexing has already copied, so decoding with beam search, which selects rows at every step,
+            # need not copy again.
+            selected._buffers = PendingBuffers(pending_in(selected), selected.num_pending.tolist())
         return selected
 
     def reorder(self, index: Tensor) -> OVQState:
@@ -325,7 +348,7 @@ class OVQState:
             states = [forgetting(state) for state in states]
         first = states[0]
         for other in states[1:]:
-            for what in ("num_slots", "chunk_size", "state_dtype"):
+            for what in (*_SIZES, "state_dtype"):
                 if getattr(other, what) != getattr(first, what):
                     raise ValueError(
                         f"states: expected {what} {getattr(first, what)} in all, found {getattr(other, what)}"
@@ -379,7 +402,7 @@ class OVQState:
         Raises:
             OSError: if the file cannot be written.
         """
-        save_state(path, state_tensors(self), num_slots=self.num_slots, chunk_size=self.chunk_size)
+        save_state(path, state_tensors(self), {name: getattr(self, name) for name in _SIZES})
 
     @staticmethod
     def load(path: str | os.PathLike, *, device: torch.device | str = "cpu") -> OVQState:
@@ -394,7 +417,8 @@ class OVQState:
 
 def slots_of(state: OVQState) -> dict[str, Tensor]:
     """The tensors of the slots of a state that are not None, by name."""
-    return {name: x for name in SLOT_TENSORS if (x := getattr(state, name)) is not None}
+    names = (*SLOT_TENSORS, "position_sum")
+    return {name: x for name in names if (x := getattr(state, name)) is not None}
 
 
 def tensors_of(state: OVQState) -> dict[str, Tensor]:
@@ -406,7 +430,7 @@ def state_tensors(state: OVQState) -> dict[str, Tensor]:
     """The tensors of a state as they are saved: detached, contiguous, on the CPU, unused positions zero."""
     tensors = {name: x.detach().cpu().contiguous() for name, x in tensors_of(state).items()}
     # Positions beyond num_pending may hold tokens of another continuation, which must not reach the file.
-    used = torch.arange(state.chunk_size, device="cpu") < state.num_pending[:, None]
+    used = torch.arange(tensors["pending_keys"].shape[2], device="cpu") < state.num_pending[:, None]
     for name, x in tensors.items():
         if name.startswith("pending") and x.dim() > 2:
             tensors[name] = x.masked_fill(~used.view(len(used), 1, -1, *[1] * (x.dim() - 3)), 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +47,22 @@ class StateSummary:
     largest_count: int
     single_share: float
     effective_slots: tuple[float, ...]
+
+    @classmethod
+    def of(cls, state: Any) -> StateSummary:
+        """The statistics of an `OVQState`."""
+        count = state.count
+        total_open = int((count > 0).sum())
+        return cls(
+            num_seen=tuple(state.num_seen.tolist()),
+            num_pending=tuple(state.num_pending.tolist()),
+            num_open=tuple(state.num_open.tolist()),
+            num_slots=state.num_slots,
+            nbytes=state.nbytes,
+            largest_count=int(count.max()) if total_open else 0,
+            single_share=int((count == 1).sum()) / max(1, total_open),
+            effective_slots=tuple(effective_slots(count).mean(-1).tolist()),
+        )
 
     def __str__(self) -> str:
         rows = "" if len(self.num_seen) == 1 else f"{len(self.num_seen)} rows; "

@@ -34,7 +34,7 @@ struct HeadGroup {
     const void *q, *k, *v;      /* q is NULL if no queries attend. */
     void *o;
     Strides q_at, k_at, v_at, o_at;
-    void *recent_keys, *recent_values; /* [R, h, num_exact, ...] */
+    void *pending_keys, *pending_values; /* [R, h, num_exact, ...] */
     void *key_sum, *value_sum;  /* [R, h, M, ...], keys in units of `key_unit`. */
     Bfloat16 *key_step, *value_step; /* [R, h, M]: scales of INT8 sums. */
     int64_t *count, *position_sum; /* [R, h, M] */
@@ -44,8 +44,8 @@ struct HeadGroup {
     const int64_t *schedule_start;  /* [R] */
     const int32_t *schedule;        /* Per row, slots in use before the call and after each merge. */
     const float *temperature, *bias; /* [H]: factor and offset of the scores of slots of several tokens; or NULL. */
-    const float *use;           /* [R, h, K + V + 1]: linear predictor of log2 weights, see `expected_use`; or NULL. */
-    float *weight;              /* [R, h, M]: total weights of slots, with `use`; else NULL. */
+    const float *token_use;     /* [R, h, K + V + 1]: linear predictor of log2 weights, see `expected_use`; or NULL. */
+    float *weight;              /* [R, h, M]: total weights of slots, with `token_use`; else NULL. */
 };
 
 struct HeadScratch {
@@ -86,7 +86,7 @@ INLINE void read_exact(const HeadStream *s, int64_t token, int is_value, float f
     const int64_t own = (s->row * g->num_kv_heads + s->head) * g->num_exact;
     const Strides at = is_value ? g->v_at : g->k_at;
     if (token < s->before)
-        read_numbers(g->dtype, is_value ? g->recent_values : g->recent_keys, (own + token) * dim, dim, factor, out, ld);
+        read_numbers(g->dtype, is_value ? g->pending_values : g->pending_keys, (own + token) * dim, dim, factor, out, ld);
     else
         read_numbers(g->dtype, is_value ? g->v : g->k,
                      place_in(at, s->row, g->heads[s->head], s->start + token - s->before), dim, factor, out, ld);
@@ -127,7 +127,7 @@ static HeadScratch take_head(Arena *arena, const HeadGroup *g, const Call *call,
     own.dictionary = take_dictionary(arena, call, 0);
     own.dictionary.num = 0;
     own.tokens = take_rows(arena, call, call->width, 0, call->merges_pairs);
-    if (g->use) {
+    if (g->token_use) {
         own.tokens.weights = TAKE(arena, float, padded(g->chunk_size, NR));
         own.weights = TAKE(arena, float, g->chunk_size);
         own.log_count = TAKE(arena, float, padded(g->capacity, NR));
@@ -277,7 +277,7 @@ static float typical_length(const HeadStream *s) {
    float64, so that PyTorch gets the same weight. */
 static float expected_use(const HeadStream *s, const float *key, float unit, const float *value) {
     const HeadGroup *g = s->group;
-    const float *use = g->use + (s->row * g->num_kv_heads + s->head) * (g->key_dim + g->value_dim + 1);
+    const float *use = g->token_use + (s->row * g->num_kv_heads + s->head) * (g->key_dim + g->value_dim + 1);
     double sum = unit * exact_dot(use, key, g->key_dim) + exact_dot(use + g->key_dim, value, g->value_dim);
     sum += use[g->key_dim + g->value_dim];
     return std::isfinite(sum) ? exp2f((float)fmin(fmax(nearbyint(sum), -MOST_USE), MOST_USE)) : 1;
@@ -295,7 +295,7 @@ static void merge_oldest(HeadStream *s) {
     for (int64_t t = 0; t < size; t++) {
         read_exact(s, first + t, 0, 1 / divisor, own->keys + t * g->key_dim, g->key_dim);
         read_exact(s, first + t, 1, 1, own->values + t * g->value_dim, g->value_dim);
-        if (g->use)
+        if (g->token_use)
             own->weights[t] = expected_use(s, own->keys + t * g->key_dim, divisor, own->values + t * g->value_dim);
     }
     const Chunk chunk = {0, size, s->schedule[s->num_merges], s->schedule[s->num_merges + 1], 1};
@@ -327,7 +327,7 @@ static void put_recent(const HeadStream *s, int64_t first, int64_t end) {
     for (int is_value = 0; is_value < 2; is_value++) {
         const int64_t dim = is_value ? g->value_dim : g->key_dim;
         const Strides at = is_value ? g->v_at : g->k_at;
-        char *out = (char *)(is_value ? g->recent_values : g->recent_keys) + stream * g->num_exact * dim * size;
+        char *out = (char *)(is_value ? g->pending_values : g->pending_keys) + stream * g->num_exact * dim * size;
         const char *from = (const char *)(is_value ? g->v : g->k) + place_in(at, s->row, g->heads[s->head], s->start) * size;
         for (int64_t i = first; i < end; i++) {
             const int64_t token = i < g->num_sinks ? i : i + window_begin(s);
@@ -401,9 +401,9 @@ static void read_one(const HeadStream *s) {
         read_numbers(g->query_dtype, g->q, place_in(g->q_at, s->row, first + i, s->done), k, 1, queries + i * k, k);
         softmax[i] = {-INFINITY, 0, out + i * v};
     }
-    with_type(g->dtype, g->recent_keys, stream * g->num_exact * k,
+    with_type(g->dtype, g->pending_keys, stream * g->num_exact * k,
               [=, call = &shape, x = (const float *)queries, y = &softmax[0]](auto *keys) {
-                  absorb(call, x, keys, (decltype(keys))g->recent_values + stream * g->num_exact * v, Mass{},
+                  absorb(call, x, keys, (decltype(keys))g->pending_values + stream * g->num_exact * v, Mass{},
                          s->filled + 1, y);
               });
     const int64_t num = g->capacity ? s->schedule[0] : 0, slots = stream * g->capacity;

@@ -51,11 +51,11 @@ class HeadGroup(Mirror):
         """Kernel arguments of a group of h key/value heads of B rows.
 
         Args:
-            tensors: `recent_keys` `[B, h, P, K]` and `recent_values`, the exact tokens, in the dtype of k;
+            tensors: `pending_keys` `[B, h, P, K]` and `pending_values`, the exact tokens, in the dtype of k;
                 `key_sum` `[B, h, N, K]` and `value_sum`, float32, bfloat16, or int8 with `key_step`
                 `[B, h, N]` and `value_step`, bfloat16; `count` `[B, h, N]` and `position_sum`, int64;
                 `key_unit` `[B, h]`, float32. They are contiguous and change in place. With token weights,
-                `use` `[B, h, K + V + 1]` predicts these from keys and values, and `weight` `[B, h, N]`,
+                `token_use` `[B, h, K + V + 1]` predicts these from keys and values, and `weight` `[B, h, N]`,
                 float32, holds those of slots.
             heads: the key/value heads of k and v that these are.
             num_sinks: first tokens that stay. chunk_size: number of tokens merged once P are exact.
@@ -75,7 +75,7 @@ class HeadGroup(Mirror):
             group_size=0 if q is None else q.shape[1] // k.shape[1],
             chunk_size=chunk_size,
             capacity=tensors["count"].shape[2],
-            num_exact=tensors["recent_keys"].shape[2],
+            num_exact=tensors["pending_keys"].shape[2],
             num_sinks=num_sinks,
             key_dim=k.shape[3],
             value_dim=v.shape[3],
