@@ -18,7 +18,7 @@ from torch import Tensor
 from ovq.convert.config import Budget
 from ovq.convert.pieces import in_pieces
 from ovq.convert.reach import Reach
-from ovq.convert.reading import Exact, Observer, Slots, read
+from ovq.convert.reading import Observer, read
 from ovq.convert.use import token_weights, use_from
 from ovq.ops import OVQState
 from ovq.ops.backends import learn
@@ -301,7 +301,9 @@ class HeadMemory:
 
         def read_piece(now: Sequence[int], k: Tensor, v: Tensor, q: Tensor | None = None) -> Tensor | None:
             self._store(k, v, now, has_graph)
-            o = None if q is None else self._read(q, temperature, bias).to(q.dtype)
+            num_open = max(map(budget.num_open, self.num_merged))
+            settings: Any = {"temperature": temperature, "bias": bias, "observer": self.observer}
+            o = None if q is None else read(q, self.state, self.filled, num_open, **settings)
             if full := [b for b, f in enumerate(self.filled) if f + now[b] == budget.num_exact]:
                 self._merge(full)
             self.count_tokens(now)
@@ -325,15 +327,6 @@ class HeadMemory:
             # After a cast of the model, a memory keeps its dtype.
             k, v = (x[rows, :, step].to(state.pending_keys.dtype) for x in (k, v))
         state.pending_keys[places], state.pending_values[places] = k, v
-
-    def _read(self, q: Tensor, temperature: Tensor | None, bias: Tensor | None) -> Tensor:
-        """Outputs `[B, h * G, n, V]` of queries; the first belongs to exact token number `filled`."""
-        state, num_open = self.state, max(map(self.budget.num_open, self.num_merged))
-        slots = None
-        if num_open:
-            slots = Slots(*(x[:, :, :num_open] for x in (state.keys, state.values, state.count)))
-        exact = Exact(state.pending_keys, state.pending_values, self.filled)
-        return read(q, exact, slots, temperature=temperature, bias=bias, observer=self.observer)
 
     def _merge(self, rows: list[int]) -> None:
         """Merge the oldest tokens of full `rows` and move the others up.

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ovq.convert.cache import MemoryLayer
 from ovq.convert.config import Budget
-from ovq.convert.reading import Exact, Slots
 from ovq.hf.cache import CACHE_KEY
 from ovq.inspect.memory import DROPPED, EXACT, LayerMemory, Reads, kept_share, moves_of, reads_of
+from ovq.ops import OVQState
 
 
 @torch.no_grad()
@@ -67,18 +67,17 @@ class _HeadObserver:
         self._num_reads, self._progress = num_reads, progress
         self._num_read = self._num_chunks = 0
 
-    def on_attend(self, exact: Exact, slots: Slots | None, probs: Tensor) -> None:
+    def on_attend(self, state: OVQState, num_slots: int, probs: Tensor) -> None:
         """See `Observer`."""
-        num_slots = 0 if slots is None else slots.counts.shape[2]
         num_exact, num_new = probs.shape[4] - num_slots, probs.shape[3]
         num_merged = self._num_chunks * self.budget.chunk_size
         positions = torch.arange(num_exact, device=probs.device)
         positions[self.budget.num_sinks :] += num_merged
         weights = torch.cat([probs[0, ..., num_exact:], probs[0, ..., :num_exact]], -1).flatten(0, 1)
-        is_single = None if slots is None else slots.counts[0] == 1
+        is_single = state.count[0, :, :num_slots] == 1 if num_slots else None
         self.reads.append(reads_of(weights, positions, self._num_reads, is_single=is_single))
         own = self._num_read - num_merged
-        self.values.append(exact.values[0, :, own : own + num_new].clone())
+        self.values.append(state.pending_values[0, :, own : own + num_new].clone())
         self._num_read += num_new
         if self._progress is not None:
             self._progress(self._num_read)
