@@ -97,6 +97,10 @@ def test_contexts_are_only_for_the_model_and_memory_that_made_them(saved):
             "tensors of 2 layers, found 'layers.7",
         ),
         (lambda t: t["layers.0.0.num_seen"].add_(8), r"layer 0: expected num_seen \[70\], found \[78\]"),
+        (
+            lambda t: t.update({"layers.0.0.filled": torch.ones(2), "layers.0.0.num_merged": torch.ones(3)}),
+            r"layer 0: expected 18 tensors, .* differ in \['0.filled', '0.num_merged'\]",
+        ),
         (lambda t: t["layers.1.0.count"].neg_(), "layer 1: expected counts of at least 0, found"),
         (lambda t: t["layers.1.0.count"].add_(7), "layer 1: expected counts that add up to at most the"),
         (lambda t: t["layers.1.0.count"].fill_(2**62), "layer 1: expected counts that add up within int64"),

@@ -40,11 +40,14 @@ def _upgraded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     found = {}
     for name, x in tensors.items():
         group, _, own = name.partition(".")
-        if own == "filled":
-            # The number of merged tokens follows from this.
-            found[f"{group}.num_seen"] = x + tensors.get(f"{group}.num_merged", 0)
-        elif own != "num_merged":
-            found[f"{group}.{_RENAMED.get(own, own)}"] = x
+        found[f"{group}.{_RENAMED.get(own, own)}"] = x
+    for group in {name.partition(".")[0] for name in found}:
+        numbers = [found.get(f"{group}.{name}") for name in ("filled", "num_merged")]
+        # Others cannot always be added.
+        if all(x is not None and (x.dtype, x.shape) == (torch.int64, (1,)) for x in numbers):
+            filled, num_merged = (found.pop(f"{group}.{name}") for name in ("filled", "num_merged"))
+            # How many of them are merged follows from their number.
+            found[f"{group}.num_seen"] = filled + num_merged
     return found
 
 
