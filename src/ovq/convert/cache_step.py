@@ -70,8 +70,10 @@ class CacheStep:
                 group.put("schedule", [num for sizes in _now_and_next(memory) for num in sizes])
         _put_angles(self._step, cos, sin, rows, num)
         y = self._step.run(x)
+        # All have read equally many tokens.
+        num_seen = self._memories[0].state.num_seen + num
         for memory in self._memories:
-            memory.count_tokens([num] * rows)
+            memory.count_tokens([num] * rows, num_seen)
         for layer, copies in zip(self._layers, before, strict=True):
             layer.num_columns += num
             layer.record_read(copies, num)

@@ -256,8 +256,9 @@ class Budget:
 
     def num_merged(self, num_read: int) -> int:
         """Number of tokens merged once `num_read` were read."""
-        sizes = {"num_sinks": self.num_sinks, "window": self.window}
-        return tokens_merged(num_read, chunk_size=self.chunk_size, **sizes)
+        return tokens_merged(
+            num_read, chunk_size=self.chunk_size, num_sinks=self.num_sinks, window=self.window
+        )
 
     def num_open(self, num_merged: int) -> int:
         """Number of slots in use after `num_merged` merged tokens."""

@@ -166,23 +166,23 @@ class HeadMemory:
         """Number of slots in use, per row: now, and after each merge while reading `lengths` tokens."""
         size = self.budget.chunk_size
         return [
-            [self.budget.num_open(num_merged + i * size) for i in range(self._num_merges(row, num_new) + 1)]
-            for row, (num_merged, num_new) in enumerate(zip(self.num_merged, lengths, strict=True))
+            [self.budget.num_open(num + more) for more in range(0, self._num_merging(row, num_new) + 1, size)]
+            for row, (num, num_new) in enumerate(zip(self.num_merged, lengths, strict=True))
         ]
 
-    def count_tokens(self, lengths: Sequence[int]) -> None:
-        """Count `lengths` new tokens per row, which a kernel has read."""
-        is_same = len({*lengths}) == 1
-        num = lengths[0] if is_same else torch.tensor(lengths, device="cpu")
-        self.state.num_seen = self.state.num_seen + num
+    def count_tokens(self, lengths: Sequence[int], num_seen: Tensor | None = None) -> None:
+        """Count `lengths` new tokens per row, which a kernel has read; `num_seen` may be given as counted."""
+        if num_seen is None:
+            num_seen = self.state.num_seen + torch.tensor(lengths, device="cpu")
+        self.state.num_seen = num_seen
         for row, num_new in enumerate(lengths):
-            num_merged = self._num_merges(row, num_new) * self.budget.chunk_size
+            num_merged = self._num_merging(row, num_new)
             self.filled[row] += num_new - num_merged
             self.num_merged[row] += num_merged
 
-    def _num_merges(self, row: int, num_new: int) -> int:
-        more = self.budget.num_merged(self.num_read(row) + num_new) - self.num_merged[row]
-        return more // self.budget.chunk_size
+    def _num_merging(self, row: int, num_new: int) -> int:
+        """Number of tokens that are merged while a row reads `num_new`; those merged before do not matter."""
+        return self.budget.num_merged(self.filled[row] + num_new)
 
     def own_(self) -> None:
         """Copy tensors that autograd may have saved, so that they can be changed in place."""
@@ -193,17 +193,18 @@ class HeadMemory:
     def _own_all_(self) -> None:
         """What `own_` does, and copy what inference mode has made where PyTorch writes outside of it."""
         if not torch.is_inference_mode_enabled():
-            self._has_graph |= any(x.is_inference() for x in tensors_of(self.state).values())
+            # `num_seen` is never written to.
+            tensors = tensors_of(self.state).items()
+            self._has_graph |= any(x.is_inference() for name, x in tensors if name != "num_seen")
         self.own_()
 
     def put_back_(self, before: HeadMemory) -> None:
         """Restore the content of the copy `before`, in place, as kernels hold pointers to the tensors."""
         self._own_all_()
-        # Copies of the state may share it.
-        self.state.num_seen = self.state.num_seen.clone()
-        own = tensors_of(self.state)
         for name, x in tensors_of(before.state).items():
-            own[name].copy_(x)
+            if name != "num_seen":
+                getattr(self.state, name).copy_(x)
+        self.state.num_seen = before.state.num_seen
         self.hold(self.state)
 
     def drop_(self, num_tokens: int) -> None:
