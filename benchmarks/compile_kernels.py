@@ -30,6 +30,7 @@ from triton.runtime.jit import JITFunction
 from ovq.ops.backends import triton as triton_backend
 from ovq.ops.backends.triton import merging
 from ovq.ops.checks import checked_call
+from ovq.ops.narrow import STATE_DTYPES
 from ovq.ops.options import Options
 
 MERGES = ("existing", "nearest")
@@ -75,7 +76,10 @@ def compile_all(arch: int, dtype: str, head_dim: int, chunk_size: int = 256) -> 
 
 
 def _call(dtype: torch.dtype, dim: int, chunk_size: int) -> None:
-    """A forward, a backward and a decode step, without weights, with weights, and with forgetting."""
+    """A forward, a backward and a decode step, without weights, with weights, and with forgetting.
+
+    Then a forward and a decode step for slots in narrow formats.
+    """
     length = 4 * chunk_size
     q, k, v = (torch.zeros(1, length, heads, dim, dtype=dtype) for heads in (2, 1, 1))
     weights, scale = torch.ones(1, length, 1), torch.ones(2)
@@ -97,6 +101,12 @@ def _call(dtype: torch.dtype, dim: int, chunk_size: int) -> None:
             token = {name: x[:, :1] for name, x in tokens.items()}
             call = checked_call(**token, scale=scale, options=options, initial_state=state.detach())
             triton_backend.run(call)
+            for state_dtype in STATE_DTYPES[1:]:
+                options = dataclasses.replace(options, state_dtype=state_dtype)
+                call = checked_call(**tokens, scale=scale, options=options, wants_state=True)
+                _, state = triton_backend.run(dataclasses.replace(call, options=options))
+                narrow = state.to_state_dtype(state_dtype)
+                triton_backend.run(checked_call(**token, scale=scale, options=options, initial_state=narrow))
 
 
 def _resources(kernel) -> dict:

@@ -302,10 +302,6 @@ def test_what_narrow_sums_cannot_do_is_refused_by_name():
     q, k = q.detach(), k.detach()
     with pytest.raises(ValueError, match=r"rate: expected sums in float32 .*found int8"):
         attend(q, k, v, state, ablation={"rate": 0.5})
-    with pytest.raises(ValueError, match="'triton': expected state_dtype 'float32', found 'int8'"):
-        attend(q, k, v, state, backend="triton")
-    with pytest.raises(ValueError, match="'triton': expected state_dtype 'float32', found 'int8'"):
-        attend(q, k, v, state, backend="triton", **logs(20, 0.3))
     with pytest.raises(ValueError, match=r"key_step: expected .* in torch.bfloat16 on cpu, found NoneType"):
         attend(q, k, v, dataclasses.replace(state, key_step=None))
 

@@ -45,9 +45,10 @@ def run_of(call: Call, backend: str) -> Run:
     run = backends.BACKENDS[name].run
     if not any(call.rows.lengths):
         return _nothing_read
-    # Only the "cpu" kernels read narrow sums, in decode steps.
     has_steps = name == "cpu" and has_few_tokens(call)
-    if call.options.state_dtype != "float32" and not (has_steps or (name == "cpu" and call.is_decoding)):
+    # Kernels read narrow sums in decode steps alone.
+    reads_narrow = has_steps or (name in ("cpu", "triton") and call.is_decoding)
+    if call.options.state_dtype != "float32" and not reads_narrow:
         run = functools.partial(_in_wide_dtype, run=run)
     # They alone implement forgetting themselves, for several tokens and without gradients.
     does_forget = name == "cpu" and not (has_steps or call.is_one_token or call.wants_gradients)

@@ -23,11 +23,11 @@ STATE_DTYPES = ("float32", "bfloat16", "int8")
 STEPS = {"key_sum": "key_step", "value_sum": "value_step"}
 
 # Largest int8 value whose negative is int8 too.
-_MOST = 127
+MOST = 127
 # Smaller scales of int8 sums are 0: they have too few bits for 127 steps to stay within int8.
-_LEAST_SCALE = torch.finfo(torch.float32).tiny
+LEAST_SCALE = torch.finfo(torch.float32).tiny
 # Products of means and tiny weights that are smaller are 0: they have too few bits to give the mean again.
-_LEAST_SUM = 2.0**-138
+LEAST_SUM = 2.0**-138
 
 
 def narrowed(sums: Tensor, state_dtype: str, weight: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -51,8 +51,8 @@ def narrowed(sums: Tensor, state_dtype: str, weight: Tensor | None = None) -> tu
         return sums.bfloat16(), None
     # The largest entry of a row is 127 steps however the scale is rounded, so rounding again finds the same
     # scale. The 8 significant bits of a scale times the 8 bits of an entry are exact in float32.
-    scales = (sums.abs().amax(-1) / _MOST).bfloat16()
-    scales = scales.masked_fill(scales < _LEAST_SCALE, 0)
+    scales = (sums.abs().amax(-1) / MOST).bfloat16()
+    scales = scales.masked_fill(scales < LEAST_SCALE, 0)
     each = scales.to(sums.dtype)[..., None]
     # A non-finite entry turns its row into NaN, through the scale.
     numbers = (sums / each.masked_fill(each == 0, torch.inf)).round().nan_to_num(0)
@@ -65,7 +65,7 @@ def widened(sums: Tensor, scales: Tensor | None, dtype: torch.dtype, weight: Ten
     if weight is None or state_dtype_of(sums.dtype) == "float32":
         return wide
     wide = wide * weight[..., None]
-    return wide.masked_fill(wide.abs() < _LEAST_SUM, 0)
+    return wide.masked_fill(wide.abs() < LEAST_SUM, 0)
 
 
 def check_state_dtype(state_dtype: str) -> None:

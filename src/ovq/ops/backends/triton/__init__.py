@@ -17,6 +17,7 @@ from ovq.ops.backends.chunks import Chunks
 from ovq.ops.backends.learned import Learned, Merging
 from ovq.ops.call import Call
 from ovq.ops.known import Known
+from ovq.ops.narrow import STATE_DTYPES
 from ovq.ops.options import Options
 from ovq.ops.precision import full_precision
 from ovq.ops.state import OVQState
@@ -33,6 +34,7 @@ KNOWN = Known(
     init=("novelty",),
     merge=("existing", "nearest"),
     gates=("token_weights", "log_forget"),
+    state_dtype=STATE_DTYPES,
 )
 # `run` gets `log_forget` as token weights, chunk by chunk (`forget.py`); `learn` does not support it.
 LEARNS = dataclasses.replace(KNOWN, gates=("token_weights",))

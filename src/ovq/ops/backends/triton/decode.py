@@ -15,6 +15,7 @@ from torch import Tensor
 from ovq.ops.backends.torch.decode import merged_state
 from ovq.ops.backends.triton import common
 from ovq.ops.backends.triton.common import LOG2E, absorbed, divisors, put_rows, rows
+from ovq.ops.backends.triton.formats import wide_rows
 from ovq.ops.backends.triton.passes import merge
 from ovq.ops.call import Call
 from ovq.ops.options import LEAST_READ
@@ -35,16 +36,18 @@ def _absorb(scores, values, top, total, acc):
 
 @triton.jit(do_not_specialize=["pending"])
 def read_token(
-    q, k, v, scale, key_sum, value_sum, mass, pending_keys, pending_values, token_weights, pending_weights,
+    q, k, v, scale, key_sum, value_sum, mass, key_step, value_step,
+    pending_keys, pending_values, token_weights, pending_weights,
     places, tops, totals, accs, arrived, o, pending, H, G, K, V, M, C, PER, SPLITS,
-    IS_EVEN: tl.constexpr, LEAST: tl.constexpr, GP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr,
+    IS_EVEN: tl.constexpr, LEAST: tl.constexpr, HAS_MEANS: tl.constexpr,
+    GP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Attention of one query per head; grid (streams, SPLITS), the last split for the pending tokens.
 
     Args:
         q: `[R, H * G, K]`. k: `[R, H, K]`. v: `[R, H, V]`. scale: `[H * G]`.
-        key_sum: `[R, H, M, K]`. value_sum: likewise. mass: `[R, H, M]` counts, or weights.
+        key_sum: `[R, H, M, K]`, in any format. value_sum: likewise. mass: `[R, H, M]` counts, or weights.
+        key_step: `[R, H, M]` scales of int8 sums, or None. value_step: likewise.
         pending_keys: `[R, H, C, K]`; receives the new key. pending_values: likewise.
         token_weights: `[R, H]`, written to pending_weights `[R, H, C]`; None without token weights.
         places: `[R]` int32 number of pending tokens of each row before this token, if not equal (IS_EVEN).
@@ -54,6 +57,7 @@ def read_token(
         pending: number of pending tokens of each row, if equal (IS_EVEN).
         PER: slots per split.
         LEAST: minimum weight of tokens of the chunk when read; None if they are read without weights.
+        HAS_MEANS: whether sums are means, in a narrow format with forgetting.
     """
     stream = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
@@ -71,11 +75,13 @@ def read_token(
             own_mass = tl.load(mass + stream * M + slot, mask=slot < M, other=0)
             is_used = own_mass > 0
             number = divisors(own_mass)
-            keys = rows(key_sum, stream * M + slot, is_used, K, BK)
-            values = rows(value_sum, stream * M + slot, is_used, V, BV) / number[:, None]
-            scores = (
-                tl.sum(queries[:, None, :] * keys[None, :, :], 2) / number[None, :] + tl.log2(number)[None, :]
-            )
+            divisor = number
+            if HAS_MEANS:
+                divisor = number * 0 + 1
+            keys = wide_rows(key_sum, key_step, stream * M + slot, is_used, K, BK)
+            values = wide_rows(value_sum, value_step, stream * M + slot, is_used, V, BV) / divisor[:, None]
+            scores = tl.sum(queries[:, None, :] * keys[None, :, :], 2) / divisor[None, :]
+            scores += tl.log2(number)[None, :]
             scores = tl.where(is_used[None, :], scores, -float("inf"))
             top, total, acc = _absorb(scores, values, top, total, acc)
     else:
@@ -156,14 +162,16 @@ def decode_step(call: Call) -> tuple[Tensor, OVQState]:
     is_even = len(set(pending)) == 1
     places = torch.tensor([] if is_even else pending, dtype=torch.int32).to(q.device)
     sums = (state.key_sum, state.value_sum, state.mass)
+    steps = (None if x is None else x.contiguous() for x in (state.key_step, state.value_step))
     # Triton launches on the current device, even if the tensors are on another.
     with torch.cuda.device_of(q):
         read_token[(streams, splits)](
-            *(x.contiguous() for x in (q, k, v, call.scale, *sums)),
+            *(x.contiguous() for x in (q, k, v, call.scale, *sums)), *steps,
             *(x if x is None else x.contiguous() for x in buffers), places, tops[0], tops[1], accs,
             _arrived(q.device, streams), o, pending[0],
             num_kv_heads, group, dim, value_dim, slots, options.chunk_size, per, splits,
-            IS_EVEN=is_even, LEAST=LEAST_READ if options.weighs_chunk else None, GP=group_block, BN=block,
+            IS_EVEN=is_even, LEAST=LEAST_READ if options.weighs_chunk else None,
+            HAS_MEANS=options.weighs_chunk and options.state_dtype != "float32", GP=group_block, BN=block,
             BK=common.padded(dim), BV=common.padded(value_dim), **common.FUSED,
         )  # fmt: skip
         complete = [r for r, p in enumerate(pending) if p + 1 == options.chunk_size]

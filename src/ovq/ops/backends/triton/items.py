@@ -21,6 +21,7 @@ from ovq.ops.backends.triton.common import (
     rows,
     traced,
 )
+from ovq.ops.backends.triton.formats import in_format
 from ovq.ops.backends.triton.recurrence import add_tokens, keep_rows
 
 # Fields of `ints`, the table of a stream; field F of column i is at F * L + i, for L columns. INTO: lowest
@@ -39,7 +40,8 @@ def advance_items(
     merged_slot, merged_into, merged_count, merged_keys, merged_values, merged_weight,
     token_weights, weight, kept_slot, kept_keys, kept_values, kept_weight, item_keys, item_values, masses,
     previous, current, base, num_next, merged_base, W, C, H, K, V, M, L,
-    HAS_PREVIOUS: tl.constexpr, HAS_NEXT: tl.constexpr, HAS_READ: tl.constexpr,
+    HAS_PREVIOUS: tl.constexpr, HAS_NEXT: tl.constexpr, HAS_READ: tl.constexpr, FORMAT: tl.constexpr,
+    HAS_MEANS: tl.constexpr,
     BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """`advance` of `recurrence.py` for rules that merge pairs; grid (streams, blocks of slots).
@@ -114,6 +116,8 @@ def advance_items(
                 value_sums, counts = add_tokens(
                     value_sums, counts, slot, v, chosen, first, H, C, V, 1, BT, BV, None, token_weights
                 )
+                key_sums = in_format(key_sums, mass, FORMAT, HAS_MEANS)
+                value_sums = in_format(value_sums, mass, FORMAT, HAS_MEANS)
                 is_changed = is_in & (is_merged | (counts != before))
                 if weight is not None:
                     tl.store(weight + place, mass, mask=is_changed)

@@ -21,6 +21,7 @@ from ovq.ops.backends.triton import common
 from ovq.ops.backends.triton.items import INT_FIELDS, INTO, advance_items, keep, prepare, settle
 from ovq.ops.backends.triton.weights import Weights
 from ovq.ops.backends.triton.work import Work
+from ovq.ops.narrow import STATE_DTYPES
 from ovq.ops.nearest import Items, movers, nearest_roots
 from ovq.ops.precision import full_precision
 
@@ -82,6 +83,11 @@ class Steps(ABC):
         self._kept = None if weights is None else weights.kept
         self._chunk_size = work.options.chunk_size
         self._fused = common.FUSED if weights is None else common.UNFUSED
+        options = work.options
+        self._format: dict[str, Any] = {
+            "FORMAT": STATE_DTYPES.index(options.state_dtype),
+            "HAS_MEANS": options.weighs_chunk,
+        }
 
     def step(self, i: int, snapshots: Sequence[Tensor] | None = None, base: int = 0) -> None:
         """Merge chunk i - 1, write the dictionary that chunk i reads, and assign the tokens of chunk i.
@@ -101,13 +107,13 @@ class Steps(ABC):
         parts = (into.key_sum, into.value_sum, into.count)
         flags = {"HAS_PREVIOUS": i > 0, "HAS_NEXT": has_next, "HAS_READ": snapshots is not None}
         tables = (*parts, work.table, *(snapshots or parts))
-        self._advance(num_rows * work.num_kv_heads, tables, entries, flags)
+        self._advance(num_rows * work.num_kv_heads, tables, entries, flags | self._format)
         if has_next and work.num_complete[i]:
             self._assign(i)
 
     @abstractmethod
     def _advance(
-        self, streams: int, tables: tuple[Tensor, ...], entries: tuple[int, ...], flags: dict[str, bool]
+        self, streams: int, tables: tuple[Tensor, ...], entries: tuple[int, ...], flags: dict[str, Any]
     ) -> None:
         """Merge the previous chunks and prepare the inputs of `_assign`, for this number of streams.
 
@@ -150,7 +156,7 @@ class PairRecurrence(Steps):
         return torch.empty(streams, *shape, dtype=dtype, device=self.k.device)
 
     def _advance(
-        self, streams: int, tables: tuple[Tensor, ...], entries: tuple[int, ...], flags: dict[str, bool]
+        self, streams: int, tables: tuple[Tensor, ...], entries: tuple[int, ...], flags: dict[str, Any]
     ) -> None:
         """As in `Steps`; writes the slot means as items."""
         work, k, v, kept = self.work, self.k, self.v, self._kept

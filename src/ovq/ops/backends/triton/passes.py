@@ -88,7 +88,7 @@ class Recurrence(Steps):
         self._sizes = {"BN": self._block, "BK": common.padded(k.shape[-1]), **self._fused}
 
     def _advance(
-        self, streams: int, tables: tuple[Tensor, ...], entries: tuple[int, ...], flags: dict[str, bool]
+        self, streams: int, tables: tuple[Tensor, ...], entries: tuple[int, ...], flags: dict[str, Any]
     ) -> None:
         """As in `Steps`; scores the keys of the next chunks against each block of slots."""
         work, k, v, kept = self.work, self.k, self.v, self._kept

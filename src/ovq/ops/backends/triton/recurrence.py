@@ -26,6 +26,7 @@ from ovq.ops.backends.triton.common import (
     rounded,
     rows,
 )
+from ovq.ops.backends.triton.formats import in_format
 
 
 @triton.jit
@@ -111,7 +112,8 @@ def advance(
     snap_keys, snap_values, snap_bias, token_weights, weight, kept_keys, kept_values, kept_weight,
     best, second, winner, cosine, longest, previous, current, base, num_next,
     W, C, H, K, V, M, NB,
-    HAS_PREVIOUS: tl.constexpr, HAS_NEXT: tl.constexpr, HAS_READ: tl.constexpr, PARTS: tl.constexpr,
+    HAS_PREVIOUS: tl.constexpr, HAS_NEXT: tl.constexpr, HAS_READ: tl.constexpr, FORMAT: tl.constexpr,
+    HAS_MEANS: tl.constexpr, PARTS: tl.constexpr,
     BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """One step of the recurrence; grid (streams, blocks of slots).
@@ -173,6 +175,8 @@ def advance(
             value_sums, counts = add_tokens(
                 value_sums, counts, slot, v, chosen, first, H, C, V, 1, BT, BV, None, token_weights
             )
+            key_sums = in_format(key_sums, mass, FORMAT, HAS_MEANS)
+            value_sums = in_format(value_sums, mass, FORMAT, HAS_MEANS)
             is_changed = is_in & (counts != before)
             if weight is not None:
                 tl.store(weight + place, mass, mask=is_changed)
