@@ -36,6 +36,8 @@ RULES = ("existing", "nearest")
 # The size of the targets and of the estimates in docs/method/triton.md.
 SIZE = {"dtype": "bfloat16", "chunk_size": 256, "num_heads": 16, "head_dim": 128}
 NUM_SLOTS = 2048
+# Tensors of slots that not every state has.
+OPTIONAL = ("weight", "key_step", "value_step")
 
 Row = dict[str, object]
 
@@ -67,12 +69,14 @@ def parity_row(
     device: str = "cuda",
     *,
     has_weights: bool = False,
+    state_dtype: str = "float32",
 ) -> Row:
     """Compare a forward and backward of the kernels with the `torch` backend on the CPU.
 
     Two rows of different lengths, two query heads per key/value head; a fifth of the weights, if any, are 0.
     Counts and sums must be bit-identical to the reference, and so must two runs of the kernels to each other;
-    outputs and gradients must agree up to rounding, that of the read in `dtype`.
+    outputs and gradients must agree up to rounding, that of the read in `dtype`. With narrow formats there is
+    no backward.
     """
     generator = torch.Generator().manual_seed(0)
     shapes = ((2, length, heads, dim) for heads in (4, 2, 2))
@@ -82,11 +86,17 @@ def parity_row(
     mask = (torch.arange(length) >= torch.tensor([[0], [length // 3]])).long()
     options = {"num_slots": num_slots, "chunk_size": chunk_size, "merge": merge}
 
+    sizes = {"num_kv_heads": 2, "key_dim": dim, "value_dim": dim}
+    sizes |= {"num_slots": num_slots, "chunk_size": chunk_size}
+    empty = OVQState.empty(batch_size=2, dtype=tokens[0].dtype, **sizes).to_state_dtype(state_dtype)
+    has_gradients = state_dtype == "float32"
+
     def run(where: str, backend: str) -> tuple[OVQState, list[torch.Tensor]]:
-        leaves = [x.to(where).requires_grad_() for x in tokens]
+        leaves = [x.to(where).requires_grad_(has_gradients) for x in tokens]
         given = {"token_weights": leaves[3]} if has_weights else {}
         o, state = ovq_attention(
             *leaves[:3],
+            initial_state=empty.to(where),
             attention_mask=mask.to(where),
             backend=backend,
             output_final_state=True,
@@ -95,13 +105,13 @@ def parity_row(
         )
         assert state is not None
         assert backend_used() == backend
-        grads = torch.autograd.grad(o.float().square().sum(), leaves)
+        grads = torch.autograd.grad(o.float().square().sum(), leaves) if has_gradients else ()
         return state, [x.detach().cpu().float() for x in (o, *grads)]
 
     (state, found), (_, again) = run(device, "triton"), run(device, "triton")
     expected_state, expected = run("cpu", "torch")
     errors = [float((x - y).norm() / y.norm()) for x, y in zip(found, expected, strict=True)]
-    names = ("key_sum", "value_sum", *(["weight"] if has_weights else []))
+    names = [name for name in ("key_sum", "value_sum", *OPTIONAL) if getattr(state, name) is not None]
     are_equal = torch.equal(state.count.cpu(), expected_state.count)
     sums = (torch.equal(getattr(state, name).cpu(), getattr(expected_state, name)) for name in names)
     bound = 1e-4 if dtype == "float32" else 0.03
@@ -110,12 +120,13 @@ def parity_row(
         "merge": merge,
         "weights": has_weights,
         "dtype": dtype,
+        "state_dtype": state_dtype,
         "length": length,
         "num_slots": num_slots,
         "head_dim": dim,
     }
     row |= {"are_counts_equal": are_equal, "are_sums_equal": all(sums), "is_repeatable": is_repeatable}
-    row |= {"output_error": errors[0], "gradient_error": max(errors[1:])}
+    row |= {"output_error": errors[0], "gradient_error": max(errors[1:], default=0.0)}
     row["is_passed"] = are_equal and bool(row["are_sums_equal"]) and is_repeatable and max(errors) < bound
     return row
 
@@ -126,9 +137,11 @@ def parity() -> Iterator[Row]:
     calls += [("float32", 1500, 256, 64, 64), ("bfloat16", 1500, 256, 64, 64)]
     for (dtype, *size), merge in itertools.product(calls, RULES):
         yield parity_row(merge, dtype, *size)
-    # Weights only on short rows, as their kernels take another compilation.
+    # Weights and narrow formats only on short rows, as their kernels take another compilation.
     for (dtype, *size), merge in itertools.product(calls[:2], RULES):
         yield parity_row(merge, dtype, *size, has_weights=True)
+        for state_dtype in ("bfloat16", "int8"):
+            yield parity_row(merge, dtype, *size, state_dtype=state_dtype)
 
 
 def _calls(merge: str, length: int, *, has_weights: bool = False) -> dict[str, Callable[[], object]]:

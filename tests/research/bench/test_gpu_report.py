@@ -80,6 +80,7 @@ def test_parity_is_checked(program, monkeypatch):
 
     arguments = ("existing", "float32", 5, 12, 4, 4, "cpu")
     assert program["parity_row"](*arguments)["is_passed"]
+    assert program["parity_row"](*arguments, state_dtype="int8")["is_passed"]
     step = passes.Recurrence.step
 
     def forgetful(self, i, *shown):
