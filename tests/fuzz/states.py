@@ -74,7 +74,6 @@ class StateProgram(OpProgram):
         ]
         options = drawn_options(rng, ["count", "count", "count", 0.3])
         gates = _drawn_gates(rng) if options["rate"] == "count" else {}
-        can_round = options["rate"] == "count" and backend.op != "triton"
         return cls(
             seed=rng.randrange(10**6),
             num_rows=rng.choice([1, 2, 3]),
@@ -88,7 +87,7 @@ class StateProgram(OpProgram):
             chunk_size=rng.choice([1, 2, 3, 4, 5]),
             growth=rng.choice(GROWTHS),
             **backend.known(options),
-            state_dtype=rng.choice(STATE_DTYPES) if can_round else "float32",
+            state_dtype=rng.choice(STATE_DTYPES) if options["rate"] == "count" else "float32",
             **gates,
         )
 
