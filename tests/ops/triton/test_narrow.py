@@ -94,6 +94,20 @@ def test_states_are_those_of_naive_however_a_text_is_split(merge, state_dtype, d
         torch.testing.assert_close(o, reference, atol=4e-2 if dtype == torch.bfloat16 else 2e-5, rtol=0)
 
 
+@torch.no_grad()
+def test_chunks_of_one_token_with_forgetting():
+    """Each is a decode step whose state another format has been chosen for already."""
+    tokens, gates = stream(torch.float32, True, 0.3)
+    sizes = {"num_slots": 2, "chunk_size": 1}
+    shape = {"batch_size": 2, "num_kv_heads": 2, "key_dim": 6, "value_dim": 5}
+    state = OVQState.empty(**shape, **sizes).to_state_dtype("int8")
+    (o, _), (expected, _) = (
+        attend(*tokens, initial_state=state, backend=backend, **sizes, **gates)
+        for backend in ("triton", "naive")
+    )
+    torch.testing.assert_close(o, expected, atol=2e-5, rtol=0)
+
+
 @pytest.mark.parametrize("state_dtype", NARROW)
 def test_assignments_are_those_of_the_op(state_dtype):
     (_, k, v), _ = stream(torch.float32, False, 0.0)

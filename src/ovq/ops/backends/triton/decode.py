@@ -171,7 +171,7 @@ def decode_step(call: Call) -> tuple[Tensor, OVQState]:
             _arrived(q.device, streams), o, pending[0],
             num_kv_heads, group, dim, value_dim, slots, options.chunk_size, per, splits,
             IS_EVEN=is_even, LEAST=LEAST_READ if options.weighs_chunk else None,
-            HAS_MEANS=options.weighs_chunk and options.state_dtype != "float32", GP=group_block, BN=block,
+            HAS_MEANS=options.weighs_chunk and state.state_dtype != "float32", GP=group_block, BN=block,
             BK=common.padded(dim), BV=common.padded(value_dim), **common.FUSED,
         )  # fmt: skip
         complete = [r for r, p in enumerate(pending) if p + 1 == options.chunk_size]
