@@ -5,9 +5,10 @@ import inspect
 
 import pytest
 import torch
-from transformers import GenerationMixin
+from transformers import GenerationMixin, pipeline
 from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
 
+from ovq.byte_tokens import byte_tokenizer
 from ovq.hf import OVQCache
 from ovq.hf.cache import CACHE_KEY
 from tests.hf.common import enable_checkpointing, is_greedy, left_padded, make_model, random_ids
@@ -192,6 +193,34 @@ def test_other_models_generate_too(batch, changes):
     model = make_model(**changes)
     outs = [model.generate(**batch, **GREEDY, use_cache=use_cache) for use_cache in (True, False)]
     assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 2}], ids=str)
+def test_stop_strings_end_a_text(model, options):
+    # Bytes that token healing, which reads the text of the prompt, does not take for spaces.
+    prompt, tokenizer = torch.tensor([[40, 35, 47, 33, 44, 38]]), byte_tokenizer()
+    whole = model.generate(prompt, **GREEDY, **options)
+    # The prompt's tokens do not count.
+    new = whole[0, 6:].tolist()
+    stopping = {"stop_strings": [tokenizer.decode(new[2:3])], "tokenizer": tokenizer}
+    out = model.generate(prompt, **GREEDY, **options, **stopping)
+    if "num_beams" in options:
+        # Other beams than the best whole text may end first.
+        assert torch.equal(out, model.generate(prompt, **GREEDY, **options, **stopping, use_cache=False))
+    else:
+        assert torch.equal(out, whole[:, : 7 + new.index(new[2])])
+    tokenizer.bos_token = tokenizer.pad_token = tokenizer.eos_token
+    healed = {"token_healing": True, "bos_token_id": 0, "tokenizer": tokenizer}
+    assert torch.equal(model.generate(prompt, **GREEDY, **options, **healed), whole)
+
+
+def test_a_pipeline_stops_at_a_sequence():
+    tokenizer = byte_tokenizer()
+    model = make_model(vocab_size=len(tokenizer))
+    text = pipeline("text-generation", model=model, tokenizer=tokenizer, return_full_text=False)
+    options = {"do_sample": False, "max_new_tokens": NEW, "pad_token_id": 0}
+    whole = text("hello", **options)[0]["generated_text"]
+    assert text("hello", **options, stop_sequence=whole[1])[0]["generated_text"] == whole[:2]
 
 
 # transformers takes "hybrid" for None, as models of earlier versions have it in their configs.

@@ -173,6 +173,8 @@ class CachedGeneration:
         if cache is not None and mask is not None:
             num_unread = mask.shape[1] - cache.get_seq_length()
             input_ids = input_ids[:, -num_unread:] if 0 < num_unread < input_ids.shape[1] else input_ids
+        # Of `stop_strings` and token healing, which `generate` has made use of by now.
+        kwargs.pop("tokenizer", None)
         own: Any = super()
         return own.prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
 
