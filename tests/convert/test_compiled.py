@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 
 from ovq.convert import compiled as module
 from ovq.convert.cache import MemoryLayer
@@ -194,6 +195,27 @@ def test_gradients_reach_queries_where_keys_need_none():
     q, k, v = inputs(30, rows=1)
     layer_of().attend(q.requires_grad_(), k, v, None).sum().backward()
     assert q.grad.any()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_no_tangent_of_forward_mode_differentiation_is_lost():
+    """Kernels read the plain numbers of tensors, so PyTorch has to run; also where tokens are merged."""
+    model = converted().requires_grad_(False)
+    embedded = model.get_input_embeddings()(tokens(1, 90))
+    step = torch.randn(embedded.shape, generator=torch.Generator().manual_seed(0))
+
+    def squares(x):
+        return model(inputs_embeds=x).logits.square().sum()
+
+    x = embedded.clone().requires_grad_()
+    expected = (torch.autograd.grad(squares(x), x)[0] * step).sum()
+    with torch.no_grad(), forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(squares(forward_ad.make_dual(embedded, step))).tangent
+    torch.testing.assert_close(tangent, expected, atol=0, rtol=1e-3)
+    torch.testing.assert_close(torch.func.jvp(squares, (embedded,), (step,))[1], tangent)
+    model = converted(state_dtype="int8")
+    with pytest.raises(ValueError, match=r"gradients: expected slots in float32 .* found int8"):
+        torch.func.jvp(squares, (embedded,), (step,))
 
 
 @torch.no_grad()

@@ -31,6 +31,7 @@ from ovq.ops.options import ORDINARY
 from ovq.ops.parts import of_rows, slot_spec
 from ovq.ops.state import pending_in, tensors_of
 from ovq.ops.sums import added_up
+from ovq.ops.transforms import is_transformed
 
 # Each re-positioning lowers the count of a slot by count // 8, so counts below 8 stay.
 _FORGOTTEN = 8
@@ -288,7 +289,7 @@ class HeadMemory:
         has_graph = torch.is_grad_enabled() and any(
             x is not None and x.requires_grad for x in (q, k, v, temperature, bias)
         )
-        if has_graph and self.budget.state_dtype != "float32":
+        if (has_graph or is_transformed()) and self.budget.state_dtype != "float32":
             raise ValueError(
                 "gradients: expected slots in float32 (state_dtype) or torch.no_grad(), found "
                 f"{self.budget.state_dtype}"

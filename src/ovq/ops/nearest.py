@@ -187,7 +187,8 @@ class _Clusters:
         self._x = items.keys.new_empty(shape, dtype=dtype)
         self._x[:, :num, : items.keys.shape[-1]] = items.keys
         values = self._x[:, :num, items.keys.shape[-1] : -1]
-        torch.mul(items.values, items.factor.to(dtype)[:, None, None], out=values)
+        # Not by `out=`, which has no forward-mode derivative.
+        values.copy_(items.values).mul_(items.factor.to(dtype)[:, None, None])
         self._x[:, num:, :-1], self._x[:, num:, -1] = 0, -torch.inf
         s, a = (self._place >= 0).nonzero(as_tuple=True)
         self._x[s, a, :-1] = self._means[self._place[s, a]].to(dtype)
