@@ -26,7 +26,6 @@ from transformers import (
 )
 
 from ovq.convert import attach
-from ovq.convert.attach import _difference
 from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.hf.cache import CACHE_KEY
 from ovq.parallel import ContextParallel
@@ -262,7 +261,7 @@ def test_models_that_share_a_config_stay_as_they_are(monkeypatch):
     model, other = (LlamaForCausalLM(config).eval() for _ in range(2))
     fields, before = config.to_dict(), other(IDS).logits
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["ovq.convert.attach"], "_check_equal", lambda *args: 1 / 0)
+        patch.setattr(sys.modules["ovq.convert.attach"], "check_equal", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             attach(model, **MEMORY)
     assert all(module.config is config for module in model.modules() if hasattr(module, "config"))
@@ -280,15 +279,6 @@ def test_a_model_whose_window_is_taken_away_is_converted():
         attach(model, **MEMORY)
     model.config.sliding_window = None
     assert attach(model, **MEMORY)(tokens(1, 60)).logits.shape == (1, 60, 64)
-
-
-def test_one_token_that_rounding_turns_over_is_no_other_attention():
-    before = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
-    one, all_of_them = before.clone(), before * 0.5
-    one[:, 4] *= -9
-    assert _difference(one, before) == 0
-    assert _difference(one.float(), before.float()) > 1
-    assert _difference(all_of_them, before) > 0.3
 
 
 def test_attention_of_another_kind_is_found_by_comparing(monkeypatch):

@@ -8,6 +8,7 @@ import transformers
 from transformers import DynamicCache
 
 from ovq.convert import attach
+from ovq.convert.equality import difference
 from ovq.hf.cache import CACHE_KEY
 from tests.convert.common import SIZES, tokens
 from tests.hf.common import enable_checkpointing
@@ -109,3 +110,12 @@ def test_gradients_are_those_of_the_original_with_checkpoints_too():
         model(ids, labels=ids).loss.backward()
     for (name, p), q in zip(before.named_parameters(), after.parameters(), strict=True):
         torch.testing.assert_close(q.grad, p.grad, msg=name, atol=1e-9, rtol=1e-9)
+
+
+def test_one_token_that_rounding_turns_over_is_no_other_attention():
+    before = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    one, all_of_them = before.clone(), before * 0.5
+    one[:, 4] *= -9
+    assert difference(one, before) == 0
+    assert difference(one.float(), before.float()) > 1
+    assert difference(all_of_them, before) > 0.3

@@ -20,6 +20,7 @@ from ovq.convert.cache import MemoryCache
 from ovq.convert.cache_step import MOST_ROWS
 from ovq.convert.config import CONFIG_KEY, MemoryConfig, as_table, check_heads
 from ovq.convert.context import KIND
+from ovq.convert.equality import check_equal, some_logits
 from ovq.convert.packed import PACKED, can_pack, pack_
 from ovq.convert.rotary import rotary_buffers, with_reach
 from ovq.convert.step import checked_weight_dtype, num_drafts, read_apart, token_output
@@ -29,12 +30,6 @@ from ovq.hf.generation import CachedGeneration, execution_device
 from ovq.hf.hub import check_loaded
 from ovq.ops.uncompiled import uncompiled
 from ovq.runtime.files import read_json
-
-# Tokens on which the model is compared before and after, and tolerances: the root mean square of the logit
-# differences relative to that of the logits. A single bfloat16 logit may differ by far more.
-_CHECK_TOKENS = 6
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
-_TOLERANCE_OF_NARROW = 0.1
 
 
 class ConvertedMixin(CachedGeneration):
@@ -205,7 +200,7 @@ def attach(
     if state_dtype is not None:
         config = dataclasses.replace(config, state_dtype=state_dtype)
     config = with_reach(config, model)
-    before = _logits(model)
+    before = some_logits(model)
     shared = _own_config_(model)
     implementation = model.config._attn_implementation
     own_class: Any = type(model)
@@ -220,7 +215,7 @@ def attach(
         for module in attentions:
             setattr(module, LAYER_CONFIG, config.layer(module.layer_idx))
         model.__class__ = _converted_class(own_class)
-        _check_equal(model, before)
+        check_equal(model, before)
     except BaseException:
         hook.remove()
         model.__class__ = own_class
@@ -441,53 +436,3 @@ def _checked(cache: Any, config: MemoryConfig) -> MemoryCache:
             f"layer, found one with {found}"
         )
     return cache
-
-
-@torch.no_grad()
-def _logits(model: Any, cache: MemoryCache | None = None) -> Tensor:
-    """Logits of a few tokens, read in two calls if there is a cache."""
-    ids = torch.arange(_CHECK_TOKENS, device=model.device)[None] % model.config.vocab_size
-    was_training = model.training
-    model.eval()
-    try:
-        if cache is None:
-            return model(ids, use_cache=False).logits
-        parts = ids.split([_CHECK_TOKENS // 2, _CHECK_TOKENS - _CHECK_TOKENS // 2], dim=1)
-        return torch.cat([model(part, **{CACHE_KEY: cache}).logits for part in parts], dim=1)
-    finally:
-        model.train(was_training)
-
-
-def _size(x: Tensor) -> float:
-    return float(x.double().square().mean().sqrt())
-
-
-def _difference(found: Tensor, before: Tensor) -> float:
-    """Root-mean-square difference of logits `[1, T, vocab_size]`; median over tokens for narrow dtypes."""
-    change = found - before
-    if change.dtype in _TOLERANCE:
-        return _size(change)
-    # The median, because rounding can change a single token's logits entirely where the huge activations of
-    # the first token are at a tipping point.
-    return float(change.double().square().mean(-1).sqrt().quantile(0.5))
-
-
-def _check_equal(model: Any, before: Tensor) -> None:
-    """Raise ValueError unless the logits equal those from before, as long as nothing has been merged."""
-    num_kept = min(model.memory_config.num_sinks + min(map(min, model.memory_config.window)), _CHECK_TOKENS)
-    name = type(model).__name__
-    tolerance = _TOLERANCE.get(before.dtype, _TOLERANCE_OF_NARROW) * max(1.0, _size(before))
-    cache = model.make_cache()
-    for what, found in (("", _logits(model)), (" with a cache", _logits(model, cache))):
-        difference = _difference(found[:, :num_kept], before[:, :num_kept])
-        if not difference <= tolerance:
-            raise ValueError(
-                f"{name}: expected the same logits before and after{what}, found a difference of "
-                f"{difference:.2g}: its attention is of a kind that cannot be converted"
-            )
-    read = [layer.get_seq_length() for layer in cache.layers]
-    if read != [_CHECK_TOKENS] * len(read):
-        raise ValueError(
-            f"{name}: expected {_CHECK_TOKENS} tokens in the memory of every layer, found {read}: not all of "
-            "its layers can be converted"
-        )
