@@ -323,6 +323,20 @@ def test_what_a_memory_cannot_do_is_refused():
         ContextParallel(model)
 
 
+def test_the_memory_is_not_turned_off_by_another_attention():
+    model, ids = converted(), tokens(1, 60)
+    expected = model(ids).logits
+    with pytest.raises(ValueError, match=r"attn_implementation: expected 'ovq_memory', .* found 'eager'"):
+        model.set_attn_implementation("eager")
+    assert torch.equal(model(ids).logits, expected)
+    model.config._attn_implementation = "sdpa"
+    for use_cache in (True, False):
+        with pytest.raises(ValueError, match=r"attn_implementation: expected 'ovq_memory', .* found 'sdpa'"):
+            model(ids, use_cache=use_cache)
+    model.set_attn_implementation("ovq_memory")
+    assert torch.equal(model(ids).logits, expected)
+
+
 @pytest.mark.parametrize(
     ("memory", "message"),
     [

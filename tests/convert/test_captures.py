@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ovq.convert import Captures, Option, fitted_bias, probe
+from ovq.convert import Captures, Option, attach, fitted_bias, probe
 from ovq.convert.captures import _gradient, capture
 from tests.convert.common import KINDS, original, tokens
 
@@ -72,6 +72,8 @@ def test_captures_of_another_model_are_refused():
 def test_texts_that_cannot_be_captured(given, expected):
     with Captures(original()) as captures, pytest.raises(ValueError, match=expected):
         captures.of(*given)
+    with pytest.raises(ValueError, match="model: expected one that is not converted yet"):
+        Captures(attach(original()))
 
 
 @pytest.mark.parametrize("kind", KINDS)

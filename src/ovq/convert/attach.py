@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ovq.convert.attention import IMPLEMENTATION, LAYER_CONFIG, packed_arguments
+from ovq.convert.attention import IMPLEMENTATION, LAYER_CONFIG, check_implementation, packed_arguments
 from ovq.convert.cache import MemoryCache
 from ovq.convert.cache_step import MOST_ROWS
 from ovq.convert.config import CONFIG_KEY, MemoryConfig, as_table, check_heads
@@ -83,6 +83,16 @@ class ConvertedMixin(CachedGeneration):
             if module.inv_freq.dtype != exact.dtype:
                 module.inv_freq = exact.to(module.inv_freq.device)
         return self
+
+    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        """Nothing else can be set than the memory.
+
+        Raises:
+            ValueError: another implementation, with which the model would have full attention.
+        """
+        check_implementation(attn_implementation)
+        own: Any = super()
+        own.set_attn_implementation(attn_implementation, *args, **kwargs)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Save the model, as transformers does.
@@ -394,6 +404,7 @@ def _own_config_(model: Any) -> list[tuple[Any, Any]]:
 @uncompiled
 def _with_cache(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Forward pre-hook of the base model: check the given cache, or make a `MemoryCache` if one is used."""
+    check_implementation(module.config._attn_implementation)
     names = list(inspect.signature(module.forward).parameters)
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     if (packed := packed_arguments(given)) is not None:

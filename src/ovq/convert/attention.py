@@ -175,5 +175,14 @@ def packed_arguments(given: Mapping[str, Any]) -> dict[str, Any] | None:
     return others | own | {ROW_LENGTHS: [num for num in lengths if num]}
 
 
+def check_implementation(found: Any) -> None:
+    """Raise ValueError for any attention implementation but the memory's, which others would not reach."""
+    if found != IMPLEMENTATION:
+        raise ValueError(
+            f"attn_implementation: expected {IMPLEMENTATION!r}, the memory of a converted model, found "
+            f"{found!r}: its original has full attention"
+        )
+
+
 AttentionInterface.register(IMPLEMENTATION, memory_attention)
 AttentionMaskInterface.register(IMPLEMENTATION, memory_mask)

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 
+from ovq.convert.attach import kv_heads
 from ovq.hf.cache import CACHE_KEY
 from ovq.ops.serialization import write_file
 from ovq.ops.sums import state_dtype
@@ -65,6 +66,9 @@ class Captures:
         progress: called after each layer with the number of layer passes so far; a text passes each layer
             three times (prefix forward, counted tokens forward, backward).
 
+    Raises:
+        ValueError: a model that cannot be converted, or is.
+
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2)
@@ -76,6 +80,8 @@ class Captures:
     """
 
     def __init__(self, model: PreTrainedModel, *, progress: Callable[[int], None] | None = None) -> None:
+        # Also refuses a converted model, whose attention cannot be replaced.
+        kv_heads(model)
         self.model = model
         self._count = counted(progress)
         self._folder = TemporaryFolder("captures")
