@@ -126,6 +126,12 @@ def test_nothing_is_kept_of_the_steps():
     assert num_kept(30) == num_kept(2) > 0
 
 
+def test_transforms_are_refused():
+    layer, x = make(), random(1, 4, HIDDEN)
+    with pytest.raises(ValueError, match=r"mesanet: expected no transform of torch.func"):
+        torch.func.grad(lambda x: layer(x)[0].sum())(x)
+
+
 def test_the_kernels_of_fla_get_what_they_take(monkeypatch):
     """Their names of arguments and their layout, by a stand-in; the kernels themselves need a GPU."""
 

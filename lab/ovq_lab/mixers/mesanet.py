@@ -18,6 +18,7 @@ from ovq.layers.constant import ConstantStateMixer, sum_dtype, without_autocast
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.memory import StateSpec
 from ovq.ops.first_order import first_order
+from ovq.ops.transforms import refused_transform
 from ovq_lab.mixers.heads import HeadsMixer
 from ovq_lab.mixers.norms import WideRMSNorm
 
@@ -160,6 +161,8 @@ def ridge_regression(
     with torch.no_grad():
         solved = conjugate_gradients(lambda x: _matrix_times(x, *matrix), q, num_steps)
     if torch.is_grad_enabled():
+        if (reason := refused_transform(is_plain=False)) is not None:
+            raise ValueError(f"mesanet: {reason}")
         solved = _Solution.apply(q - _matrix_times(solved, *matrix), solved, num_steps, *matrix)
     o = _sums_times(solved, since_start, between, k, v, old_key_value)
     o = o.unflatten(3, (num_groups, chunk)).movedim(3, 2).flatten(1, 2)
