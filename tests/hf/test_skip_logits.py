@@ -56,6 +56,23 @@ def test_without_a_target_the_loss_of_a_micro_batch_is_zero():
     assert model.lm_head.weight.grad.abs().max() == 0
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_the_loss_can_be_transformed():
+    torch.manual_seed(0)
+    config = OVQConfig(**CONFIG.to_diff_dict() | {"mixer_types": ["ovq", "ovq"]})
+    model, ids = OVQForCausalLM(config).double().eval(), torch.randint(11, (2, 8))
+    weights = dict(model.named_parameters())
+
+    def loss(weights, skip_logits=True):
+        inputs = {"labels": ids, "skip_logits": skip_logits}
+        return torch.func.functional_call(model, weights, (ids,), inputs).loss
+
+    grads = torch.func.grad(loss)(weights)
+    torch.testing.assert_close(grads, torch.func.grad(lambda x: loss(x, skip_logits=False))(weights))
+    total = sum(x.square().sum() for x in grads.values())
+    torch.testing.assert_close(torch.func.jvp(loss, (weights,), (grads,))[1], total.float())
+
+
 def test_a_bias_that_is_assigned_to_the_output_layer_counts():
     torch.manual_seed(0)
     model, ids = OVQForCausalLM(CONFIG).eval(), torch.randint(11, (2, 8))

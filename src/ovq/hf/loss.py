@@ -12,6 +12,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from ovq.layers.products import Linear, is_plain
 from ovq.ops.backends.cpu.linear import product
 from ovq.ops.first_order import first_order
+from ovq.ops.transforms import is_transformed
 
 # Logits per piece, and its fewest tokens, as each piece reads and writes the gradient of the output layer.
 _PIECE, _ROWS = 1 << 21, 256
@@ -20,7 +21,8 @@ _PIECE, _ROWS = 1 << 21, 256
 def can_be_pieced(head: nn.Module, loss_function: Callable[..., Tensor]) -> bool:
     """Whether the loss is transformers' causal LM loss and the output layer a plain matrix product.
 
-    An output layer with hooks, an adapter or quantized weights must be called once, on all tokens.
+    An output layer with hooks, an adapter or quantized weights must be called once, on all tokens. Transforms
+    of `torch.func` do not know the gradient of the pieces.
     """
     return (
         # transformers makes the latter when it resizes the vocabulary.
@@ -31,6 +33,7 @@ def can_be_pieced(head: nn.Module, loss_function: Callable[..., Tensor]) -> bool
         and not hasattr(head.weight, "ds_id")
         and loss_function is ForCausalLMLoss
         and not torch.compiler.is_compiling()
+        and not is_transformed()
     )
 
 
