@@ -306,6 +306,9 @@ def test_what_a_memory_cannot_do_is_refused():
     with pytest.raises(ValueError, match="expected a MemoryCache"):
         model(ids, **{CACHE_KEY: DynamicCache()})
     with pytest.raises(ValueError, match="expected a MemoryCache"):
+        # As peft's prefix tuning does in `generate`.
+        model(ids, past_key_values=DynamicCache(), cache=model.make_cache())
+    with pytest.raises(ValueError, match="expected a MemoryCache"):
         model.generate(ids, **{CACHE_KEY: DynamicCache()}, **GREEDY)
     cache = model.make_cache()
     with pytest.raises(ValueError, match="a mask \\[B, T\\]"):

@@ -166,6 +166,9 @@ def test_caches_that_cannot_be_are_refused():
     model, ids = make_model(), random_ids(1, 4)
     with pytest.raises(ValueError, match=r"expected an OVQCache .* found DynamicCache"):
         model(ids, past_key_values=DynamicCache())
+    with pytest.raises(ValueError, match=r"expected an OVQCache .* found DynamicCache"):
+        # As peft's prefix tuning does in `generate`.
+        model(ids, past_key_values=DynamicCache(), cache=OVQCache(model.config))
     with pytest.raises(ValueError, match="found two caches"):
         model(ids, past_key_values=OVQCache(model.config), cache=OVQCache(model.config))
     with pytest.raises(ValueError, match="packed rows cannot be continued"):

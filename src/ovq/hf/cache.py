@@ -397,8 +397,12 @@ def one_cache(past_key_values: Any, cache: Any) -> OVQCache | None:
 
 
 def one_of(past_key_values: Any, cache: Any) -> Any:
-    """The argument passed under either of two names; ValueError if two different objects were passed."""
+    """The argument passed under either of two names; ValueError if two different caches were passed."""
     if past_key_values is not None and cache is not None and past_key_values is not cache:
+        for found in (past_key_values, cache):
+            if not isinstance(found, StateCache):
+                # That of peft's prefix tuning, which callers refuse by its type.
+                return found
         raise ValueError(
             "expected one of past_key_values and cache, which are the same argument; found two caches"
         )
