@@ -19,6 +19,9 @@ def test_a_saved_model_is_loaded_with_its_memory(kind, tmp_path):
     model.save_pretrained(tmp_path)
     again = load(tmp_path)
     assert again.memory_config == model.memory_config
+    also, report = load(tmp_path, output_loading_info=True)
+    assert also.memory_config == model.memory_config
+    assert not report["missing_keys"]
     torch.testing.assert_close(again(ids).logits, model(ids).logits)
     # Without this package it is the model that it was.
     plain = AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -248,7 +248,8 @@ def load(folder: str | os.PathLike, *, weight_dtype: str | None = None, **option
     Args:
         folder: where `save_pretrained` of a converted model, or `ovq convert`, has written.
         weight_dtype: the format of the weights, see `attach`.
-        options: those of `AutoModelForCausalLM.from_pretrained`, such as `dtype` and `device_map`.
+        options: those of `AutoModelForCausalLM.from_pretrained`, such as `dtype` and `device_map`. As there,
+            `output_loading_info=True` returns the model and a report.
 
     Raises:
         OSError: no model there.
@@ -274,11 +275,13 @@ def load(folder: str | os.PathLike, *, weight_dtype: str | None = None, **option
             f"{folder}: expected a converted model, found no {CONFIG_KEY} in its config.json: convert it "
             "with ovq.convert.attach, or ovq convert"
         )
-    # mypy does not know that there is a report, too.
+    # Neither transformers' types nor the one above know of the report.
     auto: Any = AutoModelForCausalLM
-    model, report = auto.from_pretrained(folder, output_loading_info=True, **options)
+    model, report = auto.from_pretrained(folder, **options | {"output_loading_info": True})
     check_loaded(folder, report, allow_extra=True)
-    return attach(model.eval(), config=found, weight_dtype=weight_dtype)
+    model = attach(model.eval(), config=found, weight_dtype=weight_dtype)
+    both: Any = model, report
+    return both if options.get("output_loading_info") else model
 
 
 def memory_config_in(folder: str | os.PathLike) -> MemoryConfig | None:
