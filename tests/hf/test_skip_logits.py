@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ovq.hf import OVQConfig, OVQForCausalLM
 
@@ -71,6 +72,25 @@ def test_the_loss_can_be_transformed():
     torch.testing.assert_close(grads, torch.func.grad(lambda x: loss(x, skip_logits=False))(weights))
     total = sum(x.square().sum() for x in grads.values())
     torch.testing.assert_close(torch.func.jvp(loss, (weights,), (grads,))[1], total.float())
+
+
+def test_gradients_of_gradients_need_what_the_error_says():
+    config = OVQConfig(**CONFIG.to_diff_dict() | {"mixer_types": ["sliding_attention", "ovq"]})
+    # Kernels do not run in float64.
+    model, ids = OVQForCausalLM(config).double(), torch.randint(11, (2, 8))
+    model.model.layers[1].mixer.backend = "naive"
+
+    def penalty(skip_logits):
+        loss = model(ids, labels=ids, skip_logits=skip_logits).loss
+        grads = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+        return sum(x.square().sum() for x in grads)
+
+    needed = r"backend='naive'.* skip_logits=False and.* sdpa_kernel\(SDPBackend.MATH\)"
+    with pytest.raises(RuntimeError, match=needed):
+        penalty(skip_logits=True)
+    with sdpa_kernel(SDPBackend.MATH):
+        penalty(skip_logits=False).backward()
+    assert model.lm_head.weight.grad.any()
 
 
 def test_a_bias_that_is_assigned_to_the_output_layer_counts():

@@ -24,7 +24,8 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "expected create_graph=False, found True: kernels give no gradients of gradients. "
-                "ovq_attention and layers do with backend='naive', models also need OVQ_CPU_KERNELS=0"
+                "ovq_attention and layers do with backend='naive'; models also need OVQ_CPU_KERNELS=0, "
+                "skip_logits=False and, for softmax attention, sdpa_kernel(SDPBackend.MATH) of PyTorch"
             )
         if any(isinstance(g, torch.Tensor) and torch._C._functorch.is_legacy_batchedtensor(g) for g in grads):
             raise RuntimeError(
