@@ -128,3 +128,18 @@ def test_projections_in_a_graph_are_those_of_the_kernels(monkeypatch):
         ]
         torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
     assert any("ovq.linear" in name for name in names)
+
+
+OTHERS = ["sink_attention", "gated_deltanet", "mamba2", "linear_attention", "vq", "raven", "mesanet"]
+
+
+@pytest.mark.parametrize("mixers", [["ovq"], pytest.param(OTHERS, marks=pytest.mark.slow)], ids=len)
+@torch.no_grad()
+def test_a_model_is_exported_for_any_number_of_rows(mixers):
+    model = make_model(num_hidden_layers=len(mixers), mixer_types=mixers)
+    rows = {"input_ids": {0: torch.export.Dim("rows", min=2, max=64)}, "use_cache": None}
+    given = {"input_ids": random_ids(3, 9), "use_cache": False}
+    program = torch.export.export(model, (), given, dynamic_shapes=rows)
+    ids = random_ids(5, 9)
+    found = program.module()(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(found, model(ids, use_cache=False).logits)

@@ -56,7 +56,7 @@ class LinearAttention(ConstantStateMixer, AttentionMixer):
         # The scale of a key/value head is the mean of those of its query heads.
         q, k = (x.softmax(-1) for x in (q * scale, k * scale.view(self.num_kv_heads, -1, 1).mean(1)))
         q, k, wide_v = rows.take(q), rows.take(k), rows.take(v).to(k.dtype)
-        before = self.state_before(cache, len(q), v)
+        before = self.state_before(cache, q.shape[0], v)
         with without_autocast(q):
             o, kv_sum = linear_attention(q, k, wide_v, before["kv_sum"])
         if cache is not None:

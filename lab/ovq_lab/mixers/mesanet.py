@@ -100,7 +100,7 @@ class MesaNet(ConstantStateMixer, HeadsMixer, OwnWeights):
         inputs = (q, k, v.to(q.dtype), F.logsigmoid(decay), weight.sigmoid())
         q, k, wide_v, log_decay, weight = (rows.take(x) for x in inputs)
         ridge = F.softplus(self.ridge_bias.to(q.dtype)) + LEAST_RIDGE
-        before = self.state_before(cache, len(q), channels)
+        before = self.state_before(cache, q.shape[0], channels)
         regression = _ridge_regression_of_fla if can_use_fla(q) else ridge_regression
         with without_autocast(q):
             o, state = regression(q, k, wide_v, log_decay, weight, ridge, before, self.num_steps)

@@ -128,7 +128,7 @@ class RavenAttention(ConstantStateMixer, HeadsMixer):
         # Positions without a token are zeros: no slot decays or is written to.
         inputs = (q, k, v.to(q.dtype), slots, log_decay[..., None] * weights)
         q, k, wide_v, slots, log_decay = (rows.take(x) for x in inputs)
-        before = self.state_before(cache, len(q), v)
+        before = self.state_before(cache, q.shape[0], v)
         with without_autocast(q):
             o, keys, values = routed_slots(
                 q, k, wide_v, slots, log_decay, keys=before["slot_keys"], values=before["slot_values"]

@@ -312,7 +312,7 @@ class VQAttention(ConstantStateMixer, AttentionMixer):
         """`attend` with k and their slots `[B, T, Hkv]` of the `means` given."""
         rows = layout.rows()
         q, k, wide_v, slots = (rows.take(x).transpose(1, 2) for x in (q, k, v.to(q.dtype), slots))
-        before = self.state_before(cache, len(q), v)
+        before = self.state_before(cache, q.shape[0], v)
         o, count, value_sum = vq_read(
             q, k, wide_v, slots, means, **before, is_token=rows.mask, chunk_size=self.chunk_size
         )

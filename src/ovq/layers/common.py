@@ -196,7 +196,8 @@ class ShortConvolution(OwnWeights):
         """
         if x.dim() != 3 or x.shape[2] != len(self.weight):
             raise ValueError(f"expected x of shape [B, T, {len(self.weight)}], found {list(x.shape)}")
-        expected = (len(x), *self.weight.shape[:1], self.conv_size - 1)
+        # `len(x)` would fix the number of rows in an exported graph.
+        expected = (x.shape[0], *self.weight.shape[:1], self.conv_size - 1)
         if state is not None and state.shape != expected:
             raise ValueError(
                 f"expected a cache whose convolution has kept {list(expected)} (rows, channels, inputs), "

@@ -85,7 +85,7 @@ class DeltaRuleMixer(ConstantStateMixer):
         inputs = (q, k, v.unflatten(-1, (self.num_heads, -1)), log_decay, rate.to(log_decay.dtype).sigmoid())
         # Zeros at padding, so that the state neither decays nor is written to.
         q, k, v, log_decay, rate = (rows.take(x) for x in inputs)
-        before = self.state_before(cache, len(q), channels)
+        before = self.state_before(cache, q.shape[0], channels)
         with without_autocast(q):
             o, delta = self.rule(q)(q, k, v.to(q.dtype), log_decay, rate, before["delta"])
         if cache is not None:

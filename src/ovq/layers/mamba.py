@@ -122,7 +122,7 @@ class Mamba2(ConstantStateMixer, OwnWeights):
         inputs = (x * step[..., None], log_decay, b.to(step.dtype), c.to(step.dtype))
         # Zeros at padding, so that the state neither decays nor is written to.
         written, log_decay, b, c = (rows.take(t) for t in inputs)
-        before = self.state_before(cache, len(b), channels)
+        before = self.state_before(cache, b.shape[0], channels)
         with without_autocast(b):
             y, ssm = state_space_scan(written, log_decay, b, c, before["ssm"])
         if cache is not None:

@@ -214,7 +214,7 @@ class OVQAttention(AttentionMixer):
         q, k = q.to(v.dtype), k.to(v.dtype)
         if state is None and self.state_dtype != "float32":
             state = OVQState.empty(
-                batch_size=len(q) if layout.bounds is None else layout.bounds.bounds.shape[1],
+                batch_size=q.shape[0] if layout.bounds is None else layout.bounds.bounds.shape[1],
                 num_kv_heads=self.num_kv_heads,
                 key_dim=self.head_dim,
                 value_dim=self.head_dim,

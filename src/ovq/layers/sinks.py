@@ -104,7 +104,7 @@ class SinkAttention(ConstantStateMixer, AttentionMixer):
         q = (q * scale[:, None]).to(v.dtype)
         q, k, v = (rows.take(x).transpose(1, 2) for x in (q, k.to(v.dtype), v))
         lengths = rows.lengths(q.transpose(1, 2))
-        state = self.state_before(cache, len(q), v)
+        state = self.state_before(cache, q.shape[0], v)
         before = state["num_seen"]
         new = {"num_seen": before + lengths}
         for name, x in (("keys", k), ("values", v)):
