@@ -49,3 +49,10 @@ def test_calls_without_a_cache_and_gradients_are_those_of_the_model():
         out.loss.backward()
         results.append((out.logits, [x.grad.clone() for x in model.parameters()]))
     torch.testing.assert_close(*results, atol=1e-4, rtol=1e-3)
+
+
+def test_export_is_refused():
+    model, ids = converted(), tokens(1, 20)
+    for use_cache in (True, False):
+        with pytest.raises(ValueError, match=r"expected no torch.export of a converted model"):
+            torch.export.export(model, (ids,), {"use_cache": use_cache}, strict=False)

@@ -408,6 +408,11 @@ def _own_config_(model: Any) -> list[tuple[Any, Any]]:
 def _with_cache(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Forward pre-hook of the base model: check the given cache, or make a `MemoryCache` if one is used."""
     check_implementation(module.config._attn_implementation)
+    if torch.compiler.is_exporting():
+        raise ValueError(
+            "expected no torch.export of a converted model, found one: a graph cannot hold its memory, which "
+            "torch.compile runs beside its graphs"
+        )
     names = list(inspect.signature(module.forward).parameters)
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     if (packed := packed_arguments(given)) is not None:
