@@ -112,3 +112,12 @@ def test_a_vast_score_takes_all(scale, dtype, backend):
         results.append((o.detach(), torch.autograd.grad(o.float().square().sum(), leaves[2])[0]))
     for own, expected in zip(*results, strict=True):
         torch.testing.assert_close(own, expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("backend", ["naive", "torch"])
+def test_at_a_rate_of_1_a_slot_is_its_last_token_however_short(backend):
+    long, short = torch.tensor([0.6, 0.8], dtype=torch.float64), torch.tensor([6e-21, 8e-21]).double()
+    k = torch.stack([long, long, short, long, short, short])[None, :, None]
+    sizes = {"num_slots": 1, "chunk_size": 2, "ablation": {"rate": 1.0}}
+    _, state = attend(k, k, k, backend=backend, **sizes)
+    torch.testing.assert_close(state.keys[0, 0, 0], short, atol=0, rtol=1e-12)

@@ -72,7 +72,8 @@ class _Head:
                 sums[slot] = sums[slot] + x
             else:
                 mean = sums[slot].double() / self.count[slot]
-                sums[slot] = (mean + rate * (x - mean)) * (self.count[slot] + 1)
+                # Not `mean + rate * (x - mean)`, which loses a small x at a rate of 1.
+                sums[slot] = ((1 - rate) * mean + rate * x.double()) * (self.count[slot] + 1)
         self.count[slot] += 1
         if self.weight is not None:
             self.weight[slot] = self.weight[slot] + weight
