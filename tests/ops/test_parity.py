@@ -254,7 +254,7 @@ def test_signature_is_the_contract():
     assert rest.kind is rest.VAR_KEYWORD
 
 
-@pytest.mark.parametrize("backend", ["torch", *CPU])
+@pytest.mark.parametrize("backend", ["naive", "torch", *CPU])
 def test_autocast_and_matmul_precision_do_not_reach_routing(backend):
     q, k, v = inputs(1, 200, 2, 2, 8, 8, dtype=torch.float32)
     options = {"num_slots": 32, "chunk_size": 20, "backend": backend}
@@ -266,4 +266,10 @@ def test_autocast_and_matmul_precision_do_not_reach_routing(backend):
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")
+    assert torch.equal(o, expected)
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        o, _ = attend(q, k, v, **options)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
     assert torch.equal(o, expected)

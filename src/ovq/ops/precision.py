@@ -10,19 +10,43 @@ from torch import Tensor
 
 from ovq.ops.options import TIE
 
+# Whose precision newer programs set; older ones call `torch.set_float32_matmul_precision`.
+_PRODUCTS = (
+    torch.backends.cuda.matmul,
+    torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]  # torch declares the others of this module
+)
+
 
 @contextlib.contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Disable autocast and reduced matmul precision (such as TF32), which would change the routing."""
-    before = torch.get_float32_matmul_precision()
-    if before != "highest":
-        torch.set_float32_matmul_precision("highest")
     try:
-        with torch.autocast(device.type, enabled=False):
-            yield
+        is_full = torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:
+        # The newer settings are lower than the older one.
+        is_full = False
+    exact = contextlib.nullcontext() if is_full else _exact_products()
+    with exact, torch.autocast(device.type, enabled=False):
+        yield
+
+
+@contextlib.contextmanager
+def _exact_products() -> Iterator[None]:
+    before = [products.fp32_precision for products in _PRODUCTS]
+    for products in _PRODUCTS:
+        products.fp32_precision = "ieee"
+    # Can be read only now that nothing contradicts it; it must not contradict either.
+    older = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
     finally:
-        if before != "highest":
-            torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(older)
+        for products, precision in zip(_PRODUCTS, before, strict=True):
+            # "none" follows PyTorch's setting for everything, which may change later.
+            for value in ("none", precision):
+                if products.fp32_precision != precision:
+                    products.fp32_precision = value
 
 
 def rounded(sums: Tensor, dtype: torch.dtype) -> Tensor:
