@@ -10,8 +10,10 @@ import os
 import sys
 import time
 import traceback
+from multiprocessing.reduction import ForkingPickler
 
-import torch
+# Teaches multiprocessing to share tensors.
+import torch.multiprocessing
 
 from ovq.ops.backends.cpu import build
 
@@ -41,6 +43,11 @@ def _run(environment, usual_cache, function, arguments):
         build.load()
     os.environ.update(environment)
     function(*arguments)
+
+
+def handed_over(x):
+    """`x` as another process would get it: its tensors share their memory, into which they were moved."""
+    return ForkingPickler.loads(ForkingPickler.dumps(x))
 
 
 def command(arguments, *, output=None, errors=None, closed=(), before=None):

@@ -9,6 +9,7 @@ import torch
 
 from ovq.ops import OVQState, backend_used, cpu_kernels, ovq_attention
 from tests.ops.common import assert_same_state, attend, inputs
+from tests.processes import handed_over
 
 pytestmark = pytest.mark.skipif("compiled" not in cpu_kernels(), reason=cpu_kernels())
 
@@ -217,3 +218,17 @@ def test_states_between_steps_stay_as_they_were():
         o, again = attend(*(x[:, 40 + t : 41 + t] for x in tensors), initial_state=before, **OPTIONS)
         assert_same_state(again, after, tolerance=0)
         assert o.isfinite().all()
+
+
+@torch.no_grad()
+def test_steps_go_on_where_tensors_were_moved_to_be_shared():
+    tensors = inputs(1, 60, 2, 1, 8, 8, dtype=torch.float32)
+    state = attend(*(x[:, :40] for x in tensors), **OPTIONS)[1]
+    _, state = attend(*(x[:, 40:41] for x in tensors), initial_state=state, **OPTIONS)
+    alone = state.clone()
+    _other = handed_over(state)
+    for t in range(41, 60):
+        token = [x[:, t : t + 1] for x in tensors]
+        o, state = attend(*token, initial_state=state, **OPTIONS)
+        expected, alone = attend(*token, initial_state=alone, **OPTIONS)
+        assert torch.equal(o, expected)

@@ -15,6 +15,7 @@ from ovq.ops import OVQState
 from tests.disks import full_disk
 from tests.ops.common import VARIANTS, assert_same_state, attend, either_rule, inputs
 from tests.ops.recount import linked, recount, recount_by_edges
+from tests.processes import handed_over
 
 OPTIONS = {"num_slots": 12, "chunk_size": 8}
 
@@ -99,6 +100,7 @@ DERIVED = {
     "replace keys": lambda s: dataclasses.replace(s, pending_keys=2 * s.pending_keys),
     "copy": copy.copy,
     "deepcopy": copy.deepcopy,
+    "process": handed_over,
     "keywords": rebuilt,
 }
 

@@ -27,6 +27,10 @@ class PendingBuffers:
     written: list[int]
     num_seen: Tensor | None = None
 
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        # A copy in another process may have the same tensors, in shared memory: it writes to its own.
+        return type(None), ()
+
     @classmethod
     def copied(cls, tensors: tuple[Tensor | None, ...], places: list[int]) -> PendingBuffers:
         """Contiguous copies, with the tokens of row r in the first `places[r]` positions."""

@@ -44,6 +44,7 @@ class PreparedStep:
     ) -> None:
         self.options, self.shapes, self.dtype = options, shapes, dtype
         self._sums, self._pending = slots_in(after), pending_in(after)
+        self._places = _places(*self._sums, *self._pending)
         (rows, _, heads, dim), (kv_heads, value_dim) = shapes[0], shapes[2][2:]
         sizes = (rows, kv_heads, heads // kv_heads, after.chunk_size, after.count.shape[2], dim, value_dim)
         self._call = call = MIRRORS["Decode"](*sizes, num_threads=1, dtype=DTYPES.index(dtype))
@@ -147,11 +148,15 @@ class PreparedStep:
         return after
 
     def _of(self, after: OVQState) -> PreparedStep:
-        """This step with the tensors of a state."""
+        """This step with the tensors of a state, which PyTorch moves on sharing them with another process."""
         own, found = (*self._sums, *self._pending), (*slots_in(after), *pending_in(after))
-        if all(map(operator.is_, own, found)):
+        if all(map(operator.is_, own, found)) and _places(*found) == self._places:
             return self
         return PreparedStep(self.options, self.shapes, self.dtype, after)
+
+
+def _places(*tensors: Tensor | None) -> list[int | None]:
+    return [None if x is None else x.data_ptr() for x in tensors]
 
 
 def completed(after: OVQState) -> list[int]:
