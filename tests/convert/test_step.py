@@ -19,6 +19,7 @@ from ovq.ops import cpu_kernels
 from ovq.ops.backends.cpu.weights import matrix_product, packed
 from tests.convert.common import IDS, KINDS, MEMORY, SIZES, converted, original, read
 from tests.ops.common import by_turns, other_defaults
+from tests.processes import handed_over
 
 pytestmark = pytest.mark.skipif(
     not cpu_kernels().startswith("compiled"), reason="there are no kernels on this machine"
@@ -309,6 +310,22 @@ def test_a_snapshot_goes_on_by_itself():
     check_equal(torch.cat(first + second, 1), read(model, IDS[:1, :60], start=30)[0])
     ids = torch.cat([IDS[:1, :30], IDS[1:2, 30:50]], 1)
     check_equal(torch.cat(beside, 1), read(model, ids, start=30)[0])
+
+
+def test_a_cache_in_another_process_goes_on_by_itself(steps):
+    model = converted()
+    _, cache = read(model, IDS[:1, :30])
+    other = handed_over(cache)
+    before = steps[0]
+    with torch.no_grad():
+        here, there = [], []
+        for own, beside in zip(IDS[0, 30:50], IDS[1, 30:50], strict=True):
+            here.append(model(own[None, None], past_key_values=cache).logits)
+            there.append(model(beside[None, None], past_key_values=other).logits)
+    assert steps[0] == before + 40
+    check_equal(torch.cat(here, 1), read(model, IDS[:1, :50], start=30)[0])
+    ids = torch.cat([IDS[:1, :30], IDS[1:2, 30:50]], 1)
+    check_equal(torch.cat(there, 1), read(model, ids, start=30)[0])
 
 
 def test_changed_weights_are_read(by_modules):

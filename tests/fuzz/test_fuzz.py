@@ -1,6 +1,5 @@
 """Thirty calls of every backend, and proof that the fuzzer finds and shows what is wrong."""
 
-import copy
 import dataclasses
 import functools
 
@@ -60,7 +59,7 @@ def fault(request, monkeypatch):
     elif request.param == "caches":
         monkeypatch.setattr(StateCache, "snapshot", lambda cache: cache)
     else:
-        monkeypatch.setattr(MemoryLayer, "branch", copy.copy)
+        monkeypatch.setattr(MemoryLayer, "own_", lambda layer: layer.state)
         return "caches", 10, 3
     return request.param, *{"op": (10, 0), "states": (3, 3), "caches": (3, 15)}[request.param]
 

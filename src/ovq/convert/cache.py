@@ -141,7 +141,7 @@ class MemoryLayer(OVQCacheLayer):
         super().__init__(HeadMemories(config=config, num_tokens=num_tokens))
         # Whether keys were passed on that the attention function has not received yet.
         self.has_staged = False
-        # Whether another layer shares the memories.
+        # Whether a copy of this layer, perhaps in another process, shares the memories.
         self._is_shared = False
         self._recorded = Recorded(0)
 
@@ -168,7 +168,6 @@ class MemoryLayer(OVQCacheLayer):
     def branch(self, config: LayerConfig | None = None) -> MemoryLayer:
         """An independent layer with the same content, optionally with another config (copy on write)."""
         other = copy.copy(self)
-        self._is_shared = other._is_shared = True
         if config is not None:
             other.memory = HeadMemories(config=config)
         return other
@@ -178,6 +177,11 @@ class MemoryLayer(OVQCacheLayer):
         if self._is_shared:
             self.state, self._is_shared = [memory.clone() for memory in self.state], False
         return self.state
+
+    def __getstate__(self) -> dict[str, Any]:
+        """See `LayerCache`. The copy has the same memories, or in another process the same shared memory."""
+        self._is_shared = self.state is not None
+        return super().__getstate__()
 
     # What is recorded is of the rows and columns that there were.
     def set_state(self, state: Any, num_new: int) -> None:
