@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ovq.ops.backends.cpu import build
-from tests.ops.compiling import restart
+from tests.ops.compiling import Compiler, restart
 
 
 @pytest.fixture
@@ -34,3 +34,11 @@ def fresh(tmp_path):
 def made():
     """The bytes of kernels made before."""
     return Path(build.load()._name).read_bytes()
+
+
+@pytest.fixture
+def compiler(made, tmp_path, fresh):
+    (tmp_path / "made").write_bytes(made)
+    compiler = Compiler(tmp_path / "bin", f'cp {tmp_path / "made"} "$last"')
+    fresh.setenv("CXX", str(compiler.path))
+    return compiler

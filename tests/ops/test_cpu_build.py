@@ -27,7 +27,7 @@ from ovq.ops.backends.cpu.build import MissingKernelsWarning
 from ovq.ops.backends.cpu.compiler import FOLDER, find_compiler
 from tests.disks import full_disk
 from tests.ops.common import assert_same_state, attend, inputs
-from tests.ops.compiling import restart
+from tests.ops.compiling import Compiler, restart
 
 needs_compiler = pytest.mark.skipif("compiled" not in cpu_kernels(), reason=cpu_kernels())
 
@@ -64,34 +64,10 @@ class Rank(threading.local):
         self.value = value
 
 
-class Compiler:
-    """A command that makes the kernels at once, out of ones made before, and writes down its calls."""
-
-    def __init__(self, folder, body):
-        folder.mkdir()
-        self.path, self.log = folder / "c++", folder / "calls"
-        # The last argument is the file to make.
-        self.path.write_text(f'#!/bin/sh\necho "$TMPDIR" >> {self.log}\nfor last; do :; done\n{body}\n')
-        self.path.chmod(0o755)
-
-    @property
-    def calls(self):
-        """The folders for temporary files it was called with."""
-        return self.log.read_text().splitlines() if self.log.exists() else []
-
-
 @pytest.fixture(scope="module")
 def usual():
     """What comes out with the kernels of this machine, if it has any."""
     return result()
-
-
-@pytest.fixture
-def compiler(made, tmp_path, fresh):
-    (tmp_path / "made").write_bytes(made)
-    compiler = Compiler(tmp_path / "bin", f'cp {tmp_path / "made"} "$last"')
-    fresh.setenv("CXX", str(compiler.path))
-    return compiler
 
 
 @pytest.mark.parametrize(
@@ -264,6 +240,53 @@ def test_code_is_taken_from_no_folder_that_others_may_write(fresh, compiler, tmp
         build._store((tmp_path / "made").read_bytes(), folder, stem)
     assert f"{folder}: expected a private folder of this user" in cpu_kernels()
     assert compiler.calls == []
+
+
+def others_write(path):
+    path.chmod(0o757)
+
+
+def others_own(path):
+    os.chown(path, 1234, 1234)
+
+
+def others_link(path):
+    target = path.rename(path.with_name("other"))
+    path.symlink_to(target)
+    os.lchown(path, 1234, 1234)
+
+
+@needs_compiler
+@pytest.mark.parametrize("change", [others_write, others_own, others_link])
+@pytest.mark.parametrize("is_file", [True, False])
+def test_code_in_the_cache_that_others_may_change_is_made_anew(
+    fresh, compiler, made, tmp_path, change, is_file
+):
+    if change is not others_write and os.geteuid() != 0:
+        pytest.skip("only root can give files away")
+    cache = tmp_path / "cache" / "ovq"
+    cache.mkdir(parents=True)
+    command = build.compiler.find_compiler()
+    stem = f"kernels-{build.compiler.fingerprint(command, build.compiler.NATIVE)}"
+    path = build._store(made, cache, stem)
+    change(path if is_file else cache)
+    for _ in range(2):
+        assert cpu_kernels() == "compiled for this processor"
+        assert len(compiler.calls) == 2, "once compiled, once linked"
+        expected = cache if is_file else tmp_path / "temporary" / f"ovq-{os.geteuid()}"
+        assert Path(build.load()._name).parent == expected
+        restart(fresh)
+
+
+@needs_compiler
+def test_others_cannot_change_the_kernels_whatever_the_umask(fresh, compiler, tmp_path):
+    before = os.umask(0)
+    try:
+        assert cpu_kernels() == "compiled for this processor"
+    finally:
+        os.umask(before)
+    [path] = kernel_files(tmp_path / "cache")
+    assert not (path.stat().st_mode | path.parent.stat().st_mode) & 0o022
 
 
 @needs_compiler

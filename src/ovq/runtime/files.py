@@ -207,3 +207,15 @@ def private_folder() -> Path:
             f"{folder}: expected a private folder of this user, found one that others own or can access"
         )
     return folder
+
+
+def check_owner(path: Path) -> None:
+    """Raise OSError if another user than root owns a file or folder, or a link to it, or may write to it."""
+    if not hasattr(os, "geteuid"):
+        return
+    status = path.stat()
+    # A group with the number of its user has no other members.
+    others = 0o002 if status.st_gid == status.st_uid else 0o022
+    owners = {status.st_uid, path.lstat().st_uid}
+    if not owners <= {0, os.geteuid()} or status.st_mode & others:
+        raise OSError(f"{path}: expected one that only this user may write to, found one of others")

@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 from ovq.ops.backends.cpu import compiler
 from ovq.ops.backends.cpu.compiler import Level, Unavailable
 from ovq.ops.backends.cpu.mirrors import check_mirrors
-from ovq.runtime.files import TemporaryFolder, atomic_path, cache_folder, private_folder
+from ovq.runtime.files import TemporaryFolder, atomic_path, cache_folder, check_owner, private_folder
 
 _logger = logging.getLogger(__name__)
 
@@ -204,6 +204,9 @@ def _found_or_built(flags: tuple[str, ...], how: str) -> Kernels:
     for find in (cache_folder, private_folder):
         try:
             folder = find()
+            # Others must not write code here, whatever the umask.
+            folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+            check_owner(folder)
             path = _cached_file(folder, stem)
             if path is None:
                 with _one_process_first(folder, stem):
@@ -226,7 +229,6 @@ def _one_process_first(folder: Path, stem: str) -> Iterator[None]:
     Otherwise the processes of a first start on many cores would each take the memory and the time of a
     compiler. If the first one makes no kernels, the others do not take turns to fail.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f".{stem}.lock"
     lock = FileLock(path)
     try:
@@ -252,8 +254,9 @@ def _cached_file(folder: Path, stem: str) -> Path | None:
     without complaint, and the process would die of a bus error on reading the missing part.
     """
     for path in sorted(folder.glob(f"{stem}-*.so")):
-        # A file that cannot be read, or was deleted in the meantime, counts as missing.
+        # A file of others, or that cannot be read, or was deleted in the meantime, counts as missing.
         with contextlib.suppress(OSError):
+            check_owner(path)
             if path.name == _file_name(stem, path.read_bytes()):
                 return path
     return None
@@ -266,9 +269,9 @@ def _file_name(stem: str, binary: bytes) -> str:
 def _store(binary: bytes, folder: Path, stem: str) -> Path:
     """Write the kernels to a folder atomically: other processes may do the same at the same time."""
     path = folder / _file_name(stem, binary)
-    folder.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
         temporary.write_bytes(binary)
+    path.chmod(0o644)
     return path
 
 
@@ -282,7 +285,6 @@ def _compiled(command: list[str], flags: tuple[str, ...], folder: Path) -> bytes
         OSError: if the folder cannot be written.
         Unavailable: if the compiler fails.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     with TemporaryFolder("build", folder) as place:
         _check_disk_space(Path(place), folder)
         _logger.info("compiling the CPU kernels to %s", folder)
