@@ -19,6 +19,7 @@ from torch import Tensor
 from ovq.ops import cpu_kernels
 from ovq.ops.backends.cpu.roof import product_loop
 from ovq.runtime.progress import WorkReporter
+from ovq_lab.bench import peak
 from ovq_lab.bench.workloads import Workload
 from ovq_lab.runtime.environment import environment
 
@@ -127,7 +128,8 @@ def matrix_rate(dtype: str, *, device: str = "cpu", num_heads: int = 8) -> float
 def peak_bytes(call: dict) -> dict[str, int]:
     """Bytes by which a fresh process grew for `call`, the arguments of `ovq_lab.bench.peak`."""
     done = subprocess.run(
-        [sys.executable, "-m", "ovq_lab.bench.peak", json.dumps(call)],
+        # As a file, because -m would import what lies in the working directory first.
+        [sys.executable, peak.__file__, json.dumps(call)],
         capture_output=True,
         text=True,
         check=False,

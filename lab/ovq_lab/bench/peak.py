@@ -1,6 +1,6 @@
 """Peak memory of one workload in its own process.
 
-    python -m ovq_lab.bench.peak '{"what": ..., "workload": ...}'
+    python lab/ovq_lab/bench/peak.py '{"what": ..., "workload": ...}'
 
 Prints, as JSON, the rise of the process's resident memory above its value before any input existed.
 """

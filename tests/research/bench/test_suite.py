@@ -60,7 +60,10 @@ def test_functions_take_turns():
     assert [len(t) for t in times] == [6, 6]
 
 
-def test_peak_memory_sees_what_a_call_holds():
+def test_peak_memory_sees_what_a_call_holds(tmp_path, monkeypatch):
+    # Files of the working directory are not run.
+    (tmp_path / "statistics.py").write_text("raise SystemExit(3)")
+    monkeypatch.chdir(tmp_path)
     small, large = (
         peak_bytes(
             {
