@@ -150,6 +150,15 @@ def test_compiled_once_and_kept(fresh, tmp_path):
 
 
 @needs_compiler
+def test_kept_kernels_need_no_compiler(compiler, fresh):
+    cpu_kernels()
+    fresh.delenv("CXX")
+    fresh.setenv("PATH", "")
+    restart(fresh)
+    assert cpu_kernels() == "compiled for this processor"
+
+
+@needs_compiler
 def test_temporary_files_of_the_compiler_lie_beside_the_kernels(compiler, tmp_path):
     assert cpu_kernels() == "compiled for this processor"
     folder = tmp_path / "cache" / "ovq"

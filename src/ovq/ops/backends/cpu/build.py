@@ -198,9 +198,13 @@ def _check_scratch(outcome: int, function: Any, arguments: tuple) -> None:
 
 def _found_or_built(flags: tuple[str, ...], how: str) -> Kernels:
     """The kernels from the first place that can keep them, built if no place has them."""
-    command = compiler.find_compiler()
+    command, binary, reasons = None, None, []
+    try:
+        command = compiler.find_compiler()
+    except Unavailable as error:
+        # Those of another compiler may be here, as in a container whose build had one.
+        reasons.append(str(error))
     stem = f"kernels-{compiler.fingerprint(command, flags)}"
-    binary, reasons = None, []
     for find in (cache_folder, private_folder):
         try:
             folder = find()
@@ -209,6 +213,8 @@ def _found_or_built(flags: tuple[str, ...], how: str) -> Kernels:
             check_owner(folder)
             path = _cached_file(folder, stem)
             if path is None:
+                if command is None:
+                    continue
                 with _one_process_first(folder, stem):
                     # Another process may have made them meanwhile.
                     path = _cached_file(folder, stem)
@@ -257,7 +263,7 @@ def _cached_file(folder: Path, stem: str) -> Path | None:
         # A file of others, or that cannot be read, or was deleted in the meantime, counts as missing.
         with contextlib.suppress(OSError):
             check_owner(path)
-            if path.name == _file_name(stem, path.read_bytes()):
+            if path.name == _file_name(path.name.rpartition("-")[0], path.read_bytes()):
                 return path
     return None
 

@@ -122,11 +122,15 @@ def digest(*parts: str) -> str:
     return total.hexdigest()[:16]
 
 
-def fingerprint(compiler: list[str], flags: tuple[str, ...]) -> str:
-    """Digest of all that the compiled code depends on: sources, flags, compiler, system and processor."""
+def fingerprint(compiler: list[str] | None, flags: tuple[str, ...]) -> str:
+    """Digests of sources, flags, system and processor, and of the compiler (`*` for any, as None).
+
+    The compiled code depends on nothing else.
+    """
     processor = "\n".join(cpu_lines("model name", "flags", "Features", "CPU part")) or platform.processor()
     system = (*platform.libc_ver(), platform.machine(), processor)
-    return digest(*_FLAGS, *flags, shlex.join(compiler), *system)
+    own = "*" if compiler is None else digest(shlex.join(compiler))
+    return f"{digest(*_FLAGS, *flags, *system)}-{own}"
 
 
 def find_compiler() -> list[str]:
