@@ -1,8 +1,10 @@
 """What the package says of itself: one version, links that work on the index, versions of Python."""
 
+import importlib
 import re
 import runpy
 import sys
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +12,7 @@ import pytest
 import yaml
 
 import ovq
+from ovq.ops.backends.cpu import compiler
 
 tomllib = pytest.importorskip("tomllib")
 
@@ -124,3 +127,11 @@ def test_files_that_a_workflow_names_are_there(path):
     assert yaml.safe_load(text)
     for name in re.findall(r"\b(?:tests|docs|src|lab)/[\w/]+\.(?:py|txt|md)\b", text):
         assert (ROOT / name).is_file(), name
+
+
+def test_a_package_in_a_zip_file_says_so(tmp_path, monkeypatch):
+    with zipfile.ZipFile(path := tmp_path / "wheel.whl", "w") as wheel:
+        wheel.write(compiler.__file__, "zipped.py")
+    monkeypatch.syspath_prepend(path)
+    with pytest.raises(ImportError, match="expected an unpacked package, found a zip file: "):
+        importlib.import_module("zipped")

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 FOLDER = Path(__file__).parent
+if not FOLDER.is_dir():
+    raise ImportError(f"expected an unpacked package, found a zip file: {FOLDER}")
 SOURCES = sorted(path for path in FOLDER.iterdir() if path.suffix in (".cpp", ".h"))
 # The structures that Python passes to kernels (`mirrors.py`), after those that they contain.
 MIRRORED = (
