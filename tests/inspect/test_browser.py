@@ -4,8 +4,10 @@ import re
 
 import pytest
 
-from ovq.inspect import write_page
+from ovq.convert import attach
+from ovq.inspect import inspect_text, write_page
 from tests.browser import CHROMIUM, Browser
+from tests.convert.common import original
 from tests.inspect.common import looked_into
 from tests.inspect.test_page import NASTY
 
@@ -164,6 +166,21 @@ def test_the_raster_is_drawn_and_chooses_tokens(opened, found):
         )
     chosen = opened.run("document.querySelector('.t.chosen')?.id")
     assert chosen in {"t0", "t1", "t2"}
+
+
+def test_heads_without_slots_are_said_to_drop_tokens(browser, tmp_path):
+    pieces = [f"{i} " for i in range(60)]
+    model = attach(original(), num_slots=0, window=16, num_sinks=4, chunk_size=8)
+    write_page(inspect_text(model, range(60), pieces), tmp_path / "page.html")
+    browser.open(tmp_path / "page.html")
+    browser.point("#t50", click=True)
+    said = browser.text("#token")
+    assert "This head has no slots and has dropped 32 tokens; all others, up to itself, are exact." in said
+    heard = []
+    for token in (9, 55):
+        browser.run(f"document.getElementById('t{token}').click()")
+        heard.append(browser.run("document.getElementById('live').textContent").split(": ")[1])
+    assert heard == ["dropped, this head keeps only its first and last tokens", "exact, in no slot"]
 
 
 @pytest.mark.parametrize("is_dark", [False, True])

@@ -43,7 +43,7 @@ function setHead(layer, head) {
 function say() {
   const { token, memory } = view();
   if (token < 0) return;
-  const slot = memory.slotOf[token], where = slot < 0 ? "in no slot" : nameOf(slot, memory.members.get(slot).length);
+  const slot = memory.slotOf[token], where = slot < 0 ? OUTSIDE[slot] : nameOf(slot, memory.members.get(slot).length);
   $("live").textContent = `Token ${token}, ${flat(DATA.pieces[token])}: ${where}`;
 }
 

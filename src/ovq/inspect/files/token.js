@@ -39,7 +39,8 @@ function keptPart(layer, kv, memory, token) {
 }
 
 function readPart({ reads, shares, chunk }, token) {
-  const { layer, head } = view();
+  const { layer, head, kv } = view(), before = plural(chunk * layer.chunkSize, "token");
+  const gone = layer.numSlots[kv] === 0 ? `This head has no slots and has dropped ${before}` : `Slots hold the ${before} merged before`;
   const names = ["exact tokens", "slots of one token", "slots of several tokens"];
   const list = make("ul", { className: "reads" });
   for (const { slot, weight, tokens } of reads) {
@@ -58,7 +59,7 @@ function readPart({ reads, shares, chunk }, token) {
   const then = make("button", { type: "button", className: "link", onclick: () => setTime(chunk) }, "Show the memory as it was then");
   return [
     make("h3", {}, `What head ${head} of layer ${layer.layer} attends to here`),
-    make("p", { className: "small" }, `Slots hold the ${plural(chunk * layer.chunkSize, "token")} merged before; all others, up to itself, are exact. `, then),
+    make("p", { className: "small" }, `${gone}; all others, up to itself, are exact. `, then),
     sum, key, list,
   ];
 }

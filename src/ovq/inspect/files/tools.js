@@ -53,6 +53,8 @@ function context(token, width = 22) {
 }
 
 const look = (slot) => (slot === DROPPED ? "dropped" : slot < 0 ? "pending" : `f${slot % 8} u${Math.floor(slot / 8) % 8}`);
+// What is said of a token in no slot.
+const OUTSIDE = { [UNREAD]: "not merged yet", [EXACT]: "exact, in no slot", [DROPPED]: "dropped, this head keeps only its first and last tokens" };
 const nameOf = (slot, count) => (count === 1 ? `slot ${slot}, this token alone` : `slot ${slot}, shared by ${plural(count, "token")}`);
 
 // The tokens of a slot as a list of buttons that choose them, the nearest to a place first.
@@ -93,9 +95,7 @@ const hideTip = () => { $("tip").hidden = true; };
 function tipOf(token) {
   const { layer, kv, memory } = view(), slot = memory.slotOf[token], [, own] = context(token);
   const head = make("strong", {}, `${own}  `), lines = [];
-  if (slot === UNREAD) return [head, `token ${format(token)}: not merged yet`];
-  if (slot === EXACT) return [head, `token ${format(token)}: exact, in no slot`];
-  if (slot === DROPPED) return [head, `token ${format(token)}: dropped, this head keeps only its first and last tokens`];
+  if (slot < 0) return [head, `token ${format(token)}: ${OUTSIDE[slot]}`];
   const tokens = memory.members.get(slot);
   const others = tokens.filter((other) => other !== token).sort((a, b) => Math.abs(a - token) - Math.abs(b - token));
   for (const other of others.slice(0, 6)) lines.push(make("div", {}, `${format(other).padStart(6)} ${context(other, 16).join("")}`));
