@@ -57,6 +57,24 @@ def test_the_text_is_shown_and_nothing_of_it_is_run(opened, found):
     assert "130 tokens, read by tiny: slots in 1 of 2 layers" in opened.text("#about")
 
 
+def test_letters_of_a_line_run_as_its_script_does(browser, tmp_path):
+    # In Hebrew from the right, with digits, Latin and the name of a control from the left.
+    text = "ab \u05e9\u05dc\u05d5\u05dd cd\n\u05e9\u05dc 12 ef \u202egh\nij \u202ekl"
+    write_page(looked_into(list(text)), tmp_path / "page.html")
+    browser.open(tmp_path / "page.html")
+    x = browser.run("[...document.querySelectorAll('.t')].map((t) => t.getClientRects()[0].x)")
+    lines, begin = [], 0
+    for line in text.split("\n"):
+        places = range(begin, begin + len(line))
+        lines.append("".join(text[i] for i in sorted(places, key=lambda i: x[i])))
+        begin += len(line) + 1
+    assert lines == ["ab \u05dd\u05d5\u05dc\u05e9 cd", "ef \u202egh 12 \u05dc\u05e9", "ij \u202ekl"]
+    # The line before a token that begins a chunk.
+    style = "getComputedStyle(document.getElementById('t4'))"
+    assert browser.run(f"[{style}.borderRightWidth, {style}.borderLeftWidth]") == ["2px", "0px"]
+    assert browser.problems == []
+
+
 def test_pointing_at_a_token_shows_who_shares_its_slot(opened, found):
     slots = found.layer(None).final_slots[0]
     counts = {slot: int((slots == slot).sum()) for slot in slots}

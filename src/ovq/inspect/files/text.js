@@ -2,7 +2,7 @@
 
 const spans = DATA.pieces.map((piece, token) => {
   const isOdd = piece === "" || (piece !== "" && shown(piece) !== piece && !/[\n\t]/.test(piece));
-  return make("span", { id: `t${token}`, role: "option", className: isOdd ? "t odd" : "t" }, shown(piece));
+  return make("span", { id: `t${token}`, role: "option", dir: "auto", className: isOdd ? "t odd" : "t" }, shown(piece));
 });
 const baseClass = spans.map((span) => span.className);
 
