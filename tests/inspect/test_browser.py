@@ -112,6 +112,22 @@ def test_choosing_a_token_shows_what_it_reads(opened, found):
     assert opened.run("document.querySelectorAll('.t.w4').length") > 0
 
 
+def test_all_tokens_of_a_slot_can_be_reached(browser, tmp_path):
+    write_page(looked_into(["a "] * 500, num_slots=1), tmp_path / "page.html")
+    browser.open(tmp_path / "page.html")
+    browser.run("window.list = document.querySelector('.members button.link').closest('.members')")
+    said = [browser.run("list.lastChild.textContent")]
+    assert browser.run("getComputedStyle(list.querySelector('.link')).color") == "rgb(11, 87, 164)"
+    for _ in range(3):
+        browser.run("list.querySelector('.link').click()")
+        said.append(browser.run("list.lastChild.textContent"))
+    number = int(said[0].split()[1])
+    assert number > 400
+    assert said[1:3] == [f"and {number - shown} more tokens" for shown in (200, 400)]
+    shown = browser.run("[...list.children].map((item) => item.textContent.split(' ').find(Boolean))")
+    assert len(set(shown)) == number + 4
+
+
 def test_the_memory_at_an_earlier_time(opened, found):
     opened.select("#time", "3")
     assert opened.text("#time-text") == "24 of 130 tokens"

@@ -61,20 +61,19 @@ const nameOf = (slot, count) => (count === 1 ? `slot ${slot}, this token alone` 
 function memberList(tokens, { near, most = 4, width = 18 } = {}) {
   const sorted = [...tokens].sort((a, b) => Math.abs(a - near) - Math.abs(b - near));
   const list = make("ul", { className: "members" });
-  const add = (some) => {
-    for (const token of some) {
+  const add = (from, to) => {
+    for (const token of sorted.slice(from, to)) {
       const [before, own, after] = context(token, width);
       const button = make("button", { type: "button", onclick: () => choose(token, { scroll: true }) });
       button.append(`${format(token).padStart(6)} `, before, make("b", {}, own), after);
       list.append(make("li", {}, button));
     }
-  };
-  add(sorted.slice(0, most));
-  if (sorted.length > most) {
-    const more = make("button", { type: "button", className: "link" }, `and ${plural(sorted.length - most, "more token")}`);
-    more.onclick = () => { more.parentElement.remove(); add(sorted.slice(most, most + 200)); };
+    if (sorted.length <= to) return;
+    const more = make("button", { type: "button", className: "link" }, `and ${plural(sorted.length - to, "more token")}`);
+    more.onclick = () => { more.parentElement.remove(); add(to, to + 200); };
     list.append(make("li", {}, more));
-  }
+  };
+  add(0, most);
   return list;
 }
 
