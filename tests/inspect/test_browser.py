@@ -175,6 +175,28 @@ def test_all_can_be_done_by_keys(opened):
     assert names == 0
 
 
+@pytest.mark.parametrize(
+    ("button", "focus"),
+    [
+        ("#slot-table th:nth-child(3) button", "oldest \u2193"),
+        ("#heads .head:nth-child(2)", "layer 1, head 2-3"),
+        ("#slot-table tr:nth-child(5) .slot", None),
+        ("#token-body .reads .slot", None),
+        ("#token-body .reads li:nth-child(2) .members button", ""),
+        ("#token-body .members .link", ""),
+        ("#token-body .small .link", "Show the memory as it was then"),
+    ],
+)
+def test_a_button_keeps_the_focus_when_it_is_used(opened, button, focus):
+    """Or the one in its place gets it, of which the beginning is given where it is another."""
+    opened.run("document.querySelector('#ages details').open = true")
+    box = button.split()[0]
+    before = opened.run(f"(window.button = document.querySelector({button!r})).focus() ?? button.innerText")
+    opened.run("button.click()")
+    assert opened.run(f"document.activeElement.closest({box!r} + ' button')") is not None
+    assert opened.run("document.activeElement.innerText").startswith(before if focus is None else focus)
+
+
 def test_the_raster_is_drawn_and_chooses_tokens(opened, found):
     drawn = (
         "(() => { const c = document.getElementById('raster');"

@@ -42,7 +42,7 @@ function drawHeads() {
       list.push(make("button", { type: "button", className: "head", "aria-pressed": isChosen, onclick: () => setHead(layer, head) }, make("span", {}, name), bar, make("span", { className: "small" }, `${percent(all)} kept`)));
     }
   }
-  $("heads").replaceChildren(...list);
+  redraw($("heads"), ...list);
 }
 
 // At the end of the text, by key/value head; counted once.
@@ -99,8 +99,6 @@ function drawTable(found) {
   const rows = (order.all ? found : found.slice(0, 100)).map((each) => make("tr", {}, cell(slotButton(each.slot)), cell(format(each.count)), cell(format(each.oldest)), cell(format(each.newest)), cell(format(Math.round(each.mean))),
     cell(isEnd ? percent(each.kept) : "-"), make("td", { className: "text" }, each.tokens.slice(0, 24).map((token) => flat(DATA.pieces[token]) || "\u00b7").join(DATA.hasIds ? " " : " | "))));
   const table = make("table", {}, make("thead", {}, make("tr", {}, ...header, make("th", {}, "its tokens"))), make("tbody", {}, ...rows));
-  $("slot-table").replaceChildren(table);
-  if (found.length > rows.length) {
-    $("slot-table").append(make("button", { type: "button", className: "link", onclick: () => { order.all = true; drawTable(found); } }, `Show all ${format(found.length)} slots`));
-  }
+  const more = make("button", { type: "button", className: "link", onclick: () => { order.all = true; drawTable(found); } }, `Show all ${format(found.length)} slots`);
+  redraw($("slot-table"), table, ...(found.length > rows.length ? [more] : []));
 }

@@ -3,14 +3,15 @@
 function drawToken() {
   const { layer, head, kv, memory, token, slot } = view(), body = $("token-body");
   if (token < 0 && slot < 0) {
-    body.replaceChildren(make("p", { className: "hint" }, "None is chosen yet. Click one in the text, or press the arrow keys there."));
+    redraw(body, make("p", { className: "hint" }, "None is chosen yet. Click one in the text, or press the arrow keys there."));
     $("token-title").textContent = "The chosen token";
     return;
   }
   if (token < 0) {
     const tokens = memory.members.get(slot);
     $("token-title").textContent = `Slot ${slot}`;
-    body.replaceChildren(
+    redraw(
+      body,
       make("p", {}, slotButton(slot), tokens ? ` ${plural(tokens.length, "token")}` : " is not in use here."),
       ...(tokens ? [memberList(tokens, { near: 0, most: 40 })] : []),
     );
@@ -18,7 +19,8 @@ function drawToken() {
   }
   const [before, own, after] = context(token, 14), found = readsOf(layer, head, token);
   $("token-title").textContent = `Token ${format(token)}`;
-  body.replaceChildren(
+  redraw(
+    body,
     make("p", { className: "big" }, make("span", { className: "small" }, before.trimStart()), make("b", {}, own), make("span", { className: "small" }, after)),
     ...keptPart(layer, kv, memory, token),
     ...readPart(found, token),

@@ -17,6 +17,16 @@ function make(tag, properties = {}, ...children) {
   return element;
 }
 
+// Draws a box anew. If a button in it had the focus, the same one or the one in its place gets it.
+function redraw(box, ...children) {
+  const had = document.activeElement, place = [...box.querySelectorAll("button")].indexOf(had);
+  box.replaceChildren(...children);
+  if (place < 0) return;
+  const buttons = [...box.querySelectorAll("button")];
+  const same = [buttons[place], ...buttons].find((each) => each?.textContent === had.textContent);
+  (same ?? buttons[Math.min(place, buttons.length - 1)] ?? $("text")).focus();
+}
+
 const BREAK = "\u21b5", TAB = "\u21e5";
 // Controls, invisible and direction-changing characters, private ones, halves of characters.
 const HIDDEN = /[\p{Cc}\p{Cf}\p{Co}\p{Cs}\p{Zl}\p{Zp}]/gu;
@@ -70,7 +80,11 @@ function memberList(tokens, { near, most = 4, width = 18 } = {}) {
     }
     if (sorted.length <= to) return;
     const more = make("button", { type: "button", className: "link" }, `and ${plural(sorted.length - to, "more token")}`);
-    more.onclick = () => { more.parentElement.remove(); add(to, to + 200); };
+    more.onclick = () => {
+      more.parentElement.remove();
+      add(to, to + 200);
+      list.children[to].firstChild.focus();
+    };
     list.append(make("li", {}, more));
   };
   add(0, most);
