@@ -239,6 +239,18 @@ def test_heads_without_slots_are_said_to_drop_tokens(browser, tmp_path):
     assert heard == ["dropped, this head keeps only its first and last tokens", "exact, in no slot"]
 
 
+@pytest.mark.parametrize("width", [320, 640, 900, 1280])
+def test_the_bar_does_not_cover_what_has_the_focus(path, width):
+    with Browser(width, 700) as browser:
+        browser.open(path)
+        # From below, where the bar stays at the top.
+        browser.run("scrollTo(0, document.body.scrollHeight)")
+        browser.run("document.querySelector('.skip').click()")
+        top = browser.run("document.activeElement.getBoundingClientRect().top")
+        bottom = browser.run("document.getElementById('controls').getBoundingClientRect().bottom")
+        assert bottom <= top < bottom + 20
+
+
 @pytest.mark.parametrize("is_dark", [False, True])
 def test_a_phone_shows_all_without_moving_sideways(path, is_dark):
     with Browser(320, 640, is_dark=is_dark) as browser:

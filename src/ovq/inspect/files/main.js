@@ -86,6 +86,8 @@ function start() {
   $("mode").addEventListener("change", refresh);
   $("time").addEventListener("input", () => setTime(Number($("time").value)));
   $("controls").addEventListener("submit", (event) => event.preventDefault());
+  // The bar, as high as it is, does not cover what gets the focus.
+  new ResizeObserver(() => { document.documentElement.style.scrollPaddingTop = `${$("controls").offsetHeight + 8}px`; }).observe($("controls"));
   // A few heads are compared at a glance; many would hide the text.
   $("all-heads").open = LAYERS.reduce((sum, each) => sum + each.numKvHeads, 0) <= 12;
   fillText();
