@@ -5,7 +5,7 @@ import re
 import pytest
 
 from ovq.convert import attach
-from ovq.inspect import inspect_text, write_page
+from ovq.inspect import inspect_text, sharing, write_page
 from tests.browser import CHROMIUM, Browser
 from tests.convert.common import original
 from tests.inspect.common import looked_into
@@ -151,6 +151,8 @@ def test_levels_of_all_tokens_are_counted(opened, found):
     for level, (low, high) in enumerate(((0, 0), (1, 1), (2, 4), (5, 16), (17, 64))):
         number = opened.run(f"document.querySelectorAll('.t.l{level}').length")
         assert number == ((counts >= low) & (counts <= high)).sum()
+    kept = opened.run("document.querySelector('#glance-table tbody tr:last-child').cells[3].innerText")
+    assert kept == f"{100 * sharing(found.layer(None), 1).kept_share:.0f} %"
     opened.select("#mode", "kept")
     assert opened.run("document.querySelectorAll('.t.k0, .t.k1, .t.k2, .t.k3, .t.k4').length") == 130
 

@@ -69,8 +69,8 @@ def unpacked(text, dtype, *shape):
 
 def test_the_data_are_what_was_found():
     found = looked_into([str(i) for i in range(61)], num_heads=4, num_kv_heads=2, merge="nearest")
-    # All but kept.
-    found.layer(None).kept[0, 0] = 0.9995
+    # All but kept, and all but lost.
+    found.layer(None).kept[0, :2] = 1 - 1e-7, 1e-7
     data, memory = data_of(page_html(found, head=3)), found.layer(None)
     on_slots = np.where(memory.entries[3] >= 0, memory.weights[3], 0)
     first = np.nonzero(on_slots.max(-1) == on_slots.max())[0][-1]
@@ -89,10 +89,10 @@ def test_the_data_are_what_was_found():
     assert np.array_equal(unpacked(layer["entries"], "<i2", 4, 61, 8), memory.entries)
     assert np.allclose(unpacked(layer["weights"], "<u2", 4, 61, 8) / 65535, memory.weights, atol=1e-5)
     assert np.allclose(unpacked(layer["shares"], "<u2", 4, 61, 3) / 65535, memory.shares, atol=1e-5)
-    kept = unpacked(layer["kept"], "u1", 2, 61)
-    assert np.allclose(kept / 255, memory.kept, atol=1 / 255)
-    # What is exact, and that alone, has the highest number.
-    assert np.array_equal(kept == 255, memory.kept == 1)
+    kept = unpacked(layer["kept"], "<u2", 2, 61) / 65535
+    assert np.allclose(kept, memory.kept, atol=2e-5)
+    assert np.array_equal(kept == 1, memory.kept == 1)
+    assert np.array_equal(kept == 0, memory.kept == 0)
     moves = [unpacked(of_head, "<i2", -1, 3) for of_head in layer["moves"]]
     for head, rows in enumerate(moves):
         of_head = memory.moves[memory.moves[:, 1] == head]

@@ -33,7 +33,7 @@ def page_bytes(found: InspectedText) -> int:
     """Approximate size in bytes of the page of a text."""
     per_token = 0
     for memory in found.layers:
-        per_token += memory.num_heads * (4 * memory.entries.shape[2] + 6) + 3 * memory.num_kv_heads
+        per_token += memory.num_heads * (4 * memory.entries.shape[2] + 6) + 4 * memory.num_kv_heads
     packed = found.num_tokens * per_token + 6 * sum(len(memory.moves) for memory in found.layers)
     return int(packed * 4 / 3) + 20 * found.num_tokens
 
@@ -111,6 +111,7 @@ def _first_token(memory: LayerMemory, head: int) -> int:
 def _layer_data(memory: LayerMemory) -> dict[str, Any]:
     """One layer: numbers as base64 of little-endian arrays."""
     moves = [memory.moves[memory.moves[:, 1] == head][:, [0, 2, 3]] for head in range(memory.num_kv_heads)]
+    kept, is_between = np.rint(memory.kept * 65535), (memory.kept > 0) & (memory.kept < 1)
     return {
         "layer": memory.layer,
         "numSlots": list(memory.num_slots),
@@ -122,8 +123,8 @@ def _layer_data(memory: LayerMemory) -> dict[str, Any]:
         "numReads": memory.entries.shape[2],
         "slots": _packed(memory.slots, "<i2"),
         "moves": [_packed(of_head, "<i2") for of_head in moves],
-        # Rounded down, so that only exactly kept values get the highest number.
-        "kept": _packed(np.floor(memory.kept * 255), "u1"),
+        # Only what is kept exactly, or not at all, has the highest and the lowest number.
+        "kept": _packed(np.where(is_between, kept.clip(1, 65534), kept), "<u2"),
         "entries": _packed(memory.entries, "<i2"),
         "weights": _packed(np.rint(memory.weights * 65535), "<u2"),
         "shares": _packed(np.rint(memory.shares.clip(0, 1) * 65535), "<u2"),

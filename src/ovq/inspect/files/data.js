@@ -11,7 +11,7 @@ function unpacked(text, Kind) {
 const LAYERS = DATA.layers.map((found) => ({
   ...found,
   slots: unpacked(found.slots, Int16Array),
-  kept: unpacked(found.kept, Uint8Array),
+  kept: unpacked(found.kept, Uint16Array),
   entries: unpacked(found.entries, Int16Array),
   weights: unpacked(found.weights, Uint16Array),
   shares: unpacked(found.shares, Uint16Array),
@@ -27,7 +27,7 @@ const startOf = (layer, chunk) => layer.numSinks + chunk * layer.chunkSize;
 // In the place of a slot: kept exactly, dropped, not read yet.
 const EXACT = -1, DROPPED = -2, UNREAD = -3;
 const hasDropped = (layer, kv) => layer.numSlots[kv] === 0 && chunksOf(layer, kv) > 0;
-const keptOf = (layer, kv, token) => layer.kept[kv * NUM_TOKENS + token] / 255;
+const keptOf = (layer, kv, token) => layer.kept[kv * NUM_TOKENS + token] / 65535;
 const levelOf = (count) => (count < 0 ? 6 : count === 0 ? 0 : count === 1 ? 1 : count <= 4 ? 2 : count <= 16 ? 3 : count <= 64 ? 4 : 5);
 
 // A slot's lives: it is opened by a chunk, and may be merged into another and opened again.
