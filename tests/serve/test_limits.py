@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import signal
 import socket
 import threading
 
@@ -186,3 +187,10 @@ def test_a_client_that_does_not_read_is_let_go(monkeypatch):
     thread.join(30)
     listener.close()
     assert not thread.is_alive()
+
+
+def test_ctrl_c_pressed_many_times_leaves_no_answer_behind():
+    server = ovq.serve.server.Server(uvicorn_config(None, LIMITS), on_ready=print, on_end=print)
+    for _ in range(4):
+        server.handle_exit(signal.SIGINT, None)
+    assert (server.should_exit, server.force_exit) == (True, False)

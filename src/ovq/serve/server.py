@@ -108,8 +108,8 @@ class Server(uvicorn.Server):
             self._on_ready()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Handle a signal; a third SIGINT leaves without answering."""
-        if self.should_exit and not self._is_hurried:
+        """Handle a signal. The second hurries; at more, uvicorn would leave tasks, with a traceback."""
+        if self.should_exit:
             self._is_hurried = True
         else:
             super().handle_exit(sig, frame)
