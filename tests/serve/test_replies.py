@@ -137,6 +137,24 @@ def test_offsets_are_places_in_the_text(make):
         assert (text, logprobs["text_offset"]) == ("7 33 5", [0, 2, 5])
 
 
+@pytest.mark.parametrize(
+    ("raw", "offsets"),
+    [
+        (b"\xd7hi", [0, 1, 2]),
+        (b"a\xe2\x82b\xc3\xa9", [0, 1, 1, 2, 3, 3]),
+        (b"\xe2\xe2\x82\xac", [0, 1, 1, 1]),
+        # The second byte can follow no such first one; a replacement character that was meant.
+        (b"\xe0\x80a", [0, 1, 2]),
+        (b"\xef\xbf\xbda", [0, 0, 0, 1]),
+        (b"\xff\xff", [0, 1]),
+    ],
+)
+def test_offsets_after_a_broken_character(raw, offsets):
+    choice = answered(CompletionForm, byte_tokenizer(), [97], list(raw))
+    assert choice["text"] == raw.decode(errors="replace")
+    assert choice["logprobs"]["text_offset"] == offsets
+
+
 def test_a_stop_sequence_may_come_when_an_answer_ends():
     """What was held back as part of a character becomes text."""
     texts, job = Texts(byte_tokenizer(), vocab_size=500), Generation(tokens=[97], deliver=print, max_tokens=2)

@@ -36,7 +36,13 @@ class Offsets:
     def push(self, token: int) -> int:
         """Offset of the next token; for a part of a character, offset of the character."""
         begin = self._length + (len(self._texts.separator) if self._length else 0)
-        self._length = begin + len(self._decoder.decode(self._texts.token_bytes(token)))
+        held, added = self._decoder.getstate()[0], self._texts.token_bytes(token)
+        self._length = begin + len(self._decoder.decode(added))
+        try:
+            codecs.utf_8_decode(held + added[:1])
+        except UnicodeDecodeError:
+            # The token begins after a replacement character for what was held, if anything was.
+            return begin + bool(held)
         return begin
 
 
