@@ -238,6 +238,7 @@ def test_heads_without_slots_are_said_to_drop_tokens(browser, tmp_path):
     for token in (9, 55):
         browser.run(f"document.getElementById('t{token}').click()")
         heard.append(browser.run("document.getElementById('live').textContent").split(": ")[1])
+    assert "Exactly: its chunk is not dropped yet." in browser.text("#token")
     assert heard == ["dropped, this head keeps only its first and last tokens", "exact, in no slot"]
 
 

@@ -30,9 +30,9 @@ function drawToken() {
 const slotButton = (slot) => make("button", { type: "button", className: `slot ${look(slot)}`, title: "Mark its tokens in the text", onclick: () => chooseSlot(slot) }, `slot ${slot}`);
 
 function keptPart(layer, kv, memory, token) {
-  const slot = memory.slotOf[token], title = make("h3", {}, "Where it is kept");
-  if (slot === UNREAD) return [title, make("p", {}, `After ${format(memory.numRead)} tokens it was not merged yet.`)];
-  if (slot === EXACT) return [title, make("p", {}, token < layer.numSinks ? "Exactly: it is one of the first tokens, which are never merged." : "Exactly: its chunk is not merged yet.")];
+  const slot = memory.slotOf[token], title = make("h3", {}, "Where it is kept"), fate = layer.numSlots[kv] === 0 ? "dropped" : "merged";
+  if (slot === UNREAD) return [title, make("p", {}, `After ${format(memory.numRead)} tokens it was not ${fate} yet.`)];
+  if (slot === EXACT) return [title, make("p", {}, token < layer.numSinks ? `Exactly: it is one of the first tokens, which are never ${fate}.` : `Exactly: its chunk is not ${fate} yet.`)];
   if (slot === DROPPED) return [title, make("p", {}, "Not at all: this head has no slots. It keeps its first and its last tokens.")];
   const tokens = memory.members.get(slot), isEnd = memory.numRead === NUM_TOKENS;
   const kept = isEnd ? `; ${percent(keptOf(layer, kv, token))} of its value is kept` : "";
