@@ -254,6 +254,37 @@ def test_the_bar_does_not_cover_what_has_the_focus(path, width):
         assert bottom <= top < bottom + 20
 
 
+@pytest.mark.parametrize("width", [320, 640, 768, 1024, 1280])
+def test_names_and_labels_have_room(path, width):
+    with Browser(width, 700) as browser:
+        browser.open(path)
+        # As long as they get.
+        browser.run(
+            "for (const head of document.querySelectorAll('.head')) { "
+            "head.firstChild.textContent = 'layer 29, head 12-15'; "
+            "head.lastChild.textContent = '>99 % kept'; }"
+        )
+        boxes = browser.run(
+            "[...document.querySelectorAll('.head > span:not(.stack)')].map((e) => "
+            "[e.scrollWidth - e.clientWidth, e.clientHeight / parseFloat(getComputedStyle(e).fontSize)])"
+        )
+        assert all(over == 0 and lines < 2 for over, lines in boxes)
+        assert (
+            browser.run(
+                "(({scrollWidth: all, clientWidth: seen}) => all - seen)(document.querySelector('#heads'))"
+            )
+            == 0
+        )
+        labels = browser.run(
+            "[...document.querySelector('.labels').children].map((e) => { "
+            "const range = document.createRange(); range.selectNodeContents(e); "
+            "const r = range.getBoundingClientRect(); return [r.left, r.right, r.top, r.bottom]; })"
+        )
+        for i, (left, _, top, bottom) in enumerate(labels):
+            for _, right, other_top, other_bottom in labels[:i]:
+                assert right < left or bottom <= other_top or other_bottom <= top
+
+
 @pytest.mark.parametrize("is_dark", [False, True])
 def test_a_phone_shows_all_without_moving_sideways(path, is_dark):
     with Browser(320, 640, is_dark=is_dark) as browser:
