@@ -142,6 +142,10 @@ def test_the_memory_at_an_earlier_time(opened, found):
         "[...document.querySelectorAll('#token .link')].find((b) => /as it was/.test(b.innerText)).click()"
     )
     assert opened.text("#time-text") == "72 of 130 tokens"
+    # There are values kept for the end alone.
+    opened.select("#mode", "kept")
+    assert opened.text("#time-text") == "130 of 130 tokens"
+    assert "as it was then" not in opened.text("#token")
 
 
 def test_levels_of_all_tokens_are_counted(opened, found):

@@ -41,7 +41,7 @@ function keptPart(layer, kv, memory, token) {
 }
 
 function readPart({ reads, shares, chunk }, token) {
-  const { layer, head, kv } = view(), before = plural(chunk * layer.chunkSize, "token");
+  const { layer, head, kv, mode } = view(), before = plural(chunk * layer.chunkSize, "token");
   const gone = layer.numSlots[kv] === 0 ? `This head has no slots and has dropped ${before}` : `Slots hold the ${before} merged before`;
   const names = ["exact tokens", "slots of one token", "slots of several tokens"];
   const list = make("ul", { className: "reads" });
@@ -58,7 +58,8 @@ function readPart({ reads, shares, chunk }, token) {
   const sum = make("div", { className: "stack", role: "img", "aria-label": names.map((name, i) => `${percent(shares[i])} on ${name}`).join(", ") });
   sum.append(...stackOf(shares, ["l0", "l1", "l4"]));
   const key = make("ul", { className: "key" }, ...names.map((name, i) => make("li", {}, make("i", { className: `swatch ${["l0", "l1", "l4"][i]}` }), `${percent(shares[i])} ${name}`)));
-  const then = make("button", { type: "button", className: "link", onclick: () => setTime(chunk) }, "Show the memory as it was then");
+  // Values kept are those at the end of the text, whatever the time.
+  const then = make("button", { type: "button", className: "link", hidden: mode === "kept", onclick: () => setTime(chunk) }, "Show the memory as it was then");
   return [
     make("h3", {}, `What head ${head} of layer ${layer.layer} attends to here`),
     make("p", { className: "small" }, `${gone}; all others, up to itself, are exact. `, then),
