@@ -61,6 +61,11 @@ def test_another_dictionary_and_view_and_a_text_that_is_cut(capsys, model, tmp_p
     assert (data["layers"][0]["numSlots"], data["layers"][0]["numReads"]) == ([12, 12], 3)
 
 
+def test_one_token_is_one_token(capsys, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "What is kept of 1 token " in run(capsys, "inspect", "--model", model, "--prompt", "7")
+
+
 def test_slots_in_fewer_bytes_are_looked_into(capsys, model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     states, assign = [], layer.slot_assignments

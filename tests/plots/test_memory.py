@@ -1,5 +1,7 @@
 """The figures of a memory show its numbers."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -63,6 +65,13 @@ def test_few_tokens_and_slots_are_counted_in_whole_numbers(tmp_path, drawn):
     axes = [each.xaxis for each in (*slots.axes, counts.axes[1], reads.axes[0])]
     axes += [each.yaxis for each in (slots.axes[0], *counts.axes)]
     assert all(place == round(place) for each in axes for place in each.get_ticklocs())
+
+
+def test_one_token_is_one_token_in_no_slot(tmp_path, drawn):
+    save_memory_figures(looked_into(["word"]), tmp_path)
+    titles = [figure.legends[0].get_title().get_text().replace("\n", " ") for figure in drawn]
+    assert all(re.search(r"(of|after) 1 token\b", title) for title in titles)
+    assert drawn[0].axes[0].get_ylim() == (-0.5, 0.5)
 
 
 def _num_opened_again(memory):

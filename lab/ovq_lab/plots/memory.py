@@ -43,7 +43,8 @@ def save_memory_figures(
     head = found.reading_head(layer) if head is None else head
     if not 0 <= head < memory.num_heads:
         raise ValueError(f"head: expected 0 to {memory.num_heads - 1}, found {head}")
-    kv_head, name = memory.kv_head(head), f"{found.num_tokens:,} tokens"
+    kv_head = memory.kv_head(head)
+    name = f"{found.num_tokens:,} token{'s' * (found.num_tokens != 1)}"
     where = f"layer {memory.layer}, head {head}"
     paths = [folder / file for file in ("slots.png", "heads.png", "counts.png", "reads.png")]
     title = f"What {where} keeps of {name}, at most {memory.num_slots[kv_head]:,} slots"
@@ -139,7 +140,8 @@ def _draw_places(axes: Axes, memory: LayerMemory, kv_head: int) -> None:
         # The dots themselves are too small for a legend.
         axes.plot([], [], color=color, linestyle="", marker=marker, markersize=5, label=label)
     axes.set_xlim(0, memory.num_tokens)
-    axes.set_ylim(bottom=-0.5)
+    # With room for the first slot, where none is in use.
+    axes.set_ylim(-0.5, max(0.5, axes.get_ylim()[1]))
     axes.set_ylabel("slot")
     axes.set_xlabel("position of the token")
     axes.set_title("the slot that each token goes into", fontsize=11)

@@ -138,7 +138,7 @@ def _table(found: InspectedText) -> Table:
 
     from ovq.inspect import LEVEL_NAMES, sharing
 
-    table = Table(title=f"What is kept of {found.num_tokens:,} tokens")
+    table = Table(title=f"What is kept of {found.num_tokens:,} token{'s' * (found.num_tokens != 1)}")
     has_dropped = found.level_names == LEVEL_NAMES
     # With manual line breaks, because rich would truncate heads at 80 columns.
     for column in (
