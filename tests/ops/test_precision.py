@@ -31,7 +31,8 @@ def forget():
 
 
 @pytest.fixture(autouse=True)
-def _as_before():
+def _without_settings_of_other_tests():
+    forget()
     yield
     forget()
 
