@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.autograd import forward_ad
 
 from ovq.convert.cache import MemoryLayer
 from ovq.convert.compiled import advance
@@ -174,7 +175,7 @@ def test_a_token_alone_in_a_slot_is_that_token_in_bfloat16():
 
 def test_gradients_need_slots_in_float32():
     memory, q, k, v = memory_and_tokens(dtype=torch.float32, state_dtype="int8")
-    expected = r"gradients: expected slots in float32 \(state_dtype\) or torch.no_grad\(\), found int8"
+    expected = r"gradients: expected slots in float32 .* or torch.no_grad\(\) and no tangents, found int8"
     with pytest.raises(ValueError, match=expected):
         memory.attend(q.requires_grad_(), k, v, [90, 90])
 
@@ -270,3 +271,31 @@ def test_states_of_heads_of_other_sizes_do_not_join():
     other.state.window = 24
     with pytest.raises(ValueError, match="states: expected window 16 in all, found 24"):
         OVQState.concatenate([memory.state, other.state])
+    other.state.window, other.state.weight, other.state.token_use = (
+        16,
+        torch.ones(2, 2, 12),
+        torch.ones(2, 2, 11),
+    )
+    for states in ([memory.state, other.state], [other.state, memory.state]):
+        with pytest.raises(ValueError, match=r"states: expected names \['key_sum', .* in all, found"):
+            OVQState.concatenate(states)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+@torch.no_grad()
+def test_a_memory_in_int8_reads_under_forward_mode_as_long_as_nothing_has_a_tangent():
+    memory, q, k, v = memory_and_tokens(dtype=torch.float32, state_dtype="int8")
+    other = memory.clone()
+    expected = other.attend(q, k, v, [90, 90])
+    with forward_ad.dual_level():
+        assert torch.equal(memory.clone().attend(q, k, v, [90, 90]), expected)
+        with pytest.raises(ValueError, match="no tangents, found int8"):
+            memory.attend(forward_ad.make_dual(q, q), k, v, [90, 90])
+
+
+def test_values_keep_their_dtype_beside_wider_keys():
+    """As under autocast, which computes values in bfloat16, but rotary positions in float32."""
+    memory, _, k, v = memory_and_tokens(dtype=torch.float32)
+    memory = HeadMemory.empty(memory.budget, k, v.bfloat16())
+    learn(memory, k, v.bfloat16())
+    assert (memory.state.pending_keys.dtype, memory.state.pending_values.dtype) == (k.dtype, torch.bfloat16)

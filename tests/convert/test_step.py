@@ -328,6 +328,20 @@ def test_a_cache_in_another_process_goes_on_by_itself(steps):
     check_equal(torch.cat(there, 1), read(model, ids, start=30)[0])
 
 
+def test_states_given_to_another_process_stay_where_they_are(steps):
+    model = converted()
+    _, cache = read(model, IDS[:1, :30])
+    with torch.no_grad():
+        found = [model(IDS[:1, 30:31], past_key_values=cache).logits]
+        states = [state for layer in cache.layers for state in layer.slot_states]
+        given = [handed_over(state) for state in states]
+        for state, own in zip(states, given, strict=True):
+            assert not state.pending_keys.is_shared()
+            assert torch.equal(own.pending_keys, state.pending_keys)
+        found += [model(x, past_key_values=cache).logits for x in IDS[:1, 31:50].split(1, 1)]
+    check_equal(torch.cat(found, 1), read(model, IDS[:1, :50], start=30)[0])
+
+
 def test_changed_weights_are_read(by_modules):
     model = converted(weight_dtype="float32")
     before, _ = read(model, IDS[:1, :30])

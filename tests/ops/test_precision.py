@@ -1,5 +1,8 @@
 """Full precision whatever a program asks of PyTorch, by its older setting or its newer ones."""
 
+import sys
+import threading
+
 import pytest
 import torch
 
@@ -76,3 +79,27 @@ def test_products_are_exact_inside_and_as_they_were_afterwards(changes):
         assert {*products} <= {"ieee", "none"}
         assert older == ["highest", False]
     assert list(ending()) == expected
+
+
+@pytest.mark.parametrize("changes", ["older medium", "older high", "all tf32", "gpu tf32"])
+def test_threads_leave_the_settings_as_they_were(changes):
+    change(*changes.split())
+    expected, inexact, before = settings(), [], sys.getswitchinterval()
+
+    def enter():
+        for _ in range(500):
+            with full_precision(torch.device("cpu")):
+                if settings()[1:] != ("highest", False):
+                    inexact.append(settings())
+
+    threads = [threading.Thread(target=enter) for _ in range(4)]
+    try:
+        sys.setswitchinterval(1e-6)
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert not inexact
+    assert settings() == expected

@@ -12,6 +12,7 @@ from ovq.convert.memory import HeadMemory
 from ovq.ops.backends.cpu import KNOWN
 from ovq.ops.backends.cpu.kernels import DTYPES, is_available
 from ovq.ops.backends.cpu.memory import advance_memory
+from ovq.ops.state import pending_in
 from ovq.ops.transforms import is_transformed
 
 
@@ -25,7 +26,7 @@ def is_compiled(memories: Sequence[HeadMemory], k: Tensor, v: Tensor, *tensors: 
     given = [x for x in (k, v, *tensors) if x is not None]
     return (
         all(x.device.type == "cpu" for x in given)
-        and {v.dtype, memories[0].state.pending_keys.dtype} == {k.dtype}
+        and {v.dtype, *(x.dtype for x in pending_in(memories[0].state)[:2])} == {k.dtype}
         and all(x.dtype in DTYPES for x in given)
         and not (torch.is_grad_enabled() and any(x.requires_grad for x in given))
         and not is_transformed()

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ovq.convert.config import Budget
 from ovq.convert.pieces import in_pieces
@@ -31,7 +32,6 @@ from ovq.ops.options import ORDINARY
 from ovq.ops.parts import of_rows, slot_spec
 from ovq.ops.state import pending_in, tensors_of
 from ovq.ops.sums import added_up
-from ovq.ops.transforms import is_transformed
 
 # Each re-positioning lowers the count of a slot by count // 8, so counts below 8 stay.
 _FORGOTTEN = 8
@@ -99,6 +99,8 @@ class HeadMemory:
             name: torch.zeros(shape, dtype=dtype, device="cpu" if name == "num_seen" else k.device)
             for name, (shape, dtype) in of_rows(spec, len(k)).items()
         }
+        # Under autocast, keys with rotary positions are wider than values.
+        tensors["pending_values"] = tensors["pending_values"].to(v.dtype)
         if use is not None:
             tensors["token_use"] = use.repeat(len(k), 1, 1)
         return cls(budget, OVQState(**tensors, **budget.sizes), use)
@@ -289,10 +291,10 @@ class HeadMemory:
         has_graph = torch.is_grad_enabled() and any(
             x is not None and x.requires_grad for x in (q, k, v, temperature, bias)
         )
-        if (has_graph or is_transformed()) and self.budget.state_dtype != "float32":
+        if (has_graph or _have_tangents(q, k, v)) and self.budget.state_dtype != "float32":
             raise ValueError(
-                "gradients: expected slots in float32 (state_dtype) or torch.no_grad(), found "
-                f"{self.budget.state_dtype}"
+                "gradients: expected slots in float32 (state_dtype), or torch.no_grad() and no tangents, "
+                f"found {self.budget.state_dtype}"
             )
         if not has_graph:
             self._own_all_()
@@ -415,3 +417,12 @@ class HeadMemory:
         found = torch.exp2(length.clamp(min=ORDINARY[0]).log2().round()).where(length >= ORDINARY[0], 0)
         unit = self._rows("key_unit", index)
         self._put("key_unit", torch.where(unit == 0, found, unit), index)
+
+
+def _have_tangents(*tensors: Tensor | None) -> bool:
+    """Whether forward-mode derivatives, or a transform of `torch.func`, go through the tensors."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    if forward_ad._current_level < 0:
+        return False
+    return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -17,32 +18,53 @@ _PRODUCTS = (
 )
 
 
+# Settings are those of all threads: how many calls inside need others than they found, and what they found.
+_lock = threading.Lock()
+_num_inside = 0
+_settings: tuple[str, list[str]] = "highest", []
+
+
 @contextlib.contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Disable autocast and reduced matmul precision (such as TF32), which would change the routing."""
+    has_changed = _enter()
     try:
-        is_full = torch.get_float32_matmul_precision() == "highest"
-    except RuntimeError:
-        # The newer settings are lower than the older one.
-        is_full = False
-    exact = contextlib.nullcontext() if is_full else _exact_products()
-    with exact, torch.autocast(device.type, enabled=False):
-        yield
-
-
-@contextlib.contextmanager
-def _exact_products() -> Iterator[None]:
-    before = [products.fp32_precision for products in _PRODUCTS]
-    for products in _PRODUCTS:
-        products.fp32_precision = "ieee"
-    # Can be read only now that nothing contradicts it; it must not contradict either.
-    older = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
+        with torch.autocast(device.type, enabled=False):
+            yield
     finally:
+        if has_changed:
+            _leave()
+
+
+def _enter() -> bool:
+    """Make products exact unless they are; returns whether `_leave` has to follow."""
+    global _num_inside, _settings
+    with _lock:
+        if not _num_inside:
+            # Where newer settings are lower than the older one, it cannot be read.
+            with contextlib.suppress(RuntimeError):
+                if torch.get_float32_matmul_precision() == "highest":
+                    return False
+            newer = [products.fp32_precision for products in _PRODUCTS]
+            for products in _PRODUCTS:
+                products.fp32_precision = "ieee"
+            # Can be read only now that nothing contradicts it; it must not contradict either.
+            _settings = torch.get_float32_matmul_precision(), newer
+            torch.set_float32_matmul_precision("highest")
+        _num_inside += 1
+    return True
+
+
+def _leave() -> None:
+    """Restore the settings if no other call needs products to be exact."""
+    global _num_inside
+    with _lock:
+        _num_inside -= 1
+        if _num_inside:
+            return
+        older, newer = _settings
         torch.set_float32_matmul_precision(older)
-        for products, precision in zip(_PRODUCTS, before, strict=True):
+        for products, precision in zip(_PRODUCTS, newer, strict=True):
             # "none" follows PyTorch's setting for everything, which may change later.
             for value in ("none", precision):
                 if products.fp32_precision != precision:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ovq.ops.call import Call, Rows, Run
 from ovq.ops.schedule import slots_by_chunk
-from ovq.ops.state import OVQState, first_rows
+from ovq.ops.state import OVQState, tensors_of
 
 # Tokens per row that are read one by one: decode steps read a dictionary in place, other calls copy it.
 _FEW_TOKENS = 16
@@ -80,7 +80,8 @@ def in_groups(call: Call, run: Run, groups: Sequence[Sequence[int]]) -> tuple[Te
         if not any(lengths):
             continue
         # All rows of the state are empty.
-        state = first_rows(call.state, len(group))
+        first = {name: x[: len(group)] for name, x in tensors_of(call.state).items()}
+        state = dataclasses.replace(call.state, **first)  # type: ignore[arg-type]  # these are tensors
         # Zero at the tokens of other groups.
         found, _ = run(dataclasses.replace(call, rows=Rows(starts, lengths), state=state))
         o = found if o is None else o + found

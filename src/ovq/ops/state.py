@@ -52,7 +52,7 @@ class OVQState:
             Spare slots have count 0 and sums 0.
         pending_keys: `[B, Hkv, P, K]` keys of the pending tokens, in the dtype of the inputs. P is C; with a
             window S + W, sinks first. Row b uses its first `num_pending[b]` places; others are undefined.
-        pending_values: `[B, Hkv, C, V]` values of the pending tokens, likewise.
+        pending_values: `[B, Hkv, P, V]` values of the pending tokens, likewise.
         num_seen: `[B]` tokens seen by each row, int64, always on the CPU: the schedule is host control flow.
         num_slots: N, the maximum number of slots per head.
         chunk_size: C, tokens per chunk.
@@ -118,6 +118,10 @@ class OVQState:
         # tensors must not keep them alive.
         if self._buffers is not None and not self._buffers.are(pending_in(self)):
             self._buffers = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process gets: copies of what kernels write to in place, as memory is shared."""
+        return vars(self if self.window is None else self.clone())
 
     def __repr__(self) -> str:
         """Sizes, dtype and device of the state; `summary` describes its contents."""
@@ -342,16 +346,17 @@ class OVQState:
         for state in states:
             if not isinstance(state, OVQState):
                 raise ValueError(f"states: expected each to be an OVQState, found {type(state).__name__}")
-        if any(state.weight is not None for state in states):
+        if states[0].window is None and any(state.weight is not None for state in states):
             states = [weighted(state) for state in states]
         if any(state.pending_forget is not None for state in states):
             states = [forgetting(state) for state in states]
         first = states[0]
         for other in states[1:]:
-            for what in (*_SIZES, "state_dtype"):
+            for what in (*_SIZES, "state_dtype", "_names"):
                 if getattr(other, what) != getattr(first, what):
                     raise ValueError(
-                        f"states: expected {what} {getattr(first, what)} in all, found {getattr(other, what)}"
+                        f"states: expected {what.strip('_')} {getattr(first, what)} in all, "
+                        f"found {getattr(other, what)}"
                     )
             for name in first._names:
                 a, b = getattr(first, name), getattr(other, name)
@@ -466,11 +471,6 @@ def with_capacity(state: OVQState, capacity: int) -> OVQState:
         for name, x in slots_of(state).items()
     }
     return dataclasses.replace(state, **padded)
-
-
-def first_rows(state: OVQState, num: int) -> OVQState:
-    """The first `num` rows of a state, without a copy."""
-    return dataclasses.replace(state._map(lambda t: t[:num]), num_seen=state.num_seen[:num])
 
 
 def advanced(state: OVQState) -> OVQState:

@@ -211,10 +211,10 @@ def _found_or_built(flags: tuple[str, ...], how: str) -> Kernels:
             # Others must not write code here, whatever the umask.
             folder.mkdir(mode=0o755, parents=True, exist_ok=True)
             check_owner(folder)
+            if command is None:
+                return _first_loaded(folder, stem, how)
             path = _cached_file(folder, stem)
             if path is None:
-                if command is None:
-                    continue
                 with _one_process_first(folder, stem):
                     # Another process may have made them meanwhile.
                     path = _cached_file(folder, stem)
@@ -226,6 +226,14 @@ def _found_or_built(flags: tuple[str, ...], how: str) -> Kernels:
         except OSError as error:
             reasons.append(str(error))
     raise Unavailable("; ".join(reasons))
+
+
+def _first_loaded(folder: Path, stem: str, how: str) -> Kernels:
+    """The first kernels of any compiler that can be loaded."""
+    for path in _cached_files(folder, stem):
+        with contextlib.suppress(OSError):
+            return _loaded(path, how)
+    raise OSError(f"{folder}: no kernels")
 
 
 @contextlib.contextmanager
@@ -254,9 +262,14 @@ def _one_process_first(folder: Path, stem: str) -> Iterator[None]:
 
 
 def _cached_file(folder: Path, stem: str) -> Path | None:
-    """The kernels' file in a folder, or None if it is missing or incomplete.
+    """The kernels' file in a folder, or None if it is missing or incomplete."""
+    return next(_cached_files(folder, stem), None)
 
-    Its name ends with the digest of its bytes. Without this check the loader would map a truncated file
+
+def _cached_files(folder: Path, stem: str) -> Iterator[Path]:
+    """The complete files of kernels whose names begin with `stem`.
+
+    A name ends with the digest of its bytes. Without this check the loader would map a truncated file
     without complaint, and the process would die of a bus error on reading the missing part.
     """
     for path in sorted(folder.glob(f"{stem}-*.so")):
@@ -264,8 +277,7 @@ def _cached_file(folder: Path, stem: str) -> Path | None:
         with contextlib.suppress(OSError):
             check_owner(path)
             if path.name == _file_name(path.name.rpartition("-")[0], path.read_bytes()):
-                return path
-    return None
+                yield path
 
 
 def _file_name(stem: str, binary: bytes) -> str:

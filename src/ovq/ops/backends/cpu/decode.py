@@ -44,7 +44,7 @@ class PreparedStep:
     ) -> None:
         self.options, self.shapes, self.dtype = options, shapes, dtype
         self._sums, self._pending = slots_in(after), pending_in(after)
-        self._places = _places(*self._sums, *self._pending)
+        self._tensors = [x for x in (*self._sums, *self._pending) if x is not None]
         (rows, _, heads, dim), (kv_heads, value_dim) = shapes[0], shapes[2][2:]
         sizes = (rows, kv_heads, heads // kv_heads, after.chunk_size, after.count.shape[2], dim, value_dim)
         self._call = call = MIRRORS["Decode"](*sizes, num_threads=1, dtype=DTYPES.index(dtype))
@@ -53,9 +53,16 @@ class PreparedStep:
         # Strides of contiguous tensors.
         call.q_row, call.k_row, call.v_row = heads * dim, kv_heads * dim, kv_heads * value_dim
         call.q_head, call.k_head, call.v_head = dim, dim, value_dim
-        call.point(**dict(zip(PENDING_TENSORS, self._pending, strict=True)))
+        self._point(self._addresses())
+
+    def _point(self, addresses: list[int]) -> None:
+        self._known_addresses = addresses
+        self._call.point(**dict(zip(PENDING_TENSORS, self._pending, strict=True)))
         sums = (x if x is None else x.contiguous() for x in self._sums)
-        call.point(**dict(zip(SLOT_TENSORS, sums, strict=True)))
+        self._call.point(**dict(zip(SLOT_TENSORS, sums, strict=True)))
+
+    def _addresses(self) -> list[int]:
+        return [x.data_ptr() for x in self._tensors]
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         # It holds addresses of tensors, and a copy has other tensors: a copied state has no step.
@@ -137,6 +144,9 @@ class PreparedStep:
             num_seen: `[B]` tokens before the new one.
         """
         step = self._of(after)
+        if (addresses := step._addresses()) != step._known_addresses:
+            # PyTorch moves tensors that it shares with another process.
+            step._point(addresses)
         call = MIRRORS["Decode"].from_buffer_copy(step._call)
         num_seen = num_seen.contiguous()
         call.num_seen, call.num_threads = num_seen.data_ptr(), torch.get_num_threads()
@@ -148,15 +158,11 @@ class PreparedStep:
         return after
 
     def _of(self, after: OVQState) -> PreparedStep:
-        """This step with the tensors of a state, which PyTorch moves on sharing them with another process."""
+        """This step with the tensors of a state."""
         own, found = (*self._sums, *self._pending), (*slots_in(after), *pending_in(after))
-        if all(map(operator.is_, own, found)) and _places(*found) == self._places:
+        if all(map(operator.is_, own, found)):
             return self
         return PreparedStep(self.options, self.shapes, self.dtype, after)
-
-
-def _places(*tensors: Tensor | None) -> list[int | None]:
-    return [None if x is None else x.data_ptr() for x in tensors]
 
 
 def completed(after: OVQState) -> list[int]:

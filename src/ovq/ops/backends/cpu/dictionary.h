@@ -36,7 +36,7 @@ struct Dictionary {
 #define TINY 1e-30
 /* Lower bound of the weight of a token of the own chunk in its score, where that includes weights. */
 #define TOKEN_WEIGHT 1e-37f
-/* Products of rounded means and weights that are smaller are 0 (`_LEAST_SUM` of narrow.py). */
+/* Products of rounded means and weights that are smaller are 0 (`LEAST_SUM` of narrow.py). */
 #define LEAST_SUM 0x1p-138f
 
 /* Whether a length is extreme for float32 products, or not finite; zero is neither (`ORDINARY` of options.py). */
