@@ -336,7 +336,7 @@ def test_the_memory_is_not_turned_off_by_another_attention():
     for use_cache in (True, False):
         with pytest.raises(ValueError, match=r"attn_implementation: expected 'ovq_memory', .* found 'sdpa'"):
             model(ids, use_cache=use_cache)
-    model.set_attn_implementation("ovq_memory")
+    model.set_attn_implementation({"": "ovq_memory"})
     assert torch.equal(model(ids).logits, expected)
 
 

@@ -203,6 +203,24 @@ def test_a_button_keeps_the_focus_when_it_is_used(opened, button, focus):
     assert opened.run("document.activeElement.innerText").startswith(before if focus is None else focus)
 
 
+def test_a_hidden_button_gets_no_focus(browser, tmp_path):
+    model = attach(original(), num_slots=8, window=16, num_sinks=4, chunk_size=8)
+    write_page(inspect_text(model, range(60), [f"{i} " for i in range(60)]), tmp_path / "page.html")
+    browser.open(tmp_path / "page.html")
+    browser.run("window.mode = document.getElementById('mode')")
+    browser.run("mode.value = 'kept'; mode.dispatchEvent(new Event('change'))")
+    # In these, the button in the place of the one that was used is hidden.
+    shown = "document.querySelectorAll('#token-body button:not([hidden])')"
+    for token, place in ((28, 5), (52, 2), (57, 3)):
+        # A click on the chosen token would leave none chosen.
+        for i in (token - 1, token):
+            chosen = f"(window.each = document.getElementById('t{i}')).matches('.chosen')"
+            browser.run(f"{chosen} || each.click()")
+        browser.run(f"(window.each = {shown}[{place}]).focus()")
+        browser.run("each.click()")
+        assert browser.run("document.activeElement.tagName") == "BUTTON", token
+
+
 def test_the_raster_is_drawn_and_chooses_tokens(opened, found):
     drawn = (
         "(() => { const c = document.getElementById('raster');"

@@ -147,6 +147,8 @@ def test_offsets_are_places_in_the_text(make):
         (b"\xe0\x80a", [0, 1, 2]),
         (b"\xef\xbf\xbda", [0, 0, 0, 1]),
         (b"\xff\xff", [0, 1]),
+        # Half a surrogate is replaced byte by byte.
+        (b"\xed\xa0A", [0, 0, 2]),
     ],
 )
 def test_offsets_after_a_broken_character(raw, offsets):

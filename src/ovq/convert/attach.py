@@ -85,12 +85,13 @@ class ConvertedMixin(CachedGeneration):
         return self
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
-        """Nothing else can be set than the memory.
+        """Refuse any implementation but the memory's.
 
         Raises:
             ValueError: another implementation, with which the model would have full attention.
         """
-        check_implementation(attn_implementation)
+        given = attn_implementation
+        check_implementation(given.get("") if isinstance(given, dict) else given)
         own: Any = super()
         own.set_attn_implementation(attn_implementation, *args, **kwargs)
 

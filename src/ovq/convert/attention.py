@@ -180,7 +180,8 @@ def check_implementation(found: Any) -> None:
     if found != IMPLEMENTATION:
         raise ValueError(
             f"attn_implementation: expected {IMPLEMENTATION!r}, the memory of a converted model, found "
-            f"{found!r}: its original has full attention"
+            f"{found!r}: its original has full attention (set_attn_implementation({IMPLEMENTATION!r}) "
+            "undoes it)"
         )
 
 

@@ -41,8 +41,8 @@ class Offsets:
         try:
             codecs.utf_8_decode(held + added[:1])
         except UnicodeDecodeError:
-            # The token begins after a replacement character for what was held, if anything was.
-            return begin + bool(held)
+            # The token begins after what replaces the bytes held: one character, or one for each half.
+            return begin + len(held.decode("utf-8", "replace"))
         return begin
 
 

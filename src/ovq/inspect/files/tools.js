@@ -19,10 +19,11 @@ function make(tag, properties = {}, ...children) {
 
 // Draws a box anew. If a button in it had the focus, the same one or the one in its place gets it.
 function redraw(box, ...children) {
-  const had = document.activeElement, place = [...box.querySelectorAll("button")].indexOf(had);
+  const shown = () => [...box.querySelectorAll("button:not([hidden])")];
+  const had = document.activeElement, place = shown().indexOf(had);
   box.replaceChildren(...children);
   if (place < 0) return;
-  const buttons = [...box.querySelectorAll("button")];
+  const buttons = shown();
   const same = [buttons[place], ...buttons].find((each) => each?.textContent === had.textContent);
   (same ?? buttons[Math.min(place, buttons.length - 1)] ?? $("text")).focus();
 }
