@@ -212,7 +212,9 @@ def _found_or_built(flags: tuple[str, ...], how: str) -> Kernels:
             folder.mkdir(mode=0o755, parents=True, exist_ok=True)
             check_owner(folder)
             if command is None:
-                return _first_loaded(folder, stem, how)
+                if (kernels := _first_loaded(folder, stem, how)) is None:
+                    continue
+                return kernels
             path = _cached_file(folder, stem)
             if path is None:
                 with _one_process_first(folder, stem):
@@ -228,12 +230,12 @@ def _found_or_built(flags: tuple[str, ...], how: str) -> Kernels:
     raise Unavailable("; ".join(reasons))
 
 
-def _first_loaded(folder: Path, stem: str, how: str) -> Kernels:
+def _first_loaded(folder: Path, stem: str, how: str) -> Kernels | None:
     """The first kernels of any compiler that can be loaded."""
     for path in _cached_files(folder, stem):
         with contextlib.suppress(OSError):
             return _loaded(path, how)
-    raise OSError(f"{folder}: no kernels")
+    return None
 
 
 @contextlib.contextmanager
