@@ -10,18 +10,19 @@ from tests.ops.common import attend, inputs
 
 triton = pytest.importorskip("triton", reason="the extra ovq[triton] is not installed")
 
-from ovq.ops.backends.triton.formats import in_format  # noqa: E402  # needs Triton
+from triton import language as tl  # noqa: E402  # needs Triton
+
+from ovq.ops.backends.triton.formats import in_format  # noqa: E402  # likewise
 
 NARROW = STATE_DTYPES[1:]
 SIZES = {"num_slots": 6, "chunk_size": 4}
 
 
 @triton.jit
-def round_rows(x, weight, FORMAT: triton.language.constexpr, HAS_MEANS: triton.language.constexpr):
-    row, column = triton.language.arange(0, 64), triton.language.arange(0, 16)
+def round_rows(x, weight, FORMAT: tl.constexpr, HAS_MEANS: tl.constexpr):
+    row, column = tl.arange(0, 64), tl.arange(0, 16)
     place = x + row[:, None] * 16 + column[None, :]
-    mass = triton.language.load(weight + row)
-    triton.language.store(place, in_format(triton.language.load(place), mass, FORMAT, HAS_MEANS))
+    tl.store(place, in_format(tl.load(place), tl.load(weight + row), FORMAT, HAS_MEANS))
 
 
 @pytest.mark.parametrize("has_means", [False, True])
