@@ -268,7 +268,7 @@ def _memory_summary(conversation: Conversation) -> str:
             summary, num_heads = state.summary(), state.count.shape[1]
             exact += summary.num_pending[0] * num_heads
             used, slots = used + summary.num_open[0] * num_heads, slots + summary.num_slots * num_heads
-        if layer.state is not None and not layer.slot_states and layer.keys is not None:
+        if layer.keys is not None:
             exact += layer.keys.shape[1] * layer.keys.shape[2]
     size = format_bytes(cache.nbytes)
     return (

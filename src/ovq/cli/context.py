@@ -129,8 +129,8 @@ def _layers(found: ContextInfo) -> list[dict[str, Any]]:
         row = {"layer": i, "mixer": name, "memory": layer.memory.kind, "bytes": layer.nbytes}
         if name == "converted":
             row |= _heads(layer.slot_states)
-        for state in layer.slot_states if name != "converted" else []:
-            summary = state.summary()
+        elif layer.slot_states:
+            summary = layer.slot_states[0].summary()
             row |= {
                 "num_open": summary.num_open[0],
                 "num_slots": summary.num_slots,

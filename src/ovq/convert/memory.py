@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ovq.convert.config import Budget
 from ovq.convert.pieces import in_pieces
@@ -32,6 +31,7 @@ from ovq.ops.options import ORDINARY
 from ovq.ops.parts import of_rows, slot_spec
 from ovq.ops.state import pending_in, tensors_of
 from ovq.ops.sums import added_up
+from ovq.ops.transforms import have_tangents
 
 # Each re-positioning lowers the count of a slot by count // 8, so counts below 8 stay.
 _FORGOTTEN = 8
@@ -174,7 +174,7 @@ class HeadMemory:
         ]
 
     def count_tokens(self, lengths: Sequence[int], num_seen: Tensor | None = None) -> None:
-        """Count `lengths` new tokens per row, which a kernel has read; `num_seen` may be given as counted."""
+        """Count `lengths` new tokens per row; `num_seen` is the state's after them, where it is known."""
         if num_seen is None:
             num_seen = self.state.num_seen + torch.tensor(lengths, device="cpu")
         self.state.num_seen = num_seen
@@ -291,7 +291,7 @@ class HeadMemory:
         has_graph = torch.is_grad_enabled() and any(
             x is not None and x.requires_grad for x in (q, k, v, temperature, bias)
         )
-        if (has_graph or _have_tangents(q, k, v)) and self.budget.state_dtype != "float32":
+        if (has_graph or have_tangents(q, k, v)) and self.budget.state_dtype != "float32":
             raise ValueError(
                 "gradients: expected slots in float32 (state_dtype), or torch.no_grad() and no tangents, "
                 f"found {self.budget.state_dtype}"
@@ -417,12 +417,3 @@ class HeadMemory:
         found = torch.exp2(length.clamp(min=ORDINARY[0]).log2().round()).where(length >= ORDINARY[0], 0)
         unit = self._rows("key_unit", index)
         self._put("key_unit", torch.where(unit == 0, found, unit), index)
-
-
-def _have_tangents(*tensors: Tensor | None) -> bool:
-    """Whether forward-mode derivatives, or a transform of `torch.func`, go through the tensors."""
-    if torch._C._are_functorch_transforms_active():
-        return True
-    if forward_ad._current_level < 0:
-        return False
-    return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)

@@ -167,7 +167,7 @@ def _naive_head(
     `[T, K]`, v `[T, V]`, weights `[T]`, scale `[G]`."""
     wide = state_dtype(k.dtype)
     num_pending = int(state.num_pending[0])
-    num_merged = int(state.num_seen[0]) - num_pending
+    num_merged = int(state.num_merged[0])
     slots = int(state.num_open[0])
     head = _Head(
         key_sum=list(state.key_sum[0, h, :slots]),

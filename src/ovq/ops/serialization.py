@@ -131,14 +131,14 @@ def load_state(path: str | os.PathLike, *, device: torch.device | str) -> dict[s
     ).keys()
     if tensors.keys() != names:
         raise ValueError(f"{path}: expected tensors {sorted(names)}, found {sorted(tensors)}")
-    names_of_sizes = {"num_slots": 1, "chunk_size": 1}
+    least = {"num_slots": 1, "chunk_size": 1}
     if is_windowed:
-        names_of_sizes = {"num_slots": 0, "chunk_size": 1, "num_sinks": 0, "window": 1}
+        least = {"num_slots": 0, "chunk_size": 1, "num_sinks": 0, "window": 1}
     for name in ("window", "num_sinks"):
         # Version 0.1 wrote these fields, with another meaning, if they were not 0.
         if name in metadata and not is_windowed:
             raise ValueError(f"{path}: {name} was removed; expected 0, found {metadata[name][:40]}")
-    sizes = {name: whole_number(path, metadata, name, least=least) for name, least in names_of_sizes.items()}
+    sizes = {name: whole_number(path, metadata, name, least=n) for name, n in least.items()}
     check_state_tensors(str(path), tensors, **sizes)
     moved = {name: t if name == "num_seen" else t.to(device) for name, t in tensors.items()}
     return moved | sizes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 
@@ -16,6 +17,15 @@ def is_transformed() -> bool:
         (False, tensor(1.))
     """
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def have_tangents(*tensors: Tensor | None) -> bool:
+    """Whether forward-mode derivatives, or a transform of `torch.func`, may go through the tensors."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    if forward_ad._current_level < 0:
+        return False
+    return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
 def check_transforms() -> None:

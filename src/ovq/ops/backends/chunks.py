@@ -39,7 +39,7 @@ class Chunks:
         self.plan = Plan.make(
             aligned,
             opened=before.num_open.tolist(),
-            num_merged=(before.num_seen - before.num_pending).tolist(),
+            num_merged=before.num_merged.tolist(),
             num_kv_heads=call.k.shape[2],
             group_size=call.q.shape[2] // call.k.shape[2],
             options=call.options,
