@@ -8,10 +8,11 @@ from safetensors.torch import load_file, save_file
 from torch.autograd import forward_ad
 
 from ovq.convert.cache import MemoryLayer
-from ovq.convert.compiled import advance
+from ovq.convert.compiled import advance, is_compiled
 from ovq.convert.config import Budget, MemoryConfig
 from ovq.convert.memory import HeadMemory
 from ovq.ops import OVQState, options, ovq_attention
+from ovq.ops.backends.cpu.kernels import is_available
 from ovq.ops.narrow import narrowed, widened
 from ovq.ops.options import default_growth
 from ovq.ops.state import tensors_of
@@ -299,3 +300,6 @@ def test_values_keep_their_dtype_beside_wider_keys():
     memory = HeadMemory.empty(memory.budget, k, v.bfloat16())
     learn(memory, k, v.bfloat16())
     assert (memory.state.pending_keys.dtype, memory.state.pending_values.dtype) == (k.dtype, torch.bfloat16)
+    # Kernels would read them as if both were alike.
+    assert not is_compiled([memory], k, v)
+    assert is_compiled([HeadMemory.empty(memory.budget, k, v)], k, v) == is_available()
