@@ -1,12 +1,23 @@
 """What tests of finding and making the kernels share."""
 
+import warnings
+
 from ovq.ops.backends.cpu import build
+from ovq.ops.backends.cpu.build import MissingKernelsWarning
 
 
 def restart(monkeypatch):
     """From here on all is as in a new process."""
     build._attempt.cache_clear()
     monkeypatch.setattr(build, "_is_warned", False)
+
+
+def warned(function):
+    """What the function returns, and what it warns of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        returned = function()
+    return returned, [str(w.message) for w in caught if w.category is MissingKernelsWarning]
 
 
 class Compiler:

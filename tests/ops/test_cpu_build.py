@@ -13,7 +13,6 @@ import shutil
 import stat
 import subprocess
 import threading
-import warnings
 from pathlib import Path
 from unittest import mock
 
@@ -23,11 +22,10 @@ import torch
 
 from ovq.ops import cpu_kernels
 from ovq.ops.backends.cpu import build
-from ovq.ops.backends.cpu.build import MissingKernelsWarning
 from ovq.ops.backends.cpu.compiler import FOLDER, find_compiler
 from tests.disks import full_disk
 from tests.ops.common import assert_same_state, attend, inputs
-from tests.ops.compiling import Compiler, restart
+from tests.ops.compiling import Compiler, restart, warned
 
 needs_compiler = pytest.mark.skipif("compiled" not in cpu_kernels(), reason=cpu_kernels())
 
@@ -35,14 +33,6 @@ needs_compiler = pytest.mark.skipif("compiled" not in cpu_kernels(), reason=cpu_
 def result():
     q, k, v = inputs(1, 60, 2, 1, 8, 8, dtype=torch.float32)
     return attend(q, k, v, num_slots=8, chunk_size=8)
-
-
-def warned(function):
-    """What the function returns, and what it warns of."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        returned = function()
-    return returned, [str(w.message) for w in caught if w.category is MissingKernelsWarning]
 
 
 def kernel_files(folder):
