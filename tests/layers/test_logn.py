@@ -25,6 +25,16 @@ def test_factors_are_ratios_of_logarithms_beyond_the_length():
     assert logn_factors(layout, LENGTH, like=torch.empty(0)) is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_factors_are_exactly_one_up_to_any_length(dtype):
+    like = torch.empty(0, dtype=dtype)
+    for length in range(2, 500):
+        layout = SequenceLayout.of(None, batch_size=1, num_past=0, num_new=length + 9)
+        factors = logn_factors(layout, length, like=like)
+        assert factors[0, :length].eq(1).all(), length
+        assert factors[0, length:].gt(1).all(), length
+
+
 def test_queries_beyond_the_length_read_with_a_higher_temperature():
     torch.manual_seed(0)
     layer = OVQAttention(**SIZES, **OVQ, logn_length=LENGTH)

@@ -51,4 +51,5 @@ def logn_factors(
     if num_past + layout.num_new <= length:
         return None
     places = layout.places(num_seen).to(like.device, torch.promote_types(like.dtype, torch.float32))
-    return (places.clamp(min=length).log() / math.log(length)).to(like.dtype)
+    # log t / log T as 1 + log(t / T) / log T, which is exactly 1 up to T: log T / log T may round to another.
+    return (1 + (places / length).clamp(min=1).log() / math.log(length)).to(like.dtype)
