@@ -208,6 +208,9 @@ def test_stop_sequences_end_an_answer_and_are_not_shown(ids):
     stop = f" {tokens[4]} {tokens[5]}"
     shown = " ".join(map(str, tokens)).partition(stop)[0]
     assert 0 < len(shown.split()) <= 4
+    until(lambda: is_idle(ids))
+    counts = ids.service.engine.scheduler.counts
+    finished, cancelled = counts.finished, counts.cancelled
     for is_stream in (False, True):
         answer = complete(ids, PROMPTS[1], stop=["nowhere", stop], max_tokens=4000, stream=is_stream)
         chunks = list(answer) if is_stream else [answer]
@@ -215,6 +218,7 @@ def test_stop_sequences_end_an_answer_and_are_not_shown(ids):
         assert chunks[-1].choices[0].finish_reason == "stop"
     assert answer is not None
     until(lambda: is_idle(ids))
+    assert (counts.finished, counts.cancelled) == (finished + 2, cancelled)
 
 
 def test_an_end_token_ends_an_answer_unless_it_is_ignored(text):

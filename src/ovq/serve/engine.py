@@ -78,7 +78,7 @@ class Engine:
             self._changed.notify()
 
     def cancel(self, job: Job, *, choice: int | None = None) -> None:
-        """Cancel a job, or one of its answers; its rows leave the batch before the next step."""
+        """Cancel a job, or end one of its answers; its rows leave the batch before the next step."""
         with self._changed:
             if choice is None:
                 job.is_cancelled = True

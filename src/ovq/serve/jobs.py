@@ -99,7 +99,7 @@ class Generation(Job):
         choices: Indices of the answers in events, such as 0, 1, 2 for three answers.
         num_logprobs: Number of most likely tokens to report per token, or None for no logprobs at all.
         constraint: Constraint of the answers; each answer gets its own copy.
-        cancelled_choices: Indices of cancelled answers.
+        cancelled_choices: Indices of answers that have ended in their text, as at a stop sequence.
     """
 
     max_tokens: int

@@ -64,7 +64,7 @@ class Metrics(Collector):
             ("answers_finished", "Answers that were completed.", counts.finished),
             (
                 "jobs_cancelled",
-                "Prompts and documents cancelled, as their clients disconnected.",
+                "Prompts and documents given up, as their clients disconnected or time was up.",
                 counts.cancelled,
             ),
             ("jobs_failed", "Prompts and documents that an error ended.", counts.failed),

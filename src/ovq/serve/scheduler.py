@@ -131,8 +131,12 @@ class Scheduler:
         started = [started for started in self._started if not started.job.is_cancelled]
         self.counts.cancelled += len(self._waiting) - len(kept) + len(self._started) - len(started)
         self._waiting, self._started = kept, started
-        self.counts.cancelled += len({choice.job for choice in self._choices if choice.job.is_cancelled})
-        self._keep_rows([place for place, choice in enumerate(self._choices) if not choice.is_cancelled])
+        leaving = {choice for choice in self._choices if choice.is_cancelled}
+        # An answer that is cancelled by itself ended in its text, as at a stop sequence.
+        ended = {choice for choice in leaving if choice.index in choice.job.cancelled_choices}
+        self.counts.finished += len(ended)
+        self.counts.cancelled += len({choice.job for choice in leaving - ended})
+        self._keep_rows([place for place, choice in enumerate(self._choices) if choice not in leaving])
 
     def _admit(self) -> None:
         """Start jobs in order of arrival, as long as there is room for their rows."""
