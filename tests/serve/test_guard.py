@@ -70,6 +70,21 @@ def test_a_client_that_got_no_answer_has_a_status_of_its_own(service):
     assert b'ovq_requests_total{route="other",status="499"} 1.0' in service.metrics.text()
 
 
+def test_refused_requests_are_counted_by_their_route():
+    app = create_app(reading_service(limits=Limits(max_body_bytes=2)), api_key="secret", hosts=HOSTS)
+    key = {"Authorization": "Bearer secret"}
+    for host, headers, status in (
+        ("evil.example", key, 421),
+        ("localhost", {}, 401),
+        ("localhost", key, 415),
+        ("localhost", {**key, "Content-Type": "application/json"}, 413),
+    ):
+        answer = ask(app, "POST", "/v1/completions", host=host, content=b"{ }", headers=headers)
+        assert answer.status_code == status
+        counted = ask(app, "GET", "/metrics", headers=key).text
+        assert f'ovq_requests_total{{route="/v1/completions",status="{status}"}} 1.0' in counted
+
+
 def test_a_prompt_after_a_context_does_not_begin_a_text(service, monkeypatch):
     seen = []
     monkeypatch.setattr(service.texts, "encode", lambda *args, is_start, **_: seen.append(is_start) or [1])

@@ -51,13 +51,16 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
+        headers, other_methods = Headers(scope=scope), self._find_route(scope)
         try:
             self._check_host(headers)
             # Health checks come from programs without a key.
             if scope["path"] != "/health":
                 self._check_key(headers)
-            self._check_method(scope)
+            if other_methods:
+                found = f"for {shown(scope['path'])}, found {shown(scope['method'])}"
+                message = f"expected {' or '.join(other_methods)} {found}"
+                raise APIError(405, message, allow=other_methods)
             kind = content_type(headers)
             if kind != UPLOAD or (scope["method"], scope["path"]) != _UPLOAD_ROUTE:
                 if scope["method"] in ("POST", "PUT", "PATCH") and kind != _JSON:
@@ -97,20 +100,18 @@ class Guard:
                 401, "expected the API key of this server as a bearer token", code="invalid_api_key"
             )
 
-    def _check_method(self, scope: Any) -> None:
+    def _find_route(self, scope: Any) -> Sequence[str]:
+        """Note the route of a request for the metrics; returns its methods if that of the request is none."""
         allow: set[str] = set()
         for route in self._routes:
             match, of_route = route.matches(scope)
+            if match is not Match.NONE:
+                scope["route"] = of_route.get("route")
             if match is Match.FULL:
-                return
+                return ()
             if match is Match.PARTIAL:
                 allow |= route.methods
-                # For the metrics.
-                scope.update(of_route)
-        if allow:
-            path, method = shown(scope["path"]), shown(scope["method"])
-            names = sorted(allow)
-            raise APIError(405, f"expected {' or '.join(names)} for {path}, found {method}", allow=names)
+        return sorted(allow)
 
     async def _with_body(self, receive: Any, headers: Headers) -> Any:
         """Read the body; returns a `receive` function that replays it."""
