@@ -148,12 +148,13 @@ def _run(
     from ovq.serve.server import Server, is_loopback, url_of, uvicorn_config
 
     # Without a key, the header Host must keep out pages of other sites in a browser on this machine.
-    names = dict.fromkeys(("localhost", "127.0.0.1", "[::1]", host))
-    hosts = [*names] if key is None and is_loopback(host) else None
+    names = dict.fromkeys(("localhost", "127.0.0.1", "[::1]", host.lower()))
+    is_local = is_loopback(listener)
+    hosts = [*names] if key is None and is_local else None
 
     def say_ready() -> None:
         typer.echo(_summary(service, url_of(listener), has_key=key is not None), err=True)
-        if key is None and not is_loopback(host):
+        if key is None and not is_local:
             warning = f"everyone who reaches {host} can use it; set {_KEY_VARIABLE}"
             typer.echo(f"ovq serve: warning: {warning}", err=True)
 

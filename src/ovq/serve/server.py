@@ -18,12 +18,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from ovq.serve.limits import Limits
 
 
-def is_loopback(host: str) -> bool:
-    """Whether an address can only be reached from this machine."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+def is_loopback(listener: socket.socket) -> bool:
+    """Whether a listening socket can only be reached from this machine."""
+    return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
 
 
 def listening_socket(host: str, port: int) -> socket.socket:
