@@ -196,6 +196,9 @@ def test_chats(text):
     assert deltas[0].role == "assistant"
     assert "".join(delta.content or "" for delta in deltas) == answer.choices[0].message.content
     assert create(max_tokens=None, max_completion_tokens=3).usage.completion_tokens == 3
+    # Another name of the role of the system.
+    messages[0]["role"] = "developer"
+    assert create().choices[0].message.content == answer.choices[0].message.content
 
 
 def test_a_chat_without_a_template_is_refused(ids):

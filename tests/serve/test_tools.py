@@ -171,6 +171,4 @@ def test_a_template_that_knows_no_tools_gets_text():
     system = [{"role": "system", "content": "Be brief."}, *MESSAGES[:1]]
     assert prompted(PLAIN, system, [TOOL]).startswith("system: Be brief.\n\n# Tools\n\n")
     assert system[0]["content"] == "Be brief."
-    system[0]["role"] = "developer"
-    assert prompted(PLAIN, system, [TOOL]).startswith("developer: Be brief.\n\n# Tools\n\n")
     assert tools_as_text(system, []) == system

@@ -73,7 +73,9 @@ class Message(Request):
         if content is None and not self.tool_calls:
             raise bad_field(f"messages.{place}.content", "expected text, found none")
         text = content if isinstance(content, str) else "".join(part.text for part in content or [])
-        message: dict[str, Any] = {"role": self.role, "content": text}
+        # OpenAI's newer name for the same role, which templates, such as Qwen's, leave out without a word.
+        role = "system" if self.role == "developer" else self.role
+        message: dict[str, Any] = {"role": role, "content": text}
         if self.tool_calls:
             message["tool_calls"] = [
                 call.model_dump() | {"function": _called(call.function, f"messages.{place}.tool_calls.{i}")}

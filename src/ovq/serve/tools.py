@@ -207,7 +207,7 @@ def tools_as_text(
         description = _TOOL_PROMPT.format(
             tools="\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
         )
-        if found and found[0]["role"] in ("system", "developer"):
+        if found and found[0]["role"] == "system":
             found[0]["content"] += f"\n\n{description}"
         else:
             found.insert(0, {"role": "system", "content": description})
