@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import sys
 
@@ -131,6 +132,7 @@ def test_help_shows_an_example(capsys):
         ("--prompt 1 --merge word", "--merge: expected rules among existing"),
         ("--prompt 1 --merge nearest,existing", "--merge: expected rules among existing"),
         ("--prompt 1 --out {tmp}", "--out: expected a file in a folder that exists"),
+        ("--prompt 1 --out {tmp}/pipe", "--out: expected a file in a folder that exists"),
         ("--prompt 1 --figures {tmp}/file", "--figures: expected a folder, found a file"),
         ("--prompt 1 --max-tokens 20000", "--max-tokens"),
     ],
@@ -138,6 +140,7 @@ def test_help_shows_an_example(capsys):
 def test_bad_input_costs_one_line(arguments, message, capsys, model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
+    os.mkfifo(tmp_path / "pipe")
     assert message in fail(capsys, "inspect", "--model", model, *arguments.format(tmp=tmp_path).split())
     assert not (tmp_path / "inspect.html").exists()
 

@@ -27,6 +27,16 @@ def test_a_file_is_replaced_by_the_whole_new_one(tmp_path):
     assert os.listdir(tmp_path) == ["results.json"]
 
 
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    """With the rights of root, /dev/null would be gone for all programs."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match=f"expected a file or a new path, found a device or a pipe: {path}"):
+        write_atomic(path, "new")
+    assert stat.S_ISFIFO(path.stat().st_mode)
+    assert os.listdir(tmp_path) == ["pipe"]
+
+
 def test_an_error_leaves_the_old_file_and_no_other(tmp_path):
     path = tmp_path / "results.json"
     write_atomic(path, "old")

@@ -26,9 +26,12 @@ except ImportError:
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Context manager: a temporary path, renamed to `path` if the block succeeds, removed otherwise.
 
-    A reader sees the old file or the complete new one, never a part. OSErrors name `path`.
+    A reader sees the old file or the complete new one, never a part. OSErrors name `path`; a ValueError
+    refuses to replace a device, such as `/dev/null`, or a pipe.
     """
     path = Path(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ValueError(f"expected a file or a new path, found a device or a pipe: {path}")
     # In the same folder, because a rename is atomic only within a file system; with the same ending, because
     # writers such as matplotlib choose the format by it. A long name is shortened, or it would be too long
     # with the additions.
