@@ -6,7 +6,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from ovq_lab.text import Document, read_documents, split_of
+from ovq_lab.text import Document, read_documents, split_of, train_tokenizer
 
 
 @pytest.fixture
@@ -98,6 +98,14 @@ def test_rows_may_differ_in_their_other_fields(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n[1]\n')
     with pytest.raises(ValueError, match=r"none that can be read \(line 2 is no object but list\)"):
         list(read_documents(str(tmp_path)))
+
+
+def test_half_a_surrogate_pair_in_a_row_is_a_question_mark(tmp_path):
+    """Tokenizers raise a TypeError at it."""
+    (tmp_path / "rows.jsonl").write_text('{"text": "a\\ud83d b \\ud83d\\ude00"}\n')
+    (document,) = read_documents(str(tmp_path))
+    assert document.text == "a? b \U0001f600"
+    train_tokenizer([document], 257)
 
 
 def test_a_folder_without_text_is_refused(tmp_path):

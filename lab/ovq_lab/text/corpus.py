@@ -223,7 +223,7 @@ def _store(
                 content.update(raw)
                 names.append(document.name)
                 num_tokens.append(len(tokens))
-                num_bytes.append(len(document.text.encode("utf-8", errors="replace")))
+                num_bytes.append(len(document.text.encode("utf-8")))
             if progress is not None:
                 progress(len(names))
     _check_names(names)

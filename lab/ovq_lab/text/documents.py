@@ -14,7 +14,7 @@ class Document:
 
     Attributes:
         name: Unique in the corpus, and the same at every reading on every machine.
-        text: The text; never empty.
+        text: The text, which can be encoded as UTF-8; never empty.
     """
 
     name: str

@@ -326,4 +326,5 @@ def _text_of(row: Mapping[str, Any], field: str, where: str) -> str:
         raise ValueError(
             f"text_field: expected text in {field!r} of {where}, found {type(row[field]).__name__}"
         )
-    return row[field]
+    # JSON can hold half a surrogate pair, which has no UTF-8 encoding, and which tokenizers refuse.
+    return row[field].encode("utf-8", errors="replace").decode("utf-8")

@@ -125,7 +125,7 @@ def _first_bytes(documents: Iterable[Document]) -> Iterator[Document]:
     size = 0
     for document in documents:
         yield document
-        size += len(document.text.encode("utf-8", errors="replace"))
+        size += len(document.text.encode("utf-8"))
         if size >= _TRAINING_BYTES:
             return
 
