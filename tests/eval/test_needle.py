@@ -207,6 +207,18 @@ def test_scores_are_those_of_forward_passes_over_the_whole_text(model, monkeypat
     assert max(score.token_accuracy for score in found) == 1
 
 
+def test_a_repetition_penalty_of_the_model_is_left_out(model, monkeypatch):
+    """It would apply to the tokens of the prompt, and the value is one of them."""
+    monkeypatch.setattr("ovq_lab.eval.needle._EXTRA_TOKENS", 3)
+    needle = build(length=330, num_distractors=1)
+    prompt = torch.from_numpy(needle.prompt)[None]
+    said = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6, do_sample=False)
+    said = said[0, prompt.shape[1] :].numpy()
+    needle = dataclasses.replace(needle, answer=said, value=BYTES.decode(said))
+    monkeypatch.setattr(model.generation_config, "repetition_penalty", 5.0)
+    assert ask(model, BYTES, needle).is_generated
+
+
 @pytest.mark.parametrize(
     ("said", "is_found"),
     [

@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ovq.hf.cache import CACHE_KEY
+from ovq.hf.streaming import Sampling
 from ovq.runtime.progress import WorkReporter
 from ovq_lab.eval.dictionaries import dictionaries_to_test, each_dictionary
 from ovq_lab.eval.models import branch, check_logits, long_range_mixer, new_cache, row_fields
@@ -157,7 +158,7 @@ def ask(model: PreTrainedModel, tokenizer: Any, needle: Needle, *, piece_size: i
         input_ids=prompt[None],
         attention_mask=torch.ones_like(prompt[None]),
         max_new_tokens=len(needle.answer) + _EXTRA_TOKENS,
-        do_sample=False,
+        **Sampling().options,
         pad_token_id=model.config.pad_token_id or 0,
         **{CACHE_KEY: branch(cache)},
     )
