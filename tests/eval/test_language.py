@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from tests.progress import Seen
 from tests.tiny import tiny_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ovq_lab.eval.dictionaries import Dictionary, each_dictionary
@@ -175,6 +175,20 @@ def test_bytes_of_tokens_that_are_words():
     words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>")
     assert token_bytes(tokenizer).tolist() == [4, 7, 1, 0]
+
+
+def test_bytes_of_tokens_that_are_bytes_of_unknown_characters():
+    """As in the tokenizers of Llama 2 and Mistral; by itself such a byte is decoded as a mark of three."""
+    letters = {letter: 256 + i for i, letter in enumerate("▁ab")}
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | letters
+    pairs = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
+    pairs.normalizer = normalizers.Replace(" ", "▁")
+    pairs.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pairs, eos_token="<end>")
+    text = "a b 漢字 é\n😀"
+    assert token_bytes(tokenizer)[tokenizer(text)["input_ids"]].sum() == len(text.encode())
 
 
 @pytest.mark.parametrize(

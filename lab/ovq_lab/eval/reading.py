@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from ovq import byte_tokens
 from ovq.hf.cache import CACHE_KEY
 from ovq_lab.eval.models import new_cache
 
@@ -107,19 +108,16 @@ def start_token(tokenizer: Any) -> int | None:
 def token_bytes(tokenizer: Any) -> np.ndarray:
     """The number of bytes of text that each token stands for, `[V]` int64; 0 for special tokens.
 
-    Exact for byte-level and BPE tokenizers. For others, it counts the text that a token adds after a word.
+    Exact for byte-level and BPE tokenizers. For others, it counts the text that a token adds after itself.
     """
     from tokenizers.decoders import ByteLevel
 
     names = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     special = set(tokenizer.all_special_ids)
     plain = [i for i in range(len(names)) if i not in special]
+    # Byte-level tokenizers write each byte as one character.
+    is_byte_level = tokenizer.is_fast and isinstance(tokenizer.backend_tokenizer.decoder, ByteLevel)
     lengths = np.zeros(len(names), dtype=np.int64)
-    if tokenizer.is_fast and isinstance(tokenizer.backend_tokenizer.decoder, ByteLevel):
-        # These tokenizers write each byte as one character.
-        lengths[plain] = [len(names[i]) for i in plain]
-        return lengths
-    word = tokenizer("a", add_special_tokens=False)["input_ids"]
-    before = len(tokenizer.decode(word).encode())
-    lengths[plain] = [len(tokenizer.decode([*word, i]).encode()) - before for i in plain]
+    for i in plain:
+        lengths[i] = len(names[i] if is_byte_level else byte_tokens.token_bytes(tokenizer, i))
     return lengths
