@@ -211,6 +211,17 @@ def test_weights_take_fewer_bytes_and_are_not_saved(format, tmp_path):
     assert (model.config.vocab_size, len(model.get_input_embeddings().weight)) == (64, 64)
 
 
+def test_packed_weights_are_not_trained():
+    """Embeddings and norms, which are not packed, would learn alone; a frozen model passes gradients on."""
+    model, ids = packed_model().train(), IDS[:1, :20]
+    with pytest.raises(ValueError, match="training: expected a model with its own weights"):
+        model(ids, labels=ids)
+    assert model.eval()(ids, labels=ids).loss.isfinite()
+    inputs = model.get_input_embeddings()(ids).detach().requires_grad_()
+    model.train().requires_grad_(False)(inputs_embeds=inputs, labels=ids).loss.backward()
+    assert inputs.grad.norm() > 0
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="nothing says what is mapped")
 def test_the_file_of_the_weights_is_not_kept_mapped(tmp_path):
     converted().save_pretrained(tmp_path)

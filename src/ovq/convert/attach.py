@@ -325,6 +325,9 @@ def _converted_class(own_class: type[PreTrainedModel]) -> type:
         # Versions of transformers differ in the name of the cache argument; both are accepted.
         if kwargs.keys() & {"past_key_values", "cache"}:
             kwargs[CACHE_KEY] = one_of(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
+        if self.training and torch.is_grad_enabled() and any(x.requires_grad for x in self.parameters()):
+            # Only embeddings and norms would learn.
+            self._check_not_packed("training")
         if num := num_drafts(self, kwargs):
             return read_apart(self, num, kwargs)
         done = token_output(self, own_class, args, kwargs)
