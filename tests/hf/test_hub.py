@@ -11,11 +11,13 @@ import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, pipeline
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config, LlamaConfig, LlamaForCausalLM, pipeline
+from transformers.integrations.finegrained_fp8 import replace_with_fp8_linear
 
 from ovq.hf import OVQConfig, OVQForCausalLM, OVQModel
 from ovq.hf.auto_map import AUTO_MAP, MODULE_FILE
 from ovq.hf.card import CARD_FILE, is_untouched, model_card, save_card
+from ovq.layers.products import Linear
 from ovq_lab.text import byte_tokenizer
 from tests.hf.common import BASELINES, make_config, make_model, random_ids
 
@@ -190,6 +192,15 @@ def test_weights_without_a_config_load_with_the_one_given(tmp_path):
     (tmp_path / "config.json").unlink()
     loaded = OVQForCausalLM.from_pretrained(tmp_path, config=make_config(), dtype=torch.float64).eval()
     assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_quantizers_replace_the_projections():
+    """Some replace PyTorch's own class alone, and would leave the model as it is."""
+    quantization = FineGrainedFP8Config()
+    model = OVQForCausalLM(make_config(output_gate=True, quantization_config=quantization))
+    replace_with_fp8_linear(model, ["lm_head"], quantization)
+    left = [name for name, module in model.named_modules() if type(module) in (torch.nn.Linear, Linear)]
+    assert left == ["lm_head"]
 
 
 def test_a_card_says_what_the_model_is(folder, byte_model):

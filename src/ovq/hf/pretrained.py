@@ -24,6 +24,7 @@ from ovq.layers import Mixer, OVQAttention
 from ovq.layers.base import AttentionMixer
 from ovq.layers.common import OwnWeights
 from ovq.layers.logn import check_logn_length
+from ovq.layers.products import Linear
 from ovq.ops.options import BEST_MERGE
 
 # Config fields that do not affect the memory; all others, including future ones, do.
@@ -47,6 +48,18 @@ class OVQPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["OVQBlock"]  # noqa: RUF012  (transformers declares it so)
     _supports_sdpa = True
     _can_record_outputs = {"hidden_states": OVQBlock}  # noqa: RUF012  (likewise)
+
+    def post_init(self) -> None:
+        """Finish `__init__`, as in transformers; a model to be quantized gets projections of PyTorch's class.
+
+        Quantizers such as bitsandbytes leave derived classes as they are, and the kernels of ours do not
+        know quantized weights.
+        """
+        if getattr(self.config, "quantization_config", None) is not None:
+            for module in self.modules():
+                if type(module) is Linear:
+                    module.__class__ = nn.Linear  # type: ignore[assignment]  # its base class
+        super().post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
