@@ -445,7 +445,8 @@ def test_a_full_disk_is_an_error_of_the_system_and_leaves_the_old_file(saved):
 def test_what_the_op_leaves_behind_is_never_refused(tmp_path, options, length):
     """However slots were opened, merged and dropped, in rows of unequal lengths."""
     states = [prefilled(2, n, seed=n, **options) for n in (length, 21)]
-    for state in (*states, OVQState.concatenate(states), OVQState.concatenate(states).resize(2)):
+    joined = OVQState.concatenate(states)
+    for state in (*states, joined, joined.resize(2), joined.select([])):
         state.save(tmp_path / "state")
         assert_same_state(OVQState.load(tmp_path / "state"), state, tolerance=0)
 
