@@ -117,6 +117,14 @@ def test_the_loss_is_that_of_the_next_token(model):
     torch.testing.assert_close(loss, total / 50)
 
 
+@pytest.mark.parametrize("name", ["labels", "shift_labels"])
+@pytest.mark.parametrize("options", [{}, {"skip_logits": True}])
+def test_labels_may_be_as_narrow_as_ids(model, name, options):
+    ids = random_ids(2, 9).int()
+    losses = [model(ids, **{name: labels}, **options).loss for labels in (ids, ids.long())]
+    assert torch.equal(*losses)
+
+
 def test_the_loss_of_packed_rows_does_not_predict_across_rows(model):
     ids = random_ids(1, 16)
     bounds = torch.tensor([0, 5, 5, 16])
@@ -219,6 +227,9 @@ def test_ids_of_other_dtypes_are_refused(model):
     for dtype in (torch.float32, torch.uint8, torch.bool):
         with pytest.raises(ValueError, match=f"input_ids: expected int32 or int64, found {dtype}"):
             model(torch.ones(1, 3, dtype=dtype))
+        for name in ("labels", "shift_labels"):
+            with pytest.raises(ValueError, match=f"^{name}: expected int32 or int64, found {dtype}"):
+                model(random_ids(1, 3), **{name: torch.ones(1, 3, dtype=dtype)})
 
 
 def test_keyword_arguments_nobody_reads_are_refused(model):

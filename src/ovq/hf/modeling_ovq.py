@@ -259,6 +259,8 @@ class OVQForCausalLM(CachedGeneration, OVQPreTrainedModel, GenerationMixin):
                     f"{name}: expected shape {list(inputs.shape[:2])}, that of the input, "
                     f"found {list(given.shape)}"
                 )
+            if given is not None:
+                _check_integers(name, given)
         past = one_cache(past_key_values, cache)
         if labels is not None and shift_labels is None and inputs is not None:
             _check_inputs(input_ids, inputs_embeds, self.config.hidden_size)
@@ -271,8 +273,10 @@ class OVQForCausalLM(CachedGeneration, OVQPreTrainedModel, GenerationMixin):
                 is_continued=attention_mask is not None or (past is not None and past.get_seq_length() > 0),
             )
             kwargs = {name: value for name, value in kwargs.items() if name not in PACKING_KWARGS}
+        # PyTorch's loss takes int64 alone.
+        labels = None if labels is None else labels.long()
         # transformers takes a view of them, and those of a window are a part of longer rows.
-        targets: Any = None if shift_labels is None else shift_labels.contiguous()
+        targets: Any = None if shift_labels is None else shift_labels.long().contiguous()
         if targets is None and labels is not None:
             if cu_seqlens is not None:
                 labels = labels.masked_fill(_is_first(cu_seqlens, labels.shape[1]), -100)
@@ -366,12 +370,17 @@ def _check_inputs(input_ids: Tensor | None, inputs_embeds: Tensor | None, hidden
     check_tensors(input_ids=input_ids, inputs_embeds=inputs_embeds)
     if input_ids is not None and input_ids.dim() != 2:
         raise ValueError(f"input_ids: expected shape [B, T], found {list(input_ids.shape)}")
-    if input_ids is not None and input_ids.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"input_ids: expected int32 or int64, found {input_ids.dtype}")
+    if input_ids is not None:
+        _check_integers("input_ids", input_ids)
     if inputs_embeds is not None and (inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != hidden_size):
         raise ValueError(
             f"inputs_embeds: expected shape [B, T, {hidden_size}], found {list(inputs_embeds.shape)}"
         )
+
+
+def _check_integers(name: str, ids: Tensor) -> None:
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name}: expected int32 or int64, found {ids.dtype}")
 
 
 def _check_ids(name: str, ids: Tensor | None, vocab_size: int) -> None:
