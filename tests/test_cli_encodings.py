@@ -55,6 +55,16 @@ def test_standard_input_is_utf_8(model, monkeypatch, encoding):
     assert spoken(monkeypatch, "utf-8", *command, text=PROMPT, of_text=encoding) == expected
 
 
+def test_a_byte_order_mark_is_no_part_of_a_text(model, monkeypatch, tmp_path):
+    """Editors on Windows write one. Models would keep it for good, as their first token."""
+    (tmp_path / "prompt.txt").write_text(PROMPT, encoding="utf-8-sig")
+    expected = spoken(monkeypatch, "utf-8", *generate(model, "--prompt", PROMPT), "--json")
+    of_file = generate(model, "--prompt-file", tmp_path / "prompt.txt")
+    assert spoken(monkeypatch, "utf-8", *of_file, "--json") == expected
+    of_pipe = generate(model, "--prompt-file", "-")
+    assert spoken(monkeypatch, "utf-8", *of_pipe, "--json", text="\ufeff" + PROMPT) == expected
+
+
 def test_arguments_that_python_took_for_no_text_are_read_as_utf_8(model, monkeypatch, capsys, tmp_path):
     """As in `LC_ALL=C ovq generate --prompt 日本`: Python then decodes arguments as ASCII."""
     escaped = PROMPT.encode().decode("ascii", "surrogateescape")

@@ -40,6 +40,12 @@ def test_a_file_is_read_by_the_field_that_is_asked_for(library):
         list(read_documents(str(library / "rows.parquet"), text_field="body"))
 
 
+def test_a_byte_order_mark_is_no_part_of_a_document(tmp_path):
+    for name, text in (("a.txt", "one\r\n"), ("b.jsonl", '{"text": "two"}')):
+        (tmp_path / name).write_bytes(text.encode("utf-8-sig"))
+    assert [document.text for document in read_documents(str(tmp_path))] == ["one\r\n", "two"]
+
+
 def test_several_corpora_are_read_one_after_the_other(library):
     names = [d.name for d in read_documents(f"{library / 'rows.jsonl'}+{library / 'b'}")]
     assert names == ["rows.jsonl#0", "rows.jsonl#1", "long.txt"]

@@ -207,7 +207,7 @@ def _objects(path: Path) -> Iterator[Mapping[str, Any]]:
 
 def _whole(name: str, path: Path) -> Iterator[Document]:
     # Invalid UTF-8 becomes replacement characters; line ends stay as they are.
-    yield Document(name=name, text=path.read_bytes().decode("utf-8", errors="replace"))
+    yield Document(name=name, text=path.read_bytes().decode("utf-8-sig", errors="replace"))
 
 
 def _bible(name: str, path: Path) -> Iterator[Document]:

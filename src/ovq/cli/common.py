@@ -55,7 +55,8 @@ def parse_ints(text: str, *, flag: str) -> list[int]:
 
 
 def read_text(source: str, *, flag: str) -> str:
-    """The text in a file, or on standard input for `"-"`. ValueError, naming the flag, if it is not in UTF-8.
+    """The text in a file, or on standard input for `"-"`, without a byte order mark, as editors on Windows
+    write it. ValueError, naming the flag, if it is not in UTF-8.
 
     Example:
         >>> read_text("no/such/file", flag="--text")
@@ -63,7 +64,7 @@ def read_text(source: str, *, flag: str) -> str:
         FileNotFoundError: [Errno 2] No such file or directory: 'no/such/file'
     """
     try:
-        return sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
+        return sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         name = "standard input" if source == "-" else source
         raise ValueError(

@@ -30,7 +30,7 @@ def accept_any_text() -> None:
     codecs.register_error(_ERRORS, _bytes_or_escapes)
     # The streams may have been replaced by objects without an encoding.
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A stream that cannot be written to raises its error later, when it is used.
