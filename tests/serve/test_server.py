@@ -3,6 +3,8 @@
 import concurrent.futures
 import contextlib
 import functools
+import os
+import tempfile
 import time
 import urllib.parse
 
@@ -312,6 +314,18 @@ def test_what_is_no_context_of_the_model_is_refused_and_leaves_nothing(ids, tmp_
     assert httpx.get(url).json()["data"] == []
     assert httpx.post(url, json={"name": "x", "token_ids": [1]}).status_code == 201
     assert httpx.delete(f"{url}/x").status_code == 200
+
+
+def test_an_upload_removes_what_a_killed_server_has_left(ids, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    left = tmp_path / "ovq-upload-left"
+    left.mkdir()
+    (left / "upload").write_bytes(b"much")
+    os.utime(left, (0, 0))
+    headers = {"Content-Type": "application/octet-stream"}
+    answer = httpx.post(f"{ids.url}/v1/contexts?name=a", content=b"no context", headers=headers)
+    assert answer.status_code == 400
+    assert not list(tmp_path.iterdir())
 
 
 def test_fields_that_change_nothing_are_taken(ids):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
+from ovq.runtime.files import TemporaryFolder
 from ovq.serve.answers import Answers, Usage, pieces
 from ovq.serve.bodies import parsed
 from ovq.serve.chat import ChatRequest
@@ -189,7 +189,7 @@ class _Routes:
         service, name = self._service, request.query_params.get("name", "")
         largest, deadline = self._limits.max_upload_bytes, self._deadline()
         check_size(request.headers, largest=largest)
-        with service.contexts.reserved(name), tempfile.TemporaryDirectory(prefix="ovq-upload-") as folder:
+        with service.contexts.reserved(name), TemporaryFolder("upload") as folder:
             path = Path(folder) / "upload"
             with path.open("wb") as file:
                 async for data in body_pieces(request.receive, largest=largest, deadline=deadline):
