@@ -142,6 +142,8 @@ def test_a_tool_is_called_where_one_must_be(server, choice, temperature):
                 entry["name"] += call.function.name or ""
                 entry["arguments"] += call.function.arguments or ""
             reasons[one.index] = one.finish_reason or reasons.get(one.index)
+            # A call that comes with the reason would not be complete to OpenAI's client.
+            assert one.finish_reason is None or not one.delta.model_dump(exclude_none=True)
     for one in whole.choices:
         (call,) = one.message.tool_calls
         assert (one.finish_reason, one.message.content) == ("tool_calls", None)
@@ -152,6 +154,11 @@ def test_a_tool_is_called_where_one_must_be(server, choice, temperature):
         assert streamed["id"].startswith("call_")
         assert (streamed["name"], streamed["arguments"]) == (call.function.name, call.function.arguments)
         assert reasons[one.index] == "tool_calls"
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+    messages = [{"role": "user", "content": "Go"}]
+    with client, client.chat.completions.stream(model="text", messages=messages, **options) as events:
+        done = [event.name for event in events if event.type == "tool_calls.function.arguments.done"]
+    assert sorted(done) == sorted(one.message.tool_calls[0].function.name for one in whole.choices)
     until(lambda: is_idle(server))
 
 

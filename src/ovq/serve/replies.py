@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import secrets
 import time
@@ -153,9 +154,14 @@ async def stream(
                 yield _event(head | {"choices": [first]} | tail)
         async with contextlib.aclosing(pieces):
             async for piece in pieces:
-                chunk = form.chunk(piece)
-                if piece.text or piece.calls or piece.finish_reason or chunk["logprobs"]:
+                # The reason comes by itself, as OpenAI's: to clients, what comes with it is no longer part of
+                # the answer. Theirs would not say that a call is complete.
+                chunk = form.chunk(dataclasses.replace(piece, finish_reason=None))
+                if piece.text or piece.calls or chunk["logprobs"]:
                     yield _event(head | {"choices": [chunk]} | tail)
+                if piece.finish_reason is not None:
+                    last = Piece(choice=piece.choice, text="", finish_reason=piece.finish_reason)
+                    yield _event(head | {"choices": [form.chunk(last)]} | tail)
     except APIError as error:
         yield _event(error.body)
         return
