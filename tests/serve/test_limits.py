@@ -129,6 +129,21 @@ def test_clients_that_do_not_send_what_they_began_are_let_go():
         assert patient.get(f"{server.url}/v1/models").status_code == 200
 
 
+def test_a_connection_too_many_is_refused_alone():
+    with running(reading_service(limits=Limits(max_connections=2))) as server, httpx.Client() as client:
+        ask = f"{server.url}/v1/models"
+        assert client.get(ask).status_code == 200
+        with socket.create_connection(server.socket.getsockname()):
+            until(lambda: len(server.server_state.connections) == 2)
+            refused = httpx.get(ask)
+            assert (refused.status_code, refused.headers["x-should-retry"]) == (503, "true")
+            assert refused.json()["error"]["code"] == "too_many_connections"
+            assert refused.headers["connection"] == "close"
+            assert client.get(ask).status_code == 200
+        until(lambda: len(server.server_state.connections) == 1)
+        assert httpx.get(ask).status_code == 200
+
+
 def test_a_byte_now_and_then_is_not_enough():
     stop = threading.Event()
 

@@ -15,7 +15,9 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from ovq.serve.errors import APIError
 from ovq.serve.limits import Limits
+from ovq.serve.responses import error_response
 
 
 def is_loopback(listener: socket.socket) -> bool:
@@ -47,13 +49,16 @@ _GRACE_SECONDS = 5
 class _Connection(H11Protocol):
     """uvicorn's connection, aborted if a client sends no request, stalls while sending it, or does not read.
 
-    uvicorn itself only limits the time that connections wait for the next request.
+    uvicorn itself only limits the time that connections wait for the next request. At its limit of
+    connections it also refuses requests on those it has, and not in the format of OpenAI's API.
     """
 
     limits: Limits
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
         super().connection_made(transport)
+        if len(self.connections) > self.limits.max_connections:
+            self.app = self._refuse
         self._stage: tuple[Any, ...] = ()
         self._since = 0.0
         self._check_time()
@@ -61,6 +66,21 @@ class _Connection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._timer.cancel()
         super().connection_lost(exc)
+
+    async def _refuse(self, scope: Any, receive: Any, send: Any) -> None:
+        """The application of a connection too many."""
+        most = self.limits.max_connections
+        error = APIError(
+            503,
+            f"expected at most {most} open connections, found more",
+            kind="server_error",
+            code="too_many_connections",
+            retry=True,
+        )
+        self.logger.warning("refused a request: %s", error.message)
+        response = error_response(error)
+        response.headers["connection"] = "close"
+        await response(scope, receive, send)
 
     def _check_time(self) -> None:
         """Called about every second: abort the connection if it has been in one stage for too long."""
@@ -161,6 +181,5 @@ def uvicorn_config(
         # Longer than clients keep idle connections (5 s in httpx), so that clients close them: a request may
         # otherwise meet a connection that the server is closing.
         timeout_keep_alive=75,
-        limit_concurrency=limits.max_connections,
         timeout_graceful_shutdown=shutdown_seconds + _GRACE_SECONDS,
     )
