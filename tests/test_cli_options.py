@@ -240,6 +240,12 @@ def test_a_file_without_a_recipe_has_the_defaults(tmp_path):
     assert config == RunConfig(task=RecallTask(), model=ModelArgs(), train=TrainArgs(steps=3))
 
 
+def test_a_name_twice_in_a_file_of_json_is_refused(tmp_path):
+    (tmp_path / "mine.json").write_text('{"recipe": "recall-ovq", "train": {"steps": 1, "steps": 2}}')
+    with pytest.raises(ValueError, match=r"mine\.json: .*expected each name once, found 'steps' twice"):
+        load_recipe(tmp_path / "mine.json")
+
+
 def test_a_recipe_in_a_file_is_trained(capsys, tmp_path):
     (tmp_path / "mine.yaml").write_text("recipe: recall-ovq\nmodel: {num_slots: 5}\ntrain: {seed: 7}")
     trained_quietly(capsys, tmp_path / "run", "train", str(tmp_path / "mine.yaml"))
@@ -253,6 +259,10 @@ def test_a_recipe_in_a_file_is_trained(capsys, tmp_path):
     [
         ("a: [", "expected YAML or JSON, found what is none"),
         ("[" * 2000, "expected YAML or JSON, found what is none"),
+        (
+            "train: {steps: 3}\nrecipe: recall-ovq\ntrain: {seed: 1}",
+            "expected YAML or JSON, found what is none (expected each name once, found 'train' twice)",
+        ),
         ("- 1", "expected sections task, model, train, found list"),
         ("train: 3", "train: expected fields and their values, found 3"),
         ("recipe: recall-ovq\ntask: {name: mqar}", "task.name: expected that of the recipe, recall"),

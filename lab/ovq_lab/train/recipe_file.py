@@ -52,20 +52,36 @@ def load_recipe(path: Path) -> RunConfig:
 def _content(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
-        if path.suffix == ".json":
-            found = json.loads(text)
-        else:
-            import yaml
-
-            try:
-                found = yaml.safe_load(text)
-            except yaml.YAMLError as error:
-                raise ValueError(str(error)) from error
+        found = json.loads(text, object_pairs_hook=_fields) if path.suffix == ".json" else _yaml(text)
     except (RecursionError, ValueError) as error:
         raise ValueError(f"{path}: expected YAML or JSON, found what is none ({error})") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path}: expected sections {', '.join(SECTIONS)}, found {type(found).__name__}")
     return found
+
+
+def _yaml(text: str) -> Any:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            _fields([(str(name.value), value) for name, value in node.value])
+            return super().construct_mapping(node, deep)
+
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
+
+
+def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Fields by name; YAML and JSON would keep the last of a name that is given twice."""
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in fields:
+            raise ValueError(f"expected each name once, found {name!r} twice")
+        fields[name] = value
+    return fields
 
 
 def _config(content: Mapping[str, Any]) -> RunConfig:
