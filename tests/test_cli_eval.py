@@ -199,6 +199,7 @@ def test_help_shows_examples(capsys):
         ("eval lm --dataset x", "Missing option '--model'"),
         ("eval lm --model {m}", "found no run_config.json in it; other models need --dataset"),
         ("eval lm --model {recall}", "--dataset: expected one, as"),
+        ("eval --model {recall} --seed 4294967296", "--seed: expected 0 to 4294967295, found 4294967296"),
         ("eval --model {lm}", "expected a run on a synthetic task, found one on text: ovq eval lm"),
         (
             "eval --model {m} lm --model {m} --dataset x",

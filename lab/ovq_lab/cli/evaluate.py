@@ -11,7 +11,8 @@ import typer
 
 from ovq.cli.common import given_options, parse_ints, print_table
 from ovq.cli.loading import check_model_folder, load_model
-from ovq.cli.options import Json, LognLength, StateDtype
+from ovq.cli.options import Json, LognLength, StateDtype, number_up_to
+from ovq.fields import LARGEST_SEED
 from ovq_lab.cli import dictionaries, eval_harness, eval_lm, eval_needle
 from ovq_lab.cli.results import as_json
 
@@ -33,7 +34,7 @@ def evaluate(
     logn_length: LognLength = None,
     state_dtype: StateDtype = None,
     examples: Annotated[int, typer.Option(min=1, help="Examples per length.")] = 64,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the test data.")] = 0,
+    seed: Annotated[int, number_up_to(LARGEST_SEED, "Seed of the test data.")] = 0,
     json_: Json = False,
 ) -> None:
     """Test a model on the synthetic task it was trained on.
