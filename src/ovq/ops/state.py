@@ -435,11 +435,10 @@ def state_tensors(state: OVQState) -> dict[str, Tensor]:
     """The tensors of a state as they are saved: detached, contiguous, on the CPU, unused positions zero."""
     tensors = {name: x.detach().cpu().contiguous() for name, x in tensors_of(state).items()}
     # Positions beyond num_pending may hold tokens of another continuation, which must not reach the file.
-    places = torch.arange(tensors["pending_keys"].shape[2], device="cpu")
-    is_used = places < state.num_pending[:, None, None]
+    used = torch.arange(tensors["pending_keys"].shape[2], device="cpu") < state.num_pending[:, None, None]
     for name, x in tensors.items():
         if name.startswith("pending") and x.dim() > 2:
-            tensors[name] = x.masked_fill(~(is_used if x.dim() == 3 else is_used[..., None]), 0)
+            tensors[name] = x.masked_fill(~(used if x.dim() == 3 else used[..., None]), 0)
     return tensors
 
 
