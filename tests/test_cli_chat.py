@@ -228,6 +228,21 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_chat(folders, say, num_read, monke
     assert num_read[-1] == 2 + len(f"<user>{TURNS[1]}\n<assistant>")
 
 
+def test_an_answer_that_ends_with_its_last_token_is_not_cut(folders):
+    model, tokenizer = chat.load_any_model(folders / "converted"), chat.load_tokenizer(folders / "converted")
+
+    def is_cut(*ends):
+        model.generation_config.eos_token_id = list(ends) or None
+        talk = conversation.Conversation(model, tokenizer, sampling=streaming.Sampling(), max_tokens=4)
+        answer = "".join(talk.answer("Hello"))
+        return answer, talk.is_cut
+
+    answer, was_cut = is_cut()
+    assert (len(answer), was_cut) == (4, True)
+    assert answer[3] not in answer[:3]
+    assert is_cut(ord(answer[3])) == (answer, False)
+
+
 def test_ctrl_c_stops_the_reading_of_a_message(folders, say, monkeypatch):
     """Between two pieces; the message is then as if it had not been."""
     monkeypatch.setattr(conversation, "_PIECE", 4)

@@ -125,12 +125,13 @@ class Conversation:
         # Later states have read tokens that the prompt no longer has.
         del self._states[self._states.index(state) + 1 :]
         self._tokens = ids[: state.num_tokens]
+        ends = self._model.generation_config.eos_token_id
         tokens = stream_tokens(
             self._model,
             ids[state.num_tokens :],
             cache=cache,
             sampling=self._sampling,
-            eos_token_id=self._model.generation_config.eos_token_id,
+            eos_token_id=ends,
             generator=torch.Generator(self._model.device).manual_seed((self._seed + len(messages)) % 2**63),
             prefill_chunk_size=_PIECE,
             is_stopped=is_stopped,
@@ -151,7 +152,8 @@ class Conversation:
         self.num_written = len(written)
         if not written:
             return
-        self.is_cut = len(written) == self._max_tokens and not is_stopped()
+        is_end = written[-1] in (ends if isinstance(ends, list) else [ends])
+        self.is_cut = len(written) == self._max_tokens and not (is_end or is_stopped())
         # The last token has not been read by the cache.
         self._add_state([*ids, *written[:-1]], cache)
         self.messages = [*messages, {"role": "assistant", "content": "".join(pieces)}]
