@@ -107,10 +107,11 @@ def test_models_without_logits_to_scale_are_not_told_to(tmp_path):
 
 
 def test_data_sets_of_the_hub_are_in_the_metadata(tmp_path):
-    card = written(tmp_path, "lm-ovq", "task.dataset=deepmind/pg19+sotu", "task.held_out=0.2")
+    card = written(tmp_path, "lm-ovq", "task.dataset=deepmind/pg19+sotu", "task.held_out=0.005")
     assert card.data.datasets == ["deepmind/pg19"]
     lines = card.text.splitlines()
-    assert "| data | `deepmind/pg19`, `sotu`, tokenizer `bytes`; 20% of the documents are held out |" in lines
+    data = "| data | `deepmind/pg19`, `sotu`, tokenizer `bytes`; 0.5% of the documents are held out |"
+    assert data in lines
     assert "| training loss | 2.2500 nats per token at step 4 |" in lines
     assert "| loss on held-out text | 2.5000 nats per token at step 4 |" in lines
 

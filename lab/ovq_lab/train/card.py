@@ -93,7 +93,7 @@ def _data(config: RunConfig) -> str:
     if not isinstance(task, TextTask):
         return f"the synthetic task `{task.name}`"
     parts = ", ".join(f"`{_public_name(part)}`" for part in parts_of(task.dataset))
-    held_out = f"; {task.held_out:.0%} of the documents are held out" if task.held_out else ""
+    held_out = f"; {100 * task.held_out:g}% of the documents are held out" if task.held_out else ""
     return f"{parts}, tokenizer `{_public_name(task.tokenizer)}`{held_out}"
 
 
