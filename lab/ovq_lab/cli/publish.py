@@ -22,7 +22,7 @@ def publish(
         list[Path],
         typer.Option(
             help="Results of ovq eval for this model: lm.json, needle.json or harness.json of its --out, "
-            "or what --json printed; can be given several times."
+            "or what --json printed (not of harness); can be given several times."
         ),
     ] = [],  # noqa: B006  (typer reads it and never changes it)
     license_: Annotated[
