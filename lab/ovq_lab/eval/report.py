@@ -14,6 +14,7 @@ from ovq.runtime.units import format_bytes
 from ovq_lab.eval.language import LanguageRow
 from ovq_lab.eval.needle import NeedleRow
 from ovq_lab.eval.rows import ResultRow
+from ovq_lab.text.readers import parts_of, public_name
 
 Row = TypeVar("Row", LanguageRow, NeedleRow, ResultRow)
 
@@ -107,9 +108,8 @@ def _read(kind: type[Row], about: Mapping[str, Any]) -> list[Row]:
 
 
 def _source(about: Mapping[str, Any]) -> str:
-    dataset = about["source"]["dataset"]
-    # A local path means nothing to others.
-    return f"`{Path(dataset).name if Path(dataset).is_absolute() else dataset}`, {about['split']}"
+    parts = parts_of(about["source"]["dataset"])
+    return ", ".join([*(f"`{public_name(part)}`" for part in parts), about["split"]])
 
 
 def _by_length(rows: Sequence[Row], value: Callable[[Row], float | None], digits: int) -> str:

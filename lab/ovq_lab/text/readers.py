@@ -150,6 +150,14 @@ def parts_of(dataset: str) -> list[str]:
     return [dataset] if Path(dataset).exists() else dataset.split("+")
 
 
+def public_name(source: str) -> str:
+    """The name of a part of a data set for others: the last part of a local path, which means nothing to
+    them; other names as they are.
+    """
+    path = Path(source)
+    return path.resolve().name if path.is_absolute() or path.exists() else source
+
+
 def _local(path: Path, text_field: str) -> FileReader:
     """A file of the user, or all files of a folder."""
     endings = (_PLAIN, *_ROWS)

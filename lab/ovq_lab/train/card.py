@@ -11,7 +11,7 @@ from ovq.hf import OVQForCausalLM
 from ovq.hf.card import markdown_table, model_card, save_card
 from ovq_lab.runtime.environment import environment
 from ovq_lab.tasks import TextTask
-from ovq_lab.text.readers import INSTALLED, LICENSES, parts_of
+from ovq_lab.text.readers import INSTALLED, LICENSES, parts_of, public_name
 from ovq_lab.train.config import CONFIG_FILE, RunConfig
 from ovq_lab.train.history import History
 
@@ -74,8 +74,7 @@ def _training(config: RunConfig, history: History) -> str:
         "seed": str(args.seed),
     }
     if args.init_from is not None:
-        # A local path means nothing to others.
-        rows["begun with the weights of"] = _public_name(args.init_from)
+        rows["begun with the weights of"] = public_name(args.init_from)
     for name, losses in (("training loss", history.training), ("loss on held-out text", history.held_out)):
         if losses:
             step, loss = list(losses.items())[-1]
@@ -92,9 +91,9 @@ def _data(config: RunConfig) -> str:
     task = config.task
     if not isinstance(task, TextTask):
         return f"the synthetic task `{task.name}`"
-    parts = ", ".join(f"`{_public_name(part)}`" for part in parts_of(task.dataset))
+    parts = ", ".join(f"`{public_name(part)}`" for part in parts_of(task.dataset))
     held_out = f"; {100 * task.held_out:g}% of the documents are held out" if task.held_out else ""
-    return f"{parts}, tokenizer `{_public_name(task.tokenizer)}`{held_out}"
+    return f"{parts}, tokenizer `{public_name(task.tokenizer)}`{held_out}"
 
 
 def _licenses(config: RunConfig) -> dict[str, str]:
@@ -112,8 +111,3 @@ def _hub_datasets(config: RunConfig) -> list[str]:
         for part in parts_of(config.task.dataset)
         if part not in INSTALLED and not Path(part).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", part)
     ]
-
-
-def _public_name(source: str) -> str:
-    """The last part of a local path; other names as they are."""
-    return Path(source).resolve().name if Path(source).exists() else source
