@@ -106,6 +106,16 @@ def test_rows_may_differ_in_their_other_fields(tmp_path):
         list(read_documents(str(tmp_path)))
 
 
+def test_endings_may_be_in_capitals(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "B.TXT").write_text("two")
+    (tmp_path / "C.JSONL").write_text('{"text": "three"}')
+    datasets.Dataset.from_list([{"text": "four"}]).to_parquet(tmp_path / "D.PARQUET")
+    found = [document.text for document in read_documents(str(tmp_path))]
+    assert sorted(found) == ["four", "one", "three", "two"]
+    assert [document.text for document in read_documents(str(tmp_path / "B.TXT"))] == ["two"]
+
+
 def test_half_a_surrogate_pair_in_a_row_is_a_question_mark(tmp_path):
     """Tokenizers raise a TypeError at it."""
     (tmp_path / "rows.jsonl").write_text('{"text": "a\\ud83d b \\ud83d\\ude00"}\n')

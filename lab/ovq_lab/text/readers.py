@@ -162,7 +162,7 @@ def _local(path: Path, text_field: str) -> FileReader:
     """A file of the user, or all files of a folder."""
     endings = (_PLAIN, *_ROWS)
     if path.is_file():
-        entries = [(path.name, path)] if path.suffix in endings else []
+        entries = [(path.name, path)] if _ending(path) in endings else []
     else:
         entries = _files(path, endings)
     if not entries:
@@ -170,9 +170,14 @@ def _local(path: Path, text_field: str) -> FileReader:
     return FileReader(entries=tuple(entries), parse=partial(_parsed, text_field=text_field))
 
 
+def _ending(path: Path) -> str:
+    """The extension of a file in small letters; other systems write `BOOK.TXT`."""
+    return path.suffix.lower()
+
+
 def _parsed(name: str, path: Path, *, text_field: str) -> Iterator[Document]:
     """The documents of a file, parsed by its extension."""
-    if path.suffix == _PLAIN:
+    if _ending(path) == _PLAIN:
         yield from _whole(name, path)
         return
     for number, row in enumerate(_rows(path)):
@@ -181,7 +186,7 @@ def _parsed(name: str, path: Path, *, text_field: str) -> Iterator[Document]:
 
 def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
     try:
-        yield from _objects(path) if path.suffix == ".jsonl" else _table(path)
+        yield from _objects(path) if _ending(path) == ".jsonl" else _table(path)
     # An empty file ends the search for its columns.
     except (OSError, RuntimeError, StopIteration, ValueError) as error:
         raise ValueError(
@@ -237,7 +242,7 @@ def _bible(name: str, path: Path) -> Iterator[Document]:
 
 def _files(folder: Path, endings: tuple[str, ...], *, prefix: str = "") -> list[Entry]:
     """The files below a folder with these extensions, sorted by name."""
-    paths = (path for path in folder.rglob("*") if path.suffix in endings and path.is_file())
+    paths = (path for path in folder.rglob("*") if _ending(path) in endings and path.is_file())
     return sorted((prefix + path.relative_to(folder).as_posix(), path) for path in paths)
 
 
