@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import GraniteConfig, GraniteForCausalLM
 
 from ovq.convert import Captures, Option, attach, fitted_bias, probe
 from ovq.convert.captures import _gradient, capture
@@ -19,9 +20,7 @@ def test_a_probe_and_its_biases_read_each_text_once_and_find_what_they_find_apar
     mask = torch.arange(150) > 120
     options = [Option(num_slots=n, window=w) for n, w in ((0, 8), (8, 8), (16, 8), (0, 40))]
     lengths = []
-    model.model.register_forward_pre_hook(
-        lambda module, args, kwargs: lengths.append([*args, *kwargs.values()][0].shape[1]), with_kwargs=True
-    )
+    model.model.layers[0].register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
     given = {"options": options, "targets": [None, None, mask], "num_sinks": 2, "chunk_size": 8}
     found = {}
     for is_shared in (False, True):
@@ -100,6 +99,22 @@ def test_gradients_are_those_of_one_pass_over_all_tokens(kind):
                 expected = x[0, start:].detach().unflatten(-1, (4, 8)).transpose(0, 1)
                 torch.testing.assert_close(found[0], expected, rtol=1e-3, atol=1e-5)
             assert layer.k.shape[2] == 90
+
+
+def test_gradients_are_those_of_the_logits_that_the_model_makes():
+    """Granite divides what its output layer gives."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    config = GraniteConfig(**sizes, num_attention_heads=4, logits_scaling=8.0)
+    model, text = GraniteForCausalLM(config).double(), tokens(40)
+    inputs = model.get_input_embeddings()(text[None]).detach().requires_grad_()
+    hidden = model.base_model(inputs_embeds=inputs).last_hidden_state
+    hidden.retain_grad()
+    logits = model.get_output_embeddings()(hidden)[0, :-1] / 8
+    F.cross_entropy(logits, text[1:], reduction="sum").backward()
+    found = _gradient(model, hidden.detach(), torch.arange(39), text[1:], 0)
+    torch.testing.assert_close(found, hidden.grad)
+    assert "forward" not in vars(model.base_model)
 
 
 def test_tokens_are_sampled_with_the_probabilities_of_the_model():

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ovq.convert.attach import kv_heads
 from ovq.hf.cache import CACHE_KEY
@@ -266,11 +267,10 @@ def _gradient(
 ) -> Tensor:
     """Gradient `[1, t, hidden_size]` of the summed losses at `places`; without labels, tokens are sampled."""
     generator = torch.Generator(hidden.device).manual_seed(seed)
-    output = model.get_output_embeddings()
     gradient = torch.zeros_like(hidden)
     for index in torch.arange(len(places), device=places.device).split(_TOKENS_AT_ONCE):
         part = hidden[0, places[index]].requires_grad_(True)
-        logits = output(part).float()
+        logits = _logits(model, part)
         if labels is None:
             drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
         else:
@@ -279,3 +279,19 @@ def _gradient(
         assert part.grad is not None
         gradient[0, places[index]] = part.grad
     return gradient
+
+
+def _logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Float32 logits `[t, vocab_size]` of outputs `[t, hidden_size]` of the base model.
+
+    The model's own `forward` makes them, as some models scale or cap what their output layer gives.
+    """
+    base: Any = model.base_model
+    own = base.__dict__.pop("forward", None)
+    base.forward = lambda *args, **kwargs: BaseModelOutputWithPast(last_hidden_state=hidden[None])
+    try:
+        return model(torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)).logits[0].float()
+    finally:
+        del base.forward
+        if own is not None:
+            base.forward = own
