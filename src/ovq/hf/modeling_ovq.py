@@ -53,6 +53,7 @@ class OVQModel(OVQPreTrainedModel):
 
     def __init__(self, config: OVQConfig):
         super().__init__(config)
+        config = self.config
         # Fields may have been set since, and a model of such a config could be saved but not loaded.
         config.check_fields()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import tempfile
 from collections.abc import Sequence
@@ -49,16 +50,21 @@ class OVQPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _can_record_outputs = {"hidden_states": OVQBlock}  # noqa: RUF012  (likewise)
 
-    def post_init(self) -> None:
-        """Finish `__init__`, as in transformers; a model to be quantized gets projections of PyTorch's class.
+    def __init__(self, config: OVQConfig) -> None:
+        # A copy, as `set_merge` and others change it, and more models may be made from the same config.
+        super().__init__(copy.deepcopy(config))
 
-        Quantizers such as bitsandbytes leave derived classes as they are, and the kernels of ours do not
-        know quantized weights.
+    def post_init(self) -> None:
+        """Finish `__init__`, as in transformers: the models within this one get its config.
+
+        A model to be quantized gets projections of PyTorch's class: quantizers such as bitsandbytes leave
+        derived ones as they are, and the kernels of ours do not know quantized weights.
         """
-        if getattr(self.config, "quantization_config", None) is not None:
-            for module in self.modules():
-                if type(module) is Linear:
-                    module.__class__ = nn.Linear  # type: ignore[assignment]  # its base class
+        for module in self.modules():
+            if isinstance(module, OVQPreTrainedModel):
+                module.config = self.config
+            if getattr(self.config, "quantization_config", None) is not None and type(module) is Linear:
+                module.__class__ = nn.Linear  # type: ignore[assignment]  # its base class
         super().post_init()
 
     @torch.no_grad()
