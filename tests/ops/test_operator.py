@@ -36,6 +36,15 @@ def test_sizes_and_numbers_of_a_graph_may_be_symbolic(merge):
         torch.testing.assert_close(compiled(q, *given), call(q, *given), rtol=0, atol=0)
 
 
+def test_a_graph_serves_several_rates():
+    def call(q, rate):
+        return attend(q, q, q, num_slots=4, chunk_size=4, ablation={"rate": rate})[0]
+
+    compiled, q = whole(call), torch.randn(2, 14, 2, 8)
+    for rate in (0.3, 0.5, 1, "count"):
+        torch.testing.assert_close(compiled(q, rate), call(q, rate), rtol=0, atol=0)
+
+
 def gates(length, *, kv_heads=1):
     generator = torch.Generator().manual_seed(1)
     draw = torch.randn(2, 2, length, kv_heads, dtype=torch.float64, generator=generator)
@@ -186,7 +195,7 @@ def test_the_operator_is_what_pytorch_expects():
     q, k, v = (x.requires_grad_() for x in inputs(1, 6, dtype=torch.float32))
     _, state = attend(*(x.detach() for x in inputs(1, 7, dtype=torch.float32)), **SIZES)
     scale, bounds = torch.ones(2), torch.tensor([[1], [5]])
-    settings = (*SIZES.values(), "plateau", "existing", "count", "count", 0.35)
+    settings = (*SIZES.values(), "plateau", "existing", "count", None, 0.35)
     for pieces, rows, wants_state in (([None] * 9, None, False), (_pieces(state), bounds, True)):
         arguments = (q, k, v, scale, None, None, *pieces, rows, *settings, wants_state, "torch")
         torch.library.opcheck(torch.ops.ovq.call.default, arguments)

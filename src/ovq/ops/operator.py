@@ -40,7 +40,7 @@ _NUM_GRADS = 1 + len(_OF_STATE)
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor scale, Tensor? token_weights, Tensor? log_forget, "
     + ", ".join(f"Tensor? {name}" for name in _PIECES)
-    + ", Tensor? bounds, int num_slots, int chunk_size, str growth, str merge, str bias, str rate, "
+    + ", Tensor? bounds, int num_slots, int chunk_size, str growth, str merge, str bias, float? rate, "
     "float value_weight, bool wants_state, str backend"
 )
 # Names of the arguments; `bounds` is the last tensor, and settings follow.
@@ -93,7 +93,8 @@ def attention(
         options.growth,
         options.merge,
         options.ablation.bias,
-        str(options.ablation.rate),
+        # Not as a string: a graph that serves several rates knows no digits.
+        None if options.ablation.rate == "count" else options.ablation.rate,
         options.value_weight,
         wants_state,
         backend,
@@ -129,7 +130,7 @@ def _run(given: Mapping[str, Any]) -> list[Tensor | None]:
         init="novelty",
         merge=given["merge"],
         seed=0,
-        ablation=Ablation(bias=given["bias"], rate=rate if rate == "count" else float(rate)),
+        ablation=Ablation(bias=given["bias"], rate="count" if rate is None else rate),
         value_weight=given["value_weight"],
     )
     has_state, bounds = given["count"] is not None, given["bounds"]
