@@ -141,6 +141,18 @@ def test_a_row_of_padding_alone_gives_zeros_and_finite_gradients(mixer, x):
     assert all(p.grad.isfinite().all() for p in mixer.parameters())
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_may_be_anything(mixer, x, side):
+    mask = mask_of([TOKENS, 9, 0], side)
+    found = []
+    for padding in (0, torch.nan):
+        x = x.masked_fill(mask[..., None] == 0, padding).requires_grad_()
+        o, _, _ = mixer(x, mask)
+        grads = torch.autograd.grad(o.square().sum(), [x, *mixer.parameters()], allow_unused=True)
+        found.append([o, *(grad for grad in grads if grad is not None)])
+    assert all(map(torch.equal, *found))
+
+
 @pytest.mark.parametrize("cuts", [[20], [3, 11, 14], list(range(1, TOKENS))])
 def test_left_padded_rows_can_be_continued(mixer, x, cuts):
     mask = mask_of([TOKENS, 9, 6], "left")

@@ -249,6 +249,9 @@ class Mixer(nn.Module, ABC):
         )
         if cache is not None:
             check_cache_use(cache, layout)
+        if layout.new_mask is not None:
+            # Zero times what padding may hold, such as NaN, would reach other tokens and the gradients.
+            hidden_states = hidden_states.masked_fill(~layout.new_mask[..., None], 0)
 
         channels, conv_state = self.qkv_proj(hidden_states), None
         if self.qkv_conv is not None:
