@@ -260,7 +260,10 @@ BAD = [
     ),
     ({"tools": TOOLS[:1] * 2}, "tools: expected a name of its own for each, found ['Point', 'Point']"),
     ({"tools": [{"type": "custom"}]}, "tools.0.type: expected 'function', found 'custom'"),
-    ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name: expected "),
+    (
+        {"tools": [{"type": "function", "function": {"name": "a b"}}]},
+        "tools.0.function.name: expected text that matches ",
+    ),
     (
         {
             "tools": [{"type": "function", "function": {"name": "a", "parameters": {"type": "string"}}}],

@@ -13,8 +13,9 @@ from pydantic_core import from_json, to_json
 
 from ovq.serve.errors import APIError, bad_field, bad_request, shown
 
-# How pydantic says bounds of numbers, and how this library does.
+# How pydantic says bounds of numbers and patterns of text, and how this library does.
 _BOUNDS = {
+    "String should match pattern": "text that matches",
     "greater than or equal to": "at least",
     "less than or equal to": "at most",
     "greater than": "more than",
