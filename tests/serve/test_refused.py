@@ -5,7 +5,11 @@ import json
 import httpx
 import pytest
 
+from ovq.serve.bodies import parsed
+from ovq.serve.chat import ChatRequest
+from ovq.serve.errors import APIError
 from ovq.serve.limits import Limits
+from ovq.serve.schemas import CompletionRequest, ContextRequest
 from tests.serve.common import reading_service, running
 
 BAD = [
@@ -139,3 +143,26 @@ def test_routes_and_methods_there_are_not(ids):
         answer = httpx.request(method, ids.url + path)
         assert answer.status_code == status
         assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        (CompletionRequest, {"prompt": [0.5] * 999}),
+        (CompletionRequest, {"prompt": [["a"] * 999]}),
+        (CompletionRequest, {"prompt": "a", "stop": [1] * 999}),
+        (ContextRequest, {"name": "a", "token_ids": ["1"] * 999}),
+        (ChatRequest, {"messages": [1] * 999}),
+        (ChatRequest, {"messages": [{"role": "user", "content": [1] * 999}]}),
+        (ChatRequest, {"messages": [{"role": "assistant", "tool_calls": [1] * 999}]}),
+        (ChatRequest, {"messages": [{"role": "user", "content": "a"}], "tools": [1] * 99}),
+    ],
+    ids=["floats", "words", "stop", "context", "messages", "parts", "calls", "tools"],
+)
+def test_of_many_wrong_items_one_is_found(kind, fields):
+    """A million errors take gigabytes, and the time of all clients."""
+    model = {} if kind is ContextRequest else {"model": "a"}
+    with pytest.raises(APIError, match="expected ") as refused:
+        parsed(kind, json.dumps(model | fields).encode())
+    # One of each alternative.
+    assert refused.value.__cause__.error_count() <= 4

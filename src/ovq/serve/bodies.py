@@ -6,9 +6,9 @@ misspelt.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, ValidationError
 from pydantic_core import from_json, to_json
 
 from ovq.serve.errors import APIError, bad_field, bad_request, shown
@@ -22,6 +22,17 @@ _BOUNDS = {
 }
 
 AnyRequest = TypeVar("AnyRequest", bound="Request")
+Item = TypeVar("Item")
+
+
+class _FirstError(FailFast):
+    """pydantic's, which has no hash, as unions of types need."""
+
+    __hash__ = object.__hash__
+
+
+ListOf = Annotated[list[Item], _FirstError()]
+"""A list with one error for its first wrong item: of a million errors each would take a kilobyte."""
 
 
 class Request(BaseModel):

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 from pydantic_core import from_json
 
-from ovq.serve.bodies import Request
+from ovq.serve.bodies import ListOf, Request
 from ovq.serve.errors import bad_field, shown
 from ovq.serve.grammars import grammar_of
 from ovq.serve.schemas import MOST_TOP_LOGPROBS, GenerationRequest
@@ -47,11 +47,11 @@ class Message(Request):
     """A message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = Field(
+    content: str | ListOf[TextPart] | None = Field(
         None, description="text or a list of parts of the type 'text'"
     )
     name: str | None = None
-    tool_calls: list[Call] | None = None
+    tool_calls: ListOf[Call] | None = None
     tool_call_id: str | None = None
     parsed: Any = Field(None, exclude=True, description=_OF_HELPERS)
 
@@ -171,12 +171,12 @@ class ResponseFormat(Request):
 class ChatRequest(GenerationRequest):
     """`POST /v1/chat/completions`."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: ListOf[Message] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS)
-    tools: list[Tool] | None = Field(None, max_length=_MOST_TOOLS)
+    tools: ListOf[Tool] | None = Field(None, max_length=_MOST_TOOLS)
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(
         None, description="'none', 'auto', 'required' or {'type': 'function', 'function': {'name': NAME}}"
     )

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from ovq.hf.streaming import Sampling
-from ovq.serve.bodies import Request
+from ovq.serve.bodies import ListOf, Request
 from ovq.serve.errors import bad_field, shown
 
 MOST_TOP_LOGPROBS = 20
@@ -33,7 +33,7 @@ class GenerationRequest(Request):
     n: int = Field(1, ge=1)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    stop: str | list[str] | None = Field(None, description="a sequence or a list of sequences")
+    stop: str | ListOf[str] | None = Field(None, description="a sequence or a list of sequences")
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     user: str | None = None
     # Hints for a cache and for abuse detection, which do not change an answer.
@@ -98,7 +98,7 @@ class GenerationRequest(Request):
 class CompletionRequest(GenerationRequest):
     """`POST /v1/completions`."""
 
-    prompt: str | list[int] | list[str] | list[list[int]] = Field(
+    prompt: str | ListOf[int] | ListOf[str] | ListOf[ListOf[int]] = Field(
         description="text, a list of token ids, or a list of either"
     )
     max_tokens: int | None = Field(None, ge=1)
@@ -122,4 +122,4 @@ class ContextRequest(Request):
 
     name: str
     text: str | None = None
-    token_ids: list[int] | None = None
+    token_ids: ListOf[int] | None = None
