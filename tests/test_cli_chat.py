@@ -125,10 +125,26 @@ def test_each_answer_is_that_to_all_that_was_said(name, folders, say, num_read):
 
 
 @pytest.mark.parametrize("name", ["converted", "own"])
-def test_a_document_is_read_once_and_before_all(name, folders, say, num_read):
+def test_a_document_is_read_once_and_ends_the_system_message(name, folders, say, num_read):
     book, text = folders / "book.txt", (folders / "book.txt").read_text()
     said = say(folders / name, *TURNS[:2], options=["--document", book, "--system", "Be brief."])
-    assert_answers(folders / name, said, TURNS[:2], before=f"{text}<system>Be brief.\n")
+    assert_answers(folders / name, said, TURNS[:2], before=f"<system>Be brief.\n\n{text}\n")
+    # What all prompts share is read before.
+    assert num_read[0] == len(f"{TURNS[0]}\n<assistant>")
+
+
+@pytest.mark.parametrize("place", ["refused", "before the last message"])
+def test_a_document_that_cannot_open_the_chat_stands_before_it(place, folders, say, num_read, tmp_path):
+    """As with some templates of Mistral."""
+    book, text = folders / "book.txt", (folders / "book.txt").read_text()
+    refused = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
+    moved = (
+        "{% set first = messages[0] %}{% for m in messages if m.role != 'system' %}"
+        "{% if loop.last and first.role == 'system' %}{{ first.content }}{% endif %}"
+        "<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
+    )
+    folder = save(attach(llama(), **KEPT), tmp_path / "model", refused if place == "refused" else moved)
+    assert_answers(folder, say(folder, *TURNS[:2], options=["--document", book]), TURNS[:2], before=text)
     assert max(num_read) < len(text)
 
 
@@ -141,8 +157,8 @@ def test_reading_a_document_shows_how_far_and_how_fast(capsys, folders, monkeypa
     assert captured.out == ""
     # A long path breaks lines.
     said = " ".join(captured.err.split())
-    assert said.startswith(f"read {folders / 'book.txt'}: 0/90 (0 s)")
-    assert re.search(r": 90/90 \([\d,]+ tokens/s, \d+ s\)$", said)
+    assert said.startswith(f"read {folders / 'book.txt'}: 0/105 (0 s)")
+    assert re.search(r": 105/105 \([\d,]+ tokens/s, \d+ s\)$", said)
 
 
 @pytest.mark.parametrize(
@@ -163,10 +179,13 @@ def test_a_saved_chat_goes_on_as_it_would_have(name, options, folders, say, tmp_
 
 def test_a_file_of_context_build_is_a_document(capsys, folders, say, tmp_path):
     model, book = folders / "converted", folders / "book.txt"
-    run(capsys, "context", "build", "--model", model, "--text", book, "--out", tmp_path / "c")
+    run(capsys, "context", "build", "--model", model, "--text", book, "--chat", "--out", tmp_path / "c")
     expected = say(model, TURNS[0], options=["--document", book])
     assert say(model, TURNS[0], options=["--context", tmp_path / "c"]) == expected
     assert say(model, f"/load {tmp_path / 'c'}", TURNS[0]) == expected
+    run(capsys, "context", "build", "--model", model, "--text", book, "--out", tmp_path / "c")
+    said = say(model, *TURNS[:2], options=["--context", tmp_path / "c"])
+    assert_answers(model, said, TURNS[:2], before=book.read_text())
 
 
 def test_where_a_template_writes_otherwise_the_chat_goes_back_to_the_last_prompt(folders, say, num_read):
@@ -195,8 +214,8 @@ def test_commands(capsys, folders, say, tmp_path):
     said = say(folders / "converted", "/help", "/memory", "Hello", "/memory", "/quit", "Hello")
     assert said.count("/save FILE") == 1
     empty, full = (line for line in said.splitlines() if "tokens read" in line)
-    assert empty == "0 tokens read, 0 of them before the chat; 0 B"
-    assert full.startswith(f"{len('<user>Hello|<assistant>') + LENGTH - 1} tokens read, 0 of them")
+    assert empty == "0 tokens read; 0 B"
+    assert full.startswith(f"{len('<user>Hello|<assistant>') + LENGTH - 1} tokens read; ")
     # Of 34 tokens, three heads have merged 32, and one has dropped 16, as it has no slots.
     assert said.splitlines()[-1] == "rows of all heads: 24 exact, 40 of 40 slots in use"
     said = say(folders / "own", "Hello", "/memory")

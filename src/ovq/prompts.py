@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
+
+# Tokenizers join what comes before a message with some of its first characters.
+_BEGINNINGS = ("a", "\n\n1", " (")
 
 
 def encode(
@@ -79,3 +83,34 @@ def chat_text(
         raise ValueError(
             f"{name}: expected messages that the model's chat template accepts, found others ({error})"
         ) from error
+
+
+def chat_ids(messages: Sequence[dict[str, Any]], tokenizer: Any, *, vocab_size: int, name: str) -> list[int]:
+    """The token ids of `chat_text`; the chat template marks the beginning of the text itself."""
+    text = chat_text(messages, tokenizer, name=name)
+    return encode(text, tokenizer, vocab_size=vocab_size, name=name, is_start=False)
+
+
+def document_ids(
+    text: str, tokenizer: Any, *, vocab_size: int, name: str, system: str | None = None
+) -> tuple[list[int], list[dict[str, str]]]:
+    """The token ids of a document before a chat, and the messages of the chat that they render.
+
+    The document ends the system message, as models heed it less before all messages (docs/use/convert.md,
+    "Chat"). There it stands, without a message, only if a template refuses system messages or moves them
+    later, as some of Mistral's do.
+    """
+    messages = [{"role": "system", "content": text if system is None else f"{system}\n\n{text}"}]
+    later = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
+    chats = [
+        [*messages, *between, {"role": "user", "content": first}]
+        for between in ([], later)
+        for first in _BEGINNINGS
+    ]
+    try:
+        prompts = [chat_ids(chat, tokenizer, vocab_size=vocab_size, name=name) for chat in chats]
+    except ValueError:
+        prompts = []
+    shared = [same[0] for same in itertools.takewhile(lambda x: len({*x}) == 1, zip(*prompts, strict=False))]
+    alone = encode(text, tokenizer, vocab_size=vocab_size, name=name)
+    return (shared, messages) if len(shared) >= len(alone) else (alone, [])

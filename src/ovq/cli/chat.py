@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import signal
 import sys
 import time
@@ -15,10 +16,10 @@ from rich.console import Console
 
 from ovq.cli import options
 from ovq.cli.common import as_text, check_file, check_model_path, out_console, read_text
-from ovq.cli.conversation import Conversation
+from ovq.cli.conversation import Conversation, note_of
 from ovq.cli.loading import check_generating_folder, load_any_model, load_tokenizer
 from ovq.cli.signals import interrupt_flag
-from ovq.prompts import check_chat_template, encode
+from ovq.prompts import check_chat_template, document_ids
 
 if TYPE_CHECKING:
     from ovq.hf import Context
@@ -94,8 +95,10 @@ def chat(
         loaded, tokenizer, sampling=sampling, max_tokens=max_tokens, seed=seed, system=system
     )
     if text is not None:
-        ids = encode(text, tokenizer, vocab_size=loaded.config.vocab_size, name="--document")
-        conversation.continue_from(_read(loaded, ids, f"read {document}"))
+        vocab_size = loaded.config.vocab_size
+        ids, messages = document_ids(text, tokenizer, vocab_size=vocab_size, name="--document", system=system)
+        read = _read(loaded, ids, f"read {document}")
+        conversation.continue_from(dataclasses.replace(read, note=note_of(messages, ids)))
     if context is not None and conversation.load(context).note and system is not None:
         raise ValueError("--system: expected none with a saved chat, which has its own, found one")
     _Terminal(conversation, document).run()
@@ -135,8 +138,8 @@ class _Terminal:
 
     def run(self) -> None:
         """Answer until the input ends."""
-        num_before = self._conversation.num_before
-        self._notes.print(f"{num_before:,} tokens read. /help lists commands, Ctrl-D leaves.", soft_wrap=True)
+        num_read = self._conversation.cache.num_columns
+        self._notes.print(f"{num_read:,} tokens read. /help lists commands, Ctrl-D leaves.", soft_wrap=True)
         # Ctrl-C at the wrong moment must not lose a chat.
         with interrupt_flag() if self._is_interactive else contextlib.nullcontext():
             for line in self._lines():
@@ -272,6 +275,6 @@ def _memory_summary(conversation: Conversation) -> str:
             exact += layer.keys.shape[1] * layer.keys.shape[2]
     size = format_bytes(cache.nbytes)
     return (
-        f"{cache.num_columns:,} tokens read, {conversation.num_before:,} of them before the chat; {size}\n"
+        f"{cache.num_columns:,} tokens read; {size}\n"
         f"rows of all heads: {exact:,} exact, {used:,} of {slots:,} slots in use"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 from pathlib import Path
@@ -11,8 +12,9 @@ import typer
 
 from ovq.cli import options
 from ovq.cli.common import check_file, check_model_path, print_table, read_text
+from ovq.cli.conversation import note_of
 from ovq.cli.loading import check_generating_folder, load_any_model, load_tokenizer
-from ovq.prompts import encode
+from ovq.prompts import check_chat_template, document_ids, encode
 
 if TYPE_CHECKING:
     from ovq.hf import ContextInfo
@@ -31,6 +33,9 @@ def build(
         ),
     ],
     out: Annotated[Path, typer.Option(help="File to write.")],
+    chat: Annotated[
+        bool, typer.Option("--chat", help="For ovq chat: as the system message, by the chat template.")
+    ] = False,
     num_slots: options.NumSlots = None,
     merge: options.MergeRule = None,
     logn_length: options.LognLength = None,
@@ -61,12 +66,18 @@ def build(
     loaded = load_any_model(
         model, num_slots=num_slots, merge=merge, logn_length=logn_length, state_dtype=state_dtype
     )
-    ids = encode(document, load_tokenizer(model), vocab_size=loaded.config.vocab_size, name="--text")
+    tokenizer, vocab_size = load_tokenizer(model), loaded.config.vocab_size
+    messages: list[dict[str, str]] = []
+    if chat:
+        check_chat_template(tokenizer, name="--chat")
+        ids, messages = document_ids(document, tokenizer, vocab_size=vocab_size, name="--text")
+    else:
+        ids = encode(document, tokenizer, vocab_size=vocab_size, name="--text")
     set_seed(seed)
     with Reporter() as reporter:
         work = reporter.start(f"read {text}", total=len(ids))
         context = build_context(loaded, ids, prefill_chunk_size=prefill_chunk_size, progress=work.update)
-    save_context(context, out)
+    save_context(dataclasses.replace(context, note=note_of(messages, ids)), out)
     size = format_bytes(out.stat().st_size)
     typer.echo(f"Saved what the model remembers of {len(ids)} tokens in {out} ({size}).")
 

@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ovq.prompts import chat_text, encode
+from ovq.prompts import chat_ids
 
 if TYPE_CHECKING:
     from ovq.hf import Context
@@ -45,7 +45,6 @@ class Conversation:
 
     Attributes:
         messages: the messages so far, in the form of chat templates.
-        num_before: number of tokens read before the first message.
         num_reread: number of tokens of earlier turns that the last turn had to read again.
         num_written: number of tokens of the last answer.
         is_cut: whether `max_tokens` has ended the last answer.
@@ -64,9 +63,9 @@ class Conversation:
         self._model, self._tokenizer = model, tokenizer
         self._sampling, self._max_tokens, self._seed = sampling, max_tokens, seed
         self.messages = [] if system is None else [{"role": "system", "content": system}]
-        self.num_before = self.num_reread = self.num_written = 0
+        self.num_reread = self.num_written = 0
         self.is_cut = False
-        # Tokens read after the first `num_before`.
+        # Tokens read of the messages, after those of a context.
         self._tokens: list[int] = []
         self._states = [_State(num_tokens=0, cache=model.make_cache())]
 
@@ -83,7 +82,7 @@ class Conversation:
         messages, tokens = _parse_note(context)
         # After a document, the system message stays.
         self.messages = messages if context.note else [m for m in self.messages if m["role"] == "system"]
-        self.num_before, self._tokens = context.num_tokens - len(tokens), tokens
+        self._tokens = tokens
         self._states = [_State(num_tokens=len(tokens), cache=context.cache())]
 
     def load(self, path: Path) -> Context:
@@ -104,8 +103,7 @@ class Conversation:
         # A state from which any next message can continue.
         ids = self._ids([*self.messages, {"role": "user", "content": "?"}])
         state = self._longest_state(ids)
-        note = json.dumps({"messages": self.messages, "tokens": ids[: state.num_tokens]})
-        return Context.of(self._model, state.cache, note=note)
+        return Context.of(self._model, state.cache, note=note_of(self.messages, ids[: state.num_tokens]))
 
     def answer(self, text: str, is_stopped: Callable[[], bool] = lambda: False) -> Iterator[str]:
         """Generate the answer to a message, in pieces of text; then adds both to the messages.
@@ -159,10 +157,8 @@ class Conversation:
         self.messages = [*messages, {"role": "assistant", "content": "".join(pieces)}]
 
     def _ids(self, messages: list[dict[str, str]]) -> list[int]:
-        """The tokens of the messages' prompt; the chat template marks the beginning of the text itself."""
-        text = chat_text(messages, self._tokenizer, name="message")
         vocab_size = self._model.config.vocab_size
-        return encode(text, self._tokenizer, vocab_size=vocab_size, name="message", is_start=False)
+        return chat_ids(messages, self._tokenizer, vocab_size=vocab_size, name="message")
 
     def _add_state(self, tokens: list[int], cache: StateCache) -> None:
         """Keep the state after these tokens; only the first and the last `_MOST_STATES` states are kept."""
@@ -180,6 +176,11 @@ class Conversation:
                 "other tokens"
             )
         return found[-1]
+
+
+def note_of(messages: list[dict[str, str]], tokens: list[int]) -> str:
+    """The note of the context of a chat: its messages, and the tokens read of them."""
+    return json.dumps({"messages": messages, "tokens": tokens}) if messages else ""
 
 
 def _parse_note(context: Context) -> tuple[list[dict[str, str]], list[int]]:
