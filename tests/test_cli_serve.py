@@ -131,14 +131,15 @@ def test_what_cannot_be_served_is_refused_in_one_line(folder, capsys, options, e
     assert expected in fail(capsys, "serve", "--port", "0", *base, *options)
 
 
-@pytest.mark.parametrize("host", ["127.1", "LocalHost"])
+@pytest.mark.parametrize("host", ["127.2", "LocalHost"])
 def test_whatever_names_this_machine_alone_is_guarded(folder, capsys, monkeypatch, host):
     """Many systems have the name of the machine stand for a loopback address."""
-    found = []
+    found, urls = [], []
     monkeypatch.setattr("ovq.serve.app.create_app", lambda *_, hosts, **__: found.extend(hosts))
+    monkeypatch.setattr("ovq.cli.serve._summary", lambda _, url, **__: urls.append(httpx.URL(url)))
     monkeypatch.setattr("ovq.serve.server.Server.run", lambda server, sockets: server._on_ready())
     run(capsys, "serve", "--model", folder, "--port", "0", "--host", host)
-    assert {"localhost", "127.0.0.1", host.lower()} <= set(found)
+    assert {"localhost", "127.0.0.1", host.lower(), urls[0].host} <= set(found)
 
 
 def test_contexts_of_another_rule_are_served_by_that_rule(folder, tmp_path, capsys, monkeypatch):

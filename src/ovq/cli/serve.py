@@ -147,8 +147,9 @@ def _run(
     from ovq.serve.app import create_app
     from ovq.serve.server import Server, is_loopback, url_of, uvicorn_config
 
-    # Without a key, the header Host must keep out pages of other sites in a browser on this machine.
-    names = dict.fromkeys(("localhost", "127.0.0.1", "[::1]", host.lower()))
+    # Without a key, the header Host must keep out pages of other sites in a browser on this machine. The URL
+    # that is printed names the address of the socket.
+    names = dict.fromkeys(("localhost", "127.0.0.1", "[::1]", host.lower(), listener.getsockname()[0]))
     is_local = is_loopback(listener)
     hosts = [*names] if key is None and is_local else None
 
