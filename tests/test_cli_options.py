@@ -263,6 +263,7 @@ def test_a_recipe_in_a_file_is_trained(capsys, tmp_path):
             "train: {steps: 3}\nrecipe: recall-ovq\ntrain: {seed: 1}",
             "expected YAML or JSON, found what is none (expected each name once, found 'train' twice)",
         ),
+        ("train: !!map [1]", "expected YAML or JSON, found what is none (expected a mapping node"),
         ("- 1", "expected sections task, model, train, found list"),
         ("train: 3", "train: expected fields and their values, found 3"),
         ("recipe: recall-ovq\ntask: {name: mqar}", "task.name: expected that of the recipe, recall"),

@@ -64,9 +64,11 @@ def _yaml(text: str) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        # While a mapping is read: later, another node may be in its place, or merged fields (`<<`) in it.
+        def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+            node = super().compose_mapping_node(anchor)
             _fields([(str(name.value), value) for name, value in node.value])
-            return super().construct_mapping(node, deep)
+            return node
 
     try:
         return yaml.load(text, Loader)
