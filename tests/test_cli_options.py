@@ -246,6 +246,12 @@ def test_a_name_twice_in_a_file_of_json_is_refused(tmp_path):
         load_recipe(tmp_path / "mine.json")
 
 
+def test_a_byte_order_mark_is_no_part_of_a_recipe(tmp_path):
+    content = '{"recipe": "recall-ovq", "train": {"steps": 3}}'
+    (tmp_path / "mine.json").write_text(content, encoding="utf-8-sig")
+    assert load_recipe(tmp_path / "mine.json").train.steps == 3
+
+
 def test_a_recipe_in_a_file_is_trained(capsys, tmp_path):
     (tmp_path / "mine.yaml").write_text("recipe: recall-ovq\nmodel: {num_slots: 5}\ntrain: {seed: 7}")
     trained_quietly(capsys, tmp_path / "run", "train", str(tmp_path / "mine.yaml"))

@@ -11,6 +11,7 @@ import openai
 import pytest
 
 from ovq import convert
+from ovq.cli.serve import _api_key
 from ovq.hf import build_context, save_context
 from tests.convert.common import converted, original, tokens
 from tests.hf.common import make_model, random_ids
@@ -140,6 +141,11 @@ def test_whatever_names_this_machine_alone_is_guarded(folder, capsys, monkeypatc
     monkeypatch.setattr("ovq.serve.server.Server.run", lambda server, sockets: server._on_ready())
     run(capsys, "serve", "--model", folder, "--port", "0", "--host", host)
     assert {"localhost", "127.0.0.1", host.lower(), urls[0].host} <= set(found)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_key(tmp_path):
+    (tmp_path / "key").write_text("secret\n", encoding="utf-8-sig")
+    assert _api_key(tmp_path / "key") == "secret"
 
 
 def test_contexts_of_another_rule_are_served_by_that_rule(folder, tmp_path, capsys, monkeypatch):

@@ -51,7 +51,7 @@ def load_recipe(path: Path) -> RunConfig:
 
 def _content(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         found = json.loads(text, object_pairs_hook=_fields) if path.suffix == ".json" else _yaml(text)
     except (RecursionError, ValueError) as error:
         raise ValueError(f"{path}: expected YAML or JSON, found what is none ({error})") from error

@@ -182,7 +182,7 @@ def _api_key(file: Path | None) -> str | None:
     """The key that clients must send; None for no key."""
     key, source = os.environ.get(_KEY_VARIABLE), _KEY_VARIABLE
     if file is not None:
-        key, source = file.read_text(encoding="utf-8", errors="replace").strip(), f"--api-key-file {file}"
+        key, source = file.read_text(encoding="utf-8-sig", errors="replace").strip(), f"--api-key-file {file}"
     if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
         raise ValueError(f"{source}: expected a key of ASCII characters without spaces, found another one")
     return key
