@@ -58,6 +58,7 @@ def test_several_corpora_are_read_one_after_the_other(library):
         ("./nowhere", rf"expected a file or folder, found nothing at {Path.cwd()}/nowhere"),
         ("books/", rf"expected a file or folder, found nothing at {Path.cwd()}/books"),
         ("books.txt", rf"expected a file or folder, found nothing at {Path.cwd()}/books.txt"),
+        ("BOOKS.TXT", rf"expected a file or folder, found nothing at {Path.cwd()}/BOOKS.TXT"),
         ("sotu+", r"expected names with \+ between them, found 'sotu\+'"),
     ],
 )

@@ -137,7 +137,7 @@ def find_readers(dataset: str, *, text_field: str, subset: str | None, hub_split
             readers.append(INSTALLED[part](subset))
         elif Path(part).exists():
             readers.append(_local(Path(part), text_field))
-        elif Path(part).is_absolute() or part.startswith(".") or part.endswith(("/", _PLAIN, *_ROWS)):
+        elif Path(part).is_absolute() or part.startswith(".") or part.lower().endswith(("/", _PLAIN, *_ROWS)):
             # A run may be evaluated in another folder than that of its training.
             raise ValueError(f"dataset: expected a file or folder, found nothing at {Path(part).absolute()}")
         else:
