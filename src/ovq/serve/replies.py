@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import secrets
 import time
@@ -156,7 +155,7 @@ async def stream(
             async for piece in pieces:
                 # The reason comes by itself, as OpenAI's: to clients, what comes with it is no longer part of
                 # the answer. Theirs would not say that a call is complete.
-                chunk = form.chunk(dataclasses.replace(piece, finish_reason=None))
+                chunk = form.chunk(piece) | {"finish_reason": None}
                 if piece.text or piece.calls or chunk["logprobs"]:
                     yield _event(head | {"choices": [chunk]} | tail)
                 if piece.finish_reason is not None:
