@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import GraniteConfig, GraniteForCausalLM
+import transformers
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ovq.convert import Captures, Option, attach, fitted_bias, probe
 from ovq.convert.captures import _gradient, capture
@@ -101,20 +102,22 @@ def test_gradients_are_those_of_one_pass_over_all_tokens(kind):
             assert layer.k.shape[2] == 90
 
 
-def test_gradients_are_those_of_the_logits_that_the_model_makes():
-    """Granite divides what its output layer gives."""
+# Granite divides what its output layer gives, Mixtral's base model returns more than a state of each token,
+# and OPT calls a module within its base model.
+@pytest.mark.parametrize("kind", ["Granite", "Mixtral", "OPT"])
+def test_gradients_are_those_of_the_logits_that_the_model_makes(kind):
     torch.manual_seed(0)
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
-    config = GraniteConfig(**sizes, num_attention_heads=4, logits_scaling=8.0)
-    model, text = GraniteForCausalLM(config).double(), tokens(40)
-    inputs = model.get_input_embeddings()(text[None]).detach().requires_grad_()
-    hidden = model.base_model(inputs_embeds=inputs).last_hidden_state
-    hidden.retain_grad()
-    logits = model.get_output_embeddings()(hidden)[0, :-1] / 8
+    own = {"Granite": {"logits_scaling": 8.0}, "Mixtral": {"num_key_value_heads": 4}}.get(kind, {})
+    config = getattr(transformers, f"{kind}Config")(**sizes, **own, num_attention_heads=4)
+    model, text = getattr(transformers, f"{kind}ForCausalLM")(config).eval(), tokens(40)
+    outputs = model.base_model(text[None])
+    outputs.last_hidden_state.retain_grad()
+    logits = model.get_output_embeddings()(outputs.last_hidden_state)[0, :-1] / own.get("logits_scaling", 1)
     F.cross_entropy(logits, text[1:], reduction="sum").backward()
-    found = _gradient(model, hidden.detach(), torch.arange(39), text[1:], 0)
-    torch.testing.assert_close(found, hidden.grad)
-    assert "forward" not in vars(model.base_model)
+    found = _gradient(model, outputs, torch.arange(39), text[1:], 0)
+    torch.testing.assert_close(found, outputs.last_hidden_state.grad)
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_tokens_are_sampled_with_the_probabilities_of_the_model():
@@ -123,7 +126,8 @@ def test_tokens_are_sampled_with_the_probabilities_of_the_model():
     num = 20000
     hidden = torch.randn(1, 1, model.config.hidden_size).expand(1, num, -1)
     logits = model.get_output_embeddings()(hidden[0, 0]).detach()
-    gradient = _gradient(model, hidden, torch.arange(num), None, 0)[0].double()
+    outputs = BaseModelOutputWithPast(last_hidden_state=hidden)
+    gradient = _gradient(model, outputs, torch.arange(num), None, 0)[0].double()
     # The gradient of a place is the mean embedding minus that of its token: 0 on average.
     assert (gradient.mean(0).norm() * num**0.5 / gradient.norm(dim=1).mean()) < 2
     assert len(gradient.unique(dim=0)) > len(logits) / 2

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import ModelOutput
 
 from ovq.convert.attach import kv_heads
 from ovq.hf.cache import CACHE_KEY
@@ -247,9 +247,9 @@ def capture(
                 model.base_model(ids[:, :start], **given)
         with torch.enable_grad():
             embedded = model.get_input_embeddings()(ids[:, start:]).detach().requires_grad_(True)
-            hidden = model.base_model(inputs_embeds=embedded, **given).last_hidden_state
+            outputs = model.base_model(inputs_embeds=embedded, **given)
             labels = None if mask is None else ids[0, targets + 1]
-            hidden.backward(_gradient(model, hidden.detach(), targets - start, labels, seed))
+            outputs.last_hidden_state.backward(_gradient(model, outputs, targets - start, labels, seed))
     finally:
         model.set_attn_implementation(before)
         model.train(was_training)
@@ -263,14 +263,19 @@ def capture(
 
 
 def _gradient(
-    model: PreTrainedModel, hidden: Tensor, places: Tensor, labels: Tensor | None, seed: int
+    model: PreTrainedModel, outputs: Any, places: Tensor, labels: Tensor | None, seed: int
 ) -> Tensor:
-    """Gradient `[1, t, hidden_size]` of the summed losses at `places`; without labels, tokens are sampled."""
+    """Gradient `[1, t, hidden_size]`, by the `outputs` of the base model, of the summed losses at `places`.
+
+    Without labels, tokens are sampled.
+    """
+    hidden = outputs.last_hidden_state.detach()
     generator = torch.Generator(hidden.device).manual_seed(seed)
     gradient = torch.zeros_like(hidden)
     for index in torch.arange(len(places), device=places.device).split(_TOKENS_AT_ONCE):
         part = hidden[0, places[index]].requires_grad_(True)
-        logits = _logits(model, part)
+        # Of the same class, as the model may read more of its fields than this one.
+        logits = _logits(model, type(outputs)(last_hidden_state=part[None]))
         if labels is None:
             drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
         else:
@@ -281,17 +286,19 @@ def _gradient(
     return gradient
 
 
-def _logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Float32 logits `[t, vocab_size]` of outputs `[t, hidden_size]` of the base model.
+def _logits(model: PreTrainedModel, outputs: ModelOutput) -> Tensor:
+    """Float32 logits `[t, vocab_size]` for `outputs` of the base model on t tokens.
 
     The model's own `forward` makes them, as some models scale or cap what their output layer gives.
     """
-    base: Any = model.base_model
-    own = base.__dict__.pop("forward", None)
-    base.forward = lambda *args, **kwargs: BaseModelOutputWithPast(last_hidden_state=hidden[None])
+    # In most models the base model, in OPT a module within it.
+    decoder: Any = model.get_decoder()
+    own = decoder.__dict__.pop("forward", None)
+    decoder.forward = lambda *args, **kwargs: outputs
     try:
-        return model(torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)).logits[0].float()
+        # Any ids, which nothing reads.
+        return model(torch.zeros(1, 1, dtype=torch.long, device=model.device)).logits[0].float()
     finally:
-        del base.forward
+        del decoder.forward
         if own is not None:
-            base.forward = own
+            decoder.forward = own
