@@ -41,6 +41,14 @@ def test_padded_rows_equal_rows_alone(model):
             torch.testing.assert_close(logits[row, keep], alone)
 
 
+def test_embeddings_of_padding_may_be_anything(model):
+    ids, is_real = random_ids(2, 5), torch.tensor([[1] * 5, [0, 0, 1, 1, 1]]) > 0
+    inputs = [torch.where(is_real[..., None], model.model.embed_tokens(ids), x) for x in (0, torch.nan)]
+    labels = ids.masked_fill(~is_real, -100)
+    grads = [grads_of(model, inputs_embeds=x, attention_mask=is_real, labels=labels) for x in inputs]
+    torch.testing.assert_close(*grads, rtol=0, atol=0)
+
+
 class HostCopies(TorchFunctionMode):
     """Counts what would wait for a GPU: tensors of some shape that are looked at by Python."""
 
