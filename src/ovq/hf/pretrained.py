@@ -58,7 +58,7 @@ class OVQPreTrainedModel(PreTrainedModel):
         """Finish `__init__`, as in transformers: the models within this one get its config.
 
         A model to be quantized gets projections of PyTorch's class: quantizers such as bitsandbytes leave
-        derived ones as they are, and the kernels of ours do not know quantized weights.
+        derived ones as they are, and our kernels do not know quantized weights.
         """
         for module in self.modules():
             if isinstance(module, OVQPreTrainedModel):
