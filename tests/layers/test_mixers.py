@@ -106,6 +106,16 @@ def mask_of(lengths, side):
     return (column < torch.tensor(lengths)[:, None]).long()
 
 
+def test_what_inference_mode_has_read_is_trained_on(mixer, x):
+    gradients = []
+    for reading in (torch.inference_mode, torch.no_grad):
+        with reading():
+            _, _, cache = mixer(x[:, :9], use_cache=True)
+        o, _, _ = mixer(x[:, 9:], past_key_values=cache)
+        gradients.append(torch.autograd.grad(o.square().sum(), mixer.qkv_proj.weight)[0])
+    assert torch.equal(*gradients)
+
+
 @pytest.mark.parametrize("cuts", [[1], [4, 5], [3, 4, 8, 20], list(range(1, TOKENS))])
 def test_a_sequence_in_parts_equals_the_whole(mixer, x, cuts):
     expected, _, _ = mixer(x)

@@ -12,7 +12,7 @@ from ovq.fields import ConfigField
 from ovq.layers import defaults
 from ovq.layers.cache import LayerCache
 from ovq.layers.common import OwnWeights, apply_rotary, rotary_tables
-from ovq.layers.constant import sum_dtype, without_autocast
+from ovq.layers.constant import for_autograd, sum_dtype, without_autocast
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.memory import StateSpec
 from ovq.ops.parts import of_rows
@@ -195,7 +195,7 @@ class KVMAttention(HeadsMixer, OwnWeights):
                     f"expected {name} of shape {list(shape)} in {dtype} in {self.memory.kind}, "
                     f"found {list(found.shape)} in {found.dtype}"
                 )
-        return state
+        return for_autograd(state)
 
     # Not compiled: control flow depends on the numbers of tokens.
     @uncompiled

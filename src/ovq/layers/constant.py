@@ -58,7 +58,12 @@ class ConstantStateMixer(Mixer):
                     f"expected {name} of shape {[num_rows, *shape]} in {dtype} in {self.state_kind}, "
                     f"found {list(found.shape)} in {found.dtype}"
                 )
-        return cache.state
+        return for_autograd(cache.state)
+
+
+def for_autograd(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`state`; with gradients a copy, as autograd cannot save tensors that were made in inference mode."""
+    return {name: t.clone() for name, t in state.items()} if torch.is_grad_enabled() else state
 
 
 def without_autocast(x: Tensor) -> torch.autocast:
