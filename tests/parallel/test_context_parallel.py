@@ -137,6 +137,18 @@ def test_embeddings_may_be_frozen(alone):
     assert model.model.embed_tokens.weight.grad is None
 
 
+def test_gradients_of_before_outlive_a_failure_and_those_of_frozen_parameters_a_step(alone):
+    ids, model = torch.arange(24).view(2, 12), alone.model
+    frozen = model.model.embed_tokens.requires_grad_(False).weight
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    with pytest.raises(IndexError):
+        alone.forward_backward([{"input_ids": ids + 10**6, "labels": ids}])
+    assert all(parameter.grad.eq(1).all() for parameter in model.parameters())
+    alone.forward_backward([{"input_ids": ids, "labels": ids}])
+    assert frozen.grad.eq(1).all()
+
+
 def test_the_program_of_the_documentation_runs(monkeypatch):
     text = (Path(__file__).parent.parent.parent / "docs" / "use" / "scaling.md").read_text()
     [program] = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)

@@ -115,7 +115,24 @@ class ContextParallel:
         parts = [self._part(batch, bounds) for batch in micro_batches]
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         grads_before = [p.grad for p in parameters]
-        self.model.zero_grad(set_to_none=True)
+        for parameter in parameters:
+            parameter.grad = None
+        try:
+            loss = self._run(parts, num_targets)
+            self._sum(parameters, loss)
+        except BaseException:
+            # Those of earlier steps must not be lost with this one.
+            for parameter, before in zip(parameters, grads_before, strict=True):
+                parameter.grad = before
+            raise
+        for parameter, before in zip(parameters, grads_before, strict=True):
+            if before is not None:
+                assert parameter.grad is not None, "made by `_sum` where there was none"
+                parameter.grad += before
+        return float(loss)
+
+    def _run(self, parts: Sequence[tuple[Tensor, Tensor, int]], num_targets: int) -> Tensor:
+        """Run the forward and backward of this rank's parts; returns its share of the loss."""
         steps = steps_of_rank(
             self.neighbours.rank,
             num_ranks=self.neighbours.num_ranks,
@@ -131,12 +148,7 @@ class ContextParallel:
             else:
                 runs.pop(step.micro_batch).backward()
         self.neighbours.finish()
-        self._sum(parameters, loss)
-        for parameter, before in zip(parameters, grads_before, strict=True):
-            if before is not None:
-                assert parameter.grad is not None, "made by `_sum` where there was none"
-                parameter.grad += before
-        return float(loss)
+        return loss
 
     def _sum(self, parameters: Sequence[torch.nn.Parameter], loss: Tensor) -> None:
         """Sum the loss and the gradients of parameters over all ranks."""
