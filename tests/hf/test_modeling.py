@@ -247,6 +247,8 @@ def test_keyword_arguments_nobody_reads_are_refused(model):
             target(ids, atention_mask=torch.ones(1, 4))
         with pytest.raises(ValueError, match="output_attentions=False, found True"):
             target(ids, output_attentions=True)
+        with pytest.raises(ValueError, match="output_attentions=False, found True"):
+            type(target)(make_config(output_attentions=True))(ids)
 
 
 def test_positions_may_be_given_if_they_say_nothing_new(model):

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ovq.byte_tokens import byte_tokenizer
 from ovq.hf import build_context
+from ovq.hf.rows import Rows
 from ovq.hf.streaming import Sampling, stream_text, stream_tokens
 from tests.hf.common import make_model, random_ids
 
@@ -38,6 +39,17 @@ def test_tokens_are_those_of_generate(model, options):
     generator = torch.Generator().manual_seed(3)
     found = list(islice(stream_tokens(model, PROMPT, sampling=sampling, generator=generator), 8))
     assert found == expected[0, len(PROMPT) :].tolist()
+
+
+@torch.no_grad()
+def test_a_config_may_ask_for_tuples():
+    plain, tuples = make_model(), make_model(return_dict=False)
+    ids = torch.tensor([PROMPT])
+    assert torch.equal(tuples(ids)[0], plain(ids).logits)
+    found, expected = (list(islice(stream_tokens(model, PROMPT), 8)) for model in (tuples, plain))
+    assert found == expected
+    found, expected = (Rows.start(model).read([PROMPT]) for model in (tuples, plain))
+    assert torch.equal(found, expected)
 
 
 def test_every_option_changes_what_is_said():

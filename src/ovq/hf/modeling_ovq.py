@@ -95,7 +95,7 @@ class OVQModel(OVQPreTrainedModel):
         Raises:
             ValueError: if an input has a wrong shape, or a keyword argument is unknown.
         """
-        _check_kwargs(kwargs, _TRANSFORMERS_KWARGS | PACKING_KWARGS)
+        _check_kwargs(self.config, kwargs, _TRANSFORMERS_KWARGS | PACKING_KWARGS)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds, found both or neither")
         _check_inputs(input_ids, inputs_embeds, self.config.hidden_size)
@@ -183,10 +183,10 @@ class OVQModel(OVQPreTrainedModel):
         try:
             for layer in past.layers:
                 layer.record_past = False
-            outputs = [self(None, of_first, inputs_embeds=first, **kept)]
+            outputs = [self(None, of_first, inputs_embeds=first, return_dict=True, **kept)]
         finally:
             past.activate_past_recording()
-        outputs.append(self(None, mask, inputs_embeds=last, **kept))
+        outputs.append(self(None, mask, inputs_embeds=last, return_dict=True, **kept))
         return OVQModelOutput(torch.cat([each.last_hidden_state for each in outputs], 1), **kept)
 
 
@@ -249,7 +249,8 @@ class OVQForCausalLM(CachedGeneration, OVQPreTrainedModel, GenerationMixin):
             ValueError: if an input has a wrong shape, a keyword argument is unknown, or `skip_logits` is set
                 without labels or with `logits_to_keep`.
         """
-        _check_kwargs(kwargs, _TRANSFORMERS_KWARGS | PACKING_KWARGS | {"num_items_in_batch", "shift_labels"})
+        allowed = _TRANSFORMERS_KWARGS | PACKING_KWARGS | {"num_items_in_batch", "shift_labels"}
+        _check_kwargs(self.config, kwargs, allowed)
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         # No parameter: the Trainer takes those with "label" in their names for always given.
         shift_labels = kwargs.pop("shift_labels", None)
@@ -305,6 +306,7 @@ class OVQForCausalLM(CachedGeneration, OVQPreTrainedModel, GenerationMixin):
             inputs_embeds,
             use_cache,
             cu_seqlens=cu_seqlens,
+            return_dict=True,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
@@ -366,8 +368,9 @@ class OVQForCausalLM(CachedGeneration, OVQPreTrainedModel, GenerationMixin):
         return one_cache(cache, None)
 
 
-def _check_kwargs(kwargs: dict[str, Any], allowed: frozenset[str]) -> None:
-    check_kwargs(kwargs, allowed, output_attentions=kwargs.get("output_attentions", False))
+def _check_kwargs(config: OVQConfig, kwargs: dict[str, Any], allowed: frozenset[str]) -> None:
+    is_asked = kwargs.get("output_attentions", config.output_attentions)
+    check_kwargs(kwargs, allowed, output_attentions=is_asked)
 
 
 def _check_inputs(input_ids: Tensor | None, inputs_embeds: Tensor | None, hidden_size: int) -> None:

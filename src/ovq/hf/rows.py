@@ -91,7 +91,7 @@ class Rows:
             # A cache that has read nothing would take any number of rows, and lengths would not be theirs.
             raise ValueError(f"tokens: expected those of {len(self)} rows, found {len(ids)}")
         inputs = self.model.row_inputs(self._cache, self.lengths, ids.shape[1])
-        output = self.model(ids, logits_to_keep=1, **inputs, **{CACHE_KEY: self._cache})
+        output = self.model(ids, logits_to_keep=1, return_dict=True, **inputs, **{CACHE_KEY: self._cache})
         logits = output.logits[:, -1]
         self.lengths = [length + ids.shape[1] for length in self.lengths]
         self._drop_unneeded_columns()

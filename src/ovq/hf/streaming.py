@@ -161,7 +161,7 @@ def stream_tokens(
     for piece in ids.split(prefill_chunk_size):
         if is_stopped():
             return
-        output = model(piece[None], logits_to_keep=1, **{CACHE_KEY: cache})
+        output = model(piece[None], logits_to_keep=1, return_dict=True, **{CACHE_KEY: cache})
     while True:
         logits = output.logits[:, -1].float()
         # The penalty depends only on which tokens have occurred, not where or how often. transformers asks
@@ -179,7 +179,7 @@ def stream_tokens(
         yield number
         if number in ends or is_stopped():
             return
-        output = model(token, logits_to_keep=1, **{CACHE_KEY: cache})
+        output = model(token, logits_to_keep=1, return_dict=True, **{CACHE_KEY: cache})
 
 
 def stream_text(tokens: Iterable[int], tokenizer: Any | None, *, prompt: Sequence[int] = ()) -> Iterator[str]:
