@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import functools
 import os
+import re
 import tempfile
 import time
 import urllib.parse
@@ -344,12 +345,21 @@ def test_null_stands_for_the_default(ids):
     assert nulls.json()["choices"] == plain.json()["choices"]
 
 
+def num_requests(server, *, status):
+    """How many requests for completions the metrics count with this status."""
+    found = re.findall(
+        rf'ovq_requests_total{{route="/v1/completions",status="{status}"}} (.+)',
+        server.service.metrics.text().decode(),
+    )
+    return float(found[0]) if found else 0
+
+
 @pytest.mark.parametrize("is_stream", [True, False])
 def test_clients_that_are_killed_leave_nothing(ids, is_stream):
     """Eight of them, some answered already and some waiting for their turn."""
     body = {"model": "ids", "prompt": [1], "max_tokens": 4000, "ignore_eos": True, "n": 8}
     cancelled = ids.service.engine.scheduler.counts.cancelled
-    num_tasks = ids.num_tasks
+    num_tasks, num_gone = ids.num_tasks, num_requests(ids, status=499)
     clients = [httpx.Client(timeout=0.5) for _ in range(8)]
 
     def ask(client):
@@ -368,6 +378,8 @@ def test_clients_that_are_killed_leave_nothing(ids, is_stream):
     until(lambda: ids.service.engine.scheduler.counts.cancelled == cancelled + 8)
     until(lambda: is_idle(ids))
     until(lambda: ids.num_tasks <= num_tasks)
+    # Also those whose answers began with the status 200.
+    until(lambda: num_requests(ids, status=499) == num_gone + 8)
     assert answer_tokens(complete(ids, PROMPTS[1])) == [greedy(ids.service.served.model, PROMPTS[1], 12)]
 
 

@@ -37,9 +37,6 @@ from ovq.serve.tools import ToolCalls
 _COMPLETION_TOKENS = 16
 """Tokens of a completion that does not give `max_tokens`, as in OpenAI's API; fewer if the limit is lower."""
 
-_GONE = 499
-"""Status that servers log for a request whose client has disconnected; it is never sent."""
-
 
 class Service:
     """A model, its name in requests, and everything needed to answer them.
@@ -109,7 +106,7 @@ def create_app(
 
 async def _answer_to_error(request: HTTPRequest, error: Exception) -> Response:
     if isinstance(error, ClientGone):
-        return Response(status_code=_GONE)
+        return Response(status_code=ClientGone.status)
     if isinstance(error, HTTPException):
         error = APIError(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
     elif not isinstance(error, APIError):

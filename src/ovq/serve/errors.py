@@ -9,7 +9,9 @@ _MOST_SHOWN = 80
 
 
 class ClientGone(Exception):
-    """The client has disconnected."""
+    """The client has disconnected: `status` is what servers log then, and never sent."""
+
+    status = 499
 
 
 class APIError(Exception):

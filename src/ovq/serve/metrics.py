@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 from ovq.serve.answers import Piece
 from ovq.serve.contexts import Contexts
 from ovq.serve.engine import Engine
+from ovq.serve.errors import ClientGone
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 
@@ -112,16 +113,26 @@ class Metered:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        start, status = time.monotonic(), 499
+        start, status, is_complete = time.monotonic(), ClientGone.status, False
 
         async def send_and_note_status(message: Any) -> None:
-            nonlocal status
+            nonlocal status, is_complete
             if message["type"] == "http.response.start":
                 status = message["status"]
+            else:
+                is_complete = not message.get("more_body", False)
             await send(message)
 
+        async def receive_and_note_end() -> Any:
+            nonlocal status
+            message = await receive()
+            if message["type"] == "http.disconnect" and not is_complete:
+                # A stream has begun with another one.
+                status = ClientGone.status
+            return message
+
         try:
-            await self._app(scope, receive, send_and_note_status)
+            await self._app(scope, receive_and_note_end, send_and_note_status)
         except Exception:
             status = 500
             raise
