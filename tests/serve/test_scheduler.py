@@ -270,6 +270,27 @@ def test_an_answer_without_numbers_fails_alone(options, num_read, monkeypatch):
     assert good.tokens() == expected_of(2)[:9]
 
 
+@pytest.mark.parametrize("num_bad", [1, 3], ids=["one", "all"])
+def test_a_job_fails_once_whatever_number_of_its_answers_do(num_bad, monkeypatch):
+    read = Rows.read
+
+    def poisoned(rows, tokens):
+        logits = read(rows, tokens)
+        if len(rows) == 3 and rows.lengths[0] == 6:
+            logits[:num_bad] = torch.nan
+        return logits
+
+    monkeypatch.setattr(Rows, "read", poisoned)
+    scheduler, log = Scheduler(ServedModel(MODELS["ovq"]), Limits()), Log()
+    scheduler.add(Generation(tokens=[1, 5], deliver=log, max_tokens=30, choices=range(3)))
+    run(scheduler)
+    assert [type(event) for event in log.events].count(FailEvent) == 1
+    assert isinstance(log.events[-1], FailEvent)
+    counts = scheduler.counts
+    assert (counts.failed, counts.finished, counts.cancelled) == (1, 0, 0)
+    assert scheduler.num_rows == 0
+
+
 def test_after_a_step_that_fails_others_are_served():
     served = Faulty(MODELS["ovq"])
     served.fault = expected_of(2)[0]

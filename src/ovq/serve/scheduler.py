@@ -269,13 +269,15 @@ class Scheduler:
         """Choose the next token of each answer; returns the indices of answers that are still incomplete."""
         tokens = next_tokens(logits, choices)
         unfinished = []
+        # A job fails once, with all its answers.
+        failed: dict[Job, Exception] = {}
         for place, (choice, token, logprobs) in enumerate(
             zip(choices, tokens, token_logprobs(logits, choices, tokens), strict=True)
         ):
             job = choice.job
             choice.tokens.append(token)
             if token < 0:
-                self._fail([job], ValueError("expected logits that are numbers, found NaN or Inf"))
+                failed[job] = ValueError("expected logits that are numbers, found NaN or Inf")
                 continue
             is_end = is_last = token in job.ends
             if choice.constraint is not None:
@@ -283,7 +285,7 @@ class Scheduler:
                     choice.constraint.push(token)
                 except GrammarFault as error:
                     # Only this job fails: its answer cannot be completed.
-                    self._fail([job], error)
+                    failed[job] = error
                     continue
                 is_last = choice.constraint.is_complete
             reason = "stop" if is_last else "length" if len(choice.tokens) >= job.max_tokens else None
@@ -296,7 +298,9 @@ class Scheduler:
             else:
                 self.counts.finished += 1
         self.counts.generated_tokens += len(choices)
-        return unfinished
+        for failing, cause in failed.items():
+            self._fail([failing], cause)
+        return [place for place in unfinished if choices[place].job not in failed]
 
     def _keep_rows(self, places: list[int]) -> None:
         if len(places) == len(self._choices):
