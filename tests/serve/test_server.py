@@ -71,6 +71,14 @@ def test_the_models_that_there_are(ids):
     assert httpx.get(f"{ids.url}/health").json() == {"status": "ok"}
 
 
+@pytest.mark.parametrize("path", ["/health", "/metrics", "/v1/models", "/v1/models/ids", "/v1/contexts"])
+def test_whoever_asks_for_the_head_gets_it_alone(ids, path):
+    """As health checks of containers do."""
+    head, whole = httpx.head(ids.url + path), httpx.get(ids.url + path)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-type"] == whole.headers["content-type"]
+
+
 @pytest.mark.parametrize("name", ["org/model", "org/part/a model: 100% \xe9 ?#"])
 def test_a_model_is_found_by_the_name_it_is_listed_under(name):
     service = reading_service()

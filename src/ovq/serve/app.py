@@ -96,6 +96,9 @@ def create_app(
         ("DELETE", "/v1/contexts/{name}", routes.delete_context),
     ):
         app.add_api_route(path, call, methods=[method], response_model=None)
+        if method == "GET":
+            # As health checks ask (`wget --spider`); uvicorn leaves the body out.
+            app.add_api_route(path, call, methods=["HEAD"], response_model=None, include_in_schema=False)
     for kind in (APIError, HTTPException, ClientGone, Exception):
         app.add_exception_handler(kind, _answer_to_error)
     app.add_middleware(Guard, routes=app.routes, limits=service.limits, api_key=api_key, hosts=hosts)
