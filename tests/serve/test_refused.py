@@ -1,6 +1,8 @@
 """What the server refuses, in the form of OpenAI's errors."""
 
+import http.client
 import json
+import socket
 
 import httpx
 import pytest
@@ -143,6 +145,22 @@ def test_routes_and_methods_there_are_not(ids):
         answer = httpx.request(method, ids.url + path)
         assert answer.status_code == status
         assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    "sent", [b"GARBAGE\r\n\r\n", b"\x16\x03\x01\x02\x00", b"GET /health HTTP/1.1\r\n\r\n"], ids=str
+)
+def test_what_is_no_request_gets_an_error_like_others(ids, sent):
+    """As a client that speaks HTTPS gets it, or one that names no host."""
+    with socket.create_connection(ids.socket.getsockname(), timeout=30) as connection:
+        connection.sendall(sent)
+        answer = http.client.HTTPResponse(connection)
+        answer.begin()
+        error = json.loads(answer.read())["error"]
+        # The server closes the connection.
+        assert connection.recv(1) == b""
+    assert (answer.status, error["type"]) == (400, "invalid_request_error")
+    assert error["message"] == "expected an HTTP request, found otherwise"
 
 
 @pytest.mark.parametrize(

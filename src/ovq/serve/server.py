@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from ovq.serve.errors import APIError
+from ovq.serve.errors import APIError, bad_request
 from ovq.serve.limits import Limits
 from ovq.serve.responses import error_response
 
@@ -50,7 +51,7 @@ class _Connection(H11Protocol):
     """uvicorn's connection, aborted if a client sends no request, stalls while sending it, or does not read.
 
     uvicorn itself only limits the time that connections wait for the next request. At its limit of
-    connections it also refuses requests on those it has, and not in the format of OpenAI's API.
+    connections it also refuses requests on those it has. Its own errors are not in the form of OpenAI's.
     """
 
     limits: Limits
@@ -66,6 +67,18 @@ class _Connection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._timer.cancel()
         super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP request, and close the connection."""
+        response = error_response(bad_request("expected an HTTP request, found otherwise"))
+        response.headers["connection"] = "close"
+        for event in (
+            h11.Response(status_code=400, headers=response.raw_headers, reason=b"Bad Request"),
+            h11.Data(data=bytes(response.body)),
+            h11.EndOfMessage(),
+        ):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     async def _refuse(self, scope: Any, receive: Any, send: Any) -> None:
         """The application of a connection too many."""
