@@ -307,6 +307,32 @@ def test_names_and_labels_have_room(path, width):
                 assert right < left or bottom <= other_top or other_bottom <= top
 
 
+def luminance(colour):
+    """WCAG's, of three numbers up to 255."""
+    parts = [c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in colour]
+    return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
+
+
+@pytest.mark.parametrize("is_dark", [False, True])
+@pytest.mark.parametrize("clicked", [".t.chosen", "#t9"])
+def test_tokens_that_come_later_are_legible(path, clicked, is_dark):
+    """By WCAG's level AA, whether the tokens of a slot are marked or not."""
+    with Browser(is_dark=is_dark) as browser:
+        browser.open(path)
+        browser.select("#time", "3")
+        browser.run(f"document.querySelector('{clicked}').click()")
+        style = "getComputedStyle(document.querySelector('.t.later'))"
+        opacity = float(browser.run(f"{style}.opacity"))
+        ground_style = "getComputedStyle(document.getElementById('text'))"
+        ink, ground = (
+            [float(part) for part in re.findall(r"[\d.]+", browser.run(name))]
+            for name in (f"{style}.color", f"{ground_style}.backgroundColor")
+        )
+        ink = [a * opacity + b * (1 - opacity) for a, b in zip(ink, ground, strict=True)]
+        dark, light = sorted([luminance(ink), luminance(ground)])
+        assert (light + 0.05) / (dark + 0.05) >= 4.5
+
+
 @pytest.mark.parametrize("is_dark", [False, True])
 def test_a_phone_shows_all_without_moving_sideways(path, is_dark):
     with Browser(320, 640, is_dark=is_dark) as browser:
