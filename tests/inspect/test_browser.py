@@ -333,6 +333,20 @@ def test_tokens_that_come_later_are_legible(path, clicked, is_dark):
         assert (light + 0.05) / (dark + 0.05) >= 4.5
 
 
+@pytest.mark.parametrize("width", [794, 1280])
+def test_paper_has_all_of_the_text_and_its_colours(tmp_path, width):
+    write_page(looked_into([f"word{i % 9} " for i in range(2000)]), tmp_path / "page.html")
+    with Browser(width, 900) as browser:
+        browser.open(tmp_path / "page.html")
+        browser.run("document.getElementById('all-heads').open = true")
+        browser.call("Emulation.setEmulatedMedia", media="print")
+        for box in ("text", "token", "heads"):
+            element = f"document.getElementById('{box}')"
+            assert browser.run(f"{element}.scrollHeight - {element}.clientHeight") == 0
+        style = "getComputedStyle(document.querySelector('.t'))"
+        assert browser.run(f"{style}.printColorAdjust") == "exact"
+
+
 @pytest.mark.parametrize("is_dark", [False, True])
 def test_a_phone_shows_all_without_moving_sideways(path, is_dark):
     with Browser(320, 640, is_dark=is_dark) as browser:
