@@ -304,7 +304,7 @@ def test_a_chat_does_not_run_the_code_of_a_folder(folders, tmp_path):
         ("", ["/load"], "found '/load'"),
         ("", ["/load {tmp}/no"], "{tmp}/no: expected a saved context, found no such file"),
         ("", ["/save {tmp}"], "/save: expected a file in a folder that exists, found {tmp}"),
-        ("", ["/save {tmp}/c"], "expected a cache of one row that has read at least one token"),
+        ("", ["/save {tmp}/c"], "/save: expected a chat in which something was said or read, found none"),
         (
             "-q --document {tmp}/text",
             ["/save {tmp}/text"],

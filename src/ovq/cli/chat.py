@@ -228,6 +228,8 @@ class _Terminal:
 
         check_file("/save", path, text=self._document)
         check_model_path("/save", path)
+        if self._conversation.cache.num_columns == 0:
+            raise ValueError("/save: expected a chat in which something was said or read, found none")
         save_context(self._conversation.as_context(), path)
         self._notes.print(f"saved in {path}", soft_wrap=True)
 
