@@ -337,7 +337,10 @@ def test_the_version_is_printed(capsys):
             "--prompt: expected token ids such as '12 7 33'",
         ),
         ("generate --model {trained} --prompt 9999", "expected token ids from 0 to"),
-        ("generate --model {trained} --prompt-file {tmp}/file", "expected at least one token, found none"),
+        (
+            "generate --model {trained} --prompt-file {tmp}/file",
+            "--prompt-file: expected at least one token, found none",
+        ),
         ("generate --model {trained} --prompt 1 --top-p 0", "--top-p: expected a number above 0"),
         ("generate --model {trained} --prompt 1 --top-p 0.5", "--top-p: expected a temperature above 0"),
         ("generate --model {trained} --prompt 1 --temperature -1", "--temperature"),

@@ -76,7 +76,7 @@ def generate(
     With sampling: [bold]ovq generate --model DIR --prompt-file - --temperature 0.8 --top-p 0.95 <
     prompt.txt[/bold]
     """
-    text = _read_prompt(prompt, prompt_file)
+    text, flag = _read_prompt(prompt, prompt_file)
     check_generating_folder(model)
     if context is not None and not context.is_file():
         raise ValueError(f"--context: expected a file of ovq context build, found no file {context}")
@@ -107,13 +107,13 @@ def generate(
     tokenizer = load_tokenizer(model)
     if chat:
         check_chat_template(tokenizer, name="--chat")
-        text = chat_text([{"role": "user", "content": text}], tokenizer, name="--prompt")
+        text = chat_text([{"role": "user", "content": text}], tokenizer, name=flag)
     # A prompt after a document does not begin a text, so it gets no begin token. Chat templates add theirs.
     ids = encode(
         text,
         tokenizer,
         vocab_size=loaded.config.vocab_size,
-        name="--prompt",
+        name=flag,
         is_start=context is None and not chat,
     )
     document = None if context is None else load_context(context, loaded)
@@ -158,11 +158,12 @@ def generate(
     typer.echo(json.dumps(answer, indent=2))
 
 
-def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:
+def _read_prompt(prompt: str | None, prompt_file: str | None) -> tuple[str, str]:
+    """The prompt, and the option that gave it, for errors."""
     if prompt is not None and prompt_file is None:
-        return as_text(prompt, flag="--prompt")
+        return as_text(prompt, flag="--prompt"), "--prompt"
     if prompt is None and prompt_file is not None:
-        return read_text(prompt_file, flag="--prompt-file")
+        return read_text(prompt_file, flag="--prompt-file"), "--prompt-file"
     raise ValueError("expected one of --prompt and --prompt-file, found both or neither")
 
 
