@@ -4,9 +4,10 @@ The next prompt of a chat begins with all earlier messages, and many prompts beg
 state represents all tokens that a row has read, at constant size in models with a constant state. So recent
 states are kept by the tokens that they have read, and a prompt continues from its longest prefix with one.
 
-States are kept after prompts and answers. Where two prompts with a common beginning diverge, a state is kept
-when the second one is read, for the third and later ones. Every state is complete by itself, so the least
-recently used one is evicted: of a long chat, the last state is enough.
+States are kept after prompts and answers, but not after an answer that its text has ended, as a stop sequence
+does: its row may have read on. Where two prompts with a common beginning diverge, a state is kept when the
+second one is read, for the third and later ones. Every state is complete by itself, so the least recently
+used one is evicted: of a long chat, the last state is enough.
 """
 
 from __future__ import annotations
