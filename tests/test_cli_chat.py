@@ -18,6 +18,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from ovq import prompts
 from ovq.cli import chat, conversation, main
 from ovq.convert import attach
 from ovq.hf import streaming
@@ -340,7 +341,7 @@ def test_bad_input_costs_one_line(arguments, lines, message, capsys, folders, sa
         save(attach(llama(), **KEPT), names["strict"], "{{ raise_exception('no system') }}")
     if "{saved}" in arguments or "{other}" in arguments:
         if "{other}" in arguments:
-            monkeypatch.setattr(conversation, "json", types.SimpleNamespace(dumps=str, loads=json.loads))
+            monkeypatch.setattr(prompts, "json", types.SimpleNamespace(dumps=str, loads=json.loads))
         say(folders / "converted", "Hello", f"/save {names['other' if '{other}' in arguments else 'saved']}")
     text = "".join(f"{line.format(**names)}\n" for line in lines)
     monkeypatch.setattr(sys, "stdin", io.StringIO(text))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -114,3 +115,23 @@ def document_ids(
     shared = [same[0] for same in itertools.takewhile(lambda x: len({*x}) == 1, zip(*prompts, strict=False))]
     alone = encode(text, tokenizer, vocab_size=vocab_size, name=name)
     return (shared, messages) if len(shared) >= len(alone) else (alone, [])
+
+
+def note_of_chat(messages: list[dict[str, str]], tokens: list[int]) -> str:
+    """The note of a context that has read a chat: its messages, and the tokens read of them."""
+    return json.dumps({"messages": messages, "tokens": tokens}) if messages else ""
+
+
+def chat_of_note(note: str, *, num_tokens: int) -> tuple[list[dict[str, str]], list[int]]:
+    """The messages and tokens of `note_of_chat`; empty for a document. `num_tokens`: of the context."""
+    if not note:
+        return [], []
+    try:
+        found = json.loads(note)
+        messages = [{name: str(m[name]) for name in ("role", "content")} for m in found["messages"]]
+        tokens = [int(token) for token in found["tokens"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"expected a chat that was saved, found another note ({error!r})") from None
+    if len(tokens) > num_tokens:
+        raise ValueError(f"expected a chat of {num_tokens} tokens at most, found {len(tokens)}")
+    return messages, tokens

@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 
+import openai
 import torch
 import uvicorn
 
@@ -19,6 +20,8 @@ from ovq_lab.text import byte_tokenizer
 from tests.convert.common import converted
 from tests.hf.common import SIZES, left_padded, make_model
 
+# Clients to close after a test: left to the garbage collector, they would warn in whatever test comes later.
+CLIENTS: list[openai.OpenAI] = []
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 
 
@@ -120,3 +123,18 @@ def until(condition, seconds=30):
     while not condition():
         assert time.monotonic() < end, "it does not happen"
         time.sleep(0.005)
+
+
+def client_of(server, **options):
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, **options)
+    CLIENTS.append(client)
+    return client
+
+
+def complete(server, prompt, **options):
+    options = {"max_tokens": 12, "temperature": 0, **options}
+    return client_of(server).completions.create(model=server.service.name, prompt=prompt, **options)
+
+
+def answer_tokens(answer):
+    return [[int(word) for word in choice.text.split()] for choice in answer.choices]

@@ -5,7 +5,7 @@ import ssl
 
 import pytest
 
-from tests.serve.common import reading_service, running, text_service
+from tests.serve.common import CLIENTS, reading_service, running, text_service
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -28,3 +28,10 @@ def text():
     """A server of a model that reads text."""
     with running(text_service()) as server:
         yield server
+
+
+@pytest.fixture(autouse=True)
+def closing():
+    yield
+    while CLIENTS:
+        CLIENTS.pop().close()

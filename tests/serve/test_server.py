@@ -3,9 +3,7 @@
 import concurrent.futures
 import contextlib
 import functools
-import os
 import re
-import tempfile
 import time
 import urllib.parse
 
@@ -15,11 +13,13 @@ import pytest
 import torch
 
 from ovq import convert
-from ovq.hf import build_context, save_context
 from ovq.hf.streaming import stream_text
 from ovq.serve.limits import Limits
 from tests.hf.common import BASELINES, is_greedy, make_model, random_ids
 from tests.serve.common import (
+    answer_tokens,
+    client_of,
+    complete,
     converted_service,
     greedy,
     greedy_batch,
@@ -32,32 +32,6 @@ from tests.serve.common import (
 
 PROMPTS = [random_ids(1, n, seed=n)[0].tolist() for n in (1, 5, 9, 23)]
 DOCUMENT = random_ids(1, 61, seed=3)[0].tolist()
-
-
-CLIENTS = []
-
-
-@pytest.fixture(autouse=True)
-def closing():
-    """Connections that were left to the garbage collector would warn in whatever test comes later."""
-    yield
-    while CLIENTS:
-        CLIENTS.pop().close()
-
-
-def client_of(server, **options):
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, **options)
-    CLIENTS.append(client)
-    return client
-
-
-def complete(server, prompt, **options):
-    options = {"max_tokens": 12, "temperature": 0, **options}
-    return client_of(server).completions.create(model=server.service.name, prompt=prompt, **options)
-
-
-def answer_tokens(answer):
-    return [[int(word) for word in choice.text.split()] for choice in answer.choices]
 
 
 def test_the_models_that_there_are(ids):
@@ -258,83 +232,6 @@ def test_logprobs_of_completions(ids):
     with torch.no_grad():
         expected = ids.service.served.model(torch.tensor([PROMPTS[1]])).logits[0, -1].log_softmax(-1).max()
     assert found.logprobs.token_logprobs[0] == pytest.approx(float(expected), abs=1e-5)
-
-
-def test_contexts_are_built_uploaded_shared_and_forgotten(ids, tmp_path):
-    model, client = ids.service.served.model, client_of(ids)
-    save_context(build_context(model, DOCUMENT), tmp_path / "book.ctx")
-    built = client.post("/contexts", body={"name": "built", "token_ids": DOCUMENT}, cast_to=object)
-    words = " ".join(map(str, DOCUMENT))
-    client.post("/contexts", body={"name": "words", "text": words}, cast_to=object)
-    upload = {"params": {"name": "up"}, "headers": {"Content-Type": "application/octet-stream"}}
-    url = f"{ids.url}/v1/contexts"
-    uploaded = httpx.post(url, content=(tmp_path / "book.ctx").read_bytes(), **upload)
-    assert uploaded.status_code == 201
-    assert uploaded.json() == {**built, "id": "up", "created": uploaded.json()["created"]}
-    assert [entry["id"] for entry in httpx.get(url).json()["data"]] == ["built", "up", "words"]
-    assert httpx.get(f"{url}/up").json()["num_tokens"] == len(DOCUMENT)
-
-    asked = [(name, place) for name in ("built", "up", "words") for place in range(4)]
-    with concurrent.futures.ThreadPoolExecutor(12) as pool:
-        answers = list(pool.map(lambda a: complete(ids, PROMPTS[a[1]], extra_body={"context": a[0]}), asked))
-    for answer, (_, place) in zip(answers, asked, strict=True):
-        [tokens] = answer_tokens(answer)
-        assert len(tokens) == 12
-        assert is_greedy(model, torch.tensor([*DOCUMENT, *PROMPTS[place], *tokens]), 12)
-        assert answer.usage.context_tokens == len(DOCUMENT)
-        assert answer.usage.prompt_tokens == len(PROMPTS[place])
-
-    again = httpx.post(url, content=b"", **upload)
-    assert (again.status_code, again.json()["error"]["code"]) == (409, "context_exists")
-    # It goes on, although the name is given up meanwhile.
-    chunks = complete(ids, PROMPTS[0], stream=True, max_tokens=60, extra_body={"context": "up"})
-    next(chunks)
-    for name in ("up", "built", "words"):
-        assert httpx.delete(f"{url}/{name}").json() == {"id": name, "object": "context", "deleted": True}
-    assert sum(len(chunk.choices) for chunk in chunks) > 30
-    with pytest.raises(openai.NotFoundError, match=r"context: expected one of \[\], found 'up'"):
-        complete(ids, PROMPTS[0], extra_body={"context": "up"})
-    assert httpx.delete(f"{url}/up").status_code == 404
-
-
-def test_what_is_no_context_of_the_model_is_refused_and_leaves_nothing(ids, tmp_path):
-    url, headers = f"{ids.url}/v1/contexts", {"Content-Type": "application/octet-stream"}
-    save_context(build_context(make_model(1), DOCUMENT), tmp_path / "other.ctx")
-    other = (tmp_path / "other.ctx").read_bytes()
-    for content, expected in (
-        (other, "found one of other weights"),
-        (other[:-9], "damaged or foreign"),
-        (b"\x80\x04\x95 a pickle", "damaged or foreign"),
-        (b"", "damaged or foreign"),
-    ):
-        answer = httpx.post(url, params={"name": "bad"}, content=content, headers=headers)
-        message = answer.json()["error"]["message"]
-        assert answer.status_code == 400
-        assert message.startswith("context 'bad': expected a ")
-        assert expected in message
-        # Where uploads are kept meanwhile concerns nobody.
-        assert "/" not in message.replace("and/or", "")
-    for name in ("", "../../etc/passwd", "a/b", "/tmp/x", "a" * 65, ".hidden"):
-        assert httpx.post(url, params={"name": name}, content=other, headers=headers).status_code == 400
-        built = httpx.post(url, json={"name": name, "token_ids": [1]})
-        assert (built.status_code, built.json()["error"]["param"]) == (400, "name")
-    for body in ({"name": "x"}, {"name": "x", "text": "1", "token_ids": [1]}, {"name": "x", "token_ids": []}):
-        assert httpx.post(url, json=body).status_code == 400
-    assert httpx.get(url).json()["data"] == []
-    assert httpx.post(url, json={"name": "x", "token_ids": [1]}).status_code == 201
-    assert httpx.delete(f"{url}/x").status_code == 200
-
-
-def test_an_upload_removes_what_a_killed_server_has_left(ids, tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    left = tmp_path / "ovq-upload-left"
-    left.mkdir()
-    (left / "upload").write_bytes(b"much")
-    os.utime(left, (0, 0))
-    headers = {"Content-Type": "application/octet-stream"}
-    answer = httpx.post(f"{ids.url}/v1/contexts?name=a", content=b"no context", headers=headers)
-    assert answer.status_code == 400
-    assert not list(tmp_path.iterdir())
 
 
 def test_fields_that_change_nothing_are_taken(ids):

@@ -16,10 +16,10 @@ from rich.console import Console
 
 from ovq.cli import options
 from ovq.cli.common import as_text, check_file, check_model_path, out_console, read_text
-from ovq.cli.conversation import Conversation, note_of
+from ovq.cli.conversation import Conversation
 from ovq.cli.loading import check_generating_folder, load_any_model, load_tokenizer
 from ovq.cli.signals import interrupt_flag
-from ovq.prompts import check_chat_template, document_ids
+from ovq.prompts import check_chat_template, document_ids, note_of_chat
 
 if TYPE_CHECKING:
     from ovq.hf import Context
@@ -98,7 +98,7 @@ def chat(
         vocab_size = loaded.config.vocab_size
         ids, messages = document_ids(text, tokenizer, vocab_size=vocab_size, name="--document", system=system)
         read = _read(loaded, ids, f"read {document}")
-        conversation.continue_from(dataclasses.replace(read, note=note_of(messages, ids)))
+        conversation.continue_from(dataclasses.replace(read, note=note_of_chat(messages, ids)))
     if context is not None and conversation.load(context).note and system is not None:
         raise ValueError("--system: expected none with a saved chat, which has its own, found one")
     _Terminal(conversation, document).run()

@@ -12,9 +12,8 @@ import typer
 
 from ovq.cli import options
 from ovq.cli.common import check_file, check_model_path, print_table, read_text
-from ovq.cli.conversation import note_of
 from ovq.cli.loading import check_generating_folder, load_any_model, load_tokenizer
-from ovq.prompts import check_chat_template, document_ids, encode
+from ovq.prompts import check_chat_template, document_ids, encode, note_of_chat
 
 if TYPE_CHECKING:
     from ovq.hf import ContextInfo
@@ -77,7 +76,7 @@ def build(
     with Reporter() as reporter:
         work = reporter.start(f"read {text}", total=len(ids))
         context = build_context(loaded, ids, prefill_chunk_size=prefill_chunk_size, progress=work.update)
-    save_context(dataclasses.replace(context, note=note_of(messages, ids)), out)
+    save_context(dataclasses.replace(context, note=note_of_chat(messages, ids)), out)
     size = format_bytes(out.stat().st_size)
     typer.echo(f"Saved what the model remembers of {len(ids)} tokens in {out} ({size}).")
 

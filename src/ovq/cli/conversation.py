@@ -6,13 +6,12 @@ again.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ovq.prompts import chat_ids
+from ovq.prompts import chat_ids, chat_of_note, note_of_chat
 
 if TYPE_CHECKING:
     from ovq.hf import Context
@@ -79,7 +78,7 @@ class Conversation:
 
         ValueError if the context's note is not that of a chat.
         """
-        messages, tokens = _parse_note(context)
+        messages, tokens = chat_of_note(context.note, num_tokens=context.num_tokens)
         # After a document, the system message stays.
         self.messages = messages if context.note else [m for m in self.messages if m["role"] == "system"]
         self._tokens = tokens
@@ -103,7 +102,7 @@ class Conversation:
         # A state from which any next message can continue.
         ids = self._ids([*self.messages, {"role": "user", "content": "?"}])
         state = self._longest_state(ids)
-        return Context.of(self._model, state.cache, note=note_of(self.messages, ids[: state.num_tokens]))
+        return Context.of(self._model, state.cache, note=note_of_chat(self.messages, ids[: state.num_tokens]))
 
     def answer(self, text: str, is_stopped: Callable[[], bool] = lambda: False) -> Iterator[str]:
         """Generate the answer to a message, in pieces of text; then adds both to the messages.
@@ -176,23 +175,3 @@ class Conversation:
                 "other tokens"
             )
         return found[-1]
-
-
-def note_of(messages: list[dict[str, str]], tokens: list[int]) -> str:
-    """The note of the context of a chat: its messages, and the tokens read of them."""
-    return json.dumps({"messages": messages, "tokens": tokens}) if messages else ""
-
-
-def _parse_note(context: Context) -> tuple[list[dict[str, str]], list[int]]:
-    """The messages of a saved chat and the tokens read of them; empty for a document."""
-    if not context.note:
-        return [], []
-    try:
-        found = json.loads(context.note)
-        messages = [{name: str(m[name]) for name in ("role", "content")} for m in found["messages"]]
-        tokens = [int(token) for token in found["tokens"]]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"expected a chat that was saved, found another note ({error!r})") from None
-    if len(tokens) > context.num_tokens:
-        raise ValueError(f"expected a chat of {context.num_tokens} tokens at most, found {len(tokens)}")
-    return messages, tokens

@@ -15,6 +15,7 @@ from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
+from ovq.prompts import chat_of_note
 from ovq.runtime.files import TemporaryFolder
 from ovq.serve.answers import Answers, Usage, pieces
 from ovq.serve.bodies import parsed
@@ -154,8 +155,12 @@ class _Routes:
         fields = parsed(ChatRequest, await request.body())
         messages = [message.for_template(place) for place, message in enumerate(fields.messages)]
         tools = [tool.for_template for tool in fields.offered.values()]
-        ids = await asyncio.to_thread(self._service.texts.chat, messages, tools)
-        constraint = None
+        before, read = self._chat_before(fields.context)
+        ids = await asyncio.to_thread(self._service.texts.chat, [*before, *messages], tools)
+        if ids[: len(read)] != read or len(ids) == len(read):
+            message = "expected messages that go on from those of the context as it read them, found others"
+            raise bad_field("messages", message)
+        ids, constraint = ids[len(read) :], None
         if (grammar := fields.grammar) is not None:
             param = "tools" if tools else "response_format"
             constraint = await asyncio.to_thread(self._service.grammars.compiled, grammar, param=param)
@@ -167,6 +172,16 @@ class _Routes:
         return await self._generate(
             request, fields, [ids], max_tokens, form, constraint=constraint, make_calls=make_calls
         )
+
+    def _chat_before(self, name: str | None) -> tuple[list[dict[str, str]], list[int]]:
+        """The messages that a context has read as a chat, and their tokens; none of a document."""
+        if name is None:
+            return [], []
+        context = self._service.contexts.get(name)
+        try:
+            return chat_of_note(context.note, num_tokens=context.num_tokens)
+        except ValueError as error:
+            raise bad_request(f"context: {error}", param="context") from error
 
     async def contexts(self) -> Response:
         contexts = self._service.contexts
