@@ -6,8 +6,12 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from ovq_lab.eval.language import take_windows
+from ovq_lab.eval.reading import token_bytes
+from ovq_lab.tasks import TextTask
 from ovq_lab.text import TextSource, byte_tokenizer, corpus, load_corpus, split_of, train_tokenizer
 from ovq_lab.text.documents import Document
 from ovq_lab.train.text import HeldOutWindows
@@ -49,6 +53,20 @@ def test_every_document_is_whole_and_in_one_split(folder):
         assert loaded.num_tokens.tolist() == loaded.num_bytes.tolist()
     assert found == TEXTS
     assert texts(load_corpus(source_of(folder), "all")) == list(TEXTS.values())
+
+
+def test_ids_that_a_tokenizer_leaves_out_are_counted(folder, tmp_path):
+    """With fewer tokens than 2 ** 8 and ids beyond, tokens still need two bytes."""
+    words = {"<end>": 0} | {str(number): 300 + number for number in range(40)}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<end>")), eos_token="<end>"
+    )
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save_pretrained(tmp_path / "gaps")
+    assert TextTask(dataset=str(folder), tokenizer=str(tmp_path / "gaps")).vocab_size == 340
+    loaded = load_corpus(source_of(folder, tokenizer=str(tmp_path / "gaps")), "all")
+    assert [set(tokens.tolist()) for tokens in loaded] == [{300 + number} for number in range(40)]
+    assert token_bytes(tokenizer)[[0, 299, 300, 339]].tolist() == [0, 0, 2, 3]  # with a space each
 
 
 def test_volumes_are_joined_within_a_split(folder):

@@ -21,7 +21,7 @@ from ovq.cli.common import (
     read_text,
 )
 from ovq.cli.loading import is_converted as has_memory
-from ovq.cli.loading import load_tokenizer
+from ovq.cli.loading import load_any_config, load_tokenizer
 from ovq.cli.options import Json
 from ovq.prompts import encode
 from ovq_lab.bench import PARTS, check_chosen
@@ -200,7 +200,8 @@ def _pretrained_suite(
         raise ValueError(f"--model: expected a tokenizer in {model}, found none")
     from ovq_lab.bench.pretrained_suite import PretrainedSuite
 
-    ids = encode(read_text(str(text), flag="--text"), tokenizer, vocab_size=len(tokenizer), name="--text")
+    num_ids = load_any_config(model).vocab_size
+    ids = encode(read_text(str(text), flag="--text"), tokenizer, vocab_size=num_ids, name="--text")
     given = {name: value for name, value in peers.items() if value is not None}
     return PretrainedSuite(model=model, tokens=ids, lengths=lengths, **given)
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from ovq import byte_tokens
 from ovq.hf.cache import CACHE_KEY
 from ovq_lab.eval.models import new_cache
+from ovq_lab.text.tokenizers import num_token_ids
 
 PIECE_SIZE = 2048
 
@@ -112,12 +113,14 @@ def token_bytes(tokenizer: Any) -> np.ndarray:
     """
     from tokenizers.decoders import ByteLevel
 
-    names = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    num_ids = num_token_ids(tokenizer)
+    names = tokenizer.convert_ids_to_tokens(range(num_ids))
     special = set(tokenizer.all_special_ids)
-    plain = [i for i in range(len(names)) if i not in special]
+    # Ids that have been left out have no name.
+    plain = [i for i in range(num_ids) if i not in special and names[i] is not None]
     # Byte-level tokenizers write each byte as one character.
     is_byte_level = tokenizer.is_fast and isinstance(tokenizer.backend_tokenizer.decoder, ByteLevel)
-    lengths = np.zeros(len(names), dtype=np.int64)
+    lengths = np.zeros(num_ids, dtype=np.int64)
     for i in plain:
         lengths[i] = len(names[i] if is_byte_level else byte_tokens.token_bytes(tokenizer, i))
     return lengths

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from ovq_lab.text import TextSource, get_tokenizer
 from ovq_lab.text.haystack import VALUES
+from ovq_lab.text.tokenizers import num_token_ids
 
 SHORTEST_NEEDLE_TEXT = 288
 """Tokens of the shortest texts with needles: two needles and their repetitions, if tokens are bytes."""
@@ -68,7 +69,7 @@ class TextTask(TextSource):
         """Number of token ids; all ids are smaller."""
         if self.tokenizer == "bytes":
             return 257
-        return self.num_trained_tokens or len(get_tokenizer(self.tokenizer))
+        return self.num_trained_tokens or num_token_ids(get_tokenizer(self.tokenizer))
 
     def at_length(self, length: int) -> TextTask:
         """The same task: windows of any length can be cut from text.

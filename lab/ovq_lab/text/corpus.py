@@ -27,7 +27,13 @@ from ovq.runtime.progress import AnyReporter
 from ovq_lab.text.cache import cached_folder
 from ovq_lab.text.documents import Document, split_of
 from ovq_lab.text.source import ALL, TextSource, check_split, source_content, source_documents
-from ovq_lab.text.tokenizers import encode_bytes, is_byte_tokenizer, source_tokenizer, tokenizer_content
+from ovq_lab.text.tokenizers import (
+    encode_bytes,
+    is_byte_tokenizer,
+    num_token_ids,
+    source_tokenizer,
+    tokenizer_content,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -211,8 +217,8 @@ def _store(
 ) -> None:
     """Encode documents into an empty folder."""
     # The end-of-text token is never stored, so that bytes fit into uint8.
-    num_ids = len(tokenizer) - (tokenizer.eos_token_id == len(tokenizer) - 1)
-    dtype = np.min_scalar_type(num_ids - 1)
+    largest = num_token_ids(tokenizer) - 1
+    dtype = np.min_scalar_type(largest - (tokenizer.eos_token_id == largest))
     names, num_tokens, num_bytes, content = [], [], [], hashlib.sha256()
     with open(folder / _TOKENS_FILE, "wb") as file:
         remaining = iter(documents)

@@ -130,6 +130,17 @@ def _first_bytes(documents: Iterable[Document]) -> Iterator[Document]:
             return
 
 
+def num_token_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the largest token id. `len` counts tokens, which are fewer if ids have been left out, as
+    in tokenizers that have lost words or have their special tokens far behind the others.
+
+    Example:
+        >>> num_token_ids(byte_tokenizer())
+        257
+    """
+    return 1 + max(tokenizer.get_vocab().values())
+
+
 def is_byte_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a tokenizer is equivalent to `encode_bytes`.
 
