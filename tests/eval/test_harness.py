@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 
 import numpy as np
 import pytest
@@ -167,7 +168,7 @@ def test_without_the_package(model, folder, monkeypatch):
         measure(model, folder)
 
 
-def test_the_command_line(model, folder, results, capsys, tmp_path):
+def test_the_command_line(model, folder, results, capsys, tmp_path, monkeypatch):
     model.save_pretrained(tmp_path / "model")
     BYTES.save_pretrained(tmp_path / "model")
     arguments = ["eval", "harness", "--model", tmp_path / "model", "--include-path", folder]
@@ -180,6 +181,17 @@ def test_the_command_line(model, folder, results, capsys, tmp_path):
     table = results_as_markdown(tmp_path / "harness.json", model=tmp_path / "model")
     [line] = [line for line in table.splitlines() if "local_choice" in line]
     assert float(line.split("|")[7]) == pytest.approx(found["local_choice"]["acc,none"], abs=1e-4)
+    diverged = copy.deepcopy(results[1])
+    diverged["results"]["local_choice"] |= {"acc,none": math.nan, "acc_stderr,none": np.float32("nan")}
+    diverged["results"]["local_likelihood"] |= {"acc,none": np.float32(0.25)}
+    with monkeypatch.context() as patched:
+        patched.setattr("ovq_lab.eval.harness.evaluate_tasks", lambda *_, **__: diverged)
+        said = run(capsys, *arguments, "--json", "--out", tmp_path)
+    for text in (said, (tmp_path / "harness.json").read_text()):
+        found = json.loads(text, parse_constant=pytest.fail)
+        assert found.get("results", found)["local_choice"]["acc_stderr,none"] is None
+        assert found.get("results", found)["local_likelihood"]["acc,none"] == 0.25
+    assert "|   NaN|" in results_as_markdown(tmp_path / "harness.json", model=tmp_path / "model")
     few = run(capsys, *arguments[:-1], 1)
     assert "local_choice" in few
     assert "acc" in few

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -13,7 +12,7 @@ import typer
 from ovq.cli import options
 from ovq.cli.common import check_folder, parse_ints
 from ovq.cli.loading import check_any_model_folder, load_any_model
-from ovq_lab.cli.results import text_tokenizer
+from ovq_lab.cli.results import as_json, text_tokenizer
 
 
 def harness(
@@ -68,15 +67,14 @@ def harness(
             include_path=include_path,
             metadata=metadata,
         )
+    from lm_eval.utils import handle_non_serializable, make_table
+
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         # The results of the harness contain functions and NumPy numbers.
-        about = {"model": str(model)} | results
-        write_atomic(out / "harness.json", json.dumps(about, indent=2, default=str) + "\n")
+        saved = as_json({"model": str(model)} | results, handle_non_serializable)
+        write_atomic(out / "harness.json", saved + "\n")
     if json_:
-        typer.echo(json.dumps(results["results"], indent=2, default=float))
+        typer.echo(as_json(results["results"], handle_non_serializable))
         return
-
-    from lm_eval.utils import make_table
-
     typer.echo(make_table(results))

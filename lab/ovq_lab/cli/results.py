@@ -23,9 +23,13 @@ Models = Annotated[
 PieceSize = Annotated[int, typer.Option(min=1, help="Tokens read at a time; fewer need less memory.")]
 
 
-def as_json(content: Any) -> str:
-    """Indented JSON; null in place of NaN and infinity, which JSON lacks: losses of a model that diverged."""
-    return json.dumps(json.loads(json.dumps(content), parse_constant=lambda name: None), indent=2)
+def as_json(content: Any, default: Callable[[Any], Any] | None = None) -> str:
+    """Indented JSON; null in place of NaN and infinity, which JSON lacks: losses of a model that diverged.
+
+    Objects that JSON cannot hold are those that `default` gives for them.
+    """
+    text = json.dumps(content, default=default)
+    return json.dumps(json.loads(text, parse_constant=lambda name: None), indent=2)
 
 
 def show_results(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
@@ -97,7 +98,11 @@ def _harness(about: Mapping[str, Any]) -> str:
         raise ValueError(
             "results of the harness: expected the package lm-eval, found none; pip install './lab[harness]'"
         ) from error
-    table: str = make_table(about)
+    results = {
+        task: {name: math.nan if value is None else value for name, value in found.items()}
+        for task, found in about["results"].items()
+    }
+    table: str = make_table({**about, "results": results})
     return "Tasks of the lm-evaluation-harness (`ovq eval harness`):\n\n" + table.strip()
 
 
