@@ -473,9 +473,8 @@ def test_a_terminal_without_a_size_shows_something():
 
 def test_the_demonstration_ends_with_the_next_command(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("ovq_lab.figures.demo.run_demo", lambda *_, **__: None)
-    for found, program in (("/bin/ovq", "ovq"), (None, ".venv/bin/ovq")):
+    for found, program in (("/bin/ovq", "ovq"), (None, f"{sys.executable} -m ovq")):
         monkeypatch.setattr("shutil.which", lambda _, found=found: found)
-        monkeypatch.setattr("sys.argv", [".venv/bin/ovq"])
         said = run(capsys, "demo", "--out", tmp_path)
         # It is one that there is: its options are read, and only the model is missing.
         command = said.split(f"{program} eval ")[1]
