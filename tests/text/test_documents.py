@@ -7,6 +7,7 @@ import datasets
 import pytest
 
 from ovq_lab.text import Document, read_documents, split_of, train_tokenizer
+from ovq_lab.text.readers import public_name
 
 
 @pytest.fixture
@@ -44,6 +45,18 @@ def test_a_byte_order_mark_is_no_part_of_a_document(tmp_path):
     for name, text in (("a.txt", "one\r\n"), ("b.jsonl", '{"text": "two"}')):
         (tmp_path / name).write_bytes(text.encode("utf-8-sig"))
     assert [document.text for document in read_documents(str(tmp_path))] == ["one\r\n", "two"]
+
+
+def test_a_home_folder_is_found(library, monkeypatch):
+    """Shells leave the `~` in `--set task.dataset=~/books` as it is."""
+    monkeypatch.setenv("HOME", str(library.parent))
+    assert list(read_documents("~/library+~/library/b")) == [
+        *read_documents(str(library)),
+        *read_documents(str(library / "b")),
+    ]
+    assert public_name("~/library") == "library"
+    with pytest.raises(ValueError, match=f"found nothing at {library.parent}/nowhere"):
+        list(read_documents("~/nowhere"))
 
 
 def test_several_corpora_are_read_one_after_the_other(library):

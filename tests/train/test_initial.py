@@ -232,10 +232,14 @@ def test_on_the_command_line(first, tmp_path, capsys, monkeypatch):
     config = make_config(learning_rate=1e-30)
     (tmp_path / "config.json").write_text(config.to_json())
     monkeypatch.chdir(first.parent)
+    monkeypatch.setenv("HOME", str(first.parent))
+    arguments = ["train", tmp_path / "config.json", "--out", tmp_path / "set"]
+    run(capsys, *arguments, "--set", f"train.init_from=~/{first.name}")
     arguments = ["train", tmp_path / "config.json", "--out", tmp_path / "run", "--init-from"]
     run(capsys, *arguments, first.name)
     # A run can be resumed from any folder.
-    assert RunConfig.load(tmp_path / "run").train.init_from == str(first)
+    for name in ("set", "run"):
+        assert RunConfig.load(tmp_path / name).train.init_from == str(first)
     ours, theirs = (OVQForCausalLM.from_pretrained(path).state_dict() for path in (tmp_path / "run", first))
     assert equal(ours, theirs)
     assert fail(capsys, "train", "--resume", "--out", tmp_path / "run", "--init-from", first).startswith(

@@ -82,6 +82,7 @@ def train(
         raise ValueError("expected a recipe, or --resume, found neither; see ovq train --help")
 
     # These imports are light: a misspelt field is reported before PyTorch is imported.
+    from ovq_lab.text.readers import local_path
     from ovq_lab.train.recipe_file import ENDINGS, load_recipe
     from ovq_lab.train.recipes import get_recipe
 
@@ -91,10 +92,11 @@ def train(
         if task is not None:
             config = dataclasses.replace(config, task=_own_task(task))
         config = config.override(set_)
-        if init_from is not None:
+        source = config.train.init_from if init_from is None else init_from
+        if source is not None and (path := local_path(source)).exists():
             # A run may be resumed from elsewhere.
-            source = str(Path(init_from).resolve()) if Path(init_from).exists() else init_from
-            config = dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=source))
+            source = str(path.resolve())
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=source))
         out = out or Path("runs") / Path(recipe).stem
     assert out is not None
     check_folder("--out", out)

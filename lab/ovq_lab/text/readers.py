@@ -16,6 +16,7 @@ import glob
 import hashlib
 import importlib.metadata
 import json
+import os
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -135,11 +136,11 @@ def find_readers(dataset: str, *, text_field: str, subset: str | None, hub_split
             raise ValueError(f"dataset: expected names with + between them, found {dataset!r}")
         if part in INSTALLED:
             readers.append(INSTALLED[part](subset))
-        elif Path(part).exists():
-            readers.append(_local(Path(part), text_field))
-        elif Path(part).is_absolute() or part.startswith(".") or part.lower().endswith(("/", _PLAIN, *_ROWS)):
+        elif (path := local_path(part)).exists():
+            readers.append(_local(path, text_field))
+        elif path.is_absolute() or part[0] in ".~" or part.lower().endswith(("/", _PLAIN, *_ROWS)):
             # A run may be evaluated in another folder than that of its training.
-            raise ValueError(f"dataset: expected a file or folder, found nothing at {Path(part).absolute()}")
+            raise ValueError(f"dataset: expected a file or folder, found nothing at {path.absolute()}")
         else:
             readers.append(HubReader(dataset=part, subset=subset, hub_split=hub_split, text_field=text_field))
     return readers
@@ -147,14 +148,22 @@ def find_readers(dataset: str, *, text_field: str, subset: str | None, hub_split
 
 def parts_of(dataset: str) -> list[str]:
     """The names joined by `+` in a data set's name; an existing path is one name even if it contains `+`."""
-    return [dataset] if Path(dataset).exists() else dataset.split("+")
+    return [dataset] if local_path(dataset).exists() else dataset.split("+")
+
+
+def local_path(name: str) -> Path:
+    """The path that a name of a data set, a tokenizer or a model would have on this machine.
+
+    Shells leave the `~` in `--set task.dataset=~/books` as it is, and none reads recipe files.
+    """
+    return Path(os.path.expanduser(name))
 
 
 def public_name(source: str) -> str:
     """The name of a part of a data set for others: the last part of a local path, which means nothing to
     them; other names as they are.
     """
-    path = Path(source)
+    path = local_path(source)
     return path.resolve().name if path.is_absolute() or path.exists() else source
 
 

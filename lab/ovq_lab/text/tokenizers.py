@@ -17,6 +17,7 @@ import numpy as np
 from ovq.byte_tokens import byte_tokenizer, byte_vocabulary, wrapped
 from ovq_lab.text.cache import cached_folder
 from ovq_lab.text.documents import Document, split_of
+from ovq_lab.text.readers import local_path
 from ovq_lab.text.source import TextSource, source_content, source_documents
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def get_tokenizer(name: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(str(local_path(name)))
     except (OSError, ValueError) as error:
         raise ValueError(
             "tokenizer: expected bytes, bpe:N, the folder of a saved tokenizer, or one that the hub has and "
