@@ -1,6 +1,7 @@
 """The model card of a run: what it says of the training, and which cards it leaves alone."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -61,10 +62,19 @@ def test_the_command_writes_a_card_with_a_picture(capsys, tmp_path):
     # Saved again from Python, the model keeps what only the run knew.
     model.save_pretrained(out)
     assert "## Training" in card_of(out).text
-    # A run that was stopped before its card was written gets it when it is resumed.
-    (out / CARD_FILE).unlink()
-    run(capsys, "train", "--resume", "--out", out)
-    assert card_of(out).text == card.text
+    # A run that was stopped before its card was written, or before that of its model was replaced, gets it
+    # when it is resumed.
+    for stops_before in ("the model", "the run"):
+        (out / CARD_FILE).unlink()
+        if stops_before == "the run":
+            model.save_pretrained(out)
+            # Most runs have none.
+            for checkpoint in out.glob("checkpoint-*"):
+                shutil.rmtree(checkpoint)
+        (out / "loss.png").unlink()
+        run(capsys, "train", "--resume", "--out", out)
+        assert card_of(out).text == card.text
+        assert (out / "loss.png").is_file()
     # One that has ended is left as it is.
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     said = run(capsys, "train", "--resume", "--out", out)

@@ -20,7 +20,7 @@ from transformers.utils import CONFIG_NAME
 from transformers.utils.logging import disable_progress_bar
 
 from ovq.hf import OVQConfig, OVQForCausalLM
-from ovq.hf.card import CARD_FILE
+from ovq.hf.card import CARD_FILE, is_untouched
 from ovq.hf.equal_sizes import equal_sizes
 from ovq.layers.registry import fields_of_mixers
 from ovq.ops.ablation import with_ablation
@@ -139,19 +139,21 @@ def resume(out: Path, *, reporter: AnyReporter, label: str = "train") -> OVQForC
     run would have; reports newer checkpoints that it skips.
 
     A run that was interrupted before its first checkpoint was complete starts again from its configuration,
-    and says so.
+    and says so. The model of one that has done all its steps is loaded.
 
     Returns:
         The trained model, in evaluation mode; with `train.sharding`, this process's part of it.
 
     Raises:
-        ValueError: If the folder holds no run, a finished run without checkpoints, or only damaged
+        ValueError: If the folder holds no run, a model without its card or checkpoints, or only damaged
             checkpoints, or another process is using it.
         OSError: If the folder cannot be written.
     """
     config = RunConfig.load(out)
     say = reporter.say if is_first_process() else lambda _: None
     with _alone(out):
+        if _is_trained(out):
+            return OVQForCausalLM.from_pretrained(out).eval()
         checkpoint = newest_checkpoint(out, say)
         if checkpoint is None:
             _check_can_start_again(out)
@@ -161,6 +163,15 @@ def resume(out: Path, *, reporter: AnyReporter, label: str = "train") -> OVQForC
 
 def has_ended(out: Path) -> bool:
     """Whether the run in a folder has done all its steps and saved its model and, last, its card."""
+    if not _is_trained(out):
+        return False
+    text = (out / CARD_FILE).read_text(encoding="utf-8", errors="replace")
+    # The card that is saved with the model knows nothing of the run.
+    return "\n## Training\n" in text or not is_untouched(text)
+
+
+def _is_trained(out: Path) -> bool:
+    """Whether the run in a folder has done all its steps and saved its model."""
     config, state = RunConfig.load(out), out / TRAINER_STATE_NAME
     is_saved = state.is_file() and (out / CARD_FILE).is_file()
     # The configuration may have been extended to more steps since.
