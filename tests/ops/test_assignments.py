@@ -237,7 +237,7 @@ def test_what_does_not_fit_is_refused(change, message):
         slot_assignments(**options)
 
 
-@pytest.mark.parametrize("place", [{"slot": -1}, {"slot": 4}, {"head": 1}, {"row": -1}])
+@pytest.mark.parametrize("place", [{"slot": -1}, {"slot": "a"}, {"slot": 4}, {"head": 1}, {"row": -1}])
 def test_members_of_what_there_is_not(place):
     x = torch.zeros(1, 4, 1, 3)
     found = slot_assignments(x, x, num_slots=4, chunk_size=2)

@@ -50,6 +50,10 @@ NESTED = torch.nested.nested_tensor(list(zeros(2, 10, 2, 5)), layout=torch.jagge
         ({"q": zeros(2, 10, 4, 6).to("meta")}, "q: expected a dense tensor with data, found .* on meta"),
         ({"v": NESTED}, "v: expected a dense tensor with data, found a nested one"),
         ({"k": zeros(2, 10, 0, 6), "v": zeros(2, 10, 0, 5)}, "k: expected at least one head"),
+        ({"scale": torch.ones(4).to_sparse()}, "scale: expected a dense tensor .* found torch.sparse_coo"),
+        ({"attention_mask": torch.ones(2, 10).to_sparse()}, "attention_mask: expected a dense tensor"),
+        ({"attention_mask": torch.ones(2, 10).to("meta")}, "attention_mask: .* with data, found .* on meta"),
+        ({"token_weights": zeros(2, 10, 2).to("meta")}, "token_weights: .* with data, found .* on meta"),
         ({"num_slots": 0}, "num_slots: expected an integer of at least 1, found 0"),
         ({"num_slots": 2.5}, "num_slots: .* found 2.5"),
         ({"chunk_size": -1}, "chunk_size: expected an integer of at least 1, found -1"),
@@ -116,6 +120,8 @@ def test_bad_cu_seqlens(bounds, expected):
     q, k, v = inputs(1, 10)
     with pytest.raises(ValueError, match=expected):
         ovq_attention(q, k, v, cu_seqlens=torch.tensor(bounds), **OPTIONS)
+    with pytest.raises(ValueError, match="cu_seqlens: expected a dense tensor with data"):
+        ovq_attention(q, k, v, cu_seqlens=torch.tensor([0, 10], device="meta"), **OPTIONS)
 
 
 def test_mask_and_cu_seqlens_together():
@@ -284,6 +290,9 @@ def test_state_methods_refuse_bad_indices():
         state.to(torch.float16)
     with pytest.raises(ValueError, match="device: expected a device, found 'graphics'"):
         state.to("graphics")
+    # No machine has as many.
+    with pytest.raises(ValueError, match=r"device: expected one that can be used here, found 'cuda:99': \w"):
+        state.to("cuda:99")
     for rows in ("first", None, [[0], [1, 0]]):
         with pytest.raises(ValueError, match="rows: expected integer indices or a boolean mask, found"):
             state.select(rows)

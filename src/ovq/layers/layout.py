@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ovq.ops.call import RowBounds
-from ovq.ops.checks import checked_mask, masked_bounds, row_bounds
+from ovq.ops.checks import check_dense, checked_mask, masked_bounds, row_bounds
 from ovq.ops.splits import alike
 
 
@@ -312,6 +312,7 @@ def _masked_layout(mask: Tensor, batch_size: int, num_past: int, num_new: int) -
         # A compiled graph must serve any mask, so it assumes padding.
         bounds, real = RowBounds(row_bounds(mask, None, batch_size, num_past, num_new)), mask.bool()
         return SequenceLayout(**columns, mask=real, new_mask=real[:, num_past:], bounds=bounds)
+    check_dense("attention_mask", mask)
     if mask.device.type == "cpu" and bool((mask == 1).all()):
         # Fast path for masks of ones, which grow with every decode step: one pass over the mask.
         return SequenceLayout(**columns)

@@ -95,8 +95,8 @@ class SlotAssignments:
         num_rows, num_heads, _ = self.state.count.shape
         most = {"slot": self.state.num_slots, "head": num_heads, "row": num_rows}
         for (name, num), found in zip(most.items(), (slot, head, row), strict=True):
-            if not 0 <= found < num:
-                raise ValueError(f"{name}: expected 0 to {num - 1}, found {found}")
+            if found not in range(num):
+                raise ValueError(f"{name}: expected 0 to {num - 1}, found {found!r}")
         is_member = (self.slots[:, head] == slot) & (self.row == row)
         return self.position[is_member]
 

@@ -52,9 +52,7 @@ def _check_tensors(**tensors: Tensor) -> None:
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
             raise ValueError(f"{name}: expected a tensor, found {type(x).__name__}")
-        if x.layout != torch.strided or x.is_nested or x.device.type == "meta":
-            found = "a nested one" if x.is_nested else f"{x.layout} on {x.device}"
-            raise ValueError(f"{name}: expected a dense tensor with data, found {found}")
+        check_dense(name, x)
         if x.dim() != 4:
             raise ValueError(f"{name}: expected 4 dimensions [B, T, heads, dim], found {tuple(x.shape)}")
         if x.dtype not in DTYPES:
@@ -65,6 +63,13 @@ def _check_tensors(**tensors: Tensor) -> None:
             raise ValueError(f"{name}: expected {expected}, found {x.dtype} on {x.device}")
         if min(x.shape[2:]) < 1:
             raise ValueError(f"{name}: expected at least one head and one dimension, found {tuple(x.shape)}")
+
+
+def check_dense(name: str, x: Tensor) -> None:
+    """Raise ValueError, naming the tensor, unless it is a dense one with data."""
+    if x.layout != torch.strided or x.is_nested or x.device.type == "meta":
+        found = "a nested one" if x.is_nested else f"{x.layout} on {x.device}"
+        raise ValueError(f"{name}: expected a dense tensor with data, found {found}")
 
 
 def checked_scale(scale: float | Tensor | None, q: Tensor) -> Tensor:
@@ -79,6 +84,7 @@ def checked_scale(scale: float | Tensor | None, q: Tensor) -> Tensor:
             )
         if not scale.is_floating_point():
             raise ValueError(f"scale: expected a floating dtype, found {scale.dtype}")
+        check_dense("scale", scale)
         return scale.to(q.device, wide)
     is_number = isinstance(scale, (int, float)) and not isinstance(scale, bool) and is_finite(scale)
     if not is_number or abs(scale) > torch.finfo(wide).max:
@@ -187,6 +193,7 @@ def _checked_numbers(name: str, x: Tensor, k: Tensor, rows: Rows, dtype: torch.d
         raise ValueError(f"{name}: expected a tensor {list(shape)} as k has, found {found}")
     if not x.is_floating_point():
         raise ValueError(f"{name}: expected a floating dtype, found {x.dtype}")
+    check_dense(name, x)
     x = x.to(k.device, dtype)
     is_wrong = ~is_right(x.detach())
     if not bool(is_wrong.any()):
@@ -245,6 +252,7 @@ def found_bounds(
     if not is_tensor or list(attention_mask.shape) != expected:
         found = tuple(attention_mask.shape) if is_tensor else type(attention_mask).__name__
         raise ValueError(f"attention_mask: expected a tensor {expected} of 0 and 1, found {found}")
+    check_dense("attention_mask", attention_mask)
     return masked_bounds(checked_mask(attention_mask)[:, num_past:])
 
 
@@ -270,6 +278,7 @@ def packed_bounds(batch: int, length: int, cu_seqlens: Tensor) -> Tensor:
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
         found = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
         raise ValueError(f"cu_seqlens: expected an int32 or int64 tensor, found {found}")
+    check_dense("cu_seqlens", cu_seqlens)
     if batch != 1:
         raise ValueError(f"cu_seqlens: expected packed rows in a batch of 1, found a batch of {batch}")
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:

@@ -9,11 +9,18 @@ from torch import Tensor
 
 
 def checked_device(device: torch.device | str) -> torch.device:
-    """`device` as a `torch.device`; ValueError if it is none."""
+    """`device` as a `torch.device`; ValueError if it is none, or cannot be used here."""
     try:
-        return torch.device(device)
+        found = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"device: expected a device, found {device!r}") from error
+    try:
+        torch.empty(0, device=found)
+    except (AssertionError, RuntimeError, NotImplementedError) as error:
+        # PyTorch asserts that it was built for CUDA.
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"device: expected one that can be used here, found {device!r}: {reason}") from error
+    return found
 
 
 def checked_rows(rows: Tensor | Sequence[int], num_rows: int) -> Tensor:
