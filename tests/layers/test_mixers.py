@@ -398,14 +398,16 @@ def test_a_cache_of_another_mixer_is_refused(x):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_heads": 0}, "found num_heads=0"),
+        ({"num_heads": 0}, "num_heads: expected an integer of at least 1, found 0"),
+        ({"num_heads": HIDDEN / 4}, r"num_heads: expected an integer of at least 1, found 6\.0"),
         ({"num_heads": 5}, "divide hidden_size .* found hidden_size=24, num_heads=5"),
-        ({"num_heads": 2, "head_dim": 0}, "head_dim=0"),
+        ({"num_heads": 2, "head_dim": 0}, "head_dim: expected an integer of at least 1, found 0"),
+        ({"num_heads": 2, "head_dim": 6.0}, r"head_dim: expected an integer of at least 1, found 6\.0"),
         ({"num_heads": 2, "head_dim": 3, "use_rope": True}, "even head_dim .* found 3|no rotary embedding"),
         ({"num_heads": 2, "conv_size": 1}, "conv_size .* found 1"),
         ({"num_heads": 2, "conv_size": -1}, "conv_size .* found -1"),
         ({"num_heads": 2, "conv_size": 2.5}, r"conv_size .* found 2\.5"),
-        ({"num_heads": 2, "layer_idx": -1}, "layer_idx of at least 0, found -1"),
+        ({"num_heads": 2, "layer_idx": -1}, "layer_idx: expected an integer of at least 0, found -1"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(cls, arguments, message):

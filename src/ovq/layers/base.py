@@ -23,6 +23,7 @@ from ovq.layers.memory import Memory, check_num_seen, num_bytes
 from ovq.layers.products import Linear
 from ovq.layers.sizes import check_conv_size, check_rotary, checked_head_dim
 from ovq.ops.backends.cpu.layer import TokenMemory
+from ovq.ops.options import check_sizes
 from ovq.ops.parts import StateSpec, check_tensors, of_rows
 
 # Models hand what they are called with to their layers, and layers have no use for these.
@@ -82,8 +83,8 @@ class Mixer(nn.Module, ABC):
                 f"expected use_rope=False, found True: {type(self).__name__} has no rotary embedding"
             )
         check_conv_size(conv_size)
-        if layer_idx is not None and layer_idx < 0:
-            raise ValueError(f"expected layer_idx of at least 0, found {layer_idx}")
+        if layer_idx is not None:
+            check_sizes(0, layer_idx=layer_idx)
         super().__init__()
         # Not asked of the projections, as an adapter in their place need not say them.
         self.hidden_size, self.num_channels = hidden_size, num_channels

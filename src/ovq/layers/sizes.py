@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from ovq.ops.options import check_sizes
+
 
 def checked_head_dim(hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int | None) -> int:
     """The head size, by default `hidden_size / num_heads`. Raises ValueError if sizes are inconsistent."""
-    if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
+    check_sizes(1, hidden_size=hidden_size, num_heads=num_heads, num_kv_heads=num_kv_heads)
+    if num_heads % num_kv_heads:
         raise ValueError(
             "expected num_kv_heads to divide num_heads, "
             f"found num_heads={num_heads}, num_kv_heads={num_kv_heads}"
@@ -18,10 +21,7 @@ def checked_head_dim(hidden_size: int, num_heads: int, num_kv_heads: int, head_d
             f"found hidden_size={hidden_size}, num_heads={num_heads}"
         )
     head_dim = hidden_size // num_heads if head_dim is None else head_dim
-    if hidden_size < 1 or head_dim < 1:
-        raise ValueError(
-            f"expected sizes of at least 1, found hidden_size={hidden_size}, head_dim={head_dim}"
-        )
+    check_sizes(1, head_dim=head_dim)
     return head_dim
 
 
