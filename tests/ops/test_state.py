@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ovq.ops import OVQState
+from ovq.ops.state import state_tensors
 from tests.disks import full_disk
 from tests.ops.common import VARIANTS, assert_same_state, attend, either_rule, inputs
 from tests.ops.recount import linked, recount, recount_by_edges
@@ -153,6 +154,8 @@ def test_rows_picked_at_every_step_are_not_copied_again():
     picked = prefilled(4, 10).reorder(torch.tensor([1, 1, 0, 3]))
     _, after = attend(*token(0), initial_state=picked, **OPTIONS)
     assert after.pending_keys.data_ptr() == picked.pending_keys.data_ptr()
+    # What is saved does not contain the token that another continuation has written behind them.
+    assert state_tensors(picked)["pending_keys"][:, :, 2:].eq(0).all()
 
 
 def test_a_state_of_inference_mode_goes_on_outside_of_it():
