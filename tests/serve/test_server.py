@@ -60,7 +60,8 @@ def test_a_model_is_found_by_the_name_it_is_listed_under(name):
     with running(service) as server:
         client = client_of(server)
         (listed,) = client.models.list()
-        assert client.models.retrieve(listed.id) == listed
+        assert listed.id == name
+        # By hand, as older clients quote nothing.
         for safe in ("/", ""):
             quoted = urllib.parse.quote(name, safe=safe)
             assert httpx.get(f"{server.url}/v1/models/{quoted}").json()["id"] == name

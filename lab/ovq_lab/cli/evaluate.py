@@ -16,7 +16,9 @@ from ovq.fields import LARGEST_SEED
 from ovq_lab.cli import dictionaries, eval_harness, eval_lm, eval_needle
 from ovq_lab.cli.results import as_json
 
-app = typer.Typer(invoke_without_command=True, subcommand_metavar="[lm|needle|harness]")
+app = typer.Typer(
+    invoke_without_command=True, subcommand_metavar="[lm|needle|harness]", rich_markup_mode="rich"
+)
 app.command("lm")(eval_lm.language)
 app.command("needle")(eval_needle.needle)
 app.command("harness")(eval_harness.harness)

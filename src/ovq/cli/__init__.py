@@ -109,7 +109,8 @@ def _commands_of(group: Any) -> Iterator[Any]:
 
 def _laboratory() -> typer.Typer:
     """The commands of the laboratory. If it is not installed, each fails with one line that says so."""
-    commands = typer.Typer()
+    # By itself, typer 0.19 shows markup as it is.
+    commands = typer.Typer(rich_markup_mode="rich")
     for name, path in LABORATORY["command"].items():
         if not has_laboratory():
             settings = {"allow_extra_args": True, "ignore_unknown_options": True}

@@ -43,8 +43,8 @@ def layer_memory(
         >>> memory = layer_memory(calls[0], layer=0, num_reads=4)
         >>> memory.slots.shape, memory.entries.shape, memory.num_chunks(0)
         ((2, 20), (2, 20, 4), 2)
-        >>> bool(np.allclose(memory.shares.sum(-1), 1)), memory.final_slots[0, -1]
-        (True, np.int32(-1))
+        >>> bool(np.allclose(memory.shares.sum(-1), 1)), int(memory.final_slots[0, -1])
+        (True, -1)
     """
     options = dict(call.options)
     if call.k.shape[0] != 1:
