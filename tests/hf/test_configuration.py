@@ -229,3 +229,14 @@ def test_fields_that_were_set_are_checked_before_a_model_is_made(tmp_path, field
         setattr(config, name, value)
     with pytest.raises(ValueError, match=expected):
         OVQModel(config)
+
+
+@pytest.mark.parametrize("make", [OVQModel, OVQForCausalLM])
+def test_models_made_from_one_config_change_each_by_itself(make):
+    config = make_config()
+    before, model, other = config.to_dict(), make(config), make(config)
+    model.set_num_slots(20)
+    # Of a model and its backbone, each may be told.
+    model.base_model.ask_as_recommended(logn_length=256)
+    assert (model.config.merge, model.base_model.config.num_slots) == ("nearest", 20)
+    assert config.to_dict() == other.config.to_dict() == before

@@ -489,14 +489,3 @@ def test_one_convolution_class_for_every_mixer(changes):
     assert len(convolutions) == len(changes["mixer_types"])
     without = make_model(**changes | {"conv_size": 0})
     assert not [m for m in without.modules() if isinstance(m, ShortConvolution)]
-
-
-@pytest.mark.parametrize("make", [OVQModel, OVQForCausalLM])
-def test_models_made_from_one_config_change_each_by_itself(make):
-    config = make_config()
-    before, model, other = config.to_dict(), make(config), make(config)
-    model.set_num_slots(20)
-    # Of a model and its backbone, each may be told.
-    model.base_model.ask_as_recommended(logn_length=256)
-    assert (model.config.merge, model.base_model.config.num_slots) == ("nearest", 20)
-    assert config.to_dict() == other.config.to_dict() == before
