@@ -357,7 +357,8 @@ def test_the_python_of_the_readme_runs():
 
 
 def test_the_readme_is_short():
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len([line for line in lines if not line.startswith("<img ")]) < 120
 
 
 def test_the_changelog_names_the_version():
