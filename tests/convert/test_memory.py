@@ -181,7 +181,7 @@ def test_gradients_need_slots_in_float32():
         memory.attend(q.requires_grad_(), k, v, [90, 90])
 
 
-@pytest.mark.parametrize("padding", [0, 5])
+@pytest.mark.parametrize("padding", [pytest.param(0, marks=pytest.mark.slow), 5])
 @pytest.mark.parametrize("trained_length", [None, 64])
 def test_the_cost_of_gradients_is_linear_in_tokens(padding, trained_length):
     sizes = {"num_layers": 1, "num_kv_heads": 1, "num_slots": 8, "window": 16, "chunk_size": 8}

@@ -66,9 +66,10 @@ def empty(state_dtype, dtype):
 @pytest.mark.parametrize(
     ("dtype", "has_weights", "rate"),
     [
-        (torch.float32, False, 0.0),
+        # The last one has all parts, and the second other sums.
+        pytest.param(torch.float32, False, 0.0, marks=pytest.mark.slow),
         (torch.bfloat16, False, 0.0),
-        (torch.float32, True, 0.0),
+        pytest.param(torch.float32, True, 0.0, marks=pytest.mark.slow),
         (torch.float32, True, 0.3),
     ],
 )
@@ -95,6 +96,7 @@ def test_states_are_those_of_naive_however_a_text_is_split(merge, state_dtype, d
         torch.testing.assert_close(o, reference, atol=4e-2 if dtype == torch.bfloat16 else 2e-5, rtol=0)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_chunks_of_one_token_with_forgetting():
     """Each is a decode step whose state another format has been chosen for already."""
