@@ -473,8 +473,14 @@ def test_a_terminal_without_a_size_shows_something():
 
 def test_the_demonstration_ends_with_the_next_command(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("ovq_lab.figures.demo.run_demo", lambda *_, **__: None)
-    for found, program in (("/bin/ovq", "ovq"), (None, f"{sys.executable} -m ovq")):
-        monkeypatch.setattr("shutil.which", lambda _, found=found: found)
+    module = f"{sys.executable} -m ovq"
+    for programs, own, program in (
+        (["ovq"], ".venv/bin/ovq", "ovq"),
+        ([".venv/bin/ovq"], ".venv/bin/ovq", ".venv/bin/ovq"),
+        ([], "ovq/__main__.py", module),
+    ):
+        monkeypatch.setattr("shutil.which", lambda name, of=programs: name if name in of else None)
+        monkeypatch.setattr("sys.argv", [own])
         said = run(capsys, "demo", "--out", tmp_path)
         # It is one that there is: its options are read, and only the model is missing.
         command = said.split(f"{program} eval ")[1]

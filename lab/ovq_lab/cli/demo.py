@@ -43,8 +43,9 @@ def demo(
     from ovq_lab.figures.demo import run_demo
 
     run_demo(out, seed=seed, is_quick=quick)
-    # `make demo` runs it in an environment that may not be active; `python -m ovq` has no other name.
-    program = "ovq" if shutil.which("ovq") else f"{shlex.quote(sys.executable)} -m ovq"
+    # `make demo` runs it in an environment that may not be active; `python -m ovq` names a module.
+    name = "ovq" if shutil.which("ovq") else sys.argv[0]
+    program = shlex.quote(name) if shutil.which(name) else f"{shlex.quote(sys.executable)} -m ovq"
     model = shlex.quote(str(out / "ovq"))
     typer.echo(
         f"Next, twice as long: {program} eval --model {model} --merge nearest --num-slots 1024 --lengths 8192"
