@@ -41,7 +41,7 @@ def load_pretrained(
     check_source(source, flag="--model")
     is_gguf = bool(options)
     if is_gguf:
-        say("Reading a GGUF file: weights, and tokens one by one, in some ten seconds")
+        say("Reading a GGUF file: weights, and tokens one by one")
     with _parsing_once() if is_gguf else contextlib.nullcontext():
         try:
             wanted = "float32" if is_gguf and dtype == "auto" else dtype
@@ -86,15 +86,31 @@ def _place(name: str, gguf_file: str | None) -> tuple[str, dict[str, str]]:
 
 @contextlib.contextmanager
 def _parsing_once() -> Iterator[None]:
-    """Context manager that caches the parsing of GGUF files. transformers parses a file, with all its tokens,
-    for config, weights and tokenizer, and maps tensor names per module: this saves 10 of 27 s for
-    SmolLM2-135M.
+    """Context manager that parses a GGUF file once. transformers parses it, with all its tokens, for config,
+    weights and tokenizer, and maps tensor names per module.
     """
     import gguf
+    import numpy as np
 
-    names = ("GGUFReader", "get_tensor_name_map")
-    before = {name: getattr(gguf, name) for name in names}
-    for name, function in before.items():
+    class Reader(gguf.GGUFReader):
+        """A reader that slices a plain array over the mapped file: it does so for each part of each token,
+        and a slice of a `numpy.memmap` costs several times as much.
+        """
+
+        @property
+        def data(self) -> Any:
+            return self._bytes
+
+        @data.setter
+        def data(self, mapped: Any) -> None:
+            self._bytes = mapped.view(np.ndarray)
+
+    cached: dict[str, Callable[..., Any]] = {
+        "GGUFReader": Reader,
+        "get_tensor_name_map": gguf.get_tensor_name_map,
+    }
+    before = {name: getattr(gguf, name) for name in cached}
+    for name, function in cached.items():
         setattr(gguf, name, functools.cache(function))
     try:
         yield
