@@ -103,20 +103,24 @@ def test_a_chat_goes_on_from_a_context_that_has_read_its_beginning(text):
         "A slot.", text.service.texts._tokenizer, vocab_size=257, name="text", system="Be brief."
     )
     notes = {
-        "book": note_of_chat(opening, ids),
+        "saved": note_of_chat(opening, ids),
         "other": note_of_chat(messages, ids),
         "long": note_of_chat(opening, [*ids, 1]),
         "free": "about slots",
     }
     for name, note in notes.items():
         text.service.contexts.add(name, dataclasses.replace(build_context(served, ids), note=note))
-    client = client_of(text)
+    client, url = client_of(text), f"{text.url}/v1/contexts"
+    about = {"name": "read", "text": opening[0]["content"], "chat": True}
+    assert httpx.post(url, json=about).json()["num_tokens"] == len(ids)
     create = functools.partial(
         client.chat.completions.create, model="text", messages=messages, max_tokens=9, temperature=0
     )
-    answer, whole = create(extra_body={"context": "book"}), create(messages=opening + messages)
-    assert answer.choices[0].message.content == whole.choices[0].message.content
-    assert len(ids) + answer.usage.prompt_tokens == whole.usage.prompt_tokens
+    whole = create(messages=opening + messages)
+    for name in ("saved", "read"):
+        answer = create(extra_body={"context": name})
+        assert answer.choices[0].message.content == whole.choices[0].message.content
+        assert len(ids) + answer.usage.prompt_tokens == whole.usage.prompt_tokens
     for name, expected in (
         ("other", "expected messages that go on from those of the context as it read them"),
         ("long", f"context: expected a chat of {len(ids)} tokens at most, found {len(ids) + 1}"),
@@ -124,5 +128,19 @@ def test_a_chat_goes_on_from_a_context_that_has_read_its_beginning(text):
     ):
         with pytest.raises(openai.BadRequestError, match=expected):
             create(extra_body={"context": name})
-    for name in notes:
-        assert httpx.delete(f"{text.url}/v1/contexts/{name}").status_code == 200
+    for name in (*notes, "read"):
+        assert httpx.delete(f"{url}/{name}").status_code == 200
+
+
+def test_only_a_text_is_read_as_the_beginning_of_a_chat(ids, text):
+    for server, body, expected in (
+        (text, {"token_ids": [1]}, "chat: expected a text, found token_ids"),
+        (text, {"text": ""}, "text: expected at least one token, found none"),
+        (
+            ids,
+            {"text": "1 2"},
+            "chat: expected a model whose tokenizer has a chat template, found no tokenizer",
+        ),
+    ):
+        answer = httpx.post(f"{server.url}/v1/contexts", json={"name": "x", "chat": True, **body})
+        assert (answer.status_code, answer.json()["error"]["message"]) == (400, expected)

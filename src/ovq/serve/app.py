@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -15,7 +16,7 @@ from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from ovq.prompts import chat_of_note
+from ovq.prompts import chat_of_note, note_of_chat
 from ovq.runtime.files import TemporaryFolder
 from ovq.serve.answers import Answers, Usage, pieces
 from ovq.serve.bodies import parsed
@@ -225,8 +226,14 @@ class _Routes:
             if (fields.text is None) == (fields.token_ids is None):
                 raise bad_request("expected one of text and token_ids, found both or neither", param="text")
             param = "token_ids" if fields.text is None else "text"
-            given = getattr(fields, param)
-            ids = await asyncio.to_thread(service.texts.encode, given, param=param, is_start=True)
+            given, note = getattr(fields, param), ""
+            if not fields.chat:
+                ids = await asyncio.to_thread(service.texts.encode, given, param=param, is_start=True)
+            elif fields.text is None:
+                raise bad_field("chat", "expected a text, found token_ids")
+            else:
+                ids, messages = await asyncio.to_thread(service.texts.document, fields.text)
+                note = note_of_chat(messages, ids)
             # Not in the engine's thread, which would delay running answers.
             await asyncio.to_thread(service.served.prepare)
             answers = Answers(service.engine, request.receive, self._deadline())
@@ -235,7 +242,7 @@ class _Routes:
                 # The only one of a document.
                 event = await anext(events)
             assert isinstance(event, ContextEvent)
-            service.contexts.add(fields.name, event.context)
+            service.contexts.add(fields.name, dataclasses.replace(event.context, note=note))
         return fields.name
 
     async def _generate(

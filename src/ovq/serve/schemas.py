@@ -123,3 +123,4 @@ class ContextRequest(Request):
     name: str
     text: str | None = None
     token_ids: ListOf[int] | None = None
+    chat: bool = Field(False, description="whether chats go on from the text, as their system message")

@@ -12,7 +12,7 @@ from typing import Any
 
 from ovq.byte_tokens import token_bytes
 from ovq.hf.streaming import TextStream
-from ovq.prompts import chat_text, check_chat_template, check_ids, encode
+from ovq.prompts import chat_text, check_chat_template, check_ids, document_ids, encode
 from ovq.serve.errors import bad_request
 from ovq.serve.tools import match_start, tools_as_text
 
@@ -126,6 +126,17 @@ class Texts:
             text = chat_text(messages, self._tokenizer, name="messages", tools=tools)
         # The template has marked the beginning of the text.
         return self.encode(text, param="messages", is_start=False)
+
+    def document(self, text: str) -> tuple[list[int], list[dict[str, str]]]:
+        """The tokens of a document before a chat, and its messages; see `ovq.prompts.document_ids`.
+
+        Raises:
+            APIError: If there is no chat template, or no token.
+        """
+        with _as_api_errors("chat", code="no_chat_template"):
+            check_chat_template(self._tokenizer, name="chat")
+        with _as_api_errors("text"), self._lock_of_long:
+            return document_ids(text, self._tokenizer_of_long, vocab_size=self._vocab_size, name="text")
 
     def stream(self, prompt: Sequence[int]) -> TextStream:
         """An incremental decoder for the tokens that follow a prompt."""
