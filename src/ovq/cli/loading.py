@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from ovq.cli.common import flag_of
 from ovq.runtime.files import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+    from typing_extensions import Unpack
 
     from ovq.hf import OVQConfig, OVQForCausalLM
 
@@ -24,6 +25,15 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model",
 """A model has a tokenizer if its folder has one of these files."""
 # Exceptions of transformers for unexpected values. Its OSError and ValueError are clear by themselves.
 FOREIGN_ERRORS = (ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError)
+
+
+class DictionaryOptions(TypedDict, total=False):
+    """Options of a trained model's dictionary that a command can change; None leaves one as saved."""
+
+    num_slots: int | None
+    merge: str | None
+    logn_length: int | None
+    state_dtype: str | None
 
 
 def check_model_folder(folder: Path, *, hint: str = "") -> None:
@@ -54,14 +64,7 @@ def load_config(folder: Path) -> OVQConfig:
         return OVQConfig.from_pretrained(folder, local_files_only=True)
 
 
-def load_model(
-    folder: Path,
-    *,
-    num_slots: int | None = None,
-    merge: str | None = None,
-    logn_length: int | None = None,
-    state_dtype: str | None = None,
-) -> OVQForCausalLM:
+def load_model(folder: Path, **options: Unpack[DictionaryOptions]) -> OVQForCausalLM:
     """Load a trained model onto the GPU if there is one, and change options of its dictionary that are given.
 
     Raises:
@@ -78,15 +81,15 @@ def load_model(
 
     model = _load_checked(OVQForCausalLM, folder, config)
     _check_eos(generation, model.generation_config.eos_token_id)
-    if num_slots is not None:
-        model.set_num_slots(num_slots)
-    if merge is not None:
-        model.set_merge(merge)
-    if logn_length is not None:
-        model.set_logn_length(logn_length)
-    if state_dtype is not None:
-        model.set_state_dtype(state_dtype)
+    set_options(model, **options)
     return model.to(_device()).eval()
+
+
+def set_options(model: OVQForCausalLM, **options: Unpack[DictionaryOptions]) -> None:
+    """Set the given options on a model; ValueError if one cannot be set on it."""
+    for name, value in options.items():
+        if value is not None:
+            getattr(model, f"set_{name}")(value)
 
 
 def is_converted(folder: Path) -> bool:
@@ -128,13 +131,7 @@ def check_generating_folder(folder: Path) -> None:
 
 
 def load_any_model(
-    folder: Path,
-    *,
-    num_slots: int | None = None,
-    merge: str | None = None,
-    logn_length: int | None = None,
-    state_dtype: str | None = None,
-    weight_dtype: str | None = None,
+    folder: Path, *, weight_dtype: str | None = None, **options: Unpack[DictionaryOptions]
 ) -> Any:
     """Load an OVQ model, a converted one, or an unchanged causal language model of transformers, onto the GPU
     if there is one.
@@ -142,12 +139,6 @@ def load_any_model(
     `weight_dtype` is the format of a converted model's weights on a CPU, see `ovq.convert.attach`. Errors are
     as of `load_model`, and for options of another kind of models.
     """
-    options: dict[str, Any] = {
-        "num_slots": num_slots,
-        "merge": merge,
-        "logn_length": logn_length,
-        "state_dtype": state_dtype,
-    }
     if is_converted(folder):
         _refuse_options("a converted model", hint=": convert it again", **options)
         from ovq.convert import load
@@ -155,8 +146,7 @@ def load_any_model(
         device = _device()
         on_cpu = weight_dtype if device == "cpu" else None
         with _errors_naming(folder, "a converted model"), _quiet():
-            options = {"local_files_only": True, "trust_remote_code": False}
-            model: Any = load(folder, weight_dtype=on_cpu, **options)
+            model: Any = load(folder, weight_dtype=on_cpu, local_files_only=True, trust_remote_code=False)
         return model.to(device).eval()
     _refuse_options("a trained model", hint=": only converted models have it", weight_dtype=weight_dtype)
     if is_ovq_model(folder):

@@ -11,7 +11,7 @@ import typer
 
 from ovq.cli import options
 from ovq.cli.common import parse_ints, print_table
-from ovq.cli.loading import is_converted, load_config
+from ovq.cli.loading import is_converted, load_config, set_options
 from ovq.plugins import from_laboratory
 
 
@@ -84,10 +84,7 @@ def _state_bytes(
     # Only shapes matter, so no weights are allocated.
     with torch.device("meta"):
         model, full = OVQForCausalLM(config), OVQForCausalLM(twin)
-    if num_slots is not None:
-        model.set_num_slots(num_slots)
-    if state_dtype is not None:
-        model.set_state_dtype(state_dtype)
+    set_options(model, num_slots=num_slots, state_dtype=state_dtype)
     return [
         {"length": n, "state_bytes": model.state_bytes(n), "full_attention_bytes": full.state_bytes(n)}
         for n in lengths
