@@ -134,7 +134,7 @@ class PreparedStep:
             token_weights = token_weights.contiguous()
             call.token_weights = token_weights.data_ptr()
         build.load().ovq_decode(ctypes.byref(call))
-        return o, self.leading_to(with_merged_chunks(after, completed(after), self.options))
+        return o, self.leading_to(merged_state(after, completed(after), self.options, merge))
 
     def call_of(self, after: OVQState, num_seen: Tensor) -> tuple[Mirror, tuple[PreparedStep, Tensor]]:
         """Kernel arguments of the step, except queries and the new token, and what to keep alive meanwhile.
@@ -170,8 +170,3 @@ def completed(after: OVQState) -> list[int]:
     assert after._buffers is not None, "`advanced` makes them"
     size = after.chunk_size
     return [r for r, num in enumerate(after._buffers.written) if num == size]
-
-
-def with_merged_chunks(after: OVQState, rows: list[int], options: Options) -> OVQState:
-    """The state with the complete chunks of `rows` merged."""
-    return merged_state(after, rows, options, merge) if rows else after

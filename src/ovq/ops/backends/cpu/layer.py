@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ovq.ops.backends.cpu.decode import PreparedStep, completed, with_merged_chunks
-from ovq.ops.backends.cpu.kernels import DTYPES
+from ovq.ops.backends.cpu.decode import PreparedStep, completed
+from ovq.ops.backends.cpu.kernels import DTYPES, merge
 from ovq.ops.backends.cpu.memory import HeadGroup
 from ovq.ops.backends.cpu.mirrors import MIRRORS, Mirror
 from ovq.ops.backends.cpu.tokens import call_kernel
 from ovq.ops.backends.cpu.weights import Matrix
+from ovq.ops.backends.torch.decode import merged_state
 from ovq.ops.fading import LEAST_LOG, ended, faded
 from ovq.ops.state import OVQState, advanced
 
@@ -92,7 +93,7 @@ def memory_of_slots(
     tensors: dict[str, Tensor | None] = {"merge_gate": gate}
     if forget_gate is None:
         return TokenMemory(
-            decode, lambda: step.leading_to(with_merged_chunks(after, complete, options)), kept, tensors, {}
+            decode, lambda: step.leading_to(merged_state(after, complete, options, merge)), kept, tensors, {}
         )
     assert state.pending_forget is not None
     before = state.pending_forget.contiguous()
@@ -106,7 +107,7 @@ def memory_of_slots(
         is_complete = now.new_zeros(len(now), dtype=torch.bool)
         is_complete[complete] = True
         log_fading = now * is_complete[:, None]
-        merged = with_merged_chunks(faded(after, log_fading), complete, options)
+        merged = merged_state(faded(after, log_fading), complete, options, merge)
         return step.leading_to(ended(merged, now - log_fading, is_complete, options))
 
     return TokenMemory(decode, finished, kept, tensors, {"least_log": LEAST_LOG / options.chunk_size})

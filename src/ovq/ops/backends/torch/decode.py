@@ -32,7 +32,7 @@ def decode_step(call: Call) -> tuple[Tensor, OVQState]:
     _write(after, call, pending)
     o = _read(call, after, pending)
     complete = [r for r, p in enumerate(pending) if p + 1 == options.chunk_size]
-    return o, merged_state(after, complete, options, learn) if complete else after
+    return o, merged_state(after, complete, options, learn)
 
 
 def _write(state: OVQState, call: Call, pending: list[int]) -> None:
@@ -102,6 +102,8 @@ def merged_state(
     state: OVQState, complete: list[int], options: Options, merge: Callable[[Merging], object]
 ) -> OVQState:
     """`state` with the complete chunks of the rows `complete` merged into copies of their dictionaries."""
+    if not complete:
+        return state
     # Rows often complete their chunks together; no selection is needed then.
     is_all = len(complete) == state.batch_size
     rows = state if is_all else state.select(complete)

@@ -175,7 +175,7 @@ def decode_step(call: Call) -> tuple[Tensor, OVQState]:
             BK=common.padded(dim), BV=common.padded(value_dim), **common.FUSED,
         )  # fmt: skip
         complete = [r for r, p in enumerate(pending) if p + 1 == options.chunk_size]
-        return o, merged_state(after, complete, options, merge) if complete else after
+        return o, merged_state(after, complete, options, merge)
 
 
 _counters: dict[tuple[torch.device, int], Tensor] = {}
