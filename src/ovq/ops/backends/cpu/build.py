@@ -215,11 +215,11 @@ def _found_or_built(flags: tuple[str, ...], how: str) -> Kernels:
                 if (kernels := _first_loaded(folder, stem, how)) is None:
                     continue
                 return kernels
-            path = _cached_file(folder, stem)
+            path = next(_cached_files(folder, stem), None)
             if path is None:
                 with _one_process_first(folder, stem):
                     # Another process may have made them meanwhile.
-                    path = _cached_file(folder, stem)
+                    path = next(_cached_files(folder, stem), None)
                     if path is None:
                         path = _store(binary or _compiled(command, flags, folder), folder, stem)
             # If code on this disk may not be executed, the next place gets a copy.
@@ -261,11 +261,6 @@ def _one_process_first(folder: Path, stem: str) -> Iterator[None]:
         lock.release()
         with contextlib.suppress(OSError):
             path.unlink()
-
-
-def _cached_file(folder: Path, stem: str) -> Path | None:
-    """The kernels' file in a folder, or None if it is missing or incomplete."""
-    return next(_cached_files(folder, stem), None)
 
 
 def _cached_files(folder: Path, stem: str) -> Iterator[Path]:

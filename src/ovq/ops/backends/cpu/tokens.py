@@ -7,6 +7,7 @@ matrix products.
 from __future__ import annotations
 
 import ctypes
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -29,14 +30,8 @@ def can_run(*tensors: Tensor) -> bool:
     return not is_traced and not is_transformed() and is_available()
 
 
-class _NoContext:
-    """Stands in for an autograd context where no gradient is wanted."""
-
-    def save_for_backward(self, *tensors: Tensor | None) -> None:
-        """Keep nothing."""
-
-
-_NO_CONTEXT = _NoContext()
+# Stands in for an autograd context where no gradient is wanted, and keeps nothing.
+_NO_CONTEXT = SimpleNamespace(save_for_backward=lambda *tensors: None)
 
 
 def applied(function: type[torch.autograd.Function], *arguments: Any) -> Any:
