@@ -63,15 +63,15 @@ def decoded(model, ids, num_read=6, mask=None):
 @pytest.fixture
 def runs(monkeypatch):
     """How many layers each call of the kernel has run."""
-    numbers, run = [], block.run_steps
+    numbers, run = [], block.run_layers
 
-    def counted(hidden_states, steps):
-        done = run(hidden_states, steps)
+    def counted(hidden_states, layers):
+        done = run(hidden_states, layers)
         if done is not None:
-            numbers.append(len(steps))
+            numbers.append(len(layers))
         return done
 
-    monkeypatch.setattr(block, "run_steps", counted)
+    monkeypatch.setattr(block, "run_layers", counted)
     return numbers
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from ovq.ops.backends.cpu.linear import FEW_TOKENS
 from ovq.ops.backends.cpu.tokens import can_run
 
 TokenStep = tuple[LayerStep, LayerCache]
-"""A layer prepared for `run_steps`, and its cache, which is updated after the layer has run."""
+"""A layer prepared for `run_layers`, and its cache, which is updated after the layer has run."""
 
 
 def build_mixer(config: OVQConfig, layer_idx: int) -> Mixer:
@@ -90,8 +89,8 @@ class OVQBlock(GradientCheckpointingLayer):
             hidden_states: `[B, 1, hidden_size]`, its input, or a tensor of the same shape, dtype and device.
 
         Returns:
-            An argument of `run_steps`; None if no kernel supports the layer (hooks, adapters, other mixers or
-            dtypes) or the cache is still empty.
+            The layer for `run_layers`, and its cache; None if no kernel supports the layer (hooks, adapters,
+            other mixers or dtypes) or the cache is still empty.
         """
         mixer = self.mixer
         if not isinstance(mixer, AttentionMixer) or not is_plain(self.mlp, OVQMLP):
@@ -177,18 +176,13 @@ def with_steps(
         if step is None:
             break
         steps.append(step)
-    done = run_steps(hidden_states, steps) if steps else None
-    return (hidden_states, layers) if done is None else (done, layers[len(steps) :])
-
-
-def run_steps(hidden_states: Tensor, steps: Sequence[TokenStep]) -> Tensor | None:
-    """Outputs `[B, 1, hidden_size]` of consecutive layers; None if their modules must run instead."""
-    done = run_layers(hidden_states, [layer for layer, _ in steps])
-    if done is not None:
-        for layer, cache in steps:
-            cache.conv_state = layer.conv_state
-            cache.set_state(layer.memory.finished(), 1)
-    return done
+    done = run_layers(hidden_states, [ready for ready, _ in steps]) if steps else None
+    if done is None:
+        return hidden_states, layers
+    for ready, cache in steps:
+        cache.conv_state = ready.conv_state
+        cache.set_state(ready.memory.finished(), 1)
+    return done, layers[len(steps) :]
 
 
 # Positions per cached block of rotary tables: a dozen tensor operations, for one position or for many.
