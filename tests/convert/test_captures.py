@@ -1,6 +1,8 @@
 """A text is read once, whoever asks for it, and what was found is the same each time."""
 
 import contextlib
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,19 @@ def test_what_is_kept_is_what_was_found():
                     assert all(torch.equal(getattr(kept, name), getattr(layer, name)) for name in TENSORS)
         assert len(list(folder.iterdir())) == 3
     assert not folder.exists()
+
+
+def test_nothing_holds_a_model_and_its_captures_once_they_are_deleted():
+    model = original()
+    with Captures(model) as captures:
+        captures.read(tokens(60))
+    held = [weakref.ref(x) for x in (model, captures)]
+    del model, captures
+    layers = capture(original(), tokens(60), None, 0)
+    held.append(weakref.ref(layers[0].k))
+    del layers
+    gc.collect()
+    assert [x() for x in held] == [None] * 3
 
 
 def test_captures_of_another_model_are_refused():

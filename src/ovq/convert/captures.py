@@ -252,6 +252,8 @@ def capture(
             outputs.last_hidden_state.backward(_gradient(model, outputs, targets - start, labels, seed))
     finally:
         model.set_attn_implementation(before)
+        # What is registered stays, so it must hold neither the model nor what was found.
+        AttentionInterface.register(_IMPLEMENTATION, lambda *args, **kwargs: None)
         model.train(was_training)
         for parameter, was_needed in zip(model.parameters(), needed_grad, strict=True):
             parameter.requires_grad_(was_needed)
