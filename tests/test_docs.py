@@ -4,7 +4,7 @@ import itertools
 import json
 import re
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 
 import pytest
 
@@ -340,6 +340,35 @@ def test_losses_where_texts_are_joined_are_what_the_table_says():
         for name, (one, two) in means.items()
     ]
     assert [tuple(cell.strip() for cell in row) for row in table] == expected
+
+
+def test_times_are_rounded_once_from_what_was_measured():
+    results = ROOT / "docs" / "results"
+    speed, models = ((results / name).read_text() for name in ("speed.md", "models.md"))
+    runs = json.loads((results / "bench_nearest_runs.json").read_text())["seconds"]
+    shown: dict[int, list[str]] = {4096: [], 16384: []}
+    for row in runs:
+        if row["dtype"] == "bfloat16" and row["label"].startswith("OVQ"):
+            shown[row["length"]].append(f"{1000 * median(row['seconds']):.0f} ms")
+    for length, times in shown.items():
+        assert f"| bfloat16, {length // 1024}k | {' | '.join(times)} |" in speed
+    nearest = "; ".join(times[-1] for times in shown.values())
+    assert f"| bfloat16 (Intel Xeon): forward, 4k; 16k | {nearest} |" in (ROOT / "README.md").read_text()
+    [paper, ours] = (
+        row["seconds_mean"]
+        for run in json.loads((results / "bench_nearest_zen4.json").read_text())["runs"]
+        for row in run["rows"]
+        if (row["what"], row["mixer"], row["length"]) == ("decode", "ovq", 65536)
+    )
+    assert f"merges included, {ours / paper:.2f} times" in speed
+    gained = {
+        (row["what"], row["length"]): row["speedup"]
+        for row in json.loads((results / "bench_model_zen5.json").read_text())["rows"]
+        if row["mixer"] == "ovq" and "speedup" in row
+    }
+    training = " and ".join(f"{gained['model_training', length]:.1f}" for length in (2048, 8192))
+    assert f"trains {training} times" in models
+    assert f"training {training} times" in (results / "index.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["benchmarks/soak.py", "benchmarks/float32_sums.py"])
