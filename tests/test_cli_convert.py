@@ -21,6 +21,7 @@ from ovq.convert.texts import default_texts
 from ovq_lab.text import byte_tokenizer
 from tests.convert.common import SIZES, original
 from tests.convert.gguf_files import write_gguf
+from tests.disks import full_disk
 from tests.test_cli import fail, run
 
 DOCUMENT = " ".join(str(i * 17 % 64) for i in range(1, 90))
@@ -345,6 +346,19 @@ def test_files_are_as_readable_as_others(capsys, converted, tmp_path, mask):
     files = list((converted / f"with_mask_{mask}").iterdir())
     assert {"README.md", "config.json", "model.safetensors"} <= {path.name for path in files}
     assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~mask}
+
+
+def test_a_full_disk_costs_one_line_and_leaves_nothing(capsys, converted, tmp_path):
+    out = tmp_path / "out"
+    words = ["convert", "--model", converted / "llama", "--out", out, *SIZED, "--num-slots", 0]
+    with full_disk(2**12), pytest.raises(SystemExit) as exit_info:
+        main(list(map(str, words)))
+    assert exit_info.value.code == 2
+    # Before it comes a line on the missing tokenizer.
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"ovq: error: {out}: cannot be written (")
+    assert "File too large" in line
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_slots_are_saved_in_the_format_that_was_asked_for(capsys, converted):

@@ -15,7 +15,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from ovq.runtime.files import TemporaryFolder, atomic_path, cache_folder, claimed, write_atomic
+from ovq.byte_tokens import byte_tokenizer
+from ovq.runtime.files import (
+    TemporaryFolder,
+    atomic_folder,
+    atomic_path,
+    cache_folder,
+    claimed,
+    write_atomic,
+)
 from tests.disks import full_disk
 
 
@@ -129,6 +137,26 @@ def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
         write_atomic(path, "new" * 100)
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["results.json"]
+
+
+def test_whatever_cannot_be_written_to_a_folder_is_an_error_that_names_it(tmp_path):
+    path = tmp_path / "model"
+
+    def made(save):
+        with full_disk(2000), atomic_folder(path) as temporary:
+            temporary.mkdir()
+            save(temporary)
+
+    for save in (
+        byte_tokenizer().save_pretrained,
+        lambda folder: save_file({"weight": np.zeros(1000)}, folder / "model.safetensors"),
+        lambda folder: (folder / "README.md").write_text("card" * 1000),
+    ):
+        with pytest.raises(OSError, match=r"/model: cannot be written \(.*File too large"):
+            made(save)
+        assert os.listdir(tmp_path) == []
+    with pytest.raises(TypeError):
+        made(len)
 
 
 def test_errors_name_the_file_that_was_asked_for(tmp_path):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ovq.byte_tokens import byte_tokenizer, byte_vocabulary, wrapped
+from ovq.runtime.files import writing
 from ovq_lab.text.cache import cached_folder
 from ovq_lab.text.documents import Document, split_of
 from ovq_lab.text.readers import local_path
@@ -116,7 +117,9 @@ def source_tokenizer(source: TextSource) -> PreTrainedTokenizerBase:
     def fill(folder: Path) -> None:
         documents = source_documents(source)
         training = (d for d in documents if split_of(d.name, held_out=source.held_out) == "train")
-        train_tokenizer(_first_bytes(training), num_tokens).save_pretrained(folder)
+        tokenizer = train_tokenizer(_first_bytes(training), num_tokens)
+        with writing(folder):
+            tokenizer.save_pretrained(folder)
 
     return get_tokenizer(str(cached_folder(depends_on, fill)))
 

@@ -7,21 +7,19 @@ an interrupted save; one that does not match its seal is damaged.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
-from ovq.runtime.files import read_json, write_atomic
+from ovq.runtime.files import read_json, write_atomic, writing
 
 SEAL_FILE = "seal.json"
 
@@ -87,24 +85,6 @@ def newest_checkpoint(out: Path, say: Callable[[str], None]) -> Path | None:
 def finished_checkpoints(out: Path) -> list[Path]:
     """All sealed checkpoints in the folder of a run, damaged or not, earliest step first."""
     return [folder for folder in _by_step(out) if (folder / SEAL_FILE).is_file()]
-
-
-@contextlib.contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Turn any error of a failed write of a model or checkpoint into an OSError that names the folder.
-
-    safetensors and PyTorch raise their own error types when a disk is full.
-
-    Example:
-        >>> with writing(Path("run")):
-        ...     raise RuntimeError("PytorchStreamWriter failed writing file")
-        Traceback (most recent call last):
-        OSError: run: cannot be written (PytorchStreamWriter failed writing file)
-    """
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise OSError(f"{folder}: cannot be written ({error})") from error
 
 
 class SealingTrainer(Trainer):

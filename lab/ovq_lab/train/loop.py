@@ -24,10 +24,10 @@ from ovq.hf.card import CARD_FILE, is_untouched
 from ovq.hf.equal_sizes import equal_sizes
 from ovq.layers.registry import fields_of_mixers
 from ovq.ops.ablation import with_ablation
-from ovq.runtime.files import claimed, open_to_others, read_json
+from ovq.runtime.files import claimed, open_to_others, read_json, writing
 from ovq.runtime.progress import AnyReporter, AnyWork
 from ovq_lab.train.carry import CarryTrainer
-from ovq_lab.train.checkpoints import SealingTrainer, finished_checkpoints, newest_checkpoint, writing
+from ovq_lab.train.checkpoints import SealingTrainer, finished_checkpoints, newest_checkpoint
 from ovq_lab.train.config import CONFIG_FILE, RunConfig, TrainArgs
 from ovq_lab.train.data import training_data
 from ovq_lab.train.initial import check_initial, load_initial

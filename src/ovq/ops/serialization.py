@@ -19,7 +19,7 @@ from ovq.ops.narrow import state_dtype_of
 from ovq.ops.parts import check_tensors, slot_spec, spec_of
 from ovq.ops.schedule import tokens_merged
 from ovq.ops.sums import DTYPES
-from ovq.runtime.files import atomic_path
+from ovq.runtime.files import atomic_path, writing
 
 FORMAT = "ovq-state"
 VERSION = "1"
@@ -56,12 +56,8 @@ def write_file(path: str | os.PathLike, tensors: dict[str, Tensor], *, metadata:
     Raises:
         OSError: if the file cannot be written.
     """
-    with atomic_path(path) as temporary:
-        try:
-            save_file(tensors, temporary, metadata=metadata)
-        except SafetensorError as error:
-            # For a full disk, safetensors raises its own error type, which callers do not expect.
-            raise OSError(f"{path}: cannot be written ({error})") from error
+    with atomic_path(path) as temporary, writing(path):
+        save_file(tensors, temporary, metadata=metadata)
 
 
 def format_of(path: str | os.PathLike) -> str | None:

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 try:
     # System locks, which are released however the process ends. Not available on Windows.
     import fcntl
@@ -60,15 +62,40 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Context manager: a temporary path for a folder, renamed to `path` on success, else removed."""
+    """Context manager: a temporary path for a folder, renamed to `path` on success, else removed.
+
+    Errors of writing are those of `writing`.
+    """
     # In the same parent folder, so that the rename is atomic.
     temporary = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
     try:
-        yield temporary
-        open_to_others(temporary)
-        os.replace(temporary, path)
+        with writing(path):
+            yield temporary
+            open_to_others(temporary)
+            os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """Turn any error of a failed write of a model or checkpoint into an OSError that names the path.
+
+    safetensors, PyTorch and tokenizers raise their own error types when a disk is full.
+
+    Example:
+        >>> with writing(Path("run")):
+        ...     raise RuntimeError("PytorchStreamWriter failed writing file")
+        Traceback (most recent call last):
+        OSError: run: cannot be written (PytorchStreamWriter failed writing file)
+    """
+    try:
+        yield
+    except Exception as error:
+        # Those of tokenizers have no class of their own.
+        if not isinstance(error, (OSError, RuntimeError, SafetensorError)) and type(error) is not Exception:
+            raise
+        raise OSError(f"{path}: cannot be written ({error})") from error
 
 
 def _create(path: Path) -> None:
