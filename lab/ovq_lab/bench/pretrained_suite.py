@@ -120,7 +120,12 @@ def _run(python: str, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
         # Rows arrive one by one, minutes apart.
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
             assert process.stdout is not None
-            yield from (json.loads(line) for line in process.stdout if line.startswith("{"))
+            try:
+                yield from (json.loads(line) for line in process.stdout if line.startswith("{"))
+            except BaseException:
+                # Otherwise SIGTERM would take as long as its next row, and Ctrl-C could leave it at work.
+                process.kill()
+                raise
         if process.returncode:
             errors.seek(0)
             last = (errors.read().strip().splitlines() or ["nothing"])[-1]

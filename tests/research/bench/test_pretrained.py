@@ -1,15 +1,18 @@
 """`ovq bench --what converted`: every way runs in a process of its own, and the report can be shown."""
 
 import json
+import signal
 import sys
+import time
 
 import pytest
 import torch
 import transformers
 
 import ovq
+from ovq.cli.signals import EndedBySignal
 from ovq_lab.bench import pretrained_peer
-from ovq_lab.bench.pretrained_suite import PretrainedSuite, run_pretrained
+from ovq_lab.bench.pretrained_suite import PretrainedSuite, _run, run_pretrained
 from ovq_lab.bench.show import save_figures, tables
 from tests.convert.common import converted
 from tests.progress import Seen
@@ -150,6 +153,19 @@ def test_a_way_that_fails_says_why(folder, tmp_path):
         run_pretrained(suite, Seen())
     with pytest.raises(ValueError, match="--text: expected at least 9 tokens, found 8"):
         PretrainedSuite(model=folder, tokens=[1] * 8, lengths=[9])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_process_of_a_way_at_once(number, tmp_path):
+    error = KeyboardInterrupt() if number == signal.SIGINT else EndedBySignal(number)
+    peer = script(tmp_path / "python", f"{FAKE}sleep 3\ntouch '{tmp_path}/ended'\n")
+    rows = _run(peer, {"kind": "llama_cpp"})
+    next(rows)
+    with pytest.raises(type(error)):
+        rows.throw(error)
+    # It never comes to its last line.
+    time.sleep(4)
+    assert not (tmp_path / "ended").exists()
 
 
 @pytest.mark.parametrize(
