@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,10 @@ _TEMPLATE = "page.html.jinja"
 
 # Higher is better for all other fields.
 _LESS_IS_BETTER = frozenset(
-    {"error", "mean_error", "slice_errors", "position_losses", "state_bytes", "microseconds_per_token"}
+    {
+        *("error", "mean_error", "slice_errors", "losses", "position_losses"),
+        *("state_bytes", "microseconds_per_token"),
+    }
 )
 
 
@@ -116,22 +120,21 @@ def _summary(results: dict[str, Any], panel: dict[str, Any]) -> Summary:
 
 
 def _winner(found: dict[str, Point], panel: dict[str, Any]) -> str:
-    """Label and value of the best line; empty without lines."""
-    if not found:
-        return ""
+    """Label and value of the best line; empty without any that has a number."""
     best = _best([point.mean for point in found.values()], panel["y"])
-    label = next(label for label, point in found.items() if point.mean == best)
-    return f"{label}: {_value(best, panel['y'])}"
+    labels = (f"{label}: {_value(best, panel['y'])}" for label, point in found.items() if point.mean == best)
+    return next(labels, "")
 
 
-def _best(values: Sequence[float], field: str) -> float:
-    """The best value of a field.
+def _best(values: Iterable[float], field: str) -> float:
+    """The best value of a field, other than NaN (a run that diverged); NaN if there is none.
 
     Example:
-        >>> _best([0.5, 0.7], "accuracy"), _best([0.5, 0.7], "error")
+        >>> _best([0.5, 0.7], "accuracy"), _best([math.nan, 0.5, 0.7], "error")
         (0.7, 0.5)
     """
-    return min(values) if field in _LESS_IS_BETTER else max(values)
+    numbers = [value for value in values if not math.isnan(value)]
+    return (min if field in _LESS_IS_BETTER else max)(numbers, default=math.nan)
 
 
 def _places(panel: dict[str, Any], lines: dict[str, list[Point]]) -> list[float | str]:
@@ -163,12 +166,12 @@ def _panel_table(results: dict[str, Any], panel: dict[str, Any]) -> Table:
 
 
 def _sweep_table(sweep: Sequence[dict[str, Any]]) -> Table:
-    field, best_of = ("losses", min) if "losses" in sweep[0] else ("accuracies", max)
+    field = "losses" if "losses" in sweep[0] else "accuracies"
     trials = list(dict.fromkeys(trial for entry in sweep for trial in entry[field]))
     body = []
     for entry in sweep:
         name = entry["line"] + (f", tried with {slots}" if (slots := entry.get("num_slots")) else "")
-        best = f"{best_of(entry[field].values()):.4f}"
+        best = f"{_best(entry[field].values(), field):.4f}"
         shown = {trial: f"{value:.4f}" for trial, value in entry[field].items()}
         cells = [Cell(text := shown.get(trial, ""), is_best=text == best) for trial in trials]
         body.append([Cell(name), *cells, Cell(entry["chosen"])])

@@ -3,6 +3,7 @@
 import base64
 import itertools
 import json
+import math
 import re
 import shutil
 
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 from ovq_lab.figures.page import write_report
+from ovq_lab.figures.results import save_results
 from ovq_lab.plots.draw import Point, points, save_figure
 
 PANEL = {"title": "accuracy", "x": "length", "y": "accuracy", "group": "", "at_length": None}
@@ -199,6 +201,25 @@ def test_the_best_value_of_a_row_is_marked(page, tmp_path):
     (tmp_path / "rows" / "recall.json").write_text(json.dumps(results))
     text = write_report(tmp_path).read_text()
     assert '<tr><td>256</td><td>9 B</td><td class="best">7 B</td><td class="best">7 B</td></tr>' in text
+
+
+def test_the_best_of_runs_of_which_some_diverged_is_the_best_of_the_others(tmp_path):
+    # The page must not depend on the order of NaN and numbers.
+    for lines in (("OVQ", "full attention"), ("full attention", "OVQ")):
+        rows = [row(line, 0, 256, math.nan if line == "OVQ" else 0.5) for line in lines]
+        tried = (
+            {"0.002": math.nan, "0.004": 1.25} if lines[0] == "OVQ" else {"0.004": 1.25, "0.002": math.nan}
+        )
+        [sweep] = RESULTS["sweep"]
+        sweep = {name: value for name, value in sweep.items() if name != "accuracies"} | {"losses": tried}
+        results = RESULTS | {"panels": [PANEL], "rows": rows, "sweep": [sweep]}
+        (tmp_path / "rows").mkdir(exist_ok=True)
+        save_results(tmp_path / "rows" / "recall.json", results)
+        text = write_report(tmp_path).read_text()
+        assert '<td></td><td class="best">full attention: 0.500</td>' in text
+        assert text.count("<td>nan") == 2
+        for best in ("0.500", "1.2500"):
+            assert f'<td class="best">{best}</td>' in text
 
 
 def test_files_that_hold_no_rows_are_named(tmp_path):
