@@ -9,7 +9,7 @@ from ovq.layers.products import Linear
 from ovq.layers.softmax import windowed_read
 from ovq.ops.backends.cpu import linear
 from ovq.ops.backends.cpu.kernels import cpu_kernels
-from ovq.ops.backends.cpu.linear import FEW_TOKENS, few_products, product
+from ovq.ops.backends.cpu.linear import FEW_TOKENS, FasterLinear, few_products, product
 from ovq.ops.backends.cpu.roof import product_loop
 from ovq.ops.backends.cpu.window import CompiledWindow
 
@@ -139,6 +139,24 @@ def test_products(num_tokens, sizes):
     torch.testing.assert_close(few_products(few, layer.weight), expected[:, :FEW_TOKENS])
     # The layer, where no gradient is wanted.
     torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("num_tokens", [3, 40, 600])
+def test_hooks_and_adapters_may_change_products_in_place(num_tokens):
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, num_tokens, 7), torch.randn(5, 7)
+
+    def changed(product, x, weight):
+        y = product(x, weight)
+        y[[0]] *= 2
+        return (y,)
+
+    assert_same(
+        lambda *given: changed(FasterLinear.apply, *given),
+        lambda *given: changed(torch.nn.functional.linear, *given),
+        x,
+        weight,
+    )
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (5, 40, 3), (131, 70, 30), (259, 65, 1100)])

@@ -93,7 +93,9 @@ class FasterLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         """`[..., V]`."""
         ctx.save_for_backward(x, weight)
-        return _linear(x, weight)
+        y = _linear(x, weight)
+        # For PyTorch no view, as hooks and adapters could not change one from here in place.
+        return torch.ops.aten._unsafe_view(y, y.shape)
 
     @staticmethod
     @first_order
