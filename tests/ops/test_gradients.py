@@ -5,6 +5,7 @@ import torch
 from torch.autograd import forward_ad
 
 from ovq.layers import OVQAttention
+from ovq.layers.products import Linear
 from ovq.ops import backend_used, ovq_attention
 from ovq.ops.backends.cpu.tokens import CompiledRMSNorm
 from tests.ops.common import BACKENDS, CPU, either_rule, inputs
@@ -117,3 +118,27 @@ def test_transforms_that_hide_values_and_sizes_are_refused(gate):
         torch.func.vmap(lambda x: layer(x)[0])(x[None])
     with pytest.raises(ValueError, match=r"^expected no torch.jit.trace, found one: torch.export"):
         torch.jit.trace(lambda x: layer(x)[0], x)
+
+
+@FORWARD_MODE
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("has_product", [False, True])
+def test_no_derivative_of_a_transform_is_lost_under_compile(has_product):
+    """Operators of graphs have none, so calls run without a graph, and projections as PyTorch's product."""
+    q, k, v = inputs(1, 10, dtype=torch.float32)
+    projection = Linear(q.shape[-1], 3)
+
+    def call(x):
+        return projection(x) if has_product else ovq_attention(x, k, v, **OPTIONS)[0]
+
+    def tangent(x):
+        return torch.func.jvp(call, (x,), (x,))[1]
+
+    def gradient(x):
+        return torch.func.grad(lambda x: call(x).sin().sum())(x)
+
+    for function in (tangent, gradient):
+        expected = function(q)
+        torch.testing.assert_close(torch.compile(function, backend="aot_eager")(q), expected)
+        assert expected.abs().max() > 0.01
+    torch._dynamo.reset()

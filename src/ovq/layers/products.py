@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ovq.ops.backends.cpu.linear import FEW_TOKENS, FasterLinear, few_products, has_faster_products
 from ovq.ops.backends.cpu.tokens import can_run
+from ovq.ops.transforms import is_differentiated
 
 # Determined on import, as `torch.compile` cannot trace the detection of the processor.
 _HAS_FASTER_PRODUCTS = has_faster_products()
@@ -84,6 +85,7 @@ class Linear(nn.Linear):
                 return few_products(x, self.weight)
             if num > FEW_TOKENS and has_faster_products():
                 return FasterLinear.apply(x, self.weight)
-        if _HAS_FASTER_PRODUCTS and torch.compiler.is_compiling() and _is_of_kernels(x, self.weight):
+        is_in_graph = torch.compiler.is_compiling() and not is_differentiated()
+        if _HAS_FASTER_PRODUCTS and is_in_graph and _is_of_kernels(x, self.weight):
             return torch.ops.ovq.linear(x, self.weight)
         return F.linear(x, self.weight)

@@ -15,6 +15,7 @@ from ovq.ops.checks import check_qkv, checked_call, checked_scale
 from ovq.ops.options import VALUE_WEIGHT, options_of
 from ovq.ops.random_init import seed_of
 from ovq.ops.state import OVQState, advanced
+from ovq.ops.transforms import is_differentiated
 from ovq.ops.uncompiled import uncompiled
 
 
@@ -147,8 +148,9 @@ def ovq_attention(
     }
     if torch.compiler.is_compiling():
         narrow = isinstance(initial_state, OVQState) and initial_state.state_dtype != "float32"
-        # A compiled graph would keep the seed it was traced with, and passes no scales of sums.
-        if options.init != "random" and not narrow:
+        # A compiled graph would keep the seed it was traced with, and passes no scales of sums and no
+        # derivatives of `torch.func`.
+        if options.init != "random" and not narrow and not is_differentiated():
             return operator.attention(**given, backend=backend)
     return _run(given, backend)
 

@@ -19,6 +19,27 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def is_differentiated() -> bool:
+    """Whether `torch.func.grad` or forward-mode differentiation is active.
+
+    Operators of graphs have no derivatives under them; under `torch.func.vmap` alone they run.
+
+    Example:
+        >>> is_differentiated(), torch.func.grad(lambda x: x * is_differentiated())(torch.tensor(2.0))
+        (False, tensor(1.))
+    """
+    if forward_ad._current_level >= 0:
+        return True
+    functorch = torch._C._functorch
+    # The stack cannot be read without transforms.
+    stack = functorch.get_interpreter_stack() if torch._C._are_functorch_transforms_active() else []
+    return any(each.key() != functorch.TransformType.Vmap for each in stack)
+
+
+# As by `torch.compiler.assume_constant_result`, which loads the compiler: graphs are traced anew for others.
+is_differentiated._dynamo_marked_constant = True  # type: ignore[attr-defined]  # functions take any
+
+
 def have_tangents(*tensors: Tensor | None) -> bool:
     """Whether forward-mode derivatives, or a transform of `torch.func`, may go through the tensors."""
     if torch._C._are_functorch_transforms_active():
