@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from ovq.ops import OVQState, backend_used, ovq_attention, scheduled_slots
 from ovq.ops.backends import BACKENDS, chosen, triton
@@ -32,6 +33,7 @@ def zeros(*shape, dtype=torch.float64):
 
 FLOATS = {name: zeros(2, 10, 2, 6, dtype=torch.float32) for name in "kv"}
 FLOATS |= {"q": zeros(2, 10, 4, 6, dtype=torch.float32)}
+FAKE = FakeTensorMode().from_tensor(zeros(2, 10, 4, 6))
 NESTED = torch.nested.nested_tensor(list(zeros(2, 10, 2, 5)), layout=torch.jagged)
 
 
@@ -48,6 +50,7 @@ NESTED = torch.nested.nested_tensor(list(zeros(2, 10, 2, 5)), layout=torch.jagge
         ({"q": zeros(2, 10, 4, 6, dtype=torch.int64)}, "q: expected a dtype of .* found torch.int64"),
         ({"k": zeros(2, 10, 2, 6).to_sparse()}, "k: expected a dense tensor .* found torch.sparse_coo"),
         ({"q": zeros(2, 10, 4, 6).to("meta")}, "q: expected a dense tensor with data, found .* on meta"),
+        ({"q": FAKE}, "q: expected a dense tensor with data, found a fake one"),
         ({"v": NESTED}, "v: expected a dense tensor with data, found a nested one"),
         ({"k": zeros(2, 10, 0, 6), "v": zeros(2, 10, 0, 5)}, "k: expected at least one head"),
         ({"scale": torch.ones(4).to_sparse()}, "scale: expected a dense tensor .* found torch.sparse_coo"),

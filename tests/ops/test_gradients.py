@@ -110,6 +110,7 @@ def test_transforms_that_a_backend_cannot_run_under_are_refused():
             torch.autograd.grad(o, q, o.detach().expand(3, *o.shape), is_grads_batched=True)
 
 
+@FORWARD_MODE
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("gate", [{}, {"merge_gate": True}, {"forget_gate": True}])
 def test_transforms_that_hide_values_and_sizes_are_refused(gate):
@@ -118,6 +119,10 @@ def test_transforms_that_hide_values_and_sizes_are_refused(gate):
         torch.func.vmap(lambda x: layer(x)[0])(x[None])
     with pytest.raises(ValueError, match=r"^expected no torch.jit.trace, found one: torch.export"):
         torch.jit.trace(lambda x: layer(x)[0], x)
+    with pytest.raises(ValueError, match=r"^expected no make_fx.*torch.func.linearize"):
+        torch.func.linearize(lambda x: layer(x)[0], x)
+    with pytest.raises(ValueError, match=r"^expected no torch.func.functionalize, found one"):
+        torch.func.functionalize(lambda x: layer(x)[0])(x)
 
 
 @FORWARD_MODE

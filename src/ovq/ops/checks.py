@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from ovq.fields import is_finite
 from ovq.ops.call import Call, RowBounds, Rows
@@ -67,8 +68,10 @@ def _check_tensors(**tensors: Tensor) -> None:
 
 def check_dense(name: str, x: Tensor) -> None:
     """Raise ValueError, naming the tensor, unless it is a dense one with data."""
-    if x.layout != torch.strided or x.is_nested or x.device.type == "meta":
-        found = "a nested one" if x.is_nested else f"{x.layout} on {x.device}"
+    # Graphs are traced with fake tensors.
+    has_none = not torch.compiler.is_compiling() and is_fake(x)
+    if x.layout != torch.strided or x.is_nested or x.device.type == "meta" or has_none:
+        found = "a nested one" if x.is_nested else "a fake one" if has_none else f"{x.layout} on {x.device}"
         raise ValueError(f"{name}: expected a dense tensor with data, found {found}")
 
 

@@ -50,7 +50,7 @@ def have_tangents(*tensors: Tensor | None) -> bool:
 
 
 def check_transforms() -> None:
-    """Raise ValueError under `torch.func.vmap` and `torch.jit.trace`.
+    """Raise ValueError under `vmap`, `linearize` and `functionalize` of `torch.func` and `torch.jit.trace`.
 
     There no value or size of a tensor can be read, so no slot can be chosen.
 
@@ -61,10 +61,13 @@ def check_transforms() -> None:
     """
     if torch.jit.is_tracing():
         raise ValueError("expected no torch.jit.trace, found one: torch.export and torch.compile can do it")
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
+        raise ValueError("expected no make_fx (or torch.func.linearize), found one: torch.export can do it")
     if torch._C._are_functorch_transforms_active():
         functorch = torch._C._functorch
-        if any(each.key() == functorch.TransformType.Vmap for each in functorch.get_interpreter_stack()):
-            raise ValueError("expected no torch.func.vmap, found one")
+        for each in functorch.get_interpreter_stack():
+            if (key := each.key()) in (functorch.TransformType.Vmap, functorch.TransformType.Functionalize):
+                raise ValueError(f"expected no torch.func.{key.name.lower()}, found one")
 
 
 def refused_transform(*, is_plain: bool) -> str | None:
