@@ -10,7 +10,7 @@ import torch
 from ovq.hf import OVQModel
 from ovq.parallel import ContextParallel, even_bounds
 from ovq.parallel.cost import handover_bytes
-from tests.hf.common import SIZES, make_model
+from tests.hf.common import SIZES, make_model, random_ids
 from tests.parallel.cases import CASES, OVQ_AND_WINDOW, expected, expected_states, run
 from tests.processes import made_once, run_ranks
 
@@ -147,6 +147,18 @@ def test_gradients_of_before_outlive_a_failure_and_those_of_frozen_parameters_a_
     assert all(parameter.grad.eq(1).all() for parameter in model.parameters())
     alone.forward_backward([{"input_ids": ids, "labels": ids}])
     assert frozen.grad.eq(1).all()
+
+
+def test_layers_that_draw_random_numbers_draw_the_same_when_they_run_again(alone):
+    model = make_model(mixer_types=["raven", "raven"], num_hidden_layers=2).double().train()
+    batches = [{"input_ids": ids, "labels": ids} for ids in (random_ids(2, 20, seed=i) for i in range(2))]
+    results = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model.zero_grad()
+        loss = ContextParallel(model, recompute=recompute).forward_backward(batches)
+        results.append((loss, [p.grad for p in model.parameters()], torch.rand(3)))
+    torch.testing.assert_close(*results)
 
 
 def test_the_program_of_the_documentation_runs(monkeypatch):

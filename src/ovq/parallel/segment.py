@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import get_device_states, set_device_states
 
 from ovq.hf.cache import OVQCache
 from ovq.hf.configuration_ovq import OVQConfig
@@ -45,6 +46,7 @@ class Segment:
     def forward(self) -> tuple[Tensor, dict[str, Tensor]]:
         """The output `[B, T, hidden_size]`, and the state to pass on."""
         if self._recompute:
+            self._random = torch.get_rng_state(), *get_device_states(self._hidden)
             with torch.no_grad():
                 return self._run()
         self._outputs = self._run()
@@ -60,7 +62,7 @@ class Segment:
         Returns:
             The gradients of `hidden` and of each floating tensor of `state`.
         """
-        outputs = self._run() if self._recompute else self._outputs
+        outputs = self._run_again() if self._recompute else self._outputs
         assert outputs is not None, "forward comes first"
         hidden, state = outputs
         self._outputs = None
@@ -73,6 +75,15 @@ class Segment:
         return self._hidden.grad, {
             name: torch.zeros_like(t) if t.grad is None else t.grad for name, t in before.items()
         }
+
+    def _run_again(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """`_run` with the random numbers of the first time, for mixers that draw some in training."""
+        own, devices, states = self._random
+        kind = self._hidden.device.type
+        with torch.random.fork_rng(devices, device_type=kind):
+            torch.set_rng_state(own)
+            set_device_states(devices, states, device_type=kind)
+            return self._run()
 
     def _run(self) -> tuple[Tensor, dict[str, Tensor]]:
         cache = OVQCache(self._config)
