@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from ovq.convert import attach
+from ovq.convert.captures import capture
 from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.hf.cache import CACHE_KEY
 from ovq.parallel import ContextParallel
@@ -256,6 +257,15 @@ def test_models_that_do_not_fit_are_refused_and_left_as_they_were(model, message
 
 
 @torch.no_grad()
+def test_parts_of_a_model_stay_in_their_modes():
+    model = original().train()
+    model.base_model.layers[0].eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    capture(model, tokens(1, 30)[0], None, 0)
+    attach(model, **MEMORY)
+    assert {name: module.training for name, module in model.named_modules()} == before
+
+
 def test_models_that_share_a_config_stay_as_they_are(monkeypatch):
     config = LlamaConfig(**SIZES)
     model, other = (LlamaForCausalLM(config).eval() for _ in range(2))

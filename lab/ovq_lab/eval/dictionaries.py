@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 
 from ovq.hf import OVQConfig
 from ovq.ops.options import current_merge
+from ovq.runtime.modes import evaluating
 from ovq_lab.eval.rows import MERGE_NAMES
 
 
@@ -56,7 +57,7 @@ def each_dictionary(model: Any, tested: Sequence[Dictionary]) -> Iterator[Dictio
     """
     has_slots = isinstance(model.config, OVQConfig) and "ovq" in model.config.mixer_types
     own = Dictionary(model.config.num_slots, model.config.merge) if has_slots else Dictionary()
-    growth, was_training = getattr(model.config, "growth", None), model.training
+    growth = getattr(model.config, "growth", None)
 
     def give(dictionary: Dictionary) -> None:
         slots, merge = dictionary
@@ -65,11 +66,10 @@ def each_dictionary(model: Any, tested: Sequence[Dictionary]) -> Iterator[Dictio
         if merge is not None and merge != model.config.merge:
             model.set_merge(merge, growth=growth if merge == own.merge else None)
 
-    model.eval()
-    try:
-        for dictionary in tested:
-            give(dictionary)
-            yield dictionary
-    finally:
-        give(own)
-        model.train(was_training)
+    with evaluating(model):
+        try:
+            for dictionary in tested:
+                give(dictionary)
+                yield dictionary
+        finally:
+            give(own)

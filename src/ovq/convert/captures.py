@@ -27,6 +27,7 @@ from ovq.hf.cache import CACHE_KEY
 from ovq.ops.serialization import write_file
 from ovq.ops.sums import state_dtype
 from ovq.runtime.files import TemporaryFolder
+from ovq.runtime.modes import evaluating
 
 _IMPLEMENTATION = "ovq_probe"
 # Tokens whose logits are computed at a time.
@@ -237,24 +238,24 @@ def capture(
 
     AttentionInterface.register(_IMPLEMENTATION, attention)
     AttentionMaskInterface.register(_IMPLEMENTATION, lambda *args, **kwargs: None)
-    before, was_training = model.config._attn_implementation, model.training
+    before = model.config._attn_implementation
     needed_grad = [p.requires_grad for p in model.parameters()]
-    model.eval().requires_grad_(False).set_attn_implementation(_IMPLEMENTATION)
+    model.requires_grad_(False).set_attn_implementation(_IMPLEMENTATION)
     try:
-        given = {CACHE_KEY: DynamicCache(config=model.config), "use_cache": True}
-        if start:
-            with torch.no_grad():
-                model.base_model(ids[:, :start], **given)
-        with torch.enable_grad():
-            embedded = model.get_input_embeddings()(ids[:, start:]).detach().requires_grad_(True)
-            outputs = model.base_model(inputs_embeds=embedded, **given)
-            labels = None if mask is None else ids[0, targets + 1]
-            outputs.last_hidden_state.backward(_gradient(model, outputs, targets - start, labels, seed))
+        with evaluating(model):
+            given = {CACHE_KEY: DynamicCache(config=model.config), "use_cache": True}
+            if start:
+                with torch.no_grad():
+                    model.base_model(ids[:, :start], **given)
+            with torch.enable_grad():
+                embedded = model.get_input_embeddings()(ids[:, start:]).detach().requires_grad_(True)
+                outputs = model.base_model(inputs_embeds=embedded, **given)
+                labels = None if mask is None else ids[0, targets + 1]
+                outputs.last_hidden_state.backward(_gradient(model, outputs, targets - start, labels, seed))
     finally:
         model.set_attn_implementation(before)
         # What is registered stays, so it must hold neither the model nor what was found.
         AttentionInterface.register(_IMPLEMENTATION, lambda *args, **kwargs: None)
-        model.train(was_training)
         for parameter, was_needed in zip(model.parameters(), needed_grad, strict=True):
             parameter.requires_grad_(was_needed)
     return [

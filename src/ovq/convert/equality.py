@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ovq.convert.cache import MemoryCache
 from ovq.hf.cache import CACHE_KEY
+from ovq.runtime.modes import evaluating
 
 # Tokens on which the model is compared before and after, and tolerances: the root mean square of the logit
 # differences relative to that of the logits. A single bfloat16 logit may differ by far more.
@@ -21,15 +22,11 @@ _TOLERANCE_OF_NARROW = 0.1
 def some_logits(model: Any, cache: MemoryCache | None = None) -> Tensor:
     """Logits of a few tokens, read in two calls if there is a cache."""
     ids = torch.arange(_CHECK_TOKENS, device=model.device)[None] % model.config.vocab_size
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         if cache is None:
             return model(ids, use_cache=False).logits
         parts = ids.split([_CHECK_TOKENS // 2, _CHECK_TOKENS - _CHECK_TOKENS // 2], dim=1)
         return torch.cat([model(part, **{CACHE_KEY: cache}).logits for part in parts], dim=1)
-    finally:
-        model.train(was_training)
 
 
 def _size(x: Tensor) -> float:

@@ -14,6 +14,7 @@ from ovq.convert.config import LEAST_LENGTH, MemoryConfig
 from ovq.convert.reach import Reach
 from ovq.hf.cache import CACHE_KEY
 from ovq.ops.sums import state_dtype
+from ovq.runtime.modes import evaluating
 
 # Rotary types whose frequencies depend on the length of the text.
 _CHANGING = ("dynamic", "longrope")
@@ -92,14 +93,10 @@ def _frequencies(model: PreTrainedModel) -> list[float] | None:
 @torch.no_grad()
 def _keys(model: Any, position: int) -> list[Tensor]:
     """The keys of a token at a position, `[1, Hkv, 1, K]` of each layer."""
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         cache = DynamicCache(config=model.config)
         # Not token 0, which is often the padding token, without a learned embedding.
         token, place = (torch.tensor([[x]], device=model.device) for x in (1, position))
         model.base_model(token, position_ids=place, **{CACHE_KEY: cache}, use_cache=True)
-    finally:
-        model.train(was_training)
     keys: list[Tensor] = [layer.keys for layer in cache.layers]  # type: ignore[union-attr, misc]  # all of these have keys
     return [k.to(state_dtype(k.dtype)) for k in keys]
