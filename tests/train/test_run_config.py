@@ -291,6 +291,9 @@ def test_there_is_no_recipe_for_an_unknown_task():
 def test_unknown_recipes_are_refused_with_those_there_are():
     with pytest.raises(ValueError, match=r"recipe: expected a task \(recall, .*\(ovq, .*, found 'recall'"):
         get_recipe("recall")
+    # OVQ alone alternates with Mamba2 in a recipe.
+    with pytest.raises(ValueError, match=r"mamba2; lm also ovq-mamba2\) .* found 'lm-gdn-mamba2'"):
+        get_recipe("lm-gdn-mamba2")
 
 
 @pytest.mark.parametrize(

@@ -284,7 +284,7 @@ def get_recipe(name: str) -> RunConfig:
         # All combinations would be too long a list.
         meant = f"{name}-ovq" if name in _BUILDERS else name
         raise ValueError(
-            f"recipe: expected a task ({', '.join(_BUILDERS)}) and a mixer ({', '.join(_MIXERS)}) with - "
-            f"between them, found {name!r}{did_you_mean(meant, RECIPES)}"
+            f"recipe: expected a task ({', '.join(_BUILDERS)}) and a mixer ({', '.join(_MIXERS)}; lm also "
+            f"ovq-mamba2) with - between them, found {name!r}{did_you_mean(meant, RECIPES)}"
         )
     return RECIPES[name]
