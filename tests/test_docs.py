@@ -10,6 +10,7 @@ import pytest
 
 import ovq
 from ovq.convert.presets import packaged_presets
+from ovq_lab.figures.results import load_results
 from ovq_lab.figures.tables import with_tables
 
 ROOT = Path(__file__).parent.parent
@@ -369,6 +370,17 @@ def test_times_are_rounded_once_from_what_was_measured():
     training = " and ".join(f"{gained['model_training', length]:.1f}" for length in (2048, 8192))
     assert f"trains {training} times" in models
     assert f"training {training} times" in (results / "index.md").read_text()
+
+
+def test_figures_share_the_models_that_the_page_says():
+    def runs_of(name):
+        return {row["run"] for row in load_results(ROOT / "docs" / "results" / f"{name}.json")["rows"]}
+
+    shared = runs_of("recall")
+    page = (ROOT / "docs" / "use" / "reproduce.md").read_text()
+    for names in (("init", "bias", "growth", "merge"), ("rate", "chunk", "conv")):
+        more = ", ".join(str(len(runs_of(name) - shared)) for name in names)
+        assert f"| {', '.join(f'`{name}`' for name in names)} | {more} more |" in page
 
 
 @pytest.mark.parametrize("name", ["benchmarks/soak.py", "benchmarks/float32_sums.py"])
