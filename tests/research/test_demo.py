@@ -8,10 +8,12 @@ from PIL import Image
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
+from ovq.runtime.files import claimed
 from ovq_lab.eval.rows import ResultRow
 from ovq_lab.figures import demo
 from ovq_lab.figures.demo import conclusion, run_demo
 from ovq_lab.train.config import CONFIG_FILE, RunConfig
+from tests.test_cli import fail
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +44,14 @@ def test_what_no_demonstration_left_is_not_replaced(name, tmp_path, monkeypatch)
     with pytest.raises(ValueError, match=r"--out: expected a folder in which ovq/ .*, found something else"):
         run_demo(tmp_path, is_quick=True)
     assert (tmp_path / "ovq" / name).exists()
+
+
+def test_two_demonstrations_at_once_do_not_share_a_folder(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("fcntl")
+    monkeypatch.setattr(demo, "run_jobs", lambda *_, **__: pytest.fail("it has begun"))
+    with claimed(tmp_path, command="ovq demo"):
+        line = fail(capsys, "demo", "--quick", "--out", tmp_path)
+    assert line == f"--out: expected a folder that no other `ovq demo` is writing to, found {tmp_path}"
 
 
 def test_results_hold_a_row_for_each_model_and_length(done):

@@ -40,9 +40,12 @@ def demo(
     check_folder("--out", out)
     check_model_path("--out", out)
 
+    from ovq.runtime.files import claimed
     from ovq_lab.figures.demo import run_demo
 
-    run_demo(out, seed=seed, is_quick=quick)
+    # Of two at once, one could leave its results beside the model of the other.
+    with claimed(out, command="ovq demo"):
+        run_demo(out, seed=seed, is_quick=quick)
     # `make demo` runs it in an environment that may not be active; `python -m ovq` names a module.
     name = "ovq" if shutil.which("ovq") else sys.argv[0]
     program = shlex.quote(name) if shutil.which(name) else f"{shlex.quote(sys.executable)} -m ovq"
