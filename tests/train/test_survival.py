@@ -295,6 +295,15 @@ def test_a_run_that_has_ended_without_checkpoints_does_not_start_again(whole, in
     assert {path: path.read_bytes() for path in interrupted.iterdir()} == before
 
 
+def test_a_run_whose_last_file_was_not_written_whole_goes_on(whole, interrupted):
+    """As on a full disk: the model is there, and what says so is not."""
+    for name in ("model.safetensors", "README.md"):
+        shutil.copy(whole / name, interrupted)
+    (interrupted / "trainer_state.json").write_text("")
+    resume(interrupted)
+    assert_same_run(interrupted, whole)
+
+
 def with_little_room():
     # More than the model takes and less than the optimizer.
     limit = 50_000

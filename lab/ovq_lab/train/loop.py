@@ -173,9 +173,14 @@ def has_ended(out: Path) -> bool:
 def _is_trained(out: Path) -> bool:
     """Whether the run in a folder has done all its steps and saved its model."""
     config, state = RunConfig.load(out), out / TRAINER_STATE_NAME
-    is_saved = state.is_file() and (out / CARD_FILE).is_file()
-    # The configuration may have been extended to more steps since.
-    return is_saved and read_json(state)["global_step"] >= config.train.steps
+    if not (state.is_file() and (out / CARD_FILE).is_file()):
+        return False
+    try:
+        # The configuration may have been extended to more steps since.
+        return read_json(state)["global_step"] >= config.train.steps
+    except ValueError:
+        # It is written last, and was not on a disk that was full, or before the power went.
+        return False
 
 
 def _check_can_start_again(out: Path) -> None:
