@@ -93,6 +93,22 @@ def test_a_state_goes_in_and_out_of_a_whole_graph(gated, options):
     assert_same_state(compiled, state)
 
 
+def test_gradients_of_a_graph_that_are_a_graph_themselves():
+    """PyTorch records nothing while it runs such a graph (compiled autograd), but this backward needs it."""
+    results = []
+
+    def step(q, k, v, weights, log_forget):
+        o, state = two_calls(q, k, v, weights, log_forget, {**SIZES, "merge": "nearest"})
+        (o.square().sum() + state.key_sum.sin().sum()).backward()
+
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        for function in (step, torch.compile(step, backend="aot_eager")):
+            leaves = [x.clone().requires_grad_() for x in (*inputs(2, 19), *gates(19).values())]
+            function(*leaves)
+            results.append([x.grad for x in leaves])
+    torch.testing.assert_close(*results)
+
+
 def test_rows_of_a_whole_graph():
     q, k, v = inputs(2, 9, dtype=torch.float32)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 1, 0]])

@@ -189,7 +189,8 @@ def _fake_call(*arguments: Any) -> tuple[Tensor, ...]:
 def _call_backward(*arguments: Any) -> tuple[Tensor, ...]:
     grads, given = arguments[:_NUM_GRADS], _named(arguments[_NUM_GRADS:])
     leaves = {name: x.detach().requires_grad_() for name in _DIFFERENTIABLE if (x := given[name]) is not None}
-    with torch.enable_grad():
+    # `enable_grad` would not do: compiled autograd runs graphs of gradients without recording their calls.
+    with torch.inference_mode(False):
         outputs = _run(given | leaves)
     pairs = [
         (x, grad)
