@@ -111,3 +111,14 @@ def test_a_cache_goes_on_after_its_model_was_cast():
     model(streams[:, :50], mask[:, :50], **{CACHE_KEY: cache})
     found = model.float()(streams[:, 50:], mask, **{CACHE_KEY: cache}).logits
     torch.testing.assert_close(found.double(), expected[:, 50:], atol=1e-3, rtol=0)
+
+
+@torch.no_grad()
+def test_rows_of_other_lengths_are_read_under_autocast():
+    """It computes values in bfloat16, and keys in float32."""
+    model, mask = converted(), torch.arange(110) >= torch.tensor([[0], [5]])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(STREAMS[:2], mask).logits
+        # Rows of their own, padded as well, as rounding depends on positions.
+        alone = [model(STREAMS[row, None], mask[row, None]).logits for row in range(2)]
+    torch.testing.assert_close(found[mask], torch.cat(alone)[mask], atol=0.05, rtol=0)

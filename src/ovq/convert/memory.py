@@ -328,8 +328,9 @@ class HeadMemory:
             triples = [(b, filled + i, i) for b, (filled, num) in enumerate(pairs) for i in range(num)]
             rows, place, step = torch.tensor(triples, device=k.device).T
             places = rows, slice(None), place
-            # After a cast of the model, a memory keeps its dtype.
-            k, v = (x[rows, :, step].to(state.pending_keys.dtype) for x in (k, v))
+            # After a cast of the model, a memory keeps its dtypes, of which autocast leaves two.
+            k = k[rows, :, step].to(state.pending_keys.dtype)
+            v = v[rows, :, step].to(state.pending_values.dtype)
         state.pending_keys[places], state.pending_values[places] = k, v
 
     def _merge(self, rows: list[int]) -> None:
