@@ -41,11 +41,9 @@ def measure(
     command += [] if weight_dtype is None else ["--weight-dtype", weight_dtype]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
-        line = process.stderr.readline()
-        found = re.search(r"http://\S+", line)
-        assert found, line
         try:
-            return list(_turns(found[0], document, turns))
+            line = next(line for line in process.stderr if line.startswith("ovq serve: "))
+            return list(_turns(re.findall(r"http://\S+", line)[0], document, turns))
         finally:
             process.terminate()
 
