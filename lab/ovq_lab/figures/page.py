@@ -173,7 +173,7 @@ def _sweep_table(sweep: Sequence[dict[str, Any]]) -> Table:
         name = entry["line"] + (f", tried with {slots}" if (slots := entry.get("num_slots")) else "")
         best = f"{_best(entry[field].values(), field):.4f}"
         shown = {trial: f"{value:.4f}" for trial, value in entry[field].items()}
-        cells = [Cell(text := shown.get(trial, ""), is_best=text == best) for trial in trials]
+        cells = [Cell(text := shown.get(trial, ""), is_best=text == best != "nan") for trial in trials]
         body.append([Cell(name), *cells, Cell(entry["chosen"])])
     caption = (
         f"Learning rates (and weight decay): {field} at {sweep[0]['length']} tokens, on examples that no "
@@ -204,8 +204,10 @@ def _model_table(rows: Sequence[dict[str, Any]]) -> Table | None:
 def _cell(point: Point, field: str, best: str | None = None) -> Cell:
     """Cell with the mean and the range over seeds; marked if its text equals the best of its row."""
     text = _value(point.mean, field)
-    small = "" if point.low == point.high else f"{_value(point.low, field)} to {_value(point.high, field)}"
-    return Cell(text, small, is_best=text == best)
+    # Of NaN and numbers, which end of the range is NaN depends on their order.
+    is_one = point.low == point.high or math.isnan(point.mean)
+    small = "" if is_one else f"{_value(point.low, field)} to {_value(point.high, field)}"
+    return Cell(text, small, is_best=text == best != "nan")
 
 
 def _value(value: float | str, field: str) -> str:

@@ -231,7 +231,8 @@ def _by_seed(column: Column, where: dict[str, Any], rows: Iterable[Row]) -> dict
         value = field_of(row, column.value)
         if column.positions is not None:
             value = _mean_over(value, *column.positions)
-        if found.setdefault(row.get("seed"), value) != value:
+        # As text, because NaN (of a run that diverged) equals nothing.
+        if str(found.setdefault(row.get("seed"), value)) != str(value):
             raise ValueError(f"expected one {column.value} per seed of {where}, found two that differ")
     if not found:
         raise ValueError(f"expected rows of {where}, found none")
@@ -264,7 +265,8 @@ def _over_seeds(column: Column, values: Sequence[Any]) -> str:
         return f"{mean:,.0f}"
     text = _number(column, mean) + column.unit
     bounds = [_number(column, low), _number(column, high)]
-    if column.spread is None or high - low < column.spread or bounds[0] == bounds[1]:
+    # With NaN among them, the bounds depend on the order of the seeds.
+    if math.isnan(mean) or column.spread is None or high - low < column.spread or bounds[0] == bounds[1]:
         return text
     return f"{text} ({' to '.join(bounds)})"
 

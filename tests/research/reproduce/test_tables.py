@@ -1,6 +1,7 @@
 """Tables of documents: each cell is what the results say, and what cannot be said is refused by name."""
 
 import json
+import math
 
 import pytest
 
@@ -59,6 +60,14 @@ def cells(path):
         [cell.strip() for cell in line.split("|")[2:-1]]
         for line in make_table(path, "recall").splitlines()[2:]
     ]
+
+
+@pytest.mark.parametrize("seeds", [(0.5, math.nan), (math.nan, 0.5)])
+def test_a_run_that_diverged_is_shown_as_such(seeds, described):
+    path = described({"head": "", "value": "accuracy", "length": 256, "spread": 0.0})
+    rows = [row | {"accuracy": seeds[row["seed"]]} for row in ROWS]
+    (path.parent / "results" / "recall.json").write_text(json.dumps({"rows": rows}))
+    assert cells(path) == [["nan"], ["nan"]]
 
 
 def test_a_table_is_what_it_is_described_to_be(described):
