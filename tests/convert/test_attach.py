@@ -256,7 +256,6 @@ def test_models_that_do_not_fit_are_refused_and_left_as_they_were(model, message
     assert type(model) is kind
 
 
-@torch.no_grad()
 def test_parts_of_a_model_stay_in_their_modes():
     model = original().train()
     model.base_model.layers[0].eval()
@@ -266,6 +265,7 @@ def test_parts_of_a_model_stay_in_their_modes():
     assert {name: module.training for name, module in model.named_modules()} == before
 
 
+@torch.no_grad()
 def test_models_that_share_a_config_stay_as_they_are(monkeypatch):
     config = LlamaConfig(**SIZES)
     model, other = (LlamaForCausalLM(config).eval() for _ in range(2))

@@ -135,11 +135,12 @@ def test_a_rule_that_is_named_twice_is_tested_once():
     assert [dictionary.merge for dictionary in found] == ["nearest", "existing"]
 
 
-def test_the_mode_of_the_model_is_put_back():
+def test_the_modes_of_the_model_are_put_back():
     model = build_model("full_attention").train()
+    model.lm_head.eval()
     assert [model.training for _ in each_dictionary(model, [Dictionary()])] == [False]
     [row] = run(model, lengths=[40], num_examples=1)
-    assert model.training
+    assert [module for module in model.modules() if not module.training] == [model.lm_head]
     assert (row.mixer, row.num_slots, row.merge) == ("full_attention", None, None)
 
 
