@@ -19,6 +19,7 @@ from ovq_lab.text import (
     train_tokenizer,
 )
 from ovq_lab.text.tokenizers import is_byte_tokenizer
+from tests.disks import full_disk
 
 BYTES = byte_tokenizer()
 # Surrogates have no bytes in UTF-8.
@@ -99,6 +100,14 @@ def test_a_tokenizer_is_trained_once_and_on_the_training_documents_alone(tmp_pat
     # Another share of held-out documents is another tokenizer.
     everything = source_tokenizer(dataclasses.replace(source, held_out=0.0)).get_vocab()
     assert any("ze" in token for token in everything)
+
+
+def test_a_tokenizer_for_which_the_disk_has_no_room_is_an_error_of_writing(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "text.txt").write_text("again and again")
+    source = TextSource(dataset=str(tmp_path / "text.txt"), tokenizer="bpe:300", held_out=0.0)
+    with full_disk(2000), pytest.raises(OSError, match=r"cannot be written \(.*File too large"):
+        source_tokenizer(source)
 
 
 def test_a_tokenizer_is_trained_on_so_much_text_and_no_more(monkeypatch):
