@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import re
 import typing
 
 import pytest
@@ -11,9 +12,11 @@ import torch
 from ovq.fields import field_types
 from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.hf.equal_sizes import equal_sizes
+from ovq_lab.cli.train import train
 from ovq_lab.figures.plan import run_name
 from ovq_lab.mixers import MIXERS
 from ovq_lab.tasks import TASKS, RecallTask, TextTask
+from ovq_lab.train import recipes
 from ovq_lab.train.config import CONFIG_FILE, SMALL_MODEL, ModelArgs, RunConfig, TrainArgs
 from ovq_lab.train.loop import model_config
 from ovq_lab.train.recipes import RECIPES, get_recipe, recipe_for
@@ -294,6 +297,13 @@ def test_unknown_recipes_are_refused_with_those_there_are():
     # OVQ alone alternates with Mamba2 in a recipe.
     with pytest.raises(ValueError, match=r"mamba2; lm also ovq-mamba2\) .* found 'lm-gdn-mamba2'"):
         get_recipe("lm-gdn-mamba2")
+
+
+def test_the_help_of_train_names_the_parts_of_all_recipes():
+    [argument] = typing.get_type_hints(train, include_extras=True)["recipe"].__metadata__
+    text = argument.help.replace("; for GPUs ", ", ")
+    parts = re.fullmatch(r".* Tasks: (.*)\. Mixers: (.*); of lm also ovq-mamba2\.", text).groups()
+    assert [set(names.split(", ")) for names in parts] == [{*recipes._BUILDERS}, {*recipes._MIXERS}]
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def train(
             help="A file of your own (.yaml, .json), or TASK-MIXER, such as recall-ovq. Tasks: recall, "
             "positional, regression, mqar, lm; for GPUs lm-70m, lm-120m, lm-150m, lm-350m, lm-480m. "
             "Mixers: ovq, full, fox, sliding, sinks, vq, kvm, raven, linear, gdn, kda, mesanet, "
-            "mamba2."
+            "mamba2; of lm also ovq-mamba2."
         ),
     ] = None,
     set_: Annotated[
