@@ -33,7 +33,7 @@ def build(
     ],
     out: Annotated[Path, typer.Option(help="File to write.")],
     chat: Annotated[
-        bool, typer.Option("--chat", help="For ovq chat: as the system message, by the chat template.")
+        bool, typer.Option("--chat", help="For chats: as the system message, by the chat template.")
     ] = False,
     num_slots: options.NumSlots = None,
     merge: options.MergeRule = None,
