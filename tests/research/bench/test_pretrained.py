@@ -1,9 +1,9 @@
 """`ovq bench --what converted`: every way runs in a process of its own, and the report can be shown."""
 
 import json
+import os
 import signal
 import sys
-import time
 
 import pytest
 import torch
@@ -158,14 +158,16 @@ def test_a_way_that_fails_says_why(folder, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_process_of_a_way_at_once(number, tmp_path):
     error = KeyboardInterrupt() if number == signal.SIGINT else EndedBySignal(number)
-    peer = script(tmp_path / "python", f"{FAKE}sleep 3\ntouch '{tmp_path}/ended'\n")
+    text = f"#!/bin/sh\necho $$ > '{tmp_path}/number'\n{FAKE}sleep 5\ntouch '{tmp_path}/ended'\n"
+    peer = script(tmp_path / "python", text)
     rows = _run(peer, {"kind": "llama_cpp"})
     next(rows)
     with pytest.raises(type(error)):
         rows.throw(error)
-    # It never comes to its last line.
-    time.sleep(4)
+    # Nobody has waited for its last line, and it is not left at work.
     assert not (tmp_path / "ended").exists()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "number").read_text()), 0)
 
 
 @pytest.mark.parametrize(
