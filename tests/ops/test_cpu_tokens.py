@@ -3,10 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd.graph import saved_tensors_hooks
 
 from ovq.layers.common import QKNorm, RMSNorm, ShortConvolution, rotary_tables, swiglu
 from ovq.layers.products import Linear
-from ovq.layers.softmax import windowed_read
+from ovq.layers.softmax import SlidingWindowAttention, windowed_read
+from ovq.ops import ovq_attention
 from ovq.ops.backends.cpu import linear
 from ovq.ops.backends.cpu.kernels import cpu_kernels
 from ovq.ops.backends.cpu.linear import FEW_TOKENS, FasterLinear, few_products, product
@@ -200,3 +202,31 @@ def test_the_roof_is_a_product():
     call, flops = product_loop()
     call()
     assert flops >= 1e9 * torch.get_num_threads()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        RMSNorm(24, eps=1e-6),
+        swiglu,
+        ShortConvolution(24, 4),
+        lambda x: torch.cat([y.flatten() for y in QKNorm(2, 4)(x, 2)[:3]]),
+        lambda x: ovq_attention(*[x.unflatten(2, (2, 12))] * 3, num_slots=8, chunk_size=4)[0],
+        SlidingWindowAttention(24, num_heads=2, sliding_window=4, conv_size=0),
+    ],
+)
+def test_hooks_may_give_back_saved_tensors_with_other_strides(function):
+    def gradients(unpack):
+        x = torch.randn(2, 30, 24, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        with saved_tensors_hooks(lambda saved: saved, unpack):
+            y = function(x)
+        y = y[0] if isinstance(y, tuple) else y
+        parameters = function.parameters() if isinstance(function, torch.nn.Module) else ()
+        weights = torch.linspace(-1, 1, y.numel()).view_as(y)
+        return torch.autograd.grad((y * weights).sum(), [x, *parameters])
+
+    def turned(x):
+        return x.movedim(0, -1).contiguous().movedim(-1, 0) if x.dim() else x
+
+    for found, expected in zip(gradients(turned), gradients(lambda saved: saved), strict=True):
+        torch.testing.assert_close(found, expected)

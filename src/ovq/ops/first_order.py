@@ -1,4 +1,4 @@
-"""`first_order`: decorator for backward functions that cannot be differentiated again."""
+"""What backward functions of kernels share: they cannot be differentiated again, and read dense tensors."""
 
 from __future__ import annotations
 
@@ -34,3 +34,11 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
         return backward(ctx, *grads)
 
     return refusing
+
+
+def saved_tensors(ctx: Any) -> list[Any]:
+    """The tensors, or None, that a forward saved, each contiguous; to be read once, as checkpoints demand.
+
+    Hooks (`torch.autograd.graph.saved_tensors_hooks`) may return them with other strides than they had.
+    """
+    return [None if x is None else x.contiguous() for x in ctx.saved_tensors]

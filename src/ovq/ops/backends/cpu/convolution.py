@@ -11,7 +11,7 @@ from torch import Tensor
 from ovq.ops.backends.cpu import build
 from ovq.ops.backends.cpu.mirrors import MIRRORS
 from ovq.ops.backends.cpu.tokens import call_kernel
-from ovq.ops.first_order import first_order
+from ovq.ops.first_order import first_order, saved_tensors
 
 
 class CompiledConvolution(torch.autograd.Function):
@@ -36,7 +36,7 @@ class CompiledConvolution(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         """Compute all gradients in one pass over the tokens."""
-        x, past, taps, offset = ctx.saved_tensors
+        x, past, taps, offset = saved_tensors(ctx)
         grad_x, grad_past = torch.empty_like(x), None if past is None else torch.empty_like(past)
         grad_taps = taps.new_zeros(x.shape[0], *taps.shape)
         _run(

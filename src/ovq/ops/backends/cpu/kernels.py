@@ -17,7 +17,7 @@ from ovq.ops.backends.dictionary import Dictionary
 from ovq.ops.backends.learned import Learned, Merging
 from ovq.ops.backends.plan import Plan
 from ovq.ops.fading import LEAST_WEIGHT
-from ovq.ops.first_order import first_order
+from ovq.ops.first_order import first_order, saved_tensors
 from ovq.ops.options import NUM_PARTS, TIE
 
 # Dtypes of inputs, in the order of numbers.h.
@@ -102,8 +102,7 @@ class CompiledAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_o: Tensor | None, *grad_sums: Tensor | None) -> tuple[Tensor | None, ...]:
         """One call of the kernels: the gradient of the final sums becomes that of the initial ones."""
         assert ctx.fading is None, "`forget.py` hands over what has gradients chunk by chunk"
-        # Read once: under activation checkpointing, torch refuses a second time.
-        saved = ctx.saved_tensors
+        saved = saved_tensors(ctx)
         q, k, v, scale, token_weights, o, *final, lse, slots = saved[:12]
         changes = saved[12:]
         grad_o = torch.zeros_like(o) if grad_o is None else dense(grad_o)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ovq.ops.backends.cpu import build
 from ovq.ops.backends.cpu.kernels import is_available, is_memory
 from ovq.ops.backends.cpu.mirrors import MIRRORS
-from ovq.ops.first_order import first_order
+from ovq.ops.first_order import first_order, saved_tensors
 from ovq.ops.transforms import is_transformed
 
 
@@ -69,7 +69,7 @@ class CompiledRMSNorm(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         """Both gradients in one pass."""
-        x, weight, rates = ctx.saved_tensors
+        x, weight, rates = saved_tensors(ctx)
         threads, dim = torch.get_num_threads(), weight.numel()
         grad_x, grad_weight = torch.empty_like(x), x.new_zeros(threads, dim)
         tensors = (x, weight, rates, grad_y.contiguous(), grad_x, grad_weight)
@@ -94,7 +94,7 @@ class CompiledSwiGLU(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, grad_y: Tensor) -> Tensor:
         """The gradient of both halves in one pass."""
-        (x,) = ctx.saved_tensors
+        (x,) = saved_tensors(ctx)
         grad_x, dim = torch.empty_like(x), x.shape[-1] // 2
         num = x.numel() // (2 * dim)
         call_kernel("ovq_swiglu_backward", torch.get_num_threads(), num, dim, x, grad_y.contiguous(), grad_x)
@@ -127,7 +127,7 @@ class CompiledHeads(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of the channels in one pass."""
-        q, k, rates, cos, sin = ctx.saved_tensors
+        q, k, rates, cos, sin = saved_tensors(ctx)
         grad_q, grad_k, grad_v = (grad.contiguous() for grad in grads)
         grad = q.new_empty(*q.shape[:2], (q.shape[2] + 2 * k.shape[2]) * q.shape[3])
         given = {"grad_q": grad_q, "grad_k": grad_k, "grad_v": grad_v, "grad_channels": grad}

@@ -11,7 +11,7 @@ from torch import Tensor
 from ovq.ops.backends.cpu import build
 from ovq.ops.backends.cpu.kernels import dense
 from ovq.ops.backends.cpu.mirrors import MIRRORS, Mirror
-from ovq.ops.first_order import first_order
+from ovq.ops.first_order import first_order, saved_tensors
 
 
 class CompiledWindow(torch.autograd.Function):
@@ -41,7 +41,7 @@ class CompiledWindow(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, grad_o: Tensor) -> tuple[Tensor | None, ...]:
         """Scores are computed again, block by block."""
-        q, k, v, scale, first, o, lse = ctx.saved_tensors
+        q, k, v, scale, first, o, lse = saved_tensors(ctx)
         grad_o = dense(grad_o)
         (num_rows, num_keys, num_kv_heads, _), lanes = k.shape, build.load().ovq_lanes()
         grad_q = q.new_empty(q.shape)

@@ -16,7 +16,7 @@ from ovq.ops.backends.triton.passes import BackwardPass, Saved, Snapshots, recur
 from ovq.ops.backends.triton.read import read
 from ovq.ops.backends.triton.weights import ChangedSlots, Weights
 from ovq.ops.backends.triton.work import Work
-from ovq.ops.first_order import first_order
+from ovq.ops.first_order import first_order, saved_tensors
 
 
 class ChunkAttention(torch.autograd.Function):
@@ -74,7 +74,7 @@ class ChunkAttention(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, grad_o: Tensor | None, *grad_sums: Tensor | None) -> tuple[Tensor | None, ...]:
         """Rewind the chunks of all rows."""
-        q, k, v, scale, o, lse, slots, *parts = ctx.saved_tensors
+        q, k, v, scale, o, lse, slots, *parts = saved_tensors(ctx)
         final, (tokens, *parts) = Dictionary(*parts[:4]), parts[4:]
         is_read = ctx.work.options.weighs_chunk
         weights = None if tokens is None else Weights(tokens, ChangedSlots(*parts[:4]), is_read)
