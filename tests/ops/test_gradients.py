@@ -1,13 +1,17 @@
 """Which gradients there are: zeros of calls without a token, none of gradients but those of the reference."""
 
+import functools
+
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from ovq.layers import OVQAttention
 from ovq.layers.products import Linear
 from ovq.ops import backend_used, ovq_attention
 from ovq.ops.backends.cpu.tokens import CompiledRMSNorm
+from ovq.ops.options import CURRENT_MERGES
 from tests.ops.common import BACKENDS, CPU, either_rule, inputs
 
 OPTIONS = {"num_slots": 8, "chunk_size": 4}
@@ -147,3 +151,26 @@ def test_no_derivative_of_a_transform_is_lost_under_compile(has_product):
         torch.testing.assert_close(torch.compile(function, backend="aot_eager")(q), expected)
         assert expected.abs().max() > 0.01
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("merge", CURRENT_MERGES)
+def test_checkpoints_may_keep_products(merge):
+    aten = torch.ops.aten
+    context_fn = functools.partial(create_selective_checkpoint_contexts, [aten.mm.default, aten.bmm.default])
+    q, k, v = leaves(1, 20, torch.float64)
+    # A value that is not finite, and empty slots, are taken out of products.
+    values = v + torch.tensor([0.0] * 18 + [torch.inf] * 2)[:, None, None]
+    weights = torch.arange(20.0).remainder(3)[None, :, None]
+
+    def attend(q, k, values):
+        return ovq_attention(
+            q, k, values, merge=merge, token_weights=weights.double(), backend="torch", **OPTIONS
+        )[0]
+
+    outputs = (
+        attend(q, k, values),
+        checkpoint(attend, q, k, values, use_reentrant=False, context_fn=context_fn),
+    )
+    expected, found = (torch.autograd.grad(o[:, :16].sum(), (q, k, v)) for o in outputs)
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)

@@ -325,7 +325,7 @@ class _Clusters:
         is_point = rows[..., -1] > -torch.inf
         squares = rows[..., -1] * -2
         rows[..., -1] = 1
-        scores = torch.bmm(rows, self._x.transpose(1, 2)).scatter_(2, order[..., None], -torch.inf)
+        scores = torch.bmm(rows, self._x.transpose(1, 2)).scatter(2, order[..., None], -torch.inf)
         self._search = order, scores, squares
         if self._x.dtype == torch.float64:
             best = scores.amax(-1)

@@ -179,7 +179,7 @@ class Reader:
         o = torch.bmm(self.attend(step, block, q, scale), self.values(step, block))
         if self._non_finite is not None:
             size = block.stop - block.start
-            o.view(step.num_streams, -1, size, o.shape[-1]).add_(self._non_finite[:, None, block])
+            o = (o.unflatten(1, (-1, size)) + self._non_finite[:, None, block]).flatten(1, 2)
         return o
 
     def keys(self, step: Step, block: slice) -> Tensor:

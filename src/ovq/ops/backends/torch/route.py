@@ -236,7 +236,7 @@ def _merge_updated(
         scores = own @ candidates.T
         if is_empty is not None and weights is not None:
             empty = torch.cat([is_empty[s, :n], weights[s, is_opener[s]] <= 0])
-            scores.masked_fill_(empty, -torch.inf)
+            scores = scores.masked_fill(empty, -torch.inf)
             candidates = candidates.masked_fill(empty[:, None], 0)
         best = scores.amax(-1)
         floor = best - TIE * own.norm(dim=-1) * candidates.norm(dim=-1).max()
