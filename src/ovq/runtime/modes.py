@@ -20,10 +20,12 @@ def evaluating(model: Any) -> Iterator[None]:
         >>> model.training, model[0].training
         (True, False)
     """
-    trained = [module for module in model.modules() if module.training]
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        for module in trained:
-            module.training = True
+        # Modules may act on a change in their `train`, which sets their parts too; parts come later here.
+        for module, was_training in modes:
+            if module.training != was_training:
+                module.train(was_training)
