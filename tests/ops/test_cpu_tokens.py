@@ -144,7 +144,8 @@ def test_products(num_tokens, sizes):
 
 
 @pytest.mark.parametrize("num_tokens", [3, 40, 600])
-def test_hooks_and_adapters_may_change_products_in_place(num_tokens):
+@pytest.mark.parametrize("product", [FasterLinear.apply, torch.ops.ovq.linear])
+def test_hooks_and_adapters_may_change_products_in_place(num_tokens, product):
     torch.manual_seed(0)
     x, weight = torch.randn(2, num_tokens, 7), torch.randn(5, 7)
 
@@ -154,7 +155,7 @@ def test_hooks_and_adapters_may_change_products_in_place(num_tokens):
         return (y,)
 
     assert_same(
-        lambda *given: changed(FasterLinear.apply, *given),
+        lambda *given: changed(product, *given),
         lambda *given: changed(torch.nn.functional.linear, *given),
         x,
         weight,

@@ -109,6 +109,16 @@ def test_gradients_of_a_graph_that_are_a_graph_themselves():
     torch.testing.assert_close(*results)
 
 
+def test_outputs_of_a_graph_may_be_changed_in_place():
+    leaves = [x.requires_grad_() for x in inputs(1, 19, dtype=torch.float32)]
+    # PyTorch runs the graph as it is; other backends of `torch.compile` copy.
+    compiled = torch.compile(lambda *qkv: attend(*qkv, **SIZES)[0].mul_(2), backend="eager")
+    results = []
+    for o in (2 * attend(*leaves, **SIZES)[0], compiled(*leaves)):
+        results.append((o, *torch.autograd.grad(o.square().sum(), leaves)))
+    torch.testing.assert_close(*results)
+
+
 def test_rows_of_a_whole_graph():
     q, k, v = inputs(2, 9, dtype=torch.float32)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 1, 0]])

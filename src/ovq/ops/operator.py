@@ -148,12 +148,16 @@ def _run(given: Mapping[str, Any]) -> list[Tensor | None]:
 
 
 def _own(x: Tensor | None, arguments: Sequence[Any], like: Tensor) -> Tensor:
-    """x in memory not shared with an argument, as operators must return it; an empty tensor for None."""
+    """x in memory not shared with an argument, as operators must return it; an empty tensor for None.
+
+    For PyTorch no view, as nobody could change one from an operator in place.
+    """
     if x is None:
         return like.new_empty(0)
     memory = x.untyped_storage().data_ptr()
     is_shared = any(isinstance(y, Tensor) and y.untyped_storage().data_ptr() == memory for y in arguments)
-    return x.clone(memory_format=torch.contiguous_format) if is_shared else x.contiguous()
+    x = x.clone(memory_format=torch.contiguous_format) if is_shared else x.contiguous()
+    return torch.ops.aten._unsafe_view(x, x.shape)
 
 
 def _call(*arguments: Any) -> tuple[Tensor, ...]:

@@ -93,9 +93,7 @@ class FasterLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         """`[..., V]`."""
         ctx.save_for_backward(x, weight)
-        y = _linear(x, weight)
-        # For PyTorch no view, as hooks and adapters could not change one from here in place.
-        return torch.ops.aten._unsafe_view(y, y.shape)
+        return _linear(x, weight)
 
     @staticmethod
     @first_order
@@ -107,10 +105,13 @@ class FasterLinear(torch.autograd.Function):
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
     tokens = x.flatten(0, -2)
     if len(tokens) >= _MANY_TOKENS:
-        return product(tokens, weight.t()).view(*x.shape[:-1], len(weight))
-    if _has_faster_library():
-        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    return F.linear(x, weight)
+        y = product(tokens, weight.t())
+    elif _has_faster_library():
+        y = torch.ops.mkldnn._linear_pointwise(tokens, weight, None, "none", [], "")
+    else:
+        return F.linear(x, weight)
+    # For PyTorch no view, as hooks and adapters could not change one from here in place.
+    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], len(weight)))
 
 
 def _linear_gradients(
