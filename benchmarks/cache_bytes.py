@@ -27,8 +27,8 @@ from ovq.hf.cache import CACHE_KEY
 from ovq.runtime.files import write_atomic
 from ovq_lab.runtime.environment import environment
 
-# (tokens read, number of last tokens whose loss counts).
-SIZES = ((3072, 1024), (8192, 2048))
+# The number of last tokens whose loss counts, by tokens read.
+NUM_TARGETS = {3072: 1024, 8192: 2048}
 BLOCK = 32
 # (largest magnitude of an integer in a block, bits per integer).
 BLOCKS = {"q8_0": (127, 8), "q4_0": (8, 4)}
@@ -85,14 +85,14 @@ def preset_of(model: Any, name: str) -> Preset:
     return preset
 
 
-def ways(folder: str, presets: str, dtype: str) -> Iterator[tuple[str, Any, Any]]:
-    """Yield the name, the model and a cache factory of each way."""
+def ways(folder: str, presets: str, dtype: str, *, has_full: bool) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the name, the model and a cache factory of each way; full caches first, if any."""
 
     def load(dtype: torch.dtype = torch.float32) -> Any:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
-    model = load()
-    for kind in (None, *BLOCKS):
+    for kind in (None, *BLOCKS) if has_full else ():
+        model = load()
         yield f"full cache, {kind or 'float32'}", model, lambda kind=kind: BlockCache(kind)
     for name in presets.split(","):
         for state_dtype in STATE_DTYPES:
@@ -109,6 +109,8 @@ def main() -> None:
     parser.add_argument("--texts", required=True, help="files, with commas between them")
     parser.add_argument("--presets", default="256,768", help="rows, or folders, with commas between them")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--lengths", default="3072,8192", help="tokens read, with commas between them")
+    parser.add_argument("--slots-only", action="store_true", help="leave out full caches")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
@@ -119,9 +121,14 @@ def main() -> None:
         for name in arguments.texts.split(",")
     }
     rows = []
-    for way, model, make_cache in ways(arguments.model, arguments.presets, arguments.dtype):
+    lengths = [int(length) for length in arguments.lengths.split(",")]
+    has_full = not arguments.slots_only
+    for way, model, make_cache in ways(
+        arguments.model, arguments.presets, arguments.dtype, has_full=has_full
+    ):
         for text, ids in texts.items():
-            for length, num_targets in SIZES:
+            for length in lengths:
+                num_targets = NUM_TARGETS[length]
                 loss, num_bytes = read(model, ids[:, : length + 1], num_targets, make_cache())
                 rows.append({"way": way, "text": text, "tokens": length, "loss": loss, "bytes": num_bytes})
                 print(rows[-1], file=sys.stderr, flush=True)

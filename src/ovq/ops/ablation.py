@@ -14,6 +14,13 @@ from ovq.fields import did_you_mean
 BIASES = ("count", "count+norm")
 
 
+def check_rate(name: str, rate: float | str) -> None:
+    """Raise ValueError, naming the argument `name`, unless `rate` is `"count"` or a number in (0, 1]."""
+    is_share = isinstance(rate, (int, float)) and not isinstance(rate, bool) and 0 < rate <= 1
+    if rate != "count" and not is_share:
+        raise ValueError(f"{name}: expected 'count' or a number in (0, 1], found {rate!r}")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ablation:
     """Changes of parts of the layer for the ablations of the paper (docs/results/ablations.md).
@@ -38,10 +45,7 @@ class Ablation:
     def __post_init__(self) -> None:
         if self.bias not in BIASES:
             raise ValueError(f"bias: expected one of {BIASES}, found {self.bias!r}")
-        rate = self.rate
-        is_share = isinstance(rate, (int, float)) and not isinstance(rate, bool) and 0 < rate <= 1
-        if rate != "count" and not is_share:
-            raise ValueError(f"rate: expected 'count' or a number in (0, 1], found {rate!r}")
+        check_rate("rate", self.rate)
 
     @classmethod
     def of(cls, given: Ablation | Mapping[str, Any] | None) -> Ablation:

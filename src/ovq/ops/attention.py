@@ -148,15 +148,18 @@ def ovq_attention(
     }
     if torch.compiler.is_compiling():
         narrow = isinstance(initial_state, OVQState) and initial_state.state_dtype != "float32"
-        # A compiled graph would keep the seed it was traced with, and passes no scales of sums and no
-        # derivatives of `torch.func`.
-        if options.init != "random" and not narrow and not is_differentiated():
-            return operator.attention(**given, backend=backend)
-    return _run(given, backend)
+        if options.init == "random" or narrow or is_differentiated():
+            # A compiled graph would keep the seed it was traced with, and passes no scales of sums and no
+            # derivatives of `torch.func`.
+            return _uncompiled(given, backend)
+        return operator.attention(**given, backend=backend)
+    call = checked_call(**given)
+    o, state = dispatch.run_of(call, backend)(call)
+    return o, state if output_final_state else None
 
 
 @uncompiled
-def _run(given: dict[str, Any], backend: str) -> tuple[Tensor, OVQState | None]:
+def _uncompiled(given: dict[str, Any], backend: str) -> tuple[Tensor, OVQState | None]:
     call = checked_call(**given)
     o, state = dispatch.run_of(call, backend)(call)
     return o, state if call.wants_state else None
