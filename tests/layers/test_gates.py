@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers.trainer_pt_utils import get_parameter_names
 
 from ovq.hf import OVQConfig, OVQForCausalLM, build_context, load_context, save_context
@@ -231,3 +233,17 @@ def test_a_config_refuses_a_gate_at_a_constant_rate(name):
 def test_recipes_take_gates():
     model = get_recipe("recall-ovq").override(["model.merge_gate=true", "model.forget_gate=true"]).model
     assert (model.merge_gate, model.forget_gate) == (True, True)
+
+
+def test_a_sharded_gate_sets_its_own_weights():
+    """As trainers do with a model that was made on the meta device and sharded before it has numbers."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with torch.device("meta"):
+            gate = ForgetGate(8, num_kv_heads=3)
+        fully_shard(gate, mesh=init_device_mesh("cpu", (1,)))
+        gate.to_empty(device="cpu").reset_parameters()
+        for name, expected in ForgetGate(8, num_kv_heads=3).state_dict().items():
+            assert torch.equal(getattr(gate, name).full_tensor(), expected)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -62,10 +62,12 @@ class ForgetGate(OwnWeights):
         """Set W to 0 and b to the initial rate of forgetting of each head."""
         nn.init.zeros_(self.weight)
         num, (start, end) = len(self.bias), map(math.log10, FORGET_TOKENS)
-        tokens = torch.logspace(start, end, max(2, num), dtype=torch.float64)
         with torch.no_grad():
+            # From the bias itself, as a sharded one (DTensor) takes no numbers of plain tensors.
+            to_slowest = num - torch.ones_like(self.bias, dtype=torch.float64).cumsum(0)
+            tokens = 10 ** (end - to_slowest * (end - start) / max(1, num - 1))
             # log sigmoid(b) = -1 / tokens. A single head gets the slowest rate.
-            self.bias.copy_(-torch.expm1(1 / tokens[-num:]).log())
+            self.bias.copy_(-torch.expm1(1 / tokens).log())
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Log forget gates `[B, T, Hkv]`, at most 0, in float32 (float64 for float64 inputs); 0 for NaN."""
