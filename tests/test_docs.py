@@ -4,7 +4,7 @@ import itertools
 import json
 import re
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean, median, stdev
 
 import pytest
 
@@ -381,6 +381,24 @@ def test_figures_share_the_models_that_the_page_says():
     for names in (("init", "bias", "growth", "merge"), ("rate", "chunk", "conv")):
         more = ", ".join(str(len(runs_of(name) - shared)) for name in names)
         assert f"| {', '.join(f'`{name}`' for name in names)} | {more} more |" in page
+
+
+def test_what_narrow_slots_cost_on_many_texts_is_what_the_page_says():
+    results = ROOT / "docs" / "results"
+    page = (results / "convert.md").read_text()
+    losses: dict[str, dict[str, float]] = {}
+    for row in json.loads((results / "convert_bytes_texts.json").read_text())["rows"]:
+        losses.setdefault(row["way"].split()[4].rstrip(","), {})[row["text"]] = row["loss"]
+    changes = {
+        kind: [loss - losses["float32"][text] for text, loss in losses[kind].items()]
+        for kind in ("bfloat16", "int8")
+    }
+    assert {len(found) for found in changes.values()} == {32}
+    means = " and ".join(f"{fmean(found):.3f}" for found in changes.values())
+    errors = " and ".join(f"{stdev(found) / 32**0.5:.3f}" for found in changes.values())
+    every = [change for found in changes.values() for change in found]
+    assert f"by {means} (standard errors {errors};" in page
+    assert f"single ones by {min(every):.2f} to {max(every):.2f}" in page
 
 
 @pytest.mark.parametrize("name", ["benchmarks/soak.py", "benchmarks/float32_sums.py"])
