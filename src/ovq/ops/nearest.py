@@ -325,9 +325,9 @@ class _Clusters:
         is_point = rows[..., -1] > -torch.inf
         squares = rows[..., -1] * -2
         rows[..., -1] = 1
-        # Into memory of its own, as selective checkpoints keep products, which then must not change.
-        scores = rows.new_empty(*order.shape, self._x.shape[1])
-        torch.bmm(rows, self._x.transpose(1, 2), out=scores).scatter_(2, order[..., None], -torch.inf)
+        # `data`, because selective checkpoints keep products, and refuse changed ones. If they give this one
+        # again, the same change changes nothing.
+        scores = torch.bmm(rows, self._x.transpose(1, 2)).data.scatter_(2, order[..., None], -torch.inf)
         self._search = order, scores, squares
         if self._x.dtype == torch.float64:
             best = scores.amax(-1)
