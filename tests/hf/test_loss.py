@@ -3,25 +3,10 @@
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ovq.hf import OVQConfig, OVQForCausalLM, loss
 from tests.tiny import tiny_model
-
-
-class Largest(TorchDispatchMode):
-    """Remembers the largest number of elements of a tensor that an operation returned."""
-
-    def __init__(self):
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        sizes = [x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
-        self.numel = max([self.numel, *sizes])
-        return out
+from tests.written import Written
 
 
 @pytest.mark.parametrize("num_items", [None, 7, torch.tensor(9)])
@@ -72,9 +57,9 @@ def test_logits_of_all_tokens_never_exist():
     ids = torch.randint(vocab_size, (1, num_tokens))
     largest = {}
     for skip_logits in (False, True):
-        with Largest() as seen:
+        with Written() as seen:
             model(ids, labels=ids, skip_logits=skip_logits).loss.backward()
-        largest[skip_logits] = seen.numel
+        largest[skip_logits] = seen.largest
     assert largest[True] <= loss._PIECE < num_tokens * vocab_size
     # Negative control: the whole is seen where it exists.
     assert largest[False] == num_tokens * vocab_size

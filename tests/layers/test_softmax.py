@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ovq.layers import FullAttention, SlidingWindowAttention
 from ovq.layers.softmax import causal_read, windowed_read
+from tests.written import Written
 
 
 def dense(q, k, v, segments, window):
@@ -79,27 +80,12 @@ def test_the_sliding_window_costs_linear_time(num_padding):
     assert flops(FullAttention(16, 2), 1024) / flops(FullAttention(16, 2), 512) > 3
 
 
-class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
-    """Notes the most elements any result of an operation had."""
-
-    def __init__(self):
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for t in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(t, torch.Tensor):
-                self.numel = max(self.numel, t.numel())
-        return out
-
-
 def test_the_sliding_window_needs_linear_memory_with_padding_packing_and_cache():
     def largest(layer, num_tokens, **kwargs):
         x = torch.randn(1, num_tokens, 16)
-        with LargestTensor() as largest, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        with Written() as written, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
             layer(x, **kwargs)
-        return largest.numel
+        return written.largest
 
     layer = SlidingWindowAttention(16, 2, sliding_window=8)
     # So many that what the kernels need as scratch, whatever the number of tokens, is less than that.
