@@ -13,13 +13,13 @@ from ovq.ops.backends.cpu import KNOWN
 from ovq.ops.backends.cpu.kernels import DTYPES, is_available
 from ovq.ops.backends.cpu.memory import advance_memory
 from ovq.ops.state import pending_in
-from ovq.ops.transforms import is_transformed
+from ovq.ops.transforms import needs_operations
 
 
 def is_compiled(memories: Sequence[HeadMemory], k: Tensor, v: Tensor, *tensors: Tensor | None) -> bool:
     """Whether compiled kernels support these memories, k, v and `tensors` (queries, temperatures, biases).
 
-    They support neither gradients, nor other derivatives, nor observers.
+    They support neither gradients, nor other derivatives, nor modes, nor observers.
     """
     if memories[0].budget.merge not in KNOWN.merge or memories[0].observer is not None:
         return False
@@ -29,7 +29,7 @@ def is_compiled(memories: Sequence[HeadMemory], k: Tensor, v: Tensor, *tensors: 
         and {v.dtype, *(x.dtype for x in pending_in(memories[0].state)[:2])} == {k.dtype}
         and all(x.dtype in DTYPES for x in given)
         and not (torch.is_grad_enabled() and any(x.requires_grad for x in given))
-        and not is_transformed()
+        and not needs_operations()
         and is_available()
     )
 

@@ -14,6 +14,7 @@ from ovq.convert.cache_step import MOST_ROWS
 from ovq.layers.products import is_plain
 from ovq.ops.backends.cpu.kernels import is_available
 from ovq.ops.backends.cpu.weights import Matrix, matrix_product, packed
+from ovq.ops.transforms import needs_operations
 
 #: Formats of quantized weights.
 PACKED = ("int8", "int4")
@@ -52,7 +53,8 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[..., D]` to `[..., N]`, in the dtype of the input."""
         matrix = self.matrix
-        if x.is_cpu and x.numel() and is_available() and not (torch.is_grad_enabled() and x.requires_grad):
+        has_graph = torch.is_grad_enabled() and x.requires_grad
+        if x.is_cpu and x.numel() and is_available() and not (has_graph or needs_operations()):
             is_rough = x.numel() > MOST_ROWS * self.in_features and not self.is_output
             return matrix_product(x.float(), matrix, is_rough=is_rough).to(x.dtype)
         bias = None if matrix.bias is None else matrix.bias.to(x.dtype)

@@ -30,6 +30,7 @@ from ovq.hf.cache import CACHE_KEY
 from ovq.ops.backends.cpu.kernels import DTYPES, is_available
 from ovq.ops.backends.cpu.layer import HeadsLayer
 from ovq.ops.backends.cpu.weights import Matrix, matrix_product, packed
+from ovq.ops.transforms import needs_operations
 from ovq.ops.uncompiled import uncompiled
 
 #: Formats of the weights for decoding, as `attach` takes them.
@@ -187,7 +188,7 @@ _STEPS: weakref.WeakKeyDictionary[nn.Module, _Step] = weakref.WeakKeyDictionary(
 
 def _step_of(model: Any, own_class: type, call: _Call) -> _Step | None:
     """The step of a model in its current state; None if kernels cannot run it."""
-    if _has_any_global_hook() or torch.is_autocast_enabled("cpu") or not is_available():
+    if _has_any_global_hook() or torch.is_autocast_enabled("cpu") or needs_operations() or not is_available():
         return None
     step = _STEPS.get(model)
     if step is None or not (step.is_current() and step.has_same_numbers(call.cache)):

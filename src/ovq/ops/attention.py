@@ -85,7 +85,8 @@ def ovq_attention(
         backend: `"naive"` (reference loops), `"torch"` (matrix products, any device), `"cpu"` (compiled for
             this processor), `"triton"` (GPU kernels), or `"auto"`, the fastest that can run the call.
             `"cpu"` and `"triton"` support neither float64 nor the ablations (`ablation`, `init="random"`,
-            `merge="updated"`). `backend_used()` tells which one ran.
+            `merge="updated"`), and `"cpu"` no `TorchDispatchMode`, which would not see it; `"auto"` then runs
+            `"torch"`. `backend_used()` tells which one ran.
         earlier_names: `bias` and `rate` of version 0.2, now part of `ablation`.
 
     Returns:

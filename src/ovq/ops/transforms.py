@@ -1,10 +1,11 @@
-"""Transforms of PyTorch: which are active, and which ones calls and backends cannot run under."""
+"""Transforms and modes of PyTorch: which are active, and which ones calls and backends cannot run under."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 
 def is_transformed() -> bool:
@@ -17,6 +18,27 @@ def is_transformed() -> bool:
         (False, tensor(1.))
     """
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_watched() -> bool:
+    """Whether a `TorchDispatchMode` is active, such as `FlopCounterMode` or one of selective checkpoints.
+
+    Modes see no kernels. Those of checkpoints may also return a result of the first run in place of a new
+    tensor, which kernels would then change. Of any checkpoint, a mode must see both runs or neither: they
+    save different tensors, so PyTorch raises a CheckpointError.
+
+    Example:
+        >>> from torch.utils.flop_counter import FlopCounterMode
+        >>> with FlopCounterMode(display=False):
+        ...     is_watched()
+        True
+    """
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def needs_operations() -> bool:
+    """Whether PyTorch's own operations must run in place of kernels: `is_transformed` or `is_watched`."""
+    return is_transformed() or is_watched()
 
 
 def is_differentiated() -> bool:
@@ -68,6 +90,14 @@ def check_transforms() -> None:
         for each in functorch.get_interpreter_stack():
             if (key := each.key()) in (functorch.TransformType.Vmap, functorch.TransformType.Functionalize):
                 raise ValueError(f"expected no torch.func.{key.name.lower()}, found one")
+
+
+def refused_mode() -> str | None:
+    """Why a backend of kernels cannot run under the active `TorchDispatchMode`; None without one."""
+    if not is_watched():
+        return None
+    found = type(_get_current_dispatch_mode()).__name__
+    return f"expected no TorchDispatchMode, which sees no kernels, found {found}"
 
 
 def refused_transform(*, is_plain: bool) -> str | None:

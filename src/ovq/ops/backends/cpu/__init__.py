@@ -24,6 +24,7 @@ from ovq.ops.known import Known
 from ovq.ops.narrow import STATE_DTYPES
 from ovq.ops.options import Options
 from ovq.ops.state import OVQState, advanced
+from ovq.ops.transforms import refused_mode
 
 __all__ = ["KNOWN", "LEARNS", "learn", "missing", "run"]
 
@@ -40,12 +41,14 @@ LEARNS = KNOWN
 
 
 def missing(q: Tensor, v: Tensor, options: Options) -> str | None:
-    """Why the kernels cannot run a call that they know: other tensors, no compiler; None if they can."""
+    """Why the kernels cannot run a call that they know (tensors, no compiler, modes); None if they can."""
     if q.device.type != "cpu":
         return f"expected tensors on a CPU, found them on {q.device}"
     if not (is_memory(q) and is_memory(v)):
         return f"expected plain tensors, found {type(q).__name__} and {type(v).__name__}"
-    return None if is_available() else f"expected compiled kernels, found none: {cpu_kernels()}"
+    if not is_available():
+        return f"expected compiled kernels, found none: {cpu_kernels()}"
+    return refused_mode()
 
 
 def run(call: Call) -> tuple[Tensor, OVQState | None]:

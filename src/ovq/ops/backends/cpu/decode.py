@@ -15,7 +15,7 @@ from ovq.ops.backends.cpu.mirrors import MIRRORS, Mirror
 from ovq.ops.backends.torch.decode import merged_state
 from ovq.ops.options import Options, rounding_sums
 from ovq.ops.state import PENDING_TENSORS, SLOT_TENSORS, OVQState, pending_in, slots_in
-from ovq.ops.transforms import is_transformed
+from ovq.ops.transforms import needs_operations
 
 
 class PreparedStep:
@@ -75,7 +75,7 @@ class PreparedStep:
         # The options of a call do not have the format of the state.
         if rounding_sums(options, self.options.state_dtype) is not self.options:
             return False
-        if is_transformed():
+        if needs_operations():
             return False
         return all(map(operator.is_, self._sums, slots_in(state)))
 

@@ -17,17 +17,17 @@ from ovq.ops.backends.cpu import build
 from ovq.ops.backends.cpu.kernels import is_available, is_memory
 from ovq.ops.backends.cpu.mirrors import MIRRORS
 from ovq.ops.first_order import first_order, saved_tensors
-from ovq.ops.transforms import is_transformed
+from ovq.ops.transforms import needs_operations
 
 
 def can_run(*tensors: Tensor) -> bool:
-    """Whether the kernels can run: float32 tensors on a CPU, compiled kernels, no tracing or transforms."""
+    """Whether the kernels can run: float32 on a CPU, compiled kernels, no tracing, transforms or modes."""
     for x in tensors:
         if x.dtype != torch.float32 or not x.is_cpu or not is_memory(x):
             return False
     # While a model is traced, sizes are tensors.
     is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return not is_traced and not is_transformed() and is_available()
+    return not is_traced and not needs_operations() and is_available()
 
 
 # Stands in for an autograd context where no gradient is wanted, and keeps nothing.
