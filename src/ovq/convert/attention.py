@@ -61,7 +61,8 @@ def memory_attention(
     if not hasattr(module, LAYER_CONFIG):
         raise ValueError(
             f"{type(module).__name__}: expected one of a model that ovq.convert.attach has converted, found "
-            "another, made from the config of such a model: give it attn_implementation='sdpa', or convert it"
+            "another, made from the config of such a model: give it attn_implementation='sdpa', or convert "
+            "it (as reference of trl: ref_model=ovq.convert.load(...), or precompute_ref_log_probs=True)"
         )
     layer: MemoryLayer | None = getattr(key, MARK, None)
     if layer is not None:
