@@ -109,7 +109,11 @@ def run_suite(suite: Suite, reporter: WorkReporter) -> dict[str, Any]:
         for part, dtype, length in itertools.product(parts, suite.dtypes, suite.lengths)
     ]
     if "stream" in suite.parts:
-        pieces.append((f"stream {STREAM_TOKENS}", partial(_stream_rows, suite)))
+        pieces += [
+            (f"stream {STREAM_TOKENS} {workload.label}", partial(_stream_rows, workload))
+            for workload in suite.workloads(STREAM_TOKENS, "float32")
+            if workload.mixer == "ovq"
+        ]
     rows = do_pieces(pieces, reporter)
     return as_report(
         rows,
@@ -139,8 +143,7 @@ def _memory_rows(workloads: list[Workload]) -> list[dict]:
     ]
 
 
-def _stream_rows(suite: Suite) -> list[dict]:
-    workload = suite.workloads(STREAM_TOKENS, "float32")[2]
+def _stream_rows(workload: Workload) -> list[dict]:
     call = {"what": "stream", "workload": dataclasses.asdict(workload), "piece": STREAM_PIECE}
     return [workload.row("stream") | peak_bytes(call)]
 

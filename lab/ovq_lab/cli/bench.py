@@ -34,11 +34,13 @@ if TYPE_CHECKING:
 _LENGTHS = "1024, 2048, 4096, 8192, 16384, 32768, 65536"
 _TRAINED = "2048, 8192, 32768"
 _READ = "1024, 4096, 8192, 16384"
-# Options that only one kind of --what reads; None stands for the parts of the op.
+_SIZES = ("num_slots", "merge", "chunk_size", "num_heads", "head_dim")
+# Options that not every kind of --what reads; None stands for several parts of the op, or one with lengths.
 _OPTIONS: dict[str | None, tuple[str, ...]] = {
-    None: ("dtypes", "num_slots", "merge", "chunk_size", "num_heads", "head_dim"),
-    "model": ("models", "sizes", "prompts"),
-    "converted": ("model", "text", "gguf", "llama_cpp", "openvino", "genai"),
+    None: ("lengths", "long", "dtypes", *_SIZES),
+    "stream": _SIZES,
+    "model": ("lengths", "long", "models", "sizes", "prompts"),
+    "converted": ("lengths", "long", "model", "text", "gguf", "llama_cpp", "openvino", "genai"),
 }
 
 
@@ -123,9 +125,9 @@ def bench(
     kinds = [] if what is None else [name.strip() for name in what.split(",")]
     if len(kinds) > 1 and {"model", "converted"} & set(kinds):
         raise ValueError(f"--what: expected model or converted alone, found {what}")
-    kind = kinds[0] if kinds in (["model"], ["converted"]) else None
+    kind = kinds[0] if len(kinds) == 1 and kinds[0] in _OPTIONS else None
     is_model, is_converted = kind == "model", kind == "converted"
-    others = {name for other, names in _OPTIONS.items() if other != kind for name in names}
+    others = {name for names in _OPTIONS.values() for name in names} - {*_OPTIONS[kind]}
     if unused := sorted(given_options(context) & others):
         raise ValueError(
             f"{flag_of(unused[0])}: expected none with --what {what or ','.join(PARTS)}, "

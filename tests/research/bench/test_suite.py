@@ -8,6 +8,7 @@ import subprocess
 import pytest
 import torch
 
+import ovq_lab.bench.suite
 from ovq.cli import main
 from ovq.ops import cpu_kernels, ovq_attention
 from ovq_lab.bench import measure
@@ -105,6 +106,14 @@ def test_a_report_is_whole_and_can_be_shown(tmp_path, monkeypatch):
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
+def test_every_size_and_rule_reads_the_stream(monkeypatch):
+    monkeypatch.setattr(ovq_lab.bench.suite, "peak_bytes", lambda call: call)
+    sizes = {"lengths": (32,), "dtypes": ("float32",), "num_slots": (4, 8), **SMALL}
+    rows = run_suite(Suite(parts=("stream",), merges=("existing", "nearest"), **sizes), Seen())["rows"]
+    found = [(row["what"], row["num_slots"], row["merge"]) for row in rows]
+    assert found == [("stream", n, rule) for n in (4, 8) for rule in ("existing", "nearest")]
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -119,6 +128,7 @@ def test_a_report_is_whole_and_can_be_shown(tmp_path, monkeypatch):
         ([*WHOLE, "--prompts", "1"], "--prompts: expected at least 2 tokens, found 1"),
         ([*WHOLE, "--device", "cuda"], "--device: expected cpu with --what model, found cuda"),
         ([*WHOLE, "--dtypes", "bfloat16"], "--dtypes: expected none with --what model, found bfloat16"),
+        (["--what", "stream", "--lengths", "64"], "--lengths: expected none with --what stream, found 64"),
     ],
 )
 def test_bad_arguments_are_one_line(arguments, expected, capsys, tmp_path):
