@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import typer
+
 from ovq.hf import OVQConfig
 from ovq.parallel.cost import bubble, cost
 
@@ -56,5 +58,10 @@ def bubble_table() -> str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Print both tables."""
     print(bytes_table(), bubble_table(), sep="\n\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -5,6 +5,7 @@ import functools
 import graphlib
 import importlib.util
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -147,3 +148,16 @@ def test_what_programs_import_is_there():
     for name, module, attribute in imported:
         is_there = hasattr(importlib.import_module(module), attribute)
         assert is_there or importlib.util.find_spec(f"{module}.{attribute}"), f"{name}: {module}.{attribute}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_programs_show_their_help_before_they_measure(path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(path), "--help"])
+    monkeypatch.setattr(sys, "path", [str(path.parent), *sys.path])
+    try:
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(path), run_name="__main__")
+    except ModuleNotFoundError as error:
+        pytest.skip(f"measures beside {error.name}, which is not installed")
+    assert stop.value.code == 0
+    assert "usage:" in capsys.readouterr().out.lower()
