@@ -99,16 +99,39 @@ def fill_many_slots():
                 _, state = attend(x, x, x, merge=merge, initial_state=state, backend="cpu", **options)
                 found.append(int(state.count.sum()))
 
+    in_small_thread(run)
+    assert found == [num + 16] * 4
+
+
+def in_small_thread(run):
     threading.stack_size(2**18)
     thread = threading.Thread(target=run)
     thread.start()
     thread.join()
-    assert found == [num + 16] * 4
+
+
+def step_in_a_large_chunk():
+    """A step after 100,000 pending tokens with weights, in such a thread; its own is as large as theirs."""
+    num, options = 100_000, {"num_slots": 2, "chunk_size": 100_002}
+    state = OVQState.empty(batch_size=1, num_kv_heads=1, key_dim=4, value_dim=4, **options)
+    weights = {"weight": torch.zeros(1, 1, 0), "pending_weights": torch.ones(1, 1, num + 2)}
+    weights["pending_forget"] = torch.zeros(1, 1, dtype=torch.float64)
+    state = dataclasses.replace(state, num_seen=torch.tensor([num]), **weights)
+    x, found = torch.ones(1, 1, 1, 4), []
+
+    def run():
+        weights = {"token_weights": torch.full((1, 1, 1), float(num)), "log_forget": torch.zeros(1, 1, 1)}
+        given = {**weights, "initial_state": state, "backend": "cpu", **options}
+        found.extend(attend(0 * x, 0 * x, x, **given)[0].flatten().tolist())
+
+    in_small_thread(run)
+    assert found == pytest.approx([0.5] * 4, rel=1e-5)
 
 
 @pytest.mark.skipif(not CPU, reason="compiled kernels alone have arrays on the stack")
-def test_the_stack_of_a_thread_does_not_bound_the_number_of_slots():
-    process = forked(fill_many_slots)
+@pytest.mark.parametrize("run", [fill_many_slots, step_in_a_large_chunk])
+def test_the_stack_of_a_thread_does_not_bound_the_number_of_slots_or_tokens(run):
+    process = forked(run)
     process.start()
     process.join()
     assert process.exitcode == 0

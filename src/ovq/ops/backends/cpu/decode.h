@@ -225,15 +225,18 @@ static void decode_stream(const Decode *call, int64_t row, int64_t head) {
     }
     const int64_t begin = call->first_read ? call->first_read[row] : 0, from = first + begin;
     with_type(call->dtype, call->pending_keys, from * k, [=, x = (const float *)queries, y = &softmax[0]](auto *keys) {
-        const int64_t num = place + 1 - begin;
-        float weights[num];
-        for (int64_t i = 0; call->weighs_chunk && i < num; i++)
-            weights[i] = fmaxf(call->pending_weights[from + i], 1e-37f);
-        /* Keys and values of tokens are no sums. */
+        /* In parts, as a chunk may be larger than the stack. Keys and values of tokens are no sums. */
+        const int64_t num = place + 1 - begin, most = call->weighs_chunk ? READ_AT_ONCE : num;
+        float weights[READ_AT_ONCE];
         Mass mass = {};
         mass.weight = call->weighs_chunk ? weights : nullptr;
         mass.are_means = 1;
-        absorb(call, x, keys, (decltype(keys))call->pending_values + from * v, mass, num, y);
+        for (int64_t i = 0; i < num; i += most) {
+            const int64_t n = least(most, num - i);
+            for (int64_t j = 0; call->weighs_chunk && j < n; j++)
+                weights[j] = fmaxf(call->pending_weights[from + i + j], 1e-37f);
+            absorb(call, x, keys + i * k, (decltype(keys))call->pending_values + (from + i) * v, mass, n, y);
+        }
     });
     const int64_t slots = stream * call->capacity;
     /* With forgetting, narrow formats hold means. */
