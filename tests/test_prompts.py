@@ -1,10 +1,11 @@
 """Prompts: what of them is read before they are known."""
 
 import pytest
-from tokenizers import Tokenizer, models
+from tokenizers import AddedToken, Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from ovq.prompts import chat_ids, document_ids
+import ovq.prompts
+from ovq.prompts import chat_ids, document_ids, encode
 
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }}\n{{ m.content }}{% endfor %}"
 
@@ -23,4 +24,26 @@ def test_a_document_ends_before_tokens_that_a_message_may_join(message):
     ids, messages = document_ids("bad", tokenizer, **about)
     assert "".join(tokenizer.convert_ids_to_tokens(ids)) == "s\nbadu"
     prompt = chat_ids([*messages, {"role": "user", "content": message}], tokenizer, **about)
+    assert prompt[: len(ids)] == ids
+
+
+@pytest.mark.parametrize("is_stripped", [False, True])
+def test_a_document_before_a_special_token_is_tokenized_twice(is_stripped, monkeypatch):
+    """Once to be read, and once to check it, as this tokenizer may drop spaces before special tokens."""
+    letters = {letter: i for i, letter in enumerate(" (1abdsu\n")}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab=letters, merges=[])))
+    tokenizer.add_special_tokens({"eos_token": AddedToken("<e>", lstrip=is_stripped)})
+    tokenizer.chat_template = TEMPLATE.replace("{% endfor", "<e>{% endfor")
+    lengths, about = [], {"vocab_size": 10, "name": "text"}
+
+    def counted(text, *arguments, **options):
+        lengths.append(len(text))
+        return encode(text, *arguments, **options)
+
+    monkeypatch.setattr(ovq.prompts, "encode", counted)
+    ids, messages = document_ids("bad " * 1000, tokenizer, **about)
+    assert sum(length > 4000 for length in lengths) == (6 if is_stripped else 2)
+    assert "".join(tokenizer.convert_ids_to_tokens(ids)).startswith("s\n" + ("bad " * 1000).rstrip())
+    assert tokenizer.convert_ids_to_tokens(ids[-3:]) == ["<e>", "u", "\n"]
+    prompt = chat_ids([*messages, {"role": "user", "content": "1"}], tokenizer, **about)
     assert prompt[: len(ids)] == ids

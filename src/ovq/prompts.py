@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -103,18 +104,35 @@ def document_ids(
     """
     messages = [{"role": "system", "content": text if system is None else f"{system}\n\n{text}"}]
     later = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
-    chats = [
-        [*messages, *between, {"role": "user", "content": first}]
-        for between in ([], later)
-        for first in _BEGINNINGS
-    ]
+    chats = [[*messages, {"role": "user", "content": first}] for first in _BEGINNINGS]
+    chats.append([*messages, *later, later[0]])
+    about: dict[str, Any] = {"vocab_size": vocab_size, "name": name}
     try:
-        prompts = [chat_ids(chat, tokenizer, vocab_size=vocab_size, name=name) for chat in chats]
+        texts = [chat_text(chat, tokenizer, name=name) for chat in chats]
+        same = os.path.commonprefix(texts)  # noqa: RUF071  (of texts, not of paths)
+        shared = _shared_ids(texts, same, tokenizer, **about)
     except ValueError:
-        prompts = []
-    shared = [same[0] for same in itertools.takewhile(lambda x: len({*x}) == 1, zip(*prompts, strict=False))]
-    alone = encode(text, tokenizer, vocab_size=vocab_size, name=name)
+        same, shared = "", []
+    # Most templates render the text as it is; others may change it.
+    if text.strip() and text.strip() in same:
+        return shared, messages
+    alone = encode(text, tokenizer, **about)
     return (shared, messages) if len(shared) >= len(alone) else (alone, [])
+
+
+def _shared_ids(texts: Sequence[str], same: str, tokenizer: Any, **about: Any) -> list[int]:
+    """The token ids with which those of all texts begin; `same` is their beginning, `about` is for `encode`.
+
+    Tokenizers divide texts at special tokens, so what precedes the last one that all texts share is not
+    tokenized once per text, but once, and once more to check that the tokens are those of the whole.
+    """
+    start = same[: max(0, 0, *map(same.rfind, tokenizer.all_special_tokens))]
+    first = encode(start, tokenizer, is_start=False, **about) if start else []
+    rest = [encode(x[len(start) :], tokenizer, is_start=False, **about) for x in texts]
+    ids = [first + x for x in rest]
+    if start and ids[0] != encode(texts[0], tokenizer, is_start=False, **about):
+        ids = [encode(x, tokenizer, is_start=False, **about) for x in texts]
+    return [x[0] for x in itertools.takewhile(lambda x: len({*x}) == 1, zip(*ids, strict=False))]
 
 
 def note_of_chat(messages: list[dict[str, str]], tokens: list[int]) -> str:
