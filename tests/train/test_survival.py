@@ -304,6 +304,14 @@ def test_a_run_whose_last_file_was_not_written_whole_goes_on(whole, interrupted)
     assert_same_run(interrupted, whole)
 
 
+@pytest.mark.parametrize("text", ["{}", "[]", '{"global_step": "all"}'])
+def test_another_file_in_the_place_of_the_last_one_is_refused(interrupted, text):
+    for name in ("README.md", "trainer_state.json"):
+        (interrupted / name).write_text(text)
+    with pytest.raises(ValueError, match=r"trainer_state\.json: expected the state of a trainer, .* found"):
+        resume(interrupted)
+
+
 def with_little_room():
     # More than the model takes and less than the optimizer.
     limit = 50_000

@@ -176,11 +176,17 @@ def _is_trained(out: Path) -> bool:
     if not (state.is_file() and (out / CARD_FILE).is_file()):
         return False
     try:
-        # The configuration may have been extended to more steps since.
-        return read_json(state)["global_step"] >= config.train.steps
+        found = read_json(state)
     except ValueError:
         # It is written last, and was not on a disk that was full, or before the power went.
         return False
+    step = found.get("global_step") if isinstance(found, dict) else None
+    if not isinstance(step, int):
+        raise ValueError(
+            f"{state}: expected the state of a trainer, with its global_step, found another file"
+        )
+    # The configuration may have been extended to more steps since.
+    return step >= config.train.steps
 
 
 def _check_can_start_again(out: Path) -> None:
