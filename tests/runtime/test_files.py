@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
 
 from ovq.byte_tokens import byte_tokenizer
@@ -157,6 +158,8 @@ def test_whatever_cannot_be_written_to_a_folder_is_an_error_that_names_it(tmp_pa
         assert os.listdir(tmp_path) == []
     with pytest.raises(TypeError):
         made(len)
+    with pytest.raises(RuntimeError, match="tried to allocate"):
+        made(lambda _: torch.empty(10**15))
 
 
 def test_errors_name_the_file_that_was_asked_for(tmp_path):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from ovq.cli import chat, context, convert, generate, inspect, memory, options, 
 from ovq.cli.outputs import OutputPipes, accept_any_text, discard_unwritten, replace_closed_streams
 from ovq.cli.signals import EndedBySignal, raised
 from ovq.plugins import LABORATORY, from_laboratory, has_laboratory
+from ovq.runtime.units import memory_refused
 from ovq.runtime.verbosity import is_verbose
 
 app = typer.Typer(
@@ -46,8 +46,6 @@ _UsageError: type[typer.BadParameter] = typer.BadParameter.__base__  # type: ign
 
 # The code that a shell reports for a program ended by Ctrl-C.
 _INTERRUPTED = 130
-# Size of memory that PyTorch could not get.
-_REFUSED = re.compile(r"tried to allocate ([\d.]+ \w+)", re.IGNORECASE)
 
 # The code for a program ended by SIGPIPE.
 _OUTPUT_CLOSED = 141
@@ -160,11 +158,10 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError, ModuleNotFoundError) as error:
         code = _code_after(error, pipes)
     except (MemoryError, RuntimeError) as error:
-        # On a CPU, PyTorch has no class of its own for it.
-        size = _REFUSED.search(str(error))
+        size = memory_refused(error)
         if size is None and not isinstance(error, MemoryError):
             raise
-        found = "too little" if size is None else f"too little for {size[1]}"
+        found = "too little" if size is None else f"too little for {size}"
         code = _code_after(MemoryError(f"expected enough memory, found {found}"), pipes)
     finally:
         pipes.close()

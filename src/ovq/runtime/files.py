@@ -17,6 +17,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from ovq.runtime.units import memory_refused
+
 try:
     # System locks, which are released however the process ends. Not available on Windows.
     import fcntl
@@ -81,7 +83,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 def writing(path: str | os.PathLike) -> Iterator[None]:
     """Turn any error of a failed write of a model or checkpoint into an OSError that names the path.
 
-    safetensors, PyTorch and tokenizers raise their own error types when a disk is full.
+    safetensors, PyTorch and tokenizers raise their own error types when a disk is full. Those of PyTorch when
+    it is out of memory stay as they are.
 
     Example:
         >>> with writing(Path("run")):
@@ -92,6 +95,8 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if memory_refused(error) is not None:
+            raise
         # Those of tokenizers have no class of their own.
         if not isinstance(error, (OSError, RuntimeError, SafetensorError)) and type(error) is not Exception:
             raise
