@@ -13,7 +13,6 @@ import dataclasses
 import json
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -26,7 +25,7 @@ from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 from ovq.hf import OVQForCausalLM
-from ovq.runtime.files import write_atomic
+from ovq.runtime.files import TemporaryFolder, write_atomic
 from ovq.runtime.progress import Reporter
 from ovq.runtime.units import format_bytes
 from ovq_lab.eval.accuracy import evaluate
@@ -74,7 +73,7 @@ def run_demo(
     configs = [_configure(name, seed, is_quick=is_quick) for name in RECIPES]
     begun = time.monotonic()
     # Temporary runs are in `out`, so that an unwritable folder fails at once and the model moves by a rename.
-    with tempfile.TemporaryDirectory(dir=out, prefix=".runs-") as runs, Reporter() as reporter:
+    with TemporaryFolder("runs", out) as runs, Reporter() as reporter:
         jobs = [(config, Path(runs) / config.mixer) for config in configs]
         outcomes = run_jobs(partial(_train_and_test, is_quick=is_quick), jobs, reporter=reporter)
         rows = [row for of_model, _ in outcomes for row in of_model]
