@@ -171,3 +171,8 @@ def test_layers_that_share_a_cache_need_an_index():
         second(x, past_key_values=cache)
     with pytest.warns(UserWarning, match="several layers without layer_idx read tokens in turns"):
         first(x, past_key_values=cache)
+    first.layer_idx = second.layer_idx = 1
+    *_, cache = first(x, use_cache=True)
+    second(x, past_key_values=cache)
+    with pytest.warns(UserWarning, match="with the same layer_idx read tokens in turns into its layer 1"):
+        first(x, past_key_values=cache)

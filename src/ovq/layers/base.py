@@ -273,11 +273,12 @@ class Mixer(nn.Module, ABC):
             cache.state, cache.num_columns = before
             raise
         cache.conv_state, cache.has_padding = conv_state, layout.mask is not None
-        has_no_index = self.layer_idx is None and not torch.compiler.is_compiling()
-        if has_no_index and cache.note_reader(self):
+        if not torch.compiler.is_compiling() and cache.note_reader(self):
+            found = "without layer_idx" if self.layer_idx is None else "with the same layer_idx"
             warnings.warn(
-                "past_key_values: several layers without layer_idx read tokens in turns into its layer 0, so "
-                "each sees those of the others; expected layer_idx=0, 1, ... for the layers of a model",
+                f"past_key_values: several layers {found} read tokens in turns into its layer "
+                f"{self.layer_idx or 0}, so each sees those of the others; expected layer_idx=0, 1, ... for "
+                "the layers of a model",
                 stacklevel=2,
             )
         return o, None, past_key_values
