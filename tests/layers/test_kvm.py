@@ -291,3 +291,12 @@ def test_the_published_sizes_are_the_defaults():
     assert (layer.schedule.chunk_size, layer.kvm_window_chunks, layer.kvm_sinks) == (256, 2, 1)
     assert (layer.rope_dim, layer.kvm_growth, layer.kvm_norm_leak) == (64, "plateau", True)
     assert KVMAttention(32, num_heads=2, num_slots=64).schedule.chunk_size == 64
+
+
+def test_tensors_are_made_where_the_inputs_are():
+    layer, x = make(), random_inputs(23, rows=1)
+    given = {"cu_seqlens": torch.tensor([0, 9, 23])}
+    expected = layer(x)[0], layer(x, **given)[0]
+    with torch.device("meta"):
+        found = layer(x)[0], layer(x, **given)[0]
+    assert all(map(torch.equal, found, expected))

@@ -291,7 +291,7 @@ class KVMAttention(HeadsMixer, OwnWeights):
         """
         wide = x.to(sum_dtype(x.dtype))
         starts = starts[:1] if len(set(starts)) == 1 else starts
-        columns = torch.arange(x.shape[2])
+        columns = torch.arange(x.shape[2], device=x.device)
         tables = [
             rotary_tables(start + columns, self.rope_dim, theta=self.rope_theta, like=wide)
             for start in starts
