@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from ovq.layers import OVQAttention
@@ -125,6 +126,8 @@ def test_transforms_that_hide_values_and_sizes_are_refused(gate):
         torch.jit.trace(lambda x: layer(x)[0], x)
     with pytest.raises(ValueError, match=r"^expected no make_fx.*torch.func.linearize"):
         torch.func.linearize(lambda x: layer(x)[0], x)
+    with pytest.raises(ValueError, match=r"^expected no make_fx"):
+        make_fx(lambda x: layer(x)[0], pre_dispatch=True)(x)
     with pytest.raises(ValueError, match=r"^expected no torch.func.functionalize, found one"):
         torch.func.functionalize(lambda x: layer(x)[0])(x)
 

@@ -199,6 +199,22 @@ def test_random_slots_run_outside_of_graphs():
     assert backend_used() == "torch"
 
 
+@pytest.mark.parametrize(
+    ("options", "name"), [({"init": "random"}, "init='random'"), ({"narrow": True}, "narrow slots")]
+)
+def test_what_runs_outside_of_graphs_is_not_exported(options, name):
+    class Read(torch.nn.Module):
+        def forward(self, q, k, v):
+            empty = {"batch_size": 1, "num_kv_heads": 1, "key_dim": q.shape[3], "value_dim": v.shape[3]}
+            narrow = OVQState.empty(**empty, **SIZES).to_state_dtype("int8")
+            given = {"initial_state": narrow} if "narrow" in options else options
+            return attend(q, k, v, **given, **SIZES)[0]
+
+    q, k, v = (x[:, :, :1] for x in inputs(1, 9, dtype=torch.float32))
+    with pytest.raises(ValueError, match=f"expected no torch.export of a call with {name}, found one"):
+        torch.export.export(Read(), (q, k, v))
+
+
 def test_a_graph_returns_no_memory_that_it_was_given():
     q, k, v = inputs(1, 9, dtype=torch.float32)
 

@@ -150,6 +150,13 @@ def ovq_attention(
     if torch.compiler.is_compiling():
         narrow = isinstance(initial_state, OVQState) and initial_state.state_dtype != "float32"
         if options.init == "random" or narrow or is_differentiated():
+            if torch.compiler.is_exporting():
+                name = (
+                    "narrow slots" if narrow else "init='random'" if options.init == "random" else "tangents"
+                )
+                raise ValueError(
+                    f"expected no torch.export of a call with {name}, found one: torch.compile can do it"
+                )
             # A compiled graph would keep the seed it was traced with, and passes no scales of sums and no
             # derivatives of `torch.func`.
             return _uncompiled(given, backend)

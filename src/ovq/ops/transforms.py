@@ -83,7 +83,9 @@ def check_transforms() -> None:
     """
     if torch.jit.is_tracing():
         raise ValueError("expected no torch.jit.trace, found one: torch.export and torch.compile can do it")
-    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
+    proxy = torch._C._TorchDispatchModeKey.PROXY
+    # The second is that of pre_dispatch=True.
+    if torch._C._get_dispatch_mode(proxy) or torch._ops._get_dispatch_mode_pre_dispatch(proxy):
         raise ValueError("expected no make_fx (or torch.func.linearize), found one: torch.export can do it")
     if torch._C._are_functorch_transforms_active():
         functorch = torch._C._functorch
