@@ -1,5 +1,7 @@
 """The documentation names tests that exist."""
 
+import ast
+import builtins
 import itertools
 import json
 import re
@@ -413,6 +415,19 @@ def test_the_python_of_the_readme_runs():
     # Each by itself, as a reader would paste one of them.
     for block in blocks:
         exec(block, {})
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "use").glob("*.md")), ids=lambda page: page.name)
+def test_every_name_in_the_python_of_a_page_is_made_on_it(page):
+    names = set(vars(builtins))
+    for block in re.findall(r"```python[^\n]*\n(.*?)```", page.read_text(), flags=re.DOTALL):
+        tree = list(ast.walk(ast.parse(block)))
+        names |= {node.arg for node in tree if isinstance(node, ast.arg)}
+        names |= {node.name for node in tree if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        names |= {(node.asname or node.name).split(".")[0] for node in tree if isinstance(node, ast.alias)}
+        found = [node for node in tree if isinstance(node, ast.Name)]
+        names |= {node.id for node in found if isinstance(node.ctx, ast.Store)}
+        assert not {node.id for node in found} - names
 
 
 def test_the_readme_is_short():
