@@ -16,6 +16,7 @@ def library(tmp_path):
     folder = tmp_path / "library"
     (folder / "b").mkdir(parents=True)
     (folder / "b" / "long.txt").write_bytes("né\r\n".encode() + b"\xff")
+    (folder / "b" / "._long.txt").write_bytes(b"\x00\x05\x16\x07Mac OS X")
     (folder / "a.txt").write_text("")
     (folder / "notes.md").write_text("not part of it")
     rows = [{"text": "one", "author": "x"}, {"text": "two", "author": "y"}]

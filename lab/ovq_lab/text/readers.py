@@ -251,7 +251,9 @@ def _bible(name: str, path: Path) -> Iterator[Document]:
 
 def _files(folder: Path, endings: tuple[str, ...], *, prefix: str = "") -> list[Entry]:
     """The files below a folder with these extensions, sorted by name."""
-    paths = (path for path in folder.rglob("*") if _ending(path) in endings and path.is_file())
+    # Where a disk has no attributes of files, macOS keeps them in a file ._NAME beside NAME.
+    found = (path for path in folder.rglob("*") if not path.name.startswith("._"))
+    paths = (path for path in found if _ending(path) in endings and path.is_file())
     return sorted((prefix + path.relative_to(folder).as_posix(), path) for path in paths)
 
 
