@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.nn.functional import logsigmoid
 
 from ovq.ops import OVQState, backend_used, ovq_attention
@@ -213,6 +214,29 @@ def test_what_runs_outside_of_graphs_is_not_exported(options, name):
     q, k, v = (x[:, :, :1] for x in inputs(1, 9, dtype=torch.float32))
     with pytest.raises(ValueError, match=f"expected no torch.export of a call with {name}, found one"):
         torch.export.export(Read(), (q, k, v))
+
+
+@pytest.mark.parametrize("options", [{"init": "random"}, {"merge": "nearest"}], ids=["torch", "cpu"])
+def test_backward_passes_that_a_compiled_step_calls_are_not_compiled(options):
+    @torch.compiler.disable
+    def loss_of(q, k, v):
+        return attend(2 * q, k, v, **SIZES, **options)[0].square().sum()
+
+    def step(qkv):
+        loss_of(*qkv).backward()
+
+    compiled = torch.compile(step, backend="aot_eager")
+    counters.clear()
+    for num_tokens in (19, 40):
+        qkv = inputs(1, num_tokens, dtype=torch.float32)
+        grads = []
+        for run in (step, compiled):
+            leaves = [x.detach().requires_grad_() for x in qkv]
+            torch.manual_seed(0)
+            run(leaves)
+            grads.append([x.grad for x in leaves])
+        assert all(map(torch.equal, *grads))
+    assert counters["stats"]["unique_graphs"] == 0
 
 
 def test_a_graph_returns_no_memory_that_it_was_given():

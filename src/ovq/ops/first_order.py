@@ -8,9 +8,13 @@ from typing import Any
 
 import torch
 
+from ovq.ops.uncompiled import uncompiled
+
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     """`backward` of an autograd function that raises an error for `create_graph=True`.
+
+    `torch.compile` leaves it alone: in a step compiled whole it would trace it even for parts run eagerly.
 
     PyTorch's `once_differentiable` raises only if the incoming gradient requires a gradient itself. The
     gradient of a sum of outputs does not, so a gradient penalty would silently have no effect.
@@ -19,6 +23,7 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
         RuntimeError: from `backward`, if called with `create_graph=True` or `is_grads_batched=True`.
     """
 
+    @uncompiled
     @functools.wraps(backward)
     def refusing(ctx: Any, *grads: Any) -> Any:
         if torch.is_grad_enabled():
