@@ -182,8 +182,15 @@ def test_without_a_home_there_is_no_cache_and_it_is_said_how_to_have_one(monkeyp
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "home", nobody)
-    with pytest.raises(OSError, match="expected XDG_CACHE_HOME or a home folder"):
+    with pytest.raises(OSError, match="expected an absolute XDG_CACHE_HOME or a home folder"):
         cache_folder()
+
+
+@pytest.mark.parametrize("given", ["cache", "~/cache", ""])
+def test_a_cache_that_would_move_with_the_working_folder_is_that_of_the_home(given, monkeypatch, tmp_path):
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", given)
+    assert cache_folder() == tmp_path / ".cache" / "ovq"
 
 
 def test_a_folder_that_does_not_exist_is_an_error(tmp_path):

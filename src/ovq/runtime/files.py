@@ -216,11 +216,14 @@ def cache_folder() -> Path:
         >>> cache_folder().name
         'ovq'
     """
-    base = os.environ.get("XDG_CACHE_HOME")
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     try:
-        return Path(base or Path.home() / ".cache") / "ovq"
+        # By its specification, relative paths are ignored: each working folder would be another cache.
+        return (base if base.is_absolute() else Path.home() / ".cache") / "ovq"
     except RuntimeError as error:
-        raise OSError(f"no folder for caches: expected XDG_CACHE_HOME or a home folder ({error})") from error
+        raise OSError(
+            f"no folder for caches: expected an absolute XDG_CACHE_HOME or a home folder ({error})"
+        ) from error
 
 
 def private_folder() -> Path:
