@@ -57,6 +57,11 @@ struct Slack {
         const Vector slack = load(columns.length + j) * of_length;
         return HAS_BYTES ? slack + load(columns.error + j) * of_error : slack;
     }
+
+    /* Of any column with at most this length and rounding error. */
+    INLINE_MEMBER float most(float length, float error) const {
+        return (length * of_length + error * of_error) * (1 + 4 * FLT_EPSILON);
+    }
 };
 
 INLINE Slack slack_of(const Joining &all, int64_t i, int is_rough) {
@@ -92,20 +97,22 @@ static void score_blocks(const Joining &all, const Columns *parts, Search *searc
     const int64_t n = all.nearest->num_columns;
     for_blocks(parts, [=, &all, &left](const Columns &columns, int64_t begin, int64_t end, int64_t block) {
         const Rows part = rows_from(columns.rows, all.call, begin - columns.first);
+        const float longest = highest_of(columns.length + begin, end - begin);
+        const float roughest = highest_of(columns.error + begin, end - begin);
         multiply(all.call, &part, end - begin, num, left, scores + begin, n);
         for (int64_t i = 0; i < num; i++) {
             Search *search = searches + i;
             float *row = scores + i * n;
+            const float slack = search->slack.most(longest, roughest);
             if (search->column >= begin && search->column < end) row[search->column] = -INFINITY;
-            Vector low = search->least, high = splat(-INFINITY);
-            for (int64_t j = begin; j < end; j += VL) {
-                const Vector score = load(row + j) + load(columns.start + j);
-                const Vector off = search->slack.at(columns, j);
-                low = higher_of(score - off, low);
-                high = higher_of(score + off, high);
+            Vector best = splat(-INFINITY), more = best;
+            for (int64_t j = begin; j < end; j += 2 * VL) {
+                best = higher_of(load(row + j) + load(columns.start + j), best);
+                more = higher_of(load(row + j + VL) + load(columns.start + j + VL), more);
             }
-            search->least = low;
-            search->blocks[block] = high;
+            best = higher_of(best, more);
+            search->least = higher_of(best - slack, search->least);
+            search->blocks[block] = best + slack;
         }
     });
 }
