@@ -95,9 +95,7 @@ static void load_queries(const Call *call, const Chunk *chunk, int64_t head, int
     for (int64_t t = 0; t < chunk->num; t++) {
         float o[width];
         read_tokens(call, &call->o, chunk->index, query_head, t, 1, 1, o, width);
-        Vector inner = {};
-        for (int64_t j = 0; j < width; j += VL) inner += load(o + j) * load(grad_o + t * width + j);
-        all->inner[start + t] = total(inner);
+        all->inner[start + t] = (float)exact_dot(o, grad_o + t * width, width);
         all->lse[start + t] = call->lse[(chunk->index * call->width + t) * num_heads + query_head];
     }
 }
