@@ -43,7 +43,7 @@ def compiled(folder: Path) -> ctypes.CDLL:
     flags = next((level.flags for level in compiler.LEVELS if level.name == wish), compiler.NATIVE)
     with tempfile.TemporaryDirectory() as temporary:
         path = f"{temporary}/before.so"
-        options = [*compiler._command(flags), "-shared", str(folder / "kernels.cpp"), "-o", path]
+        options = [*compiler._FLAGS, *flags, "-shared", str(folder / "kernels.cpp"), "-o", path]
         subprocess.run([*compiler.find_compiler(), *options], check=True)
         return ctypes.CDLL(path)
 
