@@ -150,16 +150,10 @@ def ovq_attention(
     if torch.compiler.is_compiling():
         narrow = isinstance(initial_state, OVQState) and initial_state.state_dtype != "float32"
         if options.init == "random" or narrow or is_differentiated():
-            if torch.compiler.is_exporting():
-                name = (
-                    "narrow slots" if narrow else "init='random'" if options.init == "random" else "tangents"
-                )
-                raise ValueError(
-                    f"expected no torch.export of a call with {name}, found one: torch.compile can do it"
-                )
             # A compiled graph would keep the seed it was traced with, and passes no scales of sums and no
             # derivatives of `torch.func`.
-            return _uncompiled(given, backend)
+            name = "narrow slots" if narrow else "init='random'" if options.init == "random" else "tangents"
+            return _uncompiled(given, backend, name)
         return operator.attention(**given, backend=backend)
     call = checked_call(**given)
     o, state = dispatch.run_of(call, backend)(call)
@@ -167,7 +161,11 @@ def ovq_attention(
 
 
 @uncompiled
-def _uncompiled(given: dict[str, Any], backend: str) -> tuple[Tensor, OVQState | None]:
+def _uncompiled(given: dict[str, Any], backend: str, name: str) -> tuple[Tensor, OVQState | None]:
+    if torch.compiler.is_exporting():
+        raise ValueError(
+            f"expected no torch.export of a call with {name}, found one: torch.compile can do it"
+        )
     call = checked_call(**given)
     o, state = dispatch.run_of(call, backend)(call)
     return o, state if call.wants_state else None
