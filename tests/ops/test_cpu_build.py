@@ -165,7 +165,7 @@ def test_temporary_files_of_the_compiler_lie_beside_the_kernels(compiler, tmp_pa
 @needs_compiler
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no locks on this system")
 def test_the_folder_of_a_build_that_was_killed_goes_with_the_next_one(compiler, tmp_path):
-    left = tmp_path / "cache" / "ovq" / "ovq-build-left"
+    left = tmp_path / "cache" / "ovq" / ".ovq-build-left"
     left.mkdir(parents=True)
     os.utime(left, (0, 0))
     assert cpu_kernels() == "compiled for this processor"

@@ -28,8 +28,8 @@ def done(tmp_path_factory):
     (out / "ovq" / CONFIG_FILE).write_text("{}")
     (out / "results.json").write_text("old")
     # And of one that was killed an hour ago.
-    (out / "ovq-runs-killed").mkdir()
-    os.utime(out / "ovq-runs-killed", (time.time() - 3600,) * 2)
+    (out / ".ovq-runs-killed").mkdir()
+    os.utime(out / ".ovq-runs-killed", (time.time() - 3600,) * 2)
     console = Console(record=True, width=200)
     with pytest.MonkeyPatch.context() as patch:
         # Processes would import everything; `tests/runtime/test_workers.py` tests them.

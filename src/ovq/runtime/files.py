@@ -151,8 +151,10 @@ class TemporaryFolder(tempfile.TemporaryDirectory):
     """
 
     def __init__(self, kind: str, place: Path | None = None) -> None:
-        _remove_left(Path(tempfile.gettempdir()) if place is None else place, f"ovq-{kind}-")
-        super().__init__(prefix=f"ovq-{kind}-", dir=place, ignore_cleanup_errors=True)
+        # Hidden in a folder that is not for temporary files, where users may have some of such a name.
+        prefix = f"ovq-{kind}-" if place is None else f".ovq-{kind}-"
+        _remove_left(Path(tempfile.gettempdir()) if place is None else place, prefix)
+        super().__init__(prefix=prefix, dir=place, ignore_cleanup_errors=True)
         with contextlib.suppress(OSError):
             weakref.finalize(self, os.close, _lock(self.name))
 
