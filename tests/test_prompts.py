@@ -1,7 +1,7 @@
 """Prompts: what of them is read before they are known."""
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, models
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import ovq.prompts
@@ -25,6 +25,19 @@ def test_a_document_ends_before_tokens_that_a_message_may_join(message):
     assert "".join(tokenizer.convert_ids_to_tokens(ids)) == "s\nbadu"
     prompt = chat_ids([*messages, {"role": "user", "content": message}], tokenizer, **about)
     assert prompt[: len(ids)] == ids
+
+
+def test_a_document_is_in_a_template_that_begins_with_spaces():
+    """This tokenizer makes no token of what stands before the only special one."""
+    words = Tokenizer(
+        models.WordLevel({x: i for i, x in enumerate(["?", "the", "cat", "system", "user", ":", "a"])}, "?")
+    )
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>")
+    tokenizer.chat_template = "\n<s>{% for m in messages %} {{ m.role }} : {{ m.content }} {% endfor %}user :"
+    ids, messages = document_ids("the cat", tokenizer, vocab_size=20, name="text")
+    assert tokenizer.convert_ids_to_tokens(ids)[:5] == ["<s>", "system", ":", "the", "cat"]
+    assert messages == [{"role": "system", "content": "the cat"}]
 
 
 @pytest.mark.parametrize("is_stripped", [False, True])

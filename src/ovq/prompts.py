@@ -127,6 +127,8 @@ def _shared_ids(texts: Sequence[str], same: str, tokenizer: Any, **about: Any) -
     tokenized once per text, but once, and once more to check that the tokens are those of the whole.
     """
     start = same[: max(0, 0, *map(same.rfind, tokenizer.all_special_tokens))]
+    # Some tokenizers make no token of spaces alone.
+    start = start if start.strip() else ""
     first = encode(start, tokenizer, is_start=False, **about) if start else []
     rest = [encode(x[len(start) :], tokenizer, is_start=False, **about) for x in texts]
     ids = [first + x for x in rest]
