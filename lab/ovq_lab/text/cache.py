@@ -55,7 +55,7 @@ def _place(name: str) -> Path:
         except OSError as error:
             reasons.append(str(error))
     raise OSError(
-        "expected a writable folder for encoded text (XDG_CACHE_HOME names one), found none: "
+        "expected a writable folder for encoded text (an absolute XDG_CACHE_HOME names one), found none: "
         + "; ".join(reasons)
     )
 

@@ -278,7 +278,7 @@ class Mixer(nn.Module, ABC):
             warnings.warn(
                 f"past_key_values: several layers {found} read tokens in turns into its layer "
                 f"{self.layer_idx or 0}, so each sees those of the others; expected layer_idx=0, 1, ... for "
-                "the layers of a model",
+                "the layers of a model (copies of a model that share a cache on purpose can ignore this)",
                 stacklevel=2,
             )
         return o, None, past_key_values
