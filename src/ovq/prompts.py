@@ -126,7 +126,7 @@ def _shared_ids(texts: Sequence[str], same: str, tokenizer: Any, **about: Any) -
     Tokenizers divide texts at special tokens, so what precedes the last one that all texts share is not
     tokenized once per text, but once, and once more to check that the tokens are those of the whole.
     """
-    start = same[: max(0, 0, *map(same.rfind, tokenizer.all_special_tokens))]
+    start = same[: max([0, *map(same.rfind, tokenizer.all_special_tokens)])]
     # Some tokenizers make no token of spaces alone.
     start = start if start.strip() else ""
     first = encode(start, tokenizer, is_start=False, **about) if start else []

@@ -152,8 +152,7 @@ def ovq_attention(
         if options.init == "random" or narrow or is_differentiated():
             # A compiled graph would keep the seed it was traced with, and passes no scales of sums and no
             # derivatives of `torch.func`.
-            name = "narrow slots" if narrow else "init='random'" if options.init == "random" else "tangents"
-            return _uncompiled(given, backend, name)
+            return _uncompiled(given, backend)
         return operator.attention(**given, backend=backend)
     call = checked_call(**given)
     o, state = dispatch.run_of(call, backend)(call)
@@ -161,10 +160,11 @@ def ovq_attention(
 
 
 @uncompiled
-def _uncompiled(given: dict[str, Any], backend: str, name: str) -> tuple[Tensor, OVQState | None]:
+def _uncompiled(given: dict[str, Any], backend: str) -> tuple[Tensor, OVQState | None]:
     if torch.compiler.is_exporting():
         raise ValueError(
-            f"expected no torch.export of a call with {name}, found one: torch.compile can do it"
+            "expected no init='random', narrow slots or tangents under torch.export, found some: "
+            "torch.compile can do it"
         )
     call = checked_call(**given)
     o, state = dispatch.run_of(call, backend)(call)
