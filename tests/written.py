@@ -48,12 +48,16 @@ class Called(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def without_kernels():
+    """A context in which there are no compiled kernels."""
+    return mock.patch.object(build, "load", side_effect=build.SwitchedOff("by a test"))
+
+
 def seen_by_mode(function):
     """What a function returns under a mode, which is checked to see all that is computed without kernels."""
-    switched_off = mock.patch.object(build, "load", side_effect=build.SwitchedOff("by a test"))
     with Called() as seen:
         found = function()
-    with switched_off, Called() as plain:
+    with without_kernels(), Called() as plain:
         function()
     assert seen.names == plain.names
     return found

@@ -5,12 +5,11 @@ import functools
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from tests.convert.common import converted
 from tests.ops.common import CPU
 from tests.tiny import tiny_model
-from tests.written import seen_by_mode
+from tests.written import Called, seen_by_mode, without_kernels
 
 pytestmark = pytest.mark.skipif(not CPU, reason="no compiler")
 
@@ -62,15 +61,19 @@ def test_modes_see_tokens_amid_others(name):
     model = MODELS[name]()
 
     def logits(seen):
+        """Logits of tokens, and the operations that a mode saw of some of them."""
         cache = model(IDS[:, :11], use_cache=True).past_key_values
-        outputs = []
+        outputs, names = [], []
         for i in range(11, 40):
-            with FlopCounterMode(display=False) if i in seen else contextlib.nullcontext() as counter:
+            with Called() if i in seen else contextlib.nullcontext(Called()) as mode:
                 outputs.append(model(IDS[:, i : i + 1], past_key_values=cache).logits)
-            assert counter is None or counter.get_total_flops()
-        return torch.cat(outputs, 1)
+            names += mode.names
+        return torch.cat(outputs, 1), names
 
-    torch.testing.assert_close(logits(range(15, 27)), logits(()), atol=1e-4, rtol=1e-3)
+    expected, (found, seen) = logits(())[0], logits(range(15, 27))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+    with without_kernels():
+        assert seen == logits(range(15, 27))[1]
 
 
 @pytest.mark.parametrize("weight_dtype", ["bfloat16", "int8", "int4"])

@@ -210,7 +210,7 @@ def test_what_runs_outside_of_graphs_is_not_exported(name):
             return attend(q, k, v, **{name: options[name]}, **SIZES)[0]
 
     q, k, v = (x[:, :, :1] for x in inputs(1, 9, dtype=torch.float32))
-    with pytest.raises(ValueError, match="expected no init=.*under torch.export, found some"):
+    with pytest.raises(ValueError, match=r"expected no init=.*under torch.export, found some"):
         torch.export.export(Read(), (q, k, v))
 
 
