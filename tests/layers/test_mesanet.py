@@ -1,11 +1,13 @@
 """MesaNet against ridge regressions solved token by token, and what conjugate gradients do."""
 
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from ovq_lab.mixers import MesaNet, mesanet
 from ovq_lab.mixers.mesanet import conjugate_gradients, ridge_regression
@@ -105,14 +107,23 @@ def test_fewer_steps_are_nearer_the_query_and_more_nearer_the_solution():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_steps_beyond_the_solution_change_nothing(dtype):
-    """The residual, and with it every product, falls below the smallest number."""
+@pytest.mark.parametrize("is_watched", [False, True])
+def test_steps_beyond_the_solution_change_nothing(dtype, is_watched):
+    """They are not taken. Under a mode they are: the residual falls below the smallest number."""
     root = random(8, 8).to(dtype)
     matrix = root @ root.T + torch.eye(8, dtype=dtype)
     b = torch.stack([random(8, seed=1), torch.zeros(8)]).to(dtype)
-    found = conjugate_gradients(lambda x: x @ matrix, b, 300)
+    steps = []
+
+    def times(x):
+        steps.append(x)
+        return x @ matrix
+
+    with FlopCounterMode(display=False) if is_watched else nullcontext():
+        found = conjugate_gradients(times, b, 300)
     torch.testing.assert_close(found, torch.linalg.solve(matrix, b.T).T)
     assert not found[1].any()
+    assert len(steps) == 300 if is_watched else 8 <= len(steps) <= 20
 
 
 def test_nothing_is_kept_of_the_steps():

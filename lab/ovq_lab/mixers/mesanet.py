@@ -18,7 +18,7 @@ from ovq.layers.constant import ConstantStateMixer, sum_dtype, without_autocast
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.memory import StateSpec
 from ovq.ops.first_order import first_order
-from ovq.ops.transforms import refused_transform
+from ovq.ops.transforms import needs_operations, refused_transform
 from ovq_lab.mixers.heads import HeadsMixer
 from ovq_lab.mixers.norms import WideRMSNorm
 
@@ -41,7 +41,7 @@ class MesaNet(ConstantStateMixer, HeadsMixer, OwnWeights):
     token and a ridge learned per component of each query head. The system is solved by conjugate gradients.
 
     Args:
-        mesa_steps: steps of the conjugate gradients.
+        mesa_steps: most steps of the conjugate gradients.
         args: those of `HeadsMixer`; there is a state per key/value head.
         kwargs: likewise.
 
@@ -58,7 +58,7 @@ class MesaNet(ConstantStateMixer, HeadsMixer, OwnWeights):
     state_kind = "the matrices of MesaNet"
     config_fields = HeadsMixer.config_fields | {
         "mesa_steps": ConfigField(
-            int, STEPS, "steps of conjugate gradients that solve its systems", at_least=1
+            int, STEPS, "most steps of conjugate gradients that solve its systems", at_least=1
         ),
     }
 
@@ -132,7 +132,7 @@ def ridge_regression(
         weight: `[B, T, Hkv]`, at least 0.
         ridge: `[H, K]`, above 0.
         state: `"key_key"` and `"key_value"`, `[B, Hkv, K, K]` each.
-        num_steps: steps of the conjugate gradients.
+        num_steps: most steps of the conjugate gradients.
 
     Returns:
         `[B, T, H, K]`, and the state after the last token.
@@ -222,10 +222,13 @@ class _Solution(torch.autograd.Function):
 def conjugate_gradients(times: Callable[[Tensor], Tensor], b: Tensor, num_steps: int) -> Tensor:
     """Solve `A x = b` for symmetric positive definite A, independently along the last dimension of b.
 
+    On a CPU it stops once all residuals are below rounding: further steps would leave x as it is, and be
+    slow, as they compute denormal numbers.
+
     Args:
         times: maps `x` to `A x`.
         b: `[..., K]`. Where it is zero, so is the solution.
-        num_steps: number of steps; K suffice but for rounding, fewer if A is well conditioned.
+        num_steps: most steps; K suffice but for rounding, fewer if A is well conditioned.
 
     Returns:
         `[..., K]`.
@@ -234,7 +237,11 @@ def conjugate_gradients(times: Callable[[Tensor], Tensor], b: Tensor, num_steps:
     smallest = torch.finfo(b.dtype).tiny
     x, residual, direction = torch.zeros_like(b), b.clone(), b
     size = residual.square().sum(-1, keepdim=True)
+    solved_size = size * torch.finfo(b.dtype).eps ** 2
+    can_stop = b.device.type == "cpu" and not torch.compiler.is_compiling() and not needs_operations()
     for _ in range(num_steps):
+        if can_stop and (size <= solved_size).all():
+            break
         image = times(direction)
         step = size / (direction * image).sum(-1, keepdim=True).clamp_min(smallest)
         x.addcmul_(step, direction)
