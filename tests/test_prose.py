@@ -2,6 +2,9 @@
 
 import json
 from pathlib import Path
+from statistics import fmean
+
+from ovq_lab.figures.results import load_results
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 
@@ -9,6 +12,33 @@ RESULTS = Path(__file__).parent.parent / "docs" / "results"
 def words_of(page):
     """A page on one line, because a sentence may break anywhere."""
     return " ".join((RESULTS / page).read_text().split())
+
+
+def means_of(figure, value):
+    """The mean of a value over seeds, by line, length and stream."""
+    found: dict[tuple[str, int, str | None], list[float]] = {}
+    for row in load_results(RESULTS / f"{figure}.json")["rows"]:
+        found.setdefault((row["line"], row["length"], row.get("stream")), []).append(row[value])
+    return {key: fmean(values) for key, values in found.items()}
+
+
+def test_mixers_with_a_lower_loss_on_text_are_those_that_the_overview_names():
+    losses: dict[str, list[float]] = {}
+    for row in load_results(RESULTS / "rivals-lm-mamba2.json")["rows"]:
+        # Octaves of positions from 4k to 64k, by their ends.
+        octaves = [row["position_losses"][str(end)] * end for end in (8192, 16384, 32768, 65536)]
+        losses.setdefault(row["line"], []).append(sum(octaves) / (2 * (65536 - 4096)))
+    means = {line: fmean(values) for line, values in losses.items()}
+    rivals = {line: loss for line, loss in means.items() if not line.startswith(("OVQ", "full attention"))}
+    ours, gated = means["OVQ, 512 slots"], means["OVQ, forget and output gates, nearest, 512 slots"]
+    missed = {line: 100 * (ours / loss - 1) for line, loss in sorted(rivals.items()) if loss < ours}
+    assert list(missed) == ["Gated DeltaNet", "KDA", "Mamba2", "MesaNet", "window and sinks"]
+    assert [line for line, loss in rivals.items() if loss < gated] == ["Gated DeltaNet"]
+    page = words_of("index.md")
+    assert f"missed against Gated DeltaNet by {missed['Gated DeltaNet']:.1f} %" in page
+    others = "{Mamba2:.1f}, {KDA:.1f} and {MesaNet:.1f} % (gated: met)".format(**missed)
+    assert f"Mamba2 alone, KDA and MesaNet by {others}" in page
+    assert f"window and sinks by {missed['window and sinks']:.2f} %" in page
 
 
 def test_what_256_rows_recover_is_what_the_pages_say():
