@@ -41,6 +41,33 @@ def test_mixers_with_a_lower_loss_on_text_are_those_that_the_overview_names():
     assert f"window and sinks by {missed['window and sinks']:.2f} %" in page
 
 
+def test_errors_of_memories_without_training_grow_as_the_page_says():
+    errors = means_of("fidelity", "error")
+    growth = {
+        (line, stream): error / errors[line, 4096, stream] - 1
+        for (line, length, stream), error in errors.items()
+        if line.startswith("OVQ") and length == 65536
+    }
+    assert max(rise for (_, stream), rise in growth.items() if "cluster" in stream) <= 0
+    most = f"{100 * max(growth.values()):.0f} %"
+    assert f"on clusters are no higher than at 4k, the others at most {most} higher" in words_of("memory.md")
+
+
+def test_scaling_changes_as_little_with_few_slots_as_the_page_says():
+    def changes(figure, value):
+        means = means_of(figure, value)
+        return [
+            means[f"{line}, log-n", length, None] - mean
+            for (line, length, _), mean in means.items()
+            if line.endswith("64 slots")
+        ]
+
+    tasks = ("logn-recall", "logn-positional", "logn-mqar")
+    assert max(abs(change) for task in tasks for change in changes(task, "accuracy")) <= 0.03
+    rise = max(changes("logn-regression", "mean_error"))
+    assert f"by more than 0.03; on regression errors rise by up to {rise:.2f}" in words_of("length.md")
+
+
 def test_what_256_rows_recover_is_what_the_pages_say():
     names = {"prose": "Hamlet", "code": "argparse.py"}
     rows = [
