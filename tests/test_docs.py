@@ -430,6 +430,23 @@ def test_every_name_in_the_python_of_a_page_is_made_on_it(page):
         assert not {node.id for node in found} - names
 
 
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "use").glob("*.md")), ids=lambda page: page.name)
+def test_the_python_of_a_page_is_not_stopped_by_a_question(page):
+    """Where nothing of ovq is imported, transformers asks on a terminal whether to run a folder's code."""
+    for block in re.findall(r"```python[^\n]*\n(.*?)```", page.read_text(), flags=re.DOTALL):
+        if not re.search(r"^(?:from|import) ovq", block, flags=re.MULTILINE):
+            loads = re.findall(r"Auto\w+\.from_pretrained\(\"runs/.*?\)", block)
+            assert [load for load in loads if "trust_remote_code=True" not in load] == []
+
+
+def test_no_command_of_the_page_on_conversion_finds_its_folder_there():
+    text = (ROOT / "docs" / "use" / "convert.md").read_text()
+    commands = re.findall(r"ovq convert .*?(?=\n)", text)
+    made = re.findall(r"save_pretrained\(\"(\S+)\"\)", text)
+    made += [name for line in commands for name in re.findall(r"--(?:out|save-preset) (\w+)", line)]
+    assert len(made) == len(set(made)) > 4
+
+
 def test_the_readme_is_short():
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len([line for line in lines if not line.startswith("<img ")]) < 120
