@@ -316,6 +316,7 @@ def test_the_version_is_printed(capsys):
         ("train recall-ovq --sett a=b", "No such option"),
         ("eval", "Missing option '--model'"),
         ("eval --model {tmp}", "expected the folder of a saved model, found no config.json in it"),
+        ("generate --model you/model --prompt 1", "the folder of a saved model, found no such folder"),
         ("eval --model {trained} --lengths 24,x", "--lengths: expected positive integers"),
         ("eval --model {trained} --lengths 0", "--lengths: expected positive integers"),
         ("eval --model {trained} --lengths 2", "length: expected at least"),
@@ -484,4 +485,4 @@ def test_the_demonstration_ends_with_the_next_command(monkeypatch, capsys, tmp_p
         said = run(capsys, "demo", "--out", tmp_path)
         # It is one that there is: its options are read, and only the model is missing.
         command = said.split(f"{program} eval ")[1]
-        assert "found no config.json in it" in fail(capsys, "eval", *command.split())
+        assert "found no such folder" in fail(capsys, "eval", *command.split())

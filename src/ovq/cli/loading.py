@@ -51,7 +51,8 @@ def check_model_folder(folder: Path, *, hint: str = "") -> None:
 def _model_type(folder: Path) -> Any:
     path = folder / "config.json"
     if not path.is_file():
-        raise ValueError(f"{folder}: expected the folder of a saved model, found no config.json in it")
+        found = "no config.json in it" if folder.is_dir() else "no such folder"
+        raise ValueError(f"{folder}: expected the folder of a saved model, found {found}")
     return _read_object(path).get("model_type")
 
 
