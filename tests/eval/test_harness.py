@@ -20,6 +20,7 @@ from ovq_lab.text import byte_tokenizer
 
 BYTES = byte_tokenizer()
 TASKS = ["local_likelihood", "local_generation", "local_choice"]
+BARS = ["Tokenizing inputs", "Running loglikelihood requests", "Running generate_until requests"]
 COMMON = """
 dataset_path: json
 dataset_kwargs:
@@ -166,6 +167,14 @@ def test_without_the_package(model, folder, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
     with pytest.raises(ValueError, match=r"pip install '\./lab\[harness\]'"):
         measure(model, folder)
+
+
+def test_quiet_hides_the_bars_of_the_harness(model, folder, capsys, monkeypatch):
+    for verbosity in ("", "quiet"):
+        monkeypatch.setenv("OVQ_VERBOSITY", verbosity)
+        evaluate_tasks(model, BYTES, TASKS, include_path=folder, max_length=256, limit=1)
+        said = capsys.readouterr().err
+        assert [f"{bar}:" in said for bar in BARS] == [not verbosity] * 3
 
 
 def test_the_command_line(model, folder, results, capsys, tmp_path, monkeypatch):

@@ -13,6 +13,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ovq.runtime.verbosity import is_quiet
+
 MAX_LENGTH = 8192
 """Default maximum length in tokens; longer texts lose their beginning. Models here have no limit of their
 own, and without this the harness would take 2048."""
@@ -74,6 +76,18 @@ def evaluate_tasks(
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
+    class Model(HFLM):
+        """Hides the harness's own bars with `-q`: it sets `disable`, so that TQDM_DISABLE does nothing."""
+
+        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
+            return super().loglikelihood(requests, disable_tqdm or is_quiet())
+
+        def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
+            return super().loglikelihood_rolling(requests, disable_tqdm or is_quiet())
+
+        def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
+            return super().generate_until(requests, disable_tqdm or is_quiet())
+
     def known(with_defaults: bool) -> TaskManager:
         path = None if include_path is None else str(include_path)
         return TaskManager(include_path=path, include_defaults=with_defaults, metadata=metadata)
@@ -89,7 +103,7 @@ def evaluate_tasks(
         found = ", ".join(missing(manager)) or "none"
         raise ValueError(f"tasks: expected names of tasks that the harness knows, found {found}")
     return lm_eval.simple_evaluate(
-        model=HFLM(
+        model=Model(
             pretrained=model,
             backend="causal",
             tokenizer=tokenizer,
