@@ -106,14 +106,14 @@ def _lm(long_range_mixer: str) -> RunConfig:
 
 
 def _lm_for_gpus(
-    long_range_mixer: str,
-    *,
     width: int,
     inner: int,
     num_pairs: int,
-    steps: int,
     micro_batches: int,
+    steps: int,
     learning_rate: float,
+    long_range_mixer: str,
+    *,
     batch_size: int = 64,
     vocab_size: int = 32768,
     length: int = 4096,
@@ -180,45 +180,13 @@ layers of OVQ and of KVM. Different here: books and a tokenizer learned from the
 GPT-2's, a SwiGLU with as many weights as their MLP of four times the width, and the backbone, which has a
 short convolution in place of their token shift."""
 
-_SIZES = {
-    "70m": partial(
-        _lm_for_gpus, width=512, inner=1408, num_pairs=8, micro_batches=4, steps=10_000, learning_rate=1e-3
-    ),
-    "150m": partial(
-        _lm_for_gpus, width=768, inner=2048, num_pairs=9, micro_batches=8, steps=15_000, learning_rate=8e-4
-    ),
-    "480m": partial(
-        _lm_for_gpus,
-        width=1280,
-        inner=3456,
-        num_pairs=11,
-        batch_size=128,
-        micro_batches=16,
-        steps=20_000,
-        learning_rate=5e-4,
-    ),
-    "120m": partial(
-        _lm_for_gpus,
-        width=768,
-        inner=2048,
-        num_pairs=6,
-        micro_batches=8,
-        steps=6_000,
-        learning_rate=2e-3,
-        weight_decay=0.2,
-        **_KVM,
-    ),
-    "350m": partial(
-        _lm_for_gpus,
-        width=1024,
-        inner=2736,
-        num_pairs=12,
-        micro_batches=16,
-        steps=15_000,
-        learning_rate=1.26e-3,
-        weight_decay=0.126,
-        **_KVM,
-    ),
+_SIZES: dict[str, tuple[Any, ...]] = {
+    # Width, SwiGLU size, pairs of layers, micro-batches, steps, learning rate, and what else differs.
+    "70m": (512, 1408, 8, 4, 10_000, 1e-3, {}),
+    "150m": (768, 2048, 9, 8, 15_000, 8e-4, {}),
+    "480m": (1280, 3456, 11, 16, 20_000, 5e-4, {"batch_size": 128}),
+    "120m": (768, 2048, 6, 8, 6_000, 2e-3, {**_KVM, "weight_decay": 0.2}),
+    "350m": (1024, 2736, 12, 16, 15_000, 1.26e-3, {**_KVM, "weight_decay": 0.126}),
 }
 """Language models by millions of parameters: three sizes of the paper, two of KVM's authors."""
 
@@ -229,7 +197,10 @@ _BUILDERS: dict[str, Callable[[str], RunConfig]] = {
     RegressionTask.name: _regression,
     MQARTask.name: _mqar,
     TextTask.name: _lm,
-    **{f"{TextTask.name}-{name}": build for name, build in _SIZES.items()},
+    **{
+        f"{TextTask.name}-{name}": partial(_lm_for_gpus, *sizes, **others)
+        for name, (*sizes, others) in _SIZES.items()
+    },
 }
 
 _MIXERS = {known.short: mixer for mixer, known in KNOWN.items()}
