@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 
 from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.hf.hub import check_loaded, check_source
+from ovq.hf.pretrained import WITHOUT_EFFECT
 from ovq.layers.registry import fields_of_mixers, mixer_class
 from ovq_lab.mixers import MIXERS
 from ovq_lab.text import get_tokenizer
@@ -17,38 +18,13 @@ from ovq_lab.train.config import ModelArgs
 
 # Fields that may change in further training: weights keep their shapes and meaning.
 _FREE = {
-    "num_slots",
-    "chunk_size",
-    "growth",
-    "init",
-    "merge",
-    "logn_length",
-    "state_dtype",
-    "ablation",
-    "value_weight",
-    "sliding_window",
-    "num_sinks",
-    "sink_window",
-    "vq_decay",
-    "commitment_weight",
-    "kvm_chunk_size",
-    "kvm_window_chunks",
-    "kvm_growth",
-    "kvm_sinks",
-    "kvm_norm_leak",
-    "raven_top_k",
-    "raven_noise",
-    "mesa_steps",
+    *("num_slots", "chunk_size", "growth", "init", "merge", "logn_length", "state_dtype", "ablation"),
+    *("value_weight", "sliding_window", "num_sinks", "sink_window", "vq_decay", "commitment_weight"),
+    *("kvm_chunk_size", "kvm_window_chunks", "kvm_growth", "kvm_sinks", "kvm_norm_leak"),
+    *("raven_top_k", "raven_noise", "mesa_steps"),
 }
-# Fields about initialisation and generation, and derived ones (the number of layers from `mixer_types`).
-_WITHOUT_EFFECT = {
-    "initializer_range",
-    "use_cache",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-    "num_hidden_layers",
-}
+# A tied output layer has other weights; the number of layers is that of `mixer_types`, compared by itself.
+_WITHOUT_EFFECT = (WITHOUT_EFFECT - {"tie_word_embeddings"}) | {"num_hidden_layers"}
 
 
 def check_initial(source: str, config: OVQConfig) -> list[str]:
