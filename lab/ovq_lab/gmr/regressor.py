@@ -11,6 +11,7 @@ of the package needs scikit-learn: `pip install './lab[theory]'`.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,7 @@ MERGES = ("existing", "ward", "nearest")
 Array = NDArray[np.float64]
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class GaussianMixtureRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
     """Regression of values on keys by a Gaussian mixture over both, with one spherical covariance I / b.
 
@@ -90,32 +92,18 @@ class GaussianMixtureRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         True
     """
 
-    def __init__(
-        self,
-        num_slots: int = 64,
-        *,
-        chunk_size: int = 64,
-        precision: float | None = None,
-        bias: str = "count+norm",
-        assignment: str = "hard",
-        growth: str | None = None,
-        merge: str = "existing",
-        value_weight: float = VALUE_WEIGHT,
-        max_iter: int = 100,
-        tol: float = 1e-6,
-        random_state: Any = None,
-    ):
-        self.num_slots = num_slots
-        self.chunk_size = chunk_size
-        self.precision = precision
-        self.bias = bias
-        self.assignment = assignment
-        self.growth = growth
-        self.merge = merge
-        self.value_weight = value_weight
-        self.max_iter = max_iter
-        self.tol = tol
-        self.random_state = random_state
+    num_slots: int = 64
+    _: dataclasses.KW_ONLY
+    chunk_size: int = 64
+    precision: float | None = None
+    bias: str = "count+norm"
+    assignment: str = "hard"
+    growth: str | None = None
+    merge: str = "existing"
+    value_weight: float = VALUE_WEIGHT
+    max_iter: int = 100
+    tol: float = 1e-6
+    random_state: Any = None
 
     @property
     def keys_(self) -> Array:
