@@ -100,22 +100,13 @@ class Workload:
     def forward(self, device: str) -> Callable[[], object]:
         """A function that runs the forward pass once."""
         inputs, read = self.inputs(device=device), self.read()
-
-        def call() -> object:
-            with torch.no_grad():
-                return read(*inputs)
-
-        return call
+        return torch.no_grad()(lambda: read(*inputs))
 
     def forward_backward(self, device: str) -> Callable[[], tuple[Tensor, ...]]:
         """A function that runs forward and backward once, and returns the gradients of q, k and v."""
         inputs, read = self.inputs(device=device, requires_grad=True), self.read()
         grad = torch.randn_like(inputs[0].detach())
-
-        def call() -> tuple[Tensor, ...]:
-            return torch.autograd.grad(read(*inputs), inputs, grad)
-
-        return call
+        return lambda: torch.autograd.grad(read(*inputs), inputs, grad)
 
     def decode(self, device: str) -> Callable[[], object]:
         """A function that decodes one token after `length` tokens and continues at each further call; after a
@@ -124,13 +115,7 @@ class Workload:
             return self._decode_ovq(device)
         make = RIVALS[self.mixer].decode
         assert make is not None, "asked for where has_decode is true"
-        step = make(self._steps(device), self.head_dim**0.5)
-
-        def call() -> object:
-            with torch.no_grad():
-                return step()
-
-        return call
+        return torch.no_grad()(make(self._steps(device), self.head_dim**0.5))
 
     def _steps(self, device: str) -> Iterator[list[Tensor]]:
         """A query and the keys and values it attends to, for each token after the first `length`."""
@@ -158,6 +143,7 @@ class Workload:
         tokens = [[x[:, t : t + 1] for x in inputs] for t in places]
         state, t = first, 0
 
+        @torch.no_grad()
         def call() -> object:
             nonlocal state, t
             if t == self.chunk_size:
@@ -165,8 +151,7 @@ class Workload:
                 state, t = first, 0
             token = tokens[t]
             t += 1
-            with torch.no_grad():
-                o, state = ovq_attention(*token, **self.options, initial_state=state, output_final_state=True)
+            o, state = ovq_attention(*token, **self.options, initial_state=state, output_final_state=True)
             return o
 
         return call
