@@ -226,8 +226,12 @@ class BackwardPass:
         self.grad_weights = None if self._tokens is None else torch.empty_like(self._tokens)
         self._own_bias = None if saved.weights is None else saved.weights.own_bias
         self._delta = torch.empty_like(saved.lse)
-        self._blocks = common.grad_blocks(saved.q, saved.v)
-        num_chunks, width, num_heads, _ = saved.q.shape
+        num_chunks, width, num_heads, dim = saved.q.shape
+        value_dim = saved.v.shape[-1]
+        # W, H, G, K, V, and block sizes of the three kernels of the read's backward.
+        self._sizes = (width, num_heads, num_heads // work.num_kv_heads, dim, value_dim)
+        self._blocks = common.grad_blocks(saved.q, saved.v) | common.FUSED
+        self._blocks |= {"BK": common.padded(dim), "BV": common.padded(value_dim)}
         self._query_blocks = triton.cdiv(width, self._blocks["BM"])
         # One per chunk and block of queries. Zeros, because blocks without queries write nothing.
         shape = (num_chunks, self._query_blocks, num_heads)
@@ -237,7 +241,7 @@ class BackwardPass:
         merged = saved.merged
         streams, size = work.num_active[0] * work.num_kv_heads, work.options.chunk_size
         # Dimensions of keys and values, and 1 for weights.
-        self._dims = [saved.k.shape[-1], saved.v.shape[-1], *([] if self._tokens is None else [1])]
+        self._dims = [dim, value_dim, *([] if self._tokens is None else [1])]
         self._passed = [
             saved.lse.new_empty(2, streams, 0 if merged is None else size, dim) for dim in self._dims
         ]
@@ -338,45 +342,31 @@ class BackwardPass:
                 HAS_MERGED=self.saved.merged is not None, BD=common.padded(total.shape[-1]), **blocks,
             )  # fmt: skip
 
-    def _sizes(self) -> tuple[tuple[int, ...], dict[str, int]]:
-        """W, H, G, K, V, and block sizes of the three kernels of the read's backward."""
-        q, v = self.saved.q, self.saved.v
-        _, width, num_heads, dim = q.shape
-        sizes = (width, num_heads, num_heads // self.work.num_kv_heads, dim, v.shape[-1])
-        return sizes, {
-            **self._blocks,
-            **common.FUSED,
-            "BK": common.padded(dim),
-            "BV": common.padded(v.shape[-1]),
-        }
-
     def _grad_queries(self, segment: range, snapshots: Snapshots) -> None:
         saved, work = self.saved, self.work
-        sizes, blocks = self._sizes()
-        grad_queries[(work.entries(segment) * self._query_blocks, sizes[1])](
+        grad_queries[(work.entries(segment) * self._query_blocks, self._sizes[1])](
             saved.q, saved.k, saved.v, saved.scale, work.table, *snapshots, self._own_bias,
             saved.o, self.grad_o, saved.lse, self._delta, self.grad_q, self.grad_scale,
-            work.first[segment.start], *sizes, work.capacity, self._query_blocks, **blocks,
+            work.first[segment.start], *self._sizes, work.capacity, self._query_blocks, **self._blocks,
         )  # fmt: skip
 
     def _grad_slots(self, segment: range, snapshots: Snapshots, from_slots: list[Tensor]) -> None:
         saved, work = self.saved, self.work
-        sizes, blocks = self._sizes()
-        num_blocks = triton.cdiv(work.capacity, blocks["BN"])
+        num_blocks = triton.cdiv(work.capacity, self._blocks["BN"])
         grad_slots[(work.entries(segment) * num_blocks, work.num_kv_heads)](
             saved.q, saved.scale, work.table, *snapshots, self.grad_o, saved.lse,
-            self._delta, *_with_none(from_slots), work.first[segment.start], *sizes, work.capacity,
-            num_blocks, **blocks,
+            self._delta, *_with_none(from_slots), work.first[segment.start], *self._sizes, work.capacity,
+            num_blocks, **self._blocks,
         )  # fmt: skip
 
     def _grad_tokens(self, segment: range, deposits: list[Tensor]) -> None:
         saved, work = self.saved, self.work
-        sizes, blocks = self._sizes()
-        num_blocks = triton.cdiv(sizes[0], blocks["BN"])
+        num_blocks = triton.cdiv(self._sizes[0], self._blocks["BN"])
         grad_tokens[(work.entries(segment) * num_blocks, work.num_kv_heads)](
             saved.q, saved.k, saved.v, saved.scale, work.table, self.grad_o, saved.lse, self._delta,
             *deposits[:2], self.grad_k, self.grad_v, self._tokens, self._own_bias, _with_none(deposits)[2],
-            self.grad_weights, work.first[segment.start], *sizes, num_blocks, LEAST=LEAST_READ, **blocks,
+            self.grad_weights, work.first[segment.start], *self._sizes, num_blocks,
+            LEAST=LEAST_READ, **self._blocks,
         )  # fmt: skip
 
 
