@@ -102,6 +102,13 @@ def check_fields(section: DataclassInstance, *, prefix: str = "") -> None:
             object.__setattr__(section, name, float(value))
 
 
+def check_at_least(least: int, section: Any, *names: str, prefix: str = "") -> None:
+    """Raise ValueError for the first of these attributes of `section` that is set and below `least`."""
+    for name in names:
+        if (found := getattr(section, name)) is not None and found < least:
+            raise ValueError(f"{prefix}{name}: expected at least {least}, found {found}")
+
+
 def with_new_names(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a saved config under their current names, without those of `REMOVED`.
 

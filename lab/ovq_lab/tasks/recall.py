@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from ovq.fields import check_at_least
 from ovq_lab.tasks.base import IGNORE_INDEX, Task, TaskBatch, example_generator
 
 FILLER = 0
@@ -44,9 +45,7 @@ class StoredPairsTask(Task):
     def __post_init__(self) -> None:
         """Check that an example has room for a key and a query."""
         super().__post_init__()
-        for name in self.sizes:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
+        check_at_least(1, self, *self.sizes)
         if not 0 < self.query_share < 1:
             raise ValueError(f"query_share: expected a number between 0 and 1, found {self.query_share}")
         if not 0 < self.pair_share <= 1:
@@ -183,10 +182,8 @@ class RecallTask(StoredPairsTask):
     def __post_init__(self) -> None:
         """Check every field, dependent ones last."""
         super().__post_init__()
-        if self.vocab_size < NUM_SPECIAL + 2:
-            raise ValueError(f"vocab_size: expected at least {NUM_SPECIAL + 2}, found {self.vocab_size}")
-        if self.num_pairs is not None and self.num_pairs < 1:
-            raise ValueError(f"num_pairs: expected at least 1, found {self.num_pairs}")
+        check_at_least(NUM_SPECIAL + 2, self, "vocab_size")
+        check_at_least(1, self, "num_pairs")
         if self.num_pairs is not None and self.pair_share != 1:
             raise ValueError(
                 "num_pairs and pair_share: expected one of the two, "

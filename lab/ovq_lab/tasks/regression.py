@@ -12,6 +12,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from ovq.fields import check_at_least
 from ovq_lab.tasks.base import IGNORE_INDEX, Task, TaskBatch, example_generator
 
 FILLER = 0
@@ -81,16 +82,8 @@ class RegressionTask(Task):
     def __post_init__(self) -> None:
         """Check every field, dependent ones last."""
         super().__post_init__()
-        for field, lowest in (
-            ("points_per_function", 1),
-            ("max_functions", 1),
-            ("max_slope", 0),
-            ("max_offset", 0),
-            ("max_x", 0),
-            ("min_seen", 0),
-        ):
-            if getattr(self, field) < lowest:
-                raise ValueError(f"{field}: expected at least {lowest}, found {getattr(self, field)}")
+        check_at_least(1, self, "points_per_function", "max_functions")
+        check_at_least(0, self, "max_slope", "max_offset", "max_x", "min_seen")
         shortest = _TOKENS_PER_POINT * (self.min_seen + 1)
         if self.length < shortest:
             raise ValueError(

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 
-from ovq.fields import check_fields
+from ovq.fields import check_at_least, check_fields
 from ovq_lab.text.documents import SPLITS, Document
 from ovq_lab.text.readers import find_readers, read_documents
 
@@ -53,12 +53,10 @@ class TextSource:
         for name in ("dataset", "text_field", "hub_split", "tokenizer"):
             if not getattr(self, name):
                 raise ValueError(f"{name}: expected a name, found none")
-        if self.max_documents is not None and self.max_documents < 1:
-            raise ValueError(f"max_documents: expected at least 1, found {self.max_documents}")
+        check_at_least(1, self, "max_documents")
         if not 0 <= self.held_out < 1:
             raise ValueError(f"held_out: expected a share in [0, 1), found {self.held_out}")
-        if self.join_to < 0:
-            raise ValueError(f"join_to: expected at least 0, found {self.join_to}")
+        check_at_least(0, self, "join_to")
         size = self.tokenizer.removeprefix("bpe:")
         if size != self.tokenizer and (not size.isdecimal() or int(size) < 257):
             raise ValueError(

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ovq.fields import LARGEST_SEED, ConfigField, check_fields, did_you_mean, with_new_names
+from ovq.fields import LARGEST_SEED, ConfigField, check_at_least, check_fields, did_you_mean, with_new_names
 from ovq.layers import defaults
 from ovq.layers.registry import mixer_class
 from ovq.layers.sinks import NUM_SINKS
@@ -50,13 +50,6 @@ def _declared(mixer_types: Iterable[str]) -> dict[str, ConfigField]:
         with contextlib.suppress(ValueError):
             mixer_class(name)
     return {name: field for mixer in MIXERS.values() for name, field in mixer.own_fields().items()}
-
-
-def _check_at_least(config: Any, section: str, minimum: int, *names: str) -> None:
-    """Raise ValueError for the first of these fields that is set and below the minimum."""
-    for name in names:
-        if getattr(config, name) is not None and getattr(config, name) < minimum:
-            raise ValueError(f"{section}.{name}: expected at least {minimum}, found {getattr(config, name)}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,12 +141,12 @@ class ModelArgs:
             object.__setattr__(self, "growth", None)
         if not self.mixer_types:
             raise ValueError("model.mixer_types: expected at least one mixer, found none")
-        _check_at_least(self, "model", 1, "hidden_size", "intermediate_size", "num_attention_heads")
-        _check_at_least(self, "model", 1, "num_key_value_heads", "head_dim", "sliding_window", "num_sinks")
-        _check_at_least(self, "model", 1, "sink_window", "mamba_state_size", "num_slots", "chunk_size")
-        _check_at_least(self, "model", 1, "kvm_chunk_size", "raven_slots", "raven_top_k", "mesa_steps")
-        _check_at_least(self, "model", 0, "conv_size", "commitment_weight")
-        _check_at_least(self, "model", 0, "initializer_range", "embedding_std", "value_weight")
+        sizes = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+        own = ("kvm_chunk_size", "raven_slots", "raven_top_k", "mesa_steps", "mamba_state_size")
+        check_at_least(1, self, *sizes, "sliding_window", "num_sinks", "sink_window", prefix="model.")
+        check_at_least(1, self, "num_slots", "chunk_size", *own, prefix="model.")
+        factors = ("commitment_weight", "initializer_range", "embedding_std", "value_weight")
+        check_at_least(0, self, "conv_size", *factors, prefix="model.")
         if not 0 <= self.vq_decay < 1:
             raise ValueError(f"model.vq_decay: expected a number in [0, 1), found {self.vq_decay}")
         if isinstance(self.rate, float) and not 0 < self.rate <= 1:
@@ -235,8 +228,9 @@ class TrainArgs:
     def __post_init__(self) -> None:
         """Check every field."""
         check_fields(self, prefix="train.")
-        _check_at_least(self, "train", 1, "steps", "batch_size", "micro_batches", "log_every")
-        _check_at_least(self, "train", 0, "seed", "eval_every", "save_every", "warmup_steps", "weight_decay")
+        check_at_least(1, self, "steps", "batch_size", "micro_batches", "log_every", prefix="train.")
+        not_negative = ("seed", "eval_every", "save_every", "warmup_steps", "weight_decay")
+        check_at_least(0, self, *not_negative, prefix="train.")
         if self.seed > LARGEST_SEED:
             raise ValueError(f"train.seed: expected at most {LARGEST_SEED}, found {self.seed}")
         if not self.lengths:
