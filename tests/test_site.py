@@ -47,11 +47,14 @@ def text_of(path):
     return "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
 
 
-@pytest.mark.parametrize(
+of_pages = pytest.mark.parametrize(
     "page",
     [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md")), *NOTEBOOKS],
     ids=lambda path: path.name,
 )
+
+
+@of_pages
 def test_links_lead_to_files_there_are(page):
     for link in re.findall(r"\]\((?!https?://|#)([^)#]+)", text_of(page)):
         target = page.parent / link
@@ -68,11 +71,7 @@ def anchors_of(page):
     return {re.sub(r"[-\s]+", "-", name) for name in names} & {name.replace(" ", "-") for name in names}
 
 
-@pytest.mark.parametrize(
-    "page",
-    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md")), *NOTEBOOKS],
-    ids=lambda path: path.name,
-)
+@of_pages
 def test_anchors_are_headings_there_are(page):
     for link, anchor in re.findall(r"\]\((?!https?://)([^)#]*)#([^)]+)\)", text_of(page)):
         target = page.parent / link if link else page

@@ -85,9 +85,9 @@ def test_numbers_that_are_whole_already_are_multiplied_exactly(backend):
     assert_same_state(*states)
 
 
-def tight(length, spread, dtype=torch.float32):
+def tight(length, spread):
     """Keys so near to each other that a float32 product tells few of them apart, and values likewise."""
-    q, k, v = inputs(1, length, 2, 2, 16, 16, dtype=dtype)
+    q, k, v = inputs(1, length, 2, 2, 16, 16, dtype=torch.float32)
     k, v = (x[:, :1] + spread * (x - x[:, :1]) for x in (k, v))
     return q, k, v
 
@@ -327,10 +327,12 @@ def test_masses_may_count_by_another_power(backend, monkeypatch):
     assert not torch.equal(state.count, usual.count)
 
 
-@pytest.mark.parametrize("backend", ["naive", *FAST])
-def test_growth_is_immediate_unless_said_otherwise(backend):
+@pytest.mark.parametrize(
+    ("merge", "backend"), [("ward", "naive"), *(("nearest", backend) for backend in ("naive", *FAST))]
+)
+def test_growth_is_immediate_unless_said_otherwise(merge, backend):
     tokens = stream("random", torch.float32)
-    options = {**NEAREST, "num_slots": 40, "chunk_size": 12, "backend": backend}
+    options = {"merge": merge, "num_slots": 40, "chunk_size": 12, "backend": backend}
     _, state = attend(*tokens, **options)
     assert_same_state(state, attend(*tokens, **options, growth="immediate")[1], tolerance=0)
     assert int(attend(*tokens, **options, growth="plateau")[1].num_open) < int(state.num_open) == 40

@@ -130,14 +130,6 @@ def test_values_count_by_their_weight():
         torch.testing.assert_close(float(state.value_sum[0, 0, 0]), merged_with_first)
 
 
-def test_growth_is_immediate_unless_said_otherwise():
-    tokens = stream("random", torch.float32)
-    options = {**WARD, "num_slots": 40, "chunk_size": 12}
-    _, state = attend(*tokens, **options)
-    assert_same_state(state, attend(*tokens, **options, growth="immediate")[1], tolerance=0)
-    assert int(attend(*tokens, **options, growth="plateau")[1].num_open) < int(state.num_open) == 40
-
-
 def test_what_was_merged_may_come_nearer_than_its_parts():
     """Of five tokens two pairs are the cheapest, but one takes in a third token before the other's turn."""
     k = torch.zeros(5, 6)
