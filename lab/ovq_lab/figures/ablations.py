@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from ovq.ops.options import BEST_MERGE
@@ -53,28 +54,7 @@ def _ablation(
     )
 
 
-def init(preset: Preset) -> Figure:
-    """Which keys open new slots."""
-    return _ablation(
-        preset,
-        "init",
-        "Which keys open new slots",
-        {"novelty (OVQ)": {}, "at random": {"init": "random"}},
-    )
-
-
-def growth(preset: Preset) -> Figure:
-    """The growth schedule of the dictionary."""
-    return _ablation(
-        preset,
-        "growth",
-        "How the dictionary grows with the tokens seen",
-        {"plateau (OVQ)": {}, "linear": {"growth": "linear"}, "immediate": {"growth": "immediate"}},
-        note="Growth that is faster holds more slots at the same length, and more bytes.",
-    )
-
-
-def rate(preset: Preset) -> Figure:
+def _rate(preset: Preset) -> Figure:
     """Constant step sizes of a slot towards a merged key, against 1/count."""
     constant = {f"{value:g}": {"rate": value} for value in preset.rates}
     return _ablation(
@@ -86,17 +66,7 @@ def rate(preset: Preset) -> Figure:
     )
 
 
-def bias(preset: Preset) -> Figure:
-    """The term added to the scores of slots."""
-    return _ablation(
-        preset,
-        "bias",
-        "What is added to the score of a slot",
-        {"log count (OVQ)": {}, "log count and norm term": {"bias": "count+norm"}},
-    )
-
-
-def merge(preset: Preset) -> Figure:
+def _merge(preset: Preset) -> Figure:
     """The merge rule: keys into slots from before their chunk, into slots of any age, or nearest pairs."""
     asked = {f"trained by the first, evaluated by {MERGE_NAMES[BEST_MERGE]}": BEST_MERGE}
     return _ablation(
@@ -115,7 +85,7 @@ def merge(preset: Preset) -> Figure:
     )
 
 
-def chunk(preset: Preset) -> Figure:
+def _chunk(preset: Preset) -> Figure:
     """The size of a chunk."""
     usual = preset.configs["recall"].model.chunk_size
     return _ablation(
@@ -129,7 +99,7 @@ def chunk(preset: Preset) -> Figure:
     )
 
 
-def conv(preset: Preset) -> Figure:
+def _conv(preset: Preset) -> Figure:
     """The short convolution, for OVQ and for full attention."""
     size = preset.configs["recall"].model.conv_size
     return _ablation(
@@ -143,3 +113,30 @@ def conv(preset: Preset) -> Figure:
         },
         note="With or without it in all layers, those of the window included.",
     )
+
+
+FIGURES: dict[str, Callable[[Preset], Figure]] = {
+    "init": partial(
+        _ablation,
+        name="init",
+        title="Which keys open new slots",
+        variants={"novelty (OVQ)": {}, "at random": {"init": "random"}},
+    ),
+    "growth": partial(
+        _ablation,
+        name="growth",
+        title="How the dictionary grows with the tokens seen",
+        variants={"plateau (OVQ)": {}, "linear": {"growth": "linear"}, "immediate": {"growth": "immediate"}},
+        note="Growth that is faster holds more slots at the same length, and more bytes.",
+    ),
+    "rate": _rate,
+    "merge": _merge,
+    "bias": partial(
+        _ablation,
+        name="bias",
+        title="What is added to the score of a slot",
+        variants={"log count (OVQ)": {}, "log count and norm term": {"bias": "count+norm"}},
+    ),
+    "chunk": _chunk,
+    "conv": _conv,
+}
