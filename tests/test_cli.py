@@ -415,17 +415,6 @@ def test_errors_can_be_traced(monkeypatch):
         main(["memory", "--config", "nothing"])
 
 
-def test_an_interruption_has_a_code_of_its_own(monkeypatch, capsys):
-    def interrupt(*_args, **_kwargs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("ovq_lab.train.recipes.get_recipe", interrupt)
-    with pytest.raises(SystemExit) as exit_info:
-        main(["train", "recall-ovq"])
-    assert exit_info.value.code == 130
-    assert capsys.readouterr().err == "ovq: interrupted\n"
-
-
 LOADED = """
 import sys
 from ovq.cli import main

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 
@@ -75,17 +76,22 @@ def test_output_to_a_full_disk_costs_one_line(name, model, tmp_path):
     assert (code, errors) == (REFUSED, "ovq: error: [Errno 28] No space left on device\n")
 
 
-def test_a_pipe_that_breaks_elsewhere_is_an_error(monkeypatch, capsys):
-    """Say that of a worker process: whoever reads the output is to know."""
-
-    def broken(_name):
-        raise BrokenPipeError(32, "Broken pipe")
-
-    monkeypatch.setattr("ovq_lab.train.recipes.get_recipe", broken)
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (KeyboardInterrupt(), 130, "ovq: interrupted\n"),
+        # Say the pipe of a worker process: whoever reads the output is to know.
+        (BrokenPipeError(32, "Broken pipe"), REFUSED, "ovq: error: [Errno 32] Broken pipe\n"),
+    ],
+)
+def test_interruptions_and_pipes_that_break_elsewhere_have_codes_of_their_own(
+    monkeypatch, capsys, error, code, line
+):
+    monkeypatch.setattr("ovq_lab.train.recipes.get_recipe", mock.Mock(side_effect=error))
     with pytest.raises(SystemExit) as exit_info:
         main(["train", "recall-ovq"])
-    assert exit_info.value.code == REFUSED
-    assert capsys.readouterr().err == "ovq: error: [Errno 32] Broken pipe\n"
+    assert exit_info.value.code == code
+    assert capsys.readouterr().err == line
 
 
 def as_in_the_foreground():
