@@ -25,6 +25,8 @@ from tests.hf.common import of_mixers
 
 MOST = 4
 VOCAB_SIZE = 40
+SIZES = {"vocab_size": VOCAB_SIZE, "hidden_size": 16, "intermediate_size": 16}
+SIZES |= {"initializer_range": 0.3, "pad_token_id": 0}
 #: Mixers that choose slots by a hard argmax. Above another layer in float32, whose outputs are rounded
 #: otherwise where tokens are read in parts, they may choose others (`docs/method/guarantees.md`).
 ROUTED = ("ovq", "vq", "kvm", "raven")
@@ -128,16 +130,12 @@ class CacheProgram(Program):
 
     def _converted(self) -> Any:
         config = LlamaConfig(
-            vocab_size=VOCAB_SIZE,
-            hidden_size=16,
-            intermediate_size=16,
+            **SIZES,
             num_hidden_layers=len(self.mixers),
             num_attention_heads=4,
             num_key_value_heads=2,
             # Texts are longer at times, so that sinks and slots are brought nearer.
             max_position_embeddings=32,
-            initializer_range=0.3,
-            pad_token_id=0,
             bos_token_id=None,
             eos_token_id=None,
         )
@@ -152,9 +150,7 @@ class CacheProgram(Program):
 
     def _own(self) -> OVQForCausalLM:
         config = OVQConfig(
-            vocab_size=VOCAB_SIZE,
-            hidden_size=16,
-            intermediate_size=16,
+            **SIZES,
             num_hidden_layers=len(self.mixers),
             num_attention_heads=2,
             num_key_value_heads=self.num_kv_heads,
@@ -173,8 +169,6 @@ class CacheProgram(Program):
             conv_size=self.conv_size,
             merge=self.merge,
             ablation={"bias": self.bias, "rate": self.rate},
-            initializer_range=0.3,
-            pad_token_id=0,
         )
         return OVQForCausalLM(config)
 

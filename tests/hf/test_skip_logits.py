@@ -4,18 +4,13 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ovq.hf import OVQConfig, OVQForCausalLM
+from tests.tiny import tiny_model
 
-CONFIG = OVQConfig(
-    vocab_size=11,
-    hidden_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    mixer_types=["sliding_attention", "vq"],
-    num_slots=4,
-    chunk_size=4,
-    tie_word_embeddings=True,
-)
+SIZES = {"vocab_size": 11, "num_slots": 4, "chunk_size": 4, "tie_word_embeddings": True}
+
+
+def make_model(*mixer_types):
+    return tiny_model(**SIZES, mixer_types=list(mixer_types or ("sliding_attention", "vq")))
 
 
 @pytest.mark.parametrize(
@@ -26,12 +21,10 @@ def test_the_loss_and_its_gradient_are_those_with_logits(name, options):
     torch.manual_seed(0)
     ids = torch.randint(11, (1 if "cu_seqlens" in options else 2, 20))
     targets = torch.where(torch.rand(ids.shape) < 0.3, ids, -100)
-    state = OVQForCausalLM(CONFIG).state_dict()
     found = []
     for skip_logits in (False, True):
         # VQ-attention moves its slots at every step of training.
-        model = OVQForCausalLM(CONFIG).train()
-        model.load_state_dict(state)
+        model = make_model().train()
         num_rows = []
         model.lm_head.register_forward_hook(
             lambda module, args, out, seen=num_rows: seen.append(out[..., 0].numel())
@@ -49,8 +42,7 @@ def test_the_loss_and_its_gradient_are_those_with_logits(name, options):
 
 
 def test_without_a_target_the_loss_of_a_micro_batch_is_zero():
-    model = OVQForCausalLM(CONFIG).train()
-    ids = torch.randint(11, (2, 8))
+    model, ids = make_model().train(), torch.randint(11, (2, 8))
     loss = model(ids, labels=torch.full_like(ids, -100), skip_logits=True, num_items_in_batch=5).loss
     loss.backward()
     assert loss == 0
@@ -59,9 +51,7 @@ def test_without_a_target_the_loss_of_a_micro_batch_is_zero():
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script")
 def test_the_loss_can_be_transformed():
-    torch.manual_seed(0)
-    config = OVQConfig(**CONFIG.to_diff_dict() | {"mixer_types": ["ovq", "ovq"]})
-    model, ids = OVQForCausalLM(config).double().eval(), torch.randint(11, (2, 8))
+    model, ids = make_model("ovq", "ovq").double(), torch.randint(11, (2, 8))
     weights = dict(model.named_parameters())
 
     def loss(weights, skip_logits=True):
@@ -75,9 +65,8 @@ def test_the_loss_can_be_transformed():
 
 
 def test_gradients_of_gradients_need_what_the_error_says():
-    config = OVQConfig(**CONFIG.to_diff_dict() | {"mixer_types": ["sliding_attention", "ovq"]})
     # Kernels do not run in float64.
-    model, ids = OVQForCausalLM(config).double(), torch.randint(11, (2, 8))
+    model, ids = make_model("sliding_attention", "ovq").double(), torch.randint(11, (2, 8))
     model.model.layers[1].mixer.backend = "naive"
 
     def penalty(skip_logits):
@@ -94,8 +83,7 @@ def test_gradients_of_gradients_need_what_the_error_says():
 
 
 def test_a_bias_that_is_assigned_to_the_output_layer_counts():
-    torch.manual_seed(0)
-    model, ids = OVQForCausalLM(CONFIG).eval(), torch.randint(11, (2, 8))
+    model, ids = make_model(), torch.randint(11, (2, 8))
     model.lm_head.bias = torch.nn.Parameter(torch.randn(11))
     losses = [model(ids, labels=ids, skip_logits=skip_logits).loss for skip_logits in (False, True)]
     torch.testing.assert_close(losses[1], losses[0])
@@ -104,7 +92,7 @@ def test_a_bias_that_is_assigned_to_the_output_layer_counts():
 
 
 def test_logits_that_are_needed_are_not_skipped():
-    model, ids = OVQForCausalLM(CONFIG), torch.zeros(1, 4, dtype=torch.long)
+    model, ids = make_model(), torch.zeros(1, 4, dtype=torch.long)
     with pytest.raises(ValueError, match="skip_logits: expected False without labels, found True"):
         model(ids, skip_logits=True)
     for kept in (1, torch.tensor([0])):

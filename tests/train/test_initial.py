@@ -22,23 +22,11 @@ from ovq_lab.train.loop import build_model, model_config, resume, train
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_slots": 4, "chunk_size": 4, "sliding_window": 4}
 
 
-def make_config(*, init_from=None, model=None, **fields):
-    return RunConfig(
-        task=RecallTask(),
-        model=ModelArgs(**{**SIZES, **(model or {})}),
-        train=TrainArgs(
-            **{
-                "steps": 3,
-                "batch_size": 4,
-                "lengths": (16,),
-                "length_shares": (1.0,),
-                "log_every": 1,
-                "warmup_steps": 0,
-                "init_from": None if init_from is None else str(init_from),
-                **fields,
-            }
-        ),
-    )
+def make_config(*, init_from=None, model=None, steps=3, **fields):
+    lengths = {"lengths": (16,), "length_shares": (1.0,), "batch_size": 4}
+    init_from = None if init_from is None else str(init_from)
+    train = TrainArgs(steps=steps, log_every=1, warmup_steps=0, init_from=init_from, **lengths, **fields)
+    return RunConfig(task=RecallTask(), model=ModelArgs(**SIZES | (model or {})), train=train)
 
 
 @pytest.fixture(scope="module")

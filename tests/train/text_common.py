@@ -28,17 +28,10 @@ def write_texts(tmp_path, monkeypatch, texts=TEXTS):
 
 def tiny_config(folder, mixer="ovq", task=None, **train):
     fields = {"steps": 6, "batch_size": 4, "lengths": (16,), "length_shares": (1.0,), "log_every": 1}
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "sliding_window": 6, "num_slots": 4, "chunk_size": 8}
     return RunConfig(
         task=TextTask(dataset=str(folder), held_out=0.0, **(task or {})),
-        model=ModelArgs(
-            mixer_types=("sliding_attention", mixer),
-            hidden_size=16,
-            intermediate_size=16,
-            sliding_window=6,
-            num_slots=4,
-            chunk_size=8,
-            initializer_range=0.3,
-        ),
+        model=ModelArgs(mixer_types=("sliding_attention", mixer), **sizes, initializer_range=0.3),
         train=TrainArgs(warmup_steps=2, **(fields | train)),
     )
 
