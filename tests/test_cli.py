@@ -321,10 +321,7 @@ def test_the_version_is_printed(capsys):
         ("eval --model {trained} --lengths 0", "--lengths: expected positive integers"),
         ("eval --model {trained} --lengths 2", "length: expected at least"),
         ("eval --model {trained} --num-slots 4;5", "--num-slots: expected positive integers"),
-        (
-            "eval --model {trained} --merge nearest,best",
-            "--merge: expected rules among existing, up",
-        ),
+        ("eval --model {trained} --merge nearest,best", "--merge: expected rules among existing, up"),
         ("eval --model {trained} --examples 0", "--examples"),
         ("generate --model {trained}", "expected one of --prompt and --prompt-file"),
         (

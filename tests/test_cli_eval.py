@@ -223,10 +223,7 @@ def test_help_shows_examples(capsys):
             "expected the folder of a training run, found no run_config.json",
         ),
         ("eval needle --model {recall} --haystack essay", "--dataset: expected one, as"),
-        (
-            "eval needle --model {m} --dataset {text}",
-            "--dataset: expected only with --haystack essay, found",
-        ),
+        ("eval needle --model {m} --dataset {text}", "--dataset: expected only with --haystack essay, found"),
         (
             "eval needle --model {m} --text-field body",
             "--text-field: expected only with --haystack essay, found 'body'",

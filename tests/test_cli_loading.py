@@ -169,18 +169,10 @@ def test_weights_that_are_missing_left_over_damaged_or_not_there(capsys, folder)
     ("name", "text", "message"),
     [
         ("generation_config.json", "{", "generation_config.json: expected JSON"),
-        (
-            "generation_config.json",
-            '{"eos_token_id": "x"}',
-            "expected eos_token_id to be a token id",
-        ),
+        ("generation_config.json", '{"eos_token_id": "x"}', "expected eos_token_id to be a token id"),
         ("tokenizer.json", '{"a": 1}', "model: "),
         ("tokenizer_config.json", "[]", "expected the tokenizer of a model, found what cannot be read"),
-        (
-            "tokenizer_config.json",
-            '{"model_max_length": {}}',
-            "expected the tokenizer of a model",
-        ),
+        ("tokenizer_config.json", '{"model_max_length": {}}', "expected the tokenizer of a model"),
     ],
 )
 def test_files_beside_the_weights_that_cannot_be_read(capsys, folder, name, text, message):

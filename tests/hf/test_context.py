@@ -447,10 +447,7 @@ def test_a_file_is_read_without_its_model(changes, tmp_path):
         ({"config": "{}"}, "layer 0: expected conv_state of shape"),
         ({"config": "[1]"}, r"expected the config of a model, found '\[1\]'"),
         ({"config": '{"hidden_size": -4}'}, "expected the config of a model, found .*-4"),
-        (
-            {"config": '{"num_hidden_layers": 50000}'},
-            "expected tensors of 50000 layers, found 20 tensors",
-        ),
+        ({"config": '{"num_hidden_layers": 50000}'}, "expected tensors of 50000 layers, found 20 tensors"),
         ({"num_tokens": "0"}, "expected num_tokens to be an integer from 1"),
         ({"content": "0"}, "it is damaged"),
     ],

@@ -12,6 +12,7 @@ from ovq.layers.common import QKNorm
 from ovq.layers.gates import ForgetGate, MergeGate, OutputGate
 from ovq.layers.products import Linear
 from ovq.ops import cpu_kernels
+from tests.hf.common import random_ids
 from tests.ops.common import other_defaults
 
 SIZES = {
@@ -44,10 +45,6 @@ def make_model(seed=0, **changes):
             # Other than those of the norms around layers.
             module.norm.eps = 0.02
     return model
-
-
-def random_ids(rows, length):
-    return torch.randint(SIZES["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(1))
 
 
 @torch.no_grad()

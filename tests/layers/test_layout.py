@@ -108,10 +108,7 @@ def test_only_packed_rows_of_very_different_lengths_run_in_groups(arguments, cal
         ({"mask": torch.ones(1, 3)}, r"shape \[batch, cached \+ new\] = \[1, 4\].*found \[1, 3\]"),
         ({"mask": torch.ones(1, 4), "num_past": 2}, r"\[1, 6\].*2 columns are cached.*found \[1, 4\]"),
         ({"mask": torch.ones(1, 1, 4, 4)}, r"found \[1, 1, 4, 4\]"),
-        (
-            {"mask": torch.ones(1, 4).to_sparse()},
-            "attention_mask: expected a dense tensor",
-        ),
+        ({"mask": torch.ones(1, 4).to_sparse()}, "attention_mask: expected a dense tensor"),
         ({"mask": torch.tensor([[0, 1, 2, 1]])}, r"0 and 1 only, found \[0, 1, 2\]"),
         ({"mask": torch.tensor([[0.0, 0.5, 1.0, 1.0]])}, r"0 and 1 only, found \[0.0, 0.5, 1.0\]"),
         ({"mask": torch.tensor([[1, 1, 1, 1], [1, 0, 1, 1]]), "batch_size": 2}, "found a hole in row 1"),

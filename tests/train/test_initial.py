@@ -134,10 +134,7 @@ def test_fields_of_the_mixers_that_there_are_must_agree_or_are_named(tmp_path):
             "mixer_types ['ovq'], as in this run, found ['sliding_attention', 'ovq'] in {first} "
             "(--set model.mixer_types=sliding_attention,ovq)",
         ),
-        (
-            {"tie_word_embeddings": True},
-            "tie_word_embeddings True, as in this run, found False in {first}",
-        ),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings True, as in this run, found False in {first}"),
     ],
     ids=str,
 )

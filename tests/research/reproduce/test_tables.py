@@ -137,10 +137,7 @@ FULL = {"line": "full attention"}
             },
             ["170", "80"],
         ),
-        (
-            {"value": "accuracy", "file": "results/other.json", "line": "full attention"},
-            ["0.500", "0.500"],
-        ),
+        ({"value": "accuracy", "file": "results/other.json", "line": "full attention"}, ["0.500", "0.500"]),
     ],
 )
 def test_what_a_cell_tells(described, column, expected):
@@ -166,10 +163,7 @@ def test_what_is_rounded_to_nothing_has_no_sign(described):
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        (
-            [{"head": "a", "value": "accuracy"}],
-            "expected one accuracy per seed of .*, found two that differ",
-        ),
+        ([{"head": "a", "value": "accuracy"}], "expected one accuracy per seed of .*, found two that differ"),
         ([{"head": "a", "value": "accuracy", "length": 5}], r"expected rows of .*'length': 5.*, found none"),
         ([{"head": "a", "value": "acuracy", "length": 256}], "expected 'acuracy', found none"),
         ([{"head": "a", "value": "accuracy", "digitz": 2}], "expected 'digitz', found none"),
