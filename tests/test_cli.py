@@ -324,10 +324,6 @@ def test_the_version_is_printed(capsys):
         ("eval --model {trained} --merge nearest,best", "--merge: expected rules among existing, up"),
         ("eval --model {trained} --examples 0", "--examples"),
         ("generate --model {trained}", "expected one of --prompt and --prompt-file"),
-        (
-            "generate --model {trained} --prompt 1 --prompt-file -",
-            "expected one of --prompt and --prompt-file",
-        ),
         ("generate --model {trained} --prompt-file {tmp}/no", "No such file"),
         ("generate --model {trained} --prompt one", "expected token ids such as '12 7 33'"),
         (
@@ -339,35 +335,6 @@ def test_the_version_is_printed(capsys):
             "generate --model {trained} --prompt-file {tmp}/file",
             "--prompt-file: expected at least one token, found none",
         ),
-        ("generate --model {trained} --prompt 1 --top-p 0", "--top-p: expected a number above 0"),
-        ("generate --model {trained} --prompt 1 --top-p 0.5", "--top-p: expected a temperature above 0"),
-        ("generate --model {trained} --prompt 1 --temperature -1", "--temperature"),
-        ("generate --model {trained} --prompt 1 --temperature nan", "--temperature"),
-        (
-            "generate --model {trained} --prompt 1 --temperature inf",
-            "--temperature: expected a finite number",
-        ),
-        (
-            "generate --model {trained} --prompt 1 --seed 4294967296",
-            "--seed: expected 0 to 4294967295, found 4294967296",
-        ),
-        (
-            "generate --model {trained} --prompt 1 --num-beams 2 --max-new-tokens 2147483648",
-            "--max-new-tokens: expected 0 to 2147483647, found 2147483648",
-        ),
-        ("generate --model {trained} --prompt 1 --top-k 3", "--top-k: expected a temperature above 0"),
-        (
-            "generate --model {trained} --prompt 1 --repetition-penalty 0",
-            "--repetition-penalty: expected more",
-        ),
-        (
-            "generate --model {trained} --prompt 1 --repetition-penalty nan",
-            "--repetition-penalty: expected a",
-        ),
-        ("generate --model {trained} --prompt 1 --min-p 2 --temperature 1", "--min-p: expected a number"),
-        ("generate --model {trained} --prompt 1 --num-beams 2 --max-new-tokens 0", "--num-beams: expected"),
-        ("generate --model {trained} --prompt 1 --num-slots 0", "--num-slots"),
-        ("generate --model {trained} --prompt 1 --merge best", "--merge: expected rules among existing"),
         ("context build --model {trained} --text - --out {tmp}/x --merge best", "--merge: expected rules"),
         ("eval harness --model {trained} --tasks x --merge best", "--merge: expected rules among existing"),
         ("memory --config nothing", "--config: expected a folder or a recipe: a task (recall, "),
@@ -383,6 +350,33 @@ def test_bad_input_costs_one_line(arguments, message, capsys, trained, tmp_path)
     (tmp_path / "file").write_text("")
     words = [word.format(tmp=tmp_path, trained=trained) for word in arguments.split()]
     assert message in fail(capsys, *words)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--prompt-file -", "expected one of --prompt and --prompt-file"),
+        ("--top-p 0", "--top-p: expected a number above 0"),
+        ("--top-p 0.5", "--top-p: expected a temperature above 0"),
+        ("--temperature -1", "--temperature"),
+        ("--temperature nan", "--temperature"),
+        ("--temperature inf", "--temperature: expected a finite number"),
+        ("--seed 4294967296", "--seed: expected 0 to 4294967295, found 4294967296"),
+        (
+            "--num-beams 2 --max-new-tokens 2147483648",
+            "--max-new-tokens: expected 0 to 2147483647, found 2147483648",
+        ),
+        ("--top-k 3", "--top-k: expected a temperature above 0"),
+        ("--repetition-penalty 0", "--repetition-penalty: expected more"),
+        ("--repetition-penalty nan", "--repetition-penalty: expected a"),
+        ("--min-p 2 --temperature 1", "--min-p: expected a number"),
+        ("--num-beams 2 --max-new-tokens 0", "--num-beams: expected"),
+        ("--num-slots 0", "--num-slots"),
+        ("--merge best", "--merge: expected rules among existing"),
+    ],
+)
+def test_bad_options_of_generate_cost_one_line(options, message, capsys, trained):
+    assert message in fail(capsys, "generate", "--model", trained, "--prompt", 1, *options.split())
 
 
 def test_an_error_of_several_lines_is_joined(monkeypatch, capsys):
