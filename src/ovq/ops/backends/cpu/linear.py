@@ -129,14 +129,6 @@ def _linear_of_any(x: Tensor, weight: Tensor) -> Tensor:
     return _linear(x, weight)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _fake_linear(x: Tensor, weight: Tensor) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
 def _fake_gradients(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
@@ -148,11 +140,13 @@ _LIBRARY.define("linear(Tensor x, Tensor weight) -> Tensor")
 _LIBRARY.define("linear_backward(Tensor grad, Tensor x, Tensor weight) -> (Tensor, Tensor)")
 _LIBRARY.impl("linear", _linear_of_any, "CompositeExplicitAutograd")
 _LIBRARY.impl("linear_backward", _linear_gradients, "CompositeExplicitAutograd")
-torch.library.register_fake("ovq::linear", _fake_linear, lib=_LIBRARY)
+torch.library.register_fake(
+    "ovq::linear", lambda x, weight: x.new_empty(*x.shape[:-1], weight.shape[0]), lib=_LIBRARY
+)
 torch.library.register_fake("ovq::linear_backward", _fake_gradients, lib=_LIBRARY)
 torch.library.register_autograd(
     "ovq::linear",
     lambda ctx, grad: torch.ops.ovq.linear_backward(grad, *ctx.saved_tensors),
-    setup_context=_setup_context,
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
     lib=_LIBRARY,
 )
