@@ -22,13 +22,19 @@ def means_of(figure, value):
     return {key: fmean(values) for key, values in found.items()}
 
 
-def test_mixers_with_a_lower_loss_on_text_are_those_that_the_overview_names():
+def far_losses(partner):
+    """The mean loss from 4k to 64k over three seeds, by line, beside a partner."""
     losses: dict[str, list[float]] = {}
-    for row in load_results(RESULTS / "rivals-lm-mamba2.json")["rows"]:
-        # Octaves of positions from 4k to 64k, by their ends.
+    for row in load_results(RESULTS / f"rivals-lm-{partner}.json")["rows"]:
+        # Octaves of positions, by their ends.
         octaves = [row["position_losses"][str(end)] * end for end in (8192, 16384, 32768, 65536)]
         losses.setdefault(row["line"], []).append(sum(octaves) / (2 * (65536 - 4096)))
-    means = {line: fmean(values) for line, values in losses.items()}
+    assert {len(values) for values in losses.values()} == {3}
+    return {line: fmean(values) for line, values in losses.items()}
+
+
+def test_mixers_with_a_lower_loss_on_text_are_those_that_the_overview_names():
+    means = far_losses("mamba2")
     rivals = {line: loss for line, loss in means.items() if not line.startswith(("OVQ", "full attention"))}
     ours, gated = means["OVQ, 512 slots"], means["OVQ, forget and output gates, nearest, 512 slots"]
     missed = {line: 100 * (ours / loss - 1) for line, loss in sorted(rivals.items()) if loss < ours}
@@ -39,6 +45,17 @@ def test_mixers_with_a_lower_loss_on_text_are_those_that_the_overview_names():
     others = "{Mamba2:.1f}, {KDA:.1f} and {MesaNet:.1f} % (gated: met)".format(**missed)
     assert f"Mamba2 alone, KDA and MesaNet by {others}" in page
     assert f"window and sinks by {missed['window and sinks']:.2f} %" in page
+
+
+def test_losses_beside_partners_are_those_of_the_page():
+    mamba2, deltanet, kda = map(far_losses, ("mamba2", "gated-deltanet", "kda"))
+    page, ours = words_of("language.md"), "OVQ, forget and output gates, nearest, 512 slots"
+    assert f"| OVQ | {mamba2[ours]:.4f} | {deltanet[ours]:.4f} | {kda[ours]:.4f} |" in page
+    name = "Gated DeltaNet"
+    assert f"| {name} | {mamba2[name]:.4f} | {deltanet[name]:.4f}, alone | {kda[name]:.4f} |" in page
+    assert f"| KDA | {mamba2['KDA']:.4f} | | {kda['KDA']:.4f}, alone |" in page
+    more = [f"{100 * (each[ours] / mamba2[ours] - 1):.1f}" for each in (deltanet, kda)]
+    assert f"best partner tried**, for OVQ by {more[0]} and {more[1]} %" in page
 
 
 def test_errors_of_memories_without_training_grow_as_the_page_says():
