@@ -229,7 +229,7 @@ CPU = Preset(
     # Recurrent rivals have their authors' convolutions.
     mixer_fields={
         "vq": {"chunk_size": 64},
-        **{name: {"conv_size": 4} for name in ("gated_deltanet", "kda", "mamba2")},
+        **{name: {"conv_size": 4} for name in ("gated_deltanet", "kda", "mamba2", "mesanet")},
     },
     chunk_sizes=(16, 32, 64, 128),
     rates=(0.03, 0.1, 0.3),
