@@ -12,7 +12,7 @@ from ovq_lab.figures.evaluations import NeedlesEvaluation
 from ovq_lab.figures.figures import GROUPS, get_figure
 from ovq_lab.figures.page import write_report
 from ovq_lab.figures.plan import Trial, count_runs, run_name
-from ovq_lab.figures.presets import CPU
+from ovq_lab.figures.presets import CPU, GPU
 from ovq_lab.figures.rivals import RIVALS
 from ovq_lab.plots.draw import points
 from ovq_lab.train.config import RunConfig
@@ -74,6 +74,12 @@ def test_states_have_equal_bytes_and_models_equal_parameters(name):
         # By the paper's rule a dictionary approaches its bound.
         elif not label.startswith("full attention"):
             assert share <= 1, label
+
+
+@pytest.mark.parametrize("mixer", ["gated_deltanet", "kda", "mesanet", "mamba2"])
+@pytest.mark.parametrize("preset", [CPU, GPU], ids=lambda preset: preset.name)
+def test_recurrent_rivals_have_the_four_taps_of_their_authors(preset, mixer):
+    assert {preset.config(task, mixer).model.conv_size for task in preset.configs} == {4}
 
 
 def test_raven_has_as_many_bytes_as_equal_parameters_allow():
