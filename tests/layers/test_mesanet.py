@@ -126,6 +126,11 @@ def test_steps_beyond_the_solution_change_nothing(dtype, is_watched):
     assert len(steps) == 300 if is_watched else 8 <= len(steps) <= 20
 
 
+def test_what_overflows_is_not_taken_for_solved():
+    found = conjugate_gradients(lambda x: 2 * x, torch.full((1, 8), 1e20), 30)
+    assert found.isnan().all()
+
+
 def test_nothing_is_kept_of_the_steps():
     def num_kept(num_steps):
         *inputs, state = random_inputs(9)

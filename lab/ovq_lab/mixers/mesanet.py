@@ -222,7 +222,7 @@ class _Solution(torch.autograd.Function):
 def conjugate_gradients(times: Callable[[Tensor], Tensor], b: Tensor, num_steps: int) -> Tensor:
     """Solve `A x = b` for symmetric positive definite A, independently along the last dimension of b.
 
-    On a CPU it stops once all residuals are below rounding: further steps would leave x as it is, and be
+    On a CPU it stops once all residuals are below rounding: further steps would not bring x nearer, and be
     slow, as they compute denormal numbers.
 
     Args:
@@ -233,21 +233,22 @@ def conjugate_gradients(times: Callable[[Tensor], Tensor], b: Tensor, num_steps:
     Returns:
         `[..., K]`.
     """
-    # Avoids 0 / 0 once a system is solved.
-    smallest = torch.finfo(b.dtype).tiny
+    number = torch.finfo(b.dtype)
     x, residual, direction = torch.zeros_like(b), b.clone(), b
     size = residual.square().sum(-1, keepdim=True)
-    solved_size = size * torch.finfo(b.dtype).eps ** 2
+    # Below inf, so that what overflows is not taken for solved.
+    solved_size = (size * number.eps**2).clamp_max(number.max)
     can_stop = b.device.type == "cpu" and not torch.compiler.is_compiling() and not needs_operations()
     for _ in range(num_steps):
         if can_stop and (size <= solved_size).all():
             break
         image = times(direction)
-        step = size / (direction * image).sum(-1, keepdim=True).clamp_min(smallest)
+        # Bounds avoid 0 / 0 once a system is solved.
+        step = size / (direction * image).sum(-1, keepdim=True).clamp_min(number.tiny)
         x.addcmul_(step, direction)
         residual.addcmul_(step, image, value=-1)
         last, size = size, residual.square().sum(-1, keepdim=True)
-        direction = torch.addcmul(residual, size / last.clamp_min(smallest), direction)
+        direction = torch.addcmul(residual, size / last.clamp_min(number.tiny), direction)
     return x
 
 
