@@ -7,7 +7,7 @@ with full attention: `ovq eval harness` and `evaluate_tasks` keep its memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,18 +76,6 @@ def evaluate_tasks(
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    class Model(HFLM):
-        """Hides the harness's own bars with `-q`: it sets `disable`, so that TQDM_DISABLE does nothing."""
-
-        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
-            return super().loglikelihood(requests, disable_tqdm or is_quiet())
-
-        def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
-            return super().loglikelihood_rolling(requests, disable_tqdm or is_quiet())
-
-        def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
-            return super().generate_until(requests, disable_tqdm or is_quiet())
-
     def known(with_defaults: bool) -> TaskManager:
         path = None if include_path is None else str(include_path)
         return TaskManager(include_path=path, include_defaults=with_defaults, metadata=metadata)
@@ -102,17 +90,24 @@ def evaluate_tasks(
     if not tasks or missing(manager):
         found = ", ".join(missing(manager)) or "none"
         raise ValueError(f"tasks: expected names of tasks that the harness knows, found {found}")
+    harness = HFLM(
+        pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch_size, max_length=max_length
+    )
+    for name in _WITH_BARS if is_quiet() else ():
+        setattr(harness, name, _without_bars(getattr(harness, name)))
     return lm_eval.simple_evaluate(
-        model=Model(
-            pretrained=model,
-            backend="causal",
-            tokenizer=tokenizer,
-            batch_size=batch_size,
-            max_length=max_length,
-        ),
+        model=harness,
         tasks=list(tasks),
         num_fewshot=num_fewshot,
         limit=limit,
         task_manager=manager,
         metadata=metadata,
     )
+
+
+# Methods of the harness that show progress bars. They set `disable`, so that TQDM_DISABLE does nothing.
+_WITH_BARS = ("loglikelihood", "loglikelihood_rolling", "_loglikelihood_tokens", "generate_until")
+
+
+def _without_bars(method: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, **options: method(*args, **options | {"disable_tqdm": True})
