@@ -110,6 +110,7 @@ def test_answers_that_take_too_long_end_with_an_error(folder, tmp_path, seconds,
     ("options", "expected"),
     [
         (["--model", "{folder}/no"], "found no such folder"),
+        (["--model", "{folder}/empty"], "expected the folder of a saved model, found a file"),
         (["--context", "{folder}/no.ctx"], "--context: expected a file of ovq context build, found no file"),
         (["--context", ".x={folder}/config.json"], "expected a name of 1 to 64 letters"),
         (["--context", "a={folder}/config.json"], "config.json: expected a saved context"),

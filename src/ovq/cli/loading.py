@@ -51,7 +51,8 @@ def check_model_folder(folder: Path, *, hint: str = "") -> None:
 def _model_type(folder: Path) -> Any:
     path = folder / "config.json"
     if not path.is_file():
-        found = "no config.json in it" if folder.is_dir() else "no such folder"
+        what = "a file" if folder.is_file() else "no such folder"
+        found = "no config.json in it" if folder.is_dir() else what
         raise ValueError(f"{folder}: expected the folder of a saved model, found {found}")
     return _read_object(path).get("model_type")
 
