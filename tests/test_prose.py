@@ -114,3 +114,6 @@ def test_what_256_rows_recover_is_what_the_pages_say():
     assert f"recovers {prose} % (prose) and {code} % (code)" in page
     assert f"today {today[0]} and {today[1]} %" in page
     assert f"{prose} % (prose) and {code} % (code)" in words_of("index.md")
+    ends = sorted(int(end) for shares in today for end in shares.split(" to "))
+    readme = (RESULTS / "../../README.md").read_text()
+    assert f"256 rows recover {ends[0]} to {ends[-1]} % of" in " ".join(readme.split())
