@@ -56,6 +56,8 @@ def test_losses_beside_partners_are_those_of_the_page():
     assert f"| KDA | {mamba2['KDA']:.4f} | | {kda['KDA']:.4f}, alone |" in page
     more = [f"{100 * (each[ours] / mamba2[ours] - 1):.1f}" for each in (deltanet, kda)]
     assert f"best partner tried**, for OVQ by {more[0]} and {more[1]} %" in page
+    (lower,) = {f"{100 * (1 - each[name] / each[ours]):.1f}" for each in (deltanet, kda)}
+    assert f"Beside both others Gated DeltaNet has a loss {lower} % lower than OVQ's" in page
 
 
 def test_errors_of_memories_without_training_grow_as_the_page_says():
