@@ -165,20 +165,33 @@ def test_a_body_that_never_ends_is_given_up(service, kind):
     assert answer.headers.get("connection", "close") == "close"
 
 
+def test_an_unknown_path_is_told_in_short(service):
+    answer = ask(create_app(service), "GET", f"/{'a' * 10_000}")
+    assert (answer.status_code, len(answer.content) < 300) == (404, True)
+
+
 def test_an_upload_that_is_too_large():
     app = create_app(reading_service(limits=Limits(max_upload_bytes=100)))
     headers = {"Content-Type": "application/octet-stream"}
-    read = []
+    events = []
 
     async def body():
-        read.append(1)
+        events.append("read")
         yield b" " * 101
 
+    async def noting(scope, receive, send):
+        async def sent(message):
+            events.append(message["type"])
+            await send(message)
+
+        await app(scope, receive, sent)
+
     # One that says its size is refused before it is read, so that curl does not send it.
-    for own, num_read in (({}, 1), ({"Content-Length": "101"}, 1)):
-        answer = ask(app, "POST", "/v1/contexts?name=a", content=body(), headers=headers | own)
+    for own, first in (({}, "read"), ({"Content-Length": "101"}, "http.response.start")):
+        events.clear()
+        answer = ask(noting, "POST", "/v1/contexts?name=a", content=body(), headers=headers | own)
         assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
-        assert len(read) == num_read
+        assert events[0] == first
 
 
 def test_contexts_beyond_the_limit_are_refused():

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import select
 import signal
 import socket
 import threading
@@ -127,6 +128,22 @@ def test_clients_that_do_not_send_what_they_began_are_let_go():
         # One that waits for its next request is none of them, however long.
         until(lambda: len(server.server_state.connections) == 1)
         assert patient.get(f"{server.url}/v1/models").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("head", "status"), [(HEAD, 413), (HEAD.replace(b"json", b"xml"), 415)], ids=["large", "type"]
+)
+def test_a_client_that_is_still_sending_gets_the_response(head, status):
+    with running(reading_service(limits=Limits(max_body_bytes=1000))) as server:
+        client = Client(server.url, head, b"Content-Length: 1000000\r\n\r\n")
+        # The server has responded, and would have closed the connection.
+        assert select.select([client.socket], [], [], 30)[0]
+        for _ in range(10):
+            client.socket.sendall(b" " * 100_000)
+        found = client.rest()
+        assert found.startswith(b"HTTP/1.1 %d " % status)
+        assert found.endswith(b"}}")
+        until(lambda: not server.server_state.connections)
 
 
 def test_a_connection_too_many_is_refused_alone():

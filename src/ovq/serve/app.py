@@ -113,7 +113,7 @@ async def _answer_to_error(request: HTTPRequest, error: Exception) -> Response:
     if isinstance(error, ClientGone):
         return Response(status_code=ClientGone.status)
     if isinstance(error, HTTPException):
-        error = APIError(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
+        error = APIError(error.status_code, f"{request.method} {shown(request.url.path)}: {error.detail}")
     elif not isinstance(error, APIError):
         error = failed()
     return error_response(error)

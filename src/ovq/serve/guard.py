@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
@@ -19,6 +20,8 @@ UPLOAD = "application/octet-stream"
 """Content type of uploads."""
 # The route that itself reads bodies of this type, in pieces and within limits of its own.
 _UPLOAD_ROUTE = ("POST", "/v1/contexts")
+
+_MOST_DISCARDING_SECONDS = 5
 
 
 class Guard:
@@ -51,6 +54,8 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        seconds = min(self._limits.read_seconds, _MOST_DISCARDING_SECONDS)
+        receive, send = _after_the_body(receive, send, seconds)
         headers, other_methods = Headers(scope=scope), self._find_route(scope)
         try:
             self._check_host(headers)
@@ -125,6 +130,37 @@ class Guard:
             return unread.pop() if unread else await receive()
 
         return replayed
+
+
+def _after_the_body(receive: Any, send: Any, seconds: float) -> tuple[Any, Any]:
+    """`receive` and `send` for an application that may respond without having read the body.
+
+    The rest is discarded, for at most `seconds`, before the response ends. A connection that is closed with
+    bytes unread is reset, and the client may lose the response.
+    """
+    is_whole = False
+
+    async def received() -> Any:
+        nonlocal is_whole
+        message = await receive()
+        # Also if the client has disconnected.
+        is_whole = not message.get("more_body", False)
+        return message
+
+    async def discard() -> None:
+        while not is_whole:
+            await received()
+
+    async def sent(message: Any) -> None:
+        is_last = message["type"] == "http.response.body" and not message.get("more_body", False)
+        if is_last and not is_whole:
+            await send({**message, "more_body": True})
+            message = {"type": "http.response.body"}
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(discard(), seconds)
+        await send(message)
+
+    return received, sent
 
 
 def content_type(headers: Headers) -> str:
