@@ -29,7 +29,7 @@ from ovq.runtime.progress import AnyReporter, AnyWork
 from ovq_lab.train.carry import CarryTrainer
 from ovq_lab.train.checkpoints import SealingTrainer, finished_checkpoints, newest_checkpoint
 from ovq_lab.train.config import CONFIG_FILE, RunConfig, TrainArgs
-from ovq_lab.train.data import training_data
+from ovq_lab.train.data import CORPUS_FILE, training_data
 from ovq_lab.train.initial import check_initial, load_initial
 from ovq_lab.train.sharding import (
     gather_weights,
@@ -125,7 +125,8 @@ def train(config: RunConfig, out: Path, *, reporter: AnyReporter, label: str = "
         except ValueError:
             # A run that failed validation (a missing corpus, for example) can be retried in the same folder.
             if is_first_process() and not any(out.glob("checkpoint-*")):
-                (out / CONFIG_FILE).unlink(missing_ok=True)
+                for name in (CONFIG_FILE, CORPUS_FILE):
+                    (out / name).unlink(missing_ok=True)
             raise
 
 
