@@ -324,7 +324,10 @@ def test_the_version_is_printed(capsys):
         ("eval --model {trained} --merge nearest,best", "--merge: expected rules among existing, up"),
         ("eval --model {trained} --examples 0", "--examples"),
         ("generate --model {trained}", "expected one of --prompt and --prompt-file"),
-        ("generate --model {trained} --prompt-file {tmp}/no", "No such file"),
+        (
+            "generate --model {trained} --prompt-file {tmp}/no",
+            "--prompt-file: expected a text file, found none that can be read",
+        ),
         ("generate --model {trained} --prompt one", "expected token ids such as '12 7 33'"),
         (
             f"generate --model {{trained}} --prompt {'9' * 5000}",

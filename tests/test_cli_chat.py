@@ -312,7 +312,7 @@ def test_a_chat_does_not_run_the_code_of_a_folder(folders, tmp_path):
             "/save: expected another file than the text that was read, found {tmp}/text",
         ),
         ("--context {tmp}/no", [], "--context: expected a file of /save or ovq context build, found no file"),
-        ("--document {tmp}/no", [], "No such file or directory"),
+        ("--document {tmp}/no", [], "--document: expected a text file, found none that can be read"),
         ("--document {tmp}/a --context {tmp}/b", [], "--document: expected no --context beside it"),
         ("--document -", [], "--document: expected a file, found -"),
         ("--top-p 0.5", [], "--top-p: expected a temperature above 0 with it"),

@@ -287,4 +287,5 @@ def test_a_bad_file_costs_one_line(capsys, tmp_path, text, said):
 
 
 def test_a_file_that_is_not_there_costs_one_line(capsys, tmp_path):
-    assert "No such file" in fail(capsys, "train", tmp_path / "mine.json")
+    path = tmp_path / "mine.json"
+    assert fail(capsys, "train", path).startswith(f"{path}: expected a recipe file, found none that can be")

@@ -32,8 +32,8 @@ def load_recipe(path: Path) -> RunConfig:
     """Load the configuration of a run from a recipe file.
 
     Raises:
-        OSError: If the file cannot be read.
-        ValueError: If it is neither YAML nor JSON, or a name is unknown or a value invalid.
+        ValueError: If the file cannot be read or is neither YAML nor JSON, or a name is unknown or a value
+            invalid.
 
     Example:
         >>> import tempfile
@@ -53,6 +53,10 @@ def _content(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         found = json.loads(text, object_pairs_hook=_fields) if path.suffix == ".json" else _yaml(text)
+    except OSError as error:
+        raise ValueError(
+            f"{path}: expected a recipe file, found none that can be read ({error.strerror})"
+        ) from error
     except (RecursionError, ValueError) as error:
         raise ValueError(f"{path}: expected YAML or JSON, found what is none ({error})") from error
     if not isinstance(found, dict):

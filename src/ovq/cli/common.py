@@ -56,17 +56,21 @@ def parse_ints(text: str, *, flag: str) -> list[int]:
 
 def read_text(source: str, *, flag: str) -> str:
     """The text in a file, or on standard input for `"-"`, without a byte order mark, as editors on Windows
-    write it. ValueError, naming the flag, if it is not in UTF-8.
+    write it. ValueError, naming the flag, if it cannot be read or is not in UTF-8.
 
     Example:
-        >>> read_text("no/such/file", flag="--text")
+        >>> read_text("no", flag="--text")
         Traceback (most recent call last):
-        FileNotFoundError: [Errno 2] No such file or directory: 'no/such/file'
+        ValueError: --text: expected a text file, found none that can be read: no (No such file or directory)
     """
+    name = "standard input" if source == "-" else source
     try:
         return sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ValueError(
+            f"{flag}: expected a text file, found none that can be read: {name} ({error.strerror})"
+        ) from error
     except UnicodeDecodeError as error:
-        name = "standard input" if source == "-" else source
         raise ValueError(
             f"{flag}: expected text in UTF-8, found other bytes in {name} (from byte {error.start:,} on)"
         ) from None

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ovq.cli import options
+from ovq.cli.common import read_text
 from ovq.cli.loading import check_generating_folder, load_any_model, load_tokenizer
 
 if TYPE_CHECKING:
@@ -182,7 +183,7 @@ def _api_key(file: Path | None) -> str | None:
     """The key that clients must send; None for no key."""
     key, source = os.environ.get(_KEY_VARIABLE), _KEY_VARIABLE
     if file is not None:
-        key, source = file.read_text(encoding="utf-8-sig", errors="replace").strip(), f"--api-key-file {file}"
+        key, source = read_text(str(file), flag="--api-key-file").strip(), f"--api-key-file {file}"
     if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
         raise ValueError(f"{source}: expected a key of ASCII characters without spaces, found another one")
     return key
