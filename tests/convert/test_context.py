@@ -1,6 +1,7 @@
 """A converted model reads a document once; prompts after it get the answers of the whole text."""
 
 import json
+from itertools import islice
 
 import pytest
 import torch
@@ -39,6 +40,17 @@ def test_prompts_after_a_context_get_the_answers_of_the_whole_text(tmp_path):
     assert torch.equal(model.generate(**context.inputs(prompts), **GREEDY), found)
     beams = model.generate(**context.inputs(prompts[:1]), num_beams=2, **GREEDY)
     assert beams.shape == (1, 11)
+
+
+def test_what_was_read_token_by_token_is_saved(tmp_path):
+    model = converted()
+    cache = model.make_cache()
+    for _ in islice(stream_tokens(model, tokens(20).tolist(), cache=cache, eos_token_id=None), 15):
+        pass
+    context = Context.of(model, cache)
+    save_context(context, tmp_path / "book.ctx")
+    found = model.generate(**load_context(tmp_path / "book.ctx", model).inputs([[3, 9, 1]]), **GREEDY)
+    assert torch.equal(found, model.generate(**context.inputs([[3, 9, 1]]), **GREEDY))
 
 
 def test_padding_is_no_part_of_a_context():

@@ -244,7 +244,8 @@ def save_context(context: Context, path: str | os.PathLike) -> None:
         3
     """
     tensors = {
-        f"layers.{i}.{name}": tensor
+        # Where layers have counted tokens together, they share the number, which safetensors refuses.
+        f"layers.{i}.{name}": tensor.clone() if name.endswith("num_seen") else tensor
         for i, layer in enumerate(context._cache.layers)
         for name, tensor in layer.tensors().items()
     }
