@@ -112,6 +112,12 @@ def test_a_folder_that_cannot_be_written_is_named_before_the_work(
     assert found == f"[Errno 30] Read-only file system: '{place.format(f=folder)}'"
 
 
+def test_a_file_cannot_be_written_through_a_link_to_a_folder_that_is_not_there(capsys, folder):
+    (folder / "page").symlink_to(folder / "nowhere" / "page.html")
+    found = failed(capsys, folder, "inspect --model {f}/model --prompt 1 --out {f}/page")
+    assert found == f"--out: expected a file in a folder that exists, found {folder}/page"
+
+
 def test_a_link_to_nowhere_is_not_replaced(capsys, folder):
     (folder / "link").unlink(missing_ok=True)
     (folder / "link").symlink_to(folder / "nowhere")

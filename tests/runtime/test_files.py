@@ -46,6 +46,17 @@ def test_what_is_no_file_is_not_replaced(tmp_path):
     assert os.listdir(tmp_path) == ["pipe"]
 
 
+def test_a_link_stays_and_what_it_points_to_is_replaced(tmp_path):
+    folder, path, link = tmp_path / "folder", tmp_path / "folder" / "file.txt", tmp_path / "link"
+    folder.mkdir()
+    link.symlink_to(path)
+    # First to a file that is not there yet.
+    for text in ("old", "new"):
+        write_atomic(link, text)
+        assert (link.is_symlink(), path.read_text()) == (True, text)
+    assert sorted(tmp_path.rglob("*")) == [folder, path, link]
+
+
 def test_an_error_leaves_the_old_file_and_no_other(tmp_path):
     path = tmp_path / "results.json"
     write_atomic(path, "old")

@@ -103,12 +103,14 @@ def check_file(flag: str, path: Path, *, text: str | None = None) -> None:
         Traceback (most recent call last):
         ValueError: --out: expected a file in a folder that exists, found no/such/folder/page.html
     """
+    # The file is written to where a link points.
+    parent = Path(os.path.realpath(path)).parent if path.is_symlink() else path.parent
     # A device or a pipe would be replaced by a file.
-    if (path.exists() and not path.is_file()) or not path.parent.is_dir():
+    if (path.exists() and not path.is_file()) or not parent.is_dir():
         raise ValueError(f"{flag}: expected a file in a folder that exists, found {path}")
     if text is not None and path.exists() and Path(text).exists() and path.samefile(text):
         raise ValueError(f"{flag}: expected another file than the text that was read, found {path}")
-    _check_writable(path.parent)
+    _check_writable(parent)
 
 
 def check_folder(flag: str, path: Path | None) -> None:

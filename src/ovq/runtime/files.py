@@ -30,16 +30,18 @@ except ImportError:
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Context manager: a temporary path, renamed to `path` if the block succeeds, removed otherwise.
 
-    A reader sees the old file or the complete new one, never a part. OSErrors name `path`; a ValueError
-    refuses to replace a device, such as `/dev/null`, or a pipe.
+    A reader sees the old file or the complete new one, never a part. Links stay: what they point to is
+    replaced. OSErrors name `path`; a ValueError refuses to replace a device, such as `/dev/null`, or a pipe.
     """
     path = Path(path)
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise ValueError(f"expected a file or a new path, found a device or a pipe: {path}")
+    # Else the superuser would replace `/dev/stdout`, a link, for all programs.
+    real = Path(os.path.realpath(path))
     # In the same folder, because a rename is atomic only within a file system; with the same ending, because
     # writers such as matplotlib choose the format by it. A long name is shortened, or it would be too long
     # with the additions.
-    temporary = path.with_name(f".{path.stem[:32]}-{secrets.token_hex(8)}{path.suffix}")
+    temporary = real.with_name(f".{path.stem[:32]}-{secrets.token_hex(8)}{path.suffix}")
     try:
         _create(temporary)
         mode = stat.S_IMODE(temporary.stat().st_mode)
@@ -50,7 +52,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         # empty file.
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, real)
     except OSError as error:
         # The error of a full disk names no file, and the temporary name means nothing to the user.
         if error.errno is None or error.filename not in (None, str(temporary)):
