@@ -51,7 +51,7 @@ def test_a_whole_number_does_for_a_float_and_is_made_one():
         ("count", 1.0, "an integer, found 1.0"),
         ("count", "1", "an integer, found '1'"),
         ("count", None, "an integer, found None"),
-        ("count", 2**63, "an integer, found 9223372036854775808"),
+        ("count", 2**63, "an integer, found 9223372036854775808, which is too large"),
         ("share", float("nan"), "a finite number, found nan"),
         ("share", float("-inf"), "a finite number, found -inf"),
         ("share", 10**400, "a finite number, found 1000"),

@@ -97,7 +97,9 @@ def check_fields(section: DataclassInstance, *, prefix: str = "") -> None:
     for name, kind in field_types(type(section)).items():
         value = getattr(section, name)
         if not _fits(value, kind):
-            raise ValueError(f"{prefix}{name}: expected {_described(kind)}, found {value!r}")
+            is_large = isinstance(value, int) and abs(value) > _LARGEST
+            found = f"{value!r}, which is too large" if is_large else repr(value)
+            raise ValueError(f"{prefix}{name}: expected {_described(kind)}, found {found}")
         if float in (kind, *typing.get_args(kind)) and isinstance(value, int):
             object.__setattr__(section, name, float(value))
 

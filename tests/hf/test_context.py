@@ -162,6 +162,8 @@ def test_pieces_and_progress_do_not_change_what_is_remembered(model, context):
     seen = []
     other = build_context(model, DOCUMENT[None], prefill_chunk_size=25, progress=seen.append)
     assert seen == [25, 50, 61]
+    build_context(model, DOCUMENT, prefill_chunk_size=2**64, progress=seen.append)
+    assert seen[3:] == [61]
     for a, b in zip(other.cache().layers, context.cache().layers, strict=True):
         for name, tensor in a.tensors().items():
             torch.testing.assert_close(tensor, b.tensors()[name])

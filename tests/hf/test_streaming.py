@@ -84,6 +84,7 @@ def test_a_stream_ends_after_the_last_token_of_a_text(model):
 def test_a_prompt_in_pieces_and_after_a_document(model):
     expected = list(islice(stream_tokens(model, PROMPT), 10))
     assert list(islice(stream_tokens(model, PROMPT, prefill_chunk_size=3), 10)) == expected
+    assert list(islice(stream_tokens(model, PROMPT, prefill_chunk_size=2**64), 10)) == expected
     context = build_context(model, PROMPT[:6])
     assert list(islice(stream_tokens(model, PROMPT[6:], cache=context.cache()), 10)) == expected
 

@@ -218,7 +218,7 @@ def read_in_pieces(
     ids = checked_ids(input_ids, model, what="input_ids")
     cache = model.make_cache()
     num_read = 0
-    for piece in ids.split(prefill_chunk_size):
+    for piece in ids.split(min(prefill_chunk_size, len(ids))):
         model.base_model(piece[None], **{CACHE_KEY: cache})
         num_read += len(piece)
         yield num_read

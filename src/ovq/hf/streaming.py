@@ -158,7 +158,7 @@ def stream_tokens(
     ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id or ())
     is_seen = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=model.device)
     is_seen[ids] = True
-    for piece in ids.split(prefill_chunk_size):
+    for piece in ids.split(min(prefill_chunk_size, len(ids))):
         if is_stopped():
             return
         output = model(piece[None], logits_to_keep=1, return_dict=True, **{CACHE_KEY: cache})
