@@ -13,6 +13,7 @@ import torch
 
 from ovq.hf import build_context, save_context
 from ovq.prompts import document_ids, note_of_chat
+from tests.disks import full_disk
 from tests.hf.common import is_greedy, make_model, random_ids
 from tests.serve.common import answer_tokens, client_of, complete
 
@@ -83,6 +84,17 @@ def test_what_is_no_context_of_the_model_is_refused_and_leaves_nothing(ids, tmp_
     assert httpx.get(url).json()["data"] == []
     assert httpx.post(url, json={"name": "x", "token_ids": [1]}).status_code == 201
     assert httpx.delete(f"{url}/x").status_code == 200
+
+
+def test_an_upload_to_a_full_disk_is_answered(ids, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    headers = {"Content-Type": "application/octet-stream"}
+    with full_disk(2**16):
+        answer = httpx.post(f"{ids.url}/v1/contexts?name=full", content=b" " * 2**24, headers=headers)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "upload_not_stored")
+    assert httpx.get(f"{ids.url}/v1/contexts/full").status_code == 404
+    assert "File too large" in caplog.text
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_upload_removes_what_a_killed_server_has_left(ids, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from ovq.serve.bodies import parsed
 from ovq.serve.chat import ChatRequest
 from ovq.serve.contexts import Contexts
 from ovq.serve.engine import Engine
-from ovq.serve.errors import APIError, ClientGone, bad_field, bad_request, failed, shown
+from ovq.serve.errors import APIError, ClientGone, bad_field, bad_request, failed, not_stored, shown
 from ovq.serve.grammars import Constraint, Grammars
 from ovq.serve.guard import UPLOAD, Guard, body_pieces, check_size, content_type
 from ovq.serve.jobs import ContextEvent, Generation, Reading
@@ -35,6 +36,8 @@ from ovq.serve.responses import EventStream, error_response
 from ovq.serve.schemas import CompletionRequest, ContextRequest, GenerationRequest
 from ovq.serve.texts import Texts
 from ovq.serve.tools import ToolCalls
+
+_log = logging.getLogger("ovq.serve")
 
 _COMPLETION_TOKENS = 16
 """Tokens of a completion that does not give `max_tokens`, as in OpenAI's API; fewer if the limit is lower."""
@@ -207,9 +210,13 @@ class _Routes:
         check_size(request.headers, largest=largest)
         with service.contexts.reserved(name), TemporaryFolder("upload") as folder:
             path = Path(folder) / "upload"
-            with path.open("wb") as file:
-                async for data in body_pieces(request.receive, largest=largest, deadline=deadline):
-                    await asyncio.to_thread(file.write, data)
+            try:
+                with path.open("wb") as file:
+                    async for data in body_pieces(request.receive, largest=largest, deadline=deadline):
+                        await asyncio.to_thread(file.write, data)
+            except OSError as error:
+                _log.error("an upload could not be stored in %s: %s", folder, error)
+                raise not_stored() from error
             try:
                 context = await asyncio.to_thread(service.served.load_context, path)
             except ValueError as error:

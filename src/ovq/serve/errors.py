@@ -88,6 +88,12 @@ def shutting_down() -> APIError:
     return APIError(503, "the server is shutting down", kind="server_error", code="shutting_down", retry=True)
 
 
+def not_stored() -> APIError:
+    """The error for an upload that the server's disk has no room for; its cause is logged."""
+    message = "the server could not store the upload, see its log"
+    return APIError(500, message, kind="server_error", code="upload_not_stored")
+
+
 def failed() -> APIError:
     """The error for a bug in the server; its cause is logged and not sent to the client."""
     return APIError(500, "the server failed, see its log", kind="server_error", code="internal_error")
