@@ -55,7 +55,7 @@ def test_a_document_in_pieces_costs_what_it_costs_at_once(mixers):
     with torch.no_grad():
         logits = model(tokens[None, :-1]).logits[0]
     expected = torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none").numpy()
-    for piece_size in (7, 16, 1000):
+    for piece_size in (7, 16, 1000, 2**64):
         found = token_losses(model, ids, piece_size=piece_size)
         np.testing.assert_allclose(found, expected, rtol=1e-5)
 
@@ -94,7 +94,7 @@ def test_a_row_says_what_the_losses_of_its_windows_are(ovq):
     assert row.bits_per_byte is None
 
 
-@pytest.mark.parametrize(("chunk_size", "block_size", "fall"), [(8, 20, -4), (8, 1024, -4), (9, 20, -5)])
+@pytest.mark.parametrize(("chunk_size", "block_size", "fall"), [(8, 20, -4), (8, 2**64, -4), (9, 20, -5)])
 def test_a_sawtooth_is_seen(chunk_size, block_size, fall, monkeypatch):
     # In each chunk the loss falls by 1 a token; the middle one of an odd number is in neither half.
     monkeypatch.setattr(

@@ -182,7 +182,7 @@ def _summary(
 ) -> dict[str, Any]:
     """The fields of a `LanguageRow` that follow from the losses `[T - 1]` of windows."""
     wide = np.stack(losses).astype(np.float64)
-    edges = np.arange(0, wide.shape[1], block_size)
+    edges = np.arange(0, wide.shape[1], min(block_size, wide.shape[1]))
     sizes = np.diff([*edges, wide.shape[1]])
     blocks = np.add.reduceat(wide, edges, axis=1) / sizes
     # The first chunks are left out: the loss falls steeply there, which would look like a sawtooth.

@@ -38,7 +38,7 @@ def read_pieces(
     """
     if piece_size < 1:
         raise ValueError(f"piece_size: expected at least 1, found {piece_size}")
-    for piece in ids.split(piece_size):
+    for piece in ids.split(min(piece_size, len(ids))):
         yield model.base_model(piece[None], **{CACHE_KEY: cache}).last_hidden_state[0]
 
 
