@@ -113,9 +113,13 @@ def test_a_corpus_without_held_out_documents_is_refused(folder, tmp_path):
     for path in list(folder.iterdir())[1:]:
         path.unlink()
     config = config_of(folder, "train.eval_every=2", "task.held_out=0.0001", "train.lengths=4")
-    with pytest.raises(ValueError, match="expected documents for validation"):
-        train(config, tmp_path / "run", reporter=quiet())
-    assert list((tmp_path / "run").iterdir()) == []
+    # A folder that was there stays.
+    (tmp_path / "empty").mkdir()
+    for name in ("run", "empty"):
+        with pytest.raises(ValueError, match="expected documents for validation"):
+            train(config, tmp_path / name, reporter=quiet())
+    assert not (tmp_path / "run").exists()
+    assert list((tmp_path / "empty").iterdir()) == []
 
 
 def test_earlier_configurations_have_no_such_field(folder):

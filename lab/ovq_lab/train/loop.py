@@ -105,6 +105,7 @@ def train(config: RunConfig, out: Path, *, reporter: AnyReporter, label: str = "
         for note in check_initial(config.train.init_from, described):
             if is_first_process():
                 reporter.say(f"train.init_from: {note}")
+    is_new = not out.exists()
     with _alone(out):
         # Only the first of several processes checks; the others could already find its file.
         if is_first_process():
@@ -127,6 +128,10 @@ def train(config: RunConfig, out: Path, *, reporter: AnyReporter, label: str = "
             if is_first_process() and not any(out.glob("checkpoint-*")):
                 for name in (CONFIG_FILE, CORPUS_FILE):
                     (out / name).unlink(missing_ok=True)
+                if is_new:
+                    # Where others have put something into it meanwhile, it stays.
+                    with contextlib.suppress(OSError):
+                        out.rmdir()
             raise
 
 
