@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ovq.fields import ConfigField
 from ovq.layers.chunked import DecayRates, can_use_fla, delta_rule_in_chunks, from_chunks, to_chunks
 from ovq.layers.delta_rule import DeltaRuleMixer, Rule
+from ovq.layers.heads import HeadsMixer
 from ovq.layers.sizes import checked_head_dim, num_projected
-from ovq_lab.mixers.heads import HeadsMixer
 from ovq_lab.mixers.norms import WideRMSNorm
 
 # Tokens per triangular system, a power of two. A tiling choice.

@@ -13,11 +13,11 @@ from ovq.layers import defaults
 from ovq.layers.cache import LayerCache
 from ovq.layers.common import OwnWeights, apply_rotary, rotary_tables
 from ovq.layers.constant import for_autograd, sum_dtype, without_autocast
+from ovq.layers.heads import HeadsMixer
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.memory import StateSpec
 from ovq.ops.parts import of_rows
 from ovq.ops.uncompiled import uncompiled
-from ovq_lab.mixers.heads import HeadsMixer
 from ovq_lab.mixers.kvm_slots import Slots
 from ovq_lab.mixers.kvm_state import (
     KVM_CHUNK_SIZE,
@@ -164,7 +164,7 @@ class KVMAttention(HeadsMixer, OwnWeights):
     ) -> Tensor:
         """See `Mixer.mix`."""
         rows = layout.rows()
-        q, k, v = self.heads(channels)
+        q, k, v = self.split_heads(channels)
         # Keys are rounded before anything is computed from them, as the window keeps them rounded.
         q, k = self.q_norm(q), self.k_norm(k).to(v.dtype)
         gate = 1 + F.elu(self.gate_proj(hidden_states).to(sum_dtype(v.dtype)))

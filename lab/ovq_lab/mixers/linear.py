@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ovq.layers.base import AttentionMixer
 from ovq.layers.cache import LayerCache
 from ovq.layers.constant import ConstantStateMixer, sum_dtype, without_autocast
+from ovq.layers.heads import AttentionMixer
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.memory import StateSpec
 

@@ -15,11 +15,11 @@ from ovq.layers.cache import LayerCache
 from ovq.layers.chunked import can_use_fla, decay_between, decayed_sums, from_chunks, to_chunks
 from ovq.layers.common import OwnWeights, l2_normalize
 from ovq.layers.constant import ConstantStateMixer, sum_dtype, without_autocast
+from ovq.layers.heads import HeadsMixer
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.memory import StateSpec
 from ovq.ops.first_order import first_order
 from ovq.ops.transforms import needs_operations, refused_transform
-from ovq_lab.mixers.heads import HeadsMixer
 from ovq_lab.mixers.norms import WideRMSNorm
 
 STEPS = 30
@@ -93,7 +93,7 @@ class MesaNet(ConstantStateMixer, HeadsMixer, OwnWeights):
     ) -> Tensor:
         """See `Mixer.mix`."""
         rows = layout.rows()
-        q, k, v = self.heads(channels)
+        q, k, v = self.split_heads(channels)
         q, k = l2_normalize(F.silu(q)), l2_normalize(F.silu(k))
         decay, weight = self.gate_proj(hidden_states).to(q.dtype).chunk(2, dim=-1)
         # Positions without a token are zeros, which neither decay the sums nor add to them.

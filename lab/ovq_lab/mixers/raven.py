@@ -12,10 +12,10 @@ from ovq.fields import ConfigField
 from ovq.layers.cache import LayerCache
 from ovq.layers.chunked import DecayRates, decayed_sums, from_chunks, to_chunks
 from ovq.layers.constant import ConstantStateMixer, sum_dtype, without_autocast
+from ovq.layers.heads import HeadsMixer
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.memory import StateSpec
 from ovq.layers.sizes import checked_head_dim, num_projected
-from ovq_lab.mixers.heads import HeadsMixer
 from ovq_lab.mixers.norms import WideRMSNorm
 
 NOISE = True
@@ -118,7 +118,7 @@ class RavenAttention(ConstantStateMixer, HeadsMixer):
     ) -> Tensor:
         """See `Mixer.mix`."""
         rows = layout.rows()
-        q, k, v = self.heads(F.silu(channels))
+        q, k, v = self.split_heads(F.silu(channels))
         q, k = self.q_norm(q), self.k_norm(k)
         logits, decay = self.router_proj(hidden_states).split(
             [self.num_heads * self.num_slots, self.num_heads], dim=-1

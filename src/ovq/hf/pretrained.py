@@ -22,8 +22,8 @@ from ovq.hf.card import CARD_FILE, model_card, save_card
 from ovq.hf.configuration_ovq import OVQConfig
 from ovq.hf.generation import execution_device
 from ovq.layers import Mixer, OVQAttention
-from ovq.layers.base import AttentionMixer
 from ovq.layers.common import OwnWeights
+from ovq.layers.heads import AttentionMixer
 from ovq.layers.logn import check_logn_length
 from ovq.layers.products import Linear
 from ovq.ops.options import BEST_MERGE

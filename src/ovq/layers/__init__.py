@@ -1,11 +1,12 @@
 """Sequence mixers as PyTorch layers. Imports neither transformers nor Triton."""
 
 from ovq.fields import ConfigField
-from ovq.layers.base import AttentionMixer, Mixer
+from ovq.layers.base import Mixer
 from ovq.layers.cache import LayerCache, MixerCache
 from ovq.layers.common import ShortConvolution
 from ovq.layers.constant import ConstantStateMixer
 from ovq.layers.deltanet import GatedDeltaNet
+from ovq.layers.heads import AttentionMixer
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.mamba import Mamba2
 from ovq.layers.ovq import OVQAttention

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ovq.fields import ConfigField
 from ovq.layers import defaults
-from ovq.layers.base import AttentionMixer
 from ovq.layers.cache import LayerCache
 from ovq.layers.gates import ForgetGate, MergeGate
+from ovq.layers.heads import AttentionMixer
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.memory import SlotMemory, check_num_seen
 from ovq.layers.products import is_plain

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ovq.fields import ConfigField
-from ovq.layers.base import AttentionMixer
 from ovq.layers.cache import LayerCache
 from ovq.layers.constant import ConstantStateMixer
+from ovq.layers.heads import AttentionMixer
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.memory import num_bytes
 from ovq.layers.softmax import fold, softmax_attention

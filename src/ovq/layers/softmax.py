@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ovq.layers import defaults
-from ovq.layers.base import AttentionMixer
 from ovq.layers.cache import LayerCache
+from ovq.layers.heads import AttentionMixer
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.memory import StateSpec, TensorMemory
 from ovq.layers.products import is_plain
