@@ -11,6 +11,8 @@ from torch.overrides import TorchFunctionMode
 from ovq.ops import OVQState, backend_used, cpu_kernels, ovq_attention
 from ovq.ops.ablation import Ablation
 from ovq.ops.options import CURRENT_MERGES, INITS
+from ovq.ops.state import tensors_of
+from ovq.ops.sums import state_dtype
 
 BACKENDS = ("naive", "torch")
 # The compiled kernels, where a compiler is found: no float64, running means and log counts alone.
@@ -86,6 +88,28 @@ def read_in_pieces(tensors, pieces, state=None, **options):
         outputs.append(o)
         start += piece
     return torch.cat(outputs, 1), state
+
+
+def with_gradients(tensors, options, pieces=None):
+    """Outputs and state of `read_in_pieces`, and gradients of a loss that involves all of both.
+
+    They are those of the tensors, and of the scale.
+    """
+    num_tokens, num_heads = tensors["q"].shape[1:3]
+    scale = torch.as_tensor(options.get("scale", torch.linspace(1, 4, num_heads)))
+    scale = scale.to(state_dtype(tensors["q"].dtype)).expand(num_heads).clone().requires_grad_()
+    leaves = {name: x.clone().requires_grad_() for name, x in tensors.items()}
+    o, state = read_in_pieces(leaves, pieces or [num_tokens], **options | {"scale": scale})
+    losses = [o.double() * torch.linspace(-1, 1, o.numel(), dtype=torch.float64).view_as(o)]
+    for name, x in tensors_of(state).items():
+        rows = [x]
+        if name in ("pending_keys", "pending_values", "pending_weights"):
+            # Places without a pending token may hold anything.
+            rows = [row[:, :n] for row, n in zip(x, state.num_pending.tolist(), strict=True)]
+        losses += [row.double().sin() for row in rows if row.is_floating_point()]
+    loss = sum(x.sum() for x in losses)
+    grads = torch.autograd.grad(loss, [*leaves.values(), scale], allow_unused=True, materialize_grads=True)
+    return o.detach(), state, grads
 
 
 def decoded(tensors, state, backend, **options):

@@ -14,7 +14,16 @@ from ovq.ops.backends import BACKENDS as BY_NAME
 from ovq.ops.fading import LEAST_LOG, LEAST_WEIGHT
 from ovq.ops.serialization import upgraded
 from ovq.ops.state import state_tensors
-from tests.ops.common import BACKENDS, CPU, assert_same_state, attend, inputs, read_in_pieces, with_rules
+from tests.ops.common import (
+    BACKENDS,
+    CPU,
+    assert_same_state,
+    attend,
+    inputs,
+    read_in_pieces,
+    with_gradients,
+    with_rules,
+)
 
 CHUNK = 4
 MERGES = ("existing", "nearest")
@@ -35,16 +44,6 @@ def arguments(batch, length, *, seed=0, rate=1.0, num_slots=8, weights=False, dt
 def run(tensors, options, pieces=None):
     """Outputs and state of a call, or of one for each piece."""
     return read_in_pieces(tensors, pieces or [tensors["q"].shape[1]], **options)
-
-
-def gradients(tensors, options, pieces=None):
-    """The same, and the gradients of a loss that involves all outputs and the state."""
-    leaves = {name: x.clone().requires_grad_() for name, x in tensors.items()}
-    o, state = run(leaves, options, pieces)
-    loss = (o * torch.linspace(-1, 1, o.numel(), dtype=o.dtype).view_as(o)).sum()
-    for name in ("key_sum", "value_sum", "weight", "pending_forget"):
-        loss = loss + getattr(state, name).sin().sum()
-    return o, state, torch.autograd.grad(loss, list(leaves.values()))
 
 
 def exact(q, k, v, log_forget, token_weights=None):
@@ -82,8 +81,8 @@ def test_with_a_slot_for_each_token_it_is_attention_with_forget_gates(backend, w
 @pytest.mark.parametrize("rate", [0.2, 3.0])
 def test_torch_equals_naive_in_pieces(merge, rate):
     tensors, options = arguments(2, 26, merge=merge, rate=rate, weights=True)
-    o, state, grads = gradients(tensors, options | {"backend": "naive"})
-    found = gradients(tensors, options | {"backend": "torch"}, [3, 14, 1, 8])
+    o, state, grads = with_gradients(tensors, options | {"backend": "naive"})
+    found = with_gradients(tensors, options | {"backend": "torch"}, [3, 14, 1, 8])
     torch.testing.assert_close(found[0], o, rtol=1e-9, atol=1e-9)
     assert_same_state(found[1], state)
     torch.testing.assert_close(found[1].weight, state.weight, rtol=1e-9, atol=0)
@@ -97,10 +96,9 @@ def test_torch_equals_naive_in_pieces(merge, rate):
 def test_compiled_kernels_equal_torch(merge, dtype):
     tensors, options = arguments(2, 64, num_slots=24, merge=merge, rate=0.5, dtype=torch.float32)
     tensors = {n: x if n == "log_forget" else x.to(dtype).float() for n, x in tensors.items()}
-    expected = gradients(tensors, options | {"backend": "torch"})
+    expected = with_gradients(tensors, options | {"backend": "torch"})
     own = {n: x if n == "log_forget" else x.to(dtype) for n, x in tensors.items()}
-    o, state, grads = gradients(own, options | {"backend": "cpu"}, [30, 34])
-    assert backend_used() == "cpu"
+    o, state, grads = with_gradients(own, options | {"backend": "cpu"}, [30, 34])
     assert torch.equal(state.count, expected[1].count)
     tolerance = 2e-5 if dtype == torch.float32 else 0.03
     torch.testing.assert_close(o.float(), expected[0], rtol=tolerance, atol=tolerance)
@@ -392,9 +390,9 @@ def test_one_call_goes_on_from_pending_tokens_that_have_forgotten(backend):
 def test_float32_is_enough_for_heads_that_forget_at_once(merge, backend):
     """Chunks that fade by e^-48, over and over: nothing overflows, and gradients are those of float64."""
     tensors, options = arguments(1, 160, rate=3.0, num_slots=24, merge=merge, chunk_size=16)
-    expected = gradients(tensors, options | {"backend": "torch"})
+    expected = with_gradients(tensors, options | {"backend": "torch"})
     own = {name: x.float() for name, x in tensors.items()}
-    o, _, grads = gradients(own, options | {"backend": backend})
+    o, _, grads = with_gradients(own, options | {"backend": backend})
     torch.testing.assert_close(o.double(), expected[0], rtol=1e-4, atol=1e-4)
     for a, b in zip(grads, expected[2], strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-3 * float(b.abs().max()))

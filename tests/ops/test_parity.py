@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 
-from ovq.ops import backend_used, ovq_attention
+from ovq.ops import ovq_attention
 from ovq.ops.options import CURRENT_MERGES
 from ovq.ops.schedule import GROWTHS
 from tests.ops.common import (
@@ -20,6 +20,7 @@ from tests.ops.common import (
     attend,
     inputs,
     takes,
+    with_gradients,
     with_rules,
 )
 
@@ -40,15 +41,8 @@ FAST = {"fast_mode": True, "rtol": 1e-6, "atol": 1e-7}
 
 
 def gradients(backend, q, k, v, scale, options):
-    """Output, state, and gradients of a loss that involves all of both."""
-    leaves = [t.clone().requires_grad_() for t in (q, k, v, scale)]
-    o, state = attend(*leaves[:3], scale=leaves[3], backend=backend, **options)
-    assert backend_used() == backend
-    weights = torch.linspace(-1, 1, o.numel(), dtype=o.dtype).view_as(o)
-    loss = (o * weights).sum()
-    for part in (state.key_sum, state.value_sum, state.pending_keys, state.pending_values):
-        loss = loss + part.sin().sum()
-    return o, state, torch.autograd.grad(loss, leaves)
+    """`with_gradients` of one call of a backend."""
+    return with_gradients({"q": q, "k": k, "v": v}, options | {"scale": scale, "backend": backend})
 
 
 # A third of all combinations, by turns: each shape with each growth and each rule, and with ways to score.

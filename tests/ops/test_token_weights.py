@@ -15,7 +15,7 @@ from tests.ops.common import (
     decoded,
     either_rule,
     inputs,
-    read_in_pieces,
+    with_gradients,
 )
 from tests.ops.test_merge_weights import check_rewinding, check_rows, check_zeros, token_weights
 
@@ -38,22 +38,6 @@ def call(sizes, kind, *, dtype=torch.float32, seed=0, num_keys=0):
         k, v = k[:, choice], v[:, choice]
     weights = token_weights(kind, sizes[0], sizes[1], sizes[3], seed=seed).float()
     return {"q": q, "k": k, "v": v, "token_weights": weights}
-
-
-def results(backend, tensors, options, pieces):
-    """Outputs, state, and gradients of a loss of both, of a stream read in pieces."""
-    leaves = {name: x.clone().requires_grad_() for name, x in tensors.items()}
-    leaves["scale"] = torch.linspace(1, 4, tensors["q"].shape[2], requires_grad=True)
-    scale = leaves["scale"]
-    tokens = {name: x for name, x in leaves.items() if name != "scale"}
-    o, state = read_in_pieces(tokens, pieces, scale=scale, backend=backend, **options)
-    loss = (o.float() * torch.linspace(-1, 1, o.numel()).view_as(o)).sum()
-    for name in ("key_sum", "value_sum", "weight"):
-        loss = loss + getattr(state, name).sin().sum()
-    for name in ("pending_keys", "pending_values", "pending_weights"):
-        rows = zip(getattr(state, name), state.num_pending.tolist(), strict=True)
-        loss = loss + sum(x[:, :n].float().sin().sum() for x, n in rows)
-    return o.detach(), state, torch.autograd.grad(loss, list(leaves.values()))
 
 
 def assert_equal_results(found, expected, bound):
@@ -79,10 +63,9 @@ def test_kernels_equal_naive(shape, kind, merge):
     options = {"num_slots": num_slots, "chunk_size": chunk_size, "merge": merge}
     tensors = call(sizes, kind)
     cut = sizes[1] // 2 - 1
-    expected = results("naive", tensors, options, [sizes[1]])
-    assert_equal_results(
-        results("cpu", tensors, options, [cut, sizes[1] - cut]), expected, BOUNDS[torch.float32]
-    )
+    expected = with_gradients(tensors, options | {"backend": "naive"})
+    found = with_gradients(tensors, options | {"backend": "cpu"}, [cut, sizes[1] - cut])
+    assert_equal_results(found, expected, BOUNDS[torch.float32])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -90,8 +73,8 @@ def test_kernels_equal_naive(shape, kind, merge):
 def test_kernels_equal_naive_in_other_dtypes(dtype, merge):
     options = {"num_slots": 24, "chunk_size": 16, "merge": merge}
     tensors = call((2, 70, 2, 1, 32, 32), "some zero", dtype=dtype)
-    expected = results("naive", tensors, options, [70])
-    assert_equal_results(results("cpu", tensors, options, [70]), expected, BOUNDS[dtype])
+    expected = with_gradients(tensors, options | {"backend": "naive"})
+    assert_equal_results(with_gradients(tensors, options | {"backend": "cpu"}), expected, BOUNDS[dtype])
 
 
 @pytest.mark.parametrize(("seed", "kind", "merge"), by_turns(range(6), KINDS, KERNEL_MERGES))
@@ -199,13 +182,13 @@ def test_rows_alone_padded_and_packed(merge):
 
 @either_rule
 def test_teams_of_threads(merge):
-    options = {"num_slots": 40, "chunk_size": 64, "merge": merge}
+    options = {"num_slots": 40, "chunk_size": 64, "merge": merge, "backend": "cpu"}
     tensors = call((1, 150, 2, 1, 16, 16), "some zero")
     before = torch.get_num_threads()
-    expected = results("cpu", tensors, options, [150])
+    expected = with_gradients(tensors, options)
     torch.set_num_threads(3)
     try:
-        found = results("cpu", tensors, options, [150])
+        found = with_gradients(tensors, options)
     finally:
         torch.set_num_threads(before)
     assert_equal_results(found, expected, 1e-4)

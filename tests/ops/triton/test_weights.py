@@ -6,9 +6,9 @@ import torch
 from ovq.ops import backend_used, backends, ovq_attention
 from ovq.ops.checks import checked_call
 from ovq.ops.options import Options
-from tests.ops.common import KERNEL_MERGES, assert_same_state, attend, decoded
+from tests.ops.common import KERNEL_MERGES, assert_same_state, attend, decoded, with_gradients
 from tests.ops.test_merge_weights import check_rewinding
-from tests.ops.test_token_weights import BOUNDS, KINDS, assert_equal_results, call, results
+from tests.ops.test_token_weights import BOUNDS, KINDS, assert_equal_results, call
 
 pytest.importorskip("triton", reason="the extra ovq[triton] is not installed")
 # numpy, which the interpreter computes with, warns of what is not a number.
@@ -21,8 +21,9 @@ SMALL = (1, 13, 2, 1, 5, 3)
 def check(sizes, kind, options, *, dtype=torch.float32, pieces=None, **given):
     """Outputs, state and gradients of the reference; the tensors of the call."""
     tensors = call(sizes, kind, dtype=dtype, **given)
-    expected = results("naive", tensors, options, [sizes[1]])
-    assert_equal_results(results("triton", tensors, options, pieces or [sizes[1]]), expected, BOUNDS[dtype])
+    expected = with_gradients(tensors, options | {"backend": "naive"})
+    found = with_gradients(tensors, options | {"backend": "triton"}, pieces)
+    assert_equal_results(found, expected, BOUNDS[dtype])
     return tensors
 
 
@@ -186,8 +187,9 @@ def test_tokens_that_forget(merge):
     draw = torch.rand(*tensors["token_weights"].shape, generator=torch.Generator().manual_seed(2))
     tensors["log_forget"] = -2 * draw
     options = {"num_slots": 4, "chunk_size": 4, "merge": merge}
-    expected = results("naive", tensors, options, [13])
-    assert_equal_results(results("triton", tensors, options, [13]), expected, BOUNDS[torch.float32])
+    expected = with_gradients(tensors, options | {"backend": "naive"})
+    found = with_gradients(tensors, options | {"backend": "triton"})
+    assert_equal_results(found, expected, BOUNDS[torch.float32])
     with torch.no_grad():
         o, state = decoded(tensors, None, "triton", scale=torch.linspace(1, 4, 2), **options)
     torch.testing.assert_close(o, expected[0], rtol=1e-5, atol=1e-5)
