@@ -244,7 +244,7 @@ def test_without_room_everything_is_read():
 
 @pytest.mark.parametrize(
     ("name", "num_arrivals"),
-    [("ovq", 20), ("converted", 8), pytest.param("ovq", 10_000, marks=pytest.mark.slow)],
+    [("ovq", 20), ("converted", 8), pytest.param("ovq", 1000, marks=pytest.mark.slow)],
 )
 def test_random_arrivals_get_what_each_would_get_alone(name, num_arrivals):
     """Prompts that begin alike, answers that are given up, room for a few states only."""
