@@ -1,4 +1,4 @@
-"""Taking steps back, and rows that join and leave a running batch, in a whole model."""
+"""Taking steps back and joining caches, in a whole model; `test_rows.py` is about a running batch."""
 
 import pytest
 import torch
@@ -71,66 +71,6 @@ def test_a_snapshot_survives_whatever_happens_to_the_cache(model):
     expected = model(STREAMS[:3, :24]).logits[:, 14:]
     assert torch.equal(read(model, before, STREAMS[:3, 14:24]), read(model, again, STREAMS[:3, 14:24]))
     torch.testing.assert_close(read(model, third, STREAMS[:3, 14:24]), expected)
-
-
-class Batch:
-    """A running batch: rows of different lengths in one cache, padded left where they are shorter."""
-
-    def __init__(self, model):
-        self.model, self.cache = model, None
-        self.streams, self.lengths, self.predicted = [], [], {}
-
-    def join(self, row, length):
-        newcomer = start(self.model, row, length)
-        caches = [newcomer] if self.cache is None else [self.cache, newcomer]
-        self.cache = OVQCache.concatenate(caches, self.model.config)
-        self.streams.append(row)
-        self.lengths.append(length)
-
-    def keep(self, places):
-        self.cache.batch_select_indices(torch.tensor(places))
-        self.streams = [self.streams[place] for place in places]
-        self.lengths = [self.lengths[place] for place in places]
-
-    def step(self):
-        """Every row reads its next token, and must predict what it predicts alone."""
-        ids = torch.stack([STREAMS[s, n : n + 1] for s, n in zip(self.streams, self.lengths, strict=True)])
-        self.lengths = [n + 1 for n in self.lengths]
-        width = self.cache.get_seq_length() + 1
-        mask = (torch.arange(width) >= width - torch.tensor(self.lengths)[:, None]).long()
-        logits = read(self.model, self.cache, ids, mask)
-        for row, (s, n) in enumerate(zip(self.streams, self.lengths, strict=True)):
-            torch.testing.assert_close(logits[row, -1], self.alone(s)[n - 1])
-
-    @torch.no_grad()
-    def alone(self, stream):
-        """What is predicted after each token of a stream that is read in one call."""
-        if stream not in self.predicted:
-            self.predicted[stream] = self.model(STREAMS[stream, None], use_cache=False).logits[0]
-        return self.predicted[stream]
-
-
-def test_rows_join_leave_and_move_between_steps(model):
-    batch = Batch(model)
-    batch.join(0, 3)
-    batch.join(1, 14)
-    batch.join(2, 6)
-    for _ in range(5):
-        batch.step()
-    batch.keep([2, 0])
-    for _ in range(5):
-        batch.step()
-    batch.join(3, 30)
-    batch.join(4, 1)
-    for _ in range(5):
-        batch.step()
-    batch.keep([3, 1, 0, 0, 2])
-    for _ in range(6):
-        batch.step()
-    batch.keep([4])
-    for _ in range(3):
-        batch.step()
-    assert batch.lengths == [44]
 
 
 def test_caches_that_are_joined_stay_as_they_are(model):
