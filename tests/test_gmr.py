@@ -37,9 +37,11 @@ def blobs(seed=0, num=400, centres=6, spread=0.05):
     return keys, np.tanh(2 * keys @ weights)
 
 
-@pytest.mark.parametrize("assignment", ASSIGNMENTS)
-def test_scikit_learn_takes_it_for_an_estimator(assignment):
-    check_estimator(GaussianMixtureRegressor(assignment=assignment), on_skip=None)
+@pytest.mark.parametrize(
+    "options", [*({"assignment": name} for name in ASSIGNMENTS), {"merge": "ward"}], ids=str
+)
+def test_scikit_learn_takes_it_for_an_estimator(options):
+    check_estimator(GaussianMixtureRegressor(**options), on_skip=None)
 
 
 @pytest.mark.parametrize(
@@ -261,6 +263,9 @@ def test_the_grid_search_of_scikit_learn_finds_the_precision():
         ({"growth": "fast"}, "growth: expected one of .* found 'fast'"),
         ({"precision": -1.0}, "precision: expected a finite positive number or None, found -1.0"),
         ({"precision": np.inf}, "precision: expected a finite positive number or None, found inf"),
+        ({"merge": "updated"}, "merge: expected one of .* found 'updated'"),
+        ({"value_weight": -1.0}, "value_weight: expected a finite number of at least 0, found -1.0"),
+        ({"merge": "ward", "assignment": "soft"}, r"assignment: expected one of \('hard',\), found 'soft'"),
     ],
 )
 def test_bad_arguments(arguments, expected):

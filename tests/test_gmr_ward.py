@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 from sklearn.cluster import AgglomerativeClustering
-from sklearn.utils.estimator_checks import check_estimator
 
 from ovq_lab.gmr import GaussianMixtureRegressor
 from ovq_lab.gmr.ward import ward_clusters
@@ -108,20 +107,3 @@ def test_one_pass_lies_between_the_rule_of_the_paper_and_what_sees_all():
     assert em < batch < online < 0.9 * paper
     paper, online, *_ = (model.log_density(keys, values).mean() for model in models)
     assert online > paper + 0.2
-
-
-def test_scikit_learn_takes_it_for_an_estimator():
-    check_estimator(GaussianMixtureRegressor(merge="ward"), on_skip=None)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        ({"merge": "updated"}, "merge: expected one of .* found 'updated'"),
-        ({"value_weight": -1.0}, "value_weight: expected a finite number of at least 0, found -1.0"),
-        ({"merge": "ward", "assignment": "soft"}, r"assignment: expected one of \('hard',\), found 'soft'"),
-    ],
-)
-def test_bad_arguments(arguments, expected):
-    with pytest.raises(ValueError, match=expected):
-        GaussianMixtureRegressor(**arguments).fit(*blobs())
