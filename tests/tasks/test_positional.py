@@ -54,25 +54,6 @@ def test_values_are_asked_for_in_order_of_appearance(fields):
         assert len(set(first_round)) == len(first_round)
 
 
-def test_slices_tell_the_distance_to_the_pair_of_that_occurrence():
-    task = PositionalRecallTask(length=128, key_length=2, vocab_size=256, pair_share=0.5)
-    batch = task.build(0, indices=range(8))
-    num_checked = 0
-    for name, mask in batch.slices.items():
-        if not name.startswith("distance"):
-            continue
-        low, high = map(int, name.removeprefix("distance ").split("-"))
-        for row, position in np.argwhere(mask):
-            offset = (position - task.context_length - 1) % task.query_length
-            query, occurrence = position - offset, offset - task.key_length
-            tokens = batch.inputs[row]
-            key = tokens[query : query + 2]
-            starts = [t for t in range(task.context_length) if (tokens[t : t + 2] == key).all()]
-            assert low <= query - starts[occurrence] <= high
-            num_checked += 1
-    assert num_checked == 8 * task.num_queries * 2
-
-
 def test_all_pairs_of_values_are_equally_likely():
     # Three value tokens, so six ordered pairs.
     task = PositionalRecallTask(length=24, vocab_size=8)

@@ -77,22 +77,32 @@ def test_pairs_lie_anywhere_in_the_context():
     assert set(starts) == set(range(task.context_length - 1))
 
 
-def test_slices_tell_the_distance_to_the_pair():
-    task = RecallTask(length=128, key_length=2, value_length=2, vocab_size=64, pair_share=0.5)
+@pytest.mark.parametrize(
+    "task",
+    [
+        RecallTask(length=128, key_length=2, value_length=2, vocab_size=64, pair_share=0.5),
+        PositionalRecallTask(length=128, key_length=2, vocab_size=256, pair_share=0.5),
+    ],
+    ids=lambda task: task.name,
+)
+def test_slices_tell_the_distance_to_the_pair(task):
     batch = task.build(0, indices=range(8))
     assert list(batch.slices) == list(task.build(1).slices)
+    num_checked = 0
     for name, mask in batch.slices.items():
         if not name.startswith("distance"):
             continue
         low, high = map(int, name.removeprefix("distance ").split("-"))
-        if not mask.any():
-            continue
-        row, position = np.argwhere(mask)[0]
-        query = position - (position - task.context_length - 1) % task.pair_length
-        tokens = batch.inputs[row]
-        key = tokens[query : query + 2]
-        start = next(t for t in range(task.context_length) if (tokens[t : t + 2] == key).all())
-        assert low <= query - start <= high
+        for row, position in np.argwhere(mask):
+            offset = (position - task.context_length - 1) % task.query_length
+            tokens, query = batch.inputs[row], position - offset
+            key = tokens[query : query + 2]
+            starts = [t for t in range(task.context_length) if (tokens[t : t + 2] == key).all()]
+            # One pair with both tokens of the value, or a pair for each of the two values.
+            start = starts[0] if isinstance(task, RecallTask) else starts[offset - 2]
+            assert low <= query - start <= high
+            num_checked += 1
+    assert num_checked == 8 * task.num_queries * 2
 
 
 def test_longer_examples_hold_more_unless_the_number_is_fixed():
