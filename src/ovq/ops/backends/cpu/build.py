@@ -284,6 +284,9 @@ def _file_name(stem: str, binary: bytes) -> str:
 def _store(binary: bytes, folder: Path, stem: str) -> Path:
     """Write the kernels to a folder atomically: other processes may do the same at the same time."""
     path = folder / _file_name(stem, binary)
+    if path.is_symlink():
+        # Else the kernels would be written to where it points, and the link of others would stay.
+        path.unlink()
     with atomic_path(path) as temporary:
         temporary.write_bytes(binary)
     path.chmod(0o644)
