@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama import modeling_llama
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rotation
 
 from ovq.convert import attach
 from ovq.convert.step import MOST_ROWS
@@ -186,6 +188,46 @@ def test_changed_models_take_their_modules(change, has_written, steps):
         assert is_step(model, steps)
     change(model)
     assert not is_step(model, steps)
+
+
+def patched(name, *, as_class=False):
+    """The object in which code is replaced, the name there, and a replacement that changes no result."""
+    if name == "apply_rotary_pos_emb":
+        return modeling_llama, name, lambda *args, **options: llama_rotation(*args, **options)
+    kind = getattr(modeling_llama, name)
+    forward = kind.forward
+
+    def same(*args, **options):
+        return forward(*args, **options)
+
+    return (
+        (modeling_llama, name, type(name, (kind,), {"forward": same}))
+        if as_class
+        else (kind, "forward", same)
+    )
+
+
+@pytest.mark.parametrize("has_written", [False, True])
+@pytest.mark.parametrize("name", ["LlamaMLP", "LlamaRMSNorm", "LlamaModel", "apply_rotary_pos_emb"])
+def test_patched_code_of_transformers_is_run(name, has_written, steps, monkeypatch):
+    model = converted()
+    if has_written:
+        assert is_step(model, steps)
+    with monkeypatch.context() as patch:
+        patch.setattr(*patched(name))
+        assert not is_step(model, steps)
+    assert is_step(model, steps)
+
+
+def test_classes_of_other_libraries_are_run(steps, monkeypatch):
+    monkeypatch.setattr(*patched("LlamaMLP", as_class=True))
+    model = attach(LlamaForCausalLM(LlamaConfig(**SIZES)).eval(), **MEMORY)
+    assert type(model.model.layers[0].mlp) is modeling_llama.LlamaMLP
+    assert not is_step(model, steps)
+    # Later versions may rename a class.
+    with monkeypatch.context() as patch:
+        patch.delattr(modeling_llama, "LlamaMLP")
+        assert not is_step(model, steps)
 
 
 def test_a_bias_that_is_added_counts(steps):

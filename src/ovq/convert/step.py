@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +37,8 @@ from ovq.ops.uncompiled import uncompiled
 #: Formats of the weights for decoding, as `attach` takes them.
 WEIGHT_DTYPES = ("float32", "bfloat16", "int8", "int4")
 
+_code_of = attrgetter("forward.__module__")
+_SILU = type(ACT2FN["silu"])
 _FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 # Values of other arguments of `forward` that request nothing beyond logits.
 _PLAIN_VALUES = {
@@ -208,10 +211,10 @@ def _made_step(model: Any, own_class: type) -> _Step | None:
     name = own_class.__name__.removesuffix("ForCausalLM")
     try:
         parts = _parts(model, lambda part: getattr(sys.modules[own_class.__module__], name + part))
-    except KeyError:
-        # The user has removed modules.
+    except (AttributeError, KeyError):
+        # The user has removed modules, or transformers has renamed classes.
         return None
-    step = _Step(model, parts)
+    step = _Step(model, own_class, parts)
     if not (step.is_current() and step.fits()):
         return None
     step.pack_()
@@ -238,7 +241,7 @@ def _parts(model: nn.Module, class_of: Callable[[str], type[nn.Module]]) -> list
     for index in layers.module._modules:
         block = part(layers.module, index, "DecoderLayer")
         attention, mlp = part(block.module, "self_attn", "Attention"), part(block.module, "mlp", "MLP")
-        found += [block, attention, mlp, part(mlp.module, "act_fn", type(ACT2FN["silu"]))]
+        found += [block, attention, mlp, part(mlp.module, "act_fn", _SILU)]
         norms = [(block, "input_layernorm"), (block, "post_attention_layernorm")]
         norms += [(attention, x) for x in ("q_norm", "k_norm") if x in attention.module._modules]
         found += [part(owner.module, name, "RMSNorm") for owner, name in norms]
@@ -250,11 +253,16 @@ def _parts(model: nn.Module, class_of: Callable[[str], type[nn.Module]]) -> list
 class _Step:
     """Runs the layers of one model by kernels, with its own (possibly narrower) copy of the weights."""
 
-    def __init__(self, model: Any, parts: list[Part]) -> None:
+    def __init__(self, model: Any, own_class: type, parts: list[Part]) -> None:
         # A weak reference, so that `_STEPS` does not keep models alive.
         self._model: Callable[[], Any] = weakref.ref(model)
         self._base = model.model
         self._unchanged = Unchanged(parts)
+        kinds = dict.fromkeys(part.kind for part in parts if part.kind is not nn.ModuleList)
+        # Classes of the modules that the kernels replace, and where their code must be from: other libraries,
+        # such as Liger, put theirs in its place.
+        self._kinds, self._source = [own_class, type(self._base), *kinds], own_class.__module__
+        self._sources = {self._source, *(x.__module__ for x in (nn.Linear, PackedLinear, _SILU))}
         self._weight_dtype, self._dtype = model.weight_dtype, self._unchanged.weights[0].dtype
         self._caches: weakref.WeakKeyDictionary[MemoryCache, CacheStep] = weakref.WeakKeyDictionary()
 
@@ -285,6 +293,11 @@ class _Step:
         # The one expected hook is that of `attach`.
         base = model.model
         if base is not self._base or len(base._forward_pre_hooks) != 1 or base._forward_hooks:
+            return False
+        rotation = getattr(sys.modules[self._source], "apply_rotary_pos_emb", None)
+        if getattr(rotation, "__module__", None) != self._source:
+            return False
+        if not all(map(self._sources.__contains__, map(_code_of, self._kinds))):
             return False
         return "forward" not in vars(base) and bool(self._unchanged)
 
