@@ -50,8 +50,9 @@ def run_of(call: Call, backend: str) -> Run:
     reads_narrow = has_steps or (name in ("cpu", "triton") and call.is_decoding)
     if call.options.state_dtype != "float32" and not reads_narrow:
         run = functools.partial(_in_wide_dtype, run=run)
-    # They alone implement forgetting themselves, for several tokens and without gradients.
-    does_forget = name == "cpu" and not (has_steps or call.is_one_token or call.wants_gradients)
+    # The reference implements forgetting itself; kernels for several tokens and without gradients.
+    is_by_kernels = name == "cpu" and not (has_steps or call.is_one_token or call.wants_gradients)
+    does_forget = name == "naive" or is_by_kernels
     if call.log_forget is not None and not does_forget:
         run = functools.partial(forgetful_attention, run=run)
     if has_steps:

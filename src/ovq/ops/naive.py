@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ovq.ops.call import Call
+from ovq.ops.fading import LEAST_WEIGHT
 from ovq.ops.known import Known
 from ovq.ops.naive_pairs import cheapest_clusters, lowest, nearest_clusters, points
 from ovq.ops.narrow import STATE_DTYPES, rounded_
@@ -78,9 +79,23 @@ class _Head:
         if self.weight is not None:
             self.weight[slot] = self.weight[slot] + weight
 
+    def fade(self, factors: Tensor, options: Options) -> None:
+        """Multiply the sums and weight of each slot by its factor."""
+        assert self.weight is not None
+        for name in ("key_sum", "value_sum", "weight"):
+            setattr(self, name, [x * factor for x, factor in zip(getattr(self, name), factors, strict=True)])
+        # Means in a narrow format do not fade.
+        self.round_sums(options)
+
+    def bound_weights(self, options: Options) -> None:
+        """Free slots that have faded to almost nothing, or keep them there if the rule frees no slots."""
+        mass = self.mass.detach()
+        least = torch.zeros_like(mass) if options.merges_pairs else LEAST_WEIGHT / divisor(mass, mass.dtype)
+        self.fade(torch.where((mass > 0) & (mass < LEAST_WEIGHT), least, 1), options)
+
     def round_sums(self, options: Options) -> None:
         """Round the sums to what their format can hold; with forgetting it holds means."""
-        if options.state_dtype == "float32":
+        if options.state_dtype == "float32" or not self.count:
             return
         for name in ("key_sum", "value_sum"):
             sums = torch.stack(getattr(self, name))
@@ -111,12 +126,14 @@ def run(call: Call) -> tuple[Tensor, OVQState | None]:
     weights = call.token_weights
     if weights is None:
         weights = torch.ones(call.k.shape[:3], dtype=call.state.key_sum.dtype, device=call.k.device)
-    flat_q, flat_k, flat_v, weights = (x.reshape(-1, *x.shape[2:]) for x in (call.q, call.k, call.v, weights))
+    logs = torch.zeros_like(weights) if call.log_forget is None else call.log_forget
+    tensors = (call.q, call.k, call.v, weights, logs)
+    flat_q, flat_k, flat_v, weights, logs = (x.reshape(-1, *x.shape[2:]) for x in tensors)
     pieces, states, end = [], [], 0
     for r, (start, length) in enumerate(zip(call.rows.starts, call.rows.lengths, strict=True)):
         part = slice(start, start + length)
         before = call.state.select([r])
-        tokens = flat_q[part], flat_k[part], flat_v[part], weights[part]
+        tokens = flat_q[part], flat_k[part], flat_v[part], weights[part], logs[part]
         with full_precision(call.q.device):
             o, after = naive_row(*tokens, call.scale, before, call.options)
         pieces += [o.new_zeros(max(0, start - end), *o.shape[1:]), o]
@@ -132,12 +149,14 @@ def naive_row(
     k: Tensor,
     v: Tensor,
     weights: Tensor,
+    log_forget: Tensor,
     scale: Tensor,
     state: OVQState,
     options: Options,
 ) -> tuple[Tensor, OVQState]:
     """Outputs `[T, H, V]` in the dtype of `q`, and the state, of one row: q `[T, H, K]`, k `[T, Hkv, K]`, v
-    `[T, Hkv, V]`, weights `[T, Hkv]` (ignored unless the state has weights), scale `[H]`, one row's state."""
+    `[T, Hkv, V]`, weights and log_forget `[T, Hkv]` (ignored unless the state has weights, or forgets), scale
+    `[H]`, one row's state."""
     num_kv_heads = k.shape[1]
     group = q.shape[1] // num_kv_heads
     outputs: list[Tensor] = []
@@ -145,7 +164,7 @@ def naive_row(
     pendings: list[tuple[Tensor, ...]] = []
     for h in range(num_kv_heads):
         queries = slice(h * group, (h + 1) * group)
-        tokens = q[:, queries], k[:, h], v[:, h], weights[:, h]
+        tokens = q[:, queries], k[:, h], v[:, h], weights[:, h], log_forget[:, h]
         o, head, pending = _naive_head(*tokens, scale[queries], state, h, options)
         outputs.append(o)
         heads.append(head)
@@ -158,13 +177,14 @@ def _naive_head(
     k: Tensor,
     v: Tensor,
     weights: Tensor,
+    log_forget: Tensor,
     scale: Tensor,
     state: OVQState,
     h: int,
     options: Options,
 ) -> tuple[Tensor, _Head, tuple[Tensor, ...]]:
     """Outputs, dictionary and pending tokens of one key/value head and its query heads: q `[T, G, K]`, k
-    `[T, K]`, v `[T, V]`, weights `[T]`, scale `[G]`."""
+    `[T, K]`, v `[T, V]`, weights and log_forget `[T]`, scale `[G]`."""
     wide = state_dtype(k.dtype)
     num_pending = int(state.num_pending[0])
     num_merged = int(state.num_merged[0])
@@ -182,10 +202,25 @@ def _naive_head(
         weights = torch.cat([state.pending_weights[0, h, :num_pending], weights])
     else:
         weights = weights.new_ones(len(k))
+    # Sum of `log_forget` since the start of the chunk.
+    forgotten = log_forget.new_zeros(()) if state.pending_forget is None else state.pending_forget[0, h]
     outputs: list[Tensor] = []
     size, end = options.chunk_size, 0
     for start in range(0, len(k), size):
         chunk_k, chunk_v = k[start : start + size].to(wide), v[start : start + size].to(wide)
+        if options.weighs_chunk:
+            logs = log_forget[max(0, start - num_pending) : start + size - num_pending]
+            since = torch.cat([forgotten[None], logs]).cumsum(0)
+            forgotten = since[-1]
+            # What is forgotten divides the weights of later tokens, until the chunk is complete.
+            first, stop = start + len(chunk_k) - len(logs), start + len(chunk_k)
+            faded = weights[first:stop] * (-since[1:]).exp().to(wide)
+            weights = torch.cat([weights[:first], faded, weights[stop:]])
+            if len(chunk_k) == size:
+                factor = forgotten.exp().to(wide)
+                head.fade(factor.expand(len(head.count)), options)
+                weights = torch.cat([weights[:start], weights[start:stop] * factor, weights[stop:]])
+                forgotten = torch.zeros_like(forgotten)
         for j in range(len(chunk_k)):
             if start + j >= num_pending:
                 query = q[start + j - num_pending].to(wide)
@@ -198,8 +233,10 @@ def _naive_head(
             learn = _learn_by_pairs if options.merges_pairs else _learn
             learn(chunk, head, h, options)
             head.round_sums(options)
+            if options.weighs_chunk:
+                head.bound_weights(options)
     o = torch.stack(outputs) if outputs else q.new_zeros(*q.shape[:2], v.shape[-1])
-    return o, head, (k[end:], v[end:], weights[end:])
+    return o, head, (k[end:], v[end:], weights[end:], forgotten)
 
 
 def _read(
@@ -348,7 +385,7 @@ def _packed_state(
         missing = before.chunk_size - len(parts[0])
         return torch.nn.functional.pad(torch.stack(parts), (0, 0) * (parts[0].dim() - 1) + (0, missing))[None]
 
-    keys, values, weights = ([pending[i] for pending in pendings] for i in range(3))
+    keys, values, weights, forgotten = ([pending[i] for pending in pendings] for i in range(4))
     weight = before.weight
     if weight is not None:
         weight = stacked([head.weight or [] for head in heads], weight)
@@ -362,4 +399,5 @@ def _packed_state(
         num_seen=before.num_seen + num_new,
         weight=weight,
         pending_weights=None if weight is None else padded(weights),
+        pending_forget=None if before.pending_forget is None else torch.stack(forgotten)[None],
     )
