@@ -33,7 +33,7 @@ def fidelity_rows(
     All memories have the bytes of OVQ's slots: `num_slots` times a key, a value and a count. Lengths are ends
     of chunks, where OVQ has no pending tokens. Parameters that are fixed before a stream begins (the codebook
     of static VQ, the rate of the delta rule) are fitted on a sample of 16384 other tokens. Offline k-means
-    sees all tokens at once; it is an upper bound and not a memory.
+    sees all tokens at once; it is a reference and not a memory.
 
     Args:
         lengths: Tokens after which to measure, ascending, each a multiple of 64.

@@ -22,7 +22,7 @@ _NUMBER_BYTES = 4
 _COUNT_NUMBERS = 2
 """float32 numbers that a count of 64 bits takes."""
 _NUM_SINKS = 4
-_KMEANS_ITERATIONS = 10
+_KMEANS_ITERATIONS = 100
 _LEARNING_RATES = (0.03, 0.1, 0.3, 1.0)
 _NUM_TUNING_TOKENS = 8192
 _NUM_TUNING_QUERIES = 256
@@ -65,7 +65,7 @@ class Memory(ABC):
         except ImportError as error:
             raise ImportError("k-means needs scikit-learn: pip install './lab[theory]'") from error
         seed = int(torch.randint(2**31, (), generator=self.generator))
-        kmeans = KMeans(num_clusters, n_init=1, max_iter=_KMEANS_ITERATIONS, random_state=seed, init="random")
+        kmeans = KMeans(num_clusters, n_init=1, max_iter=_KMEANS_ITERATIONS, random_state=seed)
         labels = kmeans.fit(keys.numpy()).labels_
         return torch.from_numpy(kmeans.cluster_centers_), torch.from_numpy(labels).long()
 
@@ -166,7 +166,7 @@ class RandomMerging(OVQMemory):
 
 
 class OfflineKMeans(OVQMemory):
-    """k-means over all keys at once, which no memory of constant size can do: a bound for all clustering."""
+    """k-means (k-means++) over all keys at once, which no memory of constant size can do."""
 
     name = "offline k-means"
 
