@@ -74,11 +74,7 @@ def _mixers_by_length(
         title=title,
         note=note,
         lines=tuple(lines),
-        panels=(
-            *quality,
-            Panel(title="memory", y="state_bytes"),
-            Panel(title="time", y="microseconds_per_token"),
-        ),
+        panels=(*quality, Panel(title="memory", y="state_bytes")),
         trials=preset.trials,
     )
 
