@@ -110,6 +110,23 @@ def test_gradients_of_a_graph_that_are_a_graph_themselves():
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize("backend", ["auto", "naive"])
+@pytest.mark.parametrize("is_exported", [False, True])
+def test_gradients_of_gradients_of_a_graph_are_refused(is_exported, backend):
+    """The reference has them, but graphs call its first gradients as one operator."""
+
+    class Read(torch.nn.Module):
+        def forward(self, q, k, v):
+            return attend(q, k, v, backend=backend, **SIZES)[0]
+
+    leaves = [x.requires_grad_() for x in inputs(1, 9)]
+    exported = torch.export.export(Read(), tuple(leaves)).module() if is_exported else None
+    read = exported or torch.compile(Read(), backend="eager", fullgraph=True)
+    (grad,) = torch.autograd.grad(read(*leaves).sum(), leaves[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"graphs of torch.compile .* Outside of graphs, .*'naive'"):
+        torch.autograd.grad(grad.square().sum(), leaves)
+
+
 def test_outputs_of_a_graph_may_be_changed_in_place():
     leaves = [x.requires_grad_() for x in inputs(1, 19, dtype=torch.float32)]
     # PyTorch runs the graph as it is; other backends of `torch.compile` copy.

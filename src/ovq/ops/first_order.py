@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -27,11 +27,7 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(backward)
     def refusing(ctx: Any, *grads: Any) -> Any:
         if torch.is_grad_enabled():
-            raise RuntimeError(
-                "expected create_graph=False, found True: kernels give no gradients of gradients. "
-                "ovq_attention and layers do with backend='naive'; models also need OVQ_CPU_KERNELS=0, "
-                "skip_logits=False and, for softmax attention, sdpa_kernel(SDPBackend.MATH) of PyTorch"
-            )
+            refuse_second_order()
         if any(isinstance(g, torch.Tensor) and torch._C._functorch.is_legacy_batchedtensor(g) for g in grads):
             raise RuntimeError(
                 "expected is_grads_batched=False, found True: kernels take one gradient at a time"
@@ -39,6 +35,16 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
         return backward(ctx, *grads)
 
     return refusing
+
+
+def refuse_second_order(*_: Any) -> NoReturn:
+    """Raise RuntimeError; also as the backward of an operator that is itself a backward."""
+    raise RuntimeError(
+        "expected create_graph=False, found True: kernels and graphs of torch.compile and torch.export give "
+        "no gradients of gradients. Outside of graphs, ovq_attention and layers do with backend='naive'; "
+        "models also need OVQ_CPU_KERNELS=0, skip_logits=False and, for softmax attention, "
+        "sdpa_kernel(SDPBackend.MATH) of PyTorch"
+    )
 
 
 def saved_tensors(ctx: Any) -> list[Any]:

@@ -17,6 +17,7 @@ from ovq.ops import dispatch
 from ovq.ops.ablation import Ablation
 from ovq.ops.call import RowBounds
 from ovq.ops.checks import check_state, checked_call, row_bounds
+from ovq.ops.first_order import refuse_second_order
 from ovq.ops.options import Options
 from ovq.ops.parts import of_rows, slot_spec
 from ovq.ops.state import OVQState, with_capacity
@@ -237,3 +238,5 @@ for _name, _function, _fake in (
     _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"ovq::{_name}", _fake, lib=_LIBRARY)
 torch.library.register_autograd("ovq::call", _backward, setup_context=_setup_context, lib=_LIBRARY)
+# Without a formula, PyTorch would merely warn, and drop second-order terms where it runs graphs as they are.
+torch.library.register_autograd("ovq::call_backward", refuse_second_order, lib=_LIBRARY)
