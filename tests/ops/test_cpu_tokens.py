@@ -1,5 +1,7 @@
 """The compiled parts of layers against PyTorch's operations in float64: outputs and every gradient."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -205,6 +207,11 @@ def test_the_roof_is_a_product():
     assert flops >= 1e9 * torch.get_num_threads()
 
 
+def attended(x, **options):
+    heads = x.unflatten(2, (2, 12))
+    return ovq_attention(heads, heads, heads, num_slots=8, chunk_size=4, **options)[0]
+
+
 @pytest.mark.parametrize(
     "function",
     [
@@ -212,7 +219,9 @@ def test_the_roof_is_a_product():
         swiglu,
         ShortConvolution(24, 4),
         lambda x: torch.cat([y.flatten() for y in QKNorm(2, 4)(x, 2)[:3]]),
-        lambda x: ovq_attention(*[x.unflatten(2, (2, 12))] * 3, num_slots=8, chunk_size=4)[0],
+        attended,
+        functools.partial(attended, backend="torch"),
+        functools.partial(attended, backend="torch", merge="nearest"),
         SlidingWindowAttention(24, num_heads=2, sliding_window=4, conv_size=0),
     ],
 )

@@ -26,7 +26,7 @@ from ovq.ops.backends.torch.merge import ChangedSlots, merge_chunk
 from ovq.ops.backends.torch.read import Reader
 from ovq.ops.backends.torch.route import Router
 from ovq.ops.backends.torch.streams import Group, Step, groups_of
-from ovq.ops.first_order import first_order
+from ovq.ops.first_order import first_order, saved_tensors
 from ovq.ops.options import LEAST_READ
 
 
@@ -69,9 +69,8 @@ class ChunkAttention(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, grad_o: Tensor | None, *grad_sums: Tensor | None) -> tuple[Tensor | None, ...]:
         """Rewind all groups of streams."""
-        # Accessed once: under checkpointing each access recomputes the layer.
-        saved = ctx.saved_tensors
-        (*inputs, o, slots), final, parts = saved[:7], Dictionary(*saved[7:11]), iter(saved[11:])
+        tensors = saved_tensors(ctx)
+        (*inputs, o, slots), final, parts = tensors[:7], Dictionary(*tensors[7:11]), iter(tensors[11:])
         saved = _Saved(*inputs, o=o, grad_o=torch.zeros_like(o) if grad_o is None else grad_o, slots=slots)
         grads = _Inputs(*map(_zeros_like, inputs))
         # Gradient A of the sums: at first of the final state, at the end of the initial state.
