@@ -48,7 +48,8 @@ def groups_of(call: Call) -> list[list[int]]:
     and after, rows may have as many as they need, within a factor of 4.
     """
     rows, options = call.rows.lengths, call.options
-    if call.wants_state or bool(call.state.num_seen.any()) or max(rows, default=0) < options.chunk_size:
+    is_alike = len(set(rows)) < 2 or max(rows) < options.chunk_size
+    if call.wants_state or is_alike or bool(call.state.num_seen.any()):
         return [list(range(len(rows)))]
     return alike([slots_by_chunk(0, 0, n // options.chunk_size, **options.schedule)[-1] for n in rows])
 
