@@ -453,6 +453,12 @@ def test_state_bytes_stop_growing_with_length():
     assert sizes[-1] <= 1.1 * sizes[0]
 
 
+def test_a_fresh_state_waits_for_no_device():
+    sizes = {"batch_size": 2, "num_kv_heads": 1, "key_dim": 4, "value_dim": 4, **OPTIONS}
+    # There is nothing to read on this device, so that reading fails.
+    assert OVQState.empty(**sizes, device="meta").num_open.tolist() == [0, 0]
+
+
 @either_rule
 def test_a_summary_counts_what_is_there(merge):
     states = [prefilled(1, n, seed=n, merge=merge) for n in (3, 40, 61)]

@@ -214,8 +214,8 @@ class OVQState:
 
     @property
     def num_open(self) -> Tensor:
-        """`[B]` number of slots in use in each row (a slot in use has a count of at least 1)."""
-        return (self.count[:, 0] > 0).sum(-1).cpu()
+        """`[B]` number of slots in use (count of at least 1) in each row; without slots no device is read."""
+        return (self.count[:, 0] > 0).sum(-1).cpu() if self.count.numel() else torch.zeros_like(self.num_seen)
 
     @property
     def keys(self) -> Tensor:
