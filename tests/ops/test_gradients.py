@@ -1,6 +1,7 @@
 """Which gradients there are: zeros of calls without a token, none of gradients but those of the reference."""
 
 import functools
+import warnings
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from ovq.layers import OVQAttention
 from ovq.layers.products import Linear
-from ovq.ops import backend_used, ovq_attention
+from ovq.ops import backend_used, backends, ovq_attention
 from ovq.ops.backends.cpu.tokens import CompiledRMSNorm
 from ovq.ops.options import CURRENT_MERGES
 from tests.ops.common import BACKENDS, CPU, either_rule, inputs
@@ -81,6 +82,26 @@ def test_no_tangent_of_forward_mode_differentiation_is_lost(use_grad):
         tangent = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, x))[0]).tangent
     assert backend_used() == "naive"
     torch.testing.assert_close(tangent, (ahead - behind) / 2e-2, atol=1e-3, rtol=1e-2)
+
+
+def test_auto_warns_once_that_the_reference_runs():
+    q, k, v = inputs(1, 10, dtype=torch.float32)
+
+    def gradient(**options):
+        torch.func.grad(lambda q: ovq_attention(q, k, v, **options, **OPTIONS)[0].sum())(q)
+        assert backend_used() == "naive"
+
+    backends._warn_of_loops.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for options in ({"backend": "naive"}, {"merge": "ward"}):
+            gradient(**options)
+        assert not caught
+        for _ in range(2):
+            gradient()
+    (warning,) = caught
+    assert "'auto' runs the slow loops of 'naive'" in str(warning.message)
+    assert warning.filename == __file__
 
 
 @FORWARD_MODE

@@ -86,7 +86,8 @@ def ovq_attention(
             this processor), `"triton"` (GPU kernels), or `"auto"`, the fastest that can run the call.
             `"cpu"` and `"triton"` support neither float64 nor the ablations (`ablation`, `init="random"`,
             `merge="updated"`), and `"cpu"` no `TorchDispatchMode`, which would not see it; `"auto"` then runs
-            `"torch"`. `backend_used()` tells which one ran.
+            `"torch"`. Under transforms of `torch.func` and forward-mode differentiation only `"naive"` runs,
+            and `"auto"` warns once. `backend_used()` tells which one ran.
         earlier_names: `bias` and `rate` of version 0.2, now part of `ablation`.
 
     Returns:

@@ -11,6 +11,8 @@ backends, and outputs are equal up to rounding.
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
@@ -81,7 +83,21 @@ def chosen(name: str, call: Call) -> str:
         ValueError: if the requested backend, or for `"auto"` every backend, cannot run the call; says why.
     """
     names = (*_fastest(call.q), "naive")
-    return _first(name, names, lambda x: refusal(x, call.q, call.v, call.options, call.gates))
+    found = _first(name, names, lambda x: refusal(x, call.q, call.v, call.options, call.gates))
+    # Rules that only `naive` knows have no faster backend to miss.
+    if found == "naive" != name and not torch.KNOWN.refusal(call.q.dtype, call.options, call.gates):
+        _warn_of_loops()
+    return found
+
+
+@functools.cache
+def _warn_of_loops() -> None:
+    warnings.warn(
+        "backend: 'auto' runs the slow loops of 'naive' under transforms of torch.func and forward-mode "
+        "differentiation, where other backends have no derivatives; torch.autograd.grad works with all, and "
+        "backend='naive' selects the loops without this warning",
+        stacklevel=5,
+    )
 
 
 def chosen_to_learn(name: str, k: Tensor, v: Tensor, options: Options, gates: Iterable[str] = ()) -> str:
