@@ -3,6 +3,8 @@
 import functools
 import inspect
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -50,13 +52,58 @@ def test_round_trip_through_json(tmp_path):
 def test_fields_of_another_transformers_version_do_not_hinder_loading(tmp_path):
     make_config().save_pretrained(tmp_path)
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"field_of_the_future": 1}))
-    assert OVQConfig.from_pretrained(tmp_path).num_slots == SIZES["num_slots"]
+    saved = json.loads(path.read_text())
+    path.write_text(json.dumps(saved | {"field_of_the_future": 1}))
+    with pytest.warns(UserWarning, match="field_of_the_future: expected a field of OVQConfig"):
+        assert OVQConfig.from_pretrained(tmp_path).num_slots == SIZES["num_slots"]
+    # All that some version from 5.17 on may save is known.
+    others = {"output_attentions": False, "experts_implementation": "eager", "fusion_config": {}}
+    others |= {"_name_or_path": "x", "max_position_embeddings": 64, "problem_type": None, "torch_dtype": None}
+    path.write_text(json.dumps(saved | others))
+    assert OVQConfig.from_pretrained(tmp_path).max_position_embeddings == 64
 
 
 def test_fields_that_other_models_have_are_not_taken_for_misspelt_ones():
-    names = ["sep_token_id", "mask_token_id", "num_labels", "hidden_act", "max_position_embeddings"]
+    names = ["sep_token_id", "mask_token_id", "num_labels", "max_position_embeddings"]
     assert make_config(**dict.fromkeys(names, 3)).sep_token_id == 3
+
+
+def test_the_standard_name_of_the_rotary_base(tmp_path):
+    rope = {"rope_type": "default", "rope_theta": 1e6}
+    config = make_config(rope_parameters=rope)
+    assert make_config(rope_scaling={"type": "default", **rope}).rope_theta == config.rope_theta == 1e6
+    assert make_config(rope_parameters={"rope_type": "default"}, rope_theta=5).rope_theta == 5
+    config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert (saved["rope_theta"], "rope_parameters" in saved) == (1e6, False)
+    assert OVQConfig.from_pretrained(tmp_path).rope_theta == 1e6
+    config.rope_parameters = rope | {"rope_theta": 7}
+    assert config.rope_theta == 7
+    # As files of earlier versions may have them, which read the field alone.
+    saved |= {"rope_theta": 10000.0, "rope_parameters": rope}
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match=r"rope_theta 10000\.0, as beside it, found 1000000\.0"):
+        OVQConfig.from_pretrained(tmp_path)
+    del saved["rope_theta"]
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    assert OVQConfig.from_pretrained(tmp_path).rope_theta == 1e6
+
+
+def test_fields_of_other_models_are_as_in_ours():
+    """They would be saved, and have no effect."""
+    same = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0}
+    make_config(**same, partial_rotary_factor=1.0, layer_types=None, rope_parameters=None)
+    with pytest.warns(UserWarning, match="dropout: expected a field of OVQConfig, found one .* no effect"):
+        make_config(dropout=0.1)
+
+
+def test_a_saved_config_loads_without_the_laboratory(tmp_path):
+    OVQConfig().save_pretrained(tmp_path)
+    code = (
+        "import sys; from ovq.hf import OVQConfig; OVQConfig.from_pretrained(sys.argv[1]); "
+        "assert 'ovq_lab' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path], check=True)
 
 
 @pytest.mark.parametrize(
@@ -109,6 +156,15 @@ def test_fields_that_other_models_have_are_not_taken_for_misspelt_ones():
         ({"conv_size": 1}, "conv_size .* found 1"),
         ({"num_slot": 3}, "such as 'num_slots', found 'num_slot'"),
         ({"mixer_type": ["ovq"]}, "such as 'mixer_types', found 'mixer_type'"),
+        ({"rope_parameters": {"rope_theta": -1}}, "rope_theta: expected a finite number above 0, found -1"),
+        ({"rope_parameters": {"rope_theta": 5}, "rope_theta": 6}, "rope_theta 6, as beside it, found 5"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 8}}, "rope_scaling: .*rope_type 'default'"),
+        ({"rope_parameters": "linear"}, "rope_parameters: expected .* alone, found 'linear'"),
+        ({"rope_parameters": {"ovq": {"rope_theta": 5}}}, "expected .* alone, found {'ovq'"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: expected 1.0, as the model has, found 0.5"),
+        ({"hidden_act": "gelu"}, "hidden_act: expected 'silu', as the model has, found 'gelu'"),
+        ({"attention_bias": True}, "attention_bias: expected False, as the model has, found True"),
+        ({"layer_types": ["full_attention"] * 4}, r"layer_types: expected \['sliding_attention', .*found"),
     ],
 )
 def test_values_that_cannot_be_are_refused(changes, message):

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import difflib
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Optional, TypeVar
@@ -27,6 +28,19 @@ from ovq.runtime.files import write_atomic
 
 TO_TRAIN: dict[str, Any] = {"merge": "existing", "init": "novelty", "ablation": None}
 """Fields with which to train the layer that recalls most, of all that were measured."""
+
+# What transformers' own models may be told to do otherwise, and ours always do.
+_FIXED = {
+    **{"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0},
+    "partial_rotary_factor": 1.0,
+}
+
+# Names that transformers, or an engine, reads of a config without a field for them.
+_READ_BY_OTHERS = {
+    *("attn_implementation", "auto_map", "custom_pipelines", "distributed_config", "experts_implementation"),
+    *("fusion_config", "gradient_checkpointing", "max_position_embeddings", "quantization_config"),
+    *("tie_last_hidden_states", "tokenizer_class", "transformers_weights"),
+}
 
 T = TypeVar("T")
 
@@ -58,7 +72,8 @@ class OVQConfig(PreTrainedConfig):
         num_key_value_heads: key/value heads Hkv; divides H. None: as many as query heads.
         head_dim: size of a head. None: `hidden_size / num_attention_heads`.
         rms_norm_eps: epsilon of the RMSNorm layers.
-        rope_theta: base of the rotary frequencies.
+        rope_theta: base of the rotary frequencies, also as `rope_parameters={"rope_type": "default",
+            "rope_theta": ...}`.
         rope_mixers: the mixer types whose layers get rotary embedding, out of `"sliding_attention"`,
             `"full_attention"` and `"ovq"`. None: only `"sliding_attention"`.
         logn_length: length in tokens beyond which full-attention and OVQ layers scale their logits by
@@ -90,11 +105,12 @@ class OVQConfig(PreTrainedConfig):
         bos_token_id: for `generate`.
         eos_token_id: for `generate`.
         kwargs: fields that mixers in `mixer_types` declare (`Mixer.config_fields`, docs/method/mixers.md). A
-            config only has and saves the fields of its own mixers. Others are kept as in transformers.
+            config only has and saves the fields of its own mixers. Others are kept, with a warning unless
+            transformers reads them.
 
     Raises:
-        ValueError: a value out of range, an unknown mixer, a misspelt field, or a field of a mixer that the
-            model does not have.
+        ValueError: a value out of range, an unknown mixer, a misspelt field, a field of a mixer that the
+            model does not have, or one of transformers' fields with a value that the model does not support.
 
     Example:
         >>> config = OVQConfig(num_hidden_layers=4, hidden_size=64, num_attention_heads=2)
@@ -156,6 +172,9 @@ class OVQConfig(PreTrainedConfig):
         for name in _fields_of(self.mixer_types):
             if name in kwargs:
                 setattr(self, name, kwargs.pop(name))
+        # A field that was set to its default looks like one that was not.
+        is_given = self.rope_theta != defaults.ROPE_THETA
+        self.rope_theta = _pop_rope_theta(kwargs, self.rope_theta, is_given=is_given)
         _pop_unused_fields(kwargs, self.mixer_types)
         self.check_fields()
         super().__post_init__(**kwargs)
@@ -163,9 +182,13 @@ class OVQConfig(PreTrainedConfig):
     def __setattr__(self, name: str, value: Any) -> None:
         """Set a field; setting `mixer_types` adds the fields of the new mixers and removes those of the old.
 
+        Setting `rope_parameters`, as transformers calls it, sets `rope_theta`.
+
         Raises:
             ValueError: an unknown mixer, or a value that a field of a mixer cannot have.
         """
+        if name == "rope_parameters":
+            name, value = "rope_theta", _pop_rope_theta({name: value}, self.rope_theta, is_given=False)
         fields = _fields_of(self.__dict__.get("mixer_types"))
         if name in fields:
             fields[name].check(name, value)
@@ -289,6 +312,8 @@ class OVQConfig(PreTrainedConfig):
             {'rate': 0.1}
         """
         fields = with_ablation(with_new_names(fields))
+        if "rope_theta" in fields:
+            _pop_rope_theta(dict(fields), fields["rope_theta"], is_given=True)
         if "merge" in fields:
             fields["merge"] = current_merge(fields["merge"])
         mixer_types = fields.get("mixer_types")
@@ -372,17 +397,44 @@ def _fields_of(mixer_types: Iterable[str] | None) -> dict[str, ConfigField]:
     return fields
 
 
+def _pop_rope_theta(fields: dict[str, Any], own: Any, *, is_given: bool) -> Any:
+    """Remove the fields in which transformers keeps the base of the rotary frequencies; returns the base.
+
+    Args:
+        own: the base without such a field. If it `is_given`, they must not name another one.
+
+    Raises:
+        ValueError: another base, or other rotary frequencies than `rope_theta` alone gives.
+    """
+    plain = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
+    for name in ("rope_parameters", "rope_scaling"):
+        if (found := fields.pop(name, None)) is None:
+            continue
+        theta = found.get("rope_theta", own) if isinstance(found, Mapping) else own
+        if not isinstance(found, Mapping) or not found.items() <= (plain | {"rope_theta": theta}).items():
+            raise ValueError(f"{name}: expected rope_type 'default' and rope_theta alone, found {found!r}")
+        if is_given and theta != own:
+            raise ValueError(f"{name}: expected rope_theta {own}, as beside it, found {theta}")
+        own = theta
+    return own
+
+
 def _pop_unused_fields(kwargs: dict[str, Any], mixer_types: list[str]) -> None:
     """Remove fields of mixers that the config does not have from the unknown keyword arguments.
 
     Other unknown arguments are kept, because a config saved by another version of transformers may have
-    fields that the installed version does not know.
+    fields that the installed version does not know. Those that nothing is known to read give a warning.
 
     Raises:
-        ValueError: a field of such a mixer with another value than its default, or a name that resembles a
-            field (transformers silently stores unknown names).
+        ValueError: a field of such a mixer with another value than its default, a name that resembles a
+            field (transformers silently stores unknown names), or something that the model cannot do.
     """
-    unknown = [name for name in kwargs if not hasattr(OVQConfig, name)]
+    fixed = _FIXED | {"layer_types": mixer_types}
+    for name, value in kwargs.items():
+        if name in fixed and value not in (None, fixed[name]):
+            raise ValueError(f"{name}: expected {fixed[name]!r}, as the model has, found {value!r}")
+    known = fixed.keys() | _READ_BY_OTHERS
+    unknown = [x for x in kwargs if not (x in known or hasattr(OVQConfig, x) or x.startswith("_"))]
     # Finding all mixers imports the laboratory, so only do it for unknown names.
     mixers = usable_names(MIXERS, what="mixer") if unknown else []
     fields = {name: (f, mixer) for mixer in mixers for name, f in mixer_class(mixer).own_fields().items()}
@@ -396,3 +448,7 @@ def _pop_unused_fields(kwargs: dict[str, Any], mixer_types: list[str]) -> None:
                 )
         elif close := difflib.get_close_matches(name, {*OVQConfig.__annotations__, *fields}, 1, 0.85):
             raise ValueError(f"expected a field of OVQConfig such as {close[0]!r}, found {name!r}")
+        elif kwargs[name] is not None and not name.endswith("_token_id"):
+            warnings.warn(
+                f"{name}: expected a field of OVQConfig, found one that has no effect", stacklevel=5
+            )
