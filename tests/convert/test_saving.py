@@ -30,6 +30,22 @@ def test_a_saved_model_is_loaded_with_its_memory(kind, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [type(plain).__name__]
 
 
+def test_a_model_is_found_where_transformers_finds_it(tmp_path):
+    model, ids = converted(), tokens(1, 60)
+    model.save_pretrained(tmp_path / "sub")
+    assert load(tmp_path, subfolder="sub").memory_config == model.memory_config
+    # As the hub's client keeps what it has downloaded.
+    cached = tmp_path / "models--me--conv"
+    model.save_pretrained(cached / "snapshots" / "abc")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("abc")
+    again = load("me/conv", cache_dir=tmp_path, local_files_only=True)
+    assert again.memory_config == model.memory_config
+    torch.testing.assert_close(again(ids).logits, model(ids).logits)
+    with pytest.raises(FileNotFoundError, match=r"me/other: expected .*, found no config\.json"):
+        load("me/other", cache_dir=tmp_path, local_files_only=True)
+
+
 def test_a_model_with_weights_on_the_disk_is_loaded_with_its_memory(tmp_path):
     model, ids = converted(), tokens(1, 60)
     model.save_pretrained(tmp_path)
@@ -70,8 +86,9 @@ def test_weights_that_are_missing_are_not_made_up(tmp_path):
 
 
 def test_folders_without_a_memory_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"expected a converted model, found no config\.json"):
-        load(tmp_path / "none")
+    for folder in (tmp_path / "none", tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"expected a converted model, found no config\.json"):
+            load(folder)
     original().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="expected a converted model, found no ovq_memory"):
         load(tmp_path)

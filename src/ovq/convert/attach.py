@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import cached_file
 
 from ovq.convert.attention import IMPLEMENTATION, LAYER_CONFIG, check_implementation, packed_arguments
 from ovq.convert.cache import MemoryCache
@@ -28,6 +29,7 @@ from ovq.hf.cache import CACHE_KEY, one_of
 from ovq.hf.context_file import digest, weights_of
 from ovq.hf.generation import CachedGeneration, execution_device
 from ovq.hf.hub import check_loaded
+from ovq.hf.pretrained import PLACES
 from ovq.ops.uncompiled import uncompiled
 from ovq.runtime.files import read_json
 
@@ -247,7 +249,8 @@ def load(folder: str | os.PathLike, *, weight_dtype: str | None = None, **option
     `AutoModelForCausalLM.from_pretrained` loads it too, with full attention.
 
     Args:
-        folder: where `save_pretrained` of a converted model, or `ovq convert`, has written.
+        folder: where `save_pretrained` of a converted model, or `ovq convert`, has written, or the name of a
+            repository on the hub.
         weight_dtype: the format of the weights, see `attach`.
         options: those of `AutoModelForCausalLM.from_pretrained`, such as `dtype` and `device_map`. As there,
             `output_loading_info=True` returns the model and a report.
@@ -268,9 +271,7 @@ def load(folder: str | os.PathLike, *, weight_dtype: str | None = None, **option
         True
     """
     checked_weight_dtype(weight_dtype)
-    if not (Path(folder) / "config.json").is_file():
-        raise FileNotFoundError(f"{folder}: expected a converted model, found no config.json")
-    found = memory_config_in(folder)
+    found = memory_config_in(folder, **{name: options[name] for name in PLACES if name in options})
     if found is None:
         raise ValueError(
             f"{folder}: expected a converted model, found no {CONFIG_KEY} in its config.json: convert it "
@@ -285,17 +286,25 @@ def load(folder: str | os.PathLike, *, weight_dtype: str | None = None, **option
     return both if options.get("output_loading_info") else model
 
 
-def memory_config_in(folder: str | os.PathLike) -> MemoryConfig | None:
-    """The `MemoryConfig` in the folder of a model; None if there is none.
+def memory_config_in(folder: str | os.PathLike, **places: Any) -> MemoryConfig | None:
+    """The `MemoryConfig` of the model in a folder or repository; None if it has none.
+
+    Args:
+        folder: as in `load`.
+        places: options of `from_pretrained` for locating files, such as `subfolder`.
 
     Raises:
+        OSError: no config there.
         ValueError: a damaged config.
     """
-    path = Path(folder) / "config.json"
+    missing = f"{folder}: expected a converted model, found no config.json"
     try:
-        fields = read_json(path)
-    except OSError:
-        return None
+        path = cached_file(folder, "config.json", **places)
+    except OSError as error:
+        raise FileNotFoundError(missing) from error
+    if path is None:
+        raise FileNotFoundError(missing)
+    fields = read_json(Path(path))
     if not isinstance(fields, dict) or CONFIG_KEY not in fields:
         return None
     return MemoryConfig.from_dict(fields[CONFIG_KEY])

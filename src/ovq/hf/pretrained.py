@@ -34,7 +34,7 @@ WITHOUT_EFFECT = frozenset(
 )
 
 # Arguments of `from_pretrained` for locating files.
-_PLACES = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+PLACES = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 class OVQPreTrainedModel(PreTrainedModel):
@@ -86,7 +86,7 @@ class OVQPreTrainedModel(PreTrainedModel):
         """
         if pretrained_model_name_or_path is not None and kwargs.get("config") is not None:
             # Without a config, `OVQConfig` refuses that of another model.
-            places = {name: kwargs[name] for name in _PLACES if name in kwargs}
+            places = {name: kwargs[name] for name in PLACES if name in kwargs}
             saved: dict[str, Any] = {}
             # A folder of weights alone has no config, so the one passed decides.
             with contextlib.suppress(OSError):
