@@ -337,3 +337,24 @@ def test_an_upload_leaves_the_card_in_the_repository(monkeypatch, tmp_path):
     hub = FakeHub(monkeypatch, card=tmp_path / "card.md")
     make_model().push_to_hub("model")
     assert hub.files[CARD_FILE].decode() == (tmp_path / "card.md").read_text()
+
+
+def test_an_upload_brings_our_own_card_up_to_date(monkeypatch, tmp_path):
+    model, path = make_model(), tmp_path / "card.md"
+    hub = FakeHub(monkeypatch)
+    model.push_to_hub("model", tags=["mine"])
+    path.write_bytes(hub.files[CARD_FILE])
+    assert is_untouched(path.read_text())
+    hub = FakeHub(monkeypatch, card=path)
+    model.set_num_slots(77)
+    model.push_to_hub("model")
+    found = hub.files[CARD_FILE].decode()
+    assert is_untouched(found)
+    assert "| slots per head | 77 |" in found
+    # Tags of the earlier upload are not lost, nor what a model cannot know about its training.
+    assert ModelCard(found).data.tags == ["ovq", "long-context", "mine"]
+    path.write_text(model_card(model, name="me/model", sections={"Training": "long"}).content)
+    model.push_to_hub("model", tags=["more"])
+    card = ModelCard(hub.files[CARD_FILE].decode())
+    assert "## Training" in card.text
+    assert card.data.tags == ["ovq", "long-context", "more"]

@@ -81,6 +81,7 @@ def model_card(
     name: str,
     sections: Mapping[str, str] | None = None,
     datasets: Sequence[str] = (),
+    tags: Sequence[str] = (),
     has_tokenizer: bool = True,
     license: str | None = None,
 ) -> ModelCard:
@@ -90,6 +91,7 @@ def model_card(
         name: name of the folder or repository, for the title and the example.
         sections: further sections by title, as Markdown.
         datasets: hub ids of the training data sets.
+        tags: added to those that every card has.
         has_tokenizer: whether a tokenizer is saved beside the model.
         license: license of the weights, as the hub names it; None to leave it out.
     """
@@ -100,7 +102,7 @@ def model_card(
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation" if is_generative else "feature-extraction",
-        tags=["ovq", "long-context"],
+        tags=list(dict.fromkeys(["ovq", "long-context", *tags])),
         # The hub takes None for a field that is left out.
         datasets=list(datasets) or None,
         license=license,
@@ -124,17 +126,26 @@ def save_card(card: ModelCard, folder: Path, *, replaces: Sequence[str] = ()) ->
     """Write a card into the folder of a model, unless there is one that must be kept; whether it was written.
 
     Args:
-        replaces: titles of sections that an existing card of ours may have and still be replaced, besides
-            the sections that `model_card` always writes. Sections that the new card lacks are thus not lost.
+        replaces: as in `is_replaceable`.
     """
     path = folder / CARD_FILE
     if path.exists():
         found = path.read_text(encoding="utf-8", errors="replace")
-        own = {"Load it", "Model", "Memory", *replaces}
-        if not is_untouched(found) or not set(re.findall(r"^## (.+)$", found, re.MULTILINE)) <= own:
+        if not is_replaceable(found, replaces=replaces):
             return False
     write_atomic(path, card.content)
     return True
+
+
+def is_replaceable(text: str, *, replaces: Sequence[str] = ()) -> bool:
+    """Whether a card was made by this module, and replacing it loses nothing.
+
+    Args:
+        replaces: titles of sections that it may have, besides the sections that `model_card` always writes.
+            Sections that the new card lacks are thus not lost.
+    """
+    own = {"Load it", "Model", "Memory", *replaces}
+    return is_untouched(text) and set(re.findall(r"^## (.+)$", text, re.MULTILINE)) <= own
 
 
 def is_untouched(text: str) -> bool:

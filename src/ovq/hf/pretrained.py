@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ovq.hf.block import OVQBlock
 from ovq.hf.cache import OVQCache
-from ovq.hf.card import CARD_FILE, model_card, save_card
+from ovq.hf.card import CARD_FILE, is_replaceable, model_card, save_card
 from ovq.hf.configuration_ovq import OVQConfig
 from ovq.hf.generation import execution_device
 from ovq.layers import Mixer, OVQAttention
@@ -147,7 +147,7 @@ class OVQPreTrainedModel(PreTrainedModel):
         max_shard_size: int | str | None = "50GB",
         tags: list[str] | None = None,
     ) -> CommitInfo:
-        """Upload the model to the hub, with a model card if the repository has none.
+        """Upload the model to the hub, with a new model card unless the repository has an edited one.
 
         transformers' own method would upload a template card. The tokenizer has its own `push_to_hub`; to
         upload a folder of `ovq train` as it is, use `hf upload`.
@@ -170,8 +170,11 @@ class OVQPreTrainedModel(PreTrainedModel):
                 card = ModelCard(file.read())
         except EntryNotFoundError:
             card = model_card(self, name=repo_id)
-        if tags:
-            card.data["tags"] = list(dict.fromkeys([*card.data.get("tags", []), *tags]))
+        all_tags = list(dict.fromkeys([*(card.data.get("tags") or []), *(tags or [])]))
+        if is_replaceable(card.content):
+            card = model_card(self, name=repo_id, tags=all_tags)
+        elif tags:
+            card.data["tags"] = all_tags
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, max_shard_size=max_shard_size)
             card.save(os.path.join(folder, CARD_FILE))
