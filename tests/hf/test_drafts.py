@@ -101,7 +101,11 @@ def test_what_a_given_cache_has_read_is_not_read_again(model, expected):
         assert torch.equal(answer(model, **drafts, **{CACHE_KEY: cache}), expected)
 
 
-@pytest.mark.parametrize(("sizes", "most"), [([11], 256), ([1] * 7, 7), ([4, 1, 2], 7)], ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "most"),
+    [([11], 256), ([1] * 7, 7), ([4, 1, 2], 7), ([1] * 8, 7), ([5, 4], 7), ([1] * 15, 7)],
+    ids=str,
+)
 def test_what_is_cropped_was_never_read(model, sizes, most, monkeypatch):
     monkeypatch.setattr(modeling_ovq, "MOST_CROPPED", most)
     monkeypatch.setattr("ovq.hf.cache.MOST_CROPPED", most)

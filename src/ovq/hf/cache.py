@@ -46,12 +46,19 @@ class Recorded:
         inputs: `[B, T, D]` embeddings of the tokens.
         mask: `[B, P + T]` attention mask of that call, if any.
         model: a weak reference to the `OVQModel` that read them, so that deep copies do not copy the model.
+        earlier: what was recorded before these tokens, once there are too many for one record.
     """
 
     layers: list[OVQCacheLayer]
     inputs: Tensor
     mask: Tensor | None
     model: Callable[[], Any]
+    earlier: Recorded | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that can be cropped."""
+        return self.inputs.shape[1] + (0 if self.earlier is None else self.earlier.num_tokens)
 
 
 class OVQCacheLayer(LayerCache, CacheLayerMixin):
@@ -338,14 +345,15 @@ class OVQCache(StateCache):
     def to_record(self, model: Any, inputs: Tensor, mask: Tensor | None) -> Recorded:
         """The `Recorded` for cropping the next tokens, to be set once the model has read them.
 
-        At most `MOST_CROPPED` tokens. Tokens recorded earlier and not cropped are kept too if they fit.
+        Tokens recorded earlier and not cropped are kept too, up to `MOST_CROPPED` in one record, and the full
+        record before it: so at least the last `MOST_CROPPED` can be cropped.
         """
         recorded = self.recorded
         if recorded is not None and recorded.inputs.shape[1] + inputs.shape[1] <= MOST_CROPPED:
-            layers, inputs = recorded.layers, torch.cat([recorded.inputs, inputs], 1)
-        else:
-            layers = [layer.branch() for layer in self.layers]
-        return Recorded(layers, inputs, mask, weakref.ref(model))
+            joined = torch.cat([recorded.inputs, inputs], 1)
+            return dataclasses.replace(recorded, inputs=joined, mask=mask, model=weakref.ref(model))
+        earlier = None if recorded is None else dataclasses.replace(recorded, earlier=None)
+        return Recorded([layer.branch() for layer in self.layers], inputs, mask, weakref.ref(model), earlier)
 
     @torch.no_grad()
     def crop(self, tokens_to_remove: int) -> None:
@@ -361,22 +369,25 @@ class OVQCache(StateCache):
         recorded, self.recorded = self.recorded, None
         if tokens_to_remove == 0:
             return
-        num_recorded = 0 if recorded is None else recorded.inputs.shape[1]
+        num_recorded = 0 if recorded is None else recorded.num_tokens
         if recorded is None or not -num_recorded <= tokens_to_remove < 0:
             self.recorded = recorded
             raise not_croppable(tokens_to_remove, num_recorded)
-        kept, model = recorded.inputs[:, :tokens_to_remove], recorded.model()
+        first, num_kept = recorded, recorded.inputs.shape[1] + tokens_to_remove
+        if num_kept < 0 and recorded.earlier is not None:
+            first, num_kept = recorded.earlier, num_recorded + tokens_to_remove
+        kept, model = first.inputs[:, :num_kept], first.model()
         if kept.shape[1] and model is None:
             self.recorded = recorded
             raise ValueError(
                 f"crop({tokens_to_remove}): expected the model that read these tokens, which must read the "
                 "remaining ones again, found that it was deleted: keep it, or a snapshot of the cache"
             )
-        self.layers = [layer.branch() for layer in recorded.layers]
+        self.layers = [layer.branch() for layer in first.layers]
         if kept.shape[1]:
             num_columns = self.num_columns + kept.shape[1]
             # Without a mask no column was padding any more, though one may have been before these tokens.
-            mask = kept.new_ones(len(kept), num_columns) if recorded.mask is None else recorded.mask
+            mask = kept.new_ones(len(kept), num_columns) if first.mask is None else first.mask
             mask = mask[:, :num_columns]
             model(inputs_embeds=kept, attention_mask=mask, **{CACHE_KEY: self})
             self.recorded = None
