@@ -90,6 +90,19 @@ def test_a_cache_that_was_given_goes_on_after_drafts(model, expected):
     assert not cache.is_recording
 
 
+# Drafts end with a crop.
+@pytest.mark.parametrize(("drafts", "num"), [({}, 3), ({"prompt_lookup_num_tokens": 6}, 1)], ids=str)
+def test_a_cache_that_recorded_before_an_answer_goes_on_recording(model, expected, drafts, num):
+    cache = OVQCache(model.config)
+    cache.activate_past_recording()
+    answer(model, **drafts, **{CACHE_KEY: cache})
+    with torch.no_grad():
+        model(expected[:, -1:], **{CACHE_KEY: cache})
+        cache.crop(-num)
+        found = model(expected[:, -num:], **{CACHE_KEY: cache}).logits
+        torch.testing.assert_close(found, model(expected).logits[:, -num:])
+
+
 def test_what_a_given_cache_has_read_is_not_read_again(model, expected):
     for num_unread, drafts in (
         (1, {"prompt_lookup_num_tokens": 6}),

@@ -165,6 +165,11 @@ class StateCache(Cache):
         return self.layers[0].num_rows
 
     @property
+    def is_recording(self) -> bool:
+        """Whether the next tokens will be recorded."""
+        return self.layers[0].record_past
+
+    @property
     def num_columns(self) -> int:
         """Number of columns that every layer has read.
 
@@ -336,11 +341,6 @@ class OVQCache(StateCache):
         num_left = super().shorten(lengths)
         self.recorded = None
         return num_left
-
-    @property
-    def is_recording(self) -> bool:
-        """Whether the next tokens will be recorded."""
-        return self.layers[0].record_past
 
     def to_record(self, model: Any, inputs: Tensor, mask: Tensor | None) -> Recorded:
         """The `Recorded` for cropping the next tokens, to be set once the model has read them.

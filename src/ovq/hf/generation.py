@@ -57,17 +57,13 @@ class CachedGeneration:
         if generation_config.use_cache is not False:
             cache = model.make_cache() if given is None else model.checked_cache(given)
             model_kwargs[CACHE_KEY] = cache
-            if not generation_config.is_assistant:
-                # Assisted decoding turns recording on itself; other decoding need not pay for it.
-                for layer in cache.layers:
-                    layer.record_past = False
-                if given is not None:
-                    _check_given_cache(given, generation_config, generation_mode, model_kwargs, batch_size)
-            elif given is None:
-                # Drafts that the large model rejects must be cropped.
-                cache.activate_past_recording()
             if given is None:
+                if generation_config.is_assistant:
+                    # Drafts that the large model rejects must be cropped.
+                    cache.activate_past_recording()
                 return
+            if not generation_config.is_assistant:
+                _check_given_cache(given, generation_config, generation_mode, model_kwargs, batch_size)
             # transformers repeats inputs, but not a cache, for beams and for several returned sequences.
             repeats = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
             if given.num_rows == batch_size and repeats > 1:
@@ -148,18 +144,18 @@ class CachedGeneration:
 
     # `inputs_tensor` is a named parameter because `generate` looks for it in the signature.
     def _assisted_decoding(self, *args: Any, inputs_tensor: Tensor | None = None, **kwargs: Any) -> Any:
-        """Generate by drafts. Whoever decodes with the cache afterwards need not pay for recording."""
+        """Generate by drafts. The cache then goes on recording only if it did before."""
         own: Any = super()
         cache = kwargs.get(CACHE_KEY)
         if isinstance(cache, StateCache):
-            cache.num_prompt = args[0].shape[1]
+            cache.num_prompt, was_recording = args[0].shape[1], cache.is_recording
         try:
             return own._assisted_decoding(*args, inputs_tensor=inputs_tensor, **kwargs)
         finally:
             if isinstance(cache, StateCache):
                 cache.num_prompt = None
                 for layer in cache.layers:
-                    layer.record_past = False
+                    layer.record_past = was_recording
 
     # `inputs_embeds` is a named parameter because `generate` looks for it in the signature.
     def prepare_inputs_for_generation(
