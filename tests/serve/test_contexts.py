@@ -11,8 +11,9 @@ import openai
 import pytest
 import torch
 
-from ovq.hf import build_context, save_context
+from ovq.hf import build_context, context_file, save_context
 from ovq.prompts import document_ids, note_of_chat
+from ovq.serve.model import ServedModel
 from tests.disks import full_disk
 from tests.hf.common import is_greedy, make_model, random_ids
 from tests.serve.common import answer_tokens, client_of, complete
@@ -84,6 +85,18 @@ def test_what_is_no_context_of_the_model_is_refused_and_leaves_nothing(ids, tmp_
     assert httpx.get(url).json()["data"] == []
     assert httpx.post(url, json={"name": "x", "token_ids": [1]}).status_code == 201
     assert httpx.delete(f"{url}/x").status_code == 200
+
+
+def test_a_context_is_loaded_without_reading_all_weights_again(tmp_path, monkeypatch):
+    model = make_model()
+    served, other = ServedModel(model), ServedModel(make_model(seed=1))
+    save_context(build_context(model, DOCUMENT), tmp_path / "book.ctx")
+    for each in (served, other):
+        each.prepare()
+    monkeypatch.setattr(context_file, "weights_of", None)
+    assert served.load_context(tmp_path / "book.ctx").num_tokens == len(DOCUMENT)
+    with pytest.raises(ValueError, match="found one of other weights"):
+        other.load_context(tmp_path / "book.ctx")
 
 
 def test_an_upload_to_a_full_disk_is_answered(ids, tmp_path, monkeypatch, caplog):

@@ -258,8 +258,15 @@ def save_context(context: Context, path: str | os.PathLike) -> None:
     write_file(path, tensors, metadata=metadata)
 
 
-def load_context(path: str | os.PathLike, model: ContextModel) -> Context:
+def load_context(
+    path: str | os.PathLike, model: ContextModel, *, known_fingerprint: Mapping[str, str] | None = None
+) -> Context:
     """Load a context for the model that made it, onto the model's device.
+
+    Args:
+        path: a file of `save_context`.
+        model: the model that read the document.
+        known_fingerprint: as in `read_in_pieces`.
 
     Raises:
         ValueError: a missing or damaged file, a file of another kind, or a context of another model or
@@ -270,7 +277,8 @@ def load_context(path: str | os.PathLike, model: ContextModel) -> Context:
         raise ValueError(
             f"{path}: expected a context of a model of kind {model.context_kind!r}, found one of {found!r}"
         )
-    own, kind = fingerprint(model), KINDS[model.context_kind]
+    own = fingerprint(model) if known_fingerprint is None else known_fingerprint
+    kind = KINDS[model.context_kind]
     check_fingerprint(str(path), metadata, own, kind)
     config = kind.config(json.loads(own["config"]))
     layers = checked_layers(str(path), tensors, kind, config, model.dtype, num_tokens)

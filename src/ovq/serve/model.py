@@ -67,7 +67,7 @@ class ServedModel:
 
     def load_context(self, path: Path) -> Context:
         """The context in a file; ValueError, naming the path, if it is not of this model. Thread-safe."""
-        return load_context(path, self.model)
+        return load_context(path, self.model, known_fingerprint=self._fingerprint)
 
     def start(self, context: Context | None) -> Rows:
         """One row that has read nothing, or the context."""
