@@ -63,6 +63,24 @@ def test_drafts_are_verified_with_inputs_that_are_not_rounded(steps):
         answer(model, prompt_lookup_num_tokens=32)
 
 
+def test_a_schedule_does_not_raise_the_number_of_drafts_above_the_limit(steps):
+    model, twin = (converted(weight_dtype="int8") for _ in range(2))
+    for one in (model, twin):
+        one.generation_config.eos_token_id = None
+    expected = model.generate(PROMPT, do_sample=False, max_new_tokens=100)
+    options = twin.generation_config
+    options.num_assistant_tokens, options.num_assistant_tokens_schedule = 31, "heuristic"
+    options.assistant_confidence_threshold = 0
+    nums = []
+    model.register_forward_hook(lambda *args: nums.append(args[-1].logits.shape[1]))
+    found = model.generate(PROMPT, assistant_model=twin, do_sample=False, max_new_tokens=100)
+    assert torch.equal(found, expected)
+    # All were accepted in the first round.
+    assert nums[:2] == [32, 32]
+    # This is where the next answer begins.
+    assert options.num_assistant_tokens <= 31
+
+
 @pytest.mark.parametrize("num", [1, 5])
 def test_drafts_beside_a_prompt_are_read_as_in_a_call_of_their_own(steps, num):
     model, prompt = converted(weight_dtype="int8"), PROMPT[:, :-num]

@@ -140,6 +140,15 @@ class CachedGeneration:
                 raise ValueError(
                     f"{option}: expected at most {self.most_drafts}, to be verified exactly, found {found}"
                 )
+        if hasattr(drafts, "num_assistant_tokens"):
+            update = drafts.update_candidate_strategy
+
+            def update_within_limit(*args: Any) -> None:
+                update(*args)
+                # The schedule "heuristic" raises the number after each round in which all were accepted.
+                drafts.num_assistant_tokens = min(drafts.num_assistant_tokens, self.most_drafts)
+
+            drafts.update_candidate_strategy = update_within_limit
         return drafts
 
     # `inputs_tensor` is a named parameter because `generate` looks for it in the signature.
