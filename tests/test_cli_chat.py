@@ -1,5 +1,6 @@
 """`ovq chat`: a terminal, or lines through a pipe; what was said is read once, saved, and gone on from."""
 
+import dataclasses
 import functools
 import io
 import json
@@ -21,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ovq import prompts
 from ovq.cli import chat, conversation, main
 from ovq.convert import attach
-from ovq.hf import streaming
+from ovq.hf import build_context, save_context, streaming
 from ovq_lab.text import byte_tokenizer
 from tests.convert.common import MEMORY, SIZES
 from tests.hf.common import is_greedy
@@ -187,6 +188,37 @@ def test_a_file_of_context_build_is_a_document(capsys, folders, say, tmp_path):
     run(capsys, "context", "build", "--model", model, "--text", book, "--out", tmp_path / "c")
     said = say(model, *TURNS[:2], options=["--context", tmp_path / "c"])
     assert_answers(model, said, TURNS[:2], before=book.read_text())
+
+
+def test_generate_goes_on_from_a_chat(capsys, folders, say, tmp_path):
+    model, saved, book = folders / "converted", tmp_path / "chat.ctx", folders / "book.txt"
+    one = ["generate", "--model", model, "--max-new-tokens", LENGTH, "--context", saved, "--prompt"]
+    run(capsys, "context", "build", "--model", model, "--text", book, "--chat", "--out", saved)
+    first, second = say(model, *TURNS[:2], options=["--document", book]).splitlines()
+    assert run(capsys, *one, TURNS[0], "--chat") == f"{first}\n"
+    say(model, TURNS[0], f"/save {saved}", options=["--document", book])
+    assert run(capsys, *one, TURNS[1], "--chat") == f"{second}\n"
+    message = "--context: expected --chat beside a file that has read a chat, found none"
+    assert message in fail(capsys, *one, TURNS[0])
+
+
+@pytest.mark.parametrize(
+    ("note", "message"),
+    [
+        ("about a queen", "--context: expected a chat that was saved, found another note"),
+        (
+            prompts.note_of_chat([{"role": "user", "content": "?"}], [1]),
+            "--prompt: expected messages that go on from those of the context as it read them",
+        ),
+    ],
+)
+def test_generate_refuses_a_chat_that_does_not_go_on(note, message, capsys, folders, tmp_path):
+    model, saved = folders / "converted", tmp_path / "chat.ctx"
+    save_context(dataclasses.replace(build_context(chat.load_any_model(model), [1, 2]), note=note), saved)
+    one = ["generate", "--model", model, "--max-new-tokens", 4, "--context", saved, "--prompt", "?"]
+    assert message in fail(capsys, *one, "--chat")
+    if note == "about a queen":
+        assert len(run(capsys, *one).strip("\n")) == 4
 
 
 def test_where_a_template_writes_otherwise_the_chat_goes_back_to_the_last_prompt(folders, say, num_read):

@@ -93,6 +93,22 @@ def chat_ids(messages: Sequence[dict[str, Any]], tokenizer: Any, *, vocab_size: 
     return encode(text, tokenizer, vocab_size=vocab_size, name=name, is_start=False)
 
 
+def ids_after(read: Sequence[int], ids: Sequence[int], *, name: str) -> list[int]:
+    """The token ids of a chat that follow those which a context has read of it.
+
+    ValueError, naming the source of the messages, if the chat does not begin with them, or ends there.
+
+    Example:
+        >>> ids_after([5, 6], [5, 6, 7], name="--prompt")
+        [7]
+    """
+    if [*ids[: len(read)]] != [*read] or len(ids) == len(read):
+        raise ValueError(
+            f"{name}: expected messages that go on from those of the context as it read them, found others"
+        )
+    return [*ids[len(read) :]]
+
+
 def document_ids(
     text: str, tokenizer: Any, *, vocab_size: int, name: str, system: str | None = None
 ) -> tuple[list[int], list[dict[str, str]]]:

@@ -13,7 +13,7 @@ import typer
 from ovq.cli import options
 from ovq.cli.common import as_text, read_text
 from ovq.cli.loading import check_generating_folder, load_any_model, load_tokenizer
-from ovq.prompts import chat_text, check_chat_template, encode
+from ovq.prompts import chat_ids, chat_of_note, check_chat_template, encode, ids_after
 
 if TYPE_CHECKING:
     from ovq.hf import Context, OVQForCausalLM
@@ -107,16 +107,15 @@ def generate(
     tokenizer = load_tokenizer(model)
     if chat:
         check_chat_template(tokenizer, name="--chat")
-        text = chat_text([{"role": "user", "content": text}], tokenizer, name=flag)
-    # A prompt after a document does not begin a text, so it gets no begin token. Chat templates add theirs.
-    ids = encode(
-        text,
-        tokenizer,
-        vocab_size=loaded.config.vocab_size,
-        name=flag,
-        is_start=context is None and not chat,
-    )
     document = None if context is None else load_context(context, loaded)
+    messages, read = _chat_before(document, is_chat=chat)
+    vocab_size = loaded.config.vocab_size
+    if chat:
+        asked = [*messages, {"role": "user", "content": text}]
+        ids = ids_after(read, chat_ids(asked, tokenizer, vocab_size=vocab_size, name=flag), name=flag)
+    else:
+        # A prompt after a document does not begin a text, so it gets no begin token.
+        ids = encode(text, tokenizer, vocab_size=vocab_size, name=flag, is_start=document is None)
     set_seed(seed)
     ends = None if ignore_eos else loaded.generation_config.eos_token_id
     if json_ and max_new_tokens == 0 and ends is None:
@@ -165,6 +164,22 @@ def _read_prompt(prompt: str | None, prompt_file: str | None) -> tuple[str, str]
     if prompt is None and prompt_file is not None:
         return read_text(prompt_file, flag="--prompt-file"), "--prompt-file"
     raise ValueError("expected one of --prompt and --prompt-file, found both or neither")
+
+
+def _chat_before(document: Context | None, *, is_chat: bool) -> tuple[list[dict[str, str]], list[int]]:
+    """The messages that a context has read as a chat, and their tokens; none of a document."""
+    if document is None:
+        return [], []
+    try:
+        before = chat_of_note(document.note, num_tokens=document.num_tokens)
+    except ValueError as error:
+        if is_chat:
+            raise ValueError(f"--context: {error}") from None
+        # Notes of any text are allowed beside a document.
+        return [], []
+    if before[0] and not is_chat:
+        raise ValueError("--context: expected --chat beside a file that has read a chat, found none")
+    return before
 
 
 def _search(model: OVQForCausalLM, ids: list[int], document: Context | None, **options: Any) -> list[int]:

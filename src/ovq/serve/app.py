@@ -160,11 +160,8 @@ class _Routes:
         messages = [message.for_template(place) for place, message in enumerate(fields.messages)]
         tools = [tool.for_template for tool in fields.offered.values()]
         before, read = self._chat_before(fields.context)
-        ids = await asyncio.to_thread(self._service.texts.chat, [*before, *messages], tools)
-        if ids[: len(read)] != read or len(ids) == len(read):
-            message = "expected messages that go on from those of the context as it read them, found others"
-            raise bad_field("messages", message)
-        ids, constraint = ids[len(read) :], None
+        ids = await asyncio.to_thread(self._service.texts.chat, [*before, *messages], tools, read=read)
+        constraint = None
         if (grammar := fields.grammar) is not None:
             param = "tools" if tools else "response_format"
             constraint = await asyncio.to_thread(self._service.grammars.compiled, grammar, param=param)

@@ -12,7 +12,7 @@ from typing import Any
 
 from ovq.byte_tokens import token_bytes
 from ovq.hf.streaming import TextStream
-from ovq.prompts import chat_text, check_chat_template, check_ids, document_ids, encode
+from ovq.prompts import chat_text, check_chat_template, check_ids, document_ids, encode, ids_after
 from ovq.serve.errors import bad_request
 from ovq.serve.tools import match_start, tools_as_text
 
@@ -106,16 +106,23 @@ class Texts:
                 tokenizer = self._tokenizer_of_long if is_long else self._tokenizer
                 return encode(text, tokenizer, is_start=is_start, **about)
 
-    def chat(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
+    def chat(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] = (),
+        *,
+        read: Sequence[int] = (),
+    ) -> list[int]:
         """The tokens of a chat prompt, rendered by the model's chat template up to the start of the answer.
 
         Args:
             messages: Messages in the form of chat templates.
             tools: Tools that the model may call. A template without support for tools gets them as text,
                 like all calls and results in the messages (`ovq.serve.tools.tools_as_text`).
+            read: Tokens of the prompt that a context has read, which are left out.
 
         Raises:
-            APIError: If there is no template, or it refuses these messages.
+            APIError: If there is no template, it refuses these messages, or they do not follow `read`.
         """
         with _as_api_errors("messages", code="no_chat_template", hint=": use /v1/completions"):
             check_chat_template(self._tokenizer, name="messages")
@@ -125,7 +132,9 @@ class Texts:
         with _as_api_errors("messages"):
             text = chat_text(messages, self._tokenizer, name="messages", tools=tools)
         # The template has marked the beginning of the text.
-        return self.encode(text, param="messages", is_start=False)
+        ids = self.encode(text, param="messages", is_start=False)
+        with _as_api_errors("messages"):
+            return ids_after(read, ids, name="messages")
 
     def document(self, text: str) -> tuple[list[int], list[dict[str, str]]]:
         """The tokens of a document before a chat, and its messages; see `ovq.prompts.document_ids`.
