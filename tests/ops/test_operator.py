@@ -1,11 +1,15 @@
 """Calls in graphs of `torch.compile`: one operator, with a state or without, in and out."""
 
+import contextlib
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch._subclasses import FakeTensorMode
 from torch.nn.functional import logsigmoid
 
 from ovq.ops import OVQState, backend_used, ovq_attention
+from ovq.ops.state import tensors_of
 from tests.ops.common import assert_same_state, attend, inputs
 
 pytestmark = pytest.mark.filterwarnings(
@@ -125,6 +129,28 @@ def test_gradients_of_gradients_of_a_graph_are_refused(is_exported, backend):
     (grad,) = torch.autograd.grad(read(*leaves).sum(), leaves[:1], create_graph=True)
     with pytest.raises(RuntimeError, match=r"graphs of torch.compile .* Outside of graphs, .*'naive'"):
         torch.autograd.grad(grad.square().sum(), leaves)
+
+
+@pytest.mark.parametrize("device", ["fake", "meta"])
+@pytest.mark.parametrize("is_gated", [False, True])
+def test_tensors_without_data_give_what_a_graph_gives_but_numbers(is_gated, device):
+    def results(function, tensors):
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        o, state = function(*leaves, *[None] * (5 - len(leaves)), SIZES)
+        grads = torch.autograd.grad(o.sum() + state.key_sum.sum(), leaves)
+        return [(x.shape, x.dtype) for x in (o, *tensors_of(state).values(), *grads)], state
+
+    given = [*inputs(2, 19), *(gates(19).values() if is_gated else ())]
+    expected, known = results(whole(two_calls), given)
+    with FakeTensorMode() if device == "fake" else contextlib.nullcontext() as mode:
+        bare = [x.to("meta") if mode is None else mode.from_tensor(x) for x in given]
+        found, state = results(two_calls, bare)
+        with pytest.raises(ValueError, match=r"expected no init='random', .* without data"):
+            attend(*bare[:3], init="random", **SIZES)
+    assert found == expected
+    for tensors, other in ((bare, known), (given, state)):
+        with pytest.raises(ValueError, match=r"initial_state: (tensors with data|device): expected"):
+            attend(*tensors[:3], initial_state=other, **SIZES)
 
 
 def test_outputs_of_a_graph_may_be_changed_in_place():

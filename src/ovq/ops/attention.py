@@ -11,7 +11,7 @@ from torch import Tensor
 from ovq.ops import backends, dispatch, operator
 from ovq.ops.ablation import Ablation, with_earlier_names
 from ovq.ops.call import RowBounds
-from ovq.ops.checks import check_qkv, checked_call, checked_scale
+from ovq.ops.checks import check_qkv, checked_call, checked_scale, has_data
 from ovq.ops.options import VALUE_WEIGHT, options_of
 from ovq.ops.random_init import seed_of
 from ovq.ops.state import OVQState, advanced
@@ -47,7 +47,8 @@ def ovq_attention(
     Each query attends, with one softmax, to the slots of a dictionary learned online from earlier chunks (at
     most `num_slots` mean keys and values per head, biased by the log of their counts) and to the tokens of
     its own chunk up to and including itself. Time is linear in T; the state has constant size. q and k are
-    not normalised here; the layer L2-normalises them.
+    not normalised here; the layer L2-normalises them. For meta and fake tensors, results have shapes alone,
+    those of `torch.compile`.
 
     Args:
         q: `[B, T, H, K]` queries; float32, float64, bfloat16 or float16.
@@ -148,7 +149,7 @@ def ovq_attention(
         "token_weights": token_weights,
         "log_forget": log_forget,
     }
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not has_data(q):
         narrow = isinstance(initial_state, OVQState) and initial_state.state_dtype != "float32"
         if options.init == "random" or narrow or is_differentiated():
             # A compiled graph would keep the seed it was traced with, and passes no scales of sums and no
@@ -162,10 +163,10 @@ def ovq_attention(
 
 @uncompiled
 def _uncompiled(given: dict[str, Any], backend: str) -> tuple[Tensor, OVQState | None]:
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() or not has_data(given["q"]):
         raise ValueError(
-            "expected no init='random', narrow slots or tangents under torch.export, found some: "
-            "torch.compile can do it"
+            "expected no init='random', narrow slots or tangents without data or under torch.export, found "
+            "some: torch.compile can do it"
         )
     call = checked_call(**given)
     o, state = dispatch.run_of(call, backend)(call)

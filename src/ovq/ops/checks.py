@@ -22,7 +22,7 @@ from ovq.ops.transforms import check_transforms
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise ValueError unless shapes, dtypes and devices of q, k, v agree."""
-    _check_tensors(q=q, k=k, v=v)
+    _check_tensors(has_data(q, k, v), q=q, k=k, v=v)
     if k.shape[:2] != q.shape[:2] or v.shape[:3] != k.shape[:3]:
         raise ValueError(
             "q, k, v: expected [B, T, H, K], [B, T, Hkv, K], [B, T, Hkv, V], found "
@@ -38,22 +38,22 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def check_kv(k: Tensor, v: Tensor) -> None:
     """Raise ValueError unless shapes, dtypes and devices of k and v agree."""
-    _check_tensors(k=k, v=v)
+    _check_tensors(True, k=k, v=v)
     if v.shape[:3] != k.shape[:3]:
         raise ValueError(
             f"k, v: expected [B, T, Hkv, K], [B, T, Hkv, V], found {tuple(k.shape)}, {tuple(v.shape)}"
         )
 
 
-def _check_tensors(**tensors: Tensor) -> None:
-    """Raise ValueError unless these are tensors `[B, T, heads, dim]` of one dtype and device, with values."""
+def _check_tensors(needs_data: bool, /, **tensors: Tensor) -> None:
+    """Raise ValueError unless these are tensors `[B, T, heads, dim]` of one dtype and device."""
     if not torch.compiler.is_compiling():
         check_transforms()
     first: tuple[str, Tensor] | None = None
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
             raise ValueError(f"{name}: expected a tensor, found {type(x).__name__}")
-        check_dense(name, x)
+        check_dense(name, x, needs_data=needs_data)
         if x.dim() != 4:
             raise ValueError(f"{name}: expected 4 dimensions [B, T, heads, dim], found {tuple(x.shape)}")
         if x.dtype not in DTYPES:
@@ -66,12 +66,24 @@ def _check_tensors(**tensors: Tensor) -> None:
             raise ValueError(f"{name}: expected at least one head and one dimension, found {tuple(x.shape)}")
 
 
-def check_dense(name: str, x: Tensor) -> None:
-    """Raise ValueError, naming the tensor, unless it is a dense one with data."""
-    # Graphs are traced with fake tensors. The class is asked first because `is_fake` takes microseconds.
-    has_none = type(x) is not Tensor and not torch.compiler.is_compiling() and is_fake(x)
-    if x.layout != torch.strided or x.is_nested or x.device.type == "meta" or has_none:
-        found = "a nested one" if x.is_nested else "a fake one" if has_none else f"{x.layout} on {x.device}"
+def has_data(*tensors: Any) -> bool:
+    """Whether any of the tensors has values, and not only a shape, as meta and fake ones.
+
+    Graphs are traced with fake tensors, so under `torch.compile` all count as having some.
+    """
+    # The class is asked first because `is_fake` takes microseconds.
+    return torch.compiler.is_compiling() or any(
+        not isinstance(x, Tensor) or not (x.is_meta or (type(x) is not Tensor and is_fake(x)))
+        for x in tensors
+    )
+
+
+def check_dense(name: str, x: Tensor, *, needs_data: bool = True) -> None:
+    """Raise ValueError, naming the tensor, unless it is a dense one, with data if that is needed."""
+    lacks_data = needs_data and not has_data(x)
+    if x.layout != torch.strided or x.is_nested or lacks_data:
+        found = "a fake one" if lacks_data and not x.is_meta else f"{x.layout} on {x.device}"
+        found = "a nested one" if x.is_nested else found
         raise ValueError(f"{name}: expected a dense tensor with data, found {found}")
 
 
@@ -87,12 +99,12 @@ def checked_scale(scale: float | Tensor | None, q: Tensor) -> Tensor:
             )
         if not scale.is_floating_point():
             raise ValueError(f"scale: expected a floating dtype, found {scale.dtype}")
-        check_dense("scale", scale)
+        check_dense("scale", scale, needs_data=has_data(q))
         return scale.to(q.device, wide)
     is_number = isinstance(scale, (int, float)) and not isinstance(scale, bool) and is_finite(scale)
     if not is_number or abs(scale) > torch.finfo(wide).max:
         raise ValueError(f"scale: expected a finite float or a tensor [{num_heads}], found {scale!r}")
-    return torch.full((num_heads,), float(scale), dtype=wide, device=q.device)
+    return q.new_full((num_heads,), float(scale), dtype=wide)
 
 
 def checked_call(
@@ -342,6 +354,7 @@ def check_state(state: OVQState, num_rows: int, k: Tensor, v: Tensor, options: O
         ("dtype of sums", sums, state.key_sum.dtype),
         ("dtype of pending tokens", k.dtype, state.pending_keys.dtype),
         ("device", k.device, state.key_sum.device),
+        ("tensors with data", has_data(k), has_data(state.key_sum)),
     ):
         if found != expected:
             raise ValueError(f"initial_state: {what}: expected {expected}, found {found}")
@@ -373,5 +386,6 @@ def _check_parts(state: OVQState, dtype: torch.dtype) -> None:
                 f"initial_state: {name}: expected {list(shape)} in {kind} on {place}, found {found}"
             )
     # The place of the next token among those that are pending depends on it. Graphs know no numbers.
-    if not torch.compiler.is_compiling() and bool((state.num_seen < 0).any()):
+    is_known = has_data(state.num_seen) and not torch.compiler.is_compiling()
+    if is_known and bool((state.num_seen < 0).any()):
         raise ValueError(f"initial_state: num_seen: expected at least 0, found {state.num_seen.tolist()}")

@@ -187,7 +187,8 @@ def _fake_call(*arguments: Any) -> tuple[Tensor, ...]:
     pieces = []
     for name in _PIECES:
         shape, dtype = spec.get(name, ((0,), q.dtype))
-        pieces.append(q.new_empty(shape, dtype=dtype, device="cpu" if name == "num_seen" else q.device))
+        # Zeros, as that of the meta device is a real one.
+        pieces.append(q.new_zeros(shape, dtype=dtype, device="cpu" if name == "num_seen" else q.device))
     return o, *pieces
 
 
