@@ -80,7 +80,8 @@ def ovq_attention(
             log count. A token's own chunk is read as if all weights were 1. None: all weights are 1.
         log_forget: `[B, T, Hkv]` log forget gates, at most 0 (differentiable): each token multiplies the
             weight of everything before it in its row by exp(log_forget), tokens of its own chunk included,
-            which then are read with their weights too. Clamped at -48 / chunk_size. None: no forgetting.
+            which then are read with their weights too. Clamped at -48 / chunk_size. Training keeps a
+            dictionary per chunk, N T / C slots per head. None: no forgetting.
         generator: its `initial_seed()` seeds `init="random"`; None means PyTorch's default generator.
         ablation: changes for ablations, an `ovq.ops.options.Ablation` or its values by name.
         backend: `"naive"` (reference loops), `"torch"` (matrix products, any device), `"cpu"` (compiled for

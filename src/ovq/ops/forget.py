@@ -17,7 +17,8 @@ from ovq.ops.state import OVQState
 def forgetful_attention(call: Call, run: Run) -> tuple[Tensor, OVQState]:
     """Outputs `[B, T, H, V]` and final state of a call with `log_forget`; `run` runs each chunk.
 
-    The token weights of the call also apply when its chunks are read.
+    The token weights of the call also apply when its chunks are read. With gradients, autograd keeps the
+    faded dictionary of each chunk.
     """
     state, weights, log_forget, options = call.state, call.token_weights, call.log_forget, call.options
     assert weights is not None
