@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from ovq.cli import main
-from ovq.convert import load
+from ovq.convert import build_context, load, save_context
 from ovq.convert.presets import load_preset
 from ovq.convert.texts import default_texts
+from ovq.ops import cpu_kernels
 from ovq_lab.text import byte_tokenizer
 from tests.convert.common import SIZES, original
 from tests.convert.gguf_files import write_gguf
@@ -79,6 +80,26 @@ def test_a_converted_model_generates_alone_and_after_a_context(capsys, converted
     assert "expected a folder that does not exist yet" in fail(
         capsys, "convert", "--model", converted / "llama", "--out", model
     )
+
+
+@pytest.mark.skipif(not cpu_kernels().startswith("compiled"), reason="there are no kernels on this machine")
+def test_a_context_is_read_with_weights_of_other_types(capsys, converted, tmp_path):
+    convert(capsys, converted, out="narrow")
+    model, book, text = converted / "narrow", tmp_path / "book.ctx", tmp_path / "book.txt"
+    text.write_text(DOCUMENT)
+    build = ["context", "build", "--model", model, "--text", text, "--out", book]
+    run(capsys, *build)
+    exact = load_file(book)
+    run(capsys, *build, "--weight-dtype", "int8")
+    context = build_context(load(model, weight_dtype="int8"), [int(word) for word in DOCUMENT.split()])
+    save_context(context, tmp_path / "expected.ctx")
+    found, expected = load_file(book), load_file(tmp_path / "expected.ctx")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert not all(torch.equal(found[name], exact[name]) for name in exact)
+    command = ["generate", "--model", model, "--max-new-tokens", 5, "--context", book, "--prompt", "5 40 1"]
+    # Of either model, which only rounds the weights.
+    for options in ([], ["--weight-dtype", "int8"]):
+        assert len(run(capsys, *command, *options).split()) == 5
 
 
 def test_quiet_hides_what_transformers_loads(capsys, converted, tmp_path, monkeypatch):

@@ -39,6 +39,7 @@ def build(
     merge: options.MergeRule = None,
     logn_length: options.LognLength = None,
     state_dtype: options.StateDtype = None,
+    weight_dtype: options.WeightDtype = None,
     prefill_chunk_size: Annotated[
         int, typer.Option(min=1, help="Tokens read at a time; fewer need less memory.")
     ] = 2048,
@@ -63,7 +64,12 @@ def build(
     from ovq.runtime.units import format_bytes
 
     loaded = load_any_model(
-        model, num_slots=num_slots, merge=merge, logn_length=logn_length, state_dtype=state_dtype
+        model,
+        num_slots=num_slots,
+        merge=merge,
+        logn_length=logn_length,
+        state_dtype=state_dtype,
+        weight_dtype=weight_dtype,
     )
     tokenizer, vocab_size = load_tokenizer(model), loaded.config.vocab_size
     messages: list[dict[str, str]] = []
