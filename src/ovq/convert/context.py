@@ -57,4 +57,5 @@ KINDS[KIND] = Kind(
     config=MemoryConfig.from_dict,
     cache=MemoryCache,
     check=_check,
+    size=lambda config: f"{config.rows_per_head:.0f} rows per head on average",
 )

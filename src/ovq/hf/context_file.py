@@ -70,6 +70,8 @@ class Kind:
         tensors: returns the tensors of a layer in a file with current names and dtypes.
         config: makes the config from these fields.
         cache: makes an empty cache from the config.
+        size: says how large a memory with this config is, for users who have not chosen what its fields
+            list; empty if they have.
         check: raises ValueError, naming the file, unless the tensors of each layer can be the memory of a
             model with this config and dtype after this many tokens.
     """
@@ -79,6 +81,7 @@ class Kind:
     config: Callable[[dict[str, Any]], Any]
     cache: Callable[[Any], StateCache]
     check: Callable[[str, Sequence[Tensors], Any, torch.dtype, int], None]
+    size: Callable[[Any], str] = lambda config: ""
 
 
 #: Kinds by the value of `context_kind`; `ovq.convert` adds its own.
@@ -236,6 +239,12 @@ def check_fingerprint(where: str, found: Mapping[str, str], expected: Mapping[st
     for name in sorted(own.keys() | other.keys(), key=lambda name: (name == "growth", name)):
         ours, theirs = own.get(name), other.get(name)
         if ours != theirs:
+            sizes = [kind.size(_config_of(where, x, kind, kind.config)) for x in (expected, found)]
+            if sizes[0] and (isinstance(ours, list) or isinstance(theirs, list)):
+                raise ValueError(
+                    f"{where}: expected a context of this conversion ({sizes[0]}), found one of another "
+                    f"({sizes[1]}), with other {name}: build it again with ovq context build"
+                )
             while isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
                 place = next(i for i, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1])
                 name, ours, theirs = f"{name}[{place}]", ours[place], theirs[place]
