@@ -17,7 +17,9 @@ import types
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from rich.console import Console
+from tokenizers import Tokenizer, decoders, models
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ovq import prompts
 from ovq.cli import chat, conversation, main
@@ -226,6 +228,37 @@ def test_where_a_template_writes_otherwise_the_chat_goes_back_to_the_last_prompt
     first, second, third = (len(f"<user>{turn}\n<assistant>") for turn in TURNS)
     left = LENGTH - 3 + 1
     assert num_read == [first, left + second, left + third]
+
+
+def test_an_answer_that_the_tokenizer_divides_otherwise_is_read_again(folders):
+    """The model writes as two tokens what the tokenizer makes one token of."""
+    model, shown = chat.load_any_model(folders / "converted"), io.StringIO()
+
+    def terminal(pair=None):
+        letters = {chr(i): i for i in range(128)}
+        merged = {} if pair is None else {"".join(pair): letters.pop("\1")}
+        merges = [] if pair is None else [pair]
+        tokens = Tokenizer(models.BPE(vocab=letters | merged, merges=merges))
+        tokens.decoder = decoders.Fuse()
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens)
+        tokenizer.chat_template = TEMPLATE
+        talk = conversation.Conversation(model, tokenizer, sampling=streaming.Sampling(), max_tokens=LENGTH)
+        found = chat._Terminal(talk, None)
+        found._notes = Console(file=shown, width=200)
+        return found, talk
+
+    one, talk = terminal()
+    one._answer(TURNS[0])
+    answer = talk.messages[-1]["content"]
+    other, talk = terminal((answer[3], answer[4]))
+    other._answer(TURNS[0])
+    assert talk.messages[-1]["content"] == answer
+    assert "read again" not in shown.getvalue()
+    other._answer(TURNS[1])
+    assert f"; {LENGTH - 1} earlier tokens read again, as the prompt now has others\n" in shown.getvalue()
+    ids = [*talk._ids(talk.messages[:-1]), *map(ord, talk.messages[-1]["content"])]
+    assert 1 in ids
+    assert is_greedy(model, torch.tensor(ids), LENGTH)
 
 
 def test_few_states_are_kept(folders):

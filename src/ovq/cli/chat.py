@@ -61,9 +61,9 @@ def chat(
 ) -> None:
     """Talk to a model whose tokenizer has a chat template, after a document if one is given.
 
-    Each turn continues from the model's state, so earlier messages are not read again, and memory does not
-    grow with the chat. /help lists commands such as [bold]/save FILE[/bold]. If standard input is not a
-    terminal, each of its lines is a message or a command.
+    Each turn continues from the model's state, so earlier messages are not read again unless their tokens
+    are others in the new prompt, and memory does not grow with the chat. /help lists commands such as
+    [bold]/save FILE[/bold]. If standard input is not a terminal, each of its lines is a message or a command.
 
     Example: [bold]ovq chat --model converted --document book.txt[/bold]
     """
@@ -202,9 +202,7 @@ class _Terminal:
         said += ["stopped: Ctrl-C once more leaves"] if self._was_interrupted else []
         said += ["ended by --max-tokens"] if conversation.is_cut else []
         if conversation.num_reread:
-            said.append(
-                f"{conversation.num_reread} earlier tokens read again, as the chat template renders them anew"
-            )
+            said.append(f"{conversation.num_reread} earlier tokens read again, as the prompt now has others")
         self._notes.print("; ".join(said))
 
     def _run_command(self, command: str, file: str) -> None:
