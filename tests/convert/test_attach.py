@@ -332,6 +332,12 @@ def test_what_a_memory_cannot_do_is_refused():
         model(ids, position_ids=torch.tensor([[0, 1, 2, 3, 4, 9, 10, 11, 12, 13]]), use_cache=False)
     with pytest.raises(ValueError, match="cache_implementation"):
         model.generate(ids, cache_implementation="static", **GREEDY)
+    with pytest.raises(ValueError, match=r"continuous batching.*: a state has no pages; call generate"):
+        # transformers would advise another attention, which is refused as well.
+        model.generate_batch([[1, 2, 3], [4]])
+    embeds = model.get_input_embeddings()(ids)
+    with pytest.raises(ValueError, match="prefill_chunk_size: expected None with inputs_embeds, found 3"):
+        model.generate(inputs_embeds=embeds, prefill_chunk_size=3, **GREEDY)
     with pytest.raises(ValueError, match="found LlamaForCausalLM: other models, wrapped and conv"):
         ContextParallel(model)
 

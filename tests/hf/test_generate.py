@@ -167,6 +167,15 @@ def test_generation_from_embeddings(model):
     assert torch.equal(out, model.generate(ids, attention_mask=mask, **GREEDY)[:, 7:])
 
 
+@pytest.mark.parametrize("has_ids", [False, True])
+def test_embeddings_in_chunks_are_refused(model, has_ids):
+    """transformers would give all of them with each chunk of the ids."""
+    ids = random_ids(1, 7)
+    given = {"inputs_embeds": model.get_input_embeddings()(ids)} | ({"input_ids": ids} if has_ids else {})
+    with pytest.raises(ValueError, match="prefill_chunk_size: expected None with inputs_embeds, found 3"):
+        model.generate(**given, **GREEDY, prefill_chunk_size=3)
+
+
 def test_generation_with_more_slots_than_in_training():
     model, ids = make_model(), random_ids(2, 30)
     mask = torch.ones_like(ids)

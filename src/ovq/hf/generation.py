@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -23,6 +23,16 @@ class CachedGeneration:
         """Largest number of drafts to verify at a time."""
         return MOST_CROPPED
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not supported, and so neither are `generate_batch` and `cache_implementation="paged"`, its users.
+
+        Its loop runs in a thread, which loses the error of the model's first call and returns the prompts.
+        """
+        raise ValueError(
+            "expected cache_implementation None or 'dynamic', found 'paged' (continuous batching): a state "
+            "has no pages; call generate, or let rows join and leave a cache (concatenate)"
+        )
+
     def _prepare_cache_for_generation(
         self,
         generation_config: GenerationConfig,
@@ -36,8 +46,8 @@ class CachedGeneration:
         A given cache with one row per prompt is expanded to one row per beam or returned sequence.
 
         Raises:
-            ValueError: a `cache_implementation` that cannot hold a state, a cache that is given but not to be
-                used, or a prompt of which it has read every token.
+            ValueError: a `cache_implementation` that cannot hold a state, embeddings to be read in chunks, a
+                cache that is given but not to be used, or a prompt of which it has read every token.
         """
         model: Any = self
         implementation = generation_config.cache_implementation
@@ -45,6 +55,12 @@ class CachedGeneration:
             raise ValueError(
                 f"expected cache_implementation None or 'dynamic', found {implementation!r}: "
                 "this model has a cache of its own, which is small already"
+            )
+        if generation_config.prefill_chunk_size is not None and model_kwargs.get("inputs_embeds") is not None:
+            # transformers splits ids alone, and gives all embeddings with each piece of them.
+            raise ValueError(
+                "prefill_chunk_size: expected None with inputs_embeds, found "
+                f"{generation_config.prefill_chunk_size}"
             )
         given = one_of(model_kwargs.pop("past_key_values", None), model_kwargs.pop("cache", None))
         if given is not None and generation_config.use_cache is False:

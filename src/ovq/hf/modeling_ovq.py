@@ -6,7 +6,7 @@ Everything that depends on the version of transformers is in `cache.py` and `gen
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -352,16 +352,6 @@ class OVQForCausalLM(CachedGeneration, OVQPreTrainedModel, GenerationMixin):
 
     def _prepare_position_ids_for_generation(self, *args: Any) -> None:
         """Return None, as no layer needs positions; `generate` would extend them with every token."""
-
-    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not supported, and so neither are `generate_batch` and `cache_implementation="paged"`, its users.
-
-        Its loop runs in a thread, which loses the error of the model's first call and returns the prompts.
-        """
-        raise ValueError(
-            "expected cache_implementation None or 'dynamic', found 'paged' (continuous batching): a state "
-            "has no pages; call generate, or let rows join and leave a cache with OVQCache.concatenate"
-        )
 
     def checked_cache(self, cache: Any) -> OVQCache | None:
         """`cache`; ValueError unless it is an `OVQCache` or None."""
