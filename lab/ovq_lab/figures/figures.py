@@ -321,7 +321,7 @@ def get_figure(
     Example:
         >>> from ovq_lab.figures.presets import CPU
         >>> [panel.title for panel in get_figure("recall", CPU).panels]
-        ['accuracy', 'memory', 'time']
+        ['accuracy', 'memory']
     """
     if name not in FIGURES:
         raise ValueError(
