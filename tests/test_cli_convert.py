@@ -28,7 +28,6 @@ from tests.test_cli import fail, run
 DOCUMENT = " ".join(str(i * 17 % 64) for i in range(1, 90))
 SIZED = ["--num-slots", 8, "--window", 16, "--num-sinks", 2, "--chunk-size", 8]
 SMALL = [*SIZED, "--no-probe"]
-READING = SIZES | {"vocab_size": 257, "max_position_embeddings": 160}
 
 
 @pytest.fixture(autouse=True)
@@ -103,28 +102,6 @@ def test_a_context_is_read_with_weights_of_other_types(capsys, converted, tmp_pa
         assert len(run(capsys, *command, *options).split()) == 5
 
 
-@pytest.mark.parametrize(("num_tokens", "expected"), [(None, 100), (100, 100), (60, 60)])
-def test_a_probe_reads_what_the_model_can_read(num_tokens, expected, capsys, reading, tmp_path):
-    model = shutil.copytree(reading / "llama", tmp_path / "llama")
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 100}))
-    options = [] if num_tokens is None else ["--probe-tokens", num_tokens]
-    command = ["convert", "--model", model, *SIZED, "--probe", reading / "a.txt", "--needle-weight", 0]
-    run(capsys, *command, *options, "--out", tmp_path / "out", "--save-preset", tmp_path / "preset")
-    assert [x["tokens"] for x in load_preset(tmp_path / "preset").measured["probe"]] == [expected]
-
-
-def test_a_probe_may_read_more_where_the_rotary_embedding_is_scaled(capsys, reading, tmp_path):
-    model = shutil.copytree(reading / "llama", tmp_path / "llama")
-    config = json.loads((model / "config.json").read_text())
-    scaled = config["rope_parameters"] | {"rope_type": "linear", "factor": 4.0}
-    fields = config | {"max_position_embeddings": 100, "rope_parameters": scaled}
-    (model / "config.json").write_text(json.dumps(fields))
-    command = ["convert", "--model", model, *SIZED, "--probe", reading / "a.txt", "--needle-weight", 0]
-    run(capsys, *command, "--probe-tokens", 120, "--out", tmp_path / "out", "--save-preset", tmp_path / "p")
-    assert [x["tokens"] for x in load_preset(tmp_path / "p").measured["probe"]] == [120]
-
-
 def test_quiet_hides_what_transformers_loads(capsys, converted, tmp_path, monkeypatch):
     command = ["convert", "--model", converted / "llama", *SMALL]
     with monkeypatch.context() as patch:
@@ -145,7 +122,7 @@ def reading(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reading")
     torch.manual_seed(0)
     # As many tokens as the tokenizer of bytes has.
-    LlamaForCausalLM(LlamaConfig(**READING)).save_pretrained(folder / "llama")
+    LlamaForCausalLM(LlamaConfig(**SIZES | {"vocab_size": 257})).save_pretrained(folder / "llama")
     byte_tokenizer().save_pretrained(folder / "llama")
     for name in ("a", "b"):
         (folder / f"{name}.txt").write_text("the quick brown fox jumps over the lazy dog " * 3)
@@ -164,8 +141,6 @@ def test_a_probe_shares_out_the_rows(capsys, reading, tmp_path):
     assert "--probe: expected none with --no-probe" in fail(
         capsys, *probing(reading, "--out", out, "--no-probe")
     )
-    said = fail(capsys, *probing(reading, "--out", out, "--probe-tokens", 161))
-    assert "--probe-tokens: expected at most 160, as many as the model can read (max_p" in said
     run(capsys, *probing(reading, "--out", out))
     config = load(out).memory_config
     assert 20 < config.rows_per_head <= 26
@@ -257,7 +232,7 @@ def test_what_a_probe_has_found_serves_others_as_a_preset(capsys, reading, tmp_p
             main(list(map(str, [*unsized, "--out", tmp_path / "new", *others])))
         assert (told in capsys.readouterr().err) == is_told
     torch.manual_seed(1)
-    other = LlamaForCausalLM(LlamaConfig(**READING))
+    other = LlamaForCausalLM(LlamaConfig(**SIZES | {"vocab_size": 257}))
     other.save_pretrained(tmp_path / "other")
     options = ["--preset", tmp_path / "mine", "--out", tmp_path / "new"]
     said = fail(capsys, "convert", "--model", tmp_path / "other", *options)

@@ -85,13 +85,13 @@ def convert(
     ] = None,
     no_probe: Annotated[bool, typer.Option("--no-probe", help="Give all heads equally many rows.")] = False,
     probe_tokens: Annotated[
-        int | None,
+        int,
         typer.Option(
             min=16,
             help="Tokens of each text of the probe, from its beginning; best as many as the model is going "
-            "to read. Default: 3072, or the model's max_position_embeddings if that is less.",
+            "to read.",
         ),
-    ] = None,
+    ] = 3072,
     needle_weight: Annotated[
         float,
         typer.Option(

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
 # Seed of the numbers hidden in a text of the probe.
 _NEEDLE_SEED = 7
-# Tokens to read of a text if the model can read as many.
-_DEFAULT_TOKENS = 3072
 # Measured for SmolLM2-135M and three texts of 3,072 tokens, on one core: docs/results/convert.md, "Presets".
 _SECONDS = {"passes": 66.0, "trials": 41.0}
 _WEIGHTS, _NUMBERS, _TOKENS, _OPTIONS = 134.5e6, 90 * 64, 3 * 3072, 24
@@ -28,7 +26,7 @@ def run_probe(
     *,
     name: str,
     rows: int,
-    num_tokens: int | None,
+    num_tokens: int,
     needle_weight: float,
     fit_bias: bool,
     settings: dict[str, Any],
@@ -39,7 +37,7 @@ def run_probe(
         model, tokenizer, name: The model, its tokenizer and its name.
         texts: Texts by name; if empty, those of the package. Numbers are hidden in the first one.
         rows: Average rows per head.
-        num_tokens: Tokens to read of each text; None for 3,072, or fewer if the model cannot read as many.
+        num_tokens: Tokens to read of each text.
         needle_weight: Weight of the text with hidden numbers; each other text has 1.
         fit_bias: Whether to fit biases of the slots' scores.
         settings: `num_sinks`, `chunk_size`, `merge` and `value_weight` of the memory.
@@ -56,7 +54,6 @@ def run_probe(
     from ovq.convert.presets import Preset
     from ovq.convert.texts import default_texts
 
-    num_tokens = _checked_length(model.config, num_tokens)
     texts = texts or default_texts()
     ids = [torch.tensor(tokenizer(text, verbose=False)["input_ids"][:num_tokens]) for text in texts.values()]
     read = [{"text": text, "tokens": len(x)} for text, x in zip(texts, ids, strict=True)]
@@ -123,21 +120,6 @@ def run_probe(
         },
     }
     return Preset.of(model, config, name="", model_name=name, measured=measured)
-
-
-def _checked_length(config: Any, num_tokens: int | None) -> int:
-    """The tokens to read of a text, all at distances that the model was trained on."""
-    most = getattr(config, "max_position_embeddings", None)
-    if num_tokens is None:
-        return min(_DEFAULT_TOKENS, most or _DEFAULT_TOKENS)
-    # Scaled rotary embeddings may be for longer texts than this field says.
-    is_scaled = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default") != "default"
-    if most and num_tokens > most and not is_scaled:
-        raise ValueError(
-            f"--probe-tokens: expected at most {most}, as many as the model can read "
-            f"(max_position_embeddings), found {num_tokens}"
-        )
-    return num_tokens
 
 
 def _cost_estimate(model: Any, lengths: list[int], num_options: int) -> str:
