@@ -149,8 +149,7 @@ def test_a_field_of_a_mixer_that_is_not_there_may_be_at_its_default():
 
 
 def test_names_that_no_mixer_declares_are_kept_as_transformers_does():
-    with pytest.warns(UserWarning, match="field_of_the_future: expected a field of OVQConfig"):
-        assert OVQConfig(**KVM, field_of_the_future=3).field_of_the_future == 3
+    assert OVQConfig(**KVM, field_of_the_future=3).field_of_the_future == 3
 
 
 def test_fields_come_and_go_with_the_mixers():
@@ -236,7 +235,7 @@ def test_names_that_are_taken_are_refused():
     with pytest.raises(ValueError, match=r"mixer_types: .* names that are free, found 'num_slots'"):
         OVQConfig(**SMALL, mixer_types=["greedy", "ovq"])
     # Who does not use it is not concerned.
-    assert OVQConfig(**SMALL, sep_token_id=3).num_slots == 1024
+    assert OVQConfig(**SMALL, field_of_the_future=3).num_slots == 1024
     registry.register_mixer("other", declaring(kvm_sinks=ConfigField(int, 3, "mine")))
     assert OVQConfig(**SMALL, mixer_types=["other", "ovq"]).kvm_sinks == 3
     with pytest.raises(

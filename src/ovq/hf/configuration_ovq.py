@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import difflib
 import os
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Optional, TypeVar
@@ -31,15 +30,11 @@ TO_TRAIN: dict[str, Any] = {"merge": "existing", "init": "novelty", "ablation": 
 
 # What transformers' own models may be told to do otherwise, and ours always do.
 _FIXED = {
-    **{"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0},
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "mlp_bias": False,
     "partial_rotary_factor": 1.0,
-}
-
-# Names that transformers, or an engine, reads of a config without a field for them.
-_READ_BY_OTHERS = {
-    *("attn_implementation", "auto_map", "custom_pipelines", "distributed_config", "experts_implementation"),
-    *("fusion_config", "gradient_checkpointing", "max_position_embeddings", "quantization_config"),
-    *("tie_last_hidden_states", "tokenizer_class", "transformers_weights"),
 }
 
 T = TypeVar("T")
@@ -105,8 +100,7 @@ class OVQConfig(PreTrainedConfig):
         bos_token_id: for `generate`.
         eos_token_id: for `generate`.
         kwargs: fields that mixers in `mixer_types` declare (`Mixer.config_fields`, docs/method/mixers.md). A
-            config only has and saves the fields of its own mixers. Others are kept, with a warning unless
-            transformers reads them.
+            config only has and saves the fields of its own mixers. Others are kept as in transformers.
 
     Raises:
         ValueError: a value out of range, an unknown mixer, a misspelt field, a field of a mixer that the
@@ -423,7 +417,7 @@ def _pop_unused_fields(kwargs: dict[str, Any], mixer_types: list[str]) -> None:
     """Remove fields of mixers that the config does not have from the unknown keyword arguments.
 
     Other unknown arguments are kept, because a config saved by another version of transformers may have
-    fields that the installed version does not know. Those that nothing is known to read give a warning.
+    fields that the installed version does not know.
 
     Raises:
         ValueError: a field of such a mixer with another value than its default, a name that resembles a
@@ -433,8 +427,8 @@ def _pop_unused_fields(kwargs: dict[str, Any], mixer_types: list[str]) -> None:
     for name, value in kwargs.items():
         if name in fixed and value not in (None, fixed[name]):
             raise ValueError(f"{name}: expected {fixed[name]!r}, as the model has, found {value!r}")
-    known = fixed.keys() | _READ_BY_OTHERS
-    unknown = [x for x in kwargs if not (x in known or hasattr(OVQConfig, x) or x.startswith("_"))]
+    # Every saved config has an `auto_map`.
+    unknown = [name for name in kwargs if not (name in {*fixed, "auto_map"} or hasattr(OVQConfig, name))]
     # Finding all mixers imports the laboratory, so only do it for unknown names.
     mixers = usable_names(MIXERS, what="mixer") if unknown else []
     fields = {name: (f, mixer) for mixer in mixers for name, f in mixer_class(mixer).own_fields().items()}
@@ -448,7 +442,3 @@ def _pop_unused_fields(kwargs: dict[str, Any], mixer_types: list[str]) -> None:
                 )
         elif close := difflib.get_close_matches(name, {*OVQConfig.__annotations__, *fields}, 1, 0.85):
             raise ValueError(f"expected a field of OVQConfig such as {close[0]!r}, found {name!r}")
-        elif kwargs[name] is not None and not name.endswith("_token_id"):
-            warnings.warn(
-                f"{name}: expected a field of OVQConfig, found one that has no effect", stacklevel=5
-            )
