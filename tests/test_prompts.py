@@ -5,7 +5,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import ovq.prompts
-from ovq.prompts import chat_ids, document_ids, encode
+from ovq.prompts import chat_ids, document_ids, encode, ids_after
 
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }}\n{{ m.content }}{% endfor %}"
 
@@ -60,3 +60,9 @@ def test_a_document_before_a_special_token_is_tokenized_twice(is_stripped, monke
     assert tokenizer.convert_ids_to_tokens(ids[-3:]) == ["<e>", "u", "\n"]
     prompt = chat_ids([*messages, {"role": "user", "content": "1"}], tokenizer, **about)
     assert prompt[: len(ids)] == ids
+
+
+@pytest.mark.parametrize("ids", [[5, 6], [5, 7, 8], [5]], ids=str)
+def test_a_chat_must_go_on_from_what_a_context_has_read(ids):
+    with pytest.raises(ValueError, match="--prompt: expected messages that go on from those of the context"):
+        ids_after([5, 6], ids, name="--prompt")

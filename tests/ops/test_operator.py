@@ -153,6 +153,17 @@ def test_tensors_without_data_give_what_a_graph_gives_but_numbers(is_gated, devi
             attend(*tensors[:3], initial_state=other, **SIZES)
 
 
+def test_how_many_tokens_a_state_without_data_has_seen_is_not_what_memory_held():
+    bare = [x.to("meta") for x in inputs(1, 9)]
+    # What is not initialised is then filled.
+    torch.use_deterministic_algorithms(True)
+    try:
+        _, state = attend(*bare, **SIZES)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert state.num_seen.tolist() == [0]
+
+
 def test_outputs_of_a_graph_may_be_changed_in_place():
     leaves = [x.requires_grad_() for x in inputs(1, 19, dtype=torch.float32)]
     # PyTorch runs the graph as it is; other backends of `torch.compile` copy.

@@ -427,8 +427,9 @@ def _pop_unused_fields(kwargs: dict[str, Any], mixer_types: list[str]) -> None:
     for name, value in kwargs.items():
         if name in fixed and value not in (None, fixed[name]):
             raise ValueError(f"{name}: expected {fixed[name]!r}, as the model has, found {value!r}")
-    # Every saved config has an `auto_map`.
-    unknown = [name for name in kwargs if not (name in {*fixed, "auto_map"} or hasattr(OVQConfig, name))]
+    # Every saved config has an `auto_map`, and some versions of transformers pass a `_commit_hash`.
+    known = {*fixed, "auto_map", "_commit_hash"}
+    unknown = [name for name in kwargs if not (name in known or hasattr(OVQConfig, name))]
     # Finding all mixers imports the laboratory, so only do it for unknown names.
     mixers = usable_names(MIXERS, what="mixer") if unknown else []
     fields = {name: (f, mixer) for mixer in mixers for name, f in mixer_class(mixer).own_fields().items()}
