@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 
 import torch
 from transformers import (
@@ -14,8 +15,12 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.models.llama import modeling_llama
 
 from ovq.convert import attach
+
+#: The library `kernels` makes modules of transformers' functions; models that have them cannot be pickled.
+CAN_BE_PICKLED = inspect.isfunction(modeling_llama.apply_rotary_pos_emb)
 
 SIZES = {
     "vocab_size": 64,

@@ -10,6 +10,7 @@ import torch
 import ovq.convert.cache
 from ovq.convert import attach
 from ovq.convert.step import _are_drafts
+from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.hf.cache import CACHE_KEY
 from tests.convert.common import IDS, converted, original, tokens
 
@@ -201,6 +202,13 @@ def test_numbers_of_tokens_to_take_out_may_be_tensors(model):
             model(IDS[:1, start : start + 6], **{CACHE_KEY: cache})
             cache.crop(torch.tensor(-3))
     assert cache.get_seq_length() == 26
+
+
+def test_layers_take_the_number_of_drafts_that_transformers_names_since_5_25(model):
+    own = OVQForCausalLM(OVQConfig(vocab_size=8, hidden_size=16, num_attention_heads=1, num_hidden_layers=1))
+    for cache in (model.make_cache(), own.make_cache()):
+        cache.layers[0].activate_past_recording(recurrent_states_to_keep=3)
+        assert cache.layers[0].record_past
 
 
 def test_the_kernel_writes_what_is_taken_out_again(steps):

@@ -1,5 +1,7 @@
 """What is not plainly one token of a plain model takes the modules, whatever was done before."""
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -135,7 +137,7 @@ def replaced(model):
 
 def overridden(model):
     norm = model.model.norm
-    norm.forward = norm.forward
+    norm.forward = functools.partial(norm.forward)
 
 
 def of_another_class(model):
@@ -187,6 +189,30 @@ def test_changed_models_take_their_modules(change, has_written, steps):
     if has_written:
         assert is_step(model, steps)
     change(model)
+    assert not is_step(model, steps)
+
+
+class Rotation(nn.Module):
+    """What the library `kernels` makes of transformers' function."""
+
+    def forward(self, *args):
+        return llama_rotation(*args)
+
+
+Rotation.__module__ = "kernels.layer.layer"
+
+
+@pytest.mark.parametrize("has_written", [False, True])
+def test_the_library_kernels_does_not_count_where_it_changes_nothing(has_written, steps, monkeypatch):
+    """As transformers sets the code of pretrained models since 5.25, on devices without other code."""
+    model, rotation = converted(), Rotation()
+    if has_written:
+        assert is_step(model, steps)
+    for each in (rotation, *model.modules()):
+        each.forward = each.forward
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", rotation)
+    assert is_step(model, steps)
+    rotation.forward = functools.partial(llama_rotation)
     assert not is_step(model, steps)
 
 

@@ -206,7 +206,7 @@ class MemoryLayer(OVQCacheLayer):
         self.has_staged = self._is_shared = False
         self._recorded = Recorded(0)
 
-    def activate_past_recording(self) -> None:
+    def activate_past_recording(self, recurrent_states_to_keep: int | None = None) -> None:
         """See `OVQCacheLayer.activate_past_recording`."""
         self.record_past, self._recorded = True, Recorded(self.num_columns)
 

@@ -28,6 +28,7 @@ from ovq.convert.compiled import is_compiled
 from ovq.convert.packed import PACKED, PackedLinear
 from ovq.convert.unchanged import Part, Unchanged
 from ovq.hf.cache import CACHE_KEY
+from ovq.layers.products import has_own_forward, is_plain
 from ovq.ops.backends.cpu.kernels import DTYPES, is_available
 from ovq.ops.backends.cpu.layer import HeadsLayer
 from ovq.ops.backends.cpu.weights import Matrix, matrix_product, packed
@@ -250,6 +251,16 @@ def _parts(model: nn.Module, class_of: Callable[[str], type[nn.Module]]) -> list
     return found
 
 
+def _is_own(function: Any, source: str) -> bool:
+    """Whether a function of the module `source` is still its own.
+
+    Where the library `kernels` is installed, it makes modules of functions.
+    """
+    if isinstance(function, nn.Module) and type(function).__module__.partition(".")[0] == "kernels":
+        return is_plain(function, type(function))
+    return getattr(function, "__module__", None) == source
+
+
 class _Step:
     """Runs the layers of one model by kernels, with its own (possibly narrower) copy of the weights."""
 
@@ -295,11 +306,11 @@ class _Step:
         if base is not self._base or len(base._forward_pre_hooks) != 1 or base._forward_hooks:
             return False
         rotation = getattr(sys.modules[self._source], "apply_rotary_pos_emb", None)
-        if getattr(rotation, "__module__", None) != self._source:
+        if not _is_own(rotation, self._source):
             return False
         if not all(map(self._sources.__contains__, map(_code_of, self._kinds))):
             return False
-        return "forward" not in vars(base) and bool(self._unchanged)
+        return has_own_forward(base) and bool(self._unchanged)
 
     def has_same_numbers(self, cache: MemoryCache) -> bool:
         """Whether samples of the weights are those that were copied; looked at once per cache."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import repeat
-from operator import attrgetter, contains, getitem, is_
+from operator import attrgetter, getitem, is_
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +38,7 @@ class Unchanged:
     def __init__(self, parts: Sequence[Part]) -> None:
         self._siblings, self._names, self._modules, self._kinds = (list(x) for x in zip(*parts, strict=True))
         self._attributes = [vars(module) for module in self._modules]
+        self._forwards = [attributes.get("forward") for attributes in self._attributes]
         # If this is still the id of the next hook, none has been registered anywhere since.
         self._next_hook = -1
         found = [(x._parameters, name) for x in self._modules for name in x._parameters]
@@ -70,7 +71,7 @@ class Unchanged:
             self._are_counted
             and all(map(is_, map(dict.get, self._siblings, self._names), self._modules))
             and all(map(is_, map(type, self._modules), self._kinds))
-            and not any(map(contains, self._attributes, repeat("forward")))
+            and all(map(is_, map(dict.get, self._attributes, repeat("forward")), self._forwards))
             and not any(map(getitem, self._attributes, repeat("training")))
             and all(map(is_, map(dict.get, self._owners, self._own_names), self._parameters))
             and list(map(Tensor.data_ptr, self.weights)) == self._places

@@ -75,8 +75,11 @@ class OVQCacheLayer(LayerCache, CacheLayerMixin):
         """Whether the last tokens can be cropped."""
         return self.record_past
 
-    def activate_past_recording(self) -> None:
-        """Record the next tokens, so that they can be cropped: transformers' name."""
+    def activate_past_recording(self, recurrent_states_to_keep: int | None = None) -> None:
+        """Record the next tokens, so that they can be cropped: transformers' name.
+
+        `recurrent_states_to_keep`, the number of tokens to be cropped, is ignored: all can be.
+        """
         self.record_past = True
 
     @property

@@ -16,6 +16,22 @@ from ovq.ops.transforms import is_differentiated
 _HAS_FASTER_PRODUCTS = has_faster_products()
 
 
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a module runs the `forward` of its class.
+
+    accelerate replaces it on instances. transformers sets it there, too, to that of the class where it has no
+    faster kernel for the device.
+
+    Example:
+        >>> silu, other = nn.SiLU(), nn.SiLU()
+        >>> other.forward = lambda x: x
+        >>> has_own_forward(silu), has_own_forward(other)
+        (True, False)
+    """
+    forward = vars(module).get("forward")
+    return forward is None or forward == type(module).forward.__get__(module)
+
+
 def is_plain(module: nn.Module, kind: type[nn.Module], allowed_hooks: str = "") -> bool:
     """Whether a module is exactly a `kind`, without hooks or replaced `forward`, so a kernel may replace it.
 
@@ -35,8 +51,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module], allowed_hooks: str = "") 
         hooks = [hook for hook in hooks.values() if getattr(hook, "__module__", "") != allowed_hooks]
     has_hooks = hooks or own["_forward_pre_hooks"]
     has_hooks = has_hooks or own["_backward_hooks"] or own["_backward_pre_hooks"]
-    # accelerate replaces `forward` on instances.
-    return not has_hooks and "forward" not in own
+    return not has_hooks and has_own_forward(module)
 
 
 def plain_parameter(module: nn.Module, kind: type[nn.Module], name: str = "weight") -> Tensor | None:
