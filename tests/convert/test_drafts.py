@@ -6,13 +6,17 @@ import sys
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import ovq.convert.cache
+from ovq.byte_tokens import byte_tokenizer, byte_vocabulary, wrapped
 from ovq.convert import attach
 from ovq.convert.step import _are_drafts
 from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.hf.cache import CACHE_KEY
-from tests.convert.common import IDS, converted, original, tokens
+from tests.convert.common import IDS, MEMORY, SIZES, converted, original, tokens
+from tests.hf.common import make_model
 
 ATTACH = sys.modules[attach.__module__]
 GREEDY = {"do_sample": False, "max_new_tokens": 40}
@@ -49,6 +53,30 @@ def test_assistants_give_the_greedy_answer(model, expected):
     full = original().double()
     full.generation_config.eos_token_id = None
     assert torch.equal(answer(full, assistant_model=model), answer(full))
+
+
+@pytest.mark.parametrize("is_converted", [False, True])
+def test_assistants_may_have_a_tokenizer_of_their_own(is_converted):
+    """Its tokens for the last words change with what follows them, also those before the last crop."""
+    vocabulary, letters = byte_vocabulary(), "0123456789"
+    merges = list(itertools.product(letters, letters))
+    more = {"".join(pair): len(vocabulary) + i for i, pair in enumerate(merges)}
+    tokenizers = byte_tokenizer(), wrapped(Tokenizer(models.BPE(vocab=vocabulary | more, merges=merges)))
+    torch.manual_seed(0)
+    model, assistant = (
+        LlamaForCausalLM(LlamaConfig(**SIZES | {"vocab_size": len(each)})).double().eval()
+        for each in tokenizers
+    )
+    assistant = attach(assistant, **MEMORY) if is_converted else make_model(vocab_size=len(tokenizers[1]))
+    for each in (model, assistant):
+        each.generation_config.eos_token_id = None
+    # Digits alone are said, of which the assistant reads two as one token.
+    others = sorted({*range(len(tokenizers[0]))} - {vocabulary[letter] for letter in letters})
+    options = GREEDY | {"suppress_tokens": others}
+    prompt = tokenizers[0]("31415926535897932384626433832795", return_tensors="pt").input_ids
+    expected = model.generate(prompt, **options)
+    given = {"tokenizer": tokenizers[0], "assistant_tokenizer": tokenizers[1], "assistant_model": assistant}
+    assert torch.equal(model.generate(prompt, **options, **given), expected)
 
 
 def test_who_decodes_after_drafts_does_not_pay_for_recording(model):

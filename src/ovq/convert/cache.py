@@ -264,23 +264,15 @@ class MemoryLayer(OVQCacheLayer):
             before = [memory.clone() for memory in self.state]
             self._recorded = dataclasses.replace(recorded, before=before, tokens=(k, v))
 
-    def check_crop(self, tokens_to_remove: int) -> None:
-        """Raise ValueError if `crop` would."""
+    @property
+    def num_recorded(self) -> int:
+        """Number of columns that can be cropped."""
         num_before = (self._recorded.earlier or self._recorded).num_columns
-        num_recorded = self.num_columns - num_before if self.record_past else 0
-        if not -num_recorded <= tokens_to_remove <= 0 or (tokens_to_remove and self.num_rows != 1):
-            raise not_croppable(tokens_to_remove, num_recorded)
+        return self.num_columns - num_before if self.record_past and self.num_rows == 1 else 0
 
     @torch.no_grad()
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last `-tokens_to_remove` of the tokens read since the last crop.
-
-        Raises:
-            ValueError: more tokens than were recorded, a number above 0, or more than one row.
-        """
-        # Earlier versions of transformers pass a tensor: `+=` on the column count would change it in place.
-        tokens_to_remove = int(tokens_to_remove)
-        self.check_crop(tokens_to_remove)
+        """Remove the last `-tokens_to_remove` columns, of which there are at most `num_recorded`."""
         recorded, num_left = self._recorded, self.num_columns + tokens_to_remove
         num_removed = -tokens_to_remove
         if recorded.earlier is not None and num_left < recorded.num_columns:
@@ -454,10 +446,16 @@ class MemoryCache(StateCache):
         """Remove the last `-tokens_to_remove` of the tokens recorded since the last crop.
 
         Raises:
-            ValueError: a layer has not recorded that many. No layer is changed then.
+            ValueError: a layer has not recorded that many, or not one row, or a number above 0. No layer is
+                changed then.
         """
-        for layer in self.layers:
-            layer.check_crop(tokens_to_remove)
+        # Earlier versions of transformers pass a tensor: `+=` on the column count would change it in place.
+        tokens_to_remove = int(tokens_to_remove)
+        num_recorded = min(layer.num_recorded for layer in self.layers)
+        if self.is_restarted(tokens_to_remove, num_recorded):
+            return
+        if not -num_recorded <= tokens_to_remove <= 0:
+            raise not_croppable(tokens_to_remove, num_recorded)
         super().crop(tokens_to_remove)
 
     @classmethod

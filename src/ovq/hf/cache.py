@@ -150,6 +150,8 @@ class StateCache(Cache):
     layers: list[OVQCacheLayer]  # type: ignore[assignment]  # transformers' may be of other kinds
     #: Columns of the prompt, during assisted decoding.
     num_prompt: int | None = None
+    #: Whether an assistant drafts with it.
+    is_assistants = False
 
     def __repr__(self) -> str:
         return (
@@ -217,6 +219,17 @@ class StateCache(Cache):
         # This copies the tensors.
         other.batch_select_indices(torch.tensor(rows, dtype=torch.int64, device="cpu"))
         return other
+
+    def is_restarted(self, tokens_to_remove: int, num_recorded: int) -> bool:
+        """Whether an assistant's cache was emptied, as it cannot be cropped that far.
+
+        An assistant with a tokenizer of its own encodes the last words again with every draft, which may
+        change tokens read long before. It is given the whole text each time, and so reads all of it again.
+        """
+        is_needed = self.is_assistants and tokens_to_remove < -num_recorded
+        if is_needed:
+            self.reset()
+        return is_needed
 
     def detach_(self) -> None:
         """Detach all tensors from their graph, so that no gradient flows to the tokens read so far."""
@@ -370,9 +383,9 @@ class OVQCache(StateCache):
                 above 0; the model was deleted. The cache is then unchanged.
         """
         recorded, self.recorded = self.recorded, None
-        if tokens_to_remove == 0:
-            return
         num_recorded = 0 if recorded is None else recorded.num_tokens
+        if tokens_to_remove == 0 or self.is_restarted(tokens_to_remove, num_recorded):
+            return
         if recorded is None or not -num_recorded <= tokens_to_remove < 0:
             self.recorded = recorded
             raise not_croppable(tokens_to_remove, num_recorded)
