@@ -120,6 +120,10 @@ def run(rank, folder):
         ranks = list(range(first, first + case.num_ranks))
         group = dist.new_group(ranks, use_local_synchronization=True)
         model = case.model()
+        if rank != first:
+            # The weights of the first rank are taken.
+            for parameter in model.parameters():
+                torch.nn.init.constant_(parameter, 0.5)
         options = {"recompute": case.recompute, "max_in_flight": case.max_in_flight}
         parallel = ContextParallel(model, group, **options)
         states = recorded(parallel.neighbours)
@@ -128,10 +132,39 @@ def run(rank, folder):
         result = {
             "loss": loss,
             "grads": {name: p.grad for name, p in model.named_parameters()},
-            "states": states,
+            "states": list(states),
             "num_bytes": parallel.neighbours.num_bytes_sent,
         }
+        with case.autocast():
+            result["held_out"] = parallel.loss(case.micro_batches(), bounds=case.bounds)
         torch.save(result, folder / f"{name}-{rank}.pt")
+    parallel = ContextParallel(CASES["even"].model())
+    torch.save(refusals(parallel, is_first=rank == 0), folder / f"refused-{rank}.pt")
+
+
+def refusals(parallel, *, is_first):
+    """What `forward_backward` says if the first rank has other input than the others."""
+    ids = random_ids(2, 20, seed=0)
+    batch = {"input_ids": ids, "labels": ids}
+    bounds = [0, 5, 10, 15, 20]
+    given = {
+        "other ids": [batch | {"input_ids": ids.flip(1)}],
+        "other labels": [batch | {"labels": ids.flip(1)}],
+        "other lengths": [{name: x[:, 1:] for name, x in batch.items()}],
+        "one more": [batch, batch],
+        "other bounds": [batch],
+        "refused by one": [batch | {"cu_seqlens": torch.tensor([0, 20])}],
+    }
+    found = {}
+    for name, batches in given.items():
+        own = [0, 4, 10, 15, 20] if name == "other bounds" and is_first else bounds
+        try:
+            parallel.forward_backward(
+                batches if is_first else [batch], bounds=None if name == "other lengths" else own
+            )
+        except ValueError as error:
+            found[name] = str(error)
+    return found
 
 
 def recorded(neighbours):

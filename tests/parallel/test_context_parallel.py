@@ -3,11 +3,13 @@
 import re
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from ovq.hf import OVQModel
+from ovq.hf.loss import loss_in_pieces
 from ovq.parallel import ContextParallel, even_bounds
 from ovq.parallel.cost import handover_bytes
 from tests.hf.common import SIZES, make_model, random_ids
@@ -81,6 +83,27 @@ def test_what_is_sent_does_not_depend_on_the_length(results):
         assert min(sent) > 1000
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_the_loss_alone_is_that_of_training(results, name):
+    tolerance = 1e-6 if not CASES[name].has_autocast else 2e-3
+    for result in results[name]:
+        assert result["held_out"] == pytest.approx(result["loss"], rel=tolerance)
+
+
+def test_ranks_with_different_input_all_refuse_it(results, tmp_path_factory):
+    folder = made_once(tmp_path_factory, "ranks", partial(run_ranks, run, 4))
+    differs = "expected the same on every rank, found others on ranks "
+    for rank in range(4):
+        found = torch.load(folder / f"refused-{rank}.pt")
+        others = "[1, 2, 3]" if rank == 0 else "[0]"
+        for name in ("other ids", "other labels", "other lengths", "one more", "other bounds"):
+            assert differs + others in found[name], name
+        own = (
+            "found cu_seqlens" if rank == 0 else differs + "[0] of the group, or input that is refused there"
+        )
+        assert own in found["refused by one"]
+
+
 def test_what_cannot_be_split_is_refused():
     for mixer, reason in (("full_attention", "grows with every token"), ("vq", "moving average")):
         model = make_model(**OVQ_AND_WINDOW | {"mixer_types": ["sliding_attention", "ovq", mixer, "ovq"]})
@@ -114,6 +137,17 @@ def test_input_that_does_not_fit_is_refused(alone):
         alone.forward_backward([{"input_ids": ids}])
     with pytest.raises(ValueError, match=r"labels of the same shape, found \[2, 12\] and \[2, 11\]"):
         alone.forward_backward([{"input_ids": ids, "labels": ids[:, 1:]}])
+    for name in ("cu_seqlens", "shift_labels", "lables"):
+        with pytest.raises(ValueError, match=f"expected only input_ids, .*, found {name}"):
+            alone.forward_backward([batch | {name: ids}])
+    positions = torch.arange(6).repeat(2, 2)
+    with pytest.raises(ValueError, match=r"position_ids: expected 0 to 11 in each row, .* found 12 others"):
+        alone.forward_backward([batch | {"position_ids": positions}])
+    for name in ("input_ids", "labels"):
+        with pytest.raises(ValueError, match=f"{name}: expected ids from 0 to .*, found 1 to 1000"):
+            alone.forward_backward([batch | {name: ids.index_fill(1, torch.tensor([5]), 1000)}])
+    with torch.no_grad(), pytest.raises(ValueError, match=r"gradients to be enabled \(ContextParallel.loss"):
+        alone.forward_backward([batch])
     mask = torch.ones_like(ids).index_fill(1, torch.tensor([0]), 0)
     with pytest.raises(ValueError, match=r"attention_mask: expected no padding .* found 2 tokens of it"):
         alone.forward_backward([batch | {"attention_mask": mask}])
@@ -131,19 +165,32 @@ def test_embeddings_may_be_frozen(alone):
     model.model.embed_tokens.requires_grad_(False)
     learning = [p for p in model.parameters() if p.requires_grad]
     expected = torch.autograd.grad(model(ids, labels=ids).loss, learning)
-    # As a collator of transformers gives it, with a mask without padding.
-    alone.forward_backward([{"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}])
+    # As collators of transformers give it, with a mask without padding and plain positions.
+    more = {"attention_mask": torch.ones_like(ids), "position_ids": torch.arange(12)[None]}
+    alone.forward_backward([{"input_ids": ids, "labels": ids, **more}])
     torch.testing.assert_close([p.grad for p in learning], list(expected))
     assert model.model.embed_tokens.weight.grad is None
 
 
-def test_gradients_of_before_outlive_a_failure_and_those_of_frozen_parameters_a_step(alone):
+def test_logits_of_all_targets_never_exist_at_the_same_time(alone, monkeypatch):
+    """Unless the output layer or the loss must see them."""
+    batches = [{"input_ids": torch.arange(24).view(2, 12), "labels": torch.arange(24).view(2, 12)}]
+    pieces, seen = Mock(wraps=loss_in_pieces), Mock(return_value=None)
+    monkeypatch.setattr("ovq.parallel.context.loss_in_pieces", pieces)
+    in_pieces = alone.loss(batches)
+    alone.model.lm_head.register_forward_hook(seen)
+    assert alone.loss(batches) == pytest.approx(in_pieces, rel=1e-6)
+    assert (pieces.call_count, seen.call_count) == (1, 1)
+
+
+def test_gradients_of_before_outlive_a_failure_and_those_of_frozen_parameters_a_step(alone, monkeypatch):
     ids, model = torch.arange(24).view(2, 12), alone.model
     frozen = model.model.embed_tokens.requires_grad_(False).weight
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
-    with pytest.raises(IndexError):
-        alone.forward_backward([{"input_ids": ids + 10**6, "labels": ids}])
+    monkeypatch.setattr(alone.neighbours, "finish", Mock(side_effect=[ConnectionError, None]))
+    with pytest.raises(ConnectionError):
+        alone.forward_backward([{"input_ids": ids, "labels": ids}])
     assert all(parameter.grad.eq(1).all() for parameter in model.parameters())
     alone.forward_backward([{"input_ids": ids, "labels": ids}])
     assert frozen.grad.eq(1).all()

@@ -103,7 +103,7 @@ class OVQModel(OVQPreTrainedModel):
             try:
                 inputs_embeds = self.embed_tokens(input_ids)
             except IndexError:
-                _check_ids("input_ids", input_ids, self.config.vocab_size)
+                check_ids("input_ids", input_ids, self.config.vocab_size)
                 raise
         past = one_cache(past_key_values, cache)
         if past is not None and len(past.layers) != len(self.layers):
@@ -314,7 +314,7 @@ class OVQForCausalLM(CachedGeneration, OVQPreTrainedModel, GenerationMixin):
         if skip_logits and not torch.compiler.is_compiling():
             kept = targets != -100
             targets, hidden_states = targets[kept], hidden_states[kept]
-            _check_ids("labels", targets, self.config.vocab_size)
+            check_ids("labels", targets, self.config.vocab_size)
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             hidden_states = hidden_states[:, kept]
@@ -335,7 +335,7 @@ class OVQForCausalLM(CachedGeneration, OVQPreTrainedModel, GenerationMixin):
                         shift_labels=targets,
                     )
                 except IndexError:
-                    _check_ids("labels", targets[targets != -100], self.config.vocab_size)
+                    check_ids("labels", targets[targets != -100], self.config.vocab_size)
                     raise
             if outputs.auxiliary_loss is not None:
                 # The other losses of a step's micro-batches are summed, each weighted by its share of the
@@ -380,7 +380,8 @@ def _check_integers(name: str, ids: Tensor) -> None:
         raise ValueError(f"{name}: expected int32 or int64, found {ids.dtype}")
 
 
-def _check_ids(name: str, ids: Tensor | None, vocab_size: int) -> None:
+def check_ids(name: str, ids: Tensor | None, vocab_size: int) -> None:
+    """Raise ValueError for ids outside of the vocabulary."""
     if ids is None or ids.numel() == 0:
         return
     # One transfer from the device.

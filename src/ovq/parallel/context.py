@@ -13,6 +13,7 @@ with respect to that state is sent back. Forward and backward equal those of one
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -21,12 +22,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from ovq.hf.modeling_ovq import OVQForCausalLM
+from ovq.hf.loss import can_be_pieced, loss_in_pieces
+from ovq.hf.modeling_ovq import OVQForCausalLM, check_ids
 from ovq.layers import SequenceLayout
 from ovq.ops.parts import StateSpec, of_rows
 from ovq.parallel.schedule import steps_of_rank
 from ovq.parallel.segment import Segment
 from ovq.parallel.transfer import BACK, FORTH, Neighbours, floating
+
+NAMES = ("input_ids", "labels", "attention_mask", "position_ids")
+"""What a micro-batch may have."""
 
 IGNORED = -100
 """The label of a position that is not predicted, as in transformers."""
@@ -35,9 +40,9 @@ IGNORED = -100
 class ContextParallel:
     """Trains a model on documents that are split over the ranks of a process group.
 
-    Every rank holds the whole model, with equal weights. It gets whole micro-batches of token ids and reads
-    its part of them, so it knows its targets, including the first token of the next part, and the total
-    number of targets.
+    Every rank holds the whole model; here all get the weights of the group's first rank. A rank gets whole
+    micro-batches of token ids and reads its part of them, so it knows its targets, including the first token
+    of the next part, and the total number of targets.
 
     Args:
         model: The model, not wrapped in another.
@@ -84,6 +89,9 @@ class ContextParallel:
         self.model = model
         self.recompute, self.max_in_flight = recompute, max_in_flight
         self.neighbours = Neighbours(group, model.device)
+        with torch.no_grad():
+            for tensor in itertools.chain(model.parameters(), model.buffers()):
+                dist.broadcast(tensor, self.neighbours.first, group)
 
     def forward_backward(
         self, micro_batches: Sequence[Mapping[str, Tensor]], *, bounds: Sequence[int] | None = None
@@ -92,8 +100,9 @@ class ContextParallel:
 
         Args:
             micro_batches: For each, `input_ids` `[B, T]` and `labels` `[B, T]` (usually the same; -100 is
-                ignored), whole and the same on every rank. B and T may differ between micro-batches. An
-                `attention_mask` must be all ones, as padding is not passed on.
+                ignored), whole and the same on every rank. B and T may differ between micro-batches. Of other
+                names `attention_mask`, all ones, and `position_ids`, 0 to T - 1, are allowed, as collators
+                add them: rows have no padding and are not packed.
             bounds: `[R + 1]` first token of each rank's part, then T; each part needs at least one token.
                 None: `even_bounds`.
 
@@ -102,17 +111,17 @@ class ContextParallel:
             been added to `.grad` of the parameters, summed over the ranks.
 
         Raises:
-            ValueError: If the input has a wrong shape, the bounds do not divide it, there are no targets at
-                all, or the model has gradient checkpointing on (use `recompute`).
+            ValueError: If the input of any rank has a wrong shape or unknown names, differs from that of
+                others, or has no targets at all; the bounds do not divide it; gradients are disabled (use
+                `loss`), or the model has gradient checkpointing on (use `recompute`).
         """
+        if not torch.is_grad_enabled():
+            raise ValueError("expected gradients to be enabled (ContextParallel.loss needs none)")
         if self.model.model.gradient_checkpointing:
             raise ValueError(
                 "expected a model without gradient checkpointing (use recompute=True), found one with"
             )
-        num_targets = sum(_num_targets(batch) for batch in micro_batches)
-        if num_targets == 0:
-            raise ValueError("micro_batches: expected at least one target, found none")
-        parts = [self._part(batch, bounds) for batch in micro_batches]
+        num_targets, parts = self._checked(micro_batches, bounds)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         grads_before = [p.grad for p in parameters]
         for parameter in parameters:
@@ -130,6 +139,46 @@ class ContextParallel:
                 assert parameter.grad is not None, "made by `_sum` where there was none"
                 parameter.grad += before
         return float(loss)
+
+    @torch.no_grad()
+    def loss(
+        self, micro_batches: Sequence[Mapping[str, Tensor]], *, bounds: Sequence[int] | None = None
+    ) -> float:
+        """The loss of `forward_backward` without gradients, as for held-out documents."""
+        num_targets, parts = self._checked(micro_batches, bounds)
+        loss = torch.zeros((), dtype=torch.float64, device=self.model.device)
+        for part in parts:
+            loss += _PartRun(self, *part).forward(num_targets)
+        self.neighbours.finish()
+        dist.all_reduce(loss, group=self.neighbours.group)
+        return float(loss)
+
+    def _checked(
+        self, micro_batches: Sequence[Mapping[str, Tensor]], bounds: Sequence[int] | None
+    ) -> tuple[int, list[tuple[Tensor, Tensor, int]]]:
+        """The number of targets, and this rank's parts.
+
+        If the input of one rank is wrong all of them raise, as the others would wait for it for ever.
+        """
+        refused = None
+        try:
+            num_targets = sum(_num_targets(batch, self.model.config.vocab_size) for batch in micro_batches)
+            if num_targets == 0:
+                raise ValueError("micro_batches: expected at least one target, found none")
+            parts = [self._part(batch, bounds) for batch in micro_batches]
+        except ValueError as error:
+            refused = error
+        own = torch.tensor(0 if refused else _digest(micro_batches, bounds), device=self.model.device)
+        found = [torch.empty_like(own) for _ in range(self.neighbours.num_ranks)]
+        dist.all_gather(found, own, group=self.neighbours.group)
+        if refused:
+            raise refused
+        if others := [rank for rank, digest in enumerate(found) if digest != own]:
+            raise ValueError(
+                f"micro_batches, bounds: expected the same on every rank, found others on ranks {others} of "
+                "the group, or input that is refused there"
+            )
+        return num_targets, parts
 
     def _run(self, parts: Sequence[tuple[Tensor, Tensor, int]], num_targets: int) -> Tensor:
         """Run the forward and backward of this rank's parts; returns its share of the loss."""
@@ -192,28 +241,34 @@ class _PartRun:
         self._before, self._after = (list(self._specs(n)) for n in (start, start + ids.shape[1]))
 
     def forward(self, num_targets: int) -> Tensor:
-        """This part's share of the loss. Also runs the backward of the output layer, so that the large logits
-        need not be kept."""
+        """This part's share of the loss. With gradients also runs the backward of the output layer, so that
+        the large logits need not be kept."""
         layout = SequenceLayout(num_past=self._start, num_new=self._ids.shape[1])
         self._embedded = hidden = self._model.model.embed_tokens(self._ids)
         for i, block in enumerate(self._model.model.layers):
             state = {} if self._neighbours.is_first else self._neighbours.receive(self._before[i], FORTH)
             segment = Segment(block, i, self._model.config, hidden, state, layout, recompute=self._recompute)
             hidden, state = segment.forward()
-            self._segments.append(segment)
+            if torch.is_grad_enabled():
+                self._segments.append(segment)
             if not self._neighbours.is_last:
                 self._neighbours.send(state, self._after[i], FORTH)
         top = hidden.detach().requires_grad_()
-        logits = self._model.lm_head(self._model.model.norm(top))
-        loss = self._model.loss_function(
-            logits,
-            None,
-            self._model.config.vocab_size,
-            num_items_in_batch=num_targets,
-            shift_labels=self._targets,
-        )
-        with torch.autocast(top.device.type, enabled=False):
-            loss.backward()
+        is_target, head = self._targets != IGNORED, self._model.lm_head
+        normed, targets = self._model.model.norm(top)[is_target], self._targets[is_target]
+        if can_be_pieced(head, self._model.loss_function):
+            loss = loss_in_pieces(normed, head.weight, targets, num_targets)
+        else:
+            loss = self._model.loss_function(
+                head(normed),
+                None,
+                self._model.config.vocab_size,
+                num_items_in_batch=num_targets,
+                shift_labels=targets,
+            )
+        if loss.requires_grad:
+            with torch.autocast(top.device.type, enabled=False):
+                loss.backward()
         self._grad = top.grad
         return loss.detach()
 
@@ -259,8 +314,21 @@ def even_bounds(num_tokens: int, num_ranks: int, *, multiple: int = 1) -> list[i
     return [rank * num_tokens // num_ranks // size * size for rank in range(num_ranks)] + [num_tokens]
 
 
-def _num_targets(batch: Mapping[str, Tensor]) -> int:
-    """Number of targets of a micro-batch; ValueError for missing tensors, wrong shapes or padding."""
+def _digest(micro_batches: Sequence[Mapping[str, Tensor]], bounds: Sequence[int] | None) -> int:
+    """A number of 63 bits that differs if token ids, labels or bounds do."""
+    digest = hashlib.blake2b(repr(None if bounds is None else list(bounds)).encode(), digest_size=8)
+    for batch in micro_batches:
+        for name in ("input_ids", "labels"):
+            tensor = batch[name].to("cpu", torch.int64).contiguous()
+            digest.update(repr(tensor.shape).encode() + tensor.numpy().tobytes())
+    return int.from_bytes(digest.digest(), "big") >> 1
+
+
+def _num_targets(batch: Mapping[str, Tensor], vocab_size: int) -> int:
+    """Number of targets of a micro-batch; ValueError for missing or unknown tensors, wrong shapes or ids,
+    padding or packed rows."""
+    if unknown := sorted(set(batch) - set(NAMES)):
+        raise ValueError(f"micro_batches: expected only {', '.join(NAMES)}, found {', '.join(unknown)}")
     for name in ("input_ids", "labels"):
         if not isinstance(batch.get(name), Tensor):
             raise ValueError(f"micro_batches: expected a tensor {name} in each, found {sorted(batch)}")
@@ -275,4 +343,14 @@ def _num_targets(batch: Mapping[str, Tensor]) -> int:
             f"attention_mask: expected no padding (micro-batches may differ in length), found {num_padded} "
             "tokens of it"
         )
-    return int((labels[:, 1:] != IGNORED).sum())
+    if (positions := batch.get("position_ids")) is not None:
+        num_others = int((positions != torch.arange(ids.shape[1], device=positions.device)).sum())
+        if num_others:
+            raise ValueError(
+                f"position_ids: expected 0 to {ids.shape[1] - 1} in each row, as rows are not packed here, "
+                f"found {num_others} others"
+            )
+    targets = labels[:, 1:][labels[:, 1:] != IGNORED]
+    check_ids("input_ids", ids, vocab_size)
+    check_ids("labels", targets, vocab_size)
+    return len(targets)

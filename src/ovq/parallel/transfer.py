@@ -58,6 +58,7 @@ class Neighbours:
 
     def __init__(self, group: dist.ProcessGroup | None, device: torch.device) -> None:
         self._ranks = dist.get_process_group_ranks(dist.group.WORLD if group is None else group)
+        self.first = self._ranks[0]
         self.rank, self.num_ranks = self._ranks.index(dist.get_rank()), len(self._ranks)
         self.is_first, self.is_last = self.rank == 0, self.rank == self.num_ranks - 1
         self.group, self._device = group, device
