@@ -1,11 +1,18 @@
 """The model in transformers' Trainer: what it hands to `forward`, and what it makes of the outputs."""
 
+import re
+import warnings
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
 from ovq.hf import OVQForCausalLM
-from tests.hf.common import make_config, random_ids
+from ovq_lab.train.checkpoints import SealingTrainer
+from tests.hf.common import BASELINES, make_config, random_ids
+
+TRAINING = Path(__file__).parent.parent.parent / "docs" / "use" / "training.md"
 
 # The name changed in transformers 5.24.
 CHECKPOINTING = next(
@@ -69,3 +76,42 @@ def test_label_smoothing_is_that_of_the_next_token(tmp_path):
     logits = model(ids).logits[:, :-1].flatten(0, 1)
     expected = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), label_smoothing=0.1)
     torch.testing.assert_close(loss, expected)
+
+
+def test_what_the_documentation_advises_trains_as_the_laboratory_does(tmp_path):
+    [program] = re.findall(r"```python\n([^`]*DataCollatorWithFlattening[^`]*)```", TRAINING.read_text())
+    names = {}
+    exec(program, names)
+    model = OVQForCausalLM(make_config(**BASELINES))
+    arguments = TrainingArguments(
+        tmp_path,
+        max_steps=2,
+        per_device_train_batch_size=2,
+        weight_decay=0.5,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    rows = [{"input_ids": random_ids(1, length)[0].tolist()} for length in (5, 9, 12, 7)]
+    trainer = names["OVQTrainer"](
+        model, arguments, train_dataset=rows, eval_dataset=rows, data_collator=names["Packed"]()
+    )
+    decayed = trainer.get_decay_parameter_names(model)
+    assert sorted(decayed) == sorted(SealingTrainer(model, arguments).get_decay_parameter_names(model))
+    assert not [name for name in decayed if name.rsplit(".", 1)[-1] in ("A_log", "skip", "dt_bias", "beta")]
+    trainer.train()
+    assert trainer.predict(rows).metrics["test_loss"] > 0
+    assert not trainer.predict(rows).predictions
+
+
+def test_an_auxiliary_loss_that_nobody_adds_is_said():
+    model, ids = OVQForCausalLM(make_config(mixer_types=["vq", "vq"], num_hidden_layers=2)), random_ids(2, 9)
+    with pytest.warns(UserWarning, match=r"labels: expected some in training, .* found none"):
+        model.train()(ids)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(ids, labels=ids)
+        model.eval()(ids)
+        OVQForCausalLM(make_config()).train()(ids)

@@ -5,6 +5,7 @@ Everything that depends on the version of transformers is in `cache.py` and `gen
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -310,6 +311,13 @@ class OVQForCausalLM(CachedGeneration, OVQPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
+        has_more = outputs.auxiliary_loss is not None and torch.is_grad_enabled() and self.training
+        if has_more and not has_targets and not torch.compiler.is_compiling():
+            warnings.warn(
+                "labels: expected some in training, as the loss has an auxiliary part (of the mixer 'vq'), "
+                "found none, as with label smoothing: without them nobody adds it",
+                stacklevel=2,
+            )
         # A compiled graph keeps all positions, as its shapes must not depend on the labels.
         if skip_logits and not torch.compiler.is_compiling():
             kept = targets != -100
