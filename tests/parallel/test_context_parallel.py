@@ -140,9 +140,9 @@ def test_input_that_does_not_fit_is_refused(alone):
     for name in ("cu_seqlens", "shift_labels", "lables"):
         with pytest.raises(ValueError, match=f"expected only input_ids, .*, found {name}"):
             alone.forward_backward([batch | {name: ids}])
-    positions = torch.arange(6).repeat(2, 2)
-    with pytest.raises(ValueError, match=r"position_ids: expected 0 to 11 in each row, .* found 12 others"):
-        alone.forward_backward([batch | {"position_ids": positions}])
+    for positions in (torch.arange(6).repeat(2, 2), torch.arange(11)[None]):
+        with pytest.raises(ValueError, match=r"position_ids: expected 0 to 11 in each row, .* found others"):
+            alone.forward_backward([batch | {"position_ids": positions}])
     for name in ("input_ids", "labels"):
         with pytest.raises(ValueError, match=f"{name}: expected ids from 0 to .*, found 1 to 1000"):
             alone.forward_backward([batch | {name: ids.index_fill(1, torch.tensor([5]), 1000)}])
