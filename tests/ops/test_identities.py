@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -230,6 +231,22 @@ def test_the_norm_term_counts_only_where_norms_differ(backend):
             ovq_attention(q, k, v, **settings, ablation={"bias": bias})[0] for bias in ("count", "count+norm")
         )
         assert torch.allclose(plain, normed, atol=1e-10) == is_same
+
+
+def test_of_the_ablations_a_constant_rate_alone_changes_the_state(backend):
+    q, k, v = inputs(1, 61, 2, 1)
+    plain, normed, moved = (
+        attend(q, k, v, num_slots=12, chunk_size=8, ablation=ablation, backend=backend)[1]
+        for ablation in ({}, {"bias": "count+norm"}, {"rate": 0.3})
+    )
+    assert_same_state(normed, plain, tolerance=0)
+    assert torch.equal(moved.num_open, plain.num_open)
+    # The same tokens in as many slots, but not in the same ones: means that moved otherwise route otherwise.
+    assert moved.count.sum() == plain.count.sum()
+    assert not torch.equal(moved.count, plain.count)
+    words = "neither routing nor state; a constant rate moves the means that route, but not the schedule."
+    page = Path(__file__).parents[2] / "docs" / "method" / "math.md"
+    assert f"The norm term changes {words}" in " ".join(page.read_text().split())
 
 
 @either_rule
