@@ -153,6 +153,7 @@ def refusals(parallel, *, is_first):
         "other lengths": [{name: x[:, 1:] for name, x in batch.items()}],
         "one more": [batch, batch],
         "other bounds": [batch],
+        "failed by one": [None] if is_first else [batch],
         "refused by one": [batch | {"cu_seqlens": torch.tensor([0, 20])}],
     }
     found = {}
@@ -162,7 +163,7 @@ def refusals(parallel, *, is_first):
             parallel.forward_backward(
                 batches if is_first else [batch], bounds=None if name == "other lengths" else own
             )
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             found[name] = str(error)
     return found
 

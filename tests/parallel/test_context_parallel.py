@@ -102,6 +102,7 @@ def test_ranks_with_different_input_all_refuse_it(results, tmp_path_factory):
             "found cu_seqlens" if rank == 0 else differs + "[0] of the group, or input that is refused there"
         )
         assert own in found["refused by one"]
+        assert ("NoneType" if rank == 0 else own) in found["failed by one"]
 
 
 def test_what_cannot_be_split_is_refused():

@@ -160,13 +160,13 @@ class ContextParallel:
 
         If the input of one rank is wrong all of them raise, as the others would wait for it for ever.
         """
-        refused = None
+        refused: Exception | None = None
         try:
             num_targets = sum(_num_targets(batch, self.model.config.vocab_size) for batch in micro_batches)
             if num_targets == 0:
                 raise ValueError("micro_batches: expected at least one target, found none")
             parts = [self._part(batch, bounds) for batch in micro_batches]
-        except ValueError as error:
+        except Exception as error:
             refused = error
         own = torch.tensor(0 if refused else _digest(micro_batches, bounds), device=self.model.device)
         found = [torch.empty_like(own) for _ in range(self.neighbours.num_ranks)]
