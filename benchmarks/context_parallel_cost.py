@@ -5,10 +5,15 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 import typer
 
-from ovq.hf import OVQConfig
-from ovq.parallel.cost import bubble, cost
+from ovq.hf import OVQConfig, OVQForCausalLM
+from ovq.layers.memory import num_bytes
+from ovq.parallel import even_bounds
+from ovq.parallel.transfer import floating
 
 NUM_TOKENS = 2**20
 MIB, GIB = 2**20, 2**30
@@ -30,6 +35,29 @@ def model(num_slots: int) -> OVQConfig:
     )
 
 
+def bytes_sent(config: OVQConfig, *, num_tokens: int, num_ranks: int) -> tuple[int, int, int, int]:
+    """Bytes that a rank sends for one document in bfloat16: all states, and their gradients; and the keys and
+    values of ring attention in place of the layers without a window, in the forward and in the backward.
+
+    With ring attention each rank passes on its own keys and values and those that it receives, R - 1 times
+    per layer; in the backward again, with their gradients.
+    """
+    # States never shrink, so the second-to-last rank sends the most.
+    end = even_bounds(num_tokens, num_ranks, multiple=config.chunk_size)[-2]
+    with torch.device("meta"):
+        mixers = OVQForCausalLM(config).mixers()
+    specs = [mixer.state_spec(end, torch.bfloat16) for mixer in mixers]
+    num_long = sum(name != "sliding_attention" for name in config.mixer_types)
+    per_token = 2 * config.num_key_value_heads * config.head_dim * torch.bfloat16.itemsize
+    ring = num_long * (num_ranks - 1) * math.ceil(num_tokens / num_ranks) * per_token
+    return sum(map(num_bytes, specs)), sum(num_bytes(floating(spec)) for spec in specs), ring, 2 * ring
+
+
+def bubble(*, num_ranks: int, num_micro_batches: int, num_layers: int) -> float:
+    """Share of a step's time in which a rank waits with `steps_of_rank`: (R - 1) / (M L + R - 1)."""
+    return (num_ranks - 1) / (num_micro_batches * num_layers + num_ranks - 1)
+
+
 def bytes_table() -> str:
     """Markdown table of what each rank sends for one document."""
     lines = [
@@ -38,13 +66,11 @@ def bytes_table() -> str:
         "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for num_ranks, num_slots in ((2, 1024), (8, 1024), (8, 4096), (64, 1024)):
-        found = cost(model(num_slots), num_tokens=NUM_TOKENS, num_ranks=num_ranks)
-        ours = found.state_bytes + found.gradient_bytes
-        ring = found.ring_bytes + found.ring_gradient_bytes
+        sent = bytes_sent(model(num_slots), num_tokens=NUM_TOKENS, num_ranks=num_ranks)
+        state, gradient, forward, backward = sent
         lines.append(
-            f"| {num_ranks} | {num_slots} | {found.state_bytes / MIB:.0f} | "
-            f"{found.gradient_bytes / MIB:.0f} | {found.ring_bytes / GIB:.1f} | "
-            f"{found.ring_gradient_bytes / GIB:.1f} | {ring / ours:.0f} |"
+            f"| {num_ranks} | {num_slots} | {state / MIB:.0f} | {gradient / MIB:.0f} | {forward / GIB:.1f} | "
+            f"{backward / GIB:.1f} | {(forward + backward) / (state + gradient):.0f} |"
         )
     return "\n".join(lines)
 

@@ -10,8 +10,10 @@ import torch
 
 from ovq.hf import OVQModel
 from ovq.hf.loss import loss_in_pieces
+from ovq.layers.memory import num_bytes
+from ovq.ops.parts import of_rows
 from ovq.parallel import ContextParallel, even_bounds
-from ovq.parallel.cost import handover_bytes
+from ovq.parallel.transfer import floating
 from tests.hf.common import SIZES, make_model, random_ids
 from tests.parallel.cases import CASES, OVQ_AND_WINDOW, expected, expected_states, run
 from tests.processes import made_once, run_ranks
@@ -71,13 +73,13 @@ def test_what_is_sent_does_not_depend_on_the_length(results):
     for name in ("shorter", "recurrent"):
         case = CASES[name]
         bounds = case.bounds or even_bounds(case.lengths[0], case.num_ranks, multiple=SIZES["chunk_size"])
-        # Forward from each boundary but the last, and back from each but the first.
-        at_bounds = [
-            handover_bytes(case.model().mixers(), num_tokens=bound, num_rows=2, dtype=case.dtype)
+        specs = [
+            [of_rows(mixer.state_spec(bound, case.dtype), 2) for mixer in case.model().mixers()]
             for bound in bounds[1:-1]
         ]
-        forward = [at[0] for at in at_bounds] + [0]
-        backward = [0] + [at[1] for at in at_bounds]
+        # Forward from each boundary but the last, and back from each but the first.
+        forward = [sum(map(num_bytes, at)) for at in specs] + [0]
+        backward = [0] + [sum(num_bytes(floating(spec)) for spec in at) for at in specs]
         sent = [r["num_bytes"] / len(case.lengths) for r in results[name]]
         assert sent == [f + b for f, b in zip(forward, backward, strict=True)]
         assert min(sent) > 1000
