@@ -130,3 +130,26 @@ def test_what_256_rows_recover_is_what_the_pages_say():
     ends = sorted(int(end) for shares in today for end in shares.split(" to "))
     readme = (RESULTS / "../../README.md").read_text()
     assert f"256 rows recover {ends[0]} to {ends[-1]} % of" in " ".join(readme.split())
+
+
+def test_what_presets_recover_against_float32_is_what_the_page_says():
+    def losses(figure, **fields):
+        rows = json.loads((RESULTS / f"{figure}.json").read_text())["rows"]
+        names = {"prose": "Hamlet", "code": "argparse.py"}
+        return {
+            names.get(row["text"], row["text"]): row["loss"]
+            for row in rows
+            if row["what"] == "loss" and row["length"] == 3072 and fields.items() <= row.items()
+        }
+
+    exact = losses("convert_presets", method="full attention", dtype="float32")
+    said = []
+    for num_rows, window in ((256, 292), (768, 804)):
+        converted = losses("convert_presets", method="preset", rows=float(num_rows))
+        windows = losses("convert_curve", method="window", rows=window)
+        windows |= losses("convert_nearest", method="window", rows=window)
+        assert converted.keys() == windows.keys() == exact.keys()
+        shares = [100 * (windows[x] - converted[x]) / (windows[x] - exact[x]) for x in exact]
+        said.append(f"{num_rows} rows recover {min(shares):.0f} to {max(shares):.0f} %")
+    first, second = said[0], said[1].replace("recover ", "")
+    assert f"against full attention in float32, {first}, {second}" in words_of("convert.md")

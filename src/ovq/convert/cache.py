@@ -452,7 +452,7 @@ class MemoryCache(StateCache):
         # Earlier versions of transformers pass a tensor: `+=` on the column count would change it in place.
         tokens_to_remove = int(tokens_to_remove)
         num_recorded = min(layer.num_recorded for layer in self.layers)
-        if self.is_restarted(tokens_to_remove, num_recorded):
+        if self.reset_beyond(tokens_to_remove, num_recorded):
             return
         if not -num_recorded <= tokens_to_remove <= 0:
             raise not_croppable(tokens_to_remove, num_recorded)

@@ -151,7 +151,7 @@ class StateCache(Cache):
     #: Columns of the prompt, during assisted decoding.
     num_prompt: int | None = None
     #: Whether an assistant drafts with it.
-    is_assistants = False
+    is_of_assistant = False
 
     def __repr__(self) -> str:
         return (
@@ -220,16 +220,16 @@ class StateCache(Cache):
         other.batch_select_indices(torch.tensor(rows, dtype=torch.int64, device="cpu"))
         return other
 
-    def is_restarted(self, tokens_to_remove: int, num_recorded: int) -> bool:
-        """Whether an assistant's cache was emptied, as it cannot be cropped that far.
+    def reset_beyond(self, tokens_to_remove: int, num_recorded: int) -> bool:
+        """Empty an assistant's cache that cannot be cropped that far; returns whether it did.
 
         An assistant with a tokenizer of its own encodes the last words again with every draft, which may
         change tokens read long before. It is given the whole text each time, and so reads all of it again.
         """
-        is_needed = self.is_assistants and tokens_to_remove < -num_recorded
-        if is_needed:
-            self.reset()
-        return is_needed
+        if not self.is_of_assistant or tokens_to_remove >= -num_recorded:
+            return False
+        self.reset()
+        return True
 
     def detach_(self) -> None:
         """Detach all tensors from their graph, so that no gradient flows to the tokens read so far."""
@@ -384,7 +384,7 @@ class OVQCache(StateCache):
         """
         recorded, self.recorded = self.recorded, None
         num_recorded = 0 if recorded is None else recorded.num_tokens
-        if tokens_to_remove == 0 or self.is_restarted(tokens_to_remove, num_recorded):
+        if tokens_to_remove == 0 or self.reset_beyond(tokens_to_remove, num_recorded):
             return
         if recorded is None or not -num_recorded <= tokens_to_remove < 0:
             self.recorded = recorded

@@ -77,7 +77,7 @@ class CachedGeneration:
                 if generation_config.is_assistant:
                     # Drafts that the large model rejects must be cropped.
                     cache.activate_past_recording()
-                    cache.is_assistants = True
+                    cache.is_of_assistant = True
                 return
             if not generation_config.is_assistant:
                 _check_given_cache(given, generation_config, generation_mode, model_kwargs, batch_size)

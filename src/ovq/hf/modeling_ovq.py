@@ -234,7 +234,8 @@ class OVQForCausalLM(CachedGeneration, OVQPreTrainedModel, GenerationMixin):
                 `OVQModel.forward`.
             labels: `[B, T]`, usually `input_ids`; shifted here. -100 is ignored. With `cu_seqlens` the first
                 token of each row is ignored too, because no token before it belongs to its row. In training
-                the loss includes the layers' auxiliary losses.
+                the loss includes the layers' auxiliary losses. (The Trainer's label smoothing takes labels
+                out of the batch: set -100 at the beginnings of rows yourself.)
             use_cache: return a cache. None: as in `OVQModel.forward`, and not with labels.
             logits_to_keep: compute logits for the last positions only, this many (0: for all), or for these
                 indices; not with labels.
