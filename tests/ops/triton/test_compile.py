@@ -11,22 +11,23 @@ pytest.importorskip("triton", reason="the extra ovq[triton] is not installed")
 PROGRAM = Path(__file__).parents[3] / "benchmarks" / "compile_kernels.py"
 
 
-@pytest.mark.slow
-def test_the_kernels_compile_for_an_h100():
+def run(*options):
+    """What the program prints with `options`, in a process where kernels are compiled."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [
-        sys.executable,
-        PROGRAM,
-        "--head-dims",
-        "64",
-        "--dtypes",
-        "bfloat16,float32",
-        "--chunk-size",
-        "64",
-    ]
+    command = [sys.executable, PROGRAM, *options]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
-    rows = done.stdout.splitlines()[2:]
+    return done.stdout
+
+
+def test_the_program_shows_its_help():
+    assert "usage:" in run("--help").lower()
+
+
+@pytest.mark.slow
+def test_the_kernels_compile_for_an_h100():
+    out = run("--head-dims", "64", "--dtypes", "bfloat16,float32", "--chunk-size", "64")
+    rows = out.splitlines()[2:]
     kernels = {line.split()[0] for line in rows}
     assert kernels == {
         "advance",
