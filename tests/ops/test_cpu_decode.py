@@ -232,3 +232,32 @@ def test_steps_go_on_where_tensors_were_moved_to_be_shared():
         o, state = attend(*token, initial_state=state, **OPTIONS)
         expected, alone = attend(*token, initial_state=alone, **OPTIONS)
         assert torch.equal(o, expected)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@torch.no_grad()
+def test_states_may_be_changed_in_place_between_steps(backend):
+    """As a server does that starts a row anew, or takes a token back, in tensors that stay."""
+    tensors = inputs(2, 60, 4, 2, 8, 6, dtype=torch.float32)
+
+    def reset(state):
+        for name in ("key_sum", "value_sum", "count", "num_seen"):
+            getattr(state, name)[0] = 0
+
+    for change in (reset, lambda state: state.num_seen.sub_(1)):
+        state = steps(None, tensors, 0, 39, backend=backend, **OPTIONS)[1]
+        change(state)
+        expected = steps(state.clone(), tensors, 39, 20, backend="naive", **OPTIONS)
+        found = steps(state, tensors, 39, 20, backend=backend, **OPTIONS)
+        torch.testing.assert_close(found[0], expected[0], rtol=2e-6, atol=2e-6)
+        assert_same_state(found[1], expected[1], tolerance=2e-6)
+
+
+@pytest.mark.parametrize("name", ["num_slots", "chunk_size"])
+@torch.no_grad()
+def test_states_of_another_size_do_not_go_on(name):
+    tensors = inputs(1, 20, dtype=torch.float32)
+    state = steps(None, tensors, 0, 19, **OPTIONS)[1]
+    setattr(state, name, getattr(state, name) + 1)
+    with pytest.raises(ValueError, match=f"initial_state: {name}: expected"):
+        steps(state, tensors, 19, 1, **OPTIONS)

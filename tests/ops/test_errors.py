@@ -238,7 +238,7 @@ def test_auto_takes_the_kernels_on_a_gpu_alone(monkeypatch):
         (on_gpu, "random", ["torch"]),
         (q, "novelty", ["cpu", "torch"]),
     ):
-        call = SimpleNamespace(q=x, v=v, gates=(), options=Options(init=init, **options))
+        call = SimpleNamespace(q=x, v=v, gates=(), tensors=(), options=Options(init=init, **options))
         assert chosen("auto", call) in expected
 
 

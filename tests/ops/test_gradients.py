@@ -15,6 +15,7 @@ from ovq.ops import backend_used, backends, ovq_attention
 from ovq.ops.backends.cpu.tokens import CompiledRMSNorm
 from ovq.ops.options import CURRENT_MERGES
 from tests.ops.common import BACKENDS, CPU, either_rule, inputs
+from tests.written import without_kernels
 
 OPTIONS = {"num_slots": 8, "chunk_size": 4}
 # PyTorch itself uses it for forward-mode differentiation.
@@ -70,6 +71,17 @@ def test_compiled_layers_refuse_them_too():
     y = CompiledRMSNorm.apply(x, weight, 1e-6)
     with pytest.raises(RuntimeError, match="expected create_graph=False"):
         torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
+def test_layers_have_them_as_the_error_says():
+    layer = OVQAttention(8, num_heads=2, backend="naive", **OPTIONS)
+    x = torch.randn(1, 9, 8, requires_grad=True)
+    if CPU:
+        with pytest.raises(RuntimeError, match=r"layers also need OVQ_CPU_KERNELS=0"):
+            torch.autograd.grad(layer(x)[0].sum(), x, create_graph=True)
+    with without_kernels():
+        (grad,) = torch.autograd.grad(layer(x)[0].square().sum(), x, create_graph=True)
+        assert torch.autograd.grad(grad.square().sum(), x)[0].abs().sum() > 0
 
 
 @FORWARD_MODE

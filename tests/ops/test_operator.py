@@ -8,6 +8,7 @@ from torch._dynamo.utils import counters
 from torch._subclasses import FakeTensorMode
 from torch.nn.functional import logsigmoid
 
+from ovq.layers import OVQAttention
 from ovq.ops import OVQState, backend_used, ovq_attention
 from ovq.ops.state import tensors_of
 from tests.ops.common import assert_same_state, attend, inputs
@@ -151,6 +152,24 @@ def test_tensors_without_data_give_what_a_graph_gives_but_numbers(is_gated, devi
     for tensors, other in ((bare, known), (given, state)):
         with pytest.raises(ValueError, match=r"initial_state: (tensors with data|device): expected"):
             attend(*tensors[:3], initial_state=other, **SIZES)
+
+
+@pytest.mark.parametrize("device", ["fake", "meta"])
+@pytest.mark.parametrize("name", ["attention_mask", "cu_seqlens"])
+def test_rows_without_data_have_shapes(name, device):
+    layer = OVQAttention(8, num_heads=2, **SIZES)
+    is_packed = name == "cu_seqlens"
+    rows = torch.tensor([0, 4, 9]) if is_packed else torch.ones(2, 9, dtype=torch.int64)
+    x, tensors = torch.randn(1 if is_packed else 2, 9, 8), inputs(1 if is_packed else 2, 9)
+    with FakeTensorMode(allow_non_fake_inputs=True) if device == "fake" else torch.device("meta") as mode:
+        strip = mode.from_tensor if device == "fake" else lambda x: x.to("meta")
+        *bare, x, rows = map(strip, (*tensors, x, rows))
+        layer = layer if device == "fake" else layer.to("meta")
+        o, state = attend(*bare, **{name: rows}, **SIZES)
+        assert (o.shape, len(state.num_seen)) == ((*tensors[2].shape[:2], 2, 5), 2)
+        assert layer(x, **{name: rows})[0].shape == x.shape
+    with pytest.raises((ValueError, NotImplementedError), match=r"data|meta"):
+        attend(*tensors, **{name: rows}, **SIZES)
 
 
 def test_how_many_tokens_a_state_without_data_has_seen_is_not_what_memory_held():

@@ -217,7 +217,7 @@ class ShortConvolution(OwnWeights):
         past = None if state is None else state.transpose(1, 2).to(x.dtype)
         # Under autocast parameters may be float32, which would silently promote the activations.
         weight = self.weight.to(x.dtype)
-        if can_run(x, weight):
+        if can_run(x, weight, *(() if past is None else (past,))):
             y = applied(CompiledConvolution, x, past, weight, offset)
         else:
             y = _convolve(x, past, weight, offset)

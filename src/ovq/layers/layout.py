@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ovq.ops.call import RowBounds
-from ovq.ops.checks import check_dense, checked_mask, masked_bounds, row_bounds
+from ovq.ops.checks import check_dense, checked_mask, has_data, masked_bounds, row_bounds
 from ovq.ops.splits import alike
 
 
@@ -308,7 +308,7 @@ def _masked_layout(mask: Tensor, batch_size: int, num_past: int, num_new: int) -
             f"({num_past} columns are cached), found {found}"
         )
     columns: dict[str, Any] = {"num_past": num_past, "num_new": num_new, "has_mask": True}
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not has_data(mask):
         # A compiled graph must serve any mask, so it assumes padding.
         bounds, real = RowBounds(row_bounds(mask, None, batch_size, num_past, num_new)), mask.bool()
         return SequenceLayout(**columns, mask=real, new_mask=real[:, num_past:], bounds=bounds)

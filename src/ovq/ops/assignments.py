@@ -199,7 +199,7 @@ def _slot_assignments(given: dict[str, Any], backend: str) -> SlotAssignments:
     k = given["k"]
     call = checked_call(**given, scale=checked_scale(None, k), wants_state=True)
     # First, so that options that no backend supports are refused before the layout is made.
-    backend = chosen_to_learn(backend, k, call.v, call.options, call.gates)
+    backend = chosen_to_learn(backend, k, call.v, call.options, call.gates, call.tensors)
     # Backends merge in the wide dtype, and round.
     chunks = Chunks(dataclasses.replace(call, state=call.state.to_state_dtype("float32")))
     before, plan = chunks.before, chunks.plan

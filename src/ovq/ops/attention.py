@@ -11,7 +11,7 @@ from torch import Tensor
 from ovq.ops import backends, dispatch, operator
 from ovq.ops.ablation import Ablation, with_earlier_names
 from ovq.ops.call import RowBounds
-from ovq.ops.checks import check_qkv, checked_call, checked_scale, has_data
+from ovq.ops.checks import check_qkv, checked_call, checked_scale, has_data, is_memory
 from ovq.ops.options import VALUE_WEIGHT, options_of
 from ovq.ops.random_init import seed_of
 from ovq.ops.state import OVQState, advanced
@@ -89,7 +89,7 @@ def ovq_attention(
             `"cpu"` and `"triton"` support neither float64 nor the ablations (`ablation`, `init="random"`,
             `merge="updated"`), and `"cpu"` no `TorchDispatchMode`, which would not see it; `"auto"` then runs
             `"torch"`. Under transforms of `torch.func` and forward-mode differentiation only `"naive"` runs,
-            and `"auto"` warns once. `backend_used()` tells which one ran.
+            and `"auto"` warns once; under `torch.func.vmap` none does. `backend_used()` tells which one ran.
         earlier_names: `bias` and `rate` of version 0.2, now part of `ablation`.
 
     Returns:
@@ -131,11 +131,11 @@ def ovq_attention(
     if is_dense and output_final_state and isinstance(initial_state, OVQState):
         step = initial_state._step
         is_asked_for = step is not None and backend in ("auto", step.backend)
-        if is_asked_for and step.fits(q, k, v, token_weights, initial_state, options):
-            scale = checked_scale(scale, q)
+        fits = is_asked_for and step.fits(q, k, v, token_weights, initial_state, options)
+        if fits and is_memory(per_head := checked_scale(scale, q)):
             dispatch.note_backend(step.backend)
             after = advanced(initial_state)
-            return step.run(q, k, v, scale, token_weights, initial_state.num_seen, after)
+            return step.run(q, k, v, per_head, token_weights, initial_state.num_seen, after)
     check_qkv(q, k, v)
     given: dict[str, Any] = {
         "q": q,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ovq.ops.options import Options
-from ovq.ops.state import OVQState
+from ovq.ops.state import OVQState, tensors_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +95,12 @@ class Call:
     def wants_gradients(self) -> bool:
         """Whether any tensor requires a gradient."""
         return torch.is_grad_enabled() and any(x.requires_grad for x in self.floats)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors of the call."""
+        given = (self.q, self.k, self.v, self.scale, self.token_weights, self.log_forget)
+        return [*(x for x in given if x is not None), *tensors_of(self.state).values()]
 
     @property
     def floats(self) -> list[Tensor]:

@@ -78,6 +78,14 @@ def has_data(*tensors: Any) -> bool:
     )
 
 
+def is_memory(x: Tensor) -> bool:
+    """Whether a tensor is what lies in memory, as kernels read it.
+
+    A subclass may wrap other tensors or hold no data, and PyTorch may negate numbers as they are read.
+    """
+    return (type(x) is Tensor or type(x) is torch.nn.Parameter) and not x.is_neg()
+
+
 def check_dense(name: str, x: Tensor, *, needs_data: bool = True) -> None:
     """Raise ValueError, naming the tensor, unless it is a dense one, with data if that is needed."""
     lacks_data = needs_data and not has_data(x)
@@ -234,7 +242,7 @@ def checked_rows(q: Tensor, attention_mask: Tensor | RowBounds | None, cu_seqlen
 def row_bounds(
     attention_mask: Tensor | None, cu_seqlens: Tensor | None, batch_size: int, num_past: int, num_new: int
 ) -> Tensor:
-    """`RowBounds.bounds` of the new columns of a call; under `torch.compile`, computed by an operator.
+    """`RowBounds.bounds` of the new columns of a call; an operator if traced or without data.
 
     Args:
         attention_mask: `[B, P + T]` over cached and new columns, the ones of each row contiguous; or None.
@@ -251,7 +259,9 @@ def row_bounds(
         tensor([[0],
                 [2]])
     """
-    find = torch.ops.ovq.row_bounds if torch.compiler.is_compiling() else found_bounds
+    is_known = has_data(attention_mask if cu_seqlens is None else cu_seqlens)
+    is_operator = torch.compiler.is_compiling() or not is_known
+    find = torch.ops.ovq.row_bounds if is_operator else found_bounds
     return find(attention_mask, cu_seqlens, batch_size, num_past, num_new)
 
 
@@ -274,8 +284,11 @@ def found_bounds(
 def _fake_bounds(
     attention_mask: Tensor | None, cu_seqlens: Tensor | None, batch_size: int, num_past: int, num_new: int
 ) -> Tensor:
+    given = attention_mask if cu_seqlens is None else cu_seqlens
     num_rows = batch_size if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return torch.empty(2, num_rows, dtype=torch.int64, device="cpu")
+    # On the meta device not a real tensor, whose numbers calls with data would read.
+    device = "meta" if given is not None and given.is_meta else "cpu"
+    return torch.empty(2, num_rows, dtype=torch.int64, device=device)
 
 
 # Not `torch.library.custom_op`, which loads the compiler.
@@ -354,7 +367,7 @@ def check_state(state: OVQState, num_rows: int, k: Tensor, v: Tensor, options: O
         ("dtype of sums", sums, state.key_sum.dtype),
         ("dtype of pending tokens", k.dtype, state.pending_keys.dtype),
         ("device", k.device, state.key_sum.device),
-        ("tensors with data", has_data(k), has_data(state.key_sum)),
+        ("tensors with data", has_data(k), all(map(has_data, tensors_of(state).values()))),
     ):
         if found != expected:
             raise ValueError(f"initial_state: {what}: expected {expected}, found {found}")

@@ -41,8 +41,8 @@ def refuse_second_order(*_: Any) -> NoReturn:
     """Raise RuntimeError; also as the backward of an operator that is itself a backward."""
     raise RuntimeError(
         "expected create_graph=False, found True: kernels and graphs of torch.compile and torch.export give "
-        "no gradients of gradients. Outside of graphs, ovq_attention and layers do with backend='naive'; "
-        "models also need OVQ_CPU_KERNELS=0, skip_logits=False and, for softmax attention, "
+        "no gradients of gradients. Outside of graphs, ovq_attention does with backend='naive'; layers "
+        "also need OVQ_CPU_KERNELS=0, models skip_logits=False too and, for softmax attention, "
         "sdpa_kernel(SDPBackend.MATH) of PyTorch"
     )
 

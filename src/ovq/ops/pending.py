@@ -20,12 +20,10 @@ class PendingBuffers:
     Attributes:
         tensors: keys `[B, Hkv, C, K]`, values `[B, Hkv, C, V]`, and weights `[B, Hkv, C]` or None.
         written: number of tokens written in each row.
-        num_seen: `num_seen` of the state that the last step made; None before the first step.
     """
 
     tensors: tuple[Tensor | None, ...]
     written: list[int]
-    num_seen: Tensor | None = None
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         # A copy in another process may have the same tensors, in shared memory: it writes to its own.

@@ -480,20 +480,12 @@ def advanced(state: OVQState) -> OVQState:
     They are contiguous, and only the result and states derived from it read that position.
     """
     buffers, own = state._buffers, pending_in(state)
-    if (
-        buffers is not None
-        and buffers.num_seen is state.num_seen
-        and max(buffers.written, default=0) < state.chunk_size
-    ):
-        places = buffers.written
-    else:
-        # `num_pending` as Python numbers.
-        places = [n % state.chunk_size for n in state.num_seen.tolist()]
+    # `num_pending` as Python numbers, and read anew: a caller may have changed `num_seen` in place.
+    places = [n % state.chunk_size for n in state.num_seen.tolist()]
     if buffers is not None and buffers.take(own, places):
         # Equivalent to `dataclasses.replace` below, in a fraction of the time.
         after = object.__new__(OVQState)
-        buffers.num_seen = num_seen = state.num_seen + 1
-        after.__dict__.update(state.__dict__, num_seen=num_seen, _step=None)
+        after.__dict__.update(state.__dict__, num_seen=state.num_seen + 1, _step=None)
         return after
     buffers = PendingBuffers.copied(own, [p + 1 for p in places])
     pending: dict[str, Any] = dict(zip(PENDING_TENSORS, buffers.tensors, strict=True))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -22,6 +22,7 @@ from ovq.ops import naive
 from ovq.ops.backends import cpu, torch, triton
 from ovq.ops.backends.learned import Learned, Merging
 from ovq.ops.call import Call
+from ovq.ops.checks import is_memory
 from ovq.ops.known import Known
 from ovq.ops.options import Options
 from ovq.ops.precision import full_precision
@@ -66,11 +67,27 @@ BACKENDS: dict[str, Backend] = {"naive": naive, "torch": torch, "cpu": cpu, "tri
 NAMES = ("auto", *BACKENDS)
 
 
-def refusal(name: str, q: Tensor, v: Tensor, options: Options, gates: Iterable[str] = ()) -> str | None:
+def refusal(
+    name: str,
+    q: Tensor,
+    v: Tensor,
+    options: Options,
+    gates: Iterable[str] = (),
+    tensors: Iterable[Tensor] = (),
+) -> str | None:
     """Why a backend cannot run calls with these tensors, options and gates; None if it can."""
     backend = BACKENDS[name]
     reason = backend.KNOWN.refusal(q.dtype, options, gates) or backend.missing(q, v, options)
-    return reason or refused_transform(is_plain=name == "naive")
+    return reason or _unread(name, tensors) or refused_transform(is_plain=name == "naive")
+
+
+def _unread(name: str, tensors: Iterable[Tensor]) -> str | None:
+    """Why kernels cannot read these tensors, if the backend has kernels; None if it can read all."""
+    for x in tensors if name in ("cpu", "triton") else ():
+        if not is_memory(x):
+            found = "one that PyTorch negates" if x.is_neg() else type(x).__name__
+            return f"expected plain tensors, found {found}"
+    return None
 
 
 def chosen(name: str, call: Call) -> str:
@@ -82,8 +99,8 @@ def chosen(name: str, call: Call) -> str:
     Raises:
         ValueError: if the requested backend, or for `"auto"` every backend, cannot run the call; says why.
     """
-    names = (*_fastest(call.q), "naive")
-    found = _first(name, names, lambda x: refusal(x, call.q, call.v, call.options, call.gates))
+    names, tensors = (*_fastest(call.q), "naive"), call.tensors
+    found = _first(name, names, lambda x: refusal(x, call.q, call.v, call.options, call.gates, tensors))
     # Rules that only `naive` knows have no faster backend to miss.
     if found == "naive" != name and not torch.KNOWN.refusal(call.q.dtype, call.options, call.gates):
         _warn_of_loops()
@@ -100,7 +117,14 @@ def _warn_of_loops() -> None:
     )
 
 
-def chosen_to_learn(name: str, k: Tensor, v: Tensor, options: Options, gates: Iterable[str] = ()) -> str:
+def chosen_to_learn(
+    name: str,
+    k: Tensor,
+    v: Tensor,
+    options: Options,
+    gates: Iterable[str] = (),
+    tensors: Sequence[Tensor] = (),
+) -> str:
     """Like `chosen`, for merging without attention: the requested one of `LEARNING`, or the fastest.
 
     Raises:
@@ -110,7 +134,7 @@ def chosen_to_learn(name: str, k: Tensor, v: Tensor, options: Options, gates: It
     def reason_against(name: str) -> str | None:
         backend = LEARNING[name]
         reason = backend.LEARNS.refusal(k.dtype, options, gates) or backend.missing(k, v, options)
-        return reason or refused_transform(is_plain=name == "torch")
+        return reason or _unread(name, tensors) or refused_transform(is_plain=name == "torch")
 
     return _first(name, _fastest(k), reason_against)
 

@@ -16,7 +16,6 @@ from ovq.ops.backends.cpu.kernels import (
     CompiledAttention,
     cpu_kernels,
     is_available,
-    is_memory,
     learn,
 )
 from ovq.ops.call import Call
@@ -44,8 +43,6 @@ def missing(q: Tensor, v: Tensor, options: Options) -> str | None:
     """Why the kernels cannot run a call that they know (tensors, no compiler, modes); None if they can."""
     if q.device.type != "cpu":
         return f"expected tensors on a CPU, found them on {q.device}"
-    if not (is_memory(q) and is_memory(v)):
-        return f"expected plain tensors, found {type(q).__name__} and {type(v).__name__}"
     if not is_available():
         return f"expected compiled kernels, found none: {cpu_kernels()}"
     return refused_mode()

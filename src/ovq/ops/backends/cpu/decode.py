@@ -13,6 +13,7 @@ from ovq.ops.backends.cpu import build
 from ovq.ops.backends.cpu.kernels import DTYPES, FORMATS, dense, merge
 from ovq.ops.backends.cpu.mirrors import MIRRORS, Mirror
 from ovq.ops.backends.torch.decode import merged_state
+from ovq.ops.checks import is_memory
 from ovq.ops.options import Options, rounding_sums
 from ovq.ops.state import PENDING_TENSORS, SLOT_TENSORS, OVQState, pending_in, slots_in
 from ovq.ops.transforms import needs_operations
@@ -77,6 +78,8 @@ class PreparedStep:
             return False
         if needs_operations():
             return False
+        if (state.num_slots, state.chunk_size) != (options.num_slots, options.chunk_size):
+            return False
         return all(map(operator.is_, self._sums, slots_in(state)))
 
     def fits(
@@ -92,7 +95,7 @@ class PreparedStep:
         if not self.continues(state, options):
             return False
         for x, shape in zip((q, k, v), self.shapes, strict=True):
-            if type(x) is not Tensor or x.shape != shape or x.dtype != self.dtype or not x.is_cpu:
+            if not is_memory(x) or x.shape != shape or x.dtype != self.dtype or not x.is_cpu:
                 return False
         return self._fits_weights(token_weights)
 
@@ -104,7 +107,7 @@ class PreparedStep:
         x = token_weights
         is_alike = isinstance(x, Tensor) and x.shape == self.shapes[1][:3] and x.dtype == own.dtype
         # Plain numbers take less time than operations on tensors.
-        return is_alike and x.is_cpu and all(0 <= w < math.inf for w in x.flatten().tolist())
+        return is_alike and x.is_cpu and is_memory(x) and all(0 <= w < math.inf for w in x.flatten().tolist())
 
     def run(
         self,

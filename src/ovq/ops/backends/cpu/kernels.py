@@ -56,11 +56,6 @@ def is_available() -> bool:
     return True
 
 
-def is_memory(x: Tensor) -> bool:
-    """Whether a tensor is plain data in memory: no subclass, which may wrap tensors or hold no data."""
-    return type(x) is Tensor or type(x) is torch.nn.Parameter
-
-
 class CompiledAttention(torch.autograd.Function):
     """`ChunkAttention` run by the kernels; other arguments, results and the rewinding backward are the same.
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ovq.ops.backends.cpu import build
-from ovq.ops.backends.cpu.kernels import is_available, is_memory
+from ovq.ops.backends.cpu.kernels import is_available
 from ovq.ops.backends.cpu.mirrors import MIRRORS
+from ovq.ops.checks import is_memory
 from ovq.ops.first_order import first_order, saved_tensors
 from ovq.ops.transforms import needs_operations
 
