@@ -157,6 +157,26 @@ def test_a_chat_goes_on_from_a_context_that_has_read_its_beginning(text):
         assert httpx.delete(f"{url}/{name}").status_code == 200
 
 
+def test_a_chat_keeps_the_context_that_it_began_with(text, monkeypatch):
+    """Its prompt was cut for that one, so another one under the same name must not take its place."""
+    url, texts, messages = f"{text.url}/v1/contexts", text.service.texts, [{"role": "user", "content": "Go"}]
+    old = httpx.post(url, json={"name": "r", "text": "A slot.", "chat": True}).json()
+    chat, create = texts.chat, client_of(text).chat.completions.create
+    create = functools.partial(create, model="text", messages=messages, max_tokens=9, temperature=0)
+    expected = create(extra_body={"context": "r"})
+
+    def replacing(*args, **options):
+        assert httpx.delete(f"{url}/r").status_code == 200
+        assert httpx.post(url, json={"name": "r", "token_ids": [5] * 30}).status_code == 201
+        return chat(*args, **options)
+
+    monkeypatch.setattr(texts, "chat", replacing)
+    answer = create(extra_body={"context": "r"})
+    assert answer.usage.context_tokens == old["num_tokens"]
+    assert answer.choices[0].message.content == expected.choices[0].message.content
+    assert httpx.delete(f"{url}/r").status_code == 200
+
+
 def test_only_a_text_is_read_as_the_beginning_of_a_chat(ids, text):
     for server, body, expected in (
         (text, {"token_ids": [1]}, "chat: expected a text, found token_ids"),

@@ -17,6 +17,7 @@ from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
+from ovq.hf.context import Context
 from ovq.prompts import chat_of_note, note_of_chat
 from ovq.runtime.files import TemporaryFolder
 from ovq.serve.answers import Answers, Usage, pieces
@@ -143,23 +144,24 @@ class _Routes:
 
     async def completions(self, request: HTTPRequest) -> Response:
         fields = parsed(CompletionRequest, await request.body())
-        is_start = fields.context is None
+        context = self._context(fields)
         prompts: Sequence[Any] = [fields.prompt] if isinstance(fields.prompt, str) else fields.prompt
         if not prompts or isinstance(prompts[0], int):
             prompts = [prompts]
         if len(prompts) > (most := self._limits.max_queue):
             raise bad_field("prompt", f"expected at most {most} prompts, found {len(prompts)}")
         texts = self._service.texts
-        encode = functools.partial(texts.encode, param="prompt", is_start=is_start)
+        encode = functools.partial(texts.encode, param="prompt", is_start=context is None)
         ids = await asyncio.to_thread(lambda: [encode(prompt) for prompt in prompts])
         max_tokens = fields.max_tokens or min(_COMPLETION_TOKENS, self._limits.max_tokens)
-        return await self._generate(request, fields, ids, max_tokens, CompletionForm(texts))
+        return await self._generate(request, fields, context, ids, max_tokens, CompletionForm(texts))
 
     async def chat(self, request: HTTPRequest) -> Response:
         fields = parsed(ChatRequest, await request.body())
         messages = [message.for_template(place) for place, message in enumerate(fields.messages)]
         tools = [tool.for_template for tool in fields.offered.values()]
-        before, read = self._chat_before(fields.context)
+        context = self._context(fields)
+        before, read = self._chat_before(context)
         ids = await asyncio.to_thread(self._service.texts.chat, [*before, *messages], tools, read=read)
         constraint = None
         if (grammar := fields.grammar) is not None:
@@ -171,14 +173,18 @@ class _Routes:
         form = ChatForm(self._service.texts)
         make_calls = functools.partial(ToolCalls, fields.offered.keys(), is_single=is_single)
         return await self._generate(
-            request, fields, [ids], max_tokens, form, constraint=constraint, make_calls=make_calls
+            request, fields, context, [ids], max_tokens, form, constraint=constraint, make_calls=make_calls
         )
 
-    def _chat_before(self, name: str | None) -> tuple[list[dict[str, str]], list[int]]:
+    def _context(self, fields: GenerationRequest) -> Context | None:
+        """The context of a request. Look it up once: its name may be given to another one meanwhile."""
+        return None if fields.context is None else self._service.contexts.get(fields.context)
+
+    @staticmethod
+    def _chat_before(context: Context | None) -> tuple[list[dict[str, str]], list[int]]:
         """The messages that a context has read as a chat, and their tokens; none of a document."""
-        if name is None:
+        if context is None:
             return [], []
-        context = self._service.contexts.get(name)
         try:
             return chat_of_note(context.note, num_tokens=context.num_tokens)
         except ValueError as error:
@@ -253,6 +259,7 @@ class _Routes:
         self,
         request: HTTPRequest,
         fields: GenerationRequest,
+        context: Context | None,
         prompts: Sequence[Sequence[int]],
         max_tokens: int,
         form: Form,
@@ -264,7 +271,6 @@ class _Routes:
         self._check_model(fields.model)
         fields.check_together()
         self._check_sizes(fields, prompts, max_tokens, param=form.param)
-        context = None if fields.context is None else service.contexts.get(fields.context)
         answers = Answers(service.engine, request.receive, self._deadline())
         # A constraint excludes `ignore_eos`.
         ends = frozenset() if fields.ignore_eos else (constraint or service.served).ends
