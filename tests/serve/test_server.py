@@ -328,6 +328,9 @@ def test_a_full_queue_and_a_long_wait(monkeypatch):
             # A stream has begun with 200, so the error is its last event.
             assert '"code":"timeout"' in [line for line in lines if line][-1]
         until(lambda: is_idle(server))
+        # Of the stream, too.
+        until(lambda: num_requests(server, status=504) == 2)
+        assert num_requests(server, status=200) == 0
         assert complete(server, [1], max_tokens=2).usage.completion_tokens == 2
         with pytest.raises(openai.APIStatusError, match="a body of at most 3000 bytes") as large:
             complete(server, [1] * 2000)

@@ -30,7 +30,7 @@ class Metrics(Collector):
         ProcessCollector(registry=self._registry)
         self._requests = Counter(
             "ovq_requests",
-            "Requests by route and status, 499 for clients that went away.",
+            "Requests by route and status, of a stream the one it ended with; 499: the client went away.",
             ["route", "status"],
             registry=self._registry,
         )
@@ -139,4 +139,5 @@ class Metered:
         finally:
             # The declared path, as names of contexts would make unboundedly many labels.
             route = getattr(scope.get("route"), "path", "other")
-            self._metrics.request(route, status, time.monotonic() - start)
+            # An `EventStream` that an error ended had begun with the status 200.
+            self._metrics.request(route, scope.get("failed_with", status), time.monotonic() - start)

@@ -140,7 +140,7 @@ async def stream(
     model: str,
     includes_usage: bool,
 ) -> AsyncGenerator[bytes, None]:
-    """The answer as server-sent events; an error may end them early.
+    """The answer as server-sent events. An APIError is the last of them, and is then raised.
 
     `includes_usage` adds a last chunk with the token counts.
     """
@@ -163,7 +163,7 @@ async def stream(
                     yield _event(head | {"choices": [form.chunk(last)]} | tail)
     except APIError as error:
         yield _event(error.body)
-        return
+        raise
     except ClientGone:
         return
     if includes_usage:

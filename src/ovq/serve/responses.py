@@ -29,7 +29,12 @@ class EventStream(StreamingResponse):
         """Send until the events end; starlette's own method would consume messages that `events` needs."""
         try:
             async with contextlib.aclosing(self._events):
-                await self.stream_response(send)
+                try:
+                    await self.stream_response(send)
+                except APIError as error:
+                    # Its event has been sent, after another status, so the metrics find its own here.
+                    scope["failed_with"] = error.status
+                    await send({"type": "http.response.body"})
         except OSError:
             # Some servers raise this when the client has disconnected.
             return
