@@ -99,13 +99,18 @@ class SealingTrainer(Trainer):
         self.add_callback(_LogAtCheckpoints())
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
-        """Names of the parameters with weight decay: matrices only.
+        """Names of the parameters with weight decay: matrices that their authors do not exempt.
 
         transformers selects by name, and would decay the log decay rates, temperatures and skips of KVM,
-        Mamba2 and the delta rules, whose authors exempt them.
+        Mamba2 and the delta rules, whose authors exempt them. mamba-ssm and flash-linear-attention mark such
+        parameters with `_no_weight_decay`.
         """
-        matrices = {name for name, parameter in model.named_parameters() if parameter.dim() > 1}
-        return [name for name in super().get_decay_parameter_names(model) if name in matrices]
+        decayed = {
+            name
+            for name, parameter in model.named_parameters()
+            if parameter.dim() > 1 and not getattr(parameter, "_no_weight_decay", False)
+        }
+        return [name for name in super().get_decay_parameter_names(model) if name in decayed]
 
     def compute_loss(
         self,
