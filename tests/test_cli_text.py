@@ -1,7 +1,11 @@
 """A language model from a folder of text to the text it writes, all of it on the command line."""
 
+import json
+import shlex
+
 import pytest
 
+from ovq.cli import main
 from ovq.hf import load_context
 from ovq_lab.train.config import RunConfig
 from tests.test_cli import fail, run
@@ -37,6 +41,41 @@ def test_a_model_of_text_reads_and_writes_text(folder, tmp_path, capsys):
     from ovq.cli.loading import load_model
 
     assert load_context(tmp_path / "book.ctx", load_model(tmp_path / "run")).num_tokens == 150
+
+
+@pytest.mark.parametrize(
+    ("held_out", "repeats", "said", "lengths"),
+    [
+        # "a.txt" and, if more are held out, "k.txt" are for the test.
+        (0.1, 1, "documents: 10 for train, 1 for validation, 1 for test", [3]),
+        (0.3, 700, "documents: 8 for train, 2 for validation, 2 for test", [4096]),
+        (0.3, 12000, "documents: 8 for train, 2 for validation, 2 for test", [4096, 65536]),
+        (
+            0,
+            1,
+            "warning: no document is left to test the model on (12 for train, 0 for validation, 0 for test); "
+            "a larger task.held_out than 0 leaves some",
+            None,
+        ),
+    ],
+)
+def test_the_test_that_training_prints_finds_text(folder, tmp_path, capsys, held_out, repeats, said, lengths):
+    (folder / "k.txt").write_text("lorem " * repeats)
+    words = [*train_words(folder, tmp_path / "run"), "--set", f"task.held_out={held_out}"]
+    with pytest.raises(SystemExit):
+        main(words)
+    out, err = capsys.readouterr()
+    assert f"{folder}: {said}" in err.splitlines()
+    ovq, *printed = shlex.split(out.partition("Test it: ")[2])
+    assert ovq == "ovq"
+    if lengths is None:
+        assert printed[4:8] == ["--dataset", "FILE", "--split", "all"]
+        assert "(held_out=0.0); train on more documents, or with another task.held_out" in fail(
+            capsys, *printed[:4]
+        )
+        return
+    rows = json.loads(run(capsys, *printed, "--windows", 1, "--json"))["rows"]
+    assert [row["length"] for row in rows if row["merge"] == "existing"] == lengths
 
 
 def test_the_memory_of_a_recipe_on_text_is_known_without_its_corpus(capsys):

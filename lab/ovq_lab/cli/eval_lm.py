@@ -13,6 +13,9 @@ from ovq.cli.options import Json, LognLength, StateDtype
 from ovq_lab.cli import corpus, dictionaries
 from ovq_lab.cli.results import Models, PieceSize, model_names, show_results, text_tokenizer
 
+LENGTHS = (4096, 65536)
+"""Tokens per window, if none are given."""
+
 
 def language(
     model: Models,
@@ -24,7 +27,9 @@ def language(
     hub_split: corpus.HubSplit = None,
     text_field: corpus.TextField = None,
     max_documents: corpus.MaxDocuments = None,
-    lengths: Annotated[str, typer.Option(help="Tokens per window, one test for each length.")] = "4096,65536",
+    lengths: Annotated[str, typer.Option(help="Tokens per window, one test for each length.")] = ",".join(
+        map(str, LENGTHS)
+    ),
     num_slots: dictionaries.Sizes = None,
     merge: dictionaries.Rules = None,
     logn_length: LognLength = None,

@@ -135,8 +135,8 @@ def train(
         is_text = config.task.name == TextTask.name
         test = f"ovq eval {'lm ' if is_text else ''}--model {shlex.quote(str(out))}"
         typer.echo(
-            f"Saved the model and its configuration in {out}. "
-            f"Test it: {test}{_modules_to_import(config)}{_rules_to_test(config)}"
+            f"Saved the model and its configuration in {out}. Test it: {test}"
+            f"{_text_to_read(out) if is_text else ''}{_modules_to_import(config)}{_rules_to_test(config)}"
         )
 
 
@@ -167,6 +167,19 @@ def _modules_to_import(config: RunConfig) -> str:
     return "".join(
         f" --import {name}" for name in modules if name.partition(".")[0] not in ("ovq", "ovq_lab")
     )
+
+
+def _text_to_read(out: Path) -> str:
+    """The options with which `ovq eval lm` finds text to test this run on, where its defaults find none."""
+    from ovq_lab.cli.eval_lm import LENGTHS
+    from ovq_lab.train.data import longest_test_text
+
+    longest = longest_test_text(out)
+    if longest is None or longest >= max(LENGTHS):
+        return ""
+    if not longest:
+        return " --dataset FILE --split all"
+    return f" --lengths {','.join(str(n) for n in LENGTHS if n <= longest) or longest}"
 
 
 def _rules_to_test(config: RunConfig) -> str:

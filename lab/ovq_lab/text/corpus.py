@@ -25,7 +25,7 @@ import numpy as np
 from ovq.runtime.files import read_json
 from ovq.runtime.progress import AnyReporter
 from ovq_lab.text.cache import cached_folder
-from ovq_lab.text.documents import Document, split_of
+from ovq_lab.text.documents import SPLITS, Document, split_of
 from ovq_lab.text.source import ALL, TextSource, check_split, source_content, source_documents
 from ovq_lab.text.tokenizers import (
     encode_bytes,
@@ -55,6 +55,7 @@ class Corpus:
         num_bytes: `[D]` int64, bytes of each in UTF-8.
         end_of_text: The end-of-text token; the arrays do not contain it.
         digest: Digest of all names and tokens; different corpora have different digests.
+        num_in_splits: Number of documents of each split of the source, of this one and of the others.
 
     Example:
         >>> source = TextSource(dataset="stdlib", subset="json", held_out=0)
@@ -66,7 +67,13 @@ class Corpus:
     """
 
     def __init__(
-        self, stored: _Stored, groups: list[list[int]], *, separator: np.ndarray, end_of_text: int
+        self,
+        stored: _Stored,
+        groups: list[list[int]],
+        *,
+        separator: np.ndarray,
+        end_of_text: int,
+        num_in_splits: dict[str, int],
     ) -> None:
         self._stored = stored
         self._groups = groups
@@ -79,6 +86,7 @@ class Corpus:
         self.num_bytes = _sums(stored.num_bytes, groups) + between * len(_SEPARATOR)
         content = json.dumps([stored.sha256, stored.names, groups, separator.tolist(), end_of_text])
         self.digest = hashlib.sha256(content.encode()).hexdigest()
+        self.num_in_splits = num_in_splits
 
     def __len__(self) -> int:
         """Number of documents, or of volumes."""
@@ -142,19 +150,23 @@ def load_corpus(
             lambda folder: _store(folder, source_documents(source), encode, tokenizer, progress),
         )
     )
-    chosen = [
-        i
-        for i, name in enumerate(stored.names)
-        if split == ALL or split_of(name, held_out=source.held_out) == split
-    ]
+    splits = [split_of(name, held_out=source.held_out) for name in stored.names]
+    chosen = [i for i, found in enumerate(splits) if split in (ALL, found)]
     if not chosen:
         raise ValueError(
             f"dataset: expected documents for {split} in {source.dataset!r}, found none among its "
-            f"{len(stored.names)} (held_out={source.held_out}); more documents have some"
+            f"{len(stored.names)} (held_out={source.held_out}); train on more documents, or with another "
+            "task.held_out"
         )
     groups = _volumes(chosen, stored.num_bytes, source.join_to)
     (separator,) = encode([_SEPARATOR])
-    return Corpus(stored, groups, separator=separator, end_of_text=tokenizer.eos_token_id)
+    return Corpus(
+        stored,
+        groups,
+        separator=separator,
+        end_of_text=tokenizer.eos_token_id,
+        num_in_splits={name: splits.count(name) for name in SPLITS},
+    )
 
 
 def say_progress(name: str, reporter: AnyReporter) -> Callable[[int], None]:

@@ -75,8 +75,13 @@ def training_data(
     if not is_new:
         check_corpus(out / CORPUS_FILE, corpus)
     elif is_first_process():
+        longest = 0
+        if corpus.num_in_splits["test"]:
+            # With the token before it.
+            longest = 1 + int(load_corpus(task, "test", tokenizer=tokenizer).num_tokens.max())
+        about = {"dataset": task.dataset, "digest": corpus.digest, "longest_test_text": longest}
         # Other processes may get here before the first has created the folder.
-        write_atomic(out / CORPUS_FILE, json.dumps({"dataset": task.dataset, "digest": corpus.digest}) + "\n")
+        write_atomic(out / CORPUS_FILE, json.dumps(about) + "\n")
     held_out = None
     if config.train.eval_every:
         held_out = HeldOutWindows(
@@ -84,7 +89,32 @@ def training_data(
             length=max(config.train.lengths),
             num_windows=_NUM_HELD_OUT,
         )
+    if is_new and is_first_process():
+        reporter.say(_described_splits(task, corpus))
     return TrainingData(examples=examples, tokenizer=tokenizer, held_out=held_out)
+
+
+def _described_splits(task: TextTask, corpus: Corpus) -> str:
+    """The documents of each split; without any for a test, how to get some."""
+    sizes = ", ".join(f"{number:,} for {name}" for name, number in corpus.num_in_splits.items())
+    if corpus.num_in_splits["test"]:
+        return f"{task.dataset}: documents: {sizes}"
+    return (
+        f"{task.dataset}: warning: no document is left to test the model on ({sizes}); "
+        f"a larger task.held_out than {task.held_out:g} leaves some"
+    )
+
+
+def longest_test_text(out: Path) -> int | None:
+    """Tokens of the longest text that the run in a folder left for a test, 0 if it left none; None if it did
+    not record that, as runs of earlier versions."""
+    return _recorded(out).get("longest_test_text")
+
+
+def _recorded(out: Path) -> dict[str, Any]:
+    """What the run in a folder recorded of its corpus, if anything."""
+    found = read_json(out / CORPUS_FILE) if (out / CORPUS_FILE).is_file() else None
+    return found if isinstance(found, dict) else {}
 
 
 def check_corpus(path: Path, corpus: Corpus) -> None:
