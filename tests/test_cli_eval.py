@@ -17,7 +17,7 @@ from ovq_lab.text.haystack import NeedleBuilder, essay_texts
 from ovq_lab.train.recipes import get_recipe
 from tests.progress import Seen
 from tests.test_cli import fail, run
-from tests.tiny import save_reader
+from tests.tiny import save_reader, tiny_model
 
 BYTES = byte_tokenizer()
 TEXT = " ".join(f"This is sentence {i} of a text that is made up." for i in range(60))
@@ -118,6 +118,33 @@ def test_models_of_one_mixer_are_called_by_their_folders(folder, capsys):
 
     assert names("a/ovq", "mamba2") == ["", ""]
     assert names("a/ovq", "b/ovq") == [str(folder / "a/ovq"), str(folder / "b/ovq")]
+
+
+def test_several_models_of_one_synthetic_task_are_rows_of_one_table(capsys, tmp_path):
+    for seed, (name, mixer) in enumerate([("first", "ovq"), ("second", "ovq"), ("third", "mamba2")]):
+        model = tiny_model(seed, mixer_types=["sliding_attention", mixer], num_slots=4, chunk_size=16)
+        model.save_pretrained(tmp_path / name)
+        get_recipe("recall-ovq").save(tmp_path / name)
+
+    def evaluated(*names, options=("--json",)):
+        folders = [word for name in names for word in ("--model", tmp_path / name)]
+        return run(capsys, "eval", *folders, "--lengths", "32,64", "--examples", 4, *options)
+
+    both = json.loads(evaluated("first", "second"))
+    assert both["models"] == [str(tmp_path / "first"), str(tmp_path / "second")]
+    assert [row["name"] for row in both["rows"]] == ["first"] * 2 + ["second"] * 2
+    # Each as if it were tested alone.
+    alone = [row for name in ("first", "second") for row in json.loads(evaluated(name))["rows"]]
+    assert [row | {"name": ""} for row in both["rows"]] == alone
+    table = evaluated("first", "second", options=())
+    assert "first, 4 slots" in table
+    assert "second, 4 slots" in table
+    assert "Mamba2" in evaluated("first", "third", options=())
+    get_recipe("mqar-ovq").save(tmp_path / "third")
+    folders = ["--model", tmp_path / "first", "--model", tmp_path / "third"]
+    line = fail(capsys, "eval", *folders)
+    assert line.startswith(f"{tmp_path / 'third'}: expected the task of {tmp_path / 'first'}, RecallTask(")
+    assert ", found MQARTask(" in line
 
 
 def test_lm_reads_what_a_model_was_trained_on(folder, capsys, tmp_path):

@@ -30,6 +30,7 @@ def evaluate(
     seed: int = 0,
     reporter: WorkReporter,
     label: str = "test",
+    name: str = "",
 ) -> list[ResultRow]:
     """Evaluate a model on a task, at several lengths and with several dictionaries.
 
@@ -88,6 +89,7 @@ def evaluate(
             mean_error, slice_errors = _means(errors, masks) if errors else (None, {})
             rows.append(
                 ResultRow(
+                    name=name,
                     **row_fields(model, dictionary, at_length.length),
                     accuracy=accuracy,
                     num_questions=sum(map(len, right)),

@@ -58,7 +58,7 @@ class NamedRow(ModelRow):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ResultRow(ModelRow):
+class ResultRow(NamedRow):
     """The accuracy of one model at one length.
 
     Attributes:

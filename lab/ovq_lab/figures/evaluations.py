@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from ovq.hf import OVQForCausalLM
     from ovq_lab.eval.needle import NeedleRow
+    from ovq_lab.eval.rows import NamedRow
 
 _LOSS_FIELDS = (
     *("mixer", "num_slots", "merge", "logn_length", "length", "loss", "bits_per_byte", "state_bytes"),
@@ -53,6 +54,10 @@ def _without_later(fields: dict[str, Any]) -> dict[str, Any]:
         for name, value in fields.items()
         if name not in _LATER or value != _LATER[name]
     }
+
+
+def _without_name(row: NamedRow) -> dict[str, Any]:
+    return {name: value for name, value in dataclasses.asdict(row).items() if name != "name"}
 
 
 # Cached, so that texts are loaded once for all lengths and depths.
@@ -184,7 +189,7 @@ class TaskEvaluation(Evaluation):
         """Always passes, as examples are generated."""
 
     def evaluate(self, model: OVQForCausalLM, folder: Path, reporter: WorkReporter) -> dict[str, Any]:
-        """The fields of a `ResultRow`."""
+        """The fields of a `ResultRow`, except the name."""
         from ovq_lab.eval.accuracy import evaluate
 
         [row] = evaluate(
@@ -196,7 +201,7 @@ class TaskEvaluation(Evaluation):
             seed=self.seed,
             reporter=reporter,
         )
-        return dataclasses.asdict(row)
+        return _without_name(row)
 
     def as_json(self) -> dict[str, Any]:
         """Every field, and the name of the task."""
@@ -363,7 +368,7 @@ class NeedleEvaluation(_HiddenValues):
     def evaluate(self, model: OVQForCausalLM, folder: Path, reporter: WorkReporter) -> dict[str, Any]:
         """The fields of a `NeedleRow`, except the name."""
         [row] = self._rows(model, folder, reporter, haystack="essay", depths=[self.depth])
-        return {name: value for name, value in dataclasses.asdict(row).items() if name != "name"}
+        return _without_name(row)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
