@@ -209,6 +209,8 @@ def test_weights_take_fewer_bytes_and_are_not_saved(format, tmp_path):
     with pytest.raises(ValueError, match=f"resize_token_embeddings: .* its own weights, .* {format}"):
         model.resize_token_embeddings(72)
     assert (model.config.vocab_size, len(model.get_input_embeddings().weight)) == (64, 64)
+    with pytest.raises(ValueError, match=f"load_state_dict: .* its own weights, .* {format}"):
+        model.load_state_dict(converted(weight_dtype=format).state_dict())
 
 
 def test_packed_weights_are_not_trained():

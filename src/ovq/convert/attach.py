@@ -117,6 +117,16 @@ class ConvertedMixin(CachedGeneration):
         own: Any = super()
         return own.resize_token_embeddings(*args, **kwargs)
 
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Replace the weights, as PyTorch does.
+
+        Raises:
+            ValueError: weights that are packed: contexts would go on as if of those that were.
+        """
+        self._check_not_packed("load_state_dict")
+        own: Any = super()
+        return own.load_state_dict(*args, **kwargs)
+
     def _check_not_packed(self, what: str) -> None:
         if self.weights_digest is not None:
             raise ValueError(
