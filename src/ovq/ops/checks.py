@@ -83,7 +83,9 @@ def is_memory(x: Tensor) -> bool:
 
     A subclass may wrap other tensors or hold no data, and PyTorch may negate numbers as they are read.
     """
-    return (type(x) is Tensor or type(x) is torch.nn.Parameter) and not x.is_neg()
+    is_plain = type(x) is Tensor or type(x) is torch.nn.Parameter
+    # A graph cannot ask, and has no kernels.
+    return is_plain and (torch.compiler.is_compiling() or not x.is_neg())
 
 
 def check_dense(name: str, x: Tensor, *, needs_data: bool = True) -> None:

@@ -42,7 +42,7 @@ def refuse_second_order(*_: Any) -> NoReturn:
     raise RuntimeError(
         "expected create_graph=False, found True: kernels and graphs of torch.compile and torch.export give "
         "no gradients of gradients. Outside of graphs, ovq_attention does with backend='naive'; layers "
-        "also need OVQ_CPU_KERNELS=0, models skip_logits=False too and, for softmax attention, "
+        "also need OVQ_CPU_KERNELS=0, models skip_logits=False and, for softmax attention, "
         "sdpa_kernel(SDPBackend.MATH) of PyTorch"
     )
 
