@@ -195,6 +195,18 @@ def test_teams_of_threads(merge):
 
 
 @either_rule
+def test_the_gradients_of_others_need_none_of_weights(merge):
+    tensors = call((1, 60, 2, 1, 8, 8), "some zero")
+    leaves = [tensors[name].requires_grad_() for name in ("q", "k", "v")]
+    grads = []
+    for weights in (tensors["token_weights"], tensors["token_weights"].clone().requires_grad_()):
+        given = tensors | {"token_weights": weights}
+        o, state = attend(**given, num_slots=12, chunk_size=8, merge=merge, backend="cpu")
+        grads.append(torch.autograd.grad(o.sin().sum() + state.weight.sum() + state.key_sum.sum(), leaves))
+    assert all(map(torch.equal, *grads))
+
+
+@either_rule
 def test_weights_of_one_change_nothing(merge):
     options = {"num_slots": 12, "chunk_size": 8, "merge": merge, "backend": "cpu"}
     tensors = call((1, 60, 2, 1, 8, 8), "one")

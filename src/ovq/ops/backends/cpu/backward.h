@@ -16,7 +16,7 @@ struct Gradients {
     /* Queries with the scale, and grad_o, in pairs of queries, [G * pairs, ...], where pairs are multiplied. */
     uint32_t *query_pairs, *grad_o_pairs;
     float *lse;      /* [G * width] */
-    float *inner;    /* [G * width]: sum of o grad_o. */
+    float *inner;    /* [G * width]: sum of P dP, which is that of o grad_o. */
     float *grad_k;   /* [width, key_ld]: of the chunk's tokens, both as parts of slots and as rows of their own. */
     float *grad_v;   /* [width, value_ld] */
     uint8_t *is_done; /* [M]: scratch, zero between uses. */
@@ -30,7 +30,8 @@ struct Share {
     float *grad_v;   /* [SLOTS, value_ld] */
     float *probs;    /* [READERS, SLOTS] */
     float *grads;    /* [READERS, SLOTS]: gradient of the probabilities, then of the scores. */
-    float *sums;     /* [SLOTS]: gradients of scores summed over the queries, if tokens have weights; else NULL. */
+    float *sums;     /* [SLOTS]: gradients of scores summed over the queries, if weights have gradients; else NULL. */
+    float *rest;     /* [G * width]: likewise over its rows, in 16 bits: not 0, as o is rounded; else NULL. */
     uint32_t *prob_pairs, *grad_pairs; /* `probs` and `grads` in pairs of queries, [READERS / 2, SLOTS], where these are
                                           multiplied. */
 };
@@ -61,7 +62,9 @@ static Share take_share(Arena *arena, const Call *call) {
     share.grad_k = TAKE(arena, float, SLOTS * key_ld(call));
     share.grad_v = TAKE(arena, float, SLOTS * value_ld(call));
     take_each(arena, READERS * SLOTS, &share.probs, &share.grads);
-    share.sums = call->token_weights ? TAKE(arena, float, SLOTS) : nullptr;
+    share.sums = call->grad_weights ? TAKE(arena, float, SLOTS) : nullptr;
+    const int has_rest = call->grad_weights && call->dtype != FLOAT32;
+    share.rest = has_rest ? TAKE(arena, float, call->group_size * call->width) : nullptr;
     take_each(arena, HAS_PAIRS ? READERS / 2 * SLOTS : 0, &share.prob_pairs, &share.grad_pairs);
     return share;
 }
@@ -121,9 +124,11 @@ static void part_slots(const Call *call, const Chunk *chunk, int64_t head, const
 static void weigh_gradients(const Call *call, const Chunk *chunk, int64_t head, int64_t t, const Rows *tokens,
                             float of_weight, float *grad_k, float *grad_v) {
     const int64_t k = call->k.dim, v = call->v.dim, place = chunk->index * call->width + t;
-    const double of_key = exact_dot(grad_k, tokens->keys + t * key_ld(call), k);
-    const double of_value = exact_dot(grad_v, tokens->values + t * value_ld(call), v);
-    call->grad_weights[place * call->num_kv_heads + head] = (float)(of_key + of_value + of_weight);
+    if (call->grad_weights) {
+        const double of_key = exact_dot(grad_k, tokens->keys + t * key_ld(call), k);
+        const double of_value = exact_dot(grad_v, tokens->values + t * value_ld(call), v);
+        call->grad_weights[place * call->num_kv_heads + head] = (float)(of_key + of_value + of_weight);
+    }
     weighted_row(tokens->weights[t], grad_k, k, grad_k);
     weighted_row(tokens->weights[t], grad_v, v, grad_v);
 }
@@ -159,17 +164,37 @@ static void add_gradients(const float *grads, int64_t num, int64_t n, float *sum
         for (int64_t j = 0; j < n; j += VL) store(sums + j, load(sums + j) + load(grads + t * SLOTS + j));
 }
 
+/* rest [num] += sums of the gradients of scores, from scores and gradients of probabilities [num, n]. */
+static void add_rest(int64_t num, int64_t n, int is_in_pairs, const float *lse, const float *inner, const Share *share,
+                     float *rest) {
+    for (int64_t t = 0; t < num; t++) {
+        float *scores = share->probs + t * SLOTS;
+        const Vector shift = bits_of(lse[t], scores, n), own = splat(inner[t]);
+        Vector sum = {};
+        for (int64_t j = 0; j < n; j += VL) {
+            const Vector score = load(scores + j);
+            const Vector prob = is_in_pairs ? rough_exponential(score, shift) : exponential(score, shift);
+            sum += prob * (load(share->grads + t * SLOTS + j) - own);
+        }
+        rest[t] += total(sum);
+    }
+}
+
 /* One tile of queries with one tile of slots or tokens. `start` is the place of the queries among all of the chunk, `first`
    their position in it. `rows` are the tile's n rows, from position `place` on; for slots, which all queries see, place <
-   0. */
+   0. With `is_rest`, only adds to `share->rest`. */
 static void backward_tile(const Call *call, const Rows *rows, int64_t n, int64_t place, int64_t start, int64_t first,
-                          int64_t num, const Gradients *all, Share *share) {
+                          int64_t num, int is_rest, const Gradients *all, Share *share) {
     const int64_t key_width = key_ld(call), value_width = value_ld(call);
     const float *queries = all->queries + start * key_width, *grad_o = all->grad_o + start * value_width;
     float *probs = share->probs, *grads = share->grads, *grad_q = share->grad_q + start * key_width;
     score(call, rows, n, queries, num, probs, SLOTS);
     if (place >= 0) mask_future(probs, SLOTS, num, n, first - place);
     product(num, n, call->v.dim, grad_o, value_width, 1, rows->value_panels, call->v.dim * NR, NR, nullptr, 0, grads, SLOTS);
+    if (is_rest) {
+        add_rest(num, n, 0, all->lse + start, all->inner + start, share, share->rest + start);
+        return;
+    }
     for (int64_t t = 0; t < num; t++) {
         const Vector shift = bits_of(all->lse[start + t], probs + t * SLOTS, n), inner = splat(all->inner[start + t]);
         for (int64_t j = t * SLOTS; j < t * SLOTS + n; j += VL) {
@@ -220,14 +245,18 @@ static void differentiate_pairs(int64_t num, int64_t n, const float *lse, const 
 
 /* `backward_tile` for bfloat16; `pair` is the place of the first two queries among the pairs of the chunk. */
 static void backward_tile_pairs(const Call *call, const Rows *rows, int64_t n, int64_t place, int64_t start,
-                                int64_t pair, int64_t first, int64_t num, float scale, const Gradients *all,
-                                Share *share) {
+                                int64_t pair, int64_t first, int64_t num, float scale, int is_rest,
+                                const Gradients *all, Share *share) {
     const int64_t key_width = key_ld(call), value_width = value_ld(call), pairs = num_pairs(num);
     const int64_t num_key_words = key_words(call), num_value_words = value_words(call);
     score_pairs(call, rows, n, all->query_words + start * num_key_words, num, scale, share->probs, SLOTS);
     if (place >= 0) mask_future(share->probs, SLOTS, num, n, first - place);
     pairs_product(num, n, num_value_words, all->grad_o_words + start * num_value_words, num_value_words, 1,
                   rows->value_words, num_value_words * NR, NR, nullptr, Finish{}, share->grads, SLOTS);
+    if (is_rest) {
+        add_rest(num, n, 1, all->lse + start, all->inner + start, share, share->rest + start);
+        return;
+    }
     differentiate_pairs(num, n, all->lse + start, all->inner + start, share);
     pairs_product(n, value_width, pairs, share->prob_pairs, 1, SLOTS, all->grad_o_pairs + pair * value_width, NR,
                   value_width, share->grad_v, Finish{}, share->grad_v, value_width);
@@ -250,9 +279,9 @@ static void fetch_before(const Call *call, const Chunk *chunk, int64_t head, int
             fetch_token(call, tensors[tile / 2], chunk->index - 1, tile % 2 * half + t, head * group + g);
 }
 
-/* Gradients from all queries of a chunk and SLOTS slots, or tokens, from `at` on. */
+/* Gradients from all queries of a chunk and SLOTS slots, or tokens, from `at` on; with `is_rest`, their `share->rest`. */
 static void backward_rows(const Call *call, const Rows *rows, int64_t head, int64_t at, int64_t num_rows,
-                          int is_tokens, const Chunk *chunk, const Gradients *all, Share *share) {
+                          int is_tokens, int is_rest, const Chunk *chunk, const Gradients *all, Share *share) {
     const Rows tile = rows_from(rows, call, at);
     const int64_t n = padded(least(SLOTS, num_rows - at), NR);
     memset(share->grad_k, 0, sizeof(float) * n * key_ld(call));
@@ -266,12 +295,12 @@ static void backward_rows(const Call *call, const Rows *rows, int64_t head, int6
 #if HAS_PAIRS
             if (tile.key_pairs) {
                 const float scale = call->scale[head * call->group_size + g];
-                backward_tile_pairs(call, &tile, n, place, start, g * num_pairs(chunk->num) + t / 2, t, num, scale, all,
-                                    share);
+                backward_tile_pairs(call, &tile, n, place, start, g * num_pairs(chunk->num) + t / 2, t, num, scale,
+                                    is_rest, all, share);
                 continue;
             }
 #endif
-            backward_tile(call, &tile, n, place, start, t, num, all, share);
+            backward_tile(call, &tile, n, place, start, t, num, is_rest, all, share);
         }
 }
 
@@ -291,7 +320,7 @@ static void collect_rows(const Call *call, const Rows *slots, const Rows *tokens
         if (is_tokens) {
             deposit(all->grad_k + i * key_ld(call), grad_k, 1, call->k.dim);
             deposit(all->grad_v + i * value_ld(call), grad_v, 1, call->v.dim);
-            if (call->weighs_chunk && tokens->weights[i] >= TOKEN_WEIGHT)
+            if (call->weighs_chunk && share->sums && tokens->weights[i] >= TOKEN_WEIGHT)
                 call->grad_weights[(chunk->index * call->width + i) * call->num_kv_heads + head] +=
                     share->sums[i - at] / tokens->weights[i];
         } else {
@@ -300,13 +329,19 @@ static void collect_rows(const Call *call, const Rows *slots, const Rows *tokens
             if (!(mass > 0)) continue;
             deposit(deposits.key + i * call->k.dim, grad_k, factor, call->k.dim);
             deposit(deposits.value + i * call->v.dim, grad_v, factor, call->v.dim);
-            if (!sums.weight) continue;
+            if (!share->sums) continue;
             /* The weight enters the score, and divides the sums. */
             const double of_means = exact_dot(grad_k, slots->keys + i * key_ld(call), call->k.dim) +
                                     exact_dot(grad_v, slots->values + i * value_ld(call), call->v.dim);
             deposits.weight[i] += (float)((share->sums[i - at] - of_means) / mass);
         }
     }
+}
+
+/* Correct `inner`, so that the gradients of the scores of each query add up to 0. Their rest is small, but in the gradients of
+   gates, which are sums over many queries, it would add up. */
+static void take_rest(const Call *call, const Chunk *chunk, const Gradients *all, Share *const *shares, int num_shares) {
+    for (int i = 0; i < num_shares; i++) deposit(all->inner, shares[i]->rest, 1, call->group_size * chunk->num);
 }
 
 /* Write the gradients of the chunk's tokens, and add its part of the scale's, once all tiles are done. */

@@ -54,7 +54,7 @@ struct Call {
     /* For the backward. */
     Tokens grad_o, grad_q, grad_k, grad_v;
     float *key_deposit, *value_deposit, *weight_deposit; /* Gradient of the current sums and weights. */
-    float *grad_weights;                /* [num_chunks, width, Hkv] */
+    float *grad_weights;                /* [num_chunks, width, Hkv]; NULL if no weights have gradients. */
     double *grad_scale;                 /* [R, H] */
 };
 

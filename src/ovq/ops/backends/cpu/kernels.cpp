@@ -105,18 +105,25 @@ static void backward_stream(const Call *call, int64_t row, int64_t head, const T
             for (int64_t g = 0; g < call->group_size; g++) load_queries(call, &chunk, head, g, all);
         }
         memset(own->share.grad_q, 0, sizeof(float) * call->group_size * chunk.num * key_ld(call));
+        if (own->share.rest) memset(own->share.rest, 0, sizeof(float) * call->group_size * chunk.num);
         sync(team);
         const int64_t slot_tiles = (chunk.before + SLOTS - 1) / SLOTS, token_tiles = (chunk.num + SLOTS - 1) / SLOTS;
-        for (int64_t tile = team->rank; tile < slot_tiles + token_tiles; tile += team->size) {
-            const int is_tokens = tile >= slot_tiles;
-            const int64_t at = (is_tokens ? tile - slot_tiles : tile) * SLOTS;
-            const int64_t num = is_tokens ? chunk.num : chunk.before;
-            backward_rows(call, is_tokens ? &shared->tokens : &dictionary->rows, head, at, num, is_tokens, &chunk, all,
-                          &own->share);
-            collect_rows(call, &dictionary->rows, &shared->tokens, &chunk, row, head, at, num, is_tokens, all,
-                         &own->share);
+        for (int is_rest = own->share.rest != nullptr; is_rest >= 0; is_rest--) {
+            for (int64_t tile = team->rank; tile < slot_tiles + token_tiles; tile += team->size) {
+                const int is_tokens = tile >= slot_tiles;
+                const int64_t at = (is_tokens ? tile - slot_tiles : tile) * SLOTS;
+                const int64_t num = is_tokens ? chunk.num : chunk.before;
+                backward_rows(call, is_tokens ? &shared->tokens : &dictionary->rows, head, at, num, is_tokens, is_rest,
+                              &chunk, all, &own->share);
+                if (is_rest) continue;
+                collect_rows(call, &dictionary->rows, &shared->tokens, &chunk, row, head, at, num, is_tokens, all,
+                             &own->share);
+            }
+            sync(team);
+            if (!is_rest) continue;
+            if (team->rank == 0) take_rest(call, &chunk, all, shares, team->size);
+            sync(team);
         }
-        sync(team);
         if (team->rank == 0) write_gradients(call, &chunk, row, head, all, shares, team->size);
         sync(team);
     }

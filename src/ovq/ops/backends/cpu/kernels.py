@@ -106,8 +106,9 @@ class CompiledAttention(torch.autograd.Function):
         key_deposit, value_deposit, _, weight_deposit = sums.gradients(grad_sums).tensors
         grads = [x.new_empty(x.shape) for x in (q, k, v)]
         grad_scale = scale.new_zeros(len(ctx.plan.slots), q.shape[2], dtype=torch.float64)
-        # Zero for tokens that are not merged yet.
-        grad_weights = None if token_weights is None else torch.zeros_like(token_weights)
+        # Weights of tokens, and of slots. Zero for tokens that are not merged yet.
+        has_grads = token_weights is not None and (ctx.needs_input_grad[6] or ctx.needs_input_grad[10])
+        grad_weights = torch.zeros_like(token_weights) if has_grads else None
         call = _call(q, k, v, o, lse, scale, sums, slots, ctx.plan, token_weights)
         call.set_tokens(grad_o=grad_o, grad_q=grads[0], grad_k=grads[1], grad_v=grads[2])
         if changes:
