@@ -160,18 +160,23 @@ class Reader:
 
         Args:
             grad_o: `[S, G * b, V]` gradient of the outputs.
-            inner: `[S, G * b, 1]` sum(P dP), in the dtype of the sums.
+            inner: `[S, G * b, 1]` sum(P dP) up to the rounding of the outputs, in the dtype of the sums.
 
         Returns:
             The gradients in the dtype of the products and in the dtype of the softmax, in scratch memory.
         """
         narrow, probs = self._shaped(step, block, self._scores, self._wide_probs)
-        torch.bmm(grad_o, self.values(step, block).transpose(1, 2), out=narrow)
+        values = self.values(step, block).transpose(1, 2)
         if probs.dtype == narrow.dtype:
-            narrow.sub_(inner.to(narrow.dtype)).mul_(probs)
+            torch.bmm(grad_o, values, out=narrow).sub_(inner.to(narrow.dtype)).mul_(probs)
             return narrow, narrow
-        # Converted first, as operations on mixed dtypes are slow.
-        wide = self._shaped(step, block, self._wide_scores)[0].copy_(narrow).sub_(inner).mul_(probs)
+        # Differences are rounded, not the larger products. They are converted before they are multiplied, as
+        # operations on mixed dtypes are slow.
+        torch.baddbmm(inner.to(narrow.dtype), grad_o, values, beta=-1, out=narrow)
+        wide = self._shaped(step, block, self._wide_scores)[0].copy_(narrow).mul_(probs)
+        # Each row adds up to 0, but for the rounding of the outputs. In the gradients of gates, which are
+        # sums over many rows, that would add up.
+        wide.addcmul_(probs, wide.sum(-1, keepdim=True), value=-1)
         return narrow.copy_(wide), wide
 
     def read(self, step: Step, block: slice, q: Tensor, scale: Tensor) -> Tensor:
