@@ -7,6 +7,7 @@ from ovq.ops import backend_used, backends, ovq_attention
 from ovq.ops.checks import checked_call
 from ovq.ops.options import Options
 from tests.ops.common import KERNEL_MERGES, assert_same_state, attend, decoded, with_gradients
+from tests.ops.test_low_precision import GIVEN, errors
 from tests.ops.test_merge_weights import check_rewinding
 from tests.ops.test_token_weights import BOUNDS, KINDS, assert_equal_results, call
 
@@ -61,6 +62,14 @@ def test_several_blocks_of_slots_and_tokens(merge):
 @pytest.mark.parametrize("merge", RULES)
 def test_lower_precision(merge, dtype):
     check((1, 22, 2, 1, 16, 8), "some zero", {"num_slots": 8, "chunk_size": 6, "merge": merge}, dtype=dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients_of_gates_are_as_exact_as_others(dtype):
+    options = {"num_slots": 96, "chunk_size": 128, "scale": 8.0, "backend": "triton", "dtype": dtype}
+    found = errors(GIVEN["both"], options, mean=2.0)
+    assert bool((found[4:] <= found[1:4].max()).all()), found
 
 
 @pytest.mark.slow

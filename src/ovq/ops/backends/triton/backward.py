@@ -38,7 +38,7 @@ def grad_queries(
 
     Args:
         own_bias: as in `read`.
-        delta: `[num_chunks, H, W]` receives sum(o do) of each query.
+        delta: `[num_chunks, H, W]` receives sum(P dP) of each query.
         grad_q: `[num_chunks, W, H, K]`.
         grad_scale: `[num_chunks, QB, H]` receives each block's contribution to the gradient of the scale.
     """
@@ -60,7 +60,8 @@ def grad_queries(
         queries = rows(q, place, is_query, K, BK)
         grads = rows(grad_o, place, is_query, V, BV)
         own_delta = tl.sum(rows(o, place, is_query, V, BV).to(tl.float32) * grads.to(tl.float32), 1)
-        tl.store(delta + (chunk * H + head) * W + t, own_delta, mask=is_query)
+        # Sums of the gradients of scores, 0 but for the rounding of o.
+        rest = tl.zeros([BM], tl.float32)
         # Positions beyond the last query get probability zero.
         total = tl.load(lse + (chunk * H + head) * W + t, mask=is_query, other=float("inf"))
         acc = tl.zeros([BM, BK], tl.float32)
@@ -72,7 +73,9 @@ def grad_queries(
             bias = tl.load(snap_bias + snap_at + slot, mask=is_used, other=-float("inf"))
             scores = dot(queries, tl.trans(keys), tl.zeros([BM, BN], tl.float32)) * (factor * LOG2E)
             probs = tl.exp2(scores + bias[None, :] - total[:, None])
-            acc = dot(_grad_scores(probs, grads, values, own_delta), keys, acc)
+            grad_scores = _grad_scores(probs, grads, values, own_delta)
+            rest += tl.sum(grad_scores, 1)
+            acc = dot(grad_scores, keys, acc)
         for tokens_from in range(0, tl.minimum(start + BM, tokens), BN):
             own = tokens_from + tl.arange(0, BN)
             source = (chunk * W + own) * H_kv + head // G
@@ -83,7 +86,13 @@ def grad_queries(
                 scores += tl.load(own_bias + source, mask=own < tokens, other=0.0)[None, :]
             scores = tl.where(own[None, :] <= t[:, None], scores, -float("inf"))
             probs = tl.exp2(scores - total[:, None])
-            acc = dot(_grad_scores(probs, grads, values, own_delta), keys, acc)
+            grad_scores = _grad_scores(probs, grads, values, own_delta)
+            rest += tl.sum(grad_scores, 1)
+            acc = dot(grad_scores, keys, acc)
+        # In the gradients of gates, which are sums over many tokens, they would add up.
+        if o.dtype.element_ty != tl.float32:
+            own_delta += rest
+        tl.store(delta + (chunk * H + head) * W + t, own_delta, mask=is_query)
         part = tl.sum(tl.sum(acc * queries.to(tl.float32), 1), 0)
         tl.store(grad_scale + (chunk * QB + block) * H + head, part)
         put_rows(grad_q, place, acc * factor, is_query, K, BK)
