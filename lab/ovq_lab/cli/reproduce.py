@@ -58,7 +58,8 @@ def reproduce(
 ) -> None:
     """Train and evaluate the models of a figure, and write its rows (JSON) and the figure (PNG).
 
-    Finished work is never repeated: after an interruption, the same command continues where it stopped.
+    Finished work is never repeated: after an interruption, the same command continues where it stopped. If
+    other code has done it, a line says what to delete to do it again.
     Figures that need the same trained model share it.
 
     Example: [bold]ovq reproduce recall --preset cpu --seeds 3 --report[/bold]

@@ -16,6 +16,7 @@ from ovq_lab.figures.jobs import Job, MeasureJob, RunJob, do_job
 from ovq_lab.figures.partial import chosen_lines, earlier_results, joined_results
 from ovq_lab.figures.plan import Figure, Line, Trial, run_name, with_seed, with_trial
 from ovq_lab.figures.results import load_results, save_results
+from ovq_lab.runtime.environment import code_of, environment
 from ovq_lab.runtime.workers import run_jobs
 from ovq_lab.train.config import RunConfig
 
@@ -57,18 +58,34 @@ class Workshop:
 
     def do(self, jobs: Sequence[Job], label: str) -> None:
         """Do those jobs that are not done yet."""
-        open_jobs = [job for job in jobs if not job.is_done()]
-        if len(open_jobs) < len(jobs):
-            self.reporter.say(f"{label}: {len(jobs) - len(open_jobs)} of {len(jobs)} were finished before")
+        finished = [job for job in jobs if job.is_done()]
+        open_jobs = [job for job in jobs if job not in finished]
+        if finished:
+            self.reporter.say(
+                f"{label}: {len(finished)} of {len(jobs)} were finished before{_by_other_code(finished)}"
+            )
         if open_jobs:
             run_jobs(do_job, open_jobs, reporter=self.reporter, num_workers=self.num_workers, label=label)
+
+
+def _by_other_code(finished: Sequence[Job]) -> str:
+    """How many jobs other versions of the code have done, and what to delete to do them again."""
+    code = code_of(environment("cpu"))
+    others = [{*map(code_of, job.environments())} - {code} for job in finished]
+    if not any(others):
+        return ""
+    patterns = {str(job.pattern) for job, other in zip(finished, others, strict=True) if other}
+    return (
+        f", {sum(map(bool, others))} of them by {', '.join(sorted(set().union(*others)))}; this is {code}: "
+        f"to make them anew, delete {' '.join(sorted(patterns))}"
+    )
 
 
 def reproduce(figure: Figure, shop: Workshop, *, lines: Sequence[str] = ()) -> dict[str, Any]:
     """Make a figure: `rows/NAME.json`, whose content it returns, and `figures/NAME.png`.
 
     Args:
-        lines: Patterns for the labels of lines to make anew, with `*` for any text. The rows of other lines,
+        lines: Patterns for the labels of lines to make, with `*` for any text. The rows of other lines,
             and trials that were chosen before, are taken from `rows/NAME.json`, if it exists. Empty to make
             all lines.
 
@@ -125,8 +142,8 @@ def _measured(figure: Figure, shop: Workshop) -> _Found:
         for seed in shop.seeds
     ]
     shop.do(jobs, f"{figure.name}: seeds")
-    records = [job.record() for job in jobs]
-    return [row for record in records for row in record["rows"]], [each["environment"] for each in records]
+    rows = [row for job in jobs for row in job.record()["rows"]]
+    return rows, [each for job in jobs for each in job.environments()]
 
 
 def _trained(figure: Figure, chosen: dict[str, Trial], shop: Workshop) -> _Found:
@@ -144,11 +161,8 @@ def _trained(figure: Figure, chosen: dict[str, Trial], shop: Workshop) -> _Found
             jobs[run_name(config)] = dataclasses.replace(known or job, evaluations=tuple(evaluations))
     _check_data(jobs.values())
     shop.do(list(jobs.values()), f"{figure.name}: runs")
-    records = [
-        _finished(record) for job in jobs.values() for record in (job.training_record(), *job.outcomes())
-    ]
     rows = [row for line, job in by_line for row in _rows(line, job)]
-    return rows, [record["environment"] for record in records]
+    return rows, [each for job in jobs.values() for each in job.environments()]
 
 
 def _finished(record: dict[str, Any] | None) -> dict[str, Any]:

@@ -84,6 +84,16 @@ class RunJob:
         """The content of `TRAINING_FILE` of the trained run."""
         return read_json(self.folder / TRAINING_FILE)
 
+    def environments(self) -> list[dict[str, Any]]:
+        """The environments of the training and of the finished evaluations."""
+        records = (self.training_record(), *self.outcomes())
+        return [record["environment"] for record in records if record is not None]
+
+    @property
+    def pattern(self) -> Path:
+        """What matches the folders of all runs of this task and mixer."""
+        return self.root / f"{self.config.task.name}-{self.config.mixer}-seed*"
+
     def do(self, reporter: RemoteReporter) -> None:
         """Train the model if it is not trained, and do the missing evaluations."""
         # Loading a model this small is too fast for a progress bar.
@@ -179,6 +189,11 @@ class MeasureJob:
         """The file of the rows."""
         return self.root / f"{self.figure}-seed{self.seed}.json"
 
+    @property
+    def pattern(self) -> Path:
+        """What matches the files of all seeds."""
+        return self.root / f"{self.figure}-seed*.json"
+
     def is_done(self) -> bool:
         """Whether the rows of this seed exist and can be read."""
         try:
@@ -201,6 +216,10 @@ class MeasureJob:
     def record(self) -> dict[str, Any]:
         """The rows, and the environment in which they were measured."""
         return read_json(self.path)
+
+    def environments(self) -> list[dict[str, Any]]:
+        """The environment in which the rows were measured."""
+        return [self.record()["environment"]]
 
 
 Job = RunJob | MeasureJob

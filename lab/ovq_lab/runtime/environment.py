@@ -6,6 +6,7 @@ import functools
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,16 @@ def environment(device: str) -> dict[str, Any]:
         "ovq": ovq.__version__,
         "commit": _commit(),
     }
+
+
+def code_of(environment: Mapping[str, Any]) -> str:
+    """The version and the commit of this project in a recorded environment.
+
+    Example:
+        >>> code_of({"ovq": "0.2.0", "commit": "abc1234+"})
+        '0.2.0 (commit abc1234+)'
+    """
+    return f"{environment.get('ovq')} (commit {environment.get('commit')})"
 
 
 # The recorded processor features, by their names in Linux.

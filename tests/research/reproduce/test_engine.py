@@ -133,6 +133,36 @@ def test_what_is_finished_is_never_done_again(made, monkeypatch):
     assert {path: path.stat().st_mtime_ns for path in out.glob("runs/**/*") if path.is_file()} == before
 
 
+def test_what_other_code_has_finished_is_named_with_what_to_delete(made, monkeypatch, tmp_path):
+    out, said = tmp_path / "out", []
+    shutil.copytree(made[0], out)
+    shop = workshop(out)
+    monkeypatch.setattr(shop.reporter, "say", said.append)
+    begun = run_here(monkeypatch)
+    reproduce(FIGURE, shop)
+    assert said == [f"recall: {jobs}: 4 of 4 were finished before" for jobs in ("trials", "runs")]
+    said.clear()
+    for path in out.glob("runs/recall-ovq-*/evaluations/*.json"):
+        record = json.loads(path.read_text())
+        record["environment"] |= {"ovq": "0.0.1", "commit": "0000dead"}
+        path.write_text(json.dumps(record))
+    reproduce(FIGURE, shop, lines=["OVQ, 4 slots"])
+    # One line, as the chosen trials are in the results.
+    [line] = said
+    notice = "recall: runs: 2 of 2 were finished before, 2 of them by 0.0.1 (commit 0000dead); this is "
+    assert line.startswith(notice)
+    assert line.endswith(f": to make them anew, delete {out}/runs/recall-ovq-seed*")
+    assert begun == []
+    for folder in out.glob("runs/recall-ovq-seed*"):
+        shutil.rmtree(folder)
+    said.clear()
+    results = reproduce(FIGURE, shop, lines=["OVQ, 4 slots"])
+    assert len(begun) == 2
+    assert said == []
+    [update] = results["updates"]
+    assert "0000dead" not in json.dumps(update["environments"])
+
+
 def test_another_figure_takes_the_runs_that_are_there(made, monkeypatch, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(made[0], out)
@@ -411,6 +441,13 @@ def test_what_is_not_trained_is_measured_a_seed_at_a_time_and_never_twice(monkey
     text = write_report(tmp_path).read_text()
     assert '<td class="best">1.500<small>1.000 to 2.000</small></td>' in text
     assert "trained models" not in text
+    path.write_text(path.read_text().replace('"commit":', '"commit": "0000dead", "then":'))
+    said, shop = [], workshop(tmp_path, num_seeds=2)
+    monkeypatch.setattr(shop.reporter, "say", said.append)
+    reproduce(figure, shop)
+    [line] = said
+    assert "2 of 2 were finished before, 1 of them by " in line
+    assert line.endswith(f"to make them anew, delete {path.parent}/errors-seed*.json")
     missing = dataclasses.replace(figure, name="other", measure=measure_without_a_package)
     with pytest.raises(ValueError, match="other: expected scikit-learn"):
         reproduce(missing, workshop(tmp_path))
