@@ -108,13 +108,7 @@ def _described_splits(task: TextTask, corpus: Corpus) -> str:
 def longest_test_text(out: Path) -> int | None:
     """Tokens of the longest text that the run in a folder left for a test, 0 if it left none; None if it did
     not record that, as runs of earlier versions."""
-    return _recorded(out).get("longest_test_text")
-
-
-def _recorded(out: Path) -> dict[str, Any]:
-    """What the run in a folder recorded of its corpus, if anything."""
-    found = read_json(out / CORPUS_FILE) if (out / CORPUS_FILE).is_file() else None
-    return found if isinstance(found, dict) else {}
+    return read_json(out / CORPUS_FILE).get("longest_test_text")
 
 
 def check_corpus(path: Path, corpus: Corpus) -> None:

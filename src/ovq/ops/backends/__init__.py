@@ -67,27 +67,20 @@ BACKENDS: dict[str, Backend] = {"naive": naive, "torch": torch, "cpu": cpu, "tri
 NAMES = ("auto", *BACKENDS)
 
 
-def refusal(
-    name: str,
-    q: Tensor,
-    v: Tensor,
-    options: Options,
-    gates: Iterable[str] = (),
-    tensors: Iterable[Tensor] = (),
-) -> str | None:
+def refusal(name: str, q: Tensor, v: Tensor, options: Options, gates: Iterable[str] = ()) -> str | None:
     """Why a backend cannot run calls with these tensors, options and gates; None if it can."""
     backend = BACKENDS[name]
     reason = backend.KNOWN.refusal(q.dtype, options, gates) or backend.missing(q, v, options)
-    return reason or _unread(name, tensors) or refused_transform(is_plain=name == "naive")
+    return reason or refused_transform(is_plain=name == "naive")
 
 
-def _unread(name: str, tensors: Iterable[Tensor]) -> str | None:
+def _unread(name: str, tensors: Sequence[Tensor]) -> str | None:
     """Why kernels cannot read these tensors, if the backend has kernels; None if it can read all."""
-    for x in tensors if name in ("cpu", "triton") else ():
-        if not is_memory(x):
-            found = "one that PyTorch negates" if x.is_neg() else type(x).__name__
-            return f"expected plain tensors, found {found}"
-    return None
+    if name not in ("cpu", "triton") or all(map(is_memory, tensors)):
+        return None
+    found = next(x for x in tensors if not is_memory(x))
+    what = "one that PyTorch negates" if found.is_neg() else type(found).__name__
+    return f"expected plain tensors, found {what}"
 
 
 def chosen(name: str, call: Call) -> str:
@@ -99,8 +92,12 @@ def chosen(name: str, call: Call) -> str:
     Raises:
         ValueError: if the requested backend, or for `"auto"` every backend, cannot run the call; says why.
     """
-    names, tensors = (*_fastest(call.q), "naive"), call.tensors
-    found = _first(name, names, lambda x: refusal(x, call.q, call.v, call.options, call.gates, tensors))
+
+    def reason_against(name: str) -> str | None:
+        reason = refusal(name, call.q, call.v, call.options, call.gates)
+        return reason or _unread(name, call.tensors)
+
+    found = _first(name, (*_fastest(call.q), "naive"), reason_against)
     # Rules that only `naive` knows have no faster backend to miss.
     if found == "naive" != name and not torch.KNOWN.refusal(call.q.dtype, call.options, call.gates):
         _warn_of_loops()
