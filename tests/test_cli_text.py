@@ -78,6 +78,43 @@ def test_the_test_that_training_prints_finds_text(folder, tmp_path, capsys, held
     assert [row["length"] for row in rows if row["merge"] == "existing"] == lengths
 
 
+def test_documents_that_were_trained_on_are_not_called_held_out(folder, tmp_path, capsys):
+    """Also in another folder, by another share, after further training, and by a name of their own."""
+    first, second, other = tmp_path / "run", tmp_path / "second", tmp_path / "other"
+    run(capsys, *train_words(folder, first), "--set", "task.held_out=0.3")
+    other.mkdir()
+    (other / "new.txt").write_text("of neither run " * 30)
+    run(capsys, *train_words(other, second), "--init-from", first)
+    (other / "renamed.txt").write_text((folder / "b.txt").read_text())
+
+    def counts(model, *options):
+        with pytest.raises(SystemExit):
+            main(["eval", *map(str, options), "--model", str(model), "--json"])
+        out, err = capsys.readouterr()
+        found = json.loads(out)
+        [number], total = found["num_trained_on"], found["num_documents"]
+        warning = f"warning: {model} was trained on {number} of these {total} documents: not held out"
+        assert (warning in err.splitlines()) == bool(number)
+        return number, total
+
+    read = ["lm", "--lengths", 3, "--windows", 1]
+    assert counts(first, *read) == (0, 2)
+    assert counts(first, *read, "--split", "validation", "--held-out", 0.6) == (1, 3)
+    assert counts(first, *read, "--split", "all", "--join-to", 50) == (8, 12)
+    elsewhere = ["--dataset", other, "--split", "all"]
+    assert counts(first, *read, *elsewhere) == (1, 2)
+    assert counts(second, *read, *elsewhere) == (2, 2)
+    needles = ["needle", "--haystack", "essay", "--lengths", 500, "--examples", 1, "--distractors", 1]
+    assert counts(first, *needles, *elsewhere) == (1, 2)
+    words = ["--model", first, "--windows", 1, "--lengths", 3]
+    assert "all, not held out" in " ".join(run(capsys, "eval", "lm", *words, "--split", "all").split())
+    # Runs of earlier versions say nothing of their documents.
+    about = json.loads((first / "corpus.json").read_text())
+    del about["trained_on"]
+    (first / "corpus.json").write_text(json.dumps(about))
+    assert counts(first, *read, "--split", "all") == (None, 12)
+
+
 def test_the_memory_of_a_recipe_on_text_is_known_without_its_corpus(capsys):
     assert "2.3 MiB" in run(capsys, "memory", "--config", "lm-ovq", "--lengths", 65536)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from ovq.runtime.progress import AnyReporter
     from ovq_lab.text import TextSource
 
 Dataset = Annotated[
@@ -48,6 +49,22 @@ def corpus_to_read(folder: Path, dataset: str | None, **options: Any) -> TextSou
     # Only the fields of the corpus; how it was presented in training does not matter here.
     fields = {field.name: getattr(task, field.name) for field in dataclasses.fields(TextSource)}
     return TextSource(**fields | changes)
+
+
+def count_trained_on(folder: Path, digests: list[str], reporter: AnyReporter) -> int | None:
+    """How many of the documents with these digests the model in a folder was trained on, with a warning if it
+    was; None if that is not recorded."""
+    from ovq_lab.train.data import trained_documents
+
+    trained_on = trained_documents(folder)
+    if trained_on is None:
+        return None
+    number = sum(digest in trained_on for digest in digests)
+    if number:
+        reporter.say(
+            f"warning: {folder} was trained on {number} of these {len(digests)} documents: not held out"
+        )
+    return number
 
 
 def described_corpus(source: TextSource) -> dict[str, Any]:

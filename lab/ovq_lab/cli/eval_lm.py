@@ -73,7 +73,7 @@ def language(
     from ovq_lab.eval.reading import start_token, token_bytes
     from ovq_lab.text.corpus import load_corpus, say_progress
 
-    rows = []
+    rows, trained_on = [], []
     # Of the random numbers by which `init="random"` opens slots.
     set_seed(0)
     with Reporter() as reporter:
@@ -83,6 +83,7 @@ def language(
             loaded = load_any_model(folder, logn_length=logn_length, state_dtype=state_dtype)
             tokenizer = text_tokenizer(folder)
             documents = load_corpus(source, split, tokenizer=tokenizer, progress=progress)
+            trained_on.append(corpus.count_trained_on(folder, documents.digests, reporter))
             rows += evaluate_language(
                 loaded,
                 documents,
@@ -97,9 +98,15 @@ def language(
                 reporter=reporter,
                 name=name,
             )
-    title = f"{source.dataset}, {split}"
+    title = f"{source.dataset}, {split}{', not held out' if any(trained_on) else ''}"
     show_results(
-        {"models": list(map(str, model)), "source": corpus.described_corpus(source), "split": split},
+        {
+            "models": list(map(str, model)),
+            "source": corpus.described_corpus(source),
+            "split": split,
+            "num_documents": len(documents.digests),
+            "num_trained_on": trained_on,
+        },
         rows,
         tables=(
             language_table(rows, title=title),

@@ -70,6 +70,7 @@ def needle(
     check_folder("--out", out)
 
     from ovq_lab.plots.needle import needle_table, save_needle_figures
+    from ovq_lab.text.documents import digest_of
     from ovq_lab.text.haystack import NeedleBuilder, essay_texts
 
     source = corpus.corpus_to_read(model[0], dataset, **chosen) if haystack == "essay" else None
@@ -77,9 +78,10 @@ def needle(
     from ovq.runtime.progress import Reporter
     from ovq_lab.eval.needle import evaluate_needle
 
-    rows = []
+    rows, trained_on = [], []
     with Reporter() as reporter:
         for folder, name in zip(model, model_names(model), strict=True):
+            trained_on.append(corpus.count_trained_on(folder, [*map(digest_of, texts)], reporter))
             builder = NeedleBuilder(
                 text_tokenizer(folder),
                 haystack=haystack,
@@ -99,12 +101,15 @@ def needle(
                 reporter=reporter,
                 name=name,
             )
-    title = f"A {value} in {haystack}: generated, token accuracy, choice of {distractors + 1}"
+    of_training = " trained on" if any(trained_on) else ""
+    title = f"A {value} in {haystack}{of_training}: generated, token accuracy, choice of {distractors + 1}"
     show_results(
         {
             "models": list(map(str, model)),
             "source": None if source is None else corpus.described_corpus(source),
             "split": split,
+            "num_documents": len(texts),
+            "num_trained_on": trained_on,
             "seed": seed,
         },
         rows,

@@ -45,7 +45,8 @@ def results_as_markdown(path: Path, *, model: Path) -> str:
 def _language(about: Mapping[str, Any]) -> str:
     """Loss and bits per byte of long documents."""
     rows = _read(LanguageRow, about)
-    return f"Held-out text, {_source(about)} (`ovq eval lm`):\n\n" + markdown_table(
+    text = "Text" if _trained_on(about) else "Held-out text"
+    return f"{text}, {_source(about)} (`ovq eval lm`):\n\n" + markdown_table(
         ("model", "tokens", "windows", "loss, nats per token", "bits per byte", "state"),
         (
             (
@@ -114,7 +115,13 @@ def _read(kind: type[Row], about: Mapping[str, Any]) -> list[Row]:
 
 def _source(about: Mapping[str, Any]) -> str:
     parts = parts_of(about["source"]["dataset"])
-    return ", ".join([*(f"`{public_name(part)}`" for part in parts), about["split"]])
+    return ", ".join([*(f"`{public_name(part)}`" for part in parts), about["split"]]) + _trained_on(about)
+
+
+def _trained_on(about: Mapping[str, Any]) -> str:
+    """How many of the documents the model was trained on; nothing if it was not, or did not record it."""
+    number = about.get("num_trained_on", [None])[0]
+    return f", {number} of whose {about['num_documents']} documents it was trained on" if number else ""
 
 
 def _by_length(rows: Sequence[Row], value: Callable[[Row], float | None], digits: int) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ovq.runtime.files import cache_folder, private_folder
 
-_FORMAT = "3"
+_FORMAT = "4"
 
 
 def cached_folder(depends_on: Iterable[str], fill: Callable[[Path], None]) -> Path:

@@ -4,8 +4,8 @@ All documents of a corpus are stored once for all splits and volumes, in a folde
 complete:
 
     ~/.cache/ovq/text/DIGEST/tokens.bin    the tokens of all documents, one after the other
-    ~/.cache/ovq/text/DIGEST/index.json    names, numbers of tokens and of bytes of the documents, type and
-                                           SHA-256 of the tokens
+    ~/.cache/ovq/text/DIGEST/index.json    names, digests, numbers of tokens and of bytes of the documents;
+                                           type and SHA-256 of the tokens
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy as np
 from ovq.runtime.files import read_json
 from ovq.runtime.progress import AnyReporter
 from ovq_lab.text.cache import cached_folder
-from ovq_lab.text.documents import SPLITS, Document, split_of
+from ovq_lab.text.documents import SPLITS, Document, digest_of, split_of
 from ovq_lab.text.source import ALL, TextSource, check_split, source_content, source_documents
 from ovq_lab.text.tokenizers import (
     encode_bytes,
@@ -55,6 +55,7 @@ class Corpus:
         num_bytes: `[D]` int64, bytes of each in UTF-8.
         end_of_text: The end-of-text token; the arrays do not contain it.
         digest: Digest of all names and tokens; different corpora have different digests.
+        digests: Those of the texts of all documents, also of the ones that are joined to volumes.
         num_in_splits: Number of documents of each split of the source, of this one and of the others.
 
     Example:
@@ -86,6 +87,7 @@ class Corpus:
         self.num_bytes = _sums(stored.num_bytes, groups) + between * len(_SEPARATOR)
         content = json.dumps([stored.sha256, stored.names, groups, separator.tolist(), end_of_text])
         self.digest = hashlib.sha256(content.encode()).hexdigest()
+        self.digests = [stored.digests[i] for group in groups for i in group]
         self.num_in_splits = num_in_splits
 
     def __len__(self) -> int:
@@ -188,6 +190,7 @@ class _Stored:
 
     tokens: np.ndarray
     names: list[str]
+    digests: list[str]
     num_tokens: np.ndarray
     num_bytes: np.ndarray
     ends: np.ndarray
@@ -202,6 +205,7 @@ class _Stored:
             stored = cls(
                 tokens=np.memmap(folder / _TOKENS_FILE, dtype=index["dtype"], mode="r"),
                 names=index["names"],
+                digests=index["digests"],
                 num_tokens=num_tokens,
                 num_bytes=np.array(index["num_bytes"], dtype=np.int64),
                 ends=num_tokens.cumsum(),
@@ -231,7 +235,7 @@ def _store(
     # The end-of-text token is never stored, so that bytes fit into uint8.
     largest = num_token_ids(tokenizer) - 1
     dtype = np.min_scalar_type(largest - (tokenizer.eos_token_id == largest))
-    names, num_tokens, num_bytes, content = [], [], [], hashlib.sha256()
+    names, digests, num_tokens, num_bytes, content = [], [], [], [], hashlib.sha256()
     with open(folder / _TOKENS_FILE, "wb") as file:
         remaining = iter(documents)
         while batch := list(itertools.islice(remaining, _DOCUMENTS_PER_CALL)):
@@ -240,12 +244,13 @@ def _store(
                 file.write(raw)
                 content.update(raw)
                 names.append(document.name)
+                digests.append(digest_of(document.text))
                 num_tokens.append(len(tokens))
                 num_bytes.append(len(document.text.encode("utf-8")))
             if progress is not None:
                 progress(len(names))
     _check_names(names)
-    index = {"names": names, "num_tokens": num_tokens, "num_bytes": num_bytes}
+    index = {"names": names, "digests": digests, "num_tokens": num_tokens, "num_bytes": num_bytes}
     index |= {"dtype": dtype.name, "sha256": content.hexdigest()}
     (folder / _INDEX_FILE).write_text(json.dumps(index), encoding="utf-8")
 

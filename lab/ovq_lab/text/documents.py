@@ -21,6 +21,11 @@ class Document:
     text: str
 
 
+def digest_of(text: str) -> str:
+    """16 hexadecimal digits by which a text is known again, whatever its name and the corpus it is in."""
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
 def split_of(name: str, *, held_out: float = 0.1) -> str:
     """The split of a document. It depends on the name alone, not on what else the corpus holds.
 

@@ -22,7 +22,7 @@ from ovq_lab.train.sharding import is_first_process
 from ovq_lab.train.text import CarriedTextDataset, HeldOutWindows, PackedTextDataset
 
 CORPUS_FILE = "corpus.json"
-"""Name of the file in the folder of a run that identifies its corpus."""
+"""Name of the file in the folder of a run that identifies its corpus and the documents trained on."""
 
 # Windows of held-out text per evaluation.
 _NUM_HELD_OUT = 32
@@ -80,6 +80,8 @@ def training_data(
             # With the token before it.
             longest = 1 + int(load_corpus(task, "test", tokenizer=tokenizer).num_tokens.max())
         about = {"dataset": task.dataset, "digest": corpus.digest, "longest_test_text": longest}
+        before = trained_documents(Path(config.train.init_from)) if config.train.init_from else None
+        about["trained_on"] = sorted({*corpus.digests, *(before or ())})
         # Other processes may get here before the first has created the folder.
         write_atomic(out / CORPUS_FILE, json.dumps(about) + "\n")
     held_out = None
@@ -109,6 +111,14 @@ def longest_test_text(out: Path) -> int | None:
     """Tokens of the longest text that the run in a folder left for a test, 0 if it left none; None if it did
     not record that, as runs of earlier versions."""
     return read_json(out / CORPUS_FILE).get("longest_test_text")
+
+
+def trained_documents(folder: Path) -> frozenset[str] | None:
+    """Digests of the documents that the model in a folder was trained on, also before the run began with it;
+    None if they are not recorded, as by runs of earlier versions."""
+    path = folder / CORPUS_FILE
+    found = read_json(path).get("trained_on") if path.is_file() else None
+    return None if found is None else frozenset(found)
 
 
 def check_corpus(path: Path, corpus: Corpus) -> None:
