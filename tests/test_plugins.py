@@ -1,5 +1,6 @@
 """Tasks and mixers of others: registered by a module, or offered by an installed package."""
 
+import dataclasses
 import re
 import sys
 from importlib.metadata import EntryPoint
@@ -11,9 +12,12 @@ from ovq import plugins
 from ovq.cli import main
 from ovq.hf import OVQConfig
 from ovq.layers import Mamba2, mixer_class, register_mixer
+from ovq_lab.figures import presets
+from ovq_lab.figures.results import load_results
 from ovq_lab.mixers import MIXERS, LinearAttention
 from ovq_lab.tasks import TASKS, RecallTask, TextTask, register_task, task_class
 from ovq_lab.train.config import RunConfig
+from tests.research.reproduce.common import TINY as TINY_PRESET
 
 # The example of the documentation.
 TRAINING = (Path(__file__).parent.parent / "docs" / "use" / "training.md").read_text()
@@ -74,6 +78,21 @@ def test_a_task_and_a_mixer_of_the_user_train_and_are_evaluated(module, tmp_path
     assert "their_module" not in sys.modules
     assert run(*evaluate, "--import", module) == 0
     assert "many_keys: share of right" in capsys.readouterr().out
+
+
+def test_a_mixer_of_the_user_joins_a_figure(module, tmp_path, monkeypatch):
+    """In worker processes, too, which import neither the module nor, with the class, its name."""
+    (tmp_path / "their_module.py").write_text(
+        "from ovq.layers import FullAttention, register_mixer\nregister_mixer('mine', FullAttention)\n"
+    )
+    monkeypatch.setitem(presets.PRESETS, "tiny", dataclasses.replace(TINY_PRESET, num_workers=1))
+    words = ["reproduce", "mqar", "--preset", "tiny", "--seeds", 1, "--out", "out", "--lines", "mine"]
+    assert run(*words, "--import", module, "--mixer", "mine") == 0
+    results = load_results(tmp_path / "out" / "rows" / "mqar.json")
+    assert "ovq reproduce mqar --mixer mine --preset tiny" in results["command"]
+    assert [entry["mixer"] for entry in results["sweep"]] == ["mine"]
+    found = {(row["line"], row["mixer"], row["length"]) for row in results["rows"]}
+    assert found == {("mine", "mine", 24), ("mine", "mine", 48)}
 
 
 @pytest.mark.parametrize(

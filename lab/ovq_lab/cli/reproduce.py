@@ -28,6 +28,13 @@ def reproduce(
     held_out: Annotated[
         float | None, typer.Option(help="Fraction of its documents that is not trained on.")
     ] = None,
+    mixer: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Compare this mixer too, perhaps one of your own (--import); can be given several times.",
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder of results; default: reproduce-out/PRESET.")
     ] = None,
@@ -89,7 +96,7 @@ def reproduce(
 
     sizes = get_preset(preset)
     figures = [
-        get_figure(name, sizes, dataset=dataset, held_out=held_out)
+        get_figure(name, sizes, dataset=dataset, held_out=held_out, mixers=mixer or ())
         for name in (FIGURES if all_ or list_ else dict.fromkeys(names))
     ]
     if list_:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ovq.layers.registry import mixer_class
 from ovq.runtime.progress import Reporter
 from ovq_lab.figures.evaluations import Evaluation
 from ovq_lab.figures.jobs import Job, MeasureJob, RunJob, do_job
@@ -52,6 +53,7 @@ class Workshop:
             evaluations=tuple(
                 dataclasses.replace(evaluation, seed=evaluation.seed + seed) for evaluation in evaluations
             ),
+            mixers=tuple((name, mixer_class(name)) for name in config.model.mixer_types),
             root=self.out / "runs",
             label=f"{label}, seed {seed}, rate {Trial.of(config).label}",
         )

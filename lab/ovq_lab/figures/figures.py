@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from ovq.fields import did_you_mean
+from ovq.layers.registry import mixer_class
 from ovq.ops.options import BEST_MERGE
 from ovq_lab.eval.rows import model_label
 from ovq_lab.figures import ablations, rivals, scaled
@@ -18,6 +21,7 @@ from ovq_lab.figures.presets import TOKENS_PER_SLOT, Preset
 from ovq_lab.figures.text_figures import hybrids, language, longer, needle, of_corpus
 from ovq_lab.mixers.names import MIXER_NAMES
 from ovq_lab.tasks import PositionalRecallTask, RegressionTask, Task
+from ovq_lab.train.config import RunConfig
 
 # In the order of legends and tables.
 _COMPARED = (
@@ -313,10 +317,15 @@ GROUPS = {
 
 
 def get_figure(
-    name: str, preset: Preset, *, dataset: str | None = None, held_out: float | None = None
+    name: str,
+    preset: Preset,
+    *,
+    dataset: str | None = None,
+    held_out: float | None = None,
+    mixers: Sequence[str] = (),
 ) -> Figure:
     """The figure of this name in `FIGURES`. Figures of language models can use another corpus and held-out
-    share, which are then part of their name.
+    share, which are then part of their name. Figures that compare mixers can have others, `mixers`, as well.
 
     Example:
         >>> from ovq_lab.figures.presets import CPU
@@ -329,9 +338,43 @@ def get_figure(
             f"{did_you_mean(name, [*FIGURES, *GROUPS])}"
         )
     if dataset is None and held_out is None:
-        return FIGURES[name](preset)
-    if name not in TEXT_FIGURES:
+        figure = FIGURES[name](preset)
+    elif name not in TEXT_FIGURES:
         raise ValueError(
             f"--dataset, --held-out: expected figures among {', '.join(TEXT_FIGURES)}, found {name!r}"
         )
-    return of_corpus(FIGURES[name], preset, dataset=dataset, held_out=held_out)
+    else:
+        figure = of_corpus(FIGURES[name], preset, dataset=dataset, held_out=held_out)
+    for mixer in mixers:
+        figure = _with_mixer(figure, mixer, preset.mixer_fields.get(mixer, {}))
+    return figure
+
+
+def _with_mixer(figure: Figure, mixer: str, fields: Mapping[str, Any]) -> Figure:
+    """The figure with lines of another mixer, with these model fields, wherever full attention has one."""
+    mixer_class(mixer)
+    compared = {line.config.mixer for line in figure.lines}
+    # Full attention and OVQ alone are in ablations as well.
+    if len(compared) < 3:
+        raise ValueError(f"--mixer: expected figures that compare mixers, found {figure.name!r}")
+    if mixer in compared:
+        raise ValueError(f"--mixer: expected a mixer that {figure.name} lacks, found {mixer!r}")
+
+    def with_it(config: RunConfig) -> RunConfig:
+        types = tuple(mixer if each == "full_attention" else each for each in config.model.mixer_types)
+        return dataclasses.replace(
+            config, model=dataclasses.replace(config.model, mixer_types=types, **fields)
+        )
+
+    added = (
+        dataclasses.replace(
+            line,
+            label=line.label.replace(MIXER_NAMES["full_attention"], MIXER_NAMES.get(mixer, mixer)),
+            config=with_it(line.config),
+            trial_of=line.trial_of and with_it(line.trial_of),
+        )
+        for line in figure.lines
+        if line.config.mixer == "full_attention"
+    )
+    arguments = f"{figure.arguments or figure.name} --mixer {mixer}"
+    return dataclasses.replace(figure, lines=(*figure.lines, *added), arguments=arguments)

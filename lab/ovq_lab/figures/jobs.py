@@ -21,6 +21,7 @@ from transformers import set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from ovq.hf import OVQForCausalLM
+from ovq.layers import Mixer, register_mixer
 from ovq.runtime.files import read_json, write_atomic
 from ovq_lab.figures.evaluations import Evaluation
 from ovq_lab.figures.plan import is_same_run, run_name
@@ -39,12 +40,16 @@ TRAINING_FILE = "training.json"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunJob:
-    """A run to train, and evaluations of the trained model; `root` is the folder of all runs."""
+    """A run to train, and evaluations of the trained model; `root` is the folder of all runs.
+
+    `mixers` are the model's, by name: in a worker process, a user's own are not registered yet.
+    """
 
     root: Path
     label: str
     config: RunConfig
     evaluations: tuple[Evaluation, ...]
+    mixers: tuple[tuple[str, type[Mixer]], ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -96,6 +101,8 @@ class RunJob:
 
     def do(self, reporter: RemoteReporter) -> None:
         """Train the model if it is not trained, and do the missing evaluations."""
+        for name, cls in self.mixers:
+            register_mixer(name, cls)
         # Loading a model this small is too fast for a progress bar.
         disable_progress_bar()
         if not self.is_trained():

@@ -39,6 +39,10 @@ def test_the_list_names_every_figure(capsys):
             f"expected figures among {', '.join(TEXT_FIGURES)}, found 'recall'",
         ),
         (["--all", "--held-out", "0.3"], "rivals-lm-gated-deltanet, rivals-lm-kda, found 'fidelity'"),
+        (["lm", "--mixer", "mine"], "expected a mixer among"),
+        (["recall", "--mixer", "ovq"], "--mixer: expected a mixer that recall lacks, found 'ovq'"),
+        (["recall", "conv", "--mixer", "kda"], "--mixer: expected figures that compare mixers, found 'conv'"),
+        (["--all", "--mixer", "kda"], "--mixer: expected figures that compare mixers, found 'fidelity'"),
         (["lm", "--held-out", "1"], "held_out: expected a share in [0, 1), found 1"),
     ],
 )

@@ -119,6 +119,21 @@ def test_every_mixer_is_compared(name):
     }
 
 
+@pytest.mark.parametrize("name", ["recall", "bytes", "hybrids", "needle", "rivals-lm-mamba2"])
+def test_another_mixer_has_a_line_wherever_full_attention_has_one(name, monkeypatch):
+    monkeypatch.setitem(MIXERS, "mine", MIXERS["full_attention"])
+    preset = dataclasses.replace(TINY, mixer_fields={"mine": {"conv_size": 7}})
+    usual, figure = get_figure(name, preset), get_figure(name, preset, mixers=["mine"])
+    assert figure.lines[: len(usual.lines)] == usual.lines
+    exact = [line for line in usual.lines if line.config.mixer == "full_attention"]
+    for before, line in zip(exact, figure.lines[len(usual.lines) :], strict=True):
+        assert line.label == before.label.replace("full attention", "mine")
+        assert (line.group, line.evaluations) == (before.group, before.evaluations)
+        types = [each.replace("full_attention", "mine") for each in before.config.model.mixer_types]
+        assert (list(line.config.model.mixer_types), line.config.model.conv_size) == (types, 7)
+        assert line.swept.mixer == "mine"
+
+
 def test_every_rule_of_merging_is_compared_by_the_growth_it_is_meant_for():
     lines = {line.label: line for line in get_figure("merge", TINY).lines}
     asked = {label: {each.merge for each in line.evaluations} for label, line in lines.items()}
