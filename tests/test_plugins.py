@@ -66,14 +66,16 @@ def test_a_task_and_a_mixer_of_the_user_train_and_are_evaluated(module, tmp_path
     config = RunConfig.load(tmp_path / "run")
     assert (config.task.name, config.task.vocab_size, config.mixer) == ("many_keys", 4096, "mine")
     forget()
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "import their_module  # registers a mixer\nfrom transformers" in card
     # Told to test it so that it can be.
     assert capsys.readouterr().out.endswith("ovq eval --model run --import their_module\n")
     evaluate = ["eval", "--model", "run", "--lengths", "32", "--examples", "2"]
     # A name in a file imports nothing.
     assert run(*evaluate) == 2
     assert (
-        "expected a task among mqar, positional, recall, regression, found 'many_keys'"
-        in capsys.readouterr().err
+        "expected a task among mqar, positional, recall, regression, found 'many_keys'; one of your own is "
+        "known once its module is imported (--import MODULE)" in capsys.readouterr().err
     )
     assert "their_module" not in sys.modules
     assert run(*evaluate, "--import", module) == 0

@@ -119,9 +119,21 @@ def find(known: dict[str, type[T]], name: str, *, base: type, what: str) -> type
         else:
             names = sorted({*known, *of_laboratory})
             raise ValueError(
-                f"expected a {what} among {', '.join(names)}, found {name!r}{did_you_mean(name, names)}"
+                f"expected a {what} among {', '.join(names)}, found {name!r}; one of your own is known once "
+                f"its module is imported (--import MODULE){did_you_mean(name, names)}"
             )
     return known[name]
+
+
+def modules_of_users(classes: Iterable[type]) -> list[str]:
+    """Modules to import before names of these classes are known, those of ours left out.
+
+    Example:
+        >>> modules_of_users([KeyError, KeyError])
+        ['builtins']
+    """
+    modules = dict.fromkeys(cls.__module__ for cls in classes)
+    return [name for name in modules if name.partition(".")[0] not in ("ovq", "ovq_lab")]
 
 
 def import_module(name: str) -> Any:

@@ -258,6 +258,15 @@ def test_a_card_without_ovq_layers_does_not_speak_of_slots():
     assert "reads and writes token ids" in text
 
 
+@pytest.mark.parametrize(
+    ("mixer", "packages"), [("ovq", "The package `ovq`"), ("vq", "The packages `ovq` and `ovq-lab`")]
+)
+def test_a_card_names_the_packages_that_have_its_mixers(mixer, packages):
+    text = model_card(make_model(mixer_types=["ovq", mixer] * 2), name="x").text
+    assert f"## Load it\n\n{packages} must be installed." in text
+    assert "```python\nfrom transformers import" in text
+
+
 def test_cards_of_users_stay(tmp_path):
     model = make_model()
     path = tmp_path / CARD_FILE

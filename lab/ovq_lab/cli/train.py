@@ -161,12 +161,10 @@ def _own_task(path: str) -> Task:
 def _modules_to_import(config: RunConfig) -> str:
     """The `--import` of a test of this run: the modules of its task and mixers that are the user's own."""
     from ovq.layers.registry import mixer_class
+    from ovq.plugins import modules_of_users
 
     classes = [type(config.task), *map(mixer_class, config.model.mixer_types)]
-    modules = dict.fromkeys(cls.__module__ for cls in classes)
-    return "".join(
-        f" --import {name}" for name in modules if name.partition(".")[0] not in ("ovq", "ovq_lab")
-    )
+    return "".join(f" --import {name}" for name in modules_of_users(classes))
 
 
 def _text_to_read(out: Path) -> str:

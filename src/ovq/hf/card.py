@@ -17,8 +17,10 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 
 from ovq.hf.configuration_ovq import OVQConfig
+from ovq.layers.registry import mixer_class
 from ovq.ops.ablation import Ablation
 from ovq.ops.options import BEST_MERGE, can_merge_best
+from ovq.plugins import modules_of_users
 from ovq.runtime.files import write_atomic
 from ovq.runtime.units import format_bytes
 
@@ -35,11 +37,11 @@ is fixed, however long the text is."""
 _ABOUT_OTHERS = "A language model of the Python package `ovq`, without OVQ layers."
 
 _LOAD = """\
-The package `ovq` must be installed. `trust_remote_code=True` runs `modeling_ovq.py` of this repository, which
+{packages} must be installed. `trust_remote_code=True` runs `modeling_ovq.py` of this repository, which
 only imports `ovq.hf`; after `import ovq.hf` it is not needed.
 
 ```python
-from transformers import {auto}
+{imports}from transformers import {auto}
 
 model = {auto}.from_pretrained("{place}", trust_remote_code=True)
 ```"""
@@ -110,7 +112,7 @@ def model_card(
     reads = "" if has_tokenizer else "\n\nIt has no tokenizer: it reads and writes token ids."
     parts = {
         f"# {name}": (_ABOUT if "ovq" in model.config.mixer_types else _ABOUT_OTHERS) + reads,
-        "## Load it": _LOAD.format(place=place, auto=auto) + _best_rule(model.config),
+        "## Load it": _loading(model.config, place, auto),
         "## Model": markdown_table(("", ""), _described(model).items()),
         "## Memory": _memory(model),
         **{f"## {title}": text for title, text in (sections or {}).items()},
@@ -161,6 +163,15 @@ def is_untouched(text: str) -> bool:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _loading(config: OVQConfig, place: str, auto: str) -> str:
+    """How to load the model: what must be installed, or imported so that its mixers are known."""
+    mixers = [mixer_class(name) for name in config.mixer_types]
+    has_ours = any(mixer.__module__.startswith("ovq_lab.") for mixer in mixers)
+    packages = "The packages `ovq` and `ovq-lab`" if has_ours else "The package `ovq`"
+    imports = "".join(f"import {name}  # registers a mixer\n" for name in modules_of_users(mixers))
+    return _LOAD.format(packages=packages, imports=imports, place=place, auto=auto) + _best_rule(config)
 
 
 def _best_rule(config: OVQConfig) -> str:
