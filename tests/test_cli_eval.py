@@ -258,6 +258,10 @@ def test_help_shows_examples(capsys):
         ("eval needle --model {m} --lengths 100", "length: expected room for a sentence beside the"),
         ("eval needle --model {mute}", "expected a tokenizer beside the model, found none"),
         ("eval harness --model {m}", "Missing option '--tasks'"),
+        (
+            "eval harness --model {m} --model {lm} --tasks x",
+            "--model: expected one folder, found {m}, {lm}",
+        ),
     ],
 )
 def test_bad_input_costs_one_line(arguments, message, folder, capsys, tmp_path):
@@ -266,4 +270,4 @@ def test_bad_input_costs_one_line(arguments, message, folder, capsys, tmp_path):
         get_recipe(f"{name}-ovq").save(tmp_path / name)
         shutil.copy(folder / "a/ovq/config.json", tmp_path / name)
         names[name] = tmp_path / name
-    assert message in fail(capsys, *(word.format(**names) for word in arguments.split()))
+    assert message.format(**names) in fail(capsys, *(word.format(**names) for word in arguments.split()))

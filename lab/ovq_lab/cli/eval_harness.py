@@ -16,7 +16,7 @@ from ovq_lab.cli.results import as_json, text_tokenizer
 
 
 def harness(
-    model: Annotated[Path, typer.Option(help="Folder of a trained, converted or pretrained model.")],
+    model: Annotated[list[Path], typer.Option(help="Folder of a trained, converted or pretrained model.")],
     tasks: Annotated[str, typer.Option(help="Names of tasks, with commas between them.")],
     num_slots: options.NumSlots = None,
     merge: options.MergeRule = None,
@@ -41,7 +41,10 @@ def harness(
     Example: [bold]ovq eval harness --model runs/ovq --tasks piqa,hellaswag,arc_easy --batch-size 8[/bold]
     """
     lengths = None if ruler_lengths is None else parse_ints(ruler_lengths, flag="--ruler-lengths")
-    check_any_model_folder(model)
+    if len(model) > 1:
+        raise ValueError(f"--model: expected one folder, found {', '.join(map(str, model))}")
+    (folder,) = model
+    check_any_model_folder(folder)
     check_folder("--out", out)
     names = [name.strip() for name in tasks.split(",")]
 
@@ -49,16 +52,16 @@ def harness(
     from ovq_lab.eval.harness import evaluate_tasks
 
     # Tasks that build their data load the tokenizer themselves.
-    metadata: dict[str, Any] = {"tokenizer": str(model)}
+    metadata: dict[str, Any] = {"tokenizer": str(folder)}
     if lengths is not None:
         metadata["max_seq_lengths"] = lengths
     # Some tasks print progress; standard output is for results only.
     with redirect_stdout(sys.stderr):
         results = evaluate_tasks(
             load_any_model(
-                model, num_slots=num_slots, merge=merge, logn_length=logn_length, state_dtype=state_dtype
+                folder, num_slots=num_slots, merge=merge, logn_length=logn_length, state_dtype=state_dtype
             ),
-            text_tokenizer(model),
+            text_tokenizer(folder),
             names,
             batch_size=batch_size,
             max_length=max_length,
@@ -72,7 +75,7 @@ def harness(
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         # The results of the harness contain functions and NumPy numbers.
-        saved = as_json({"model": str(model)} | results, handle_non_serializable)
+        saved = as_json({"model": str(folder)} | results, handle_non_serializable)
         write_atomic(out / "harness.json", saved + "\n")
     if json_:
         typer.echo(as_json(results["results"], handle_non_serializable))
