@@ -7,6 +7,7 @@ import pytest
 
 from ovq_lab.tasks import IGNORE_INDEX, PositionalRecallTask, RecallTask, example_generator
 from ovq_lab.tasks.recall import FILLER, SEPARATOR
+from ovq_lab.train.recipes import get_recipe
 
 TASK_FIELDS = [
     {},
@@ -15,6 +16,13 @@ TASK_FIELDS = [
     {"num_pairs": 3, "vocab_size": 20, "query_share": 0.8, "length": 90},
     {"length": 5, "vocab_size": 4, "query_share": 0.9},
 ]
+
+
+@pytest.mark.parametrize(("recipe", "share"), [("recall-ovq", 4 / 5), ("positional-ovq", 7 / 8)])
+def test_most_questions_of_a_recipe_are_later_askings(recipe, share):
+    batch = get_recipe(recipe).task.at_length(1024).build(0)
+    first, later = (batch.slices[f"asking {name}"].sum() for name in ("first", "later"))
+    assert later / (first + later) == pytest.approx(share, abs=0.01)
 
 
 def read_pairs(task, tokens):

@@ -30,9 +30,10 @@ class PositionalRecallTask(StoredPairsTask):
     An example is `context, separator, queries`. The context holds `num_keys` keys, each `num_occurrences`
     times, each time with another value of one token. The pairs lie at random places in a random order, and
     the remaining tokens are fillers. A query is a key, once, followed by its values in order of appearance,
-    which the model has to predict. No key is asked a second time before every key was asked once. Ids: 0 is
-    the filler, 1 the separator, then come the key tokens, and the upper half are value tokens. The paper's
-    own layout and sizes are not public; these are [ours].
+    which the model has to predict. No key is asked a second time before every key was asked once; in the
+    recipe seven of eight questions are such later askings. Ids: 0 is the filler, 1 the separator, then come
+    the key tokens, and the upper half are value tokens. The paper's own layout and sizes are not public;
+    these are [ours].
 
     Attributes:
         length: Tokens per example, T.

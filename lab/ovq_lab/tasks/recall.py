@@ -137,9 +137,9 @@ class RecallTask(StoredPairsTask):
     An example is `context, separator, queries`. The context holds `num_pairs` pairs, each of `key_length` key
     tokens and then `value_length` value tokens. They lie at random places in a random order, and the
     remaining tokens are fillers. A query repeats a pair, and the model has to predict the value. No key is
-    asked a second time before every key was asked once; with the defaults each is asked about five times, and
-    the answers stay in the input. Ids: 0 is the filler, 1 the separator, then come the key tokens, and the
-    upper half are value tokens.
+    asked a second time before every key was asked once. In the recipe four of five questions are such later
+    askings, whose answers stand in earlier questions: the accuracy is mostly theirs. Ids: 0 is the filler, 1
+    the separator, then come the key tokens, and the upper half are value tokens.
 
     Attributes:
         length: Tokens per example, T.
