@@ -239,6 +239,11 @@ def test_4_bits_keep_blocks_that_were_dequantised():
     # A tile of 16 rows, of which 11 are filled up.
     assert (matrix.weight.shape, matrix.factors.shape) == ((1, 2, 8, 16, 4), (1, 2, 2, 2, 16))
     assert matrix.weight.nbytes + matrix.factors.nbytes == 16 * 128 * 5 / 8
+    # Blocks Q4_0, with steps of either sign, in which not all numbers from -8 to 7 occur.
+    numbers = torch.randint(-7, 7, (5, 4, 32))
+    numbers[..., 3] = -8
+    weight = (numbers * lows).flatten(1)
+    assert torch.equal(packed(weight, None, "int4").dequantised(), weight)
     # Equal weights, and those that fill up a row, which have no range of their own.
     weight = torch.tensor([[0.5] * 40, [-3.0] * 32 + [1.5] * 8])
     assert torch.equal(packed(weight, None, "int4").dequantised(), weight)

@@ -86,8 +86,9 @@ def packed(weight: Tensor, bias: Tensor | None, format: str | None) -> Matrix:
     """A weight `[N, D]` and its bias `[N]` in a format; a copy only if that is not the weight's own.
 
     int8 has one scale per 64 neighbours in a row, whose largest magnitude becomes 127. int4 has a scale and a
-    minimum per 32 neighbours, with 15 steps between the lowest and the highest. Blocks `Q4_1` of GGUF are
-    such numbers, and stay as they are.
+    minimum per 32 neighbours, of two grids the closer one: 15 steps from the lowest to the highest, or from
+    the largest magnitude to 7/8 of its opposite. Blocks `Q4_1` and `Q4_0` of GGUF are such numbers, and stay
+    as they are.
 
     Args:
         weight: dense. bias: its bias, or None.
@@ -126,10 +127,15 @@ def _rounded_to_int4(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Rows `[16 tiles, 64 groups]` quantized to 4 bits and their factors, as in `Matrix`."""
     halves = rows.unflatten(1, (-1, 2, _GROUP // 2))
     low, high = halves.aminmax(dim=3)
-    factors = torch.stack([(high - low) / _MOST["int4"], low], 3).half()
-    scales, low = factors.float()[..., None].unbind(3)
+    most = torch.where(-low > high, low, high)
+    # The grids of Q4_1 and of Q4_0, whose minimum is the number of greatest magnitude, with its sign.
+    pairs = ((high - low) / _MOST["int4"], low), (most / -8, most)
+    factors = torch.stack([torch.stack(pair, 3) for pair in pairs]).half()
+    scales, minima = factors.float()[..., None].unbind(4)
     # Equal numbers may have any scale.
-    numbers = ((halves - low) / scales.masked_fill(scales == 0, 1)).round().clamp(0, _MOST["int4"])
+    numbers = ((halves - minima) / scales.masked_fill(scales == 0, 1)).round().clamp(0, _MOST["int4"])
+    errors = (numbers * scales + minima - halves).square().sum(4, keepdim=True)
+    factors, numbers = (x[0].where(errors[0] <= errors[1], x[1]) for x in (factors, numbers))
     tiles = factors.unflatten(0, (-1, _TILE)).permute(0, 2, 3, 4, 1)
     return _tiled(numbers[:, :, 0] + 16 * numbers[:, :, 1]), tiles.contiguous()
 
