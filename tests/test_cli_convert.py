@@ -47,7 +47,7 @@ def convert(capsys, folder, *options, out="converted"):
     return run(capsys, "convert", "--model", folder / "llama", "--out", folder / out, *SMALL, *options)
 
 
-def test_a_converted_model_generates_alone_and_after_a_context(capsys, converted, tmp_path):
+def test_a_converted_model_generates_alone_and_after_a_context(capsys, converted, tmp_path, monkeypatch):
     said = convert(capsys, converted)
     assert said.split()[:7] == ["Saved", "a", "model", "that", "keeps", "26", "rows"]
     model, book = converted / "converted", tmp_path / "book.ctx"
@@ -71,6 +71,10 @@ def test_a_converted_model_generates_alone_and_after_a_context(capsys, converted
     assert run(capsys, *command, "--weight-dtype", "float32") == run(capsys, *command)
     said = fail(capsys, *command, "--weight-dtype", "int2")
     assert "--weight-dtype: expected one of auto, float32, bfloat16, int8, int4, found 'int2'" in said
+    with monkeypatch.context() as patch:
+        patch.setattr("ovq.cli.loading._device", lambda: "cuda")
+        said = fail(capsys, *command, "--weight-dtype", "int8")
+    assert said.startswith("--weight-dtype: expected none with a model on a GPU, found int8")
     said = fail(capsys, "memory", "--config", model)
     assert "--config: expected a trained model or a recipe, found a converted model" in said
     said = fail(capsys, "generate", "--model", model, "--prompt", "1", "--num-slots", 3)

@@ -271,9 +271,11 @@ def test_layers_that_hooks_look_into_keep_their_weights(steps):
     assert steps == [0, 1]
 
 
-def test_without_kernels_weights_stay(monkeypatch):
+@pytest.mark.parametrize("format", ["bfloat16", "int8"])
+def test_without_kernels_weights_stay(format, monkeypatch):
     monkeypatch.setattr("ovq.convert.packed.is_available", lambda: False)
-    model = converted(weight_dtype="int8")
+    with pytest.warns(UserWarning, match=f"weight_dtype='{format}': expected compiled kernels"):
+        model = converted(weight_dtype=format)
     assert type(model.lm_head) is nn.Linear
     assert model.weights_digest is None
 

@@ -145,10 +145,12 @@ def load_any_model(
         _refuse_options("a converted model", hint=": convert it again", **options)
         from ovq.convert import load
 
-        device = _device()
-        on_cpu = weight_dtype if device == "cpu" else None
+        if (device := _device()) != "cpu":
+            _refuse_options("a model on a GPU", weight_dtype=weight_dtype)
         with _errors_naming(folder, "a converted model"), _quiet():
-            model: Any = load(folder, weight_dtype=on_cpu, local_files_only=True, trust_remote_code=False)
+            model: Any = load(
+                folder, weight_dtype=weight_dtype, local_files_only=True, trust_remote_code=False
+            )
         return model.to(device).eval()
     _refuse_options("a trained model", hint=": only converted models have it", weight_dtype=weight_dtype)
     if is_ovq_model(folder):

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import inspect
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from ovq.hf.context_file import digest, weights_of
 from ovq.hf.generation import CachedGeneration, execution_device
 from ovq.hf.hub import check_loaded
 from ovq.hf.pretrained import PLACES
+from ovq.ops import cpu_kernels
 from ovq.ops.uncompiled import uncompiled
 from ovq.runtime.files import read_json
 
@@ -186,7 +188,7 @@ def attach(
         weight_dtype: format of the weights on a CPU with compiled kernels. `"int8"` or `"int4"` (the output
             layer then in int8) replace the model's own weights, after which it can be neither saved nor
             trained. `"float32"` or `"bfloat16"` make a copy that is used for decoding. None or `"auto"` for
-            the model's own. It is not saved.
+            the model's own, which it keeps, with a warning, elsewhere. It is not saved.
 
     Returns:
         The same model; its class is now a subclass of the original class, with `ConvertedMixin`.
@@ -323,7 +325,13 @@ def memory_config_in(folder: str | os.PathLike, **places: Any) -> MemoryConfig |
 def set_weight_dtype(model: Any, weight_dtype: str | None) -> Any:
     """Apply `weight_dtype` (see `attach`) to a converted model with its own weights; returns the model."""
     model.weight_dtype = checked_weight_dtype(weight_dtype)
-    if weight_dtype in PACKED and can_pack(model):
+    if model.weight_dtype is not None and not can_pack(model):
+        warnings.warn(
+            f"weight_dtype={weight_dtype!r}: expected compiled kernels and a model on the CPU, found kernels "
+            f"{cpu_kernels()} and a model on {model.device}, which keeps its own weights",
+            stacklevel=3,
+        )
+    elif weight_dtype in PACKED:
         # Contexts belong to the original model, whatever format its weights are rounded to.
         model.weights_digest = digest(weights_of(model.base_model))
         pack_(model, weight_dtype)
