@@ -404,6 +404,19 @@ def test_changes_of_data_are_read_by_the_next_cache(name, weight_dtype, dtype):
     assert (found - before).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize(
+    ("name", "number"), [("layers.0.self_attn.scaling", 1.0), ("norm.variance_epsilon", 9.0)]
+)
+def test_numbers_of_modules_are_read_by_the_next_cache(name, number, by_modules):
+    model = converted()
+    before = read(model, IDS[:1, :30])[0]
+    owner, _, name = name.rpartition(".")
+    setattr(model.get_submodule(f"model.{owner}"), name, number)
+    found, expected = read(model, IDS[:1, :30])[0], by_modules(read, model, IDS[:1, :30])[0]
+    check_equal(found, expected)
+    assert (found - before).abs().max() > 1e-2
+
+
 def test_models_that_have_written_are_copied_and_pickled(steps):
     model = converted(weight_dtype="int8")
     expected, _ = read(model, IDS[:1, :30])

@@ -313,7 +313,7 @@ class _Step:
         return has_own_forward(base) and bool(self._unchanged)
 
     def has_same_numbers(self, cache: MemoryCache) -> bool:
-        """Whether samples of the weights are those that were copied; looked at once per cache."""
+        """Whether `Unchanged.samples` are those of the copies; looked at once per cache."""
         return cache in self._caches or torch.equal(self._samples, self._unchanged.samples())
 
     def pack_(self) -> None:

@@ -53,12 +53,14 @@ class Unchanged:
         self._versions = list(map(_version, self.weights)) if self._are_counted else []
 
     def samples(self) -> Tensor:
-        """Some numbers of each weight, from all its rows and columns.
+        """Some numbers of each weight, from all its rows and columns, and the modules' own numbers.
 
         Changes of `weight.data`, as adapters and averages of weights make them, count in no version.
         """
+        own = [x.get(name, 0) for x in self._attributes for name in ("variance_epsilon", "scaling")]
         # An odd step, as columns are often a power of 2.
-        return torch.cat([x.detach().view(-1)[:: x.numel() // _SAMPLES | 1] for x in self.weights])
+        some = [x.detach().view(-1)[:: x.numel() // _SAMPLES | 1] for x in self.weights]
+        return torch.cat([*some, torch.tensor(own, dtype=torch.float64, device="cpu")])
 
     def __bool__(self) -> bool:
         """Whether all are the same, and the modules without hooks and not in training."""
