@@ -213,6 +213,26 @@ def test_weights_take_fewer_bytes_and_are_not_saved(format, tmp_path):
         model.load_state_dict(converted(weight_dtype=format).state_dict())
 
 
+@both
+@torch.no_grad()
+def test_a_tied_embedding_is_kept_once(format, exact, steps, by_modules):
+    plain, model = big(tie_word_embeddings=True), big(tie_word_embeddings=True)
+    model = attach(model, num_slots=8, window=16, chunk_size=8, weight_dtype=format)
+    assert num_bytes(model) < (0.28 if format == "int8" else 0.2) * num_bytes(plain)
+    expected = model.lm_head.matrix.dequantised()[IDS]
+    model.tie_weights()
+    assert torch.equal(model.get_input_embeddings()(IDS), expected)
+    steps[:] = 0, 0
+    check_equal(logits(model, IDS[:1]), by_modules(lambda: logits(model, IDS[:1])), tolerance=2e-3)
+    assert steps == [1, 0]
+    for wrong in (-1, 64):
+        with pytest.raises(RuntimeError, match="out of"):
+            logits(model, torch.tensor([[wrong]]))
+    other = copy.deepcopy(model).bfloat16()
+    assert other.model.embed_tokens.output is other.lm_head
+    assert torch.equal(other.get_input_embeddings()(IDS), expected.bfloat16())
+
+
 def test_packed_weights_are_not_trained():
     """Embeddings and norms, which are not packed, would learn alone; a frozen model passes gradients on."""
     model, ids = packed_model().train(), IDS[:1, :20]
@@ -234,9 +254,10 @@ def test_the_file_of_the_weights_is_not_kept_mapped(tmp_path):
     assert [type(x.lm_head) for x in (model, plain)] == [PackedLinear, nn.Linear]
 
 
-def big():
+def big(**fields):
     model = original()
-    fields = {**model.config.to_dict(), "hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+    fields = {**model.config.to_dict(), **sizes, **fields}
     return type(model)(type(model.config)(**fields)).eval()
 
 

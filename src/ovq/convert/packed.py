@@ -68,14 +68,36 @@ class PackedLinear(nn.Module):
         )
 
 
+class PackedEmbedding(nn.Module):
+    """`nn.Embedding` that shares the weights of a packed output layer, as the model's own did."""
+
+    def __init__(self, embedding: nn.Embedding, output: PackedLinear) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim, self.output = *embedding.weight.shape, output
+        # The dtype of the results, and as many rows as there are tokens, to check ids.
+        self.register_buffer("rows", embedding.weight.new_empty(self.num_embeddings, 0))
+
+    rows: Tensor
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """`[...]` to `[..., D]`; RuntimeError for ids that are out of range."""
+        F.embedding(ids, self.rows)
+        return self.output.matrix.rows(ids).to(self.rows.dtype)
+
+
 def pack_(model: Any, format: str) -> None:
-    """Replace a model's linear layers by `PackedLinear`, except those with hooks."""
-    output = model.get_output_embeddings()
+    """Replace a model's linear layers by `PackedLinear`, except those with hooks, and a tied embedding."""
+    inputs, output = model.get_input_embeddings(), model.get_output_embeddings()
+    is_tied = is_plain(inputs, nn.Embedding) and inputs.weight is getattr(output, "weight", None)
     for owner in list(model.modules()):
         for name, module in owner.named_children():
             if is_plain(module, nn.Linear) and type(module.weight) is nn.Parameter:
                 own = PackedLinear(module, format, is_output=module is output)
                 setattr(owner, name, own.train(module.training))
+    if is_tied and type(output := model.get_output_embeddings()) is PackedLinear:
+        model.set_input_embeddings(PackedEmbedding(inputs, output).train(model.training))
+        # `tie_weights` would look for the weight that both had.
+        model.config.tie_word_embeddings = False
     for x in model.parameters():
         # Otherwise the few parameters left would keep the whole weight file mapped.
         x.data = x.data.clone()

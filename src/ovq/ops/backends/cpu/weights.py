@@ -65,6 +65,19 @@ class Matrix(NamedTuple):
             scales, minima = factors[..., None].unbind(3)
         return (numbers * scales + minima).flatten(1)[: self.shape[0], : self.shape[1]]
 
+    def rows(self, ids: Tensor) -> Tensor:
+        """`[..., D]` float32: the rows `ids` `[...]` of an int8 matrix, each from 0 to N - 1.
+
+        Example:
+            >>> packed(torch.tensor([[1.27, 0.012], [2.54, 0.0]]), None, "int8").rows(torch.tensor([1]))
+            tensor([[2.5400, 0.0000]])
+        """
+        assert self.format == "int8"
+        assert self.factors is not None
+        tiles, rows = ids // _TILE, ids % _TILE
+        numbers = self.weight[tiles, :, :, rows].flatten(-2).float() - _ZERO
+        return (numbers * self.factors[tiles, :, rows, None]).flatten(-2)[..., : self.shape[1]]
+
     def call(self, first: int = 0, *, is_rough: bool = False) -> Mirror:
         """The matrix as an argument of kernels; its tensors must be kept alive.
 
