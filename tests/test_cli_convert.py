@@ -75,8 +75,6 @@ def test_a_converted_model_generates_alone_and_after_a_context(capsys, converted
         patch.setattr("ovq.cli.loading._device", lambda: "cuda")
         said = fail(capsys, *command, "--weight-dtype", "int8")
     assert said.startswith("--weight-dtype: expected none with a model on a GPU, found int8")
-    said = fail(capsys, "memory", "--config", model)
-    assert "--config: expected a trained model or a recipe, found a converted model" in said
     said = fail(capsys, "generate", "--model", model, "--prompt", "1", "--num-slots", 3)
     assert "--num-slots: expected none with a converted model" in said
     said = fail(capsys, "generate", "--model", model, "--prompt", "1", "--state-dtype", "int8")
@@ -104,6 +102,22 @@ def test_a_context_is_read_with_weights_of_other_types(capsys, converted, tmp_pa
     # Of either model, which only rounds the weights.
     for options in ([], ["--weight-dtype", "int8"]):
         assert len(run(capsys, *command, *options).split()) == 5
+
+
+@pytest.mark.parametrize("options", [(), ("--state-dtype", "int8")])
+@torch.no_grad()
+def test_memory_counts_what_a_converted_model_keeps(capsys, converted, options):
+    convert(capsys, converted, *options, out=f"counted{len(options)}")
+    folder = converted / f"counted{len(options)}"
+    command, model = ["memory", "--config", folder, "--lengths", "5,90", "--json"], load(folder)
+    for row in json.loads(run(capsys, *command))["rows"]:
+        n = row["length"]
+        ids, full = torch.ones(1, n, dtype=torch.int64), original()(torch.ones(1, n, dtype=torch.int64))
+        assert row["state_bytes"] == model(ids).past_key_values.nbytes
+        cached = [x for layer in full.past_key_values.layers for x in (layer.keys, layer.values)]
+        assert row["full_attention_bytes"] == sum(x.nbytes for x in cached)
+    said = fail(capsys, *command, "--num-slots", 3)
+    assert said == "--num-slots: expected none with a converted model, found 3: convert it again"
 
 
 def test_quiet_hides_what_transformers_loads(capsys, converted, tmp_path, monkeypatch):

@@ -142,27 +142,27 @@ def load_any_model(
     as of `load_model`, and for options of another kind of models.
     """
     if is_converted(folder):
-        _refuse_options("a converted model", hint=": convert it again", **options)
+        refuse_options("a converted model", hint=": convert it again", **options)
         from ovq.convert import load
 
         if (device := _device()) != "cpu":
-            _refuse_options("a model on a GPU", weight_dtype=weight_dtype)
+            refuse_options("a model on a GPU", weight_dtype=weight_dtype)
         with _errors_naming(folder, "a converted model"), _quiet():
             model: Any = load(
                 folder, weight_dtype=weight_dtype, local_files_only=True, trust_remote_code=False
             )
         return model.to(device).eval()
-    _refuse_options("a trained model", hint=": only converted models have it", weight_dtype=weight_dtype)
+    refuse_options("a trained model", hint=": only converted models have it", weight_dtype=weight_dtype)
     if is_ovq_model(folder):
         return load_model(folder, **options)
-    _refuse_options("a pretrained model", **options)
+    refuse_options("a pretrained model", **options)
     config = load_any_config(folder)
     from transformers import AutoModelForCausalLM
 
     return _load_checked(AutoModelForCausalLM, folder, config, allow_extra=True).to(_device()).eval()
 
 
-def _refuse_options(what: str, *, hint: str = "", **given: Any) -> None:
+def refuse_options(what: str, *, hint: str = "", **given: Any) -> None:
     """Raise ValueError, naming the flag, for an option that models of another kind have."""
     for name, found in given.items():
         if found is not None:

@@ -11,12 +11,12 @@ import typer
 
 from ovq.cli import options
 from ovq.cli.common import parse_ints, print_table
-from ovq.cli.loading import is_converted, load_config, set_options
+from ovq.cli.loading import is_converted, load_any_config, load_config, refuse_options, set_options
 from ovq.plugins import from_laboratory
 
 
 def memory(
-    config: Annotated[str, typer.Option(help="Folder of a trained model, or a recipe.")],
+    config: Annotated[str, typer.Option(help="Folder of a trained or converted model, or a recipe.")],
     lengths: Annotated[str, typer.Option(help="Numbers of tokens.")] = "1024,4096,16384,65536,262144",
     num_slots: options.NumSlots = None,
     state_dtype: options.StateDtype = None,
@@ -29,7 +29,12 @@ def memory(
     Example: [bold]ovq memory --config recall-ovq --lengths 4096,65536 --num-slots 1024[/bold]
     """
     at_lengths = parse_ints(lengths, flag="--lengths")
-    rows = _state_bytes(_load_config(config), at_lengths, num_slots, state_dtype)
+    if Path(config).is_dir() and is_converted(Path(config)):
+        given = {"num_slots": num_slots, "state_dtype": state_dtype}
+        refuse_options("a converted model", hint=": convert it again", **given)
+        rows = _converted_bytes(Path(config), at_lengths)
+    else:
+        rows = _state_bytes(_load_config(config), at_lengths, num_slots, state_dtype)
     if json_:
         typer.echo(json.dumps({"config": config, "rows": rows}, indent=2))
         return
@@ -50,11 +55,6 @@ def memory(
 def _load_config(name: str) -> Any:
     """The `OVQConfig` in a folder or of a recipe."""
     if Path(name).is_dir():
-        if is_converted(Path(name)):
-            raise ValueError(
-                f"--config: expected a trained model or a recipe, found a converted model in {name}; "
-                "ovq context info shows what it keeps of a text"
-            )
         return load_config(Path(name))
     get_recipe = from_laboratory(
         "ovq_lab.train.recipes:get_recipe", what=f"--config: {name} is no folder; for a recipe"
@@ -88,4 +88,25 @@ def _state_bytes(
     return [
         {"length": n, "state_bytes": model.state_bytes(n), "full_attention_bytes": full.state_bytes(n)}
         for n in lengths
+    ]
+
+
+def _converted_bytes(folder: Path, lengths: list[int]) -> list[dict[str, int]]:
+    """`_state_bytes` of a converted model, which has all of its memory from the first token on."""
+    import torch
+
+    from ovq.convert.attach import memory_config_in
+    from ovq.convert.cache import MemoryCache
+
+    config: Any = load_any_config(folder)
+    memory = memory_config_in(folder)
+    assert memory is not None
+    cache, per_token = MemoryCache(memory), 0
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    for layer in cache.layers:
+        like = torch.empty(1, layer.config.num_kv_heads, 1, dim, dtype=config.dtype, device="meta")
+        layer.begin(like, like)
+        per_token += 2 * like.nbytes
+    return [
+        {"length": n, "state_bytes": cache.nbytes, "full_attention_bytes": n * per_token} for n in lengths
     ]
