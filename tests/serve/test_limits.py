@@ -2,20 +2,24 @@
 
 import asyncio
 import contextlib
+import functools
 import select
 import signal
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 import uvicorn
 
+import ovq.serve.app
 import ovq.serve.server
+import ovq.serve.texts
 from ovq.serve.app import create_app
 from ovq.serve.limits import Limits
 from ovq.serve.server import uvicorn_config
-from tests.serve.common import reading_service, running, until
+from tests.serve.common import reading_service, running, text_service, until
 
 LIMITS = Limits(max_body_bytes=1000, max_upload_bytes=2000, read_seconds=0.3, request_seconds=0.3)
 KINDS = [
@@ -226,3 +230,31 @@ def test_ctrl_c_pressed_many_times_leaves_no_answer_behind():
     for _ in range(4):
         server.handle_exit(signal.SIGINT, None)
     assert (server.should_exit, server.force_exit) == (True, False)
+
+
+def test_long_texts_take_turns_within_their_time_and_short_ones_do_not_wait(monkeypatch):
+    may_end, begun, encode = threading.Event(), [], ovq.serve.texts.encode
+
+    def slow(text, tokenizer, **about):
+        if len(text) > 100:
+            begun.append(text)
+            assert may_end.wait(30)
+        return encode(text, tokenizer, **about)
+
+    monkeypatch.setattr(ovq.serve.texts, "encode", slow)
+    monkeypatch.setattr(ovq.serve.app, "LONG", 200)
+    # More than asyncio has threads.
+    num_long = 40
+    with running(text_service(limits=Limits(request_seconds=2))) as server:
+        ask = functools.partial(httpx.post, f"{server.url}/v1/completions", timeout=30)
+        body = {"model": "text", "prompt": "a" * 200, "max_tokens": 1}
+        assert ask(json=body | {"model": "other"}).status_code == 404
+        assert not begun
+        with ThreadPoolExecutor(num_long) as pool:
+            answers = [pool.submit(ask, json=body) for _ in range(num_long)]
+            until(lambda: begun)
+            assert ask(json=body | {"prompt": "hi"}).status_code == 200
+            assert {answer.result().json()["error"]["code"] for answer in answers} == {"timeout"}
+        may_end.set()
+        assert len(begun) == 1
+        assert ask(json=body).status_code == 200

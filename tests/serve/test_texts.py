@@ -54,18 +54,19 @@ def test_short_texts_do_not_wait_for_long_ones(monkeypatch):
     is_begun, may_end, encode = threading.Event(), threading.Event(), texts.encode
 
     def slow(text, tokenizer, **about):
-        if len(text) > texts._LONG:
+        if len(text) > 2:
             is_begun.set()
             assert may_end.wait(30)
         return encode(text, tokenizer, **about)
 
     monkeypatch.setattr(texts, "encode", slow)
     found = []
-    text = "a" * (texts._LONG + 1)
-    thread = threading.Thread(target=lambda: found.append(shared.encode(text, param="p", is_start=True)))
+    text = "abc"
+    about = {"param": "p", "is_start": True}
+    thread = threading.Thread(target=lambda: found.append(shared.encode(text, is_long=True, **about)))
     thread.start()
     assert is_begun.wait(30)
-    assert shared.encode("ab", param="p", is_start=True) == own("ab")["input_ids"]
+    assert shared.encode("ab", **about) == own("ab")["input_ids"]
     may_end.set()
     thread.join()
     assert found == [own(text)["input_ids"]]

@@ -11,7 +11,7 @@ from typing import Any
 
 from ovq.hf.streaming import TextStream
 from ovq.serve.engine import Engine
-from ovq.serve.errors import APIError, ClientGone, bad_request, failed
+from ovq.serve.errors import APIError, ClientGone, bad_request, failed, timed_out
 from ovq.serve.grammars import GrammarFault
 from ovq.serve.jobs import BeginEvent, Event, FailEvent, Generation, Job, TokenEvent
 from ovq.serve.texts import StopSequences, Texts
@@ -106,9 +106,7 @@ class Answers:
             APIError: If a job failed, or the deadline has passed.
             ClientGone: If the client has disconnected.
         """
-        seconds = f"{self._engine.limits.request_seconds:g} seconds"
-        message = f"the answer was not complete after {seconds}, the limit of this server"
-        timeout = APIError(504, message, kind="server_error", code="timeout")
+        timeout = timed_out(self._engine.limits.request_seconds)
         timer = self._loop.call_at(self._deadline, self._finish, timeout)
         disconnect = asyncio.create_task(self._await_disconnect())
         try:

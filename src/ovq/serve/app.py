@@ -9,8 +9,9 @@ import functools
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI
 from fastapi import Request as HTTPRequest
@@ -25,7 +26,16 @@ from ovq.serve.bodies import parsed
 from ovq.serve.chat import ChatRequest
 from ovq.serve.contexts import Contexts
 from ovq.serve.engine import Engine
-from ovq.serve.errors import APIError, ClientGone, bad_field, bad_request, failed, not_stored, shown
+from ovq.serve.errors import (
+    APIError,
+    ClientGone,
+    bad_field,
+    bad_request,
+    failed,
+    not_stored,
+    shown,
+    timed_out,
+)
 from ovq.serve.grammars import Constraint, Grammars
 from ovq.serve.guard import UPLOAD, Guard, body_pieces, check_size, content_type
 from ovq.serve.jobs import ContextEvent, Generation, Reading
@@ -35,10 +45,12 @@ from ovq.serve.model import ServedModel
 from ovq.serve.replies import ChatForm, CompletionForm, Form, stream, whole
 from ovq.serve.responses import EventStream, error_response
 from ovq.serve.schemas import CompletionRequest, ContextRequest, GenerationRequest
-from ovq.serve.texts import Texts
+from ovq.serve.texts import LONG, Texts
 from ovq.serve.tools import ToolCalls
 
 _log = logging.getLogger("ovq.serve")
+
+Found = TypeVar("Found")
 
 _COMPLETION_TOKENS = 16
 """Tokens of a completion that does not give `max_tokens`, as in OpenAI's API; fewer if the limit is lower."""
@@ -62,6 +74,8 @@ class Service:
         self.engine = Engine(served, self.limits)
         self.contexts = Contexts(max_contexts=self.limits.max_contexts)
         self.texts = Texts(tokenizer, vocab_size=served.vocab_size)
+        # One after another, as all at once would take every thread from short texts.
+        self.long_texts = ThreadPoolExecutor(1)
         self.grammars = Grammars(self.texts, vocab_size=served.vocab_size, ends=served.ends)
         self.metrics = Metrics(self.engine, self.contexts)
         self.created = int(time.time())
@@ -143,37 +157,54 @@ class _Routes:
         return JSONResponse(self._about_model())
 
     async def completions(self, request: HTTPRequest) -> Response:
-        fields = parsed(CompletionRequest, await request.body())
+        deadline, body = self._deadline(), await request.body()
+        fields = parsed(CompletionRequest, body)
+        max_tokens = fields.max_tokens or min(_COMPLETION_TOKENS, self._limits.max_tokens)
+        self._check(fields, max_tokens)
         context = self._context(fields)
         prompts: Sequence[Any] = [fields.prompt] if isinstance(fields.prompt, str) else fields.prompt
         if not prompts or isinstance(prompts[0], int):
             prompts = [prompts]
         if len(prompts) > (most := self._limits.max_queue):
             raise bad_field("prompt", f"expected at most {most} prompts, found {len(prompts)}")
-        texts = self._service.texts
-        encode = functools.partial(texts.encode, param="prompt", is_start=context is None)
-        ids = await asyncio.to_thread(lambda: [encode(prompt) for prompt in prompts])
-        max_tokens = fields.max_tokens or min(_COMPLETION_TOKENS, self._limits.max_tokens)
-        return await self._generate(request, fields, context, ids, max_tokens, CompletionForm(texts))
+        texts, is_long = self._service.texts, len(body) > LONG
+        encode = functools.partial(texts.encode, param="prompt", is_start=context is None, is_long=is_long)
+        ids = await self._in_time(lambda: [encode(prompt) for prompt in prompts], deadline, is_long=is_long)
+        form = CompletionForm(texts)
+        return await self._generate(request, deadline, fields, context, ids, max_tokens, form)
 
     async def chat(self, request: HTTPRequest) -> Response:
-        fields = parsed(ChatRequest, await request.body())
-        messages = [message.for_template(place) for place, message in enumerate(fields.messages)]
-        tools = [tool.for_template for tool in fields.offered.values()]
-        context = self._context(fields)
-        before, read = self._chat_before(context)
-        ids = await asyncio.to_thread(self._service.texts.chat, [*before, *messages], tools, read=read)
-        constraint = None
-        if (grammar := fields.grammar) is not None:
-            param = "tools" if tools else "response_format"
-            constraint = await asyncio.to_thread(self._service.grammars.compiled, grammar, param=param)
-        is_single = fields.parallel_tool_calls is False or constraint is not None
+        deadline, body = self._deadline(), await request.body()
+        fields = parsed(ChatRequest, body)
         given = [n for n in (fields.max_tokens, fields.max_completion_tokens) if n is not None]
         max_tokens = min(given, default=self._limits.max_tokens)
-        form = ChatForm(self._service.texts)
+        self._check(fields, max_tokens)
+        messages = [message.for_template(place) for place, message in enumerate(fields.messages)]
+        tools, grammar = [tool.for_template for tool in fields.offered.values()], fields.grammar
+        context = self._context(fields)
+        before, read = self._chat_before(context)
+        is_long = len(body) + sum(len(message["content"]) for message in before) > LONG
+        texts, chat = self._service.texts, [*before, *messages]
+        render = functools.partial(texts.chat, chat, tools, read=read, is_long=is_long)
+        ids = await self._in_time(render, deadline, is_long=is_long)
+        constraint = None
+        if grammar is not None:
+            param = "tools" if tools else "response_format"
+            compiled = functools.partial(self._service.grammars.compiled, grammar, param=param)
+            constraint = await self._in_time(compiled, deadline)
+        is_single = fields.parallel_tool_calls is False or constraint is not None
+        form = ChatForm(texts)
         make_calls = functools.partial(ToolCalls, fields.offered.keys(), is_single=is_single)
         return await self._generate(
-            request, fields, context, [ids], max_tokens, form, constraint=constraint, make_calls=make_calls
+            request,
+            deadline,
+            fields,
+            context,
+            [ids],
+            max_tokens,
+            form,
+            constraint=constraint,
+            make_calls=make_calls,
         )
 
     def _context(self, fields: GenerationRequest) -> Context | None:
@@ -230,23 +261,26 @@ class _Routes:
         return name
 
     async def _read(self, request: HTTPRequest) -> str:
-        service = self._service
-        fields = parsed(ContextRequest, await request.body())
+        service, deadline, body = self._service, self._deadline(), await request.body()
+        fields = parsed(ContextRequest, body)
         with service.contexts.reserved(fields.name):
             if (fields.text is None) == (fields.token_ids is None):
                 raise bad_request("expected one of text and token_ids, found both or neither", param="text")
             param = "token_ids" if fields.text is None else "text"
-            given, note = getattr(fields, param), ""
+            given, note, is_long = getattr(fields, param), "", len(body) > LONG
             if not fields.chat:
-                ids = await asyncio.to_thread(service.texts.encode, given, param=param, is_start=True)
+                about: dict[str, Any] = {"param": param, "is_start": True, "is_long": is_long}
+                encode = functools.partial(service.texts.encode, given, **about)
+                ids = await self._in_time(encode, deadline, is_long=is_long)
             elif fields.text is None:
                 raise bad_field("chat", "expected a text, found token_ids")
             else:
-                ids, messages = await asyncio.to_thread(service.texts.document, fields.text)
+                document = functools.partial(service.texts.document, fields.text, is_long=is_long)
+                ids, messages = await self._in_time(document, deadline, is_long=is_long)
                 note = note_of_chat(messages, ids)
             # Not in the engine's thread, which would delay running answers.
             await asyncio.to_thread(service.served.prepare)
-            answers = Answers(service.engine, request.receive, self._deadline())
+            answers = Answers(service.engine, request.receive, deadline)
             answers.submit([Reading(tokens=ids, deliver=answers.deliver)])
             async with contextlib.aclosing(answers.events()) as events:
                 # The only one of a document.
@@ -258,6 +292,7 @@ class _Routes:
     async def _generate(
         self,
         request: HTTPRequest,
+        deadline: float,
         fields: GenerationRequest,
         context: Context | None,
         prompts: Sequence[Sequence[int]],
@@ -267,11 +302,11 @@ class _Routes:
         constraint: Constraint | None = None,
         make_calls: Callable[[], ToolCalls] = ToolCalls,
     ) -> Response:
-        service = self._service
-        self._check_model(fields.model)
-        fields.check_together()
-        self._check_sizes(fields, prompts, max_tokens, param=form.param)
-        answers = Answers(service.engine, request.receive, self._deadline())
+        service, most = self._service, self._limits.max_prompt_tokens
+        if (longest := max(map(len, prompts))) > most:
+            message = f"expected at most {most} tokens, found {longest}"
+            raise bad_field(form.param, message, code="context_length_exceeded")
+        answers = Answers(service.engine, request.receive, deadline)
         # A constraint excludes `ignore_eos`.
         ends = frozenset() if fields.ignore_eos else (constraint or service.served).ends
         jobs = [
@@ -309,6 +344,15 @@ class _Routes:
     def _deadline(self) -> float:
         return asyncio.get_running_loop().time() + self._limits.request_seconds
 
+    async def _in_time(self, call: Callable[[], Found], deadline: float, *, is_long: bool = False) -> Found:
+        """What a call returns, from a thread; APIError if that is after the deadline."""
+        loop = asyncio.get_running_loop()
+        found = loop.run_in_executor(self._service.long_texts if is_long else None, call)
+        try:
+            return await asyncio.wait_for(found, deadline - loop.time())
+        except asyncio.TimeoutError:
+            raise timed_out(self._limits.request_seconds) from None
+
     def _about_model(self) -> dict[str, Any]:
         service = self._service
         return {"id": service.name, "object": "model", "created": service.created, "owned_by": "ovq"}
@@ -322,13 +366,11 @@ class _Routes:
                 code="model_not_found",
             )
 
-    def _check_sizes(
-        self, fields: GenerationRequest, prompts: Sequence[Sequence[int]], max_tokens: int, *, param: str
-    ) -> None:
+    def _check(self, fields: GenerationRequest, max_tokens: int) -> None:
+        """Refuse what can be refused before texts are tokenized, which may take seconds."""
         limits = self._limits
-        if (longest := max(map(len, prompts))) > limits.max_prompt_tokens:
-            message = f"expected at most {limits.max_prompt_tokens} tokens, found {longest}"
-            raise bad_field(param, message, code="context_length_exceeded")
+        self._check_model(fields.model)
+        fields.check_together()
         if max_tokens > limits.max_tokens:
             # Chats have two names for it, of which the smaller number counts.
             names = ("max_tokens", "max_completion_tokens")

@@ -88,6 +88,12 @@ def shutting_down() -> APIError:
     return APIError(503, "the server is shutting down", kind="server_error", code="shutting_down", retry=True)
 
 
+def timed_out(seconds: float) -> APIError:
+    """The error for an answer that took longer than the limit of a server."""
+    message = f"the answer was not complete after {seconds:g} seconds, the limit of this server"
+    return APIError(504, message, kind="server_error", code="timeout")
+
+
 def not_stored() -> APIError:
     """The error for an upload that the server's disk has no room for; its cause is logged."""
     message = "the server could not store the upload, see its log"

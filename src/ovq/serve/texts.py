@@ -16,8 +16,8 @@ from ovq.prompts import chat_text, check_chat_template, check_ids, document_ids,
 from ovq.serve.errors import bad_request
 from ovq.serve.tools import match_start, tools_as_text
 
-_LONG = 2**16
-"""Characters from which a text is encoded by a tokenizer of its own."""
+LONG = 2**16
+"""Characters of a request above which its texts are long: megabytes take a tokenizer seconds."""
 
 
 class Offsets:
@@ -84,13 +84,15 @@ class Texts:
             return copy.deepcopy(self._tokenizer)
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[Any]:
-        """The tokenizer, for one thread at a time."""
-        with self._lock:
-            yield self._tokenizer
+    def locked(self, *, is_long: bool = False) -> Iterator[Any]:
+        """The tokenizer, for one thread at a time; for long texts another, so that others do not wait."""
+        with self._lock_of_long if is_long else self._lock:
+            yield self._tokenizer_of_long if is_long else self._tokenizer
 
-    def encode(self, text: str | list[int], *, param: str, is_start: bool) -> list[int]:
-        """The tokens of a text, which may be token ids; see `ovq.prompts.encode`.
+    def encode(
+        self, text: str | list[int], *, param: str, is_start: bool, is_long: bool = False
+    ) -> list[int]:
+        """The tokens of a text, which may be token ids; see `ovq.prompts.encode`. `is_long`: see `locked`.
 
         Raises:
             APIError: If there is no token, or one outside the vocabulary; names the field `param`.
@@ -100,10 +102,7 @@ class Texts:
             if not isinstance(text, str):
                 check_ids(text, **about)
                 return text
-            # Megabytes take seconds, for which short texts do not wait.
-            is_long = len(text) > _LONG
-            with self._lock_of_long if is_long else self._lock:
-                tokenizer = self._tokenizer_of_long if is_long else self._tokenizer
+            with self.locked(is_long=is_long) as tokenizer:
                 return encode(text, tokenizer, is_start=is_start, **about)
 
     def chat(
@@ -112,6 +111,7 @@ class Texts:
         tools: Sequence[dict[str, Any]] = (),
         *,
         read: Sequence[int] = (),
+        is_long: bool = False,
     ) -> list[int]:
         """The tokens of a chat prompt, rendered by the model's chat template up to the start of the answer.
 
@@ -120,6 +120,7 @@ class Texts:
             tools: Tools that the model may call. A template without support for tools gets them as text,
                 like all calls and results in the messages (`ovq.serve.tools.tools_as_text`).
             read: Tokens of the prompt that a context has read, which are left out.
+            is_long: See `locked`.
 
         Raises:
             APIError: If there is no template, it refuses these messages, or they do not follow `read`.
@@ -132,20 +133,22 @@ class Texts:
         with _as_api_errors("messages"):
             text = chat_text(messages, self._tokenizer, name="messages", tools=tools)
         # The template has marked the beginning of the text.
-        ids = self.encode(text, param="messages", is_start=False)
+        ids = self.encode(text, param="messages", is_start=False, is_long=is_long)
         with _as_api_errors("messages"):
             return ids_after(read, ids, name="messages")
 
-    def document(self, text: str) -> tuple[list[int], list[dict[str, str]]]:
+    def document(self, text: str, *, is_long: bool = False) -> tuple[list[int], list[dict[str, str]]]:
         """The tokens of a document before a chat, and its messages; see `ovq.prompts.document_ids`.
+
+        `is_long`: see `locked`.
 
         Raises:
             APIError: If there is no chat template, or no token.
         """
         with _as_api_errors("chat", code="no_chat_template"):
             check_chat_template(self._tokenizer, name="chat")
-        with _as_api_errors("text"), self._lock_of_long:
-            return document_ids(text, self._tokenizer_of_long, vocab_size=self._vocab_size, name="text")
+        with _as_api_errors("text"), self.locked(is_long=is_long) as tokenizer:
+            return document_ids(text, tokenizer, vocab_size=self._vocab_size, name="text")
 
     def stream(self, prompt: Sequence[int]) -> TextStream:
         """An incremental decoder for the tokens that follow a prompt."""
