@@ -197,6 +197,25 @@ def test_rows_are_never_more_than_allowed_and_the_first_to_come_is_the_first_ser
         assert log.tokens() == expected_of(1)[:4]
 
 
+def test_a_request_of_many_prompts_does_not_hold_up_those_that_come_after_it():
+    scheduler, ends = Scheduler(ServedModel(MODELS["ovq"]), Limits(max_rows=2)), []
+
+    def client(name):
+        return lambda events: ends.extend(
+            f"{name}{e.choice}" for e in events if isinstance(e, TokenEvent) and e.finish_reason
+        )
+
+    many, few = client("many"), client("few")
+    for place in range(6):
+        scheduler.add(Generation(tokens=PROMPTS[1], deliver=many, max_tokens=2 + place, choices=[place]))
+    scheduler.step()
+    for place in range(2):
+        scheduler.add(Generation(tokens=PROMPTS[1], deliver=few, max_tokens=2, choices=[place]))
+    run(scheduler)
+    # One row for each, until there is nothing else to do.
+    assert ends == ["many0", "many1", "few0", "few1", "many2", "many3", "many4", "many5"]
+
+
 class Faulty(ServedModel):
     """A model that fails at a token."""
 

@@ -63,7 +63,7 @@ class Engine:
         with self._changed:
             if not self.is_running:
                 raise shutting_down()
-            # Jobs start in order of arrival, even if there is room for a later one but not for the next.
+            # Jobs start in turn, even if there is room for a later one but not for the next.
             waiting = [*self.scheduler.waiting, *self._new, *jobs]
             num_rows = self.scheduler.num_rows + sum(job.num_rows for job in waiting)
             if num_rows > self.limits.max_rows and len(waiting) > self.limits.max_queue:

@@ -68,7 +68,8 @@ class Job:
 
     Attributes:
         tokens: `[T]` ids, at least 1.
-        deliver: Called with the events of a step, in the thread that runs the model.
+        deliver: Called with the events of a step, in the thread that runs the model; equal for the jobs of a
+            request alone.
         is_cancelled: Whether the job is cancelled. Set it through `Engine.cancel`.
     """
 

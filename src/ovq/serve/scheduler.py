@@ -2,14 +2,15 @@
 
 Running answers are the rows of one batch and take steps together. Prompts are read in pieces between these
 steps, each separately; when a prompt has been read, its row joins the batch. A row leaves when its answer is
-complete. So no request waits for the answers of others to end.
+complete. So no request waits for the answers of others to end. If all rows are taken, requests take turns:
+one with many prompts does not hold up those that come after it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Generator, Hashable, Iterable, Sequence
 
 import torch
@@ -139,9 +140,17 @@ class Scheduler:
         self._keep_rows([place for place, choice in enumerate(self._choices) if choice not in leaving])
 
     def _admit(self) -> None:
-        """Start jobs in order of arrival, as long as there is room for their rows."""
-        while self._waiting and self.num_rows + self._waiting[0].num_rows <= self._limits.max_rows:
-            self._started.append(_Started(self._waiting.popleft()))
+        """Start jobs while there is room for the next: of the requests with the fewest rows, the first."""
+        rows = Counter(choice.job.deliver for choice in self._choices)
+        for started in self._started:
+            rows[started.job.deliver] += started.job.num_rows
+        while self._waiting:
+            job = min(self._waiting, key=lambda job: rows[job.deliver])
+            if self.num_rows + job.num_rows > self._limits.max_rows:
+                return
+            self._waiting.remove(job)
+            self._started.append(_Started(job))
+            rows[job.deliver] += job.num_rows
 
     def _prefill(self) -> None:
         """Read a piece of each started job in turn, up to `step_tokens` tokens."""
