@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import functools
+import resource
 import select
 import signal
 import socket
@@ -18,7 +19,7 @@ import ovq.serve.server
 import ovq.serve.texts
 from ovq.serve.app import create_app
 from ovq.serve.limits import Limits
-from ovq.serve.server import uvicorn_config
+from ovq.serve.server import connections_within_files, uvicorn_config
 from tests.serve.common import reading_service, running, text_service, until
 
 LIMITS = Limits(max_body_bytes=1000, max_upload_bytes=2000, read_seconds=0.3, request_seconds=0.3)
@@ -161,8 +162,51 @@ def test_a_connection_too_many_is_refused_alone():
             assert refused.json()["error"]["code"] == "too_many_connections"
             assert refused.headers["connection"] == "close"
             assert client.get(ask).status_code == 200
+            assert httpx.get(f"{server.url}/health").status_code == 200
         until(lambda: len(server.server_state.connections) == 1)
         assert httpx.get(ask).status_code == 200
+
+
+def test_idle_connections_too_many_are_closed(monkeypatch):
+    """So that they do not take the files that the process may open."""
+    monkeypatch.setattr(ovq.serve.server, "_MOST_REFUSED", 1)
+    monkeypatch.setattr(ovq.serve.server, "_GRACE_SECONDS", 60)
+    with running(reading_service(limits=Limits(max_connections=1))) as server:
+        clients = []
+        for num_open in (1, 2, 2):
+            clients.append(Client(server.url))
+            until(lambda num_open=num_open: len(server.server_state.connections) == num_open)
+        # The last at once, and the one before after a while.
+        assert clients[2].rest() == b""
+        monkeypatch.setattr(ovq.serve.server, "_GRACE_SECONDS", 0.2)
+        assert clients[1].rest() == b""
+        assert len(server.server_state.connections) == 1
+        clients[0].socket.close()
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "files", "connections"),
+    [
+        (1024, 4096, 1536, 1024),
+        (256, resource.RLIM_INFINITY, 1536, 1024),
+        (1024, 1024, None, 512),
+        (600, 800, 800, 288),
+        (9999, 9999, None, 1024),
+        (resource.RLIM_INFINITY, resource.RLIM_INFINITY, None, 1024),
+    ],
+)
+def test_there_are_files_for_all_connections(soft, hard, files, connections, monkeypatch):
+    raised = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, hard))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: raised.append(limits))
+    assert connections_within_files(1024) == connections
+    assert raised == ([] if files is None else [(files, hard)])
+
+
+def test_without_files_for_connections_nothing_is_served(monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 512))
+    with pytest.raises(ValueError, match=r"more than 512 open files \(ulimit -n\), found 512"):
+        connections_within_files(1024)
 
 
 def test_a_byte_now_and_then_is_not_enough():

@@ -99,8 +99,12 @@ def serve(
     _check_installed()
 
     from ovq.serve.limits import Limits
-    from ovq.serve.server import listening_socket
+    from ovq.serve.server import connections_within_files, listening_socket
 
+    connections = connections_within_files(Limits.max_connections)
+    if connections < Limits.max_connections:
+        warning = f"at most {connections} connections, as it may not open more files (ulimit -n)"
+        typer.echo(f"ovq serve: warning: {warning}", err=True)
     limits = Limits(
         max_rows=max_rows,
         max_queue=max_queue,
@@ -112,6 +116,7 @@ def serve(
         read_seconds=read_timeout,
         request_seconds=timeout,
         step_tokens=step_tokens,
+        max_connections=connections,
         prefix_bytes=prefix_cache * _MIB,
     )
     # Detect a port in use before loading the model, which takes longer.

@@ -24,7 +24,7 @@ class Limits:
             upload must have arrived.
         step_tokens: Prompt and document tokens read between two steps of the running answers. A larger
             number shortens the wait for a first token and lengthens the pauses of running answers.
-        max_connections: Open connections.
+        max_connections: Open connections. `ovq serve` allows fewer where it may not open more files.
         prefix_bytes: Bytes of states kept, so that later prompts need not be read from the beginning; 0 for
             none.
     """

@@ -7,6 +7,7 @@ import contextlib
 import ipaddress
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -43,6 +44,37 @@ def url_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
 
 
+_BACKLOG = 256
+"""Connections that wait to be accepted, which then happens to all of them at once."""
+
+_MOST_REFUSED = 64
+"""Connections too many that are told so; further ones are closed without an answer."""
+
+_SPARE_FILES = 512
+"""Files that connections leave to the two above, to uploads, and to all else."""
+
+
+def connections_within_files(wanted: int) -> int:
+    """How many of `wanted` connections there are files for. Raises the soft limit of this process if need be.
+
+    ValueError if there are too few for a server.
+    """
+    if sys.platform == "win32":
+        return wanted
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited, needed = resource.RLIM_INFINITY, wanted + _SPARE_FILES
+    files = needed if hard == unlimited else min(hard, needed)
+    if files <= _SPARE_FILES:
+        raise ValueError(
+            f"expected a limit of more than {_SPARE_FILES} open files (ulimit -n), found {files}"
+        )
+    if soft != unlimited and soft < files:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
+    return files - _SPARE_FILES
+
+
 _GRACE_SECONDS = 5
 """Seconds beyond the limits of a request or of the shutdown, so that an error response can be sent."""
 
@@ -58,8 +90,11 @@ class _Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
         super().connection_made(transport)
-        if len(self.connections) > self.limits.max_connections:
+        num_refused = len(self.connections) - self.limits.max_connections
+        if num_refused > 0:
             self.app = self._refuse
+        if num_refused > _MOST_REFUSED:
+            transport.abort()
         self._stage: tuple[Any, ...] = ()
         self._since = 0.0
         self._check_time()
@@ -81,7 +116,10 @@ class _Connection(H11Protocol):
         self.transport.close()
 
     async def _refuse(self, scope: Any, receive: Any, send: Any) -> None:
-        """The application of a connection too many."""
+        """The application of a connection too many, which still answers health checks."""
+        if scope["path"] == "/health":
+            await self.config.loaded_app(scope, receive, send)
+            return
         most = self.limits.max_connections
         error = APIError(
             503,
@@ -106,6 +144,8 @@ class _Connection(H11Protocol):
         limit = limits.read_seconds
         if is_answering:
             limit += limits.request_seconds + _GRACE_SECONDS
+        elif self.app == self._refuse:
+            limit = min(limit, _GRACE_SECONDS)
         elif is_waiting and not is_closing:
             limit = self.timeout_keep_alive + _GRACE_SECONDS
         if now - self._since >= limit:
@@ -189,6 +229,7 @@ def uvicorn_config(
         # One HTTP implementation, whatever is installed, and no websockets, whose connections outlive it.
         http=type("Connection", (_Connection,), {"limits": limits}),
         ws="none",
+        backlog=_BACKLOG,
         log_level=log_level,
         server_header=False,
         # Longer than clients keep idle connections (5 s in httpx), so that clients close them: a request may
