@@ -13,6 +13,7 @@ import pytest
 from ovq import convert
 from ovq.cli.serve import _api_key
 from ovq.hf import build_context, save_context
+from ovq.serve.server import bound_socket
 from tests.convert.common import converted, original, tokens
 from tests.hf.common import make_model, random_ids
 from tests.processes import command
@@ -132,6 +133,13 @@ def test_what_cannot_be_served_is_refused_in_one_line(folder, capsys, options, e
     options = [option.format(**places) for option in options]
     base = [] if "--model" in options else ["--model", str(folder)]
     assert expected in fail(capsys, "serve", "--port", "0", *base, *options)
+
+
+def test_a_port_that_is_taken_while_the_model_is_loaded(folder, capsys, monkeypatch):
+    with bound_socket("127.0.0.1", 0) as other:
+        monkeypatch.setattr("ovq.cli.serve._add_contexts", lambda *_: other.listen())
+        port = other.getsockname()[1]
+        assert "in use" in fail(capsys, "serve", "--model", folder, "--port", port)
 
 
 @pytest.mark.parametrize("host", ["127.2", "LocalHost"])

@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import socket
 from types import SimpleNamespace
 
 import httpx
@@ -13,7 +14,7 @@ from starlette.routing import Route
 from ovq.serve.app import create_app
 from ovq.serve.limits import Limits
 from ovq.serve.metrics import Metered
-from ovq.serve.server import is_loopback, listening_socket, url_of
+from ovq.serve.server import bound_socket, is_loopback, url_of
 from tests.serve.common import reading_service
 
 HOSTS = ["localhost", "127.0.0.1", "[::1]"]
@@ -206,12 +207,15 @@ def test_contexts_beyond_the_limit_are_refused():
 
 def test_addresses():
     for host, is_local in (("127.0.0.1", True), ("localhost", True), ("127.1", True), ("0.0.0.0", False)):
-        with listening_socket(host, 0) as listener:
+        with bound_socket(host, 0) as listener:
             assert is_loopback(listener) == is_local
-    with listening_socket("127.0.0.1", 0) as listener:
+    with bound_socket("127.0.0.1", 0) as listener:
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(listener.getsockname(), timeout=5)
+        listener.listen()
         port = listener.getsockname()[1]
         assert url_of(listener) == f"http://127.0.0.1:{port}/v1"
         with pytest.raises(ValueError, match=f"can listen on, found 127.0.0.1:{port}"):
-            listening_socket("127.0.0.1", port)
+            bound_socket("127.0.0.1", port)
     with pytest.raises(ValueError, match=r"can listen on, found 192\.0\.2\.1:0"):
-        listening_socket("192.0.2.1", 0)
+        bound_socket("192.0.2.1", 0)

@@ -99,7 +99,7 @@ def serve(
     _check_installed()
 
     from ovq.serve.limits import Limits
-    from ovq.serve.server import connections_within_files, listening_socket
+    from ovq.serve.server import bound_socket, connections_within_files
 
     connections = connections_within_files(Limits.max_connections)
     if connections < Limits.max_connections:
@@ -120,7 +120,7 @@ def serve(
         prefix_bytes=prefix_cache * _MIB,
     )
     # Detect a port in use before loading the model, which takes longer.
-    with listening_socket(host, port) as listener:
+    with bound_socket(host, port) as listener:
         from transformers import set_seed
 
         from ovq.serve.app import Service
@@ -168,6 +168,8 @@ def _run(
     app = create_app(service, api_key=key, hosts=hosts)
     log_level = "info" if is_verbose() else "warning"
     config = uvicorn_config(app, service.limits, shutdown_seconds, log_level)
+    # Not in uvicorn alone, which would fail with a traceback if the port was taken meanwhile.
+    listener.listen()
     Server(config, on_ready=say_ready, on_end=service.engine.stop).run(sockets=[listener])
 
 

@@ -23,15 +23,27 @@ from ovq.serve.responses import error_response
 
 
 def is_loopback(listener: socket.socket) -> bool:
-    """Whether a listening socket can only be reached from this machine."""
+    """Whether a bound socket can only be reached from this machine."""
     return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
 
 
-def listening_socket(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes a free port. ValueError if the address cannot be used."""
+def bound_socket(host: str, port: int) -> socket.socket:
+    """A socket that refuses connections until a server listens on it; port 0 takes a free port.
+
+    ValueError if the address cannot be used.
+    """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=2048)
+        with contextlib.ExitStack() as stack:
+            bound = stack.enter_context(socket.socket(family))
+            # As `socket.create_server`, which would listen: a client would then wait for the model to load.
+            if sys.platform != "win32":
+                bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            bound.bind((host, port))
+            stack.pop_all()
+            return bound
     except (OSError, OverflowError) as error:
         raise ValueError(
             f"expected a host and a port that this machine can listen on, found {host}:{port} ({error})"
@@ -39,7 +51,7 @@ def listening_socket(host: str, port: int) -> socket.socket:
 
 
 def url_of(listener: socket.socket) -> str:
-    """The base URL for clients of a listening socket."""
+    """The base URL for clients of a bound socket."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
 
