@@ -1,6 +1,7 @@
 # docker build -t ovq .                                   for CPUs
 # docker build -t ovq:cuda --build-arg TORCH=cu128 .      for GPUs: run it with --gpus all
 # docker run --rm -v "$PWD:/work" ovq demo --out demo-out
+# docker run --rm -v "$PWD:/work" -p 8000:8000 -e OVQ_API_KEY ovq serve --host 0.0.0.0 --model runs/lm
 #
 # TORCH is what uv calls a torch backend: cpu, cu126, cu128 and so on. EXTRAS are those of lab/pyproject.toml.
 ARG PYTHON=3.12
@@ -22,9 +23,9 @@ RUN if [ "$TORCH" != cpu ]; then \
     fi
 COPY --from=build /dist /dist
 RUN pip install --no-cache-dir uv \
-    && kernels= && if [ "$TORCH" != cpu ]; then kernels="[triton]"; fi \
+    && of_ovq=serve && if [ "$TORCH" != cpu ]; then of_ovq=serve,triton; fi \
     && uv pip install --system --no-cache --torch-backend "$TORCH" \
-        "$(echo /dist/ovq-*.whl)$kernels" "$(echo /dist/ovq_lab-*.whl)[$EXTRAS]" \
+        "$(echo /dist/ovq-*.whl)[$of_ovq]" "$(echo /dist/ovq_lab-*.whl)[$EXTRAS]" \
     && rm -r /dist
 RUN useradd --create-home ovq
 USER ovq

@@ -3,6 +3,7 @@
 import importlib
 import re
 import runpy
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -112,6 +113,15 @@ def test_the_guide_to_installation_names_every_extra():
 def test_the_extra_for_gguf_files_has_what_transformers_reads_them_with():
     extra = PROJECT["project"]["optional-dependencies"]["convert"]
     assert {re.match(r"\w+", each)[0] for each in extra} == {"gguf", "accelerate"}
+
+
+@pytest.mark.parametrize(("torch", "extras"), [("cpu", "[serve]"), ("cu128", "[serve,triton]")])
+def test_a_container_can_serve(torch, extras):
+    lines = (ROOT / "Dockerfile").read_text().replace("\\\n", "")
+    (install,) = re.findall("^RUN (pip install .* uv .*)", lines, re.MULTILINE)
+    stubs = f"TORCH={torch}; pip() {{ :; }}; rm() {{ :; }}; uv() {{ echo $@; }}; "
+    told = subprocess.run(["sh", "-c", stubs + install], capture_output=True, text=True, check=True)
+    assert f"/dist/ovq-*.whl{extras} " in told.stdout
 
 
 def test_python_versions_that_are_named_are_tested():
