@@ -116,7 +116,7 @@ def test_answers_that_take_too_long_end_with_an_error(folder, tmp_path, seconds,
         (["--context", ".x={folder}/config.json"], "expected a name of 1 to 64 letters"),
         (["--context", "a={folder}/config.json"], "config.json: expected a saved context"),
         (["--context", "a={book}", "--context", "a={book}"], "context 'a': expected a new name"),
-        (["--api-key-file", "{folder}/empty"], "expected a key of ASCII characters without spaces"),
+        (["--api-key-file", "{folder}/empty"], "characters without spaces, found an empty one"),
         (["--api-key-file", "{folder}/no"], "--api-key-file: expected a text file, found none that can be"),
         (["--timeout", "0"], "--timeout: expected a finite number above 0, found 0.0"),
         (["--timeout", "inf"], "--timeout: expected a finite number above 0, found inf"),
@@ -156,6 +156,13 @@ def test_whatever_names_this_machine_alone_is_guarded(folder, capsys, monkeypatc
 def test_a_byte_order_mark_is_no_part_of_a_key(tmp_path):
     (tmp_path / "key").write_text("secret\n", encoding="utf-8-sig")
     assert _api_key(tmp_path / "key") == "secret"
+
+
+@pytest.mark.parametrize(("key", "found"), [("", "an empty one"), ("a b", "another one")])
+def test_a_variable_that_holds_no_key_is_no_permission(folder, capsys, monkeypatch, key, found):
+    monkeypatch.setenv("OVQ_API_KEY", key)
+    expected = f"OVQ_API_KEY: expected a key of ASCII characters without spaces, found {found}"
+    assert fail(capsys, "serve", "--model", folder, "--port", "0") == expected
 
 
 def test_contexts_of_another_rule_are_served_by_that_rule(folder, tmp_path, capsys, monkeypatch):

@@ -192,7 +192,8 @@ def _api_key(file: Path | None) -> str | None:
     if file is not None:
         key, source = read_text(str(file), flag="--api-key-file").strip(), f"--api-key-file {file}"
     if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
-        raise ValueError(f"{source}: expected a key of ASCII characters without spaces, found another one")
+        found = "another one" if key else "an empty one"
+        raise ValueError(f"{source}: expected a key of ASCII characters without spaces, found {found}")
     return key
 
 
