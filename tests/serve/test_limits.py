@@ -276,7 +276,9 @@ def test_ctrl_c_pressed_many_times_leaves_no_answer_behind():
     assert (server.should_exit, server.force_exit) == (True, False)
 
 
-def test_long_texts_take_turns_within_their_time_and_short_ones_do_not_wait(monkeypatch):
+@pytest.fixture
+def slow_texts(monkeypatch):
+    """Texts of 100 characters take until an event; those that have begun."""
     may_end, begun, encode = threading.Event(), [], ovq.serve.texts.encode
 
     def slow(text, tokenizer, **about):
@@ -287,6 +289,12 @@ def test_long_texts_take_turns_within_their_time_and_short_ones_do_not_wait(monk
 
     monkeypatch.setattr(ovq.serve.texts, "encode", slow)
     monkeypatch.setattr(ovq.serve.app, "LONG", 200)
+    yield may_end, begun
+    may_end.set()
+
+
+def test_long_texts_take_turns_within_their_time_and_short_ones_do_not_wait(slow_texts):
+    may_end, begun = slow_texts
     # More than asyncio has threads.
     num_long = 40
     with running(text_service(limits=Limits(request_seconds=2))) as server:
@@ -302,3 +310,18 @@ def test_long_texts_take_turns_within_their_time_and_short_ones_do_not_wait(monk
         may_end.set()
         assert len(begun) == 1
         assert ask(json=body).status_code == 200
+
+
+def test_a_text_whose_client_has_gone_is_not_waited_for(slow_texts):
+    may_end, begun = slow_texts
+    with running(text_service()) as server:
+        ask = functools.partial(httpx.post, f"{server.url}/v1/completions")
+        body = {"model": "text", "prompt": "a" * 200, "max_tokens": 1}
+        for _ in range(3):
+            with pytest.raises(httpx.TimeoutException):
+                ask(json=body, timeout=0.5)
+        until(lambda: b'status="499"} 3.0' in server.service.metrics.text())
+        may_end.set()
+        assert ask(json=body, timeout=30).status_code == 200
+        # The first, which could not be stopped, and the last.
+        assert len(begun) == 2

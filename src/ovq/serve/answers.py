@@ -23,6 +23,12 @@ Receive = Callable[[], Awaitable[Any]]
 """ASGI's function that returns the next message from the client."""
 
 
+async def disconnected(receive: Receive) -> None:
+    """Return when the client has disconnected."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Piece:
     """The next part of an answer.
@@ -129,8 +135,7 @@ class Answers:
             self._engine.cancel(job, choice=choice)
 
     async def _await_disconnect(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
+        await disconnected(self._receive)
         self._finish(ClientGone())
 
     def _finish(self, reason: Exception) -> None:

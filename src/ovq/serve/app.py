@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 from ovq.hf.context import Context
 from ovq.prompts import chat_of_note, note_of_chat
 from ovq.runtime.files import TemporaryFolder
-from ovq.serve.answers import Answers, Usage, pieces
+from ovq.serve.answers import Answers, Usage, disconnected, pieces
 from ovq.serve.bodies import parsed
 from ovq.serve.chat import ChatRequest
 from ovq.serve.contexts import Contexts
@@ -169,7 +169,9 @@ class _Routes:
             raise bad_field("prompt", f"expected at most {most} prompts, found {len(prompts)}")
         texts, is_long = self._service.texts, len(body) > LONG
         encode = functools.partial(texts.encode, param="prompt", is_start=context is None, is_long=is_long)
-        ids = await self._in_time(lambda: [encode(prompt) for prompt in prompts], deadline, is_long=is_long)
+        ids = await self._in_time(
+            request, lambda: [encode(prompt) for prompt in prompts], deadline, is_long=is_long
+        )
         form = CompletionForm(texts)
         return await self._generate(request, deadline, fields, context, ids, max_tokens, form)
 
@@ -186,12 +188,12 @@ class _Routes:
         is_long = len(body) + sum(len(message["content"]) for message in before) > LONG
         texts, chat = self._service.texts, [*before, *messages]
         render = functools.partial(texts.chat, chat, tools, read=read, is_long=is_long)
-        ids = await self._in_time(render, deadline, is_long=is_long)
+        ids = await self._in_time(request, render, deadline, is_long=is_long)
         constraint = None
         if grammar is not None:
             param = "tools" if tools else "response_format"
             compiled = functools.partial(self._service.grammars.compiled, grammar, param=param)
-            constraint = await self._in_time(compiled, deadline)
+            constraint = await self._in_time(request, compiled, deadline)
         is_single = fields.parallel_tool_calls is False or constraint is not None
         form = ChatForm(texts)
         make_calls = functools.partial(ToolCalls, fields.offered.keys(), is_single=is_single)
@@ -271,12 +273,12 @@ class _Routes:
             if not fields.chat:
                 about: dict[str, Any] = {"param": param, "is_start": True, "is_long": is_long}
                 encode = functools.partial(service.texts.encode, given, **about)
-                ids = await self._in_time(encode, deadline, is_long=is_long)
+                ids = await self._in_time(request, encode, deadline, is_long=is_long)
             elif fields.text is None:
                 raise bad_field("chat", "expected a text, found token_ids")
             else:
                 document = functools.partial(service.texts.document, fields.text, is_long=is_long)
-                ids, messages = await self._in_time(document, deadline, is_long=is_long)
+                ids, messages = await self._in_time(request, document, deadline, is_long=is_long)
                 note = note_of_chat(messages, ids)
             # Not in the engine's thread, which would delay running answers.
             await asyncio.to_thread(service.served.prepare)
@@ -344,14 +346,26 @@ class _Routes:
     def _deadline(self) -> float:
         return asyncio.get_running_loop().time() + self._limits.request_seconds
 
-    async def _in_time(self, call: Callable[[], Found], deadline: float, *, is_long: bool = False) -> Found:
-        """What a call returns, from a thread; APIError if that is after the deadline."""
+    async def _in_time(
+        self, request: HTTPRequest, call: Callable[[], Found], deadline: float, *, is_long: bool = False
+    ) -> Found:
+        """What a call returns, from a thread; APIError if that is after the deadline.
+
+        ClientGone if the client disconnects before, so that others do not wait for its call.
+        """
         loop = asyncio.get_running_loop()
         found = loop.run_in_executor(self._service.long_texts if is_long else None, call)
+        gone = asyncio.create_task(disconnected(request.receive))
         try:
-            return await asyncio.wait_for(found, deadline - loop.time())
-        except asyncio.TimeoutError:
-            raise timed_out(self._limits.request_seconds) from None
+            either: set[asyncio.Future[Any]] = {found, gone}
+            seconds = deadline - loop.time()
+            await asyncio.wait(either, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            if not found.done():
+                raise ClientGone if gone.done() else timed_out(self._limits.request_seconds)
+            return found.result()
+        finally:
+            found.cancel()
+            gone.cancel()
 
     def _about_model(self) -> dict[str, Any]:
         service = self._service
