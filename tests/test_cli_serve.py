@@ -139,7 +139,9 @@ def test_a_port_that_is_taken_while_the_model_is_loaded(folder, capsys, monkeypa
     with bound_socket("127.0.0.1", 0) as other:
         monkeypatch.setattr("ovq.cli.serve._add_contexts", lambda *_: other.listen())
         port = other.getsockname()[1]
-        assert "in use" in fail(capsys, "serve", "--model", folder, "--port", port)
+        said = fail(capsys, "serve", "--model", folder, "--port", port)
+    assert f"listen on, found 127.0.0.1:{port} (" in said
+    assert "in use" in said
 
 
 @pytest.mark.parametrize("host", ["127.2", "LocalHost"])

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import functools
-import resource
 import select
 import signal
 import socket
@@ -19,7 +18,7 @@ import ovq.serve.server
 import ovq.serve.texts
 from ovq.serve.app import create_app
 from ovq.serve.limits import Limits
-from ovq.serve.server import connections_within_files, uvicorn_config
+from ovq.serve.server import uvicorn_config
 from tests.serve.common import reading_service, running, text_service, until
 
 LIMITS = Limits(max_body_bytes=1000, max_upload_bytes=2000, read_seconds=0.3, request_seconds=0.3)
@@ -184,31 +183,6 @@ def test_idle_connections_too_many_are_closed(monkeypatch):
         clients[0].socket.close()
 
 
-@pytest.mark.parametrize(
-    ("soft", "hard", "files", "connections"),
-    [
-        (1024, 4096, 1536, 1024),
-        (256, resource.RLIM_INFINITY, 1536, 1024),
-        (1024, 1024, None, 512),
-        (600, 800, 800, 288),
-        (9999, 9999, None, 1024),
-        (resource.RLIM_INFINITY, resource.RLIM_INFINITY, None, 1024),
-    ],
-)
-def test_there_are_files_for_all_connections(soft, hard, files, connections, monkeypatch):
-    raised = []
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, hard))
-    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: raised.append(limits))
-    assert connections_within_files(1024) == connections
-    assert raised == ([] if files is None else [(files, hard)])
-
-
-def test_without_files_for_connections_nothing_is_served(monkeypatch):
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 512))
-    with pytest.raises(ValueError, match=r"more than 512 open files \(ulimit -n\), found 512"):
-        connections_within_files(1024)
-
-
 def test_a_byte_now_and_then_is_not_enough():
     stop = threading.Event()
 
@@ -288,7 +262,7 @@ def slow_texts(monkeypatch):
         return encode(text, tokenizer, **about)
 
     monkeypatch.setattr(ovq.serve.texts, "encode", slow)
-    monkeypatch.setattr(ovq.serve.app, "LONG", 200)
+    monkeypatch.setattr(ovq.serve.app, "LONG", 100)
     yield may_end, begun
     may_end.set()
 
@@ -305,7 +279,8 @@ def test_long_texts_take_turns_within_their_time_and_short_ones_do_not_wait(slow
         with ThreadPoolExecutor(num_long) as pool:
             answers = [pool.submit(ask, json=body) for _ in range(num_long)]
             until(lambda: begun)
-            assert ask(json=body | {"prompt": "hi"}).status_code == 200
+            for prompt in ("hi", [65] * 300):
+                assert ask(json=body | {"prompt": prompt}).status_code == 200
             assert {answer.result().json()["error"]["code"] for answer in answers} == {"timeout"}
         may_end.set()
         assert len(begun) == 1

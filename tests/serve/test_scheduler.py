@@ -216,6 +216,30 @@ def test_a_request_of_many_prompts_does_not_hold_up_those_that_come_after_it():
     assert ends == ["many0", "many1", "few0", "few1", "many2", "many3", "many4", "many5"]
 
 
+@pytest.mark.parametrize(("num_rows", "num_answers"), [(1, 1), (4, 1), (4, 4)])
+def test_requests_of_many_prompts_take_turns_with_one_that_comes_after_all_have_a_row(num_rows, num_answers):
+    scheduler, ends = Scheduler(ServedModel(MODELS["ovq"]), Limits(max_rows=num_rows)), []
+
+    def client(name):
+        return lambda events: ends.extend(
+            name for event in events if isinstance(event, TokenEvent) and event.finish_reason
+        )
+
+    num_many = num_rows // num_answers
+    for name in range(num_many):
+        deliver = client(name)
+        for _ in range(6):
+            choices = range(num_answers)
+            scheduler.add(
+                Generation(tokens=PROMPTS[1], deliver=deliver, max_tokens=2 + name, choices=choices)
+            )
+    scheduler.step()
+    scheduler.add(Generation(tokens=PROMPTS[1], deliver=client("one"), max_tokens=2, choices=[0]))
+    run(scheduler)
+    # After the rows that the others have, and one more turn of each at most.
+    assert ends.index("one") <= 2 * num_rows
+
+
 class Faulty(ServedModel):
     """A model that fails at a token."""
 

@@ -103,7 +103,7 @@ def serve(
 
     connections = connections_within_files(Limits.max_connections)
     if connections < Limits.max_connections:
-        warning = f"at most {connections} connections, as it may not open more files (ulimit -n)"
+        warning = f"at most {connections} connections, as it may not open more files (ulimit -Hn)"
         typer.echo(f"ovq serve: warning: {warning}", err=True)
     limits = Limits(
         max_rows=max_rows,
@@ -119,7 +119,7 @@ def serve(
         max_connections=connections,
         prefix_bytes=prefix_cache * _MIB,
     )
-    # Detect a port in use before loading the model, which takes longer.
+    # Before loading the model, which takes longer: only a server that is loading, too, is noticed after it.
     with bound_socket(host, port) as listener:
         from transformers import set_seed
 
@@ -151,7 +151,7 @@ def _run(
 ) -> None:
     from ovq.runtime.verbosity import is_verbose
     from ovq.serve.app import create_app
-    from ovq.serve.server import Server, is_loopback, url_of, uvicorn_config
+    from ovq.serve.server import Server, is_loopback, listen, url_of, uvicorn_config
 
     # Without a key, the header Host must keep out pages of other sites in a browser on this machine. The URL
     # that is printed names the address of the socket.
@@ -168,8 +168,7 @@ def _run(
     app = create_app(service, api_key=key, hosts=hosts)
     log_level = "info" if is_verbose() else "warning"
     config = uvicorn_config(app, service.limits, shutdown_seconds, log_level)
-    # Not in uvicorn alone, which would fail with a traceback if the port was taken meanwhile.
-    listener.listen()
+    listen(listener)
     Server(config, on_ready=say_ready, on_end=service.engine.stop).run(sockets=[listener])
 
 

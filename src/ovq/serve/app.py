@@ -157,8 +157,7 @@ class _Routes:
         return JSONResponse(self._about_model())
 
     async def completions(self, request: HTTPRequest) -> Response:
-        deadline, body = self._deadline(), await request.body()
-        fields = parsed(CompletionRequest, body)
+        deadline, fields = self._deadline(), parsed(CompletionRequest, await request.body())
         max_tokens = fields.max_tokens or min(_COMPLETION_TOKENS, self._limits.max_tokens)
         self._check(fields, max_tokens)
         context = self._context(fields)
@@ -167,7 +166,8 @@ class _Routes:
             prompts = [prompts]
         if len(prompts) > (most := self._limits.max_queue):
             raise bad_field("prompt", f"expected at most {most} prompts, found {len(prompts)}")
-        texts, is_long = self._service.texts, len(body) > LONG
+        texts = self._service.texts
+        is_long = sum(len(prompt) for prompt in prompts if isinstance(prompt, str)) > LONG
         encode = functools.partial(texts.encode, param="prompt", is_start=context is None, is_long=is_long)
         ids = await self._in_time(
             request, lambda: [encode(prompt) for prompt in prompts], deadline, is_long=is_long
@@ -176,8 +176,7 @@ class _Routes:
         return await self._generate(request, deadline, fields, context, ids, max_tokens, form)
 
     async def chat(self, request: HTTPRequest) -> Response:
-        deadline, body = self._deadline(), await request.body()
-        fields = parsed(ChatRequest, body)
+        deadline, fields = self._deadline(), parsed(ChatRequest, await request.body())
         given = [n for n in (fields.max_tokens, fields.max_completion_tokens) if n is not None]
         max_tokens = min(given, default=self._limits.max_tokens)
         self._check(fields, max_tokens)
@@ -185,8 +184,9 @@ class _Routes:
         tools, grammar = [tool.for_template for tool in fields.offered.values()], fields.grammar
         context = self._context(fields)
         before, read = self._chat_before(context)
-        is_long = len(body) + sum(len(message["content"]) for message in before) > LONG
         texts, chat = self._service.texts, [*before, *messages]
+        calls = [message.get("tool_calls") for message in messages]
+        is_long = sum(len(message["content"]) for message in chat) + len(str([tools, calls])) > LONG
         render = functools.partial(texts.chat, chat, tools, read=read, is_long=is_long)
         ids = await self._in_time(request, render, deadline, is_long=is_long)
         constraint = None
@@ -263,13 +263,13 @@ class _Routes:
         return name
 
     async def _read(self, request: HTTPRequest) -> str:
-        service, deadline, body = self._service, self._deadline(), await request.body()
-        fields = parsed(ContextRequest, body)
+        service, deadline = self._service, self._deadline()
+        fields = parsed(ContextRequest, await request.body())
         with service.contexts.reserved(fields.name):
             if (fields.text is None) == (fields.token_ids is None):
                 raise bad_request("expected one of text and token_ids, found both or neither", param="text")
             param = "token_ids" if fields.text is None else "text"
-            given, note, is_long = getattr(fields, param), "", len(body) > LONG
+            given, note, is_long = getattr(fields, param), "", len(fields.text or "") > LONG
             if not fields.chat:
                 about: dict[str, Any] = {"param": param, "is_start": True, "is_long": is_long}
                 encode = functools.partial(service.texts.encode, given, **about)

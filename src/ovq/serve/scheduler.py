@@ -149,6 +149,9 @@ class Scheduler:
             if self.num_rows + job.num_rows > self._limits.max_rows:
                 return
             self._waiting.remove(job)
+            # The others of its request wait behind those of all that have waited for as many rows.
+            others = [other for other in self._waiting if other.deliver == job.deliver]
+            self._waiting = deque([*(x for x in self._waiting if x.deliver != job.deliver), *others])
             self._started.append(_Started(job))
             rows[job.deliver] += job.num_rows
 

@@ -32,18 +32,32 @@ def bound_socket(host: str, port: int) -> socket.socket:
 
     ValueError if the address cannot be used.
     """
-    try:
+    with _errors_naming(host, port), contextlib.ExitStack() as stack:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        with contextlib.ExitStack() as stack:
-            bound = stack.enter_context(socket.socket(family))
-            # As `socket.create_server`, which would listen: a client would then wait for the model to load.
-            if sys.platform != "win32":
-                bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            bound.bind((host, port))
-            stack.pop_all()
-            return bound
+        bound = stack.enter_context(socket.socket(family))
+        # As `socket.create_server`, which would listen: a client would then wait for the model to load.
+        if sys.platform != "win32":
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        bound.bind((host, port))
+        stack.pop_all()
+    return bound
+
+
+def listen(bound: socket.socket) -> None:
+    """Accept connections from now on; ValueError if another server came first.
+
+    uvicorn would do it too, but fail with a traceback.
+    """
+    with _errors_naming(*bound.getsockname()[:2]):
+        bound.listen()
+
+
+@contextlib.contextmanager
+def _errors_naming(host: str, port: int) -> Iterator[None]:
+    try:
+        yield
     except (OSError, OverflowError) as error:
         raise ValueError(
             f"expected a host and a port that this machine can listen on, found {host}:{port} ({error})"
@@ -60,7 +74,7 @@ _BACKLOG = 256
 """Connections that wait to be accepted, which then happens to all of them at once."""
 
 _MOST_REFUSED = 64
-"""Connections too many that are told so; further ones are closed without an answer."""
+"""Connections too many that get an error; further ones are closed without an answer."""
 
 _SPARE_FILES = 512
 """Files that connections leave to the two above, to uploads, and to all else."""
@@ -80,7 +94,7 @@ def connections_within_files(wanted: int) -> int:
     files = needed if hard == unlimited else min(hard, needed)
     if files <= _SPARE_FILES:
         raise ValueError(
-            f"expected a limit of more than {_SPARE_FILES} open files (ulimit -n), found {files}"
+            f"expected a limit of more than {_SPARE_FILES} open files (ulimit -Hn), found {files}"
         )
     if soft != unlimited and soft < files:
         resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))

@@ -17,7 +17,7 @@ from ovq.serve.errors import bad_request
 from ovq.serve.tools import match_start, tools_as_text
 
 LONG = 2**16
-"""Characters of a request above which its texts are long: megabytes take a tokenizer seconds."""
+"""Characters above which the texts of a request are long: megabytes take a tokenizer seconds."""
 
 
 class Offsets:
