@@ -74,6 +74,9 @@ def test_a_converted_model_generates_alone_and_after_a_context(capsys, converted
     with monkeypatch.context() as patch:
         patch.setattr("ovq.cli.loading._device", lambda: "cuda")
         said = fail(capsys, *command, "--weight-dtype", "int8")
+        # It asks for nothing, so the model is loaded, and there is no GPU to move it to.
+        patch.setattr(torch.nn.Module, "to", lambda model, device: model)
+        assert run(capsys, *command, "--weight-dtype", "auto") == run(capsys, *command)
     assert said.startswith("--weight-dtype: expected none with a model on a GPU, found int8")
     said = fail(capsys, "generate", "--model", model, "--prompt", "1", "--num-slots", 3)
     assert "--num-slots: expected none with a converted model" in said

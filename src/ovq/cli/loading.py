@@ -145,7 +145,7 @@ def load_any_model(
         refuse_options("a converted model", hint=": convert it again", **options)
         from ovq.convert import load
 
-        if (device := _device()) != "cpu":
+        if (device := _device()) != "cpu" and weight_dtype != "auto":
             refuse_options("a model on a GPU", weight_dtype=weight_dtype)
         with _errors_naming(folder, "a converted model"), _quiet():
             model: Any = load(

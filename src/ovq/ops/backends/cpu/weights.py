@@ -100,8 +100,8 @@ def packed(weight: Tensor, bias: Tensor | None, format: str | None) -> Matrix:
 
     int8 has one scale per 64 neighbours in a row, whose largest magnitude becomes 127. int4 has a scale and a
     minimum per 32 neighbours, of two grids the closer one: 15 steps from the lowest to the highest, or from
-    the largest magnitude to 7/8 of its opposite. Blocks `Q4_1` and `Q4_0` of GGUF are such numbers, and stay
-    as they are.
+    the largest magnitude to 7/8 of its opposite. In float32 blocks of GGUF stay as they are if they use their
+    lowest number, and those of `Q4_1` the highest, too.
 
     Args:
         weight: dense. bias: its bias, or None.
