@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 
 import pytest
 
@@ -108,11 +109,15 @@ def test_documents_that_were_trained_on_are_not_called_held_out(folder, tmp_path
     assert counts(first, *needles, *elsewhere) == (1, 2)
     words = ["--model", first, "--windows", 1, "--lengths", 3]
     assert "all, not held out" in " ".join(run(capsys, "eval", "lm", *words, "--split", "all").split())
+    step = shutil.copytree(first, first / "checkpoint-1", ignore=shutil.ignore_patterns("corpus.json"))
+    assert counts(step, *read, "--split", "all") == (8, 12)
     # Runs of earlier versions say nothing of their documents.
     about = json.loads((first / "corpus.json").read_text())
     del about["trained_on"]
     (first / "corpus.json").write_text(json.dumps(about))
     assert counts(first, *read, "--split", "all") == (None, 12)
+    run(capsys, *train_words(other, tmp_path / "third"), "--init-from", first)
+    assert counts(tmp_path / "third", *read, *elsewhere) == (None, 2)
 
 
 def test_the_memory_of_a_recipe_on_text_is_known_without_its_corpus(capsys):

@@ -82,7 +82,7 @@ def test_a_task_and_a_mixer_of_the_user_train_and_are_evaluated(module, tmp_path
     assert "many_keys: share of right" in capsys.readouterr().out
 
 
-def test_a_mixer_of_the_user_joins_a_figure(module, tmp_path, monkeypatch):
+def test_a_mixer_of_the_user_joins_a_figure(module, tmp_path, monkeypatch, capsys):
     """In worker processes, too, which import neither the module nor, with the class, its name."""
     (tmp_path / "their_module.py").write_text(
         "from ovq.layers import FullAttention, register_mixer\nregister_mixer('mine', FullAttention)\n"
@@ -95,6 +95,8 @@ def test_a_mixer_of_the_user_joins_a_figure(module, tmp_path, monkeypatch):
     assert [entry["mixer"] for entry in results["sweep"]] == ["mine"]
     found = {(row["line"], row["mixer"], row["length"]) for row in results["rows"]}
     assert found == {("mine", "mine", 24), ("mine", "mine", 48)}
+    assert run(*words[:-1], "full attention") == 2
+    assert "--lines: expected --mixer mine beside it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -126,14 +126,14 @@ def find(known: dict[str, type[T]], name: str, *, base: type, what: str) -> type
 
 
 def modules_of_users(classes: Iterable[type]) -> list[str]:
-    """Modules to import before names of these classes are known, those of ours left out.
+    """Modules to import before names of these classes are known; not ours, and not a running program.
 
     Example:
         >>> modules_of_users([KeyError, KeyError])
         ['builtins']
     """
     modules = dict.fromkeys(cls.__module__ for cls in classes)
-    return [name for name in modules if name.partition(".")[0] not in ("ovq", "ovq_lab")]
+    return [name for name in modules if name.partition(".")[0] not in ("ovq", "ovq_lab", "__main__")]
 
 
 def import_module(name: str) -> Any:

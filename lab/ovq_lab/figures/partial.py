@@ -13,6 +13,7 @@ from ovq_lab.figures.plan import Figure, Line
 from ovq_lab.figures.results import load_results
 
 _HELD_OUT = re.compile(r"--held-out (\S+)")
+_MIXER = re.compile(r"--mixer (\S+)")
 
 
 def chosen_lines(figure: Figure, patterns: Sequence[str]) -> Figure:
@@ -46,6 +47,10 @@ def earlier_results(path: Path, figure: Figure, seeds: Sequence[int]) -> dict[st
             f"--lines: expected {path} to be made with --held-out {', '.join(expected) or 'left out'}, "
             f"found {', '.join(found) or 'it left out'}"
         )
+    commands = [results["command"], *(update["command"] for update in results.get("updates", []))]
+    for mixer in _MIXER.findall(" ".join(commands)):
+        if mixer not in _MIXER.findall(figure.arguments):
+            raise ValueError(f"--lines: expected --mixer {mixer} beside it, as {path} has its lines")
     return results
 
 

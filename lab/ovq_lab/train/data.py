@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ovq.runtime.files import read_json, write_atomic
 from ovq.runtime.progress import AnyReporter
@@ -80,8 +81,10 @@ def training_data(
             # With the token before it.
             longest = 1 + int(load_corpus(task, "test", tokenizer=tokenizer).num_tokens.max())
         about = {"dataset": task.dataset, "digest": corpus.digest, "longest_test_text": longest}
-        before = trained_documents(Path(config.train.init_from)) if config.train.init_from else None
-        about["trained_on"] = sorted({*corpus.digests, *(before or ())})
+        begun_with = config.train.init_from
+        before = trained_documents(Path(begun_with)) if begun_with else frozenset()
+        if before is not None:
+            about["trained_on"] = sorted(before.union(corpus.digests))
         # Other processes may get here before the first has created the folder.
         write_atomic(out / CORPUS_FILE, json.dumps(about) + "\n")
     held_out = None
@@ -114,9 +117,9 @@ def longest_test_text(out: Path) -> int | None:
 
 
 def trained_documents(folder: Path) -> frozenset[str] | None:
-    """Digests of the documents that the model in a folder was trained on, also before the run began with it;
-    None if they are not recorded, as by runs of earlier versions."""
-    path = folder / CORPUS_FILE
+    """Digests of the documents that the run of a folder was trained on, and the model that it began with;
+    None if they are not recorded, as by earlier versions and in published folders."""
+    path = (folder.parent if folder.name.startswith(PREFIX_CHECKPOINT_DIR) else folder) / CORPUS_FILE
     found = read_json(path).get("trained_on") if path.is_file() else None
     return None if found is None else frozenset(found)
 
