@@ -47,6 +47,13 @@ def test_embeddings_of_padding_may_be_anything(model):
     labels = ids.masked_fill(~is_real, -100)
     grads = [grads_of(model, inputs_embeds=x, attention_mask=is_real, labels=labels) for x in inputs]
     torch.testing.assert_close(*grads, rtol=0, atol=0)
+    # So may its ids.
+    other = torch.where(is_real, ids, ids.flip(1))
+    results = [
+        model(**x, attention_mask=is_real).logits
+        for x in ({"inputs_embeds": inputs[1]}, {"input_ids": other})
+    ]
+    torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
 class HostCopies(TorchFunctionMode):

@@ -12,6 +12,7 @@ from transformers import set_seed
 from transformers.models.auto import modeling_auto
 
 from ovq.hf import OVQCache, OVQConfig, OVQForCausalLM, OVQModel
+from ovq.hf.auto_map import AUTO_MAP
 from ovq_lab.mixers.vq import StaticDictionary
 from tests.generation import test_utils as generation
 from tests.hf.common import of_mixers
@@ -99,7 +100,8 @@ class Suite(ModelTesterMixin, generation.GenerationTesterMixin, TrainingTesterMi
             generator.seed(0)
 
     def test_config(self):
-        ConfigTester(self, config_class=OVQConfig, hidden_size=32).run_common_tests()
+        # Every loaded config has an `auto_map`, as saved ones do.
+        ConfigTester(self, config_class=OVQConfig, hidden_size=32, auto_map=AUTO_MAP).run_common_tests()
 
     def test_init_weights_can_init_buffers(self):
         """The test is for buffers without chance; the slots of a vq layer begin at random."""

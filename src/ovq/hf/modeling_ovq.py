@@ -135,8 +135,8 @@ class OVQModel(OVQPreTrainedModel):
             num_new=num_new,
             cu_seqlens=cu_seqlens,
         )
-        if input_ids is None and layout.new_mask is not None:
-            # As in layers: zero times NaN would reach the gradients. Embeddings of ids are finite.
+        if layout.new_mask is not None:
+            # As in layers: zero times NaN would reach the gradients. Of ids, too, so that results are equal.
             inputs_embeds = inputs_embeds.masked_fill(~layout.new_mask[..., None], 0)
         if position_ids is not None and cu_seqlens is None:
             _check_positions(position_ids, layout)
