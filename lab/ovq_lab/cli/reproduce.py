@@ -87,6 +87,8 @@ def reproduce(
             "expected names of figures, or one of --all, --list, --draw, --report, --tables; "
             "see ovq reproduce --list"
         )
+    if mixer and not (names or all_):
+        raise ValueError("--mixer: expected names of figures beside it, found none")
     from ovq_lab.figures.figures import FIGURES, GROUPS, get_figure
 
     names = [figure for name in names for figure in GROUPS.get(name, (name,))]

@@ -73,7 +73,7 @@ class PackedEmbedding(nn.Module):
 
     def __init__(self, embedding: nn.Embedding, output: PackedLinear) -> None:
         super().__init__()
-        self.num_embeddings, self.embedding_dim, self.output = *embedding.weight.shape, output
+        self.num_embeddings, self.output = embedding.num_embeddings, output
         # The dtype of the results, and as many rows as there are tokens, to check ids.
         self.register_buffer("rows", embedding.weight.new_empty(self.num_embeddings, 0))
 

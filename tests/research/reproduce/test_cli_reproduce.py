@@ -42,6 +42,8 @@ def test_the_list_names_every_figure(capsys):
         (["lm", "--mixer", "mine"], "expected a mixer among"),
         (["recall", "--mixer", "ovq"], "--mixer: expected a mixer that recall lacks, found 'ovq'"),
         (["recall", "conv", "--mixer", "kda"], "--mixer: expected figures that compare mixers, found 'conv'"),
+        (["--list", "--mixer", "kda"], "--mixer: expected names of figures beside it, found none"),
+        (["--report", "--mixer", "kda"], "--mixer: expected names of figures beside it, found none"),
         (["--all", "--mixer", "kda"], "--mixer: expected figures that compare mixers, found 'fidelity'"),
         (["lm", "--held-out", "1"], "held_out: expected a share in [0, 1), found 1"),
     ],
