@@ -5,14 +5,15 @@ import torch
 
 from tests.ops.common import CPU, attend, inputs
 
-#: Weights of tokens from uniform numbers, and logs that they forget.
+#: Weights of tokens from uniform numbers, and logs that they forget: above the clamp, -48 / C, where PyTorch
+#: changed the gradient in 2.15.
 GIVEN = {
     "forgets little": (None, -0.02),
     "forgets": (None, -0.25),
-    "forgets all": (None, -0.375),
+    "forgets all": (None, -0.37),
     "weights": (lambda x: 1e3 * (x + 1e-3), None),
     "weights of any size": (lambda x: 10 ** (12 * x - 6), None),
-    "both": (lambda x: 1e3 * (x + 1e-3), -0.375),
+    "both": (lambda x: 1e3 * (x + 1e-3), -0.37),
 }
 
 
