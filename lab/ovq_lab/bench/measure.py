@@ -5,13 +5,14 @@ Machines are noisy, so numbers are compared only within one run, in which the co
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ from ovq.runtime.progress import WorkReporter
 from ovq_lab.bench import peak
 from ovq_lab.bench.workloads import Workload
 from ovq_lab.runtime.environment import environment
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 Piece = tuple[str, Callable[[], list[dict]]]
 """Name of a piece of work in the progress, and the function that does it and returns rows of the report."""
@@ -125,8 +129,9 @@ def matrix_rate(dtype: str, *, device: str = "cpu", num_heads: int = 8) -> float
     return max(rates)
 
 
-def peak_bytes(call: dict) -> dict[str, int]:
-    """Bytes by which a fresh process grew for `call`, the arguments of `ovq_lab.bench.peak`."""
+def peak_bytes(what: str, workload: DataclassInstance, **options: int) -> dict[str, int]:
+    """Bytes by which a fresh process grew for a call of `ovq_lab.bench.peak`."""
+    call = {"what": what, "workload": dataclasses.asdict(workload), **options}
     done = subprocess.run(
         # As a file, because -m would import what lies in the working directory first.
         [sys.executable, peak.__file__, json.dumps(call)],

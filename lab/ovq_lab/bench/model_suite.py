@@ -93,10 +93,7 @@ def _training_rows(workloads: list[ModelWorkload], rate: float) -> list[dict]:
 
 def _memory_rows(workloads: list[ModelWorkload]) -> list[dict]:
     """Peak bytes of two training steps, each model in a process of its own."""
-    return [
-        w.row("model_memory") | peak_bytes({"what": "model", "workload": dataclasses.asdict(w)})
-        for w in workloads
-    ]
+    return [w.row("model_memory") | peak_bytes("model", w) for w in workloads]
 
 
 def _generation_rows(workloads: list[ModelWorkload]) -> list[dict]:

@@ -97,7 +97,8 @@ def run_suite(suite: Suite, reporter: WorkReporter) -> dict[str, Any]:
         if of_gpu:
             rows = gpu.measure(part, workloads, rates[dtype], **of_gpu)
         elif part == "memory":
-            return _memory_rows(workloads)
+            # Inputs included, each in a process of its own.
+            return [w.row("memory") | peak_bytes("forward_backward", w) for w in workloads]
         else:
             rows = _timed_rows(part, workloads, rates[dtype])
         backends[part] = backend_used()
@@ -135,17 +136,8 @@ def _timed_rows(part: str, workloads: list[Workload], rate: float) -> list[dict]
     return timed_rows(part, workloads, interleaved(functions, max_rounds=rounds, run=run), rate)
 
 
-def _memory_rows(workloads: list[Workload]) -> list[dict]:
-    """Peak bytes of a forward and backward pass including inputs, each in a process of its own."""
-    return [
-        w.row("memory") | peak_bytes({"what": "forward_backward", "workload": dataclasses.asdict(w)})
-        for w in workloads
-    ]
-
-
 def _stream_rows(workload: Workload) -> list[dict]:
-    call = {"what": "stream", "workload": dataclasses.asdict(workload), "piece": STREAM_PIECE}
-    return [workload.row("stream") | peak_bytes(call)]
+    return [workload.row("stream") | peak_bytes("stream", workload, piece=STREAM_PIECE)]
 
 
 def crossovers(rows: Sequence[dict]) -> list[dict]:

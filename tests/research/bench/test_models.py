@@ -43,7 +43,7 @@ def test_a_report_is_whole_and_can_be_shown(tmp_path, monkeypatch):
     monkeypatch.setattr(model_suite, "NEW_TOKENS", 2)
     # Seconds of products, and other processes, which take as long to start.
     monkeypatch.setattr(model_suite, "matrix_rate", lambda dtype: 1e11)
-    monkeypatch.setattr(model_suite, "peak_bytes", lambda call: {"peak_bytes": call["workload"]["length"]})
+    monkeypatch.setattr(model_suite, "peak_bytes", lambda _, workload: {"peak_bytes": workload.length})
     suite = ModelSuite(models=("llama", "ovq"), sizes=("2M",), lengths=(32,), prompts=(16,))
     report = json.loads(json.dumps(run_models(suite, seen := Seen())))
     assert seen.done[-1] == seen.total == 3

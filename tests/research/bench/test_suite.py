@@ -67,10 +67,7 @@ def test_peak_memory_sees_what_a_call_holds(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small, large = (
         peak_bytes(
-            {
-                "what": "forward_backward",
-                "workload": {"mixer": "ovq", "num_slots": 16, "length": n, "dtype": "float32", **SMALL},
-            }
+            "forward_backward", Workload(mixer="ovq", num_slots=16, length=n, dtype="float32", **SMALL)
         )["peak_bytes"]
         for n in (256, 32768)
     )
@@ -107,7 +104,7 @@ def test_a_report_is_whole_and_can_be_shown(tmp_path, monkeypatch):
 
 
 def test_every_size_and_rule_reads_the_stream(monkeypatch):
-    monkeypatch.setattr(ovq_lab.bench.suite, "peak_bytes", lambda call: call)
+    monkeypatch.setattr(ovq_lab.bench.suite, "peak_bytes", lambda what, workload, piece: {})
     sizes = {"lengths": (32,), "dtypes": ("float32",), "num_slots": (4, 8), **SMALL}
     rows = run_suite(Suite(parts=("stream",), merges=("existing", "nearest"), **sizes), Seen())["rows"]
     found = [(row["what"], row["num_slots"], row["merge"]) for row in rows]
@@ -145,4 +142,4 @@ def test_a_process_that_dies_is_told_in_one_line(monkeypatch):
     ended = subprocess.CompletedProcess([], -9, stdout="", stderr="")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: ended)
     with pytest.raises(ValueError, match="expected a process that ends with code 0, found -9 "):
-        peak_bytes({"what": "forward_backward"})
+        peak_bytes("stream", Workload(mixer="ovq", num_slots=16, length=64, dtype="float32"))
