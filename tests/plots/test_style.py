@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from ovq_lab.bench.rivals import RIVALS
 from ovq_lab.bench.show import save_figures as save_bench
-from ovq_lab.bench.workloads import MIXERS as BENCH_MIXERS
 from ovq_lab.eval.language import LanguageRow
 from ovq_lab.eval.needle import NeedleRow
 from ovq_lab.eval.rows import ResultRow
@@ -199,12 +199,13 @@ def test_a_mixer_looks_the_same_in_every_figure(tmp_path, drawn):
 
 
 def test_what_bench_measures_looks_like_a_mixer(tmp_path, drawn):
+    mixers = ("ovq", *RIVALS)
     rows = [
         {"what": "forward", "dtype": "float32", "mixer": mixer, "label": mixer, "length": 256, "seconds": 1.0}
         | {"num_slots": None}
-        for mixer in BENCH_MIXERS
+        for mixer in mixers
     ]
     save_bench({"suite": {"dtypes": ["float32"]}, "rows": rows}, tmp_path)
     colors = colors_in(drawn[0])
-    assert len(colors) == len(BENCH_MIXERS)
+    assert len(colors) == len(mixers)
     assert not set(colors.values()) & {style.color for style in PALETTE}

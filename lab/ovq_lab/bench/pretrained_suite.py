@@ -51,8 +51,6 @@ class PretrainedSuite:
     genai: str = sys.executable
 
     def __post_init__(self) -> None:
-        if not self.lengths or min(self.lengths) < 1:
-            raise ValueError(f"--lengths: expected at least 1 token, found {list(self.lengths)}")
         if max(self.lengths) > len(self.tokens):
             raise ValueError(
                 f"--text: expected at least {max(self.lengths):,} tokens, found {len(self.tokens):,}"

@@ -16,8 +16,6 @@ from ovq.ops.options import default_growth
 from ovq_lab.bench.rivals import RIVALS
 from ovq_lab.eval.rows import model_label
 
-MIXERS = ("ovq", *RIVALS)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Workload:
@@ -39,12 +37,6 @@ class Workload:
     chunk_size: int = 256
     num_heads: int = 8
     head_dim: int = 64
-
-    def __post_init__(self) -> None:
-        if self.mixer not in MIXERS:
-            raise ValueError(f"mixer: expected one of {MIXERS}, found {self.mixer!r}")
-        if (self.num_slots is None) == (self.mixer == "ovq"):
-            raise ValueError(f"num_slots: expected a number for 'ovq' alone, found {self.num_slots}")
 
     @property
     def label(self) -> str:

@@ -90,14 +90,6 @@ class Evaluation(ABC):
     state_dtype: str | None = None
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        """Check the numbers."""
-        if self.num_examples < 1 or (self.num_slots is not None and self.num_slots < 1) or self.seed < 0:
-            raise ValueError(
-                "expected at least one example and one slot, and a seed of at least 0, found "
-                f"{self.num_examples}, {self.num_slots} and {self.seed}"
-            )
-
     @property
     @abstractmethod
     def topic(self) -> str:

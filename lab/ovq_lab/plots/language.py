@@ -73,8 +73,6 @@ def save_language_figures(rows: Sequence[LanguageRow], folder: Path) -> list[Pat
     Returns:
         The paths of `loss.png` and, if a window holds whole chunks, `chunk.png`.
     """
-    if not rows:
-        raise ValueError("expected rows to draw, found none")
     rows = _longest(rows)
     paths = []
     for name, draw in (("loss.png", _draw_positions), ("chunk.png", _draw_chunk)):

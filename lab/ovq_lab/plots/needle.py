@@ -37,8 +37,6 @@ def needle_table(rows: Sequence[NeedleRow], *, title: str) -> Table:
 def save_needle_figures(rows: Sequence[NeedleRow], folder: Path) -> list[Path]:
     """Draw a heat map of length and depth for each model and score into `folder`, which must exist; returns
     the paths."""
-    if not rows:
-        raise ValueError("expected rows to draw, found none")
     depths = [f"{depth:.0%}" for depth in sorted({row.depth for row in rows})]
     fields = [
         dataclasses.asdict(row) | {"line": row.label, "group": f"{row.depth:.0%}", "seed": 0} for row in rows
