@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from ovq.ops import ovq_attention
-from ovq_lab.figures.fidelity import fidelity_rows
+from ovq_lab.figures.fidelity.measure import fidelity_rows
 from ovq_lab.figures.fidelity.memories import (
     CHUNK_SIZE,
     MEMORIES,

@@ -13,7 +13,7 @@ from ovq.ops.options import BEST_MERGE
 from ovq_lab.eval.rows import model_label
 from ovq_lab.figures import ablations, rivals, scaled
 from ovq_lab.figures.evaluations import Evaluation, KeptEvaluation, TaskEvaluation
-from ovq_lab.figures.fidelity import fidelity_rows
+from ovq_lab.figures.fidelity.measure import fidelity_rows
 from ovq_lab.figures.fidelity.streams import STREAMS
 from ovq_lab.figures.narrow import narrow
 from ovq_lab.figures.plan import Figure, Line, Panel
@@ -38,13 +38,10 @@ _COMPARED = (
 # OVQ with the merge rule of training, and with our best rule on the same weights.
 _RULES = (("OVQ", None), ("OVQ, nearest", BEST_MERGE))
 
-_VALIDATION_FACTOR = 4
-"""Trials are judged at this multiple of the training length: at that length itself several are perfect."""
-
 
 def _validation(preset: Preset, task: str, mixer: str) -> Evaluation:
     """The evaluation that chooses between trials of a mixer; for OVQ with the enlarged dictionary."""
-    length = _VALIDATION_FACTOR * preset.train_length(task)
+    length = rivals.VALIDATION_FACTOR * preset.train_length(task)
     num_slots = preset.enlarged(task, length) if mixer == "ovq" else None
     return preset.evaluation(preset.task(task).at_length(length), num_slots=num_slots)
 
@@ -55,7 +52,7 @@ def _mixers_by_length(
     *,
     title: str,
     note: str,
-    quality: tuple[Panel, ...] = (Panel(title="accuracy"),),
+    quality: tuple[Panel, ...] = (rivals.ACCURACY,),
 ) -> Figure:
     """All mixers on one task against length: quality, bytes of state, time."""
     tasks = [preset.task(task).at_length(length) for length in preset.lengths(task)]

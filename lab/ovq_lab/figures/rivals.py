@@ -30,7 +30,7 @@ RIVALS = (
 PARTNERS = ("mamba2", "gated_deltanet", "kda")
 """Short-range mixers beside which all are compared on text, in addition to windows."""
 
-_FULL = MIXER_NAMES["full_attention"]
+FULL = MIXER_NAMES["full_attention"]
 
 _NEEDLES = {
     "S1, a number in noise": ("number", "noise"),
@@ -50,8 +50,8 @@ _QUESTIONS_FACTOR = 2
 # two settings often find all, and what they find beyond it differs.
 _NEEDLE_TRIAL_FACTOR, _NEEDLE_TRIAL_QUESTIONS = 2, 4
 
-_VALIDATION_FACTOR = 4
-"""Trials are judged at this multiple of the training length, as in the figures of all mixers."""
+VALIDATION_FACTOR = 4
+"""Trials are judged at this multiple of the training length: at that length itself several are perfect."""
 
 _NOTE = (
     "States have equal bytes: those of full dictionaries of OVQ, of KVM's slots and window, and of a window "
@@ -60,8 +60,7 @@ _NOTE = (
     "trained with the settings that are best without."
 )
 
-
-_ACCURACY = Panel(title="accuracy")
+ACCURACY = Panel(title="accuracy")
 
 
 def _lines(
@@ -143,11 +142,9 @@ def _variants(preset: Preset, task: str) -> dict[str, tuple[Variant, ...]]:
     }
 
 
-def _by_length(
-    preset: Preset, name: str, title: str, quality: Panel = _ACCURACY, note: str = _NOTE
-) -> Figure:
+def _by_length(preset: Preset, name: str, title: str, quality: Panel = ACCURACY, note: str = _NOTE) -> Figure:
     """A synthetic task at the standard evaluation lengths."""
-    task, longest = preset.task(name), _VALIDATION_FACTOR * preset.train_length(name)
+    task, longest = preset.task(name), VALIDATION_FACTOR * preset.train_length(name)
     return Figure(
         name=f"rivals-{name}",
         title=f"{title}, at equal bytes or fewer",
@@ -233,7 +230,7 @@ def _by_position(preset: Preset, name: str, partner: str | None = None) -> Figur
         note="Each point is the mean over the octave of positions that ends there, in windows of "
         f"{text.length} tokens that all models of a seed read alike. {_NOTE}",
         lines=tuple(_lines(preset, "lm", [evaluation], validation, partner=partner)),
-        panels=position_panels(_FULL),
+        panels=position_panels(FULL),
         trials=preset.text_trials["lm"],
     )
 

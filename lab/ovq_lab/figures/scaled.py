@@ -11,16 +11,11 @@ from ovq_lab.eval.rows import LOGN
 from ovq_lab.figures.evaluations import Evaluation
 from ovq_lab.figures.plan import Figure, Line, Panel
 from ovq_lab.figures.presets import TOKENS_PER_SLOT, Preset
-from ovq_lab.figures.rivals import NEEDLE_FACTORS, needle_evaluation
-from ovq_lab.mixers.names import MIXER_NAMES
+from ovq_lab.figures.rivals import ACCURACY, FULL, NEEDLE_FACTORS, needle_evaluation
 from ovq_lab.train.config import RunConfig
 
-_FULL = MIXER_NAMES["full_attention"]
 
-_ACCURACY = Panel(title="accuracy")
-
-
-def _by_length(preset: Preset, task: str, title: str, quality: Panel = _ACCURACY) -> Figure:
+def _by_length(preset: Preset, task: str, title: str, quality: Panel = ACCURACY) -> Figure:
     """A synthetic task far beyond the training length."""
     trained, usual = preset.train_length(task), preset.config(task)
     slots = f"{usual.model.num_slots} slots"
@@ -36,7 +31,7 @@ def _by_length(preset: Preset, task: str, title: str, quality: Panel = _ACCURACY
         title,
         trained,
         (
-            *_twice(_FULL, preset.config(task, "full_attention"), trained_slots, trained),
+            *_twice(FULL, preset.config(task, "full_attention"), trained_slots, trained),
             *_twice(f"OVQ, a slot for {TOKENS_PER_SLOT[BEST_MERGE]} tokens", usual, grown, trained),
             # The gate learns which tokens to leave out, which matters with few slots.
             *_twice(f"OVQ, {slots}", usual, few, trained),
@@ -52,7 +47,7 @@ def _needles(preset: Preset) -> Figure:
     slots = f"{usual.model.num_slots} slots"
     lines: list[Line] = []
     for label, config, merge in (
-        (_FULL, preset.config("needles", "full_attention"), None),
+        (FULL, preset.config("needles", "full_attention"), None),
         (f"OVQ, {slots}", usual, BEST_MERGE),
         (f"OVQ, merge gate, {slots}", preset.config("needles", merge_gate=True), BEST_MERGE),
     ):

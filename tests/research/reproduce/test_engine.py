@@ -13,7 +13,7 @@ from PIL import Image
 from ovq_lab.eval import accuracy
 from ovq_lab.figures import engine, figures
 from ovq_lab.figures.engine import choose_trial, reproduce
-from ovq_lab.figures.fidelity import fidelity_rows
+from ovq_lab.figures.fidelity.measure import fidelity_rows
 from ovq_lab.figures.fidelity.streams import STREAMS
 from ovq_lab.figures.figures import get_figure
 from ovq_lab.figures.jobs import RunJob
