@@ -19,7 +19,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from unittest import mock
 
 import torch
 
@@ -163,10 +162,7 @@ def _calls(merge: str, length: int, *, has_weights: bool = False) -> dict[str, C
 
 
 def rules() -> Iterator[Row]:
-    """Times of each merge rule, and of the paper's with means split in two, a choice to be made on a GPU."""
-    # Imported here, as it needs Triton.
-    from ovq.ops.backends.triton import passes
-
+    """Times of each merge rule."""
     for length, merge in itertools.product((4096, 16384), RULES):
         for what, call in _calls(merge, length).items():
             times = gpu.flushed_times([call], max_rounds=10, seconds=2.0)[0]
@@ -175,9 +171,6 @@ def rules() -> Iterator[Row]:
         for what, call in _calls(merge, 4096, has_weights=True).items():
             times = gpu.flushed_times([call], max_rounds=5, seconds=1.0)[0]
             yield {"merge": merge, "length": 4096, "what": f"{what}, weights", **spread(times)}
-    with mock.patch.object(passes, "SPLIT_PARTS", 2):
-        times = gpu.flushed_times([_calls("existing", 16384)["forward"]], max_rounds=10, seconds=2.0)[0]
-    yield {"merge": "existing", "length": 16384, "what": "forward, two products", **spread(times)}
 
 
 def profile() -> Iterator[Row]:

@@ -1,7 +1,5 @@
 """The kernels route as float64 does: near ties, exact ties, keys that are not finite."""
 
-import dataclasses
-
 import pytest
 import torch
 from torch.nn.functional import normalize
@@ -42,27 +40,6 @@ def test_near_ties_are_decided_as_in_float64(dtype):
         keys, slots = k[0, 24:, 0], k[0, :24, 0]
         exact = (keys.double()[:, None] * slots.double()[None]).sum(-1).argmax(-1)
         assert not torch.equal((keys @ slots.T).argmax(-1), exact)
-
-
-def test_two_products_route_as_three_do(monkeypatch):
-    """Pairs of slots whose means differ by what two bfloat16 parts leave of a float32 number."""
-    from ovq.ops.backends.triton import passes
-
-    monkeypatch.setattr(passes, "SPLIT_PARTS", 2)
-    generator = torch.Generator().manual_seed(0)
-    means = normalize(torch.randn(12, 16, generator=generator), dim=-1).repeat(2, 1)
-    means += 4e-6 * torch.randn(24, 16, generator=generator)
-    k = normalize(torch.randn(1, 24, 1, 16, generator=generator), dim=-1).bfloat16()
-    _, state = attend(k, k, k, backend="naive", **IMMEDIATE)
-    state = dataclasses.replace(state, key_sum=means[None, None])
-    states = [attend(k, k, k, initial_state=state, backend=b, **IMMEDIATE)[1] for b in ("triton", "naive")]
-    assert torch.equal(states[0].count, states[1].count)
-    assert torch.equal(states[0].key_sum, states[1].key_sum)
-    # The control: by the two parts alone, some keys go elsewhere.
-    high = means.bfloat16()
-    kept = high.double() + (means - high.float()).bfloat16().double()
-    keys = k[0, :, 0].double()
-    assert not torch.equal((keys @ kept.T).argmax(-1), (keys @ means.double().T).argmax(-1))
 
 
 def test_near_ties_of_novelty_are_decided_as_in_float64():

@@ -55,12 +55,6 @@ def dot(a, b, acc):
 
 
 @triton.jit
-def rounded(x):
-    """float32 rounded to bfloat16 precision; the interpreter's own conversion truncates."""
-    return ((x.to(tl.int32, bitcast=True) + 32768) & -65536).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def rows(x, index, mask, D, BD: tl.constexpr):
     """Load rows `index` `[N]` of `x` `[:, D]` as `[N, BD]`, zero where `mask` is false and beyond D."""
     d = tl.arange(0, BD)

@@ -38,9 +38,6 @@ TOKEN_BLOCK = 64
 # product, and for three products added up by tensor cores, which round down.
 ROUNDING = 2
 ROUNDING_SPLIT = 8
-# Number of bfloat16 parts of a mean for products with bfloat16 keys, 3 or 2: with 2, a third fewer products,
-# and bounds larger by the omitted part. Which is faster has to be measured on a GPU.
-SPLIT_PARTS = 3
 
 
 class Snapshots(NamedTuple):
@@ -74,7 +71,7 @@ class Recurrence(Steps):
         k, v, work = self.k, self.v, self.work
         self._block = common.slot_block(k, v)
         self._num_blocks = max(1, triton.cdiv(work.capacity, self._block))
-        self._parts = SPLIT_PARTS if k.dtype == torch.bfloat16 else 1
+        self._is_split = k.dtype == torch.bfloat16
         streams = work.num_active[0] * work.num_kv_heads
         found = (streams, self._num_blocks, self._chunk_size)
 
@@ -96,17 +93,14 @@ class Recurrence(Steps):
         advance[(streams, self._num_blocks)](
             k, v, self.slots, *tables, self._tokens, self.into.weight, *kept_slots, *self._found, *entries,
             k.shape[1], self._chunk_size, work.num_kv_heads, k.shape[-1], v.shape[-1],
-            work.capacity, self._num_blocks, PARTS=self._parts, BT=common.score_block(k),
+            work.capacity, self._num_blocks, IS_SPLIT=self._is_split, BT=common.score_block(k),
             BV=common.padded(v.shape[-1]), **flags, **self._sizes, num_warps=8,
         )  # fmt: skip
 
     def _assign(self, i: int) -> None:
         """As in `Steps`, including the keys that open slots."""
         work, k, into, size = self.work, self.k, self.into, self._chunk_size
-        rounding = ROUNDING if self._parts == 1 else ROUNDING_SPLIT
-        if self._parts == 2:
-            # 2^-16 |k| |D| for each of the two scores.
-            rounding += triton.cdiv(256, k.shape[-1])
+        rounding = ROUNDING_SPLIT if self._is_split else ROUNDING
         streams = work.num_complete[i] * work.num_kv_heads
         given = (k, self._tokens, into.key_sum, into.mass, work.table)
         shape = (k.shape[1], size, work.num_kv_heads, k.shape[-1], work.capacity, self._num_blocks)

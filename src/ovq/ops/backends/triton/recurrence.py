@@ -23,7 +23,6 @@ from ovq.ops.backends.triton.common import (
     opener,
     place_of,
     put_rows,
-    rounded,
     rows,
 )
 from ovq.ops.backends.triton.formats import in_format
@@ -83,23 +82,19 @@ def _top_bits(x):
 
 
 @triton.jit
-def _scores(mean, keys, PARTS: tl.constexpr):
+def _scores(mean, keys, IS_SPLIT: tl.constexpr):
     """Dot products `[BN, BT]` of means `[BN, K]` (float32) with keys `[BT, K]`, exact up to float32 rounding.
 
-    PARTS: 1, or 2 or 3 for bfloat16 keys. A float32 number is exactly the sum of three bfloat16 numbers, so
-    three products on tensor cores replace a float32 product. Two parts leave a relative error of 2^-16.
+    A float32 number is exactly the sum of three bfloat16 numbers, so for bfloat16 keys (IS_SPLIT) three
+    products on tensor cores replace a float32 product.
     """
     scores = tl.zeros([mean.shape[0], keys.shape[0]], tl.float32)
-    if PARTS == 3:
+    if IS_SPLIT:
         high = _top_bits(mean)
         middle = _top_bits(mean - high)
         low = mean - high - middle
         scores = dot(low, tl.trans(keys), scores)
         scores = dot(middle, tl.trans(keys), scores)
-        scores = dot(high, tl.trans(keys), scores)
-    elif PARTS == 2:
-        high = rounded(mean)
-        scores = dot(rounded(mean - high), tl.trans(keys), scores)
         scores = dot(high, tl.trans(keys), scores)
     else:
         scores = dot(mean, tl.trans(keys.to(tl.float32)), scores)
@@ -113,7 +108,7 @@ def advance(
     best, second, winner, cosine, longest, previous, current, base, num_next,
     W, C, H, K, V, M, NB,
     HAS_PREVIOUS: tl.constexpr, HAS_NEXT: tl.constexpr, HAS_READ: tl.constexpr, FORMAT: tl.constexpr,
-    HAS_MEANS: tl.constexpr, PARTS: tl.constexpr,
+    HAS_MEANS: tl.constexpr, IS_SPLIT: tl.constexpr,
     BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """One step of the recurrence; grid (streams, blocks of slots).
@@ -213,7 +208,7 @@ def advance(
                         t = start + tl.arange(0, BT)
                         is_token = t < tokens
                         keys = rows(k, (chunk * W + t) * H + head, is_token, K, BK)
-                        scores = _scores(mean, keys, PARTS)
+                        scores = _scores(mean, keys, IS_SPLIT)
                         # NaN becomes inf, because comparisons with NaN are always false.
                         scores = tl.where(scores == scores, scores, float("inf"))
                         scores = tl.where(is_used[:, None], scores, -float("inf"))
