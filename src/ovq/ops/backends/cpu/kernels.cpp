@@ -22,15 +22,9 @@ struct Teams {
 
 static Teams make_teams(const Call *call, int num_threads) {
     const int64_t streams = call->num_rows * call->num_kv_heads;
-    int64_t teams = num_threads, rest = streams;
     /* Many streams even out. Few are shared evenly: the number of teams is the largest that divides both streams and
        threads. */
-    if (streams < 4 * teams)
-        while (rest) {
-            const int64_t next = teams % rest;
-            teams = rest;
-            rest = next;
-        }
+    const int64_t teams = streams < 4 * num_threads ? std::gcd(streams, (int64_t)num_threads) : num_threads;
     return {(int)teams, (int)(num_threads / teams)};
 }
 

@@ -4,6 +4,8 @@
    backend assigns alike (docs/method/math.md). */
 #pragma once
 
+#include <algorithm>
+
 #include "merged_slots.h"
 #include "read.h"
 
@@ -178,31 +180,10 @@ static void route_tile(const Call *call, const Dictionary *dictionary, const Row
     }
 }
 
-/* Moves the k-th lowest of x [n] to place k, nothing larger before it and nothing smaller after it. */
-static void select_lowest(double *x, int64_t n, int64_t k) {
-    int64_t low = 0, high = n - 1;
-    while (low < high) {
-        const double pivot = x[low + (high - low) / 2];
-        int64_t i = low, j = high;
-        while (i <= j) {
-            while (x[i] < pivot) i++;
-            while (x[j] > pivot) j--;
-            if (i <= j) {
-                const double y = x[i];
-                x[i++] = x[j];
-                x[j--] = y;
-            }
-        }
-        if (k <= j) high = j;
-        else if (k >= i) low = i;
-        else return;
-    }
-}
-
 /* The `num`-th lowest priority of a chunk. */
 static double boundary(const Call *call, Learner *learner, int64_t num) {
     memcpy(learner->ranked, learner->priority, sizeof(double) * call->chunk_size);
-    select_lowest(learner->ranked, call->chunk_size, num - 1);
+    std::nth_element(learner->ranked, learner->ranked + num - 1, learner->ranked + call->chunk_size);
     return learner->ranked[num - 1];
 }
 

@@ -42,7 +42,7 @@ static int64_t take_edges(const Joining &all, int64_t most) {
     double last = INFINITY, tie = 0;
     int64_t left = num;
     if (most < num) {
-        select_lowest(nearest->ranked, num, most - 1);
+        std::nth_element(nearest->ranked, nearest->ranked + most - 1, nearest->ranked + num);
         last = nearest->ranked[most - 1];
         tie = all.call->tie * fmax(last, 1);
         left = most;
@@ -140,21 +140,13 @@ static void follow_targets(const Joining &all) {
 
 /* Columns joined from `first` on get edges, in order of items, and are to search. */
 static void add_joined(Nearest *nearest, int64_t first) {
-    int32_t *joined = nearest->searching;
-    int64_t num = 0;
-    for (int64_t i = first; i < nearest->first_joined + nearest->num_joined; i++) {
-        int64_t place = num++;
-        for (; place > 0 && nearest->index[joined[place - 1]] > nearest->index[i]; place--)
-            joined[place] = joined[place - 1];
-        joined[place] = (int32_t)i;
-    }
-    nearest->num_searching = num;
-    int64_t old = nearest->num_edges;
-    nearest->num_edges += num;
-    for (int64_t place = nearest->num_edges; num > 0;) {
-        const int is_old = old > 0 && nearest->index[nearest->edges[old - 1]] > nearest->index[joined[num - 1]];
-        nearest->edges[--place] = is_old ? nearest->edges[--old] : joined[--num];
-    }
+    int32_t *joined = nearest->searching, *end = joined, *added = nearest->edges + nearest->num_edges;
+    for (int64_t i = first; i < nearest->first_joined + nearest->num_joined; i++) *end++ = (int32_t)i;
+    const auto is_lower = [=](int32_t i, int32_t j) { return nearest->index[i] < nearest->index[j]; };
+    std::sort(joined, end, is_lower);
+    std::inplace_merge(nearest->edges, added, std::copy(joined, end, added), is_lower);
+    nearest->num_searching = end - joined;
+    nearest->num_edges += nearest->num_searching;
 }
 
 /* Choose between approximate and float32 products from here on, by how many candidates approximate ones leave. */

@@ -17,13 +17,7 @@ static double settle(const Joining &all, int64_t i, int64_t num, const Reader *r
     int32_t *near = reader->near;
     const double tie = all.call->tie * nearest->size;
     /* Sort by item, which is the order of columns except for joined ones. */
-    for (int64_t j = 1; j < num; j++) {
-        const int32_t column = near[j];
-        int64_t place = j;
-        for (; place > 0 && nearest->index[near[place - 1]] > nearest->index[column]; place--)
-            near[place] = near[place - 1];
-        near[place] = column;
-    }
+    std::sort(near, near + num, [=](int32_t a, int32_t b) { return nearest->index[a] < nearest->index[b]; });
     double best = INFINITY, *distance = reader->exact;
     for (int64_t j = 0; j < num; j++) {
         distance[j] = distance_of(all, i, near[j]);
