@@ -18,7 +18,7 @@ struct Rows {
     float *weights;       /* [M]: for a chunk, the weights of tokens; NULL for 1. */
     uint32_t *words;      /* Rounded keys, and values if pairs are merged, as columns, [M / NR, row_words, NR], or NULL. */
     uint32_t *bytes;      /* The same in int8, if searches use it, [M / NR, item_bytes, NR]; or NULL. */
-    Scales of_keys, of_values; /* Quantization of `bytes`, or of keys in `words` if these are int16; else NULL. */
+    Scales of_keys, of_values; /* Quantization of `bytes`; else NULL. */
     uint32_t *value_pairs; /* bfloat16 values in row pairs, [M / 2, value_ld], for the forward; else NULL. */
     uint32_t *value_words; /* Backward of bfloat16: values as columns, [M / NR, value_words, NR], and keys in row pairs, */
     uint32_t *key_pairs;   /* [M / 2, key_ld]; else NULL. */
@@ -55,9 +55,8 @@ INLINE int64_t item_bytes(const Call *call) { return byte_words(call->k.dim) + b
 INLINE int64_t item_bytes(const Call *) { return 0; }
 #endif
 
-static Scales take_scales(Arena *arena, int64_t num, int is_in_bytes) {
-    return {TAKE(arena, float, num), is_in_bytes ? TAKE(arena, float, num) : nullptr,
-            is_in_bytes ? TAKE(arena, int32_t, num) : nullptr};
+static Scales take_scales(Arena *arena, int64_t num) {
+    return {TAKE(arena, float, num), TAKE(arena, float, num), TAKE(arena, int32_t, num)};
 }
 
 static Rows take_rows(Arena *arena, const Call *call, int64_t num, int is_backward, int is_routed) {
@@ -74,12 +73,11 @@ static Rows take_rows(Arena *arena, const Call *call, int64_t num, int is_backwa
     rows.bias = TAKE(arena, float, num);
     rows.is_finite = TAKE(arena, int32_t, 1);
     rows.weights = nullptr;
-    const int has_bytes = HAS_BYTES && merges_pairs, is_in_shorts = HAS_SHORTS && is_routed && !has_bytes;
-    const int has_words = is_in_pairs || (HAS_PAIRS && is_routed && !has_bytes) || is_in_shorts;
+    const int has_bytes = HAS_BYTES && merges_pairs, has_words = is_in_pairs || (HAS_PAIRS && is_routed && !has_bytes);
     rows.words = has_words ? TAKE(arena, uint32_t, num * row_words(call)) : nullptr;
     rows.bytes = has_bytes ? TAKE(arena, uint32_t, num * item_bytes(call)) : nullptr;
-    rows.of_keys = has_bytes || is_in_shorts ? take_scales(arena, num, has_bytes) : Scales{};
-    rows.of_values = has_bytes ? take_scales(arena, num, has_bytes) : Scales{};
+    rows.of_keys = has_bytes ? take_scales(arena, num) : Scales{};
+    rows.of_values = has_bytes ? take_scales(arena, num) : Scales{};
     rows.value_pairs = is_in_pairs && !is_backward ? TAKE(arena, uint32_t, num / 2 * value_ld(call)) : nullptr;
     rows.value_words = is_in_pairs && is_backward ? TAKE(arena, uint32_t, num * value_words(call)) : nullptr;
     rows.key_pairs = is_in_pairs && is_backward ? TAKE(arena, uint32_t, num / 2 * key_ld(call)) : nullptr;
@@ -121,17 +119,6 @@ static Dictionary take_dictionary(Arena *arena, const Call *call, int is_backwar
     return dictionary;
 }
 
-/* Round a key to words: quantized if `scale`, a place for the scale, is given, else in bfloat16. */
-INLINE void round_key(const Call *call, const float *key, uint32_t *words, float *scale) {
-#if HAS_SHORTS
-    if (scale) {
-        *scale = round_to_shorts(key, key_ld(call), largest_short(call->k.dim), words);
-        return;
-    }
-#endif
-    round_row(key, key_ld(call), words);
-}
-
 /* From here on, keep the panels that only exact products read; fills in those of the first `num` rows. */
 static void keep_panels(const Rows *rows, const Call *call, int64_t num) {
     if (*rows->is_exact) return;
@@ -150,9 +137,7 @@ static void set_row(Rows *rows, const Call *call, int64_t i, float bias) {
     if (rows->value_panels && is_exact) put_column(rows->value_panels, call->v.dim, i, value);
     if (rows->words) {
         uint32_t words[row_words(call)];
-        /* With `bytes`, the scales are theirs. */
-        float *of_key = rows->bytes ? nullptr : from_row(rows->of_keys.size, i);
-        round_key(call, key, words, of_key);
+        round_row(key, key_ld(call), words);
         if (row_words(call) > key_words(call)) round_row(value, value_ld(call), words + key_words(call));
         put_words(rows->words, row_words(call), i, words);
     }

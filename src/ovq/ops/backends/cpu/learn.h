@@ -56,23 +56,18 @@ static float highest_with(const float *scores, const float *factors, int64_t n, 
 /* Upper bound of the error of a score of `score_keys`, relative to the product of the lengths. */
 INLINE double score_error(const Call *call) {
     const double of_sums = (double)call->k.dim * FLT_EPSILON;
-    if (HAS_SHORTS) return short_roughness(call->k.dim);
     if (!HAS_PAIRS) return of_sums / 2;
     /* Two roundings to bfloat16, or one where keys are bfloat16. */
     return of_sums + (call->dtype == BFLOAT16 ? ROUGHNESS / 2 + FLT_EPSILON : ROUGHNESS);
 }
 
-/* Scores [num, n] of at most QUERIES keys [num, key_ld] with all slots. They are approximate where int16 or bfloat16 is
-   multiplied, and only select the slots to compare again. */
+/* Scores [num, n] of at most QUERIES keys [num, key_ld] with all slots. They are approximate where bfloat16 is multiplied,
+   and only select the slots to compare again. */
 static void score_keys(const Call *call, const Dictionary *dictionary, const float *keys, int64_t num, Reader *reader) {
     const int64_t n = padded(dictionary->num, NR), ld = key_ld(call);
+#if HAS_PAIRS
     const int64_t size = key_words(call);
-    for (int64_t t = 0; HAS_PAIRS + HAS_SHORTS && t < num; t++)
-        round_key(call, keys + t * ld, reader->words + t * size, from_row(reader->scales, t));
-#if HAS_SHORTS
-    shorts_product(num, n, size, reader->words, size, reader->scales, dictionary->rows.words, size * NR,
-                   dictionary->rows.of_keys.size, dictionary->is_open, 0, reader->scores, n);
-#elif HAS_PAIRS
+    for (int64_t t = 0; t < num; t++) round_row(keys + t * ld, ld, reader->words + t * size);
     pairs_product(num, n, size, reader->words, size, 1, dictionary->rows.words, row_words(call) * NR, NR, nullptr,
                   Finish{dictionary->is_open, 1}, reader->scores, n);
 #else

@@ -84,8 +84,8 @@ static Nearest take_nearest(Arena *arena, const Call *call) {
     take_each(arena, slots, &nearest.beyond, &nearest.factor, &nearest.recent, &nearest.recent_place);
     take_each(arena, slots, &nearest.recent_start, &nearest.recent_length, &nearest.recent_error);
     nearest.recent_rows.bytes = TAKE(arena, uint32_t, slots * item_bytes(call));
-    nearest.recent_rows.of_keys = take_scales(arena, slots, 1);
-    nearest.recent_rows.of_values = take_scales(arena, slots, 1);
+    nearest.recent_rows.of_keys = take_scales(arena, slots);
+    nearest.recent_rows.of_values = take_scales(arena, slots);
     return nearest;
 }
 

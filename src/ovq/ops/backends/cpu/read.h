@@ -9,7 +9,6 @@
 struct Reader {
     float *queries;  /* [QUERIES, key_ld] */
     uint32_t *words; /* [QUERIES, key_words]: queries, or keys to route, rounded. */
-    float *scales;   /* [QUERIES]: scales of these keys, if they are int16. */
     float *scores;   /* [QUERIES, slots and tokens, and joined items where pairs are merged] */
     float *out;      /* [QUERIES, value_ld] */
     /* Scratch of routing and searches. It grows with the number of slots, which the stack of a thread does not. */
@@ -27,8 +26,7 @@ INLINE int64_t num_blocks(int64_t num) { return num / COLUMN_BLOCK + 3; }
 static Reader take_reader(Arena *arena, const Call *call) {
     Reader reader;
     reader.queries = TAKE(arena, float, QUERIES * key_ld(call));
-    reader.words = HAS_PAIRS || HAS_SHORTS ? TAKE(arena, uint32_t, QUERIES * key_words(call)) : nullptr;
-    reader.scales = HAS_SHORTS ? TAKE(arena, float, QUERIES) : nullptr;
+    reader.words = HAS_PAIRS ? TAKE(arena, uint32_t, QUERIES * key_words(call)) : nullptr;
     const int64_t joined = call->merges_pairs ? padded(call->width, NR) + VL : 0;
     const int64_t columns = padded(call->capacity, NR) + padded(call->width, NR) + joined;
     reader.scores = TAKE(arena, float, QUERIES * columns);
