@@ -268,17 +268,6 @@ static void backward_tile_pairs(const Call *call, const Rows *rows, int64_t n, i
 }
 #endif
 
-/* Prefetch half of a tensor of the previous chunk with each tile of slots: memory answers slowly, and serves a limited number
-   of requests at a time. */
-static void fetch_before(const Call *call, const Chunk *chunk, int64_t head, int64_t tile) {
-    const Tokens *tensors[] = {&call->q, &call->o, &call->grad_o, &call->k, &call->v};
-    if (tile >= 10) return;
-    const int64_t group = tile < 6 ? call->group_size : 1, half = (call->width + 1) / 2;
-    for (int64_t g = 0; g < group; g++)
-        for (int64_t t = 0; t < half; t++)
-            fetch_token(call, tensors[tile / 2], chunk->index - 1, tile % 2 * half + t, head * group + g);
-}
-
 /* Gradients from all queries of a chunk and SLOTS slots, or tokens, from `at` on; with `is_rest`, their `share->rest`. */
 static void backward_rows(const Call *call, const Rows *rows, int64_t head, int64_t at, int64_t num_rows,
                           int is_tokens, int is_rest, const Chunk *chunk, const Gradients *all, Share *share) {
@@ -288,7 +277,6 @@ static void backward_rows(const Call *call, const Rows *rows, int64_t head, int6
     memset(share->grad_v, 0, sizeof(float) * n * value_ld(call));
     if (share->sums) memset(share->sums, 0, sizeof(float) * n);
     const int64_t place = is_tokens ? at : -1;
-    if (!is_tokens) fetch_before(call, chunk, head, at / SLOTS);
     for (int64_t g = 0; g < call->group_size; g++)
         for (int64_t t = is_tokens ? at : 0; t < chunk->num; t += READERS) {
             const int64_t start = g * chunk->num + t, num = least(READERS, chunk->num - t);

@@ -305,14 +305,6 @@ static void clear_weightless(Rows *tokens, const Call *call, int64_t num) {
     }
 }
 
-/* Prefetch distance: a slot's sums are fetched so many tokens before they are changed. */
-#define AHEAD 8
-
-INLINE void fetch_sums(const Sums *sums, const Call *call, int64_t i) {
-    for (int64_t j = 0; j < call->k.dim; j += 16) __builtin_prefetch(sums->key + i * call->k.dim + j, 1);
-    for (int64_t j = 0; j < call->v.dim; j += 16) __builtin_prefetch(sums->value + i * call->v.dim + j, 1);
-}
-
 /* Add token t of a chunk to the sums of slot i, or take it back. */
 static void add_token(const Sums *sums, const Call *call, int64_t i, const Rows *tokens, int64_t t, int sign) {
     const float *key = tokens->keys + t * key_ld(call), *value = tokens->values + t * value_ld(call);

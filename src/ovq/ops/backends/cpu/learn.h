@@ -241,10 +241,7 @@ static void choose_openers(const Call *call, int64_t num, Learner *learner) {
 static void add_tokens(const Call *call, Dictionary *dictionary, const Rows *tokens, const Sums *sums, const Chunk *chunk,
                        int64_t head, const Learner *learner) {
     const int64_t size = call->chunk_size;
-    for (int64_t t = 0; t < size; t++) {
-        if (t + AHEAD < size) fetch_sums(sums, call, learner->slot[t + AHEAD]);
-        add_token(sums, call, learner->slot[t], tokens, t, 1);
-    }
+    for (int64_t t = 0; t < size; t++) add_token(sums, call, learner->slot[t], tokens, t, 1);
     dictionary->num = chunk->after;
     update_slots(dictionary, call, sums, learner->slot, size, learner->is_done);
     int32_t *out = call->slots + (chunk->index * call->width) * call->num_kv_heads + head;
