@@ -7,6 +7,7 @@ clarity before speed, works in any floating-point dtype and is differentiated by
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -128,48 +129,25 @@ def run(call: Call) -> tuple[Tensor, OVQState | None]:
         weights = torch.ones(call.k.shape[:3], dtype=call.state.key_sum.dtype, device=call.k.device)
     logs = torch.zeros_like(weights) if call.log_forget is None else call.log_forget
     tensors = (call.q, call.k, call.v, weights, logs)
-    flat_q, flat_k, flat_v, weights, logs = (x.reshape(-1, *x.shape[2:]) for x in tensors)
+    q, k, v, weights, logs = (x.reshape(-1, *x.shape[2:]) for x in tensors)
+    group = call.q.shape[2] // call.k.shape[2]
     pieces, states, end = [], [], 0
     for r, (start, length) in enumerate(zip(call.rows.starts, call.rows.lengths, strict=True)):
-        part = slice(start, start + length)
-        before = call.state.select([r])
-        tokens = flat_q[part], flat_k[part], flat_v[part], weights[part], logs[part]
+        part, before = slice(start, start + length), call.state.select([r])
+        found = []
         with full_precision(call.q.device):
-            o, after = naive_row(*tokens, call.scale, before, call.options)
+            for h in range(call.k.shape[2]):
+                queries = slice(h * group, (h + 1) * group)
+                tokens = q[part, queries], k[part, h], v[part, h], weights[part, h], logs[part, h]
+                found.append(_naive_head(*tokens, call.scale[queries], before, h, call.options))
+        outputs, heads, pendings = zip(*found, strict=True)
+        o = torch.cat(outputs, dim=1).to(call.q.dtype)
         pieces += [o.new_zeros(max(0, start - end), *o.shape[1:]), o]
         end = max(end, start + length)
-        states.append(after)
+        states.append(_packed_state(heads, pendings, before, length))
     pieces.append(call.q.new_zeros(call.num_tokens - end, call.q.shape[2], call.v.shape[3]))
     o = torch.cat(pieces).view(*call.q.shape[:3], call.v.shape[3])
     return o, OVQState.concatenate(states) if call.wants_state and states else call.state
-
-
-def naive_row(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    weights: Tensor,
-    log_forget: Tensor,
-    scale: Tensor,
-    state: OVQState,
-    options: Options,
-) -> tuple[Tensor, OVQState]:
-    """Outputs `[T, H, V]` in the dtype of `q`, and the state, of one row: q `[T, H, K]`, k `[T, Hkv, K]`, v
-    `[T, Hkv, V]`, weights and log_forget `[T, Hkv]` (ignored unless the state has weights, or forgets), scale
-    `[H]`, one row's state."""
-    num_kv_heads = k.shape[1]
-    group = q.shape[1] // num_kv_heads
-    outputs: list[Tensor] = []
-    heads: list[_Head] = []
-    pendings: list[tuple[Tensor, ...]] = []
-    for h in range(num_kv_heads):
-        queries = slice(h * group, (h + 1) * group)
-        tokens = q[:, queries], k[:, h], v[:, h], weights[:, h], log_forget[:, h]
-        o, head, pending = _naive_head(*tokens, scale[queries], state, h, options)
-        outputs.append(o)
-        heads.append(head)
-        pendings.append(pending)
-    return torch.cat(outputs, dim=1).to(q.dtype), _packed_state(heads, pendings, state, q.shape[0])
 
 
 def _naive_head(
@@ -183,8 +161,9 @@ def _naive_head(
     h: int,
     options: Options,
 ) -> tuple[Tensor, _Head, tuple[Tensor, ...]]:
-    """Outputs, dictionary and pending tokens of one key/value head and its query heads: q `[T, G, K]`, k
-    `[T, K]`, v `[T, V]`, weights and log_forget `[T]`, scale `[G]`."""
+    """Outputs, dictionary and pending tokens of a row's key/value head h and its query heads: q `[T, G, K]`,
+    k `[T, K]`, v `[T, V]`, weights and log_forget `[T]` (ignored unless the state has weights, or forgets),
+    scale `[G]`."""
     wide = state_dtype(k.dtype)
     num_pending = int(state.num_pending[0])
     num_merged = int(state.num_merged[0])
@@ -373,7 +352,7 @@ def _openers(
 
 
 def _packed_state(
-    heads: list[_Head], pendings: list[tuple[Tensor, ...]], before: OVQState, num_new: int
+    heads: Sequence[_Head], pendings: Sequence[tuple[Tensor, ...]], before: OVQState, num_new: int
 ) -> OVQState:
     """The heads of a row as an `OVQState` of batch size 1."""
 
