@@ -157,11 +157,6 @@ template <typename T> INLINE void add_values(const float *weights, int64_t n, co
         for (int64_t j = 0; j < n; j++) out[i] += weights[j] * as_float(values[j * dim + i]);
 }
 
-/* Prefetches numbers. */
-template <typename T> INLINE void fetch(const T *x, int64_t num) {
-    for (int64_t i = 0; i < num; i += 64 / (int64_t)sizeof(T)) __builtin_prefetch(x + i);
-}
-
 /* Adds `num` rows to the softmax of each query of a group. Scores of slots of several tokens are multiplied by `temperature`
    [group] and increased by `bias` [group], unless NULL. */
 template <typename T>
@@ -173,7 +168,6 @@ static void absorb(const Decode *call, const float *queries, const T *keys, cons
         const int64_t end = least(num, first + READ_AT_ONCE), n = padded(end - first, VL);
         for (int64_t g = 0; g < call->group_size; g++) {
             Softmax *own = softmax + g;
-            fetch(values + first * dim, (end - first) * dim);
             score_rows(queries + g * call->key_dim, call->key_dim, keys, &mass, first, end, scores, masses, shares);
             for (int64_t j = 0; (temperature || bias) && j < n; j += VL) {
                 const Vector x = load(scores + j);
@@ -197,7 +191,6 @@ static void absorb(const Decode *call, const float *queries, const T *keys, cons
                 total += x * load(masses + j);
             }
             own->total += ::total(total);
-            fetch(keys + end * call->key_dim, (least(num, end + READ_AT_ONCE) - end) * call->key_dim);
             add_values(scores, end - first, values + first * dim, dim, own->out);
         }
     }
