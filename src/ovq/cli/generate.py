@@ -198,10 +198,5 @@ def _print(pieces: Iterable[str]) -> None:
     try:
         for piece in pieces:
             print(piece, end="", flush=True)
-    except OSError:
-        # The output cannot be written, so neither can the end of the line.
-        raise
-    except BaseException:
+    finally:
         print(flush=True)
-        raise
-    print(flush=True)
