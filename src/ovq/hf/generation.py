@@ -237,5 +237,5 @@ def _check_given_cache(
             f"{num_columns}: pass those that were read, too, or a mask over them and the new ones"
         )
     if model_kwargs.get("attention_mask") is None and generation_mode == GenerationMode.ASSISTED_GENERATION:
-        device = given.layers[0].device
+        device = next(iter(given.layers[0].parts().values())).device
         model_kwargs["attention_mask"] = torch.ones(batch_size, num_columns, dtype=torch.int64, device=device)
