@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 from bisect import bisect_left, bisect_right, insort
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 
@@ -96,15 +96,11 @@ class Prefixes:
         """Whether to keep a state `num_tokens` tokens after the last one."""
         return self._max_bytes > 0 and num_tokens >= MIN_TOKENS
 
-    def forget(self, root: Hashable) -> None:
-        """Drop all states of a root."""
-        for key in list(self._sorted.get(root, ())):
-            self._drop(root, key)
-
-    @property
-    def roots(self) -> list[Hashable]:
-        """All roots that have states."""
-        return list(self._sorted)
+    def forget(self, is_gone: Callable[[Hashable], bool]) -> None:
+        """Drop all states of roots for which `is_gone` holds."""
+        for root, key in list(self._states):
+            if is_gone(root):
+                self._drop(root, key)
 
     def _drop(self, root: Hashable, key: bytes) -> None:
         _, size = self._states.pop((root, key))

@@ -100,9 +100,7 @@ class Scheduler:
     def forget(self, context: Context) -> None:
         """Drop the cached states of a context, and cache no more. Running answers are not affected."""
         self._deleted.add(context)
-        for root in self.prefixes.roots:
-            if isinstance(root, tuple) and root[1] is context:
-                self.prefixes.forget(root)
+        self.prefixes.forget(lambda root: isinstance(root, tuple) and root[1] is context)
 
     @torch.inference_mode()
     def step(self) -> bool:
