@@ -31,12 +31,7 @@ _MAX_MISMATCH = 0.05
 _FORMAT = 1
 _JSON, _TENSORS, _CARD = "preset.json", "preset.safetensors", "README.md"
 _SAMPLE = "weight_sample"
-_FIELDS = {
-    "model": (str, "a string"),
-    "memory": (dict, "an object"),
-    "identity": (dict, "an object"),
-    "measured": (dict, "an object"),
-}
+_FIELDS = {"model": str, "memory": dict, "identity": dict, "measured": dict}
 # Config fields that identify a model's heads.
 _IDENTITY = (
     "model_type",
@@ -176,8 +171,9 @@ def load_preset(folder: str | os.PathLike) -> Preset:
     content = read_json(folder / _JSON)
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise ValueError(f"{folder / _JSON}: expected a preset of format {_FORMAT}, found another file")
-    for name, (kind, called) in _FIELDS.items():
+    for name, kind in _FIELDS.items():
         if not isinstance(found := content.get(name), kind):
+            called = "a string" if kind is str else "an object"
             raise ValueError(f"{folder / _JSON}: {name}: expected {called}, found {found!r:.80}")
     try:
         tensors = load_file(folder / _TENSORS)
