@@ -123,10 +123,6 @@ class _Heads:
 
         The options have equally many slots and descending windows.
         """
-        # Heads of equal value weights next to each other, as in one layer of many heads.
-        heads = heads[
-            torch.tensor(self._weights, dtype=torch.float64, device="cpu")[heads].argsort(stable=True)
-        ]
         if len(options) == 1:
             return [(part, False) for part in heads.split(_HEADS_AT_ONCE)]
         units = torch.stack(
