@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import gguf
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -351,6 +352,24 @@ def test_a_gguf_file_that_ends_early_costs_one_line(capsys, tmp_path, size):
         main(["convert", "-q", "--model", str(file), "--out", str(tmp_path / "out")])
     assert exit_info.value.code == 2
     assert capsys.readouterr().err.startswith("ovq: error: --model: expected a causal language model, found")
+
+
+@pytest.mark.parametrize(
+    ("more", "found"),
+    [
+        (lambda writer: writer.add_rope_scaling_factor(4.0), "llama.rope.scaling.factor"),
+        # Llama 3.1 and later.
+        (
+            lambda writer: writer.add_tensor("rope_freqs.weight", np.array([1, 1, 4, 8], dtype=np.float32)),
+            "rope_freqs.weight",
+        ),
+    ],
+)
+def test_scaled_rotary_angles_of_a_gguf_file_are_not_left_out(capsys, tmp_path, more, found):
+    file = write_gguf(tmp_path / "tiny.gguf", more=more)
+    with pytest.raises(SystemExit):
+        main(["convert", "-q", "--model", str(file), "--out", str(tmp_path / "out")])
+    assert f"does not read the scaled rotary angles of a GGUF file, {found}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("F32", torch.float32), ("F16", torch.float16)])

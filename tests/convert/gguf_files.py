@@ -14,8 +14,8 @@ SIZES = {
 }
 
 
-def write_gguf(path, *, kind="Q4_1", has_tokenizer=True):
-    """Write it, with all matrices in one kind of numbers."""
+def write_gguf(path, *, kind="Q4_1", has_tokenizer=True, more=lambda writer: None):
+    """Write it, with all matrices in one kind of numbers, and what `more` adds."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("tiny")
     writer.add_block_count(SIZES["num_hidden_layers"])
@@ -47,6 +47,7 @@ def write_gguf(path, *, kind="Q4_1", has_tokenizer=True):
     ]
     for name in [*norms, "output_norm"]:
         writer.add_tensor(f"{name}.weight", np.ones(width, dtype=np.float32))
+    more(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -14,6 +14,9 @@ from ovq.cli.loading import FOREIGN_ERRORS, TOKENIZER_FILES
 
 # Tensor types of GGUF files that are not quantised.
 _EXACT = ("F64", "F32", "F16", "BF16")
+# Ends of the names of fields and tensors of GGUF files that scale rotary angles: linear and YaRN, linear in
+# old files, Llama 3's, and LongRoPE.
+_SCALES = (".rope.scaling.factor", ".rope.scale_linear", "rope_freqs.weight", "rope_factors_long.weight")
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -44,6 +47,8 @@ def load_pretrained(
         say("Reading a GGUF file: weights, and tokens one by one")
     with _parsing_once() if is_gguf else contextlib.nullcontext():
         try:
+            if is_gguf:
+                _check_rotation(_header(source, options["gguf_file"]))
             wanted = "float32" if is_gguf and dtype == "auto" else dtype
             # mypy does not know that there is a report, too.
             auto: Any = AutoModelForCausalLM
@@ -140,6 +145,16 @@ def _header(source: str, name: str) -> Any:
     path = cached_file(source, name)
     assert path is not None
     return gguf.GGUFReader(path)
+
+
+def _check_rotation(header: Any) -> None:
+    """Raise ValueError if a GGUF file scales rotary angles, which transformers would silently leave out."""
+    names = [*header.fields, *(tensor.name for tensor in header.tensors)]
+    if found := [name for name in names if name.endswith(_SCALES)]:
+        raise ValueError(
+            f"transformers does not read the scaled rotary angles of a GGUF file, {found[0]}: convert the "
+            "model that the file was made from"
+        )
 
 
 def _narrowed(model: Any, *, is_rounded: bool) -> Any:
