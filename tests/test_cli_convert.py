@@ -29,6 +29,8 @@ from tests.test_cli import fail, run
 DOCUMENT = " ".join(str(i * 17 % 64) for i in range(1, 90))
 SIZED = ["--num-slots", 8, "--window", 16, "--num-sinks", 2, "--chunk-size", 8]
 SMALL = [*SIZED, "--no-probe"]
+# As many tokens as the tokenizer of bytes has, and no shorter than the texts.
+READING = {**SIZES, "vocab_size": 257, "max_position_embeddings": 160}
 
 
 @pytest.fixture(autouse=True)
@@ -143,8 +145,7 @@ def reading(tmp_path_factory):
     """A folder with a Llama that reads text."""
     folder = tmp_path_factory.mktemp("reading")
     torch.manual_seed(0)
-    # As many tokens as the tokenizer of bytes has.
-    LlamaForCausalLM(LlamaConfig(**SIZES | {"vocab_size": 257})).save_pretrained(folder / "llama")
+    LlamaForCausalLM(LlamaConfig(**READING)).save_pretrained(folder / "llama")
     byte_tokenizer().save_pretrained(folder / "llama")
     for name in ("a", "b"):
         (folder / f"{name}.txt").write_text("the quick brown fox jumps over the lazy dog " * 3)
@@ -169,6 +170,13 @@ def test_a_probe_shares_out_the_rows(capsys, reading, tmp_path):
     assert len({*map(tuple, config.window), *map(tuple, config.num_slots)}) > 1
     # Text in, text out.
     assert run(capsys, "generate", "--model", out, "--prompt", "the", "--max-new-tokens", 2)
+
+
+def test_a_probe_reads_no_more_tokens_than_its_model_was_trained_on(capsys, reading, tmp_path):
+    (tmp_path / "long.txt").write_text("the quick brown fox " * 20)
+    texts = ["--probe", tmp_path / "long.txt", "--probe-tokens", 3072, "--save-preset", tmp_path / "mine"]
+    run(capsys, *probing(reading, "--out", tmp_path / "out", *texts))
+    assert "- long.txt, 160 tokens" in (tmp_path / "mine" / "README.md").read_text()
 
 
 def test_texts_and_numbers_that_a_probe_cannot_use(capsys, reading, tmp_path):
@@ -254,7 +262,7 @@ def test_what_a_probe_has_found_serves_others_as_a_preset(capsys, reading, tmp_p
             main(list(map(str, [*unsized, "--out", tmp_path / "new", *others])))
         assert (told in capsys.readouterr().err) == is_told
     torch.manual_seed(1)
-    other = LlamaForCausalLM(LlamaConfig(**SIZES | {"vocab_size": 257}))
+    other = LlamaForCausalLM(LlamaConfig(**READING))
     other.save_pretrained(tmp_path / "other")
     options = ["--preset", tmp_path / "mine", "--out", tmp_path / "new"]
     said = fail(capsys, "convert", "--model", tmp_path / "other", *options)

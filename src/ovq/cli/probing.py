@@ -37,7 +37,7 @@ def run_probe(
         model, tokenizer, name: The model, its tokenizer and its name.
         texts: Texts by name; if empty, those of the package. Numbers are hidden in the first one.
         rows: Average rows per head.
-        num_tokens: Tokens to read of each text.
+        num_tokens: Tokens to read of each text, at most as many as the model was trained on.
         needle_weight: Weight of the text with hidden numbers; each other text has 1.
         fit_bias: Whether to fit biases of the slots' scores.
         settings: `num_sinks`, `chunk_size`, `merge` and `value_weight` of the memory.
@@ -55,6 +55,8 @@ def run_probe(
     from ovq.convert.texts import default_texts
 
     texts = texts or default_texts()
+    # Beyond the trained length the loss is high whatever a head keeps.
+    num_tokens = min(num_tokens, getattr(model.config, "max_position_embeddings", None) or num_tokens)
     ids = [torch.tensor(tokenizer(text, verbose=False)["input_ids"][:num_tokens]) for text in texts.values()]
     read = [{"text": text, "tokens": len(x)} for text, x in zip(texts, ids, strict=True)]
     for file, x in zip(texts, ids, strict=True):
