@@ -320,6 +320,14 @@ def test_a_config_with_a_value_of_a_wrong_type_costs_one_line(capsys, converted,
     assert field in said
 
 
+def test_weights_that_do_not_fit_a_config_are_named(capsys, converted, tmp_path):
+    shutil.copytree(converted / "llama", tmp_path / "llama")
+    path = tmp_path / "llama" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 60}))
+    said = fail(capsys, "convert", "--model", tmp_path / "llama", "--out", tmp_path / "out", *SMALL)
+    assert "lm_head.weight of shape [64, 32] where [60, 32] belongs" in said
+
+
 def test_a_gguf_file_is_read_as_it_is(capsys, tmp_path):
     file = write_gguf(tmp_path / "tiny.Q4_1.gguf")
     out = tmp_path / "converted"

@@ -85,6 +85,15 @@ def test_weights_that_are_missing_are_not_made_up(tmp_path):
         load(tmp_path)
 
 
+def test_weights_of_other_shapes_are_named(tmp_path):
+    attach(original(), num_slots=8).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["model.norm.weight"] = torch.ones(16)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"found model\.norm\.weight of shape \[16\] where \[32\] belongs"):
+        load(tmp_path)
+
+
 def test_folders_without_a_memory_are_refused(tmp_path):
     for folder in (tmp_path / "none", tmp_path):
         with pytest.raises(FileNotFoundError, match=r"expected a converted model, found no config\.json"):

@@ -291,7 +291,9 @@ def load(folder: str | os.PathLike, *, weight_dtype: str | None = None, **option
         )
     # Neither transformers' types nor the one above know of the report.
     auto: Any = AutoModelForCausalLM
-    model, report = auto.from_pretrained(folder, **options | {"output_loading_info": True})
+    # `check_loaded` refuses weights of other shapes, and names them.
+    reporting = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, report = auto.from_pretrained(folder, **options | reporting)
     check_loaded(folder, report, allow_extra=True)
     model = attach(model.eval(), config=found, weight_dtype=weight_dtype)
     both: Any = model, report
