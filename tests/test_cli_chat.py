@@ -391,9 +391,15 @@ def test_a_chat_does_not_run_the_code_of_a_folder(folders, tmp_path):
         ("--context {other}", [], "expected a chat that was saved, found another note"),
         ("--context {saved} --system Hi", [], "--system: expected none with a saved chat"),
         (
-            "--model {strict} --system Hi",
+            "--model {strict}",
             ["Hello"],
             "message: expected messages that the model's chat template acc",
+        ),
+        # Before the document is read, which would show a bar.
+        (
+            "--model {strict} --document {tmp}/text --system Hi",
+            [],
+            "--system: expected messages that the model's chat template acc",
         ),
     ],
 )

@@ -19,7 +19,7 @@ from ovq.cli.common import as_text, check_file, check_model_path, out_console, r
 from ovq.cli.conversation import Conversation
 from ovq.cli.loading import check_generating_folder, load_any_model, load_tokenizer
 from ovq.cli.signals import interrupt_flag
-from ovq.prompts import check_chat_template, document_ids, note_of_chat
+from ovq.prompts import chat_text, check_chat_template, document_ids, note_of_chat
 
 if TYPE_CHECKING:
     from ovq.hf import Context
@@ -78,6 +78,10 @@ def chat(
         raise ValueError(f"--context: expected a file of /save or ovq context build, found no file {context}")
     tokenizer = load_tokenizer(model)
     check_chat_template(tokenizer, name="--model")
+    if system is not None:
+        # Some templates refuse it, and a document takes minutes to read.
+        asked = [{"role": role, "content": system} for role in ("system", "user")]
+        chat_text(asked, tokenizer, name="--system")
 
     from transformers import set_seed
 
