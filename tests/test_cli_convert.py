@@ -21,6 +21,7 @@ from ovq.convert.presets import load_preset
 from ovq.convert.texts import default_texts
 from ovq.ops import cpu_kernels
 from ovq_lab.text import byte_tokenizer
+from tests.convert import gguf_files
 from tests.convert.common import SIZES, original
 from tests.convert.gguf_files import write_gguf
 from tests.disks import full_disk
@@ -370,22 +371,42 @@ def test_a_gguf_file_that_ends_early_costs_one_line(capsys, tmp_path, size):
     assert capsys.readouterr().err.startswith("ovq: error: --model: expected a causal language model, found")
 
 
+def scaling(divisors):
+    """What llama.cpp writes for Llama 3.1 and later."""
+    return lambda writer: writer.add_tensor("rope_freqs.weight", np.asarray(divisors, dtype=np.float32))
+
+
+def test_the_scaled_rotary_angles_of_llama_3_are_read(capsys, tmp_path):
+    sizes = {"rope_theta": 500000.0, "rope_type": "default"}
+    scaled = sizes | {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaled["original_max_position_embeddings"] = 8192
+    plain, expected = (
+        LlamaForCausalLM(LlamaConfig(**gguf_files.SIZES, rope_parameters=x)).model.rotary_emb.inv_freq
+        for x in (sizes, scaled)
+    )
+    # One frequency stays, one is divided by less than the factor.
+    assert len(set((plain / expected).tolist())) == 3
+    file = write_gguf(tmp_path / "tiny.gguf", base=500000.0, more=scaling(plain / expected))
+    run(capsys, "convert", "-q", "--model", file, "--out", tmp_path / "out", *SMALL)
+    model = load(tmp_path / "out")
+    torch.testing.assert_close(model.model.rotary_emb.inv_freq, expected)
+    assert model.config.rope_parameters == scaled
+
+
 @pytest.mark.parametrize(
     ("more", "found"),
     [
         (lambda writer: writer.add_rope_scaling_factor(4.0), "llama.rope.scaling.factor"),
-        # Llama 3.1 and later.
-        (
-            lambda writer: writer.add_tensor("rope_freqs.weight", np.array([1, 1, 4, 8], dtype=np.float32)),
-            "rope_freqs.weight",
-        ),
+        (scaling([1, 2, 4, 8]), "expected rotary angles scaled as in Llama 3.1, found [1.0, 2.0, 4.0, 8.0]"),
+        (scaling([1, 8]), "expected rotary angles scaled as in Llama 3.1, found [1.0, 8.0]"),
     ],
 )
-def test_scaled_rotary_angles_of_a_gguf_file_are_not_left_out(capsys, tmp_path, more, found):
+def test_rotary_angles_that_are_scaled_in_another_way_are_refused(capsys, tmp_path, more, found):
     file = write_gguf(tmp_path / "tiny.gguf", more=more)
-    with pytest.raises(SystemExit):
-        main(["convert", "-q", "--model", str(file), "--out", str(tmp_path / "out")])
-    assert f"does not read the scaled rotary angles of a GGUF file, {found}" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as exit_info:
+        main(["convert", "-q", "--model", str(file), "--out", str(tmp_path / "out"), *SMALL])
+    assert exit_info.value.code == 2
+    assert found in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("F32", torch.float32), ("F16", torch.float16)])

@@ -14,7 +14,7 @@ SIZES = {
 }
 
 
-def write_gguf(path, *, kind="Q4_1", has_tokenizer=True, more=lambda writer: None):
+def write_gguf(path, *, kind="Q4_1", has_tokenizer=True, base=10000.0, more=lambda writer: None):
     """Write it, with all matrices in one kind of numbers, and what `more` adds."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("tiny")
@@ -25,7 +25,7 @@ def write_gguf(path, *, kind="Q4_1", has_tokenizer=True, more=lambda writer: Non
     writer.add_head_count(SIZES["num_attention_heads"])
     writer.add_head_count_kv(SIZES["num_key_value_heads"])
     writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_freq_base(base)
     writer.add_vocab_size(SIZES["vocab_size"])
     if has_tokenizer:
         _add_tokenizer(writer)

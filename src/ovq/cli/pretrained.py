@@ -8,15 +8,25 @@ import importlib.util
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ovq.cli.loading import FOREIGN_ERRORS, TOKENIZER_FILES
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Tensor types of GGUF files that are not quantised.
 _EXACT = ("F64", "F32", "F16", "BF16")
 # Ends of the names of fields and tensors of GGUF files that scale rotary angles: linear and YaRN, linear in
-# old files, Llama 3's, and LongRoPE.
-_SCALES = (".rope.scaling.factor", ".rope.scale_linear", "rope_freqs.weight", "rope_factors_long.weight")
+# old files, and LongRoPE.
+_SCALES = (".rope.scaling.factor", ".rope.scale_linear", "rope_factors_long.weight")
+# What Llama 3.1 to 3.3 have in common; they differ in the factor.
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -48,7 +58,7 @@ def load_pretrained(
     with _parsing_once() if is_gguf else contextlib.nullcontext():
         try:
             if is_gguf:
-                _check_rotation(_header(source, options["gguf_file"]))
+                divisors = _rotary_divisors(_header(source, options["gguf_file"]))
             wanted = "float32" if is_gguf and dtype == "auto" else dtype
             # mypy does not know that there is a report, too.
             auto: Any = AutoModelForCausalLM
@@ -68,7 +78,7 @@ def load_pretrained(
                 f"--model: expected a causal language model, found {name!r} ({error})"
             ) from error
         if is_gguf:
-            model = _dequantized(model)
+            model = _dequantized(model, divisors)
         if dtype == "auto":
             tensors = _header(source, options["gguf_file"]).tensors if is_gguf else []
             is_rounded = any(tensor.tensor_type.name not in _EXACT for tensor in tensors)
@@ -130,16 +140,24 @@ def _parsing_once() -> Iterator[None]:
             setattr(gguf, name, function)
 
 
-def _dequantized(model: Any) -> Any:
-    """A model with the same dequantised weights that transformers can save."""
+def _dequantized(model: Any, divisors: Tensor | None) -> Any:
+    """A model with the same dequantised weights that transformers can save, and with divided frequencies."""
     from transformers.initialization import no_init_weights
 
     fields = {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
+    if divisors is not None:
+        fields["rope_parameters"] |= _LLAMA3 | {"factor": float(divisors.max())}
     with no_init_weights():
         plain = type(model)(type(model.config)(**fields))
     plain.load_state_dict(model.state_dict(), assign=True)
     plain.tie_weights()
     plain.generation_config = model.generation_config
+    if divisors is not None:
+        found = model.model.rotary_emb.inv_freq / plain.model.rotary_emb.inv_freq
+        if found.shape != divisors.shape or not found.allclose(divisors, rtol=1e-4):
+            raise ValueError(
+                f"--model: expected rotary angles scaled as in Llama 3.1, found {divisors.tolist()}"
+            )
     return plain.eval()
 
 
@@ -153,14 +171,22 @@ def _header(source: str, name: str) -> Any:
     return gguf.GGUFReader(path)
 
 
-def _check_rotation(header: Any) -> None:
-    """Raise ValueError if a GGUF file scales rotary angles, which transformers would silently leave out."""
+def _rotary_divisors(header: Any) -> Tensor | None:
+    """What rotary frequencies are divided by, as in Llama 3.1 to 3.3; transformers leaves it out.
+
+    Raises:
+        ValueError: if a file scales rotary angles in another way, which transformers leaves out as well.
+    """
+    import torch
+
     names = [*header.fields, *(tensor.name for tensor in header.tensors)]
     if found := [name for name in names if name.endswith(_SCALES)]:
         raise ValueError(
             f"transformers does not read the scaled rotary angles of a GGUF file, {found[0]}: convert the "
             "model that the file was made from"
         )
+    tensors = [tensor.data for tensor in header.tensors if tensor.name == "rope_freqs.weight"]
+    return torch.tensor(tensors[0]) if tensors else None
 
 
 def _narrowed(model: Any, *, is_rounded: bool) -> Any:
