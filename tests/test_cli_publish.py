@@ -150,6 +150,7 @@ def test_what_is_refused(trained, tested, tmp_path, capsys):
     unfinished = tmp_path / "unfinished"
     shutil.copytree(trained, unfinished)
     (unfinished / "trainer_state.json").unlink()
-    line = fail(capsys, "publish", "--model", unfinished, "--out", tmp_path / "out")
-    assert "expected a run that has ended" in line
-    assert not (tmp_path / "out").exists()
+    for folder in (unfinished, next(unfinished.glob("checkpoint-*"))):
+        line = fail(capsys, "publish", "--model", folder, "--out", tmp_path / "out")
+        assert f"expected a run that has ended, found none in {folder}" in line
+        assert not (tmp_path / "out").exists()

@@ -51,7 +51,8 @@ def publish(
 
     # Validated before anything is loaded.
     config = RunConfig.load(model)
-    if not (model / TRAINER_STATE_NAME).is_file():
+    # A checkpoint has a state, too, but its configuration is that of the folder around it.
+    if not all((model / name).is_file() for name in (CONFIG_FILE, TRAINER_STATE_NAME)):
         raise ValueError(f"--model: expected a run that has ended, found none in {model}")
 
     from ovq.hf.card import CARD_FILE, is_untouched
