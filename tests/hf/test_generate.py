@@ -167,6 +167,19 @@ def test_generation_from_embeddings(model):
     assert torch.equal(out, model.generate(ids, attention_mask=mask, **GREEDY)[:, 7:])
 
 
+@pytest.mark.parametrize("length", [3, 9, 12])
+def test_embeddings_of_the_last_columns_alone_are_refused(model, length):
+    """transformers would leave out the first 9 of them, which it takes for those that the cache has read."""
+    ids, cache = random_ids(1, 9 + length), OVQCache(model.config)
+    model(ids[:, :9], past_key_values=cache)
+    given = {"attention_mask": torch.ones_like(ids), CACHE_KEY: cache, **GREEDY}
+    embeds = model.get_input_embeddings()(ids)
+    with pytest.raises(ValueError, match=f"of all {9 + length} columns, .*, found {length}"):
+        model.generate(inputs_embeds=embeds[:, 9:], **given)
+    out = model.generate(inputs_embeds=embeds, **given)
+    assert torch.equal(out, model.generate(ids, **GREEDY)[:, 9 + length :])
+
+
 @pytest.mark.parametrize("has_ids", [False, True])
 def test_embeddings_in_chunks_are_refused(model, has_ids):
     """transformers would give all of them with each chunk of the ids."""

@@ -224,7 +224,8 @@ def _check_given_cache(
     model_kwargs: dict,
     batch_size: int,
 ) -> None:
-    """Check that the prompt is longer than what its cache has read; give assisted decoding its mask back.
+    """Check that the prompt is longer than what its cache has read, and embeddings are those of all columns;
+    give assisted decoding its mask back.
 
     Without a mask of ones, which transformers drops, assisted decoding takes all columns for new ones.
     """
@@ -235,6 +236,13 @@ def _check_given_cache(
         raise ValueError(
             f"expected a prompt of more tokens than the {num_read} columns that the cache has read, found "
             f"{num_columns}: pass those that were read, too, or a mask over them and the new ones"
+        )
+    embeds = model_kwargs.get("inputs_embeds")
+    if embeds is not None and embeds.shape[1] != num_columns:
+        # transformers leaves out as many of them as the cache has read columns.
+        raise ValueError(
+            f"inputs_embeds: expected those of all {num_columns} columns, with those that the cache has "
+            f"read, found {embeds.shape[1]}"
         )
     if model_kwargs.get("attention_mask") is None and generation_mode == GenerationMode.ASSISTED_GENERATION:
         device = next(iter(given.layers[0].parts().values())).device
