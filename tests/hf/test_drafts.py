@@ -40,6 +40,16 @@ def test_prompt_lookup_gives_the_greedy_answer(model, expected, num_tokens):
     assert max(num_tokens) == 7
 
 
+@pytest.mark.parametrize("ids", [{}, {"input_ids": PROMPT}])
+@pytest.mark.parametrize("is_assisted", [False, True])
+def test_embeddings_are_refused(model, ids, is_assisted):
+    """The first call reads them without the drafts: beside ids, the answer would not be the greedy one."""
+    embeds = model.get_input_embeddings()(PROMPT)
+    options = {"assistant_model": make_model(seed=1)} if is_assisted else {"prompt_lookup_num_tokens": 6}
+    with pytest.raises(ValueError, match="inputs_embeds: expected None in assisted decoding, found"):
+        model.generate(**ids, inputs_embeds=embeds, **options, **GREEDY)
+
+
 def test_a_model_that_would_draft_by_its_first_layers_stays_as_it_is(model, expected):
     with pytest.raises(
         ValueError, match="assistant_early_exit: expected None, as all layers share a cache, found 1"
