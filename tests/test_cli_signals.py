@@ -25,7 +25,7 @@ ENDINGS = {
 }
 COMMANDS = {
     "convert": "convert --model {models}/llama --out {out} --num-slots 8 --window 16 --chunk-size 8 "
-    "--probe {text}",
+    "--probe {text} --needle-weight 0",
     "train": "train recall-ovq {tiny} --set train.steps=4000 --out {out}",
     "train on text": "train lm-ovq {tiny} --set task.dataset={models}/texts --set train.lengths=16,24 "
     "--set train.steps=4000 --set train.eval_every=1 --out {out}",
