@@ -8,6 +8,7 @@ Its numbers are those of docs/results/convert_presets.json, and for windows of c
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -46,4 +47,6 @@ def draw(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    draw(RESULTS / "convert_curve.png")
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=RESULTS / "convert_curve.png")
+    draw(parser.parse_args().out)
