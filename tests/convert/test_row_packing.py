@@ -8,6 +8,7 @@ from ovq.hf.cache import CACHE_KEY
 from tests.convert.common import KINDS, converted, tokens
 from tests.written import Written
 
+# The last two are read together.
 BOUNDS = torch.tensor([0, 61, 62, 90, 118])
 POSITIONS = torch.cat([torch.arange(n) for n in BOUNDS.diff()])[None]
 PACKINGS = {
@@ -42,6 +43,17 @@ def test_packed_rows_equal_rows_alone(packing):
     torch.testing.assert_close(model.lm_head(model.model(IDS, **given).last_hidden_state), expected)
     embedded = model(inputs_embeds=model.model.embed_tokens(IDS), **given).logits
     torch.testing.assert_close(embedded, expected)
+
+
+@torch.no_grad()
+def test_equal_rows_beyond_what_is_read_together(monkeypatch):
+    # Three rows of the five at most.
+    monkeypatch.setattr("ovq.convert.attention._MOST_TOKENS", 3 * 22)
+    model, ids = converted(), tokens(1, 118)
+    bounds = torch.tensor([0, 22, 44, 52, 74, 96, 118])
+    rows = ids.split(bounds.diff().tolist(), 1)
+    expected = torch.cat([model(row).logits for row in rows], 1)
+    torch.testing.assert_close(model(ids, cu_seqlens=bounds).logits, expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -27,6 +27,9 @@ LAYER_CONFIG = "_ovq_layer_config"
 #: Keyword argument of `memory_attention` with the number of tokens of each packed row.
 ROW_LENGTHS = "_ovq_row_lengths"
 
+# Packed rows of equal lengths are read together up to so many tokens, which bounds the memory for scores.
+_MOST_TOKENS = 4096
+
 
 @uncompiled
 def memory_attention(
@@ -89,10 +92,19 @@ def memory_attention(
         if torch.is_grad_enabled():
             layer.detach_()
         return o.transpose(1, 2), None
-    lengths, config = kwargs.get(ROW_LENGTHS, [query.shape[2]]), getattr(module, LAYER_CONFIG)
-    rows = zip(*(x.split(lengths, 2) for x in (query, key, value)), strict=True)
-    parts = [MemoryLayer(config, q.shape[2]).attend(q, k, v, attention_mask) for q, k, v in rows]
-    return torch.cat(parts, 2).transpose(1, 2), None
+    lengths = kwargs.get(ROW_LENGTHS, [query.shape[2]])
+    groups: dict[int, list[int]] = {}
+    for row, num in enumerate(lengths):
+        groups.setdefault(num, []).append(row)
+    rows, parts = [x.split(lengths, 2) for x in (query, key, value)], {}
+    for num, alike in groups.items():
+        most = max(1, _MOST_TOKENS // max(1, num))
+        for some in (alike[i : i + most] for i in range(0, len(alike), most)):
+            q, k, v = (torch.cat([x[row] for row in some]) for x in rows)
+            o = MemoryLayer(getattr(module, LAYER_CONFIG), num).attend(q, k, v, attention_mask)
+            for row, part in zip(some, o.split(len(query)), strict=True):
+                parts[row] = part
+    return torch.cat([parts[row] for row in range(len(lengths))], 2).transpose(1, 2), None
 
 
 @uncompiled
