@@ -4,6 +4,8 @@ import gc
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 
 from ovq.hf import OVQCache, modeling_ovq
 from ovq.hf.cache import CACHE_KEY
@@ -40,14 +42,22 @@ def test_prompt_lookup_gives_the_greedy_answer(model, expected, num_tokens):
     assert max(num_tokens) == 7
 
 
-@pytest.mark.parametrize("ids", [{}, {"input_ids": PROMPT}])
-@pytest.mark.parametrize("is_assisted", [False, True])
+@pytest.mark.parametrize(
+    ("ids", "is_assisted"), [({}, True), ({"input_ids": PROMPT}, True), ({"input_ids": PROMPT}, False)]
+)
 def test_embeddings_are_refused(model, ids, is_assisted):
     """The first call reads them without the drafts: beside ids, the answer would not be the greedy one."""
     embeds = model.get_input_embeddings()(PROMPT)
     options = {"assistant_model": make_model(seed=1)} if is_assisted else {"prompt_lookup_num_tokens": 6}
-    with pytest.raises(ValueError, match="inputs_embeds: expected None in assisted decoding, found"):
+    with pytest.raises(ValueError, match="inputs_embeds: expected None in assisted decoding, or no ids"):
         model.generate(**ids, inputs_embeds=embeds, **options, **GREEDY)
+
+
+@pytest.mark.skipif(Version(transformers.__version__) < Version("5.24"), reason="transformers cannot, before")
+def test_prompt_lookup_from_embeddings_drafts_what_was_generated(model, expected):
+    embeds = model.get_input_embeddings()(PROMPT)
+    found = model.generate(inputs_embeds=embeds, prompt_lookup_num_tokens=6, **GREEDY)
+    assert torch.equal(found, expected[:, PROMPT.shape[1] :])
 
 
 def test_a_model_that_would_draft_by_its_first_layers_stays_as_it_is(model, expected):

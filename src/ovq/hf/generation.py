@@ -132,8 +132,8 @@ class CachedGeneration:
         """The source of the drafts of assisted decoding.
 
         Raises:
-            ValueError: `input_ids` without the tokens that the cache has read, embeddings, drafts of more
-                tokens than the cache can crop, or drafts by the model's own first layers.
+            ValueError: `input_ids` without the tokens that the cache has read, drafts beside embeddings,
+                drafts of more tokens than the cache can crop, or by the model's own first layers.
         """
         if (found := generation_config.assistant_early_exit) is not None:
             raise ValueError(
@@ -141,10 +141,14 @@ class CachedGeneration:
             )
         model_kwargs = kwargs["model_kwargs"]
         num_columns = _num_columns(generation_config, model_kwargs) or 0
-        if model_kwargs.get("inputs_embeds") is not None:
+        has_embeds = model_kwargs.get("inputs_embeds") is not None
+        if has_embeds and (input_ids.shape[1] or not generation_config.prompt_lookup_num_tokens):
             # The first call of the model reads them without the drafts, and so verifies none.
-            raise ValueError("inputs_embeds: expected None in assisted decoding, found embeddings")
-        if input_ids.shape[1] < num_columns:
+            raise ValueError(
+                "inputs_embeds: expected None in assisted decoding, or no ids beside them and prompt lookup, "
+                f"found embeddings and {input_ids.shape[1]} ids"
+            )
+        if not has_embeds and input_ids.shape[1] < num_columns:
             # transformers cuts the mask to the length of the ids.
             raise ValueError(
                 f"input_ids: expected all {num_columns} columns in assisted decoding, with those that the "
