@@ -24,6 +24,19 @@ def continued(model, cache, rows):
         return model(IDS[rows, CUT:], past_key_values=cache).logits
 
 
+def tensors(cache):
+    """Every tensor of a cache that lives on the model's device."""
+    for layer in cache.layers:
+        yield layer.conv_state
+        if layer.memory.kind == "an OVQState":
+            yield from (layer.state.key_sum, layer.state.value_sum, layer.state.count)
+            yield from (layer.state.pending_keys, layer.state.pending_values)
+        else:
+            # That of slots stays on the CPU, as with OVQ.
+            on_cpu = {"num_seen"} if "slots of KVM" in layer.memory.kind else set()
+            yield from (tensor for name, tensor in layer.state.items() if name not in on_cpu)
+
+
 @pytest.mark.parametrize(
     ("operation", "argument", "rows"),
     [
@@ -95,6 +108,20 @@ def test_lengths_are_those_of_the_tokens_seen(model):
         assert sum(cache.get_mask_sizes(3, i)) == CUT + 3
         assert not cache.layers[i].is_compileable
         assert not cache.layers[i].is_croppable
+
+
+def test_offload_and_prefetch_move_every_tensor(model):
+    cache = cached(model)
+    expected = model(IDS).logits[:, CUT:]
+    for i in range(len(cache)):
+        cache.offload(i, only_non_sliding=False)
+        cache.layers[i].prefetch()
+    torch.testing.assert_close(continued(model, cache, [0, 1, 2]), expected)
+    # No second device here: "meta" stands for one, since tensors can be moved there, if not back.
+    for layer in cache.layers:
+        layer.device = torch.device("meta")
+        layer.prefetch()
+    assert {t.device.type for t in tensors(cache)} == {"meta"}
 
 
 def test_a_window_does_not_keep_the_prompt_alive():

@@ -123,7 +123,11 @@ class KVMMemory(TensorMemory):
 
     def restored(self, tensors: Mapping[str, Tensor], device: torch.device | str | None) -> dict[str, Tensor]:
         """See `Memory.restored`."""
-        return super().restored(tensors, device) | {"num_seen": tensors["num_seen"].cpu()}
+        return self.to(dict(tensors), device) if device is not None else dict(tensors)
+
+    def to(self, state: dict[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
+        """See `Memory.to`."""
+        return super().to(state, device) | {"num_seen": state["num_seen"].cpu()}
 
     def select(self, state: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
         """See `Memory.select`; drops slots and columns that only other rows needed."""

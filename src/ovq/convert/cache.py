@@ -95,6 +95,10 @@ class HeadMemories(Memory):
         """See `Memory.select`."""
         return [memory.with_state(memory.state.select(rows)) for memory in state]
 
+    def to(self, state: list[HeadMemory], device: torch.device | str) -> list[HeadMemory]:
+        """See `Memory.to`."""
+        return [memory.to(device) for memory in state]
+
     def detach(self, state: list[HeadMemory]) -> list[HeadMemory]:
         """See `Memory.detach`."""
         return [memory.with_state(memory.state.detach()) for memory in state]

@@ -117,6 +117,12 @@ class HeadMemory:
         other._has_graph = False
         return other
 
+    def to(self, device: torch.device | str) -> HeadMemory:
+        """The memory on another device."""
+        other = self.with_state(self.state.to(device, non_blocking=True))
+        other._given_use = None if self._given_use is None else self._given_use.to(device)
+        return other
+
     def _put_sums(self, name: str, sums: Tensor, index: Tensor) -> None:
         """Replace the rows `index` of sums by `sums` in the wide dtype, rounded to the format."""
         for part, rows in zip((name, STEPS[name]), narrowed(sums, self.budget.state_dtype), strict=True):

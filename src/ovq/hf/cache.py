@@ -67,6 +67,8 @@ class OVQCacheLayer(LayerCache, CacheLayerMixin):
     #: Whether the layer records what it reads, so that it can be cropped; transformers' name.
     record_past = False
     supports_early_init = False
+    #: The device on which the state is used.
+    device: torch.device | None = None
 
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]  # an attribute in most layers of transformers
@@ -101,6 +103,11 @@ class OVQCacheLayer(LayerCache, CacheLayerMixin):
         """`[B, Hkv, S, V]` if the mixer keeps values, else None."""
         return self.parts().get("values")
 
+    def set_state(self, state: Any, num_new: int) -> None:
+        """Store the state after `num_new` more columns."""
+        super().set_state(state, num_new)
+        self.device = next(iter(self.memory.tensors(state).values())).device
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Do nothing: the mixer makes the state."""
 
@@ -117,6 +124,15 @@ class OVQCacheLayer(LayerCache, CacheLayerMixin):
     def get_max_length(self) -> int:
         """Always -1, which means no bound."""
         return -1
+
+    def offload(self) -> None:
+        """Move everything to the CPU."""
+        self.move_to("cpu")
+
+    def prefetch(self) -> None:
+        """Move everything back to the device it came from."""
+        if self.device is not None:
+            self.move_to(self.device)
 
 
 def not_croppable(tokens_to_remove: int, num_recorded: int) -> ValueError:

@@ -252,5 +252,5 @@ def _check_given_cache(
             f"read, found {embeds.shape[1]}"
         )
     if model_kwargs.get("attention_mask") is None and generation_mode == GenerationMode.ASSISTED_GENERATION:
-        device = next(iter(given.layers[0].parts().values())).device
+        device = given.layers[0].device
         model_kwargs["attention_mask"] = torch.ones(batch_size, num_columns, dtype=torch.int64, device=device)

@@ -120,6 +120,10 @@ class LayerCache:
         check_sizes(1, repeats=repeats)
         self.batch_select_indices(torch.arange(self.num_rows, device="cpu").repeat_interleave(repeats))
 
+    def move_to(self, device: torch.device | str) -> None:
+        """Move everything to a device."""
+        self._change(lambda s: self.memory.to(s, device), lambda t: t.to(device, non_blocking=True))
+
     def detach_(self) -> None:
         """Detach all tensors from the autograd graph that made them."""
         self._change(self.memory.detach, Tensor.detach)

@@ -1,4 +1,4 @@
-"""States of mixers: their tensors, and how they are saved, restored and concatenated.
+"""States of mixers: their tensors, and how they are saved, restored, concatenated and moved.
 
 A *specification* lists the tensors of one row after a given number of tokens, with shapes and dtypes
 (`Mixer.state_spec`). The size of a state in bytes, checks of files and messages between ranks are derived
@@ -68,6 +68,10 @@ class Memory(ABC):
     def select(self, state: Any, rows: Tensor) -> Any:
         """The given rows `[R]` in the given order, repeats allowed; shares no memory with `state`."""
         return state.select(rows)
+
+    def to(self, state: Any, device: torch.device | str) -> Any:
+        """The state on another device."""
+        return state.to(device, non_blocking=True)
 
     def detach(self, state: Any) -> Any:
         """The state detached from the autograd graph."""
@@ -140,6 +144,10 @@ class TensorMemory(Memory):
     def select(self, state: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
         """See `Memory.select`."""
         return {name: t[rows.to(t.device)] for name, t in state.items()}
+
+    def to(self, state: dict[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
+        """See `Memory.to`."""
+        return {name: t.to(device, non_blocking=True) for name, t in state.items()}
 
     def detach(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """See `Memory.detach`."""
