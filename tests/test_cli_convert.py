@@ -393,6 +393,11 @@ def test_the_scaled_rotary_angles_of_llama_3_are_read(capsys, tmp_path):
     assert model.config.rope_parameters == scaled
 
 
+def test_a_factor_of_1_is_none(capsys, tmp_path):
+    file = write_gguf(tmp_path / "tiny.gguf", more=lambda writer: writer.add_rope_scaling_factor(1.0))
+    run(capsys, "convert", "-q", "--model", file, "--out", tmp_path / "out", *SMALL)
+
+
 @pytest.mark.parametrize(
     ("more", "found"),
     [

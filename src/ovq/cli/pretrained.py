@@ -179,8 +179,8 @@ def _rotary_divisors(header: Any) -> Tensor | None:
     """
     import torch
 
-    names = [*header.fields, *(tensor.name for tensor in header.tensors)]
-    if found := [name for name in names if name.endswith(_SCALES)]:
+    fields = [x.name for x in header.fields.values() if x.name.endswith(_SCALES) and x.contents() != 1]
+    if found := fields + [x.name for x in header.tensors if x.name.endswith(_SCALES)]:
         raise ValueError(
             f"transformers does not read the scaled rotary angles of a GGUF file, {found[0]}: convert the "
             "model that the file was made from"
