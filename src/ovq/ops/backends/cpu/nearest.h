@@ -144,7 +144,8 @@ static void add_joined(Nearest *nearest, int64_t first) {
     for (int64_t i = first; i < nearest->first_joined + nearest->num_joined; i++) *end++ = (int32_t)i;
     const auto is_lower = [=](int32_t i, int32_t j) { return nearest->index[i] < nearest->index[j]; };
     std::sort(joined, end, is_lower);
-    std::inplace_merge(nearest->edges, added, std::copy(joined, end, added), is_lower);
+    /* Not std::inplace_merge, which allocates: a C driver does not link what that needs. */
+    std::sort(nearest->edges, std::copy(joined, end, added), is_lower);
     nearest->num_searching = end - joined;
     nearest->num_edges += nearest->num_searching;
 }
