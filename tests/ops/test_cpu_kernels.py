@@ -264,3 +264,9 @@ def test_keys_close_together_are_told_apart(dtype):
     options = {"num_slots": 40, "chunk_size": 50}
     states = [attend(k, k, v.to(dtype), backend=name, **options)[1] for name in ("naive", "cpu")]
     assert_same_state(*reversed(states), tolerance=0)
+
+
+@needs_compiler
+def test_kernels_need_no_library_of_cpp(made):
+    """They allocate by their own arena; with `new`, those that a C driver has linked could not be loaded."""
+    assert [name for name in (b"_Znwm", b"_Znam", b"_ZSt7nothrow") if name in made] == []
