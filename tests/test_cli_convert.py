@@ -161,7 +161,7 @@ def probing(folder, *options):
 def test_a_probe_shares_out_the_rows(capsys, reading, tmp_path):
     out = tmp_path / "converted"
     said = fail(capsys, *probing(reading, "--out", out, "--probe-tokens", 90))
-    assert "--needle-weight: expected 0 with so few tokens" in said
+    assert "--needle-weight: expected 0 with 90 tokens of text" in said
     assert "--probe: expected none with --no-probe" in fail(
         capsys, *probing(reading, "--out", out, "--no-probe")
     )
@@ -173,10 +173,12 @@ def test_a_probe_shares_out_the_rows(capsys, reading, tmp_path):
     assert run(capsys, "generate", "--model", out, "--prompt", "the", "--max-new-tokens", 2)
 
 
-def test_a_probe_reads_no_more_tokens_than_its_model_was_trained_on(capsys, reading, tmp_path):
+def test_a_probe_reads_no_more_tokens_than_its_model_has_positions(capsys, reading, tmp_path):
     (tmp_path / "long.txt").write_text("the quick brown fox " * 20)
     texts = ["--probe", tmp_path / "long.txt", "--probe-tokens", 3072, "--save-preset", tmp_path / "mine"]
-    run(capsys, *probing(reading, "--out", tmp_path / "out", *texts))
+    with pytest.raises(SystemExit):
+        main(list(map(str, probing(reading, "--out", tmp_path / "out", *texts))))
+    assert "Reads 160 tokens of a text, the model's max_position_embeddings" in capsys.readouterr().err
     assert "- long.txt, 160 tokens" in (tmp_path / "mine" / "README.md").read_text()
 
 

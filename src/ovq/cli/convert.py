@@ -88,8 +88,8 @@ def convert(
         int,
         typer.Option(
             min=16,
-            help="Tokens of each text of the probe, from its beginning, at most as many as the model was "
-            "trained on; best as many as it is going to read.",
+            help="Tokens of each text of the probe, from its beginning, at most the model's "
+            "max_position_embeddings; best as many as it is going to read.",
         ),
     ] = 3072,
     needle_weight: Annotated[

@@ -37,7 +37,7 @@ def run_probe(
         model, tokenizer, name: The model, its tokenizer and its name.
         texts: Texts by name; if empty, those of the package. Numbers are hidden in the first one.
         rows: Average rows per head.
-        num_tokens: Tokens to read of each text, at most as many as the model was trained on.
+        num_tokens: Tokens to read of each text, at most the model's `max_position_embeddings`.
         needle_weight: Weight of the text with hidden numbers; each other text has 1.
         fit_bias: Whether to fit biases of the slots' scores.
         settings: `num_sinks`, `chunk_size`, `merge` and `value_weight` of the memory.
@@ -56,8 +56,8 @@ def run_probe(
 
     texts = texts or default_texts()
     # Beyond the trained length the loss is high whatever a head keeps.
-    num_tokens = min(num_tokens, getattr(model.config, "max_position_embeddings", None) or num_tokens)
-    ids = [torch.tensor(tokenizer(text, verbose=False)["input_ids"][:num_tokens]) for text in texts.values()]
+    most = min(num_tokens, getattr(model.config, "max_position_embeddings", None) or num_tokens)
+    ids = [torch.tensor(tokenizer(text, verbose=False)["input_ids"][:most]) for text in texts.values()]
     read = [{"text": text, "tokens": len(x)} for text, x in zip(texts, ids, strict=True)]
     for file, x in zip(texts, ids, strict=True):
         if len(x) < 2:
@@ -70,7 +70,8 @@ def run_probe(
             found = hidden_numbers(tokenizer, next(iter(texts.values())), len(ids[0]), random=random)
         except ValueError as error:
             raise ValueError(
-                f"--needle-weight: expected 0 with so few tokens, found {needle_weight} ({error})"
+                f"--needle-weight: expected 0 with {len(ids[0])} tokens of text (at most --probe-tokens and "
+                f"the model's max_position_embeddings), found {needle_weight} ({error})"
             ) from error
         ids.append(torch.from_numpy(found[0]))
         targets.append(torch.from_numpy(found[1]))
@@ -86,6 +87,8 @@ def run_probe(
         )
     num_layers = model.config.num_hidden_layers
     with Reporter() as reporter:
+        if most < num_tokens:
+            reporter.say(f"Reads {most:,} tokens of a text, the model's max_position_embeddings")
         reporter.say(_cost_estimate(model, [len(x) for x in ids], len(options)))
         reading = reporter.start("probe, reading", total=3 * num_layers * len(ids))
         with Captures(model, progress=reading.update) as captures:
