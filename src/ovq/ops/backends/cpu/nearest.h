@@ -140,14 +140,14 @@ static void follow_targets(const Joining &all) {
 
 /* Columns joined from `first` on get edges, in order of items, and are to search. */
 static void add_joined(Nearest *nearest, int64_t first) {
-    int32_t *joined = nearest->searching, *end = joined, *added = nearest->edges + nearest->num_edges;
+    int32_t *joined = nearest->searching, *end = joined, *edges = nearest->edges, *all = nearest->mark;
     for (int64_t i = first; i < nearest->first_joined + nearest->num_joined; i++) *end++ = (int32_t)i;
     const auto is_lower = [=](int32_t i, int32_t j) { return nearest->index[i] < nearest->index[j]; };
     std::sort(joined, end, is_lower);
     /* Not std::inplace_merge, which allocates: a C driver does not link what that needs. */
-    std::sort(nearest->edges, std::copy(joined, end, added), is_lower);
+    int32_t *last = std::merge(joined, end, edges, edges + nearest->num_edges, all, is_lower);
     nearest->num_searching = end - joined;
-    nearest->num_edges += nearest->num_searching;
+    nearest->num_edges = std::copy(all, last, edges) - edges;
 }
 
 /* Choose between approximate and float32 products from here on, by how many candidates approximate ones leave. */
