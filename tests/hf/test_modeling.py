@@ -371,7 +371,8 @@ def test_set_merge_is_the_changed_config(tmp_path, given, left):
     model, ids = make_model(growth="linear", value_weight=0.25), random_ids(1, 60)
     model.save_pretrained(tmp_path / "before")
     before = model(ids).logits
-    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "before", **given | left).eval()
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "before", **given).eval()
+    assert {name: getattr(expected.config, name) for name in left} == left
     model.set_merge(**given)
     after = model(ids).logits
     assert torch.equal(after, expected(ids).logits)

@@ -240,6 +240,9 @@ class OVQConfig(PreTrainedConfig):
             config_dict = config_dict | {"auto_map": AUTO_MAP | without_own_entries(config_dict["auto_map"])}
         # The mixers first, because they determine the fields.
         kwargs = dict(sorted(kwargs.items(), key=lambda item: item[0] != "mixer_types"))
+        if "merge" in kwargs and kwargs.get("growth") is None:
+            # The saved growth is that of the saved rule, as in `set_merge`.
+            kwargs["growth"] = default_growth(kwargs["merge"])
         try:
             return super().from_dict(cls.upgraded(config_dict, **kwargs), **kwargs)
         except StrictDataclassError as error:
