@@ -158,8 +158,13 @@ def note_of_chat(messages: list[dict[str, str]], tokens: list[int]) -> str:
     return json.dumps({"messages": messages, "tokens": tokens}) if messages else ""
 
 
-def chat_of_note(note: str, *, num_tokens: int) -> tuple[list[dict[str, str]], list[int]]:
-    """The messages and tokens of `note_of_chat`; empty for a document. `num_tokens`: of the context."""
+def chat_of_note(
+    note: str, *, num_tokens: int, is_chat: bool = True
+) -> tuple[list[dict[str, str]], list[int]]:
+    """The messages and tokens of `note_of_chat`; empty for a document. `num_tokens`: of the context.
+
+    Notes of any text are allowed beside a document, unless what goes on from it `is_chat`.
+    """
     if not note:
         return [], []
     try:
@@ -167,6 +172,8 @@ def chat_of_note(note: str, *, num_tokens: int) -> tuple[list[dict[str, str]], l
         messages = [{name: str(m[name]) for name in ("role", "content")} for m in found["messages"]]
         tokens = [int(token) for token in found["tokens"]]
     except (KeyError, TypeError, ValueError) as error:
+        if not is_chat:
+            return [], []
         raise ValueError(f"expected a chat that was saved, found another note ({error!r})") from None
     if len(tokens) > num_tokens:
         raise ValueError(f"expected a chat of {num_tokens} tokens at most, found {len(tokens)}")

@@ -153,6 +153,10 @@ def test_a_chat_goes_on_from_a_context_that_has_read_its_beginning(text):
     ):
         with pytest.raises(openai.BadRequestError, match=expected):
             create(extra_body={"context": name})
+    for name in ("saved", "read"):
+        with pytest.raises(openai.BadRequestError, match="context: expected /v1/chat/completions with one"):
+            complete(text, "What is a slot?", extra_body={"context": name})
+    complete(text, "What is a slot?", extra_body={"context": "free"})
     for name in (*notes, "read"):
         assert httpx.delete(f"{url}/{name}").status_code == 200
 

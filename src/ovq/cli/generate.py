@@ -171,12 +171,9 @@ def _chat_before(document: Context | None, *, is_chat: bool) -> tuple[list[dict[
     if document is None:
         return [], []
     try:
-        before = chat_of_note(document.note, num_tokens=document.num_tokens)
+        before = chat_of_note(document.note, num_tokens=document.num_tokens, is_chat=is_chat)
     except ValueError as error:
-        if is_chat:
-            raise ValueError(f"--context: {error}") from None
-        # Notes of any text are allowed beside a document.
-        return [], []
+        raise ValueError(f"--context: {error}") from None
     if before[0] and not is_chat:
         raise ValueError("--context: expected --chat beside a file that has read a chat, found none")
     return before

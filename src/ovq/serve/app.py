@@ -161,6 +161,9 @@ class _Routes:
         max_tokens = fields.max_tokens or min(_COMPLETION_TOKENS, self._limits.max_tokens)
         self._check(fields, max_tokens)
         context = self._context(fields)
+        if self._chat_before(context, is_chat=False)[0]:
+            expected = "expected /v1/chat/completions with one that has read a chat"
+            raise bad_field("context", f"{expected}, found /v1/completions")
         prompts: Sequence[Any] = [fields.prompt] if isinstance(fields.prompt, str) else fields.prompt
         if not prompts or isinstance(prompts[0], int):
             prompts = [prompts]
@@ -214,12 +217,14 @@ class _Routes:
         return None if fields.context is None else self._service.contexts.get(fields.context)
 
     @staticmethod
-    def _chat_before(context: Context | None) -> tuple[list[dict[str, str]], list[int]]:
+    def _chat_before(
+        context: Context | None, *, is_chat: bool = True
+    ) -> tuple[list[dict[str, str]], list[int]]:
         """The messages that a context has read as a chat, and their tokens; none of a document."""
         if context is None:
             return [], []
         try:
-            return chat_of_note(context.note, num_tokens=context.num_tokens)
+            return chat_of_note(context.note, num_tokens=context.num_tokens, is_chat=is_chat)
         except ValueError as error:
             raise bad_request(f"context: {error}", param="context") from error
 
