@@ -363,10 +363,13 @@ def _with_mixer(figure: Figure, mixer: str, fields: Mapping[str, Any]) -> Figure
             config, model=dataclasses.replace(config.model, mixer_types=types, **fields)
         )
 
+    label = MIXER_NAMES.get(mixer, mixer)
     added = (
         dataclasses.replace(
             line,
-            label=line.label.replace(MIXER_NAMES["full_attention"], MIXER_NAMES.get(mixer, mixer)),
+            label=line.label.replace(MIXER_NAMES["full_attention"], label).replace(
+                f"{label} and {label}", f"{label} alone"
+            ),
             config=with_it(line.config),
             trial_of=line.trial_of and with_it(line.trial_of),
         )

@@ -132,6 +132,12 @@ def test_another_mixer_has_a_line_wherever_full_attention_has_one(name, monkeypa
         assert line.swept.mixer == "mine"
 
 
+def test_a_mixer_beside_itself_stands_alone():
+    lines = get_figure("long", PRESETS["cpu"], mixers=["mamba2"]).lines
+    own = [line.label for line in lines if set(line.config.model.mixer_types) == {"mamba2"}]
+    assert own == ["Mamba2 alone"] * 2
+
+
 def test_every_rule_of_merging_is_compared_by_the_growth_it_is_meant_for():
     lines = {line.label: line for line in get_figure("merge", TINY).lines}
     asked = {label: {each.merge for each in line.evaluations} for label, line in lines.items()}
