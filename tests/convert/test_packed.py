@@ -293,12 +293,15 @@ def test_layers_that_hooks_look_into_keep_their_weights(steps):
 
 
 @pytest.mark.parametrize("format", ["bfloat16", "int8"])
-def test_without_kernels_weights_stay(format, monkeypatch):
+def test_without_kernels_weights_stay(format, monkeypatch, tmp_path):
     monkeypatch.setattr("ovq.convert.packed.is_available", lambda: False)
-    with pytest.warns(UserWarning, match=f"weight_dtype='{format}': expected compiled kernels"):
-        model = converted(weight_dtype=format)
-    assert type(model.lm_head) is nn.Linear
-    assert model.weights_digest is None
+    converted().save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=f"weight_dtype='{format}': expected compiled kernels") as warned:
+        models = attach(original("llama"), **MEMORY, weight_dtype=format), load(tmp_path, weight_dtype=format)
+    assert [each.filename for each in warned] == [__file__] * 2
+    for model in models:
+        assert type(model.lm_head) is nn.Linear
+        assert model.weights_digest is None
 
 
 def test_packed_weights_without_kernels_are_multiplied_by_pytorch(monkeypatch):

@@ -295,7 +295,7 @@ def load(folder: str | os.PathLike, *, weight_dtype: str | None = None, **option
     reporting = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, report = auto.from_pretrained(folder, **options | reporting)
     check_loaded(folder, report, allow_extra=True)
-    model = attach(model.eval(), config=found, weight_dtype=weight_dtype)
+    model = set_weight_dtype(attach(model.eval(), config=found), weight_dtype)
     both: Any = model, report
     return both if options.get("output_loading_info") else model
 
