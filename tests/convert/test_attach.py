@@ -23,6 +23,8 @@ from transformers import (
     LlamaModel,
     MistralConfig,
     MistralForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
 )
 
 from ovq.convert import attach
@@ -309,6 +311,15 @@ def test_attention_of_another_kind_is_found_by_comparing(monkeypatch):
     assert model.config._attn_implementation == "sdpa"
     assert model.config.ovq_memory == {"of": "before"}
     assert not hasattr(model, "make_cache")
+
+
+@torch.no_grad()
+def test_a_mask_that_no_layer_reads_may_be_of_a_window():
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    config = Qwen2MoeConfig(**SIZES, **experts, shared_expert_intermediate_size=16)
+    model, ids = Qwen2MoeForCausalLM(config).eval(), tokens(2, 16)
+    expected = model(ids).logits
+    torch.testing.assert_close(attach(model, **MEMORY)(ids).logits, expected, **TINY)
 
 
 def test_what_a_memory_cannot_do_is_refused():

@@ -78,8 +78,9 @@ def memory_attention(
     if dropout:
         raise ValueError(f"dropout: expected 0 in a converted model, found {dropout}")
     if attention_mask is not None and attention_mask.dim() != 2:
+        given = tuple(attention_mask.shape) or "a sliding window, an overlay, or positions with gaps"
         raise ValueError(
-            f"attention_mask: expected a mask [B, T] of real tokens, found {tuple(attention_mask.shape)}"
+            f"attention_mask: expected a causal mask, or a mask [B, T] of real tokens, found {given}"
         )
     if query.shape[2] != key.shape[2]:
         raise ValueError(
@@ -118,15 +119,14 @@ def memory_mask(
 ) -> Tensor | None:
     """Mask `[B, T]` of the real new tokens, None if all are; with the signature of transformers.
 
+    Where it is not causal with padding, such as for a window or positions with gaps, a scalar, which
+    `memory_attention` refuses: some models, such as Qwen2-MoE, make a mask that no layer reads.
+
     Raises:
-        ValueError: a mask that is not causal with padding, such as for a window or positions with gaps; or
-            one with a wrong number of rows or too few columns.
+        ValueError: a mask with a wrong number of rows or too few columns.
     """
     if mask_function is not causal_mask_function:
-        raise ValueError(
-            "expected a causal mask in a converted model, found another (a sliding window, an overlay, or "
-            "positions with gaps), which it does not support"
-        )
+        return torch.tensor(False)
     if attention_mask is None:
         return None
     if attention_mask.shape[0] != batch_size or attention_mask.shape[1] < q_length:
