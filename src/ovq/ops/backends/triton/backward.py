@@ -68,8 +68,8 @@ def grad_queries(
         for slots in range(0, num, BN):
             slot = slots + tl.arange(0, BN)
             is_used = slot < num
-            keys = rows(snap_keys, snap_at + slot, is_used, K, BK)
-            values = rows(snap_values, snap_at + slot, is_used, V, BV)
+            keys = rows(snap_keys, snap_at + slot, is_used, K, BK).to(queries.dtype)
+            values = rows(snap_values, snap_at + slot, is_used, V, BV).to(queries.dtype)
             bias = tl.load(snap_bias + snap_at + slot, mask=is_used, other=-float("inf"))
             scores = dot(queries, tl.trans(keys), tl.zeros([BM, BN], tl.float32)) * (factor * LOG2E)
             probs = tl.exp2(scores + bias[None, :] - total[:, None])
@@ -156,8 +156,8 @@ def grad_slots(
         slot = block * BN + tl.arange(0, BN)
         is_used = slot < num
         snap_at = (index.to(tl.int64) * (H // G) + head) * M + slot
-        keys = rows(snap_keys, snap_at, is_used, K, BK)
-        values = rows(snap_values, snap_at, is_used, V, BV)
+        keys = rows(snap_keys, snap_at, is_used, K, BK).to(q.dtype.element_ty)
+        values = rows(snap_values, snap_at, is_used, V, BV).to(q.dtype.element_ty)
         bias = tl.load(snap_bias + snap_at, mask=is_used, other=-float("inf"))
         own_keys = tl.zeros([BN, BK], tl.float32)
         own_values = tl.zeros([BN, BV], tl.float32)
@@ -174,9 +174,9 @@ def grad_slots(
         put_rows(grad_keys, snap_at, own_keys * inverse[:, None], is_used, K, BK)
         put_rows(grad_values, snap_at, own_values * inverse[:, None], is_used, V, BV)
         if grad_weights is not None:
-            # The weight of a slot enters its score and divides its sums.
-            own_bias -= tl.sum(own_keys * keys.to(tl.float32), 1)
-            own_bias -= tl.sum(own_values * values.to(tl.float32), 1)
+            # The weight of a slot enters its score and divides its sums: read again, as means not rounded.
+            own_bias -= tl.sum(own_keys * rows(snap_keys, snap_at, is_used, K, BK), 1)
+            own_bias -= tl.sum(own_values * rows(snap_values, snap_at, is_used, V, BV), 1)
             own_bias = tl.where(bias > -float("inf"), own_bias * inverse, 0.0)
             tl.store(grad_weights + snap_at, own_bias, mask=is_used)
 

@@ -49,7 +49,7 @@ class Snapshots(NamedTuple):
 
     @classmethod
     def empty(cls, num: int, work: Work, k: Tensor, v: Tensor) -> Snapshots:
-        """Buffers for `num` chunks, in the dtype of the inputs, in which the read computes its products."""
+        """Buffers for `num` chunks, in the dtypes of `k` and `v`."""
         shape = (num, work.num_kv_heads, work.capacity)
         return cls(
             k.new_empty(*shape, k.shape[-1]),
@@ -219,6 +219,8 @@ class BackwardPass:
         self._tokens = None if saved.weights is None else saved.weights.tokens
         self.grad_weights = None if self._tokens is None else torch.empty_like(self._tokens)
         self._own_bias = None if saved.weights is None else saved.weights.own_bias
+        # What slot means are like: with weights, whose gradients are small differences, they are not rounded.
+        self._means = (saved.k, saved.v) if self._tokens is None else (final.key_sum, final.value_sum)
         self._delta = torch.empty_like(saved.lse)
         num_chunks, width, num_heads, dim = saved.q.shape
         value_dim = saved.v.shape[-1]
@@ -245,7 +247,7 @@ class BackwardPass:
         k, v = self.saved.k, self.saved.v
         with torch.cuda.device_of(k):
             for segment in reversed(
-                self.work.segments(snapshot_bytes(k, v) + 4 * (k.shape[-1] + v.shape[-1]))
+                self.work.segments(snapshot_bytes(*self._means) + 4 * (k.shape[-1] + v.shape[-1]))
             ):
                 self._back(segment)
             if self.saved.merged is not None and self.work.capacity:
@@ -256,11 +258,11 @@ class BackwardPass:
 
     def _back(self, segment: range) -> None:
         """Compute all gradients of a segment."""
-        work, k, v = self.work, self.saved.k, self.saved.v
+        work = self.work
         num = work.entries(segment)
-        snapshots = Snapshots.empty(num, work, k, v)
+        snapshots = Snapshots.empty(num, work, *self._means)
         slots = (num, work.num_kv_heads, work.capacity)
-        tokens = (num, work.num_kv_heads, k.shape[1])
+        tokens = (num, work.num_kv_heads, self._sizes[0])
         from_slots = [self.saved.lse.new_empty(*slots, dim) for dim in self._dims]
         deposits = [self.saved.lse.new_empty(*tokens, dim) for dim in self._dims]
         if work.capacity:
