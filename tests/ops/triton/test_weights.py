@@ -66,10 +66,10 @@ def test_lower_precision(merge, dtype):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_gradients_of_gates_are_as_exact_as_others(dtype):
+def test_all_gradients_are_as_exact_as_those_of_keys_and_values(dtype):
     options = {"num_slots": 96, "chunk_size": 128, "scale": 8.0, "backend": "triton", "dtype": dtype}
     found = errors(GIVEN["both"], options, mean=8.0)
-    assert bool((found[4:] <= found[2:4].max()).all()), found
+    assert bool((found[1:] <= 1.2 * found[2:4].max()).all()), found
 
 
 @pytest.mark.slow

@@ -22,10 +22,18 @@ from ovq.ops.backends.triton.common import (
 
 
 @triton.jit
-def _grad_scores(probs, grad_o, values, delta):
-    """Gradient of the scores, `[BM, BN]`: P (dP - sum(o do))."""
+def _to_queries(probs, grad_o, keys, values, delta, acc, rest, mean):
+    """Add candidates' contribution to the gradient of queries, by that of scores: P (dP - sum(o do)).
+
+    Args:
+        rest: `[BM]` sums of the gradients of scores: not 0, as o is rounded.
+        mean: `[BM, BK]` means of keys by P, if o is in 16 bits.
+    """
     zeros = tl.zeros([grad_o.shape[0], values.shape[0]], tl.float32)
-    return probs * (dot(grad_o, tl.trans(values), zeros) - delta[:, None])
+    grad_scores = probs * (dot(grad_o, tl.trans(values), zeros) - delta[:, None])
+    if keys.dtype != tl.float32:
+        mean = dot(probs, keys, mean)
+    return dot(grad_scores, keys, acc), rest + tl.sum(grad_scores, 1), mean
 
 
 @triton.jit(do_not_specialize=["first"])
@@ -60,11 +68,11 @@ def grad_queries(
         queries = rows(q, place, is_query, K, BK)
         grads = rows(grad_o, place, is_query, V, BV)
         own_delta = tl.sum(rows(o, place, is_query, V, BV).to(tl.float32) * grads.to(tl.float32), 1)
-        # Sums of the gradients of scores, 0 but for the rounding of o.
         rest = tl.zeros([BM], tl.float32)
         # Positions beyond the last query get probability zero.
         total = tl.load(lse + (chunk * H + head) * W + t, mask=is_query, other=float("inf"))
         acc = tl.zeros([BM, BK], tl.float32)
+        mean = tl.zeros([BM, BK], tl.float32)
         for slots in range(0, num, BN):
             slot = slots + tl.arange(0, BN)
             is_used = slot < num
@@ -73,9 +81,7 @@ def grad_queries(
             bias = tl.load(snap_bias + snap_at + slot, mask=is_used, other=-float("inf"))
             scores = dot(queries, tl.trans(keys), tl.zeros([BM, BN], tl.float32)) * (factor * LOG2E)
             probs = tl.exp2(scores + bias[None, :] - total[:, None])
-            grad_scores = _grad_scores(probs, grads, values, own_delta)
-            rest += tl.sum(grad_scores, 1)
-            acc = dot(grad_scores, keys, acc)
+            acc, rest, mean = _to_queries(probs, grads, keys, values, own_delta, acc, rest, mean)
         for tokens_from in range(0, tl.minimum(start + BM, tokens), BN):
             own = tokens_from + tl.arange(0, BN)
             source = (chunk * W + own) * H_kv + head // G
@@ -86,12 +92,11 @@ def grad_queries(
                 scores += tl.load(own_bias + source, mask=own < tokens, other=0.0)[None, :]
             scores = tl.where(own[None, :] <= t[:, None], scores, -float("inf"))
             probs = tl.exp2(scores - total[:, None])
-            grad_scores = _grad_scores(probs, grads, values, own_delta)
-            rest += tl.sum(grad_scores, 1)
-            acc = dot(grad_scores, keys, acc)
-        # In the gradients of gates, which are sums over many tokens, they would add up.
+            acc, rest, mean = _to_queries(probs, grads, keys, values, own_delta, acc, rest, mean)
+        # What o lost by rounding would add up in gradients of gates and the scale, sums over many tokens.
         if o.dtype.element_ty != tl.float32:
             own_delta += rest
+            acc -= rest[:, None] * mean
         tl.store(delta + (chunk * H + head) * W + t, own_delta, mask=is_query)
         part = tl.sum(tl.sum(acc * queries.to(tl.float32), 1), 0)
         tl.store(grad_scale + (chunk * QB + block) * H + head, part)
