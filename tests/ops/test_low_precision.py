@@ -55,7 +55,15 @@ def test_logs_of_weights_cost_no_precision(dtype, backend):
     for name, given in GIVEN.items():
         found = errors(given, options, mean=2.0)
         assert bool((found[:4] <= 1.2 * without).all()), f"{name}: errors {found}, without {without}"
-        assert bool((found[4:] <= without.max()).all()), f"{name}: errors {found}, without {without}"
+        assert bool((found[4:] <= 1.2 * without.max()).all()), f"{name}: errors {found}, without {without}"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_means_of_values_cost_no_precision(dtype):
+    """Gradients of queries and keys do not see them; outputs do, and are rounded."""
+    options = {"num_slots": 96, "chunk_size": 128, "scale": 8.0, "backend": "torch", "dtype": dtype}
+    found, without = (errors((None, None), options, mean=mean)[1:3] for mean in (8.0, 0.0))
+    assert bool((found <= 1.5 * without).all()), f"errors {found}, without {without}"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

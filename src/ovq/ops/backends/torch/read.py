@@ -166,17 +166,17 @@ class Reader:
             The gradients in the dtype of the products and in the dtype of the softmax, in scratch memory.
         """
         narrow, probs = self._shaped(step, block, self._scores, self._wide_probs)
-        values = self.values(step, block).transpose(1, 2)
-        if probs.dtype == narrow.dtype:
-            torch.bmm(grad_o, values, out=narrow).sub_(inner.to(narrow.dtype)).mul_(probs)
-            return narrow, narrow
         # Differences are rounded, not the larger products. They are converted before they are multiplied, as
         # operations on mixed dtypes are slow.
-        torch.baddbmm(inner.to(narrow.dtype), grad_o, values, beta=-1, out=narrow)
-        wide = self._shaped(step, block, self._wide_scores)[0].copy_(narrow).mul_(probs)
-        # Each row adds up to 0, but for the rounding of the outputs. In the gradients of gates, which are
-        # sums over many rows, that would add up.
-        wide.addcmul_(probs, wide.sum(-1, keepdim=True), value=-1)
+        values = self.values(step, block).transpose(1, 2)
+        wide = torch.baddbmm(inner.to(narrow.dtype), grad_o, values, beta=-1, out=narrow)
+        if probs.dtype != narrow.dtype:
+            wide = self._shaped(step, block, self._wide_scores)[0].copy_(narrow)
+        wide.mul_(probs)
+        if narrow.dtype != inner.dtype:
+            # Each row adds up to 0, but for the rounding of the outputs. In the gradients of gates and of the
+            # scale, which are sums over many rows, that would add up.
+            wide.addcmul_(probs, wide.sum(-1, keepdim=True), value=-1)
         return narrow.copy_(wide), wide
 
     def read(self, step: Step, block: slice, q: Tensor, scale: Tensor) -> Tensor:
