@@ -5,6 +5,7 @@ import io
 import os
 import signal
 import sys
+import threading
 import time
 
 import pytest
@@ -84,10 +85,12 @@ def test_results_come_in_the_order_of_the_jobs(monkeypatch, tmp_path):
 )
 def test_a_job_that_fails_ends_the_others(job, error, message, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    begun = time.monotonic()
+    begun, before = time.monotonic(), threading.enumerate()
     with Reporter(Console(quiet=True)) as reporter, pytest.raises(error, match=message):
         run_jobs(end_badly, [job, "sleep"], reporter=reporter)
     assert time.monotonic() - begun < 120
+    # The pool's own would print a traceback if Python ended just then, as it does after Ctrl-C.
+    assert threading.enumerate() == before
 
 
 def test_other_processes_of_the_program_are_none_of_its_business(monkeypatch):

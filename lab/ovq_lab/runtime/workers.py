@@ -110,7 +110,8 @@ def run_jobs(
                     raise BrokenProcessPool("a worker process terminated abruptly")
             return [future.result() for future in futures]
         except BaseException as error:
-            executor.shutdown(wait=False, cancel_futures=True)
+            # The executor then finds itself broken, and the end of the block waits for its thread: one that
+            # still ends while Python does may print a traceback.
             for process in list(workers.values()):
                 process.terminate()
             if isinstance(error, BrokenProcessPool):
