@@ -143,3 +143,14 @@ def test_a_model_is_exported_for_any_number_of_rows(mixers):
     ids = random_ids(5, 9)
     found = program.module()(input_ids=ids, use_cache=False).logits
     torch.testing.assert_close(found, model(ids, use_cache=False).logits)
+
+
+@torch.no_grad()
+def test_an_exported_model_takes_any_mask():
+    model, ids = make_model(), random_ids(2, 9)
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    program = torch.export.export(model, (), given)
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    given["attention_mask"] = mask
+    torch.testing.assert_close(program.module()(**given).logits, model(**given).logits)
