@@ -64,14 +64,16 @@ def test_train_does_what_it_is_told(trained):
     assert (trained / "checkpoint-2" / "trainer_state.json").is_file()
 
 
-def test_a_run_that_diverged_is_saved_and_fails(capsys, tmp_path):
-    settings = [*tiny_settings(), "--set", "train.learning_rate=1e30", "--set", "train.log_every=1"]
+@pytest.mark.parametrize(("log_every", "found"), [(1, 3), (100, 4)])
+def test_a_run_that_diverged_is_saved_and_fails(log_every, found, capsys, tmp_path):
+    changes = ("train.learning_rate=1e30", f"train.log_every={log_every}", "train.save_every=0")
+    settings = [*tiny_settings(), *(each for change in changes for each in ("--set", change))]
     with pytest.raises(SystemExit) as exit_info:
         main(["train", "recall-ovq", *settings, "--out", str(tmp_path / "run")])
     assert exit_info.value.code == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        f"ovq: error: {tmp_path / 'run'}: expected finite losses, found none from step 3 on; the model is "
-        "saved as it is: train with less than train.learning_rate=1e+30"
+        f"ovq: error: {tmp_path / 'run'}: expected finite losses, found none from step {found} on; the model "
+        "is saved as it is: train with less than train.learning_rate=1e+30"
     )
     assert (tmp_path / "run" / "README.md").is_file()
 

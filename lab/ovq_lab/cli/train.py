@@ -191,7 +191,7 @@ def _rules_to_test(config: RunConfig) -> str:
 
 
 def _draw_losses(config: RunConfig, out: Path) -> Path | None:
-    """Draw the losses into the folder of the run; None without matplotlib or logged losses."""
+    """Draw the losses into the folder of the run; None without matplotlib."""
     try:
         from ovq_lab.plots.training import save_loss_curve
     except ImportError:

@@ -9,12 +9,9 @@ from ovq_lab.plots.style import line_styles
 from ovq_lab.train.history import History
 
 
-def save_loss_curve(run: Path, *, mixer: str) -> Path | None:
-    """Draw the losses of a run into its folder, in the colour of its long-range mixer if that is a known one;
-    None without logged losses."""
+def save_loss_curve(run: Path, *, mixer: str) -> Path:
+    """Draw the losses of a run into its folder, in the colour of its long-range mixer if that is known."""
     history, path = History.load(run), run / "loss.png"
-    if not history.training:
-        return None
     figure, [axes] = new_panels(1)
     style = line_styles({mixer: (mixer, None)})[mixer].options()
     plain = style | {"marker": "", "linewidth": 1.0, "alpha": 0.6}

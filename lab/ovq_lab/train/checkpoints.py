@@ -96,7 +96,7 @@ class SealingTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.add_callback(_LogAtCheckpoints())
+        self.add_callback(_MoreLogs())
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """Names of the parameters with weight decay: matrices that their authors do not exempt.
@@ -150,16 +150,17 @@ class SealingTrainer(Trainer):
                     shutil.rmtree(old)
 
 
-class _LogAtCheckpoints(TrainerCallback):
-    """Logs the loss at every checkpoint.
+class _MoreLogs(TrainerCallback):
+    """Logs the loss at every checkpoint and at the end.
 
     A logged loss is the mean since the previous log. A checkpoint does not hold the running sum, so the first
-    loss of a resumed run would otherwise be the mean of fewer steps than without the interruption.
+    loss of a resumed run would otherwise be the mean of fewer steps than without the interruption. Steps
+    after the last log would not show whether the run has diverged.
     """
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Request a log, which the Trainer writes before the checkpoint."""
-        control.should_log |= control.should_save
+        control.should_log |= control.should_save or control.should_training_stop
 
 
 def _by_step(out: Path) -> list[Path]:

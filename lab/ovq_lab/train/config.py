@@ -190,7 +190,7 @@ class TrainArgs:
         init_from: Folder, or name on the hub, of a model whose weights the run begins with; `None` for new
             weights.
         seed: Seed of the weights and of the data.
-        log_every: Steps between two logged losses; a loss is logged with each checkpoint as well.
+        log_every: Steps between two logged losses; a loss is logged with each checkpoint and at the end, too.
         eval_every: Steps between two evaluations of the loss on held-out text, the split `validation`; 0 for
             none. The last step is evaluated, too.
         save_every: Steps between two checkpoints; 0 for none but the final model.
