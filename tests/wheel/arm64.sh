@@ -21,10 +21,11 @@ if [ ! -e "$folder/done" ]; then
     python3 -m pip install --no-deps --target "$folder/site" --only-binary :all: --python-version 3.13 \
         --implementation cp --abi cp313 --abi abi3 --abi none --platform manylinux_2_28_aarch64 \
         --platform manylinux_2_27_aarch64 --platform manylinux_2_17_aarch64 --platform manylinux2014_aarch64 \
-        'torch==2.10.*' accelerate annotated-doc anyio certifi click filelock fsspec h11 hf-xet httpcore2 httpx2 \
-        huggingface-hub hypothesis idna iniconfig jinja2 markdown-it-py markupsafe mdurl mpmath networkx numpy packaging \
-        pluggy psutil pygments pytest pyyaml regex rich safetensors setuptools shellingham sortedcontainers sympy \
-        tokenizers tqdm transformers truststore typer typing-extensions
+        'torch==2.10.*' accelerate annotated-doc anyio certifi click contourpy cycler filelock fonttools fsspec h11 hf-xet \
+        httpcore2 httpx2 huggingface-hub hypothesis idna iniconfig jinja2 kiwisolver markdown-it-py markupsafe matplotlib \
+        mdurl mpmath networkx numpy packaging pillow pluggy psutil pygments pyparsing pytest python-dateutil pyyaml regex \
+        rich safetensors setuptools shellingham six sortedcontainers sympy tokenizers tqdm transformers truststore typer \
+        typing-extensions
     touch "$folder/done"
 fi
 
