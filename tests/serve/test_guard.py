@@ -90,7 +90,7 @@ def test_refused_requests_are_counted_by_their_route():
 def test_a_prompt_after_a_context_does_not_begin_a_text(service, monkeypatch):
     seen = []
     monkeypatch.setattr(service.texts, "encode", lambda *args, is_start, **_: seen.append(is_start) or [1])
-    monkeypatch.setattr(service.contexts, "get", lambda name: SimpleNamespace(num_tokens=3))
+    monkeypatch.setattr(service.contexts, "get", lambda name: SimpleNamespace(num_tokens=3, note=""))
     for context in (None, "book"):
         body = {"model": "ids", "prompt": [1], "context": context}
         ask(create_app(service), "POST", "/v1/completions", json=body)
