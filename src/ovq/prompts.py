@@ -171,10 +171,12 @@ def chat_of_note(
         found = json.loads(note)
         messages = [{name: str(m[name]) for name in ("role", "content")} for m in found["messages"]]
         tokens = [int(token) for token in found["tokens"]]
-    except (KeyError, TypeError, ValueError) as error:
-        if not is_chat:
-            return [], []
-        raise ValueError(f"expected a chat that was saved, found another note ({error!r})") from None
-    if len(tokens) > num_tokens:
-        raise ValueError(f"expected a chat of {num_tokens} tokens at most, found {len(tokens)}")
-    return messages, tokens
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        problem = f"expected a chat that was saved, found another note ({error!r})"
+    else:
+        if len(tokens) <= num_tokens:
+            return messages, tokens
+        problem = f"expected a chat of {num_tokens} tokens at most, found {len(tokens)}"
+    if is_chat:
+        raise ValueError(problem)
+    return [], []

@@ -132,6 +132,8 @@ def test_a_chat_goes_on_from_a_context_that_has_read_its_beginning(text):
         "other": note_of_chat(messages, ids),
         "long": note_of_chat(opening, [*ids, 1]),
         "free": "about slots",
+        "infinite": '{"messages": [], "tokens": [Infinity]}',
+        "deep": "[" * 200_000,
     }
     for name, note in notes.items():
         text.service.contexts.add(name, dataclasses.replace(build_context(served, ids), note=note))
@@ -149,14 +151,15 @@ def test_a_chat_goes_on_from_a_context_that_has_read_its_beginning(text):
     for name, expected in (
         ("other", "expected messages that go on from those of the context as it read them"),
         ("long", f"context: expected a chat of {len(ids)} tokens at most, found {len(ids) + 1}"),
-        ("free", "context: expected a chat that was saved, found another note"),
+        *((name, "context: expected a chat that was saved") for name in ("free", "infinite", "deep")),
     ):
         with pytest.raises(openai.BadRequestError, match=expected):
             create(extra_body={"context": name})
     for name in ("saved", "read"):
         with pytest.raises(openai.BadRequestError, match="context: expected /v1/chat/completions with one"):
             complete(text, "What is a slot?", extra_body={"context": name})
-    complete(text, "What is a slot?", extra_body={"context": "free"})
+    for name in ("long", "free", "infinite", "deep"):
+        complete(text, "What is a slot?", extra_body={"context": name})
     for name in (*notes, "read"):
         assert httpx.delete(f"{url}/{name}").status_code == 200
 
