@@ -78,10 +78,8 @@ def memory_attention(
     if dropout:
         raise ValueError(f"dropout: expected 0 in a converted model, found {dropout}")
     if attention_mask is not None and attention_mask.dim() != 2:
-        given = tuple(attention_mask.shape) or "a sliding window, an overlay, or positions with gaps"
-        raise ValueError(
-            f"attention_mask: expected a causal mask, or a mask [B, T] of real tokens, found {given}"
-        )
+        given = tuple(attention_mask.shape) or "a window, both directions, an overlay or positions with gaps"
+        raise ValueError(f"mask: expected a causal one, or a mask [B, T] of real tokens, found {given}")
     if query.shape[2] != key.shape[2]:
         raise ValueError(
             f"keys: expected those of the {query.shape[2]} new tokens, found {key.shape[2]}: another cache "
