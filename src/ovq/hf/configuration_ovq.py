@@ -225,6 +225,8 @@ class OVQConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """The config from a dictionary, as `from_pretrained` reads it from a file; see `upgraded`.
 
+        With `merge` alone among `kwargs`, `growth` becomes the default of that rule, as in `set_merge`.
+
         Raises:
             ValueError: the config of another model type, or a field of a wrong type.
 
@@ -241,7 +243,6 @@ class OVQConfig(PreTrainedConfig):
         # The mixers first, because they determine the fields.
         kwargs = dict(sorted(kwargs.items(), key=lambda item: item[0] != "mixer_types"))
         if "merge" in kwargs and kwargs.get("growth") is None:
-            # The saved growth is that of the saved rule, as in `set_merge`.
             kwargs["growth"] = default_growth(kwargs["merge"])
         try:
             return super().from_dict(cls.upgraded(config_dict, **kwargs), **kwargs)
