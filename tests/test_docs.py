@@ -349,14 +349,36 @@ def test_losses_where_texts_are_joined_are_what_the_table_says():
 def test_times_are_rounded_once_from_what_was_measured():
     results = ROOT / "docs" / "results"
     speed, models = ((results / name).read_text() for name in ("speed.md", "models.md"))
-    runs = json.loads((results / "bench_nearest_runs.json").read_text())["seconds"]
-    shown: dict[int, list[str]] = {4096: [], 16384: []}
-    for row in runs:
-        if row["dtype"] == "bfloat16" and row["label"].startswith("OVQ"):
-            shown[row["length"]].append(f"{1000 * median(row['seconds']):.0f} ms")
-    for length, times in shown.items():
-        assert f"| bfloat16, {length // 1024}k | {' | '.join(times)} |" in speed
-    nearest = "; ".join(times[-1] for times in shown.values())
+    zen5 = json.loads((results / "bench_nearest_zen5.json").read_text())["runs"]
+    xeon = json.loads((results / "bench_nearest_runs.json").read_text())["seconds"]
+    shown = {}
+    for machine, runs in (
+        ("Xeon", xeon),
+        ("Zen 5", zen5[0]["rows"]),
+        ("Zen 5, AVX2 alone", zen5[1]["rows"]),
+    ):
+        seconds = {(row["dtype"], row["length"], row["label"]): row["seconds"] for row in runs}
+        for dtype, length in dict.fromkeys(key[:2] for key in seconds):
+            exact, paper, nearest = (
+                seconds[dtype, length, label]
+                for label in ("exact (SDPA)", "OVQ, 1024 slots", "OVQ, nearest, 1024 slots")
+            )
+            name = f"{machine}, {dtype}, {length // 1024}k"
+            [row] = re.findall(rf"^\| {name} \| (.*) \|$", speed, re.M)
+            *times, ratio, gains = row.split(" | ")
+            shown[name] = times
+            assert times == [f"{1000 * median(x):.0f} ms" for x in (paper, nearest)]
+            ratios = [one / other for one, other in zip(nearest, paper, strict=True)]
+            assert ratio == f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+            of_paper = [one / other for one, other in zip(exact, paper, strict=True)]
+            gained = [one / other for one, other in zip(exact, nearest, strict=True)]
+            for text, value in zip(
+                re.findall(r"[\d.]+", gains),
+                (median(of_paper), median(gained), min(gained), max(gained)),
+                strict=True,
+            ):
+                assert text == f"{value:.{len(text.partition('.')[2])}f}"
+    nearest = "; ".join(shown[f"Xeon, bfloat16, {length}"][-1] for length in ("4k", "16k"))
     assert f"| Xeon, bfloat16: forward, 4k; 16k | {nearest} |" in (ROOT / "README.md").read_text()
     [paper, ours] = (
         row["seconds_mean"]
