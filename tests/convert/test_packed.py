@@ -206,6 +206,8 @@ def test_weights_take_fewer_bytes_and_are_not_saved(format, tmp_path):
     with pytest.raises(ValueError, match=f"expected a model with its own weights, found .* {format}"):
         model.save_pretrained(tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
+    with pytest.raises(ValueError, match=f"push_to_hub: .* its own weights, .* {format}"):
+        model.push_to_hub("somebody/model")
     with pytest.raises(ValueError, match=f"resize_token_embeddings: .* its own weights, .* {format}"):
         model.resize_token_embeddings(72)
     assert (model.config.vocab_size, len(model.get_input_embeddings().weight)) == (64, 64)

@@ -109,6 +109,16 @@ class ConvertedMixin(CachedGeneration):
         own: Any = super()
         own.save_pretrained(*args, **kwargs)
 
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Upload the model, as transformers does.
+
+        Raises:
+            ValueError: weights that are packed, before a repository is created.
+        """
+        self._check_not_packed("push_to_hub")
+        own: Any = super()
+        return own.push_to_hub(*args, **kwargs)
+
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """Change the size of the vocabulary, as transformers does.
 
