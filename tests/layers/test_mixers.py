@@ -273,6 +273,12 @@ def test_layers_share_a_cache_by_their_index(x):
     assert cache.nbytes == whole.nbytes
 
 
+def test_on_the_meta_device_outputs_have_shapes(mixer, x):
+    o, _, cache = mixer.to("meta")(x.to("meta"), use_cache=True)
+    o, _, _ = mixer(o[:, :1], past_key_values=cache)
+    assert (o.device.type, o.shape) == ("meta", x[:, :1].shape)
+
+
 def test_bfloat16_and_autocast_stay_near_float32(mixer, x):
     x = x.float()
     expected = mixer.float()(x)[0]

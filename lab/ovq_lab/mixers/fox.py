@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ovq.layers.cache import LayerCache
-from ovq.layers.constant import sum_dtype, without_autocast
+from ovq.layers.common import without_autocast
+from ovq.layers.constant import sum_dtype
 from ovq.layers.gates import ForgetGate
 from ovq.layers.heads import AttentionMixer
 from ovq.layers.layout import SequenceLayout

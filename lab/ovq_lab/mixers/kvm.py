@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ovq.fields import ConfigField
 from ovq.layers import defaults
 from ovq.layers.cache import LayerCache
-from ovq.layers.common import OwnWeights, apply_rotary, rotary_tables
-from ovq.layers.constant import for_autograd, sum_dtype, without_autocast
+from ovq.layers.common import OwnWeights, apply_rotary, rotary_tables, without_autocast
+from ovq.layers.constant import for_autograd, sum_dtype
 from ovq.layers.heads import HeadsMixer
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.memory import StateSpec

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ovq.layers.cache import LayerCache
-from ovq.layers.constant import ConstantStateMixer, sum_dtype, without_autocast
+from ovq.layers.common import without_autocast
+from ovq.layers.constant import ConstantStateMixer, sum_dtype
 from ovq.layers.heads import AttentionMixer
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.memory import StateSpec

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ovq.fields import ConfigField
 from ovq.layers.cache import LayerCache
 from ovq.layers.chunked import DecayRates, decayed_sums, from_chunks, to_chunks
-from ovq.layers.constant import ConstantStateMixer, sum_dtype, without_autocast
+from ovq.layers.common import without_autocast
+from ovq.layers.constant import ConstantStateMixer, sum_dtype
 from ovq.layers.heads import HeadsMixer
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.memory import StateSpec

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ovq.fields import ConfigField, is_finite
 from ovq.layers import defaults
 from ovq.layers.cache import LayerCache
-from ovq.layers.common import OwnWeights
-from ovq.layers.constant import ConstantStateMixer, sum_dtype, without_autocast
+from ovq.layers.common import OwnWeights, without_autocast
+from ovq.layers.constant import ConstantStateMixer, sum_dtype
 from ovq.layers.heads import AttentionMixer
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.memory import StateSpec

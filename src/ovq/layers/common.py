@@ -5,7 +5,9 @@ Models with different mixers thus differ only in their memory.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -27,6 +29,11 @@ def l2_normalize(x: Tensor) -> Tensor:
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     # The epsilon keeps the gradient of a zero vector finite; it is too small to change other vectors.
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-12)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Context without autocast, which would round sums to bfloat16; the meta device has none to turn off."""
+    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 class OwnWeights(nn.Module):

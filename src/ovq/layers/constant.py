@@ -66,11 +66,6 @@ def for_autograd(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.clone() for name, t in state.items()} if torch.is_grad_enabled() else state
 
 
-def without_autocast(x: Tensor) -> torch.autocast:
-    """Context without autocast, which would round sums to bfloat16."""
-    return torch.autocast(x.device.type, enabled=False)
-
-
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """Dtype of sums over tokens: float64 for float64 activations, else float32."""
     return torch.promote_types(dtype, torch.float32)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ovq.layers.common import OwnWeights, RMSNorm
+from ovq.layers.common import OwnWeights, RMSNorm, without_autocast
 from ovq.layers.products import Linear
 
 #: Number of tokens in which the fastest and the slowest head forget a factor of e at initialisation.
@@ -102,5 +102,5 @@ class OutputGate(nn.Module):
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`W x + b` in at least float32, also under autocast."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         return F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))

@@ -12,8 +12,8 @@ from ovq.fields import ConfigField
 from ovq.layers.base import Mixer
 from ovq.layers.cache import LayerCache
 from ovq.layers.chunked import DecayRates, decay_between, decayed_sums, from_chunks, to_chunks
-from ovq.layers.common import OwnWeights
-from ovq.layers.constant import ConstantStateMixer, sum_dtype, without_autocast
+from ovq.layers.common import OwnWeights, without_autocast
+from ovq.layers.constant import ConstantStateMixer, sum_dtype
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.memory import StateSpec
 from ovq.layers.sizes import checked_head_dim, num_projected
