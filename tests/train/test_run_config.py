@@ -120,6 +120,10 @@ def test_fields_that_depend_on_each_other_are_set_together(config):
         ("model.conv_size=-1", r"model.conv_size: expected at least 0, found -1"),
         ("model.num_attention_heads=3", r"model.hidden_size: expected a multiple of .* \(3\), .*found 64"),
         ("task.vocab_size=5", r"found"),
+        (
+            "task.length=512",
+            r"--set task.length: expected one of train.lengths \(32, 64, 256\), .* found 512",
+        ),
         ("train.learning_rate=nan", r"train.learning_rate: expected a finite number, found nan"),
         ("train.learning_rate=inf", r"train.learning_rate: expected a finite number, found inf"),
         ("train.length_shares=0.5,0.5,nan", r"train.length_shares: .* each part a finite number, found"),

@@ -404,13 +404,20 @@ class RunConfig:
                 own[name].check(f"{flag}{path}", value)
                 own_texts[name] = text.strip()
                 changes[section]["mixer_fields"] = tuple(map("=".join, own_texts.items()))
-        return dataclasses.replace(
+        changed = dataclasses.replace(
             self,
             **{
                 section: dataclasses.replace(getattr(self, section), **fields)
                 for section, fields in changes.items()
             },
         )
+        lengths = changed.train.lengths
+        if (length := changes["task"].get("length", lengths[0])) not in lengths:
+            raise ValueError(
+                f"{flag}task.length: expected one of train.lengths {lengths}, which examples have, "
+                f"found {length}"
+            )
+        return changed
 
     def to_json(self) -> str:
         """The configuration as JSON, every field written out."""
