@@ -71,7 +71,8 @@ def build_model(config: RunConfig, checkpoint: Path | None = None) -> OVQForCaus
     """
     set_seed(config.train.seed)
     if checkpoint is not None and (checkpoint / CONFIG_NAME).is_file():
-        sizes = OVQConfig.from_pretrained(checkpoint)
+        # The Trainer turns `use_cache` off in the config, which new models generate by.
+        sizes = OVQConfig.from_pretrained(checkpoint, use_cache=True)
     else:
         sizes = model_config(config)
     model = OVQForCausalLM(sizes)
