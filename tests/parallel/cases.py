@@ -138,6 +138,8 @@ def run(rank, folder):
         with case.autocast():
             result["held_out"] = parallel.loss(case.micro_batches(), bounds=case.bounds)
         torch.save(result, folder / f"{name}-{rank}.pt")
+    # The first rank then has one group more than the others, which must not wait for it for ever.
+    dist.new_group([0])
     parallel = ContextParallel(CASES["even"].model())
     torch.save(refusals(parallel, is_first=rank == 0), folder / f"refused-{rank}.pt")
 

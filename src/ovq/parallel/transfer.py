@@ -62,11 +62,24 @@ class Neighbours:
         self.rank, self.num_ranks = self._ranks.index(dist.get_rank()), len(self._ranks)
         self.is_first, self.is_last = self.rank == 0, self.rank == self.num_ranks - 1
         self.group, self._device = group, device
+        self._pad_num_groups()
         self._groups = {
             way: dist.new_group(self._ranks, use_local_synchronization=True) for way in (FORTH, BACK)
         }
         self._sent: list[tuple[dist.Work, Tensor]] = []
         self.num_bytes_sent = 0
+
+    def _pad_num_groups(self) -> None:
+        """Give all ranks equally many process groups, by groups of one rank for those that have fewer.
+
+        PyTorch names a group that only its own ranks make after the number of groups that a rank has. If
+        these numbers differ, as where some ranks are also in a group for logging, ranks wait for ever.
+        """
+        own = len(dist.distributed_c10d._world.pg_names)
+        most = torch.tensor(own, device=self._device)
+        dist.all_reduce(most, dist.ReduceOp.MAX, self.group)
+        for _ in range(int(most) - own):
+            dist.new_group([self._ranks[self.rank]], use_local_synchronization=True)
 
     def send(self, tensors: Mapping[str, Tensor], spec: StateSpec, way: int) -> None:
         """Send to the neighbour that way, without waiting for it."""
