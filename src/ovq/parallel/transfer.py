@@ -75,7 +75,8 @@ class Neighbours:
         PyTorch names a group that only its own ranks make after the number of groups that a rank has. If
         these numbers differ, as where some ranks are also in a group for logging, ranks wait for ever.
         """
-        own = len(dist.distributed_c10d._world.pg_names)
+        # Private to PyTorch: where it is gone, nothing is padded.
+        own = len(getattr(dist.distributed_c10d._world, "pg_names", ()))
         most = torch.tensor(own, device=self._device)
         dist.all_reduce(most, dist.ReduceOp.MAX, self.group)
         for _ in range(int(most) - own):
