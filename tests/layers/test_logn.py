@@ -69,14 +69,6 @@ def test_padding_packing_and_caches_count_places_in_the_row(make):
     torch.testing.assert_close(packed[:, 25:], whole)
 
 
-@pytest.mark.parametrize(("num_cached", "num_rows"), [(2, 3), (3, 1), (1, 3)])
-def test_a_cache_of_other_rows_is_refused(num_cached, num_rows):
-    layer = OVQAttention(**SIZES, **OVQ, logn_length=LENGTH)
-    _, _, cache = layer(torch.randn(num_cached, LENGTH, 16), use_cache=True)
-    with pytest.raises(ValueError, match=f"expected {num_rows} rows, found {num_cached}"):
-        layer(torch.randn(num_rows, 1, 16), past_key_values=cache)
-
-
 def test_a_state_does_not_depend_on_it():
     torch.manual_seed(0)
     layer, x = OVQAttention(**SIZES, **OVQ), torch.randn(1, 21, 16)

@@ -248,6 +248,9 @@ class Mixer(nn.Module, ABC):
         )
         if cache is not None:
             check_cache_use(cache, layout)
+            # A graph for any number of rows does not compare them.
+            if not torch.compiler.is_compiling() and (num_rows := cache.num_rows) not in (0, batch_size):
+                raise ValueError(f"past_key_values: expected {batch_size} rows, found {num_rows}")
         if layout.new_mask is not None:
             # Zero times what padding may hold, such as NaN, would reach other tokens and the gradients.
             hidden_states = hidden_states.masked_fill(~layout.new_mask[..., None], 0)

@@ -181,16 +181,10 @@ class AttentionMixer(HeadsMixer):
         """Arguments q, k, v, scale of `attend`, with normalised (and rotated) queries and keys.
 
         See `SequenceLayout.places` for `num_seen`.
-
-        Raises:
-            ValueError: if `num_seen` is that of other rows, which log-n scaling would broadcast.
         """
         tables = self.rotary_tables(layout, channels)
         q, k, v, scale = self.qk_norm(channels, self.num_kv_heads, tables)
         if self.logn_length is not None:
-            # Graphs know no number of rows.
-            if num_seen is not None and not torch.compiler.is_compiling() and len(num_seen) != len(q):
-                raise ValueError(f"past_key_values: expected {len(q)} rows, found {len(num_seen)}")
             factors = logn_factors(layout, self.logn_length, like=q, num_seen=num_seen)
             q = q if factors is None else q * factors[..., None, None]
         return q, k, v, scale
