@@ -36,6 +36,18 @@ from ovq.ops.uncompiled import uncompiled
 from ovq.runtime.files import read_json
 
 
+def _of_own_weights(name: str, does: str) -> Any:
+    """The method `name` of a model's own class, refused for packed weights."""
+
+    def method(self: ConvertedMixin, *args: Any, **kwargs: Any) -> Any:
+        self._check_not_packed(name)
+        return getattr(super(ConvertedMixin, self), name)(*args, **kwargs)
+
+    method.__name__ = name
+    method.__doc__ = f"{does}, as its own class does; ValueError for packed weights."
+    return method
+
+
 class ConvertedMixin(CachedGeneration):
     """Methods that conversion adds to a model's own class.
 
@@ -99,45 +111,12 @@ class ConvertedMixin(CachedGeneration):
         own: Any = super()
         own.set_attn_implementation(attn_implementation, *args, **kwargs)
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Save the model, as transformers does.
-
-        Raises:
-            ValueError: weights that are packed.
-        """
-        self._check_not_packed("save_pretrained")
-        own: Any = super()
-        own.save_pretrained(*args, **kwargs)
-
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """Upload the model, as transformers does.
-
-        Raises:
-            ValueError: weights that are packed, before a repository is created.
-        """
-        self._check_not_packed("push_to_hub")
-        own: Any = super()
-        return own.push_to_hub(*args, **kwargs)
-
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
-        """Change the size of the vocabulary, as transformers does.
-
-        Raises:
-            ValueError: weights that are packed.
-        """
-        self._check_not_packed("resize_token_embeddings")
-        own: Any = super()
-        return own.resize_token_embeddings(*args, **kwargs)
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Replace the weights, as PyTorch does.
-
-        Raises:
-            ValueError: weights that are packed: contexts would go on as if of those that were.
-        """
-        self._check_not_packed("load_state_dict")
-        own: Any = super()
-        return own.load_state_dict(*args, **kwargs)
+    save_pretrained = _of_own_weights("save_pretrained", "Save the model")
+    # Before it creates a repository.
+    push_to_hub = _of_own_weights("push_to_hub", "Upload the model")
+    resize_token_embeddings = _of_own_weights("resize_token_embeddings", "Change the size of the vocabulary")
+    # Contexts would go on as if of the weights before.
+    load_state_dict = _of_own_weights("load_state_dict", "Replace the weights")
 
     def _check_not_packed(self, what: str) -> None:
         if self.weights_digest is not None:
