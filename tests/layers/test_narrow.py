@@ -36,8 +36,9 @@ def read(
         {"merge": "nearest", "merge_gate": True},
         {"forget_gate": True},
         {"merge": "nearest", "merge_gate": True, "forget_gate": True},
+        {"merge": "nearest", "use_rope": True},
     ],
-    ids=["paper", "gate", "forget", "both"],
+    ids=["paper", "gate", "forget", "both", "rope"],
 )
 @torch.no_grad()
 def test_outputs_are_those_without_a_cache_however_a_text_is_split(state_dtype, options):

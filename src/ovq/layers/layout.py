@@ -149,13 +149,15 @@ class SequenceLayout:
     def positions(self, device: torch.device) -> Tensor:
         """Positions for the rotary embedding of new queries and keys, `[T]` int64.
 
-        They are column indices: only differences matter, so padding and packing change nothing. If rows of
+        They are column indices, or offsets in packed rows: only differences within a row matter. If rows of
         different lengths are continued in one call, a subclass that knows their positions returns those.
 
         Example:
             >>> SequenceLayout.of(None, batch_size=1, num_past=5, num_new=2).positions(torch.device("cpu"))
             tensor([5, 6])
         """
+        if self.cu_seqlens is not None:
+            return self.offset_in_row().to(device)
         return torch.arange(self.num_past, self.num_past + self.num_new, device=device)
 
     def places(self, num_seen: Tensor | None = None) -> Tensor:
