@@ -222,6 +222,8 @@ def _draw_panel(axes: Axes, results: dict[str, Any], panel: dict[str, Any], styl
     if panel["y"] in ("accuracy", "slices", "choice"):
         axes.set_ylim(-0.03, 1.05)
     elif panel["y"] in ("mean_error", "slice_errors"):
+        # With 0 among the values there is room for markers above the highest, however close the others are.
+        axes.dataLim.update_from_data_y([0], ignore=False)
         axes.set_ylim(bottom=0)
     if panel["x"] == "slices":
         # More names would touch each other if horizontal.

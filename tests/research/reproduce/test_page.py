@@ -83,6 +83,15 @@ def test_points_are_means_between_the_lowest_and_the_highest_seed():
     assert [(point.x, round(point.mean, 3)) for point in parts] == [("near", 0.85), ("far", 0.425)]
 
 
+@pytest.mark.parametrize("errors", [[None] * 8, [2.9, 3.0] * 4])
+def test_errors_begin_at_0_and_have_room_for_the_highest_marker(tmp_path, drawn, errors):
+    """However close they are to each other, and without any."""
+    rows = [row | {"mean_error": error} for row, error in zip(RESULTS["rows"], errors, strict=True)]
+    save_figure(RESULTS | {"panels": [{**PANEL, "y": "mean_error"}], "rows": rows}, tmp_path / "a.png")
+    low, high = drawn[0].axes[0].get_ylim()
+    assert low == 0 and high > 1.04 * max(error or 0 for error in errors)
+
+
 def test_the_figure_draws_every_line_with_its_bars(tmp_path, drawn):
     save_figure(RESULTS, tmp_path / "a.png")
     [canvas] = drawn
