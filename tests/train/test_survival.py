@@ -195,6 +195,7 @@ def assert_same_run(out, whole):
     weights = ours.state_dict()
     assert all(weights[name].equal(weight) for name, weight in expected.state_dict().items())
     assert ours.generation_config.to_dict() == expected.generation_config.to_dict()
+    assert ours.config.use_cache
 
 
 def test_killed_by_kill_9_before_its_first_checkpoint_a_run_starts_again(whole, tmp_path, steps_read):

@@ -71,8 +71,7 @@ def build_model(config: RunConfig, checkpoint: Path | None = None) -> OVQForCaus
     """
     set_seed(config.train.seed)
     if checkpoint is not None and (checkpoint / CONFIG_NAME).is_file():
-        # The Trainer turns `use_cache` off in the config, which new models generate by.
-        sizes = OVQConfig.from_pretrained(checkpoint, use_cache=True)
+        sizes = OVQConfig.from_pretrained(checkpoint)
     else:
         sizes = model_config(config)
     model = OVQForCausalLM(sizes)
@@ -294,6 +293,8 @@ def _training_arguments(config: RunConfig, out: Path, *, is_carrying: bool) -> T
         per_device_eval_batch_size=1,
         save_strategy="steps" if args.save_every else "no",
         save_steps=args.save_every or args.steps,
+        # Goes into the config of the model, which is not for training alone.
+        use_cache=True,
         # Keeps the order of the curriculum, and lets a resumed run skip by index.
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
