@@ -311,6 +311,7 @@ def test_the_version_is_printed(capsys):
         ),
         ("train recall-ovq --out {tmp}/file/run", "--out: expected a folder, found a file"),
         ("train recall-ovq --out {tmp}/file", "--out: expected a folder, found a file"),
+        ("reproduce fidelity --out {tmp}/file", "--out: expected a folder, found a file"),
         ("train recall-ovq --out {trained}", "--out: expected a folder without a run"),
         ("train --resume", "--resume: expected the folder of the run in --out, found no --out"),
         ("train recall-ovq --resume --out {trained}", "--resume: expected only --out beside it"),

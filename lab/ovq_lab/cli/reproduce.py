@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ovq.cli.common import check_model_path, print_table
+from ovq.cli.common import check_folder, check_model_path, print_table
 
 
 def reproduce(
@@ -110,6 +110,7 @@ def reproduce(
         if not torch.cuda.is_available():
             raise ValueError(f"--preset {sizes.name}: expected a CUDA device, found none")
     out = out or Path("reproduce-out") / sizes.name
+    check_folder("--out", out)
     check_model_path("--out", out)
 
     from ovq.runtime.files import claimed
