@@ -89,7 +89,8 @@ def test_errors_begin_at_0_and_have_room_for_the_highest_marker(tmp_path, drawn,
     rows = [row | {"mean_error": error} for row, error in zip(RESULTS["rows"], errors, strict=True)]
     save_figure(RESULTS | {"panels": [{**PANEL, "y": "mean_error"}], "rows": rows}, tmp_path / "a.png")
     low, high = drawn[0].axes[0].get_ylim()
-    assert low == 0 and high > 1.04 * max(error or 0 for error in errors)
+    assert low == 0
+    assert high > 1.04 * max(error or 0 for error in errors)
 
 
 def test_the_figure_draws_every_line_with_its_bars(tmp_path, drawn):
