@@ -46,11 +46,14 @@ def test_a_model_is_found_where_transformers_finds_it(tmp_path):
         load("me/other", cache_dir=tmp_path, local_files_only=True)
 
 
-def test_a_model_with_weights_on_the_disk_is_loaded_with_its_memory(tmp_path):
+SOME_ON_THE_DISK = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.layers.0"), "cpu")
+SOME_ON_THE_DISK |= {"model.norm": "cpu", "model.layers.1": "disk", "lm_head": "cpu"}
+
+
+@pytest.mark.parametrize("places", [SOME_ON_THE_DISK, {"": "disk"}], ids=["some", "all"])
+def test_a_model_with_weights_on_the_disk_is_loaded_with_its_memory(places, tmp_path):
     model, ids = converted(), tokens(1, 60)
     model.save_pretrained(tmp_path)
-    places = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.norm"), "cpu")
-    places |= {"model.layers.1": "disk", "lm_head": "cpu"}
     again = load(tmp_path, device_map=places, offload_folder=tmp_path / "offloaded")
     assert any(parameter.is_meta for parameter in again.parameters())
     with torch.no_grad():

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ovq.convert.cache import MemoryCache
 from ovq.hf.cache import CACHE_KEY
+from ovq.hf.generation import execution_device
 from ovq.runtime.modes import evaluating
 
 # Tokens on which the model is compared before and after, and tolerances: the root mean square of the logit
@@ -21,7 +22,8 @@ _TOLERANCE_OF_NARROW = 0.1
 @torch.no_grad()
 def some_logits(model: Any, cache: MemoryCache | None = None) -> Tensor:
     """Logits of a few tokens, read in two calls if there is a cache."""
-    ids = torch.arange(_CHECK_TOKENS, device=model.device)[None] % model.config.vocab_size
+    device = execution_device(model, model.device)
+    ids = torch.arange(_CHECK_TOKENS, device=device)[None] % model.config.vocab_size
     with evaluating(model):
         if cache is None:
             return model(ids, use_cache=False).logits
