@@ -373,7 +373,7 @@ def test_bad_input_costs_one_line(arguments, message, capsys, trained, tmp_path)
             "--max-new-tokens: expected 0 to 2147483647, found 2147483648",
         ),
         ("--top-k 3", "--top-k: expected a temperature above 0"),
-        ("--repetition-penalty 0", "--repetition-penalty: expected more"),
+        ("--repetition-penalty 0", "--repetition-penalty: expected from 1e-06 to"),
         ("--repetition-penalty nan", "--repetition-penalty: expected a"),
         ("--min-p 2 --temperature 1", "--min-p: expected a number"),
         ("--num-beams 2 --max-new-tokens 0", "--num-beams: expected"),

@@ -114,12 +114,14 @@ def test_the_state_is_all_that_a_stream_keeps():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": -1}, "temperature: expected at least 0"),
-        ({"temperature": 1e-300}, "temperature: expected 0 or at least 1e-06, found 1e-300"),
+        ({"temperature": -1}, r"temperature: expected 0, or from 1e-06 to 1e\+06, found -1"),
+        ({"temperature": 1e-300}, r"temperature: expected 0, or from 1e-06 to 1e\+06, found 1e-300"),
+        ({"temperature": 1e39}, r"temperature: expected 0, or from 1e-06 to 1e\+06, found 1e\+39"),
         ({"temperature": 1, "top_k": -1}, "top_k: expected at least 0"),
         ({"top_p": 0}, "top_p: expected a number above 0"),
         ({"temperature": 1, "min_p": 2}, "min_p: expected a number from 0 to 1"),
-        ({"repetition_penalty": 0}, "repetition_penalty: expected more than 0"),
+        ({"repetition_penalty": 0}, r"repetition_penalty: expected from 1e-06 to 1e\+06, found 0"),
+        ({"repetition_penalty": 1e39}, r"repetition_penalty: expected from 1e-06 to 1e\+06"),
         ({"top_k": 5}, "top_k: expected a temperature above 0"),
         ({"min_p": 0.1}, "min_p: expected a temperature above 0"),
         ({"top_p": 0.5}, "top_p: expected a temperature above 0"),

@@ -30,6 +30,7 @@ BAD = [
     ({"max_tokens": "5"}, 400, "max_tokens: expected a valid integer, found '5'"),
     ({"n": 33}, 400, "n: expected at most 32, found 33"),
     ({"temperature": -1}, 400, "temperature: expected at least 0, found -1"),
+    ({"temperature": 1e39}, 400, "temperature: expected 0, or from 1e-06 to 1e+06, found 1e+39"),
     ({"temperature": 1e999}, 400, "expected a body of JSON, found otherwise"),
     ({"top_p": 0}, 400, "top_p: expected more than 0, found 0"),
     ({"echo": True}, 400, "echo: expected False, as nothing else is supported, found True"),

@@ -29,8 +29,12 @@ from ovq.hf.context_file import ContextModel
 # A character has at most 4 bytes, so at most 4 tokens; after twice as many it can no longer be completed.
 _MOST_PENDING = 8
 _LONGEST_CHARACTER = 4
-# Lowest temperature for sampling.
-_MIN_TEMPERATURE = 1e-6
+# Logits divided by a smaller number could overflow; a much larger one is infinite in float32.
+_LEAST_DIVISOR, _LARGEST_DIVISOR = 1e-6, 1e6
+
+
+def _is_divisor(x: float) -> bool:
+    return _LEAST_DIVISOR <= x <= _LARGEST_DIVISOR
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,11 +42,12 @@ class Sampling:
     """How the next token is chosen; names and meanings are those of transformers' `generate`.
 
     Attributes:
-        temperature: Logits are divided by it, at least 1e-6; 0 takes the most likely token.
+        temperature: Logits are divided by it, 1e-6 to 1e6; 0 takes the most likely token.
         top_k: Sample from this many of the most likely tokens; 0 for all.
         top_p: Sample from the most likely tokens with this total probability.
         min_p: Sample from tokens whose probability is at least this share of the highest one.
-        repetition_penalty: Logits of tokens that have occurred are divided by it (multiplied, if negative).
+        repetition_penalty: Logits of tokens that have occurred are divided by it (multiplied, if negative),
+            1e-6 to 1e6.
 
     Raises:
         ValueError: If a number is out of range, or a sampling option is set without sampling.
@@ -63,14 +68,13 @@ class Sampling:
     def __post_init__(self) -> None:
         """Check the ranges."""
         check_fields(self)
+        divisor = f"from {_LEAST_DIVISOR:g} to {_LARGEST_DIVISOR:g}"
         for name, is_right, expected in (
-            ("temperature", self.temperature >= 0, "at least 0"),
+            ("temperature", self.temperature == 0 or _is_divisor(self.temperature), f"0, or {divisor}"),
             ("top_k", self.top_k >= 0, "at least 0"),
-            # Logits divided by a smaller one could overflow.
-            ("temperature", not 0 < self.temperature < _MIN_TEMPERATURE, f"0 or at least {_MIN_TEMPERATURE}"),
             ("top_p", 0 < self.top_p <= 1, "a number above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "a number from 0 to 1"),
-            ("repetition_penalty", self.repetition_penalty > 0, "more than 0"),
+            ("repetition_penalty", _is_divisor(self.repetition_penalty), divisor),
         ):
             if not is_right:
                 raise ValueError(f"{name}: expected {expected}, found {getattr(self, name)}")
